@@ -1,0 +1,1 @@
+"""Documents, shards, rows and batches."""

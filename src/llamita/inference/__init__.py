@@ -1,0 +1,1 @@
+"""Requests, detokenizing and the engine; knows no framework."""

@@ -1,0 +1,1 @@
+"""The model, its training step and its inference in PyTorch."""
