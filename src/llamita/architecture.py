@@ -1,0 +1,181 @@
+"""The architecture table: a row per parameter, and everything that can be counted from it.
+
+Backends build, initialise, group for AdamW, load and check from this table. Knows nothing of frameworks.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from llamita.config import ModelConfig
+
+InitializationName = Literal["fan-in", "gpt-2"]
+
+
+@dataclass(frozen=True)
+class Initialization:
+    """How a parameter starts: drawn from a normal distribution of this standard deviation, or constant."""
+
+    kind: Literal["normal", "ones", "zeros"]
+    std: float = 0.0
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A row of the table. `shard_axis` is the axis that tensor parallelism splits, None where it replicates."""
+
+    name: str
+    shape: tuple[int, ...]
+    initialization: Initialization
+    weight_decay: bool
+    shard_axis: int | None = None
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+ONES, ZEROS = Initialization("ones"), Initialization("zeros")
+EMBEDDING = "model.embed_tokens.weight"
+OUTPUT_HEAD = "lm_head.weight"
+CLASSIFIER = "score.weight"
+
+
+def parameters(config: ModelConfig, initialization: InitializationName = "fan-in") -> tuple[Parameter, ...]:
+    """The table of a model, in the order of the forward pass, under Hugging Face names.
+
+    Initialisations: `fan-in` draws matrices with std 1/sqrt(n_in) and the embedding with std 1, or 1/sqrt(D) where it
+    is also the output head (Chowdhery et al. 2022, PaLM, section 5); `gpt-2` draws everything with std 0.02 and the
+    two projections into the residual stream with 0.02/sqrt(2 L) (Radford et al. 2019; llama2.c).
+    Weight decay applies to matrices and embeddings, not to norms and biases.
+    """
+    if initialization not in ("fan-in", "gpt-2"):
+        raise ValueError(f"initialization={initialization!r} must be 'fan-in' or 'gpt-2'")
+    D, C, V, H = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
+    N, K, L = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
+
+    def linear(
+        name: str, n_out: int, n_in: int, axis: int | None, bias: bool, residual: bool = False
+    ) -> list[Parameter]:
+        std = 1 / math.sqrt(n_in)
+        if initialization == "gpt-2":
+            std = 0.02 / math.sqrt(2 * L) if residual else 0.02
+        rows = [Parameter(f"{name}.weight", (n_out, n_in), Initialization("normal", std), True, axis)]
+        if bias:  # a row-split product is summed over shards, so its bias is not split
+            rows.append(Parameter(f"{name}.bias", (n_out,), ZEROS, False, 0 if axis == 0 else None))
+        return rows
+
+    def block(prefix: str) -> list[Parameter]:
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        return [
+            Parameter(f"{prefix}.input_layernorm.weight", (D,), ONES, False),
+            *linear(f"{attention}.q_proj", N * H, D, 0, config.attention_bias),
+            *linear(f"{attention}.k_proj", K * H, D, 0, config.attention_bias),
+            *linear(f"{attention}.v_proj", K * H, D, 0, config.attention_bias),
+            *linear(f"{attention}.o_proj", D, N * H, 1, config.attention_bias, residual=True),
+            Parameter(f"{prefix}.post_attention_layernorm.weight", (D,), ONES, False),
+            *linear(f"{mlp}.gate_proj", C, D, 0, config.mlp_bias),
+            *linear(f"{mlp}.up_proj", C, D, 0, config.mlp_bias),
+            *linear(f"{mlp}.down_proj", D, C, 1, config.mlp_bias, residual=True),
+        ]
+
+    embedding_std = 0.02 if initialization == "gpt-2" else 1 / math.sqrt(D) if config.tie_word_embeddings else 1.0
+    table = [Parameter(EMBEDDING, (V, D), Initialization("normal", embedding_std), True, 0)]
+    for layer in range(L):
+        table += block(f"model.layers.{layer}")
+    table.append(Parameter("model.norm.weight", (D,), ONES, False))
+    if config.num_labels:
+        table += linear("score", config.num_labels, D, None, bias=False)
+    elif not config.tie_word_embeddings:
+        table += linear("lm_head", V, D, 0, bias=False)
+    return tuple(table)
+
+
+def initialize(
+    config: ModelConfig, seed: int, initialization: InitializationName = "fan-in"
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (name, float32 array) for every row of the table.
+
+    Each parameter has a random stream of its own, keyed by (seed, name), so that every backend starts from the same
+    numbers and a tensor does not depend on which others exist.
+    """
+    for row in parameters(config, initialization):
+        kind = row.initialization.kind
+        if kind == "normal":
+            key = int.from_bytes(hashlib.sha256(f"{seed}/{row.name}".encode()).digest()[:16], "little")
+            stream = np.random.Generator(np.random.Philox(key=key))
+            array = stream.standard_normal(row.shape, dtype=np.float32)
+            array *= np.float32(row.initialization.std)
+            yield row.name, array
+        else:
+            yield row.name, np.full(row.shape, 1.0 if kind == "ones" else 0.0, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """`matrices` multiply activations at every token: all linear weights and the output head, not the embedding."""
+
+    total: int
+    embedding: int
+    matrices: int
+    per_layer: int
+
+
+def count_parameters(config: ModelConfig) -> ParameterCounts:
+    table = parameters(config)
+    embedding = next(row.size for row in table if row.name == EMBEDDING)
+    matrices = sum(row.size for row in table if len(row.shape) == 2 and row.name != EMBEDDING)
+    if config.tie_word_embeddings and not config.num_labels:
+        matrices += embedding  # the embedding is the output head as well
+    per_layer = sum(row.size for row in table if row.name.startswith("model.layers.0."))
+    return ParameterCounts(sum(row.size for row in table), embedding, matrices, per_layer)
+
+
+def flops_per_token(config: ModelConfig, context_length: int) -> int:
+    """Floating-point operations of a training step (forward and backward) per token.
+
+    6 x the matrix parameters, plus 12 L N H T for the two products of attention over T positions, causality not
+    subtracted (Chowdhery et al. 2022, appendix B).
+    """
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context_length
+    return 6 * count_parameters(config).matrices + attention
+
+
+def kv_bytes_per_token(config: ModelConfig, bytes_per_number: int) -> int:
+    """Bytes of keys and values that one position adds to the cache."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * bytes_per_number
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes while training with float32 master weights and AdamW; `activations` is an estimate."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def training_memory(
+    config: ModelConfig, batch_size: int, sequence_length: int, bytes_per_number: int = 2
+) -> TrainingMemory:
+    """Memory of a step over batch_size x sequence_length tokens, activations held in `bytes_per_number`.
+
+    A block keeps for its backward pass about: its input and two norms' outputs (4 D with the residual), queries, keys,
+    values and the attention's output, and four arrays of the feed-forward width. Attention weights and logits are not
+    kept (fused attention, chunked head), but one chunk of logits is counted in float32.
+    """
+    count = count_parameters(config).total
+    heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    per_token = config.num_hidden_layers * (4 * config.hidden_size + heads + 4 * config.intermediate_size)
+    tokens = batch_size * sequence_length
+    activations = tokens * per_token * bytes_per_number + min(tokens, 512) * config.vocab_size * 4
+    return TrainingMemory(4 * count, 4 * count, 8 * count, activations)
