@@ -1,0 +1,179 @@
+"""The `llamita` command: finds the verb, lets tyro derive its flags, turns a user's mistake into one line.
+
+A verb's module is imported only when that verb is called, so `llamita --help` loads no framework and answers at once.
+Deliberately knows nothing of what a verb does; a verb's flags are the fields of the dataclass that its function takes.
+"""
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
+from typing import Any, NamedTuple
+
+from llamita import __version__
+
+TRACEBACK_VARIABLE = "LLAMITA_TRACEBACK"
+USER_MISTAKE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses; the last two are those of shells for signals
+
+
+class Verb(NamedTuple):
+    """Where a verb's function lies, and its line in `llamita --help`."""
+
+    module: str
+    function: str
+    help: str
+
+
+VERBS: Mapping[str, Verb] = {
+    "quickstart": Verb("llamita.cli.quickstart", "run", "Train a small model from nothing and read what it writes."),
+    "tokenizer train": Verb("llamita.cli.tokenizer", "train", "Train a tokenizer on text files."),
+    "prepare": Verb("llamita.cli.prepare", "run", "Turn text into the token files that training reads."),
+    "data show": Verb("llamita.cli.data", "show", "Look at prepared data as a model will see it."),
+    "train": Verb("llamita.cli.train", "run", "Train a model from nothing, or carry on an interrupted run."),
+    "generate": Verb("llamita.cli.generate", "run", "Continue a prompt with a trained model."),
+    "info": Verb("llamita.cli.info", "run", "Count a model's parameters, operations and bytes; list the presets."),
+}
+
+# Packages that `pip install llamita` leaves out, and the extra that brings them.
+EXTRAS = {"datasets": "data", "tensorboard": "logging", "wandb": "logging", "transformers": "compare"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (default: those of the process) and return its exit status."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        status = _dispatch(arguments)
+        sys.stdout.flush()  # a reader that has gone shows here, not at exit
+        return status
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit; let that go nowhere instead of printing a warning.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except ModuleNotFoundError as error:
+        if os.environ.get(TRACEBACK_VARIABLE) or not error.name or error.name.split(".")[0] == "llamita":
+            raise
+        return _fail(f"the package {error.name!r} is not installed; {_install_command(error.name)}")
+    except (ValueError, OSError) as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        return _fail(_one_line(error))
+    except Exception:
+        print("This is a bug in Llamita, not a mistake of yours: please report it with what follows.", file=sys.stderr)
+        raise
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    if not arguments:
+        print(overview(), file=sys.stderr)
+        return USER_MISTAKE
+    if arguments[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if arguments[0] == "--version":
+        print(f"llamita {__version__}")
+        return 0
+    if arguments[0] in VERBS:
+        return _call(arguments[0], arguments[1:])
+    group = arguments[0]
+    if not any(name.startswith(f"{group} ") for name in VERBS):
+        return _fail(_unknown(group))
+    if len(arguments) == 1:
+        print(overview(group), file=sys.stderr)
+        return USER_MISTAKE
+    if arguments[1] in ("-h", "--help"):
+        print(overview(group))
+        return 0
+    name = f"{group} {arguments[1]}"
+    return _call(name, arguments[2:]) if name in VERBS else _fail(_unknown(name))
+
+
+def _call(name: str, arguments: Sequence[str]) -> int:
+    """Import the verb's module, parse its arguments, and call it; what it returns is the exit status, None being 0."""
+    verb = VERBS[name]
+    function = getattr(importlib.import_module(verb.module), verb.function)
+    try:
+        result = parse_and_call(function, f"llamita {name}", arguments, verb.help)
+    except SystemExit as stop:  # tyro has printed its help or what is wrong with the flags
+        if not isinstance(stop.code, int):
+            raise
+        return stop.code
+    return result if isinstance(result, int) else 0
+
+
+def parse_and_call(function: Callable[..., Any], program: str, arguments: Sequence[str], description: str) -> Any:
+    """Call `function` with what `arguments` say.
+
+    A function of one dataclass gets flags named as the fields (`--steps`, not `--config.steps`); any other gets flags
+    named as its parameters.
+    """
+    import tyro
+
+    hints = typing.get_type_hints(function, include_extras=True)
+    names = list(inspect.signature(function).parameters)
+    taken = hints.get(names[0]) if len(names) == 1 else None
+    text = inspect.getdoc(function) or description
+    if taken is None or not is_dataclass(typing.get_origin(taken) or taken):
+        return tyro.cli(function, prog=program, args=arguments, description=text)
+    return function(tyro.cli(typing.cast(type, taken), prog=program, args=arguments, description=text))
+
+
+def overview(group: str = "") -> str:
+    """The text of `llamita --help`, or the part of it about one group of verbs such as `tokenizer`."""
+    shown = {name: verb.help for name, verb in VERBS.items() if not group or name.startswith(f"{group} ")}
+    width = max(map(len, VERBS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in shown.items()]
+    if group:
+        return "\n".join([f"usage: llamita {group} VERB [options]", "", *lines])
+    return "\n".join(
+        [
+            "usage: llamita VERB [options]",
+            "",
+            "Train, adapt, check and serve small Llama-family language models.",
+            "",
+            *lines,
+            "",
+            "llamita VERB --help lists the options of a verb; llamita --version prints the version.",
+            f"A mistake is reported in one line; {TRACEBACK_VARIABLE}=1 adds where in the code it was found.",
+        ]
+    )
+
+
+def _unknown(typed: str) -> str:
+    """What to say of a verb that does not exist: the closest that does."""
+    if typed.startswith("-"):
+        return f"expected a verb first, got {typed!r}; llamita --help lists the verbs"
+    group = typed.split()[0] if " " in typed else ""  # a group that exists: the slip is in the second word
+    candidates = [name for name in VERBS if name.startswith(group)]
+    known = {name: name for name in candidates} | {name.split()[0]: name for name in candidates if not group}
+    close = difflib.get_close_matches(typed, known, n=1, cutoff=0.6)
+    hint = f"did you mean 'llamita {known[close[0]]}'?" if close else "llamita --help lists the verbs"
+    return f"there is no verb {typed!r}; {hint}"
+
+
+def _install_command(module: str) -> str:
+    package = module.split(".")[0]
+    extra = f"[{EXTRAS[package]}]" if package in EXTRAS else ""
+    return f"install it with: pip install 'llamita{extra}'" if extra else f"install it with: pip install {package}"
+
+
+def _one_line(error: Exception) -> str:
+    """The message of an error, its line breaks folded; the system's errors as `what: which file`."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = ": ".join([error.strerror, *(str(name) for name in (error.filename, error.filename2) if name)])
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return USER_MISTAKE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
