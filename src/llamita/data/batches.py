@@ -1,0 +1,191 @@
+"""The order of rows: resumable training batches that any number of processes can share, and evaluation batches.
+
+The rows of a step are a pure function of (seed, step), so a batch does not depend on how many processes share it, and
+resuming needs only the number of the step. This file knows nothing about what is in a row, devices or losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llamita.data.packing import Row, Rows
+
+NOT_SCORED = -100
+"""The label of a position whose prediction is not scored (what PyTorch calls ignore_index)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows ready for a model, already shifted: labels_BT[b, t] is the token after tokens_BT[b, t].
+
+    tokens_BT: int32. labels_BT: int32, NOT_SCORED (-100) where nothing is scored. segments_BT: int32 of the inputs, or
+    None where every row is one causal sequence; 0 is padding. row_ids: int64 [B], the rows' numbers.
+    """
+
+    tokens_BT: np.ndarray
+    labels_BT: np.ndarray
+    segments_BT: np.ndarray | None
+    row_ids: np.ndarray
+
+    @property
+    def num_targets(self) -> int:
+        """Scored positions."""
+        return int((self.labels_BT != NOT_SCORED).sum())
+
+
+class BatchIterator:
+    """Batches without end: epochs follow each other, and a batch may hold the end of one and the start of the next.
+
+    pad and pack rows come in a permutation per epoch keyed by (seed, epoch), so each epoch visits each row exactly
+    once; random rows come at offsets keyed by (seed, step). batch_size counts the rows of a step over all processes;
+    rank r gets rows [r::world_size] of them. The state holds no rank, so a run may go on with another number of
+    processes.
+    """
+
+    def __init__(
+        self, rows: Rows, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, shuffle: bool = True
+    ) -> None:
+        if len(rows) == 0:
+            raise ValueError("there are no rows to iterate over; prepare a split with at least one document")
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(f"batch_size={batch_size} must be a positive multiple of world_size={world_size}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank} must be at least 0 and below world_size={world_size}")
+        if seed < 0:
+            raise ValueError(f"seed={seed} must not be negative")
+        self.rows = rows
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.shuffle = shuffle
+        self.step = 0
+        self._epoch = -1
+        self._order = np.zeros(0, dtype=np.int64)
+
+    def __iter__(self) -> BatchIterator:
+        return self
+
+    def next(self) -> Batch:
+        """This rank's part of the batch of the current step; then the step is one further."""
+        batch = self.batch(self.step)
+        self.step += 1
+        return batch
+
+    __next__ = next
+
+    def batch(self, step: int) -> Batch:
+        """This rank's part of the batch of any step; the iterator stays where it is."""
+        row_ids = self.row_ids(step)[self.rank :: self.world_size]
+        return collate([self.rows.row(int(i)) for i in row_ids], row_ids)
+
+    def row_ids(self, step: int) -> np.ndarray:
+        """The numbers of all rows of a step, over all ranks: int64 [batch_size]."""
+        count = len(self.rows)
+        if self.rows.config.mode == "random" and self.shuffle:
+            return (_random_words(self.seed, step, self.batch_size) % np.uint64(count)).astype(np.int64)
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
+        epochs, places = np.divmod(positions, count)
+        if not self.shuffle:
+            return places
+        row_ids = np.empty_like(positions)
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            row_ids[epochs == epoch] = self._epoch_order(epoch)[places[epochs == epoch]]
+        return row_ids
+
+    @property
+    def epoch(self) -> float:
+        """How many times the rows have been gone through, with the fraction; for random rows, by tokens read."""
+        rows = len(self.rows)
+        if self.rows.config.mode == "random":
+            rows = max(1, rows // self.rows.config.sequence_length)
+        return self.step * self.batch_size / rows
+
+    def state(self) -> dict[str, Any]:
+        """What load_state needs to go on exactly here; JSON-able."""
+        return {"step": self.step, **self._identity()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where state() was taken. ValueError where rows, seed or batch size are not those of that run."""
+        for name, value in self._identity().items():
+            if state.get(name) != value:
+                raise ValueError(f"the saved run read rows with {name}={state.get(name)!r}, this one has {value!r}")
+        self.step = int(state["step"])
+
+    def _identity(self) -> dict[str, Any]:
+        config = self.rows.config
+        return {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "shuffle": self.shuffle,
+            "rows": len(self.rows),
+            "mode": config.mode,
+            "sequence_length": config.sequence_length,
+            "within_documents": config.within_documents,
+        }
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            # Sorting raw Philox words, unlike Generator.permutation, is the same in every version of numpy.
+            words = _random_words(self.seed, epoch, len(self.rows))
+            self._order = np.argsort(words, kind="stable")
+            self._epoch = epoch
+        return self._order
+
+
+def evaluation_batches(rows: Rows, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+    """Every row once, in order; the last batch may be smaller. Random windows are evaluated as packed rows.
+
+    With world_size > 1 rank r gets rows [r::world_size]; it may then get fewer batches than another rank.
+    """
+    rows = rows.for_evaluation()
+    row_ids = np.arange(rank, len(rows), world_size, dtype=np.int64)
+    for start in range(0, len(row_ids), batch_size):
+        ids = row_ids[start : start + batch_size]
+        yield collate([rows.row(int(i)) for i in ids], ids)
+
+
+def strided_windows(tokens: np.ndarray, sequence_length: int, stride: int) -> Iterator[Row]:
+    """Windows over one sequence of tokens in which every token but the first is scored exactly once.
+
+    The first window scores all its targets; each later one starts `stride` tokens further and scores only its last
+    `stride` targets, so those are predicted from at least sequence_length - stride + 1 tokens of context (a sliding
+    window, as in the perplexity guide of transformers). The last window is moved back to end with the sequence and
+    scores what is left. A sequence shorter than a block is one shorter window; fewer than two tokens give none.
+
+    Validation loss = sum of nats over the scored targets / their number; with stride = sequence_length the windows
+    score the same targets as packed rows do.
+    """
+    if not 1 <= stride <= sequence_length:
+        raise ValueError(f"stride={stride} must be between 1 and sequence_length={sequence_length}")
+    tokens = np.asarray(tokens, dtype=np.int32)
+    next_target = 1
+    while next_target < len(tokens):
+        end = sequence_length + 1 if next_target == 1 else next_target + stride
+        end = min(end, len(tokens))
+        start = max(0, end - sequence_length - 1)
+        label_mask = np.arange(start, end) >= next_target
+        yield Row(tokens[start:end], label_mask, None)
+        next_target = end
+
+
+def collate(rows: Sequence[Row], row_ids: np.ndarray) -> Batch:
+    """Stack rows of one length and shift them. Where one row has segments, those without become a single segment."""
+    tokens = np.stack([row.tokens for row in rows])
+    scored = np.stack([row.label_mask for row in rows])
+    segments_BT = None
+    if any(row.segments is not None for row in rows):
+        ones = np.ones(tokens.shape[1], dtype=np.int32)
+        segments_BT = np.stack([ones if row.segments is None else row.segments for row in rows])[:, :-1]
+    labels_BT = np.where(scored[:, 1:], tokens[:, 1:], np.int32(NOT_SCORED))
+    return Batch(tokens[:, :-1], labels_BT, segments_BT, np.asarray(row_ids, dtype=np.int64))
+
+
+def _random_words(seed: int, number: int, count: int) -> np.ndarray:
+    """`count` uint64 words of the Philox counter-based generator keyed by (seed, number)."""
+    key = np.array([seed % 2**64, number], dtype=np.uint64)
+    return np.random.Philox(key=key).random_raw(count)

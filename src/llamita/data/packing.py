@@ -1,0 +1,192 @@
+"""From token documents to rows of sequence_length + 1 tokens: padded, packed, or random windows.
+
+A row is one block: T inputs and, one place to the right, T targets. This file decides which tokens share a row and
+which targets are scored. It knows nothing about files, batches, order or epochs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+
+class TokenDocuments(Protocol):
+    """Documents of token ids laid end to end: what Rows reads. TokenShards is one; InMemoryDocuments is another."""
+
+    @property
+    def num_documents(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def document_starts(self) -> np.ndarray:
+        """int64 or uint64 [num_documents + 1]: where each document starts in the stream, then num_tokens."""
+        ...
+
+    def window(self, start: int, length: int) -> np.ndarray:
+        """Tokens start .. start + length of the stream, across documents."""
+        ...
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """How documents become rows."""
+
+    mode: Literal["pad", "pack", "random"] = "pack"
+    """pad: each document padded to whole rows; pack: documents back to back; random: windows at random offsets."""
+    sequence_length: int = 256
+    """Tokens a model reads per row, T; a row stores T + 1."""
+    within_documents: bool = False
+    """Keep attention inside a document, and never score a document's first token from the previous document's last."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("pad", "pack", "random"):
+            raise ValueError(f"mode={self.mode!r} is not a way to make rows; use pad, pack or random")
+        if self.sequence_length < 1:
+            raise ValueError(f"sequence_length={self.sequence_length} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One block of T + 1 tokens.
+
+    tokens: int32 [T+1]. label_mask: bool [T+1], True where the token is scored as a target; label_mask[0] is always
+    False, since nothing in the row precedes it. segments: int32 [T+1] or None; documents count from 1, padding is 0,
+    and attention stays inside equal numbers. None means that all tokens see each other (causally).
+    """
+
+    tokens: np.ndarray
+    label_mask: np.ndarray
+    segments: np.ndarray | None
+
+
+class Rows:
+    """The rows of one split, by number; a pure function of the documents and the configuration.
+
+    pad: a document of n tokens takes ceil(n / (T+1)) rows, which do not overlap, so the first token of each row is not
+    scored; the rest of its last row is padding (segment 0, never a target, never predicted from).
+    pack: row i holds the stream from token i*T on, so neighbours share one token and every token but the first is a
+    target exactly once. The last row is moved back to end with the stream, and scores only what is left. With
+    within_documents the first token of a document is not scored.
+    random: row i starts at token i, for any i < len(rows); the iterator draws the starts.
+
+    Only a corpus shorter than one block gives a padded row in pack mode; random refuses it (ValueError).
+    """
+
+    def __init__(
+        self,
+        documents: TokenDocuments,
+        config: RowsConfig,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+        pad_id: int | None = None,
+    ) -> None:
+        if documents.num_tokens < 2:
+            raise ValueError(f"the split has {documents.num_tokens} tokens; at least 2 are needed to predict one")
+        self.documents = documents
+        self.config = config
+        self.block = config.sequence_length + 1
+        # Padding is masked everywhere, so any valid id will do where the tokenizer has none of its own.
+        self.pad_id = next((i for i in (pad_id, eos_id, bos_id) if i is not None), 0)
+        self._starts = documents.document_starts
+        if config.mode == "pad":
+            lengths = np.diff(self._starts).astype(np.int64)
+            # rows_before[d] = rows of all documents before document d.
+            self._rows_before = np.concatenate([[0], np.cumsum(-(-lengths // self.block))])
+            self._length = int(self._rows_before[-1])
+        elif config.mode == "pack":
+            self._length = -(-(documents.num_tokens - 1) // config.sequence_length)
+        else:
+            self._length = documents.num_tokens - config.sequence_length
+            if self._length < 1:
+                raise ValueError(
+                    f"the split has {documents.num_tokens} tokens, fewer than one random window of {self.block}; "
+                    f"use a sequence_length of at most {documents.num_tokens - 1} or mode=pad"
+                )
+
+    def __len__(self) -> int:
+        return self._length
+
+    def row(self, index: int) -> Row:
+        """Row `index`, 0 <= index < len(rows)."""
+        if not 0 <= index < self._length:
+            raise IndexError(f"row {index} of {self._length}")
+        if self.config.mode == "pad":
+            return self._padded(index)
+        if self.config.mode == "random":
+            return self._window(index, index + 1)
+        first_target = index * self.config.sequence_length + 1
+        start = max(0, min(first_target - 1, self.documents.num_tokens - self.block))
+        return self._window(start, first_target)
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self.row(i) for i in range(self._length))
+
+    def for_evaluation(self) -> Rows:
+        """The rows to evaluate on: these, or packed rows of the same length where these are random windows."""
+        if self.config.mode != "random":
+            return self
+        packed = RowsConfig("pack", self.config.sequence_length, self.config.within_documents)
+        return Rows(self.documents, packed, pad_id=self.pad_id)
+
+    def _padded(self, index: int) -> Row:
+        document = int(np.searchsorted(self._rows_before, index, side="right")) - 1
+        start = int(self._starts[document]) + (index - int(self._rows_before[document])) * self.block
+        length = min(self.block, int(self._starts[document + 1]) - start)
+        return self._block(self.documents.window(start, length), np.ones(length, dtype=np.int32))
+
+    def _window(self, start: int, first_target: int) -> Row:
+        """The block from stream position `start`, scoring only positions from `first_target` on."""
+        length = min(self.block, self.documents.num_tokens - start)
+        tokens = self.documents.window(start, length)
+        segments = None
+        is_first = np.zeros(length, dtype=bool)
+        if self.config.within_documents:
+            low = int(np.searchsorted(self._starts, start + 1, side="left"))
+            high = int(np.searchsorted(self._starts, start + length, side="left"))
+            is_first[np.asarray(self._starts[low:high]).astype(np.int64) - start] = True
+            segments = 1 + np.cumsum(is_first, dtype=np.int32)
+        row = self._block(tokens, segments)
+        row.label_mask[:length] &= ~is_first
+        row.label_mask[: first_target - start] = False
+        return row
+
+    def _block(self, tokens: np.ndarray, segments: np.ndarray | None) -> Row:
+        """Pad to a whole block, with every real token but the first a target."""
+        length = len(tokens)
+        block_tokens = np.full(self.block, self.pad_id, dtype=np.int32)
+        block_tokens[:length] = tokens
+        label_mask = np.zeros(self.block, dtype=bool)
+        label_mask[1:length] = True
+        if length < self.block and segments is None:
+            segments = np.ones(length, dtype=np.int32)
+        block_segments = None
+        if segments is not None:
+            block_segments = np.zeros(self.block, dtype=np.int32)
+            block_segments[:length] = segments
+        return Row(block_tokens, label_mask, block_segments)
+
+
+class InMemoryDocuments:
+    """Token documents held in memory, for tests and small experiments."""
+
+    def __init__(self, documents: Sequence[Sequence[int] | np.ndarray]) -> None:
+        arrays = [np.asarray(document, dtype=np.int32) for document in documents]
+        self.tokens = np.concatenate([np.zeros(0, dtype=np.int32), *arrays])
+        self.document_starts = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int64)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.document_starts) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    def document(self, index: int) -> np.ndarray:
+        return self.tokens[self.document_starts[index] : self.document_starts[index + 1]]
+
+    def window(self, start: int, length: int) -> np.ndarray:
+        return self.tokens[start : start + length]
