@@ -10,7 +10,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 
 VENV := .venv
-PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS)
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --quiet $(PIP_ARGS)
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
