@@ -1,0 +1,281 @@
+"""The Llama: embedding, pre-norm blocks of attention and SwiGLU, final norm, output head.
+
+Built from the architecture table, whose names it gives and takes; inside, query, key and value projections are one
+matrix, and so are gate and up, since one large product is faster than three. Knows nothing of training or requests.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llamita import architecture
+from llamita.config import ModelConfig
+from llamita.torch_backend import attention as masks
+from llamita.torch_backend import layers
+from llamita.torch_backend.kv_cache import KVCache
+from llamita.torch_backend.layers import FUSED, Operations
+
+Trace = Callable[[str, Tensor], None]
+
+# Which canonical linear maps lie in one matrix, one below the other.
+PACKING = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
+
+
+class ModelOutput(NamedTuple):
+    """`logits_BTV` over the vocabulary (over the labels for a classifier); `hidden_BTD` after the final norm."""
+
+    logits_BTV: Tensor
+    hidden_BTD: Tensor
+
+
+class Linear(nn.Module):
+    """A weight (n_out, n_in) and perhaps a bias (n_out,), not yet initialised."""
+
+    def __init__(self, n_out: int, n_in: int, bias: bool, operations: Operations) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+        self.product = operations.linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight, self.bias)
+
+
+class Embedding(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        return F.embedding(tokens_BT, self.weight)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config: ModelConfig, operations: Operations) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size))
+        self.eps = config.rms_norm_eps
+        self.norm = operations.rms_norm
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.norm(x_BTD, self.weight, self.eps)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every layer's attention needs to know of the tokens: rotations, who sees whom, and the cache."""
+
+    cos_BTE: Tensor
+    sin_BTE: Tensor
+    mask: Tensor | None
+    causal: bool
+    cache: KVCache | None = None
+    cache_positions_BT: Tensor | None = None
+    cache_stop: int = 0
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int, operations: Operations) -> None:
+        super().__init__()
+        self.layer = layer
+        self.N, self.K, self.H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        D, bias = config.hidden_size, config.attention_bias
+        self.qkv_proj = Linear((self.N + 2 * self.K) * self.H, D, bias, operations)
+        self.o_proj = Linear(D, self.N * self.H, bias, operations)
+        self.dropout = config.dropout
+        self.attend = operations.attention
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        N, K, H = self.N, self.K, self.H
+        heads_BTGH = self.qkv_proj(x_BTD).unflatten(-1, (N + 2 * K, H))  # G: query, key and value heads
+        rotated_BTGH = layers.apply_rope(heads_BTGH[..., : N + K, :], context.cos_BTE, context.sin_BTE)
+        q_BNTH = rotated_BTGH[..., :N, :].transpose(1, 2)
+        k_BKTH = rotated_BTGH[..., N:, :].transpose(1, 2)
+        v_BKTH = heads_BTGH[..., N + K :, :].transpose(1, 2)
+        if context.cache is not None:
+            k_BKTH, v_BKTH = context.cache.update(
+                self.layer, k_BKTH, v_BKTH, context.cache_positions_BT, context.cache_stop
+            )
+        dropout = self.dropout if self.training else 0.0
+        mixed_BNTH = self.attend(q_BNTH, k_BKTH, v_BKTH, context.mask, context.causal, dropout)
+        return self.o_proj(mixed_BNTH.transpose(1, 2).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig, operations: Operations) -> None:
+        super().__init__()
+        D, C, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_up_proj = Linear(2 * C, D, bias, operations)
+        self.down_proj = Linear(D, C, bias, operations)
+        self.gate = operations.gated_silu
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(self.gate(self.gate_up_proj(x_BTD)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int, operations: Operations) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config, operations)
+        self.self_attn = Attention(config, layer, operations)
+        self.post_attention_layernorm = RMSNorm(config, operations)
+        self.mlp = FeedForward(config, operations)
+        self.dropout = config.dropout
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        x_BTD = x_BTD + self.drop(self.self_attn(self.input_layernorm(x_BTD), context))
+        return x_BTD + self.drop(self.mlp(self.post_attention_layernorm(x_BTD)))
+
+    def drop(self, x_BTD: Tensor) -> Tensor:
+        return F.dropout(x_BTD, self.dropout, self.training) if self.dropout else x_BTD
+
+
+class Body(nn.Module):
+    """Everything below the output head; the name `model` and those inside are the canonical ones."""
+
+    def __init__(self, config: ModelConfig, operations: Operations) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config)
+        self.layers = nn.ModuleList(Block(config, i, operations) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config, operations)
+
+
+class Llama(nn.Module):
+    """A Llama-family model. Made by `weights.build_model`, which gives the parameters their values.
+
+    `model(tokens_BT)` returns logits and last hidden states. `operations` chooses between the readable form of each
+    operation (`layers.PLAIN`) and the fused one (`layers.FUSED`).
+    """
+
+    def __init__(self, config: ModelConfig, operations: Operations = FUSED) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Body(config, operations)
+        if config.num_labels:
+            self.score = Linear(config.num_labels, config.hidden_size, False, operations)
+        elif not config.tie_word_embeddings:
+            self.lm_head = Linear(config.vocab_size, config.hidden_size, False, operations)
+
+    @property
+    def output_weight_VD(self) -> Tensor:
+        """The matrix that turns hidden states into logits: the output head's, or the embedding's where tied."""
+        if self.config.num_labels:
+            return self.score.weight
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        trace: Trace | None = None,
+    ) -> ModelOutput:
+        """Logits (B, T, V) and hidden states (B, T, D) after the final norm, for tokens (B, T) of whole numbers.
+
+        positions_BT defaults to 0, 1, ... (after what the cache holds). segments_BT keeps attention inside a document
+        of a packed row, and marks padding on either side with 0. With a cache, keys and values of earlier positions
+        come from it, and rows of different length give their positions. `trace(name, x_BTD)` is shown the residual
+        stream after the embedding, after each block, and after the final norm.
+        """
+        hidden_BTD = self.hidden(
+            tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT, cache=cache, trace=trace
+        )
+        return ModelOutput(self.logits(hidden_BTD), hidden_BTD)
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        return F.linear(hidden_BTD, self.output_weight_VD)
+
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        trace: Trace | None = None,
+    ) -> Tensor:
+        """The hidden states of `forward`, without the product with the output head."""
+        context = self.context(tokens_BT, positions_BT, segments_BT, cache)
+        x_BTD = self.model.embed_tokens(tokens_BT)
+        if self.config.dropout:
+            x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
+        if trace:
+            trace("embedding", x_BTD)
+        for i, block in enumerate(self.model.layers):
+            x_BTD = block(x_BTD, context)
+            if trace:
+                trace(f"layers.{i}", x_BTD)
+        x_BTD = self.model.norm(x_BTD)
+        if trace:
+            trace("norm", x_BTD)
+        if cache is not None:
+            cache.length = context.cache_stop
+        return x_BTD
+
+    def context(
+        self, tokens_BT: Tensor, positions_BT: Tensor | None, segments_BT: Tensor | None, cache: KVCache | None
+    ) -> Context:
+        """Rotations and masks, computed once for all layers; ValueError where the tokens pass the cache's capacity."""
+        T, device = tokens_BT.shape[1], tokens_BT.device
+        start = 0 if cache is None else cache.length
+        given_BT = positions_BT
+        if positions_BT is None:
+            positions_BT = torch.arange(start, start + T, device=device)[None]
+        cos_BTE, sin_BTE = layers.rope_table(positions_BT, self.config.head_dim, self.config.rope_theta)
+        if cache is None:
+            mask = None if segments_BT is None else masks.segment_mask(segments_BT)
+            return Context(cos_BTE, sin_BTE, mask, causal=mask is None)
+        assert segments_BT is None, "a cache keeps one document a row"
+        stop = start + T if given_BT is None else int(given_BT.max()) + 1
+        if stop > cache.capacity:
+            raise ValueError(f"{stop} positions do not fit a cache of {cache.capacity}; make it larger")
+        mask = None if given_BT is None else masks.position_mask(given_BT, stop)
+        return Context(cos_BTE, sin_BTE, mask, given_BT is None and T > 1, cache, given_BT, stop)
+
+    # --- names and values ---
+
+    def packed_parameters(self) -> Iterator["PackedParameter"]:
+        """Every parameter with the canonical parameters that it holds, in the order of the table."""
+        table = {row.name: row for row in architecture.parameters(self.config)}
+        for name, parameter in self.named_parameters():
+            rows = [table[part] for part in _canonical_names(name)]
+            sizes = [row.shape[0] for row in rows]
+            assert sum(sizes) == parameter.shape[0], f"{name} is not made of {[row.name for row in rows]}"
+            yield PackedParameter(name, parameter, tuple(row.name for row in rows), tuple(sizes), rows[0].weight_decay)
+
+    def canonical_state(self) -> dict[str, Tensor]:
+        """Views of the parameters under their canonical names."""
+        return {
+            name: view
+            for packed in self.packed_parameters()
+            for name, view in zip(packed.parts, packed.split(packed.parameter.detach()), strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class PackedParameter:
+    """A parameter of the module and the canonical parameters whose rows it stacks (one, where nothing is packed)."""
+
+    name: str
+    parameter: nn.Parameter
+    parts: tuple[str, ...]
+    sizes: tuple[int, ...]
+    weight_decay: bool
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Views of `tensor`, shaped like the parameter, one for each part."""
+        return tensor.split(self.sizes)
+
+
+def _canonical_names(name: str) -> tuple[str, ...]:
+    for packed, parts in PACKING.items():
+        if f".{packed}." in name:
+            module = packed.rpartition(".")[0]
+            return tuple(name.replace(packed, f"{module}.{part}") for part in parts)
+    return (name,)
