@@ -246,9 +246,9 @@ def _tied(config: ModelConfig) -> bool:
 
 def short_number(value: float) -> str:
     """Three digits and a decimal prefix: `40.2 G`; only a space where none is needed."""
-    prefixes = iter(("", "k", "M", "G", "T"))
+    prefixes = iter(("", "k", "M", "G", "T", "P"))
     prefix = next(prefixes)
-    while value >= 999.5 and prefix != "T":
+    while value >= 999.5 and prefix != "P":
         value, prefix = value / 1000, next(prefixes)
     return f"{value:.3g} {prefix}"
 

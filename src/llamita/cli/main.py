@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if os.environ.get(TRACEBACK_VARIABLE) or not error.name or error.name.split(".")[0] == "llamita":
             raise
-        return _fail(f"the package {error.name!r} is not installed; {_install_command(error.name)}")
+        return _fail(_how_to_install(error.name.split(".")[0]))
     except (ValueError, OSError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
@@ -156,10 +156,9 @@ def _unknown(typed: str) -> str:
     return f"there is no verb {typed!r}; {hint}"
 
 
-def _install_command(module: str) -> str:
-    package = module.split(".")[0]
-    extra = f"[{EXTRAS[package]}]" if package in EXTRAS else ""
-    return f"install it with: pip install 'llamita{extra}'" if extra else f"install it with: pip install {package}"
+def _how_to_install(package: str) -> str:
+    wanted = f"'llamita[{EXTRAS[package]}]'" if package in EXTRAS else package
+    return f"the package {package!r} is not installed; install it with: pip install {wanted}"
 
 
 def _one_line(error: Exception) -> str:
