@@ -1,0 +1,114 @@
+"""`llamita generate`: continues a prompt with a trained model, printing text as it comes.
+
+Reads the prompt and the options, picks the backend, prints. How tokens are chosen, and when generation ends, is the
+engine's business.
+"""
+
+import os
+import stat
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal, TextIO
+
+import tyro
+
+from llamita.inference.request import Statistics
+from llamita.plan import SamplingParams
+from llamita.text.tokenizer import Tokenizer
+
+INTERRUPTED = 130  # the exit status of shells for Ctrl-C
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Continue a prompt with a trained model.
+
+    By default tokens are drawn from the model's own distribution (temperature 1, nothing else switched on).
+    """
+
+    model: tyro.conf.Positional[Path]
+    """A model directory, or the directory of a training run (then its best checkpoint)."""
+    prompt: tyro.conf.Positional[str | None] = None
+    """The text to continue; - reads it from standard input, and so does a pipe. Nothing: start a new text."""
+    prompt_tokens: tuple[int, ...] = ()
+    """The prompt as token ids, taken as they are: no BOS token is put before them."""
+    sampling: tyro.conf.OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
+    echo: bool = True
+    """Print the prompt before its continuation."""
+    statistics: bool = False
+    """Report tokens per second, memory bandwidth and the seed on standard error."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights and cache; auto is that of the file."""
+    device: Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda")] = "auto"
+    """Where to run; auto takes a GPU if there is one."""
+
+
+def run(options: GenerateOptions) -> int:
+    from llamita.inference.llm import LLM
+    from llamita.torch_backend.runner import load_runner
+
+    if options.prompt is not None and options.prompt_tokens:
+        raise ValueError("both a prompt and --prompt-tokens were given; give one of them")
+    prompt: str | tuple[int, ...] = options.prompt_tokens or read_prompt(options.prompt, sys.stdin)
+    llm = LLM.load(options.model, partial(load_runner, dtype=options.dtype, device=options.device))
+    events = llm.events(prompt, options.sampling)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows a question mark
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    if options.echo:
+        print(prompt if isinstance(prompt, str) else shown(prompt, llm.tokenizer), end="", flush=True)
+    status, last = 0, None
+    try:
+        for event in events:
+            last = event
+            print(f" {event.token_id}" if llm.tokenizer is None else event.text, end="", flush=True)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    print(flush=True)
+    if options.statistics and last is not None:
+        print(report(last.statistics, last.finish_reason or "interrupted"), file=sys.stderr)
+    return status
+
+
+def read_prompt(given: str | None, stdin: TextIO) -> str:
+    """The prompt as given, or from standard input for `-` or where that is a pipe or a file; its last newline is cut.
+
+    Raises ValueError where standard input is not UTF-8.
+    """
+    if given is not None and given != "-":
+        return given
+    if given is None and not _is_fed(stdin):
+        return ""
+    try:
+        text = stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt on standard input is not UTF-8 (byte {error.start}); convert it first") from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def shown(token_ids: tuple[int, ...], tokenizer: Tokenizer | None) -> str:
+    """Token ids as text, or as numbers for a model without a tokenizer."""
+    return " ".join(map(str, token_ids)) if tokenizer is None else tokenizer.decode(token_ids)
+
+
+def report(statistics: Statistics, ending: str) -> str:
+    """The line of `--statistics`; its bandwidth counts weights and cached keys and values once for a decoded token."""
+    return (
+        f"prefill: {statistics.prompt_tokens} tokens in {statistics.prefill_seconds:.3f} s, "
+        f"{statistics.prefill_tokens_per_second:.1f} tokens/s; "
+        f"decode: {statistics.decode_tokens} tokens in {statistics.decode_seconds:.3f} s, "
+        f"{statistics.decode_tokens_per_second:.1f} tokens/s, "
+        f"{statistics.decode_bytes_per_second / 1e9:.2f} GB/s read; "
+        f"{statistics.generated_tokens} generated; seed {statistics.seed}; finished: {ending}"
+    )
+
+
+def _is_fed(stdin: TextIO) -> bool:
+    """Whether standard input is a pipe or a file rather than a terminal or nothing."""
+    try:
+        mode = os.fstat(stdin.fileno()).st_mode
+    except (OSError, ValueError):  # closed, or replaced by something that is no file
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)

@@ -1,0 +1,91 @@
+"""Text out of a stream of tokens: whole characters only, and nothing past a stop string.
+
+`IncrementalDetokenizer` turns ids into text as they come; `StopMatcher` holds text back while it may still turn out to
+begin a stop string. Neither knows where the ids come from.
+"""
+
+import codecs
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+
+class TokenBytes(Protocol):
+    """The part of a tokenizer that streaming needs."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def strips_leading_space(self) -> bool: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+class IncrementalDetokenizer:
+    """Decodes token ids as they come, so that the pieces joined are what decoding them all at once gives.
+
+    A character whose bytes are spread over tokens comes out with its last byte; bytes that no character can begin with
+    come out as U+FFFD, as in `bytes.decode("utf-8", errors="replace")`. `context` are the ids before the first one:
+    their text is not repeated, but a character that they leave unfinished is completed, and the space that a
+    SentencePiece model puts before the first word of a text is dropped only where no text came before. Ids that the
+    tokenizer does not know (a model's padded vocabulary) give no text.
+    """
+
+    def __init__(self, tokenizer: TokenBytes, context: Iterable[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._drop_space = tokenizer.strips_leading_space
+        for token_id in context:
+            self.feed(token_id)
+
+    def feed(self, token_id: int) -> str:
+        """Take one id and return the text that is certain through it, often one word, sometimes nothing."""
+        if not 0 <= token_id < self._tokenizer.vocab_size:
+            return ""
+        data = self._tokenizer.token_bytes(token_id)
+        if self._drop_space and data:
+            self._drop_space = False
+            data = data.removeprefix(b" ")
+        return self._decoder.decode(data)
+
+    def finish(self) -> str:
+        """Return what is left: U+FFFD where the last character stayed unfinished, else nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+class StopMatcher:
+    """Passes text through until a stop string appears in it, and never lets out a part of one.
+
+    The stop string that is complete first ends the text; of several complete at the same character, the longest. The
+    output does not depend on how the text was split. Only the longest suffix that begins a stop string is held back.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.matched: str | None = None
+
+    def feed(self, text: str) -> str:
+        """Take more text and return what can be let out; once `matched` is set, nothing more comes."""
+        if self.matched is not None:
+            return ""
+        pending = self._held + text
+        matches = [(pending.find(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in pending]
+        if matches:
+            end, _, self.matched = min(matches)
+            self._held = ""
+            return pending[: end - len(self.matched)]
+        held = max((_overlap(pending, stop) for stop in self._stops), default=0)
+        self._held = pending[len(pending) - held :]
+        return pending[: len(pending) - held]
+
+    def finish(self) -> str:
+        """Return the text held back, which no stop string came to complete."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
