@@ -1,0 +1,132 @@
+"""Where documents come from: text files, WikiText, JSON lines, a Hugging Face dataset, or Meadow.
+
+`documents(source)` gives one string after another, the same each time, in memory bounded by the longest of them. Knows
+nothing about tokens, splits of a corpus or where documents go.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal
+
+from llamita.data import meadow, textfiles, wikitext
+
+SourceKind = Literal["text", "wikitext", "jsonl", "hub", "meadow"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A stream of documents that can be read again from its start."""
+
+    kind: SourceKind
+    files: tuple[Path, ...] = ()
+    """text, wikitext and jsonl: read in this order."""
+    separator: textfiles.Separator = "blank-line"
+    """text: what lies between documents."""
+    text_field: str = "text"
+    """jsonl and hub: the field or column that holds a document."""
+    dataset: str = ""
+    """hub: the name of a dataset, or a local directory of one."""
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    """hub: which split of the dataset."""
+    rows_are_lines: bool = False
+    """hub: the rows are the lines of WikiText files; put articles together."""
+    limit: int | None = None
+    """At most this many documents; meadow needs it."""
+    seed: int = 0
+    """meadow: which stories, with `corpus`."""
+    corpus: Literal["train", "validation"] = "train"
+
+    def check(self) -> None:
+        """Raise for what can be known to fail before anything is read."""
+        if self.kind in ("text", "wikitext", "jsonl"):
+            if not self.files:
+                raise ValueError(f"source {self.kind} reads files, and none were given; pass --files FILE ...")
+            for path in self.files:
+                if not path.exists():
+                    raise FileNotFoundError(f"there is no file {path}")
+                if path.is_dir():
+                    raise IsADirectoryError(f"{path} is a directory; pass the files in it")
+        if self.kind == "hub" and not self.dataset:
+            raise ValueError("source hub needs the name of a dataset or its directory; pass --dataset NAME")
+        if self.kind == "meadow" and not self.limit:
+            raise ValueError("source meadow writes as many stories as asked for; pass --documents N")
+
+    @property
+    def total_bytes(self) -> int | None:
+        """Bytes of the files, about what the documents will come to; None where it is not known."""
+        if self.limit is not None or not self.files:
+            return None
+        return sum(path.stat().st_size for path in self.files)
+
+
+def documents(source: Source) -> Iterator[str]:
+    """The documents of a source, in order; some may be empty.
+
+    ValueError or OSError, in one line, for files or rows that cannot be read.
+    """
+    source.check()
+    return islice(_all_documents(source), source.limit)
+
+
+def _all_documents(source: Source) -> Iterator[str]:
+    if source.kind == "text":
+        return chain.from_iterable(textfiles.documents(path, source.separator) for path in source.files)
+    if source.kind == "wikitext":
+        return chain.from_iterable(wikitext.articles(textfiles.lines(path)) for path in source.files)
+    if source.kind == "jsonl":
+        return chain.from_iterable(_json_lines(path, source.text_field) for path in source.files)
+    if source.kind == "hub":
+        rows = _hub_rows(source)
+        return wikitext.articles(rows) if source.rows_are_lines else rows
+    if source.kind == "meadow":
+        assert source.limit is not None
+        return meadow.corpus(source.seed, source.limit, source.corpus)
+    raise ValueError(f"source={source.kind!r} is not known; use text, wikitext, jsonl, hub or meadow")
+
+
+def _json_lines(path: Path, field: str) -> Iterator[str]:
+    for number, line in enumerate(textfiles.lines(path), start=1):
+        if not line or line.isspace():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where} is not JSON: {error}") from None
+        yield _text_of(record, field, where)
+
+
+def _hub_rows(source: Source) -> Iterator[str]:
+    import datasets
+
+    try:
+        rows: Iterable[Any] = datasets.load_dataset(
+            source.dataset, source.dataset_config, split=source.dataset_split, streaming=True
+        )
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # the library and its HTTP client have many kinds
+        raise OSError(f"dataset {source.dataset!r} could not be opened: {type(error).__name__}: {error}") from error
+    for number, row in enumerate(rows):
+        yield _text_of(row, source.text_field, f"{source.dataset} ({source.dataset_split}), row {number}")
+
+
+def _text_of(record: Any, field: str, where: str) -> str:
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is {type(record).__name__}, not an object with the field {field!r}")
+    if field not in record:
+        raise ValueError(f"{where} has no field {field!r}, only {sorted(record)}; pass --text-field")
+    text = record[field]
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: field {field!r} is {type(text).__name__}, not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: character {error.start} is half of a surrogate pair, which is not text") from None
+    return text
