@@ -1,0 +1,110 @@
+"""Text to ids and back for a `tokenizer.json`, through the `tokenizers` library.
+
+Knows the vocabulary and the added tokens; knows nothing of which of them begin or end a text (tokenizer.py does).
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from llamita.text import fast_bpe
+
+SPACE_MARK = "▁"
+
+
+class HuggingFaceCodec:
+    """A `tokenizers.Tokenizer` with byte-level or SentencePiece-like tokens.
+
+    vocab_size: ids are 0..vocab_size-1. special_tokens: text -> id of the tokens that control a model. Raises ValueError
+    for a tokenizer whose tokens do not stand for bytes (WordPiece, a word list).
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # text that looks like a control token is text
+        self._tokenizer = tokenizer
+        self.spec: dict[str, Any] = json.loads(tokenizer.to_str())
+        self.vocabulary = vocab = tokenizer.get_vocab(with_added_tokens=True)
+        if not vocab:
+            raise ValueError("the vocabulary is empty")
+        self.vocab_size = max(vocab.values()) + 1
+        added = {token["id"]: token for token in self.spec["added_tokens"]}
+        self.special_tokens = {token["content"]: token_id for token_id, token in added.items() if token["special"]}
+        self.strips_leading_space = False
+        to_bytes = self._bytes_of_token()
+        self.bytes_of_id = [b""] * self.vocab_size
+        for name, token_id in vocab.items():
+            if token_id not in added:
+                self.bytes_of_id[token_id] = to_bytes(name)
+            elif not added[token_id]["special"]:
+                self.bytes_of_id[token_id] = name.encode()
+
+    @classmethod
+    def from_file(cls, path: Path) -> "HuggingFaceCodec":
+        """Read a tokenizer.json; ValueError names the file and the fault."""
+        try:
+            return cls(tokenizers.Tokenizer.from_str(path.read_text("utf-8")))
+        except OSError:
+            raise
+        except Exception as fault:  # the library raises bare Exceptions
+            reason = " ".join(str(fault).split())
+            raise ValueError(f"{path} is not a tokenizer.json that can be used: {reason}") from None
+
+    def encode(self, text: str) -> list[int]:
+        fast = self._fast.encode(text) if self._fast else None
+        return self._tokenizer.encode(text, add_special_tokens=False).ids if fast is None else fast
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if self._fast:
+            return [self.encode(text) for text in texts]
+        return [found.ids for found in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_with_special(self, text: str) -> list[int]:
+        return self._with_special.encode(text, add_special_tokens=False).ids
+
+    def fingerprint(self) -> str:
+        """sha256 over what decides ids: not over how a text is decoded or how a pair of texts is joined."""
+        decisive = {key: self.spec.get(key) for key in ("normalizer", "pre_tokenizer", "added_tokens", "model")}
+        # Options that are off are left out, so that a library version that adds one leaves the hash alone.
+        decisive["model"] = {key: value for key, value in decisive["model"].items() if value not in (None, False, "")}
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+    def write(self, directory: Path) -> None:
+        self._tokenizer.save(str(directory / "tokenizer.json"), pretty=True)
+
+    @functools.cached_property
+    def _fast(self) -> fast_bpe.FastBpe | None:
+        return fast_bpe.fast_bpe(self._tokenizer, self.spec)
+
+    @functools.cached_property
+    def _with_special(self) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+
+    def _bytes_of_token(self) -> Any:
+        """The function from a token's name to its bytes, by the kind of decoder; sets strips_leading_space."""
+        decoder = self.spec.get("decoder") or {}
+        steps = decoder.get("decoders", [decoder])
+        kinds = {step.get("type") for step in steps}
+        if "ByteLevel" in kinds:
+            table = fast_bpe.byte_of_character()
+            return lambda name: bytes(table[c] for c in name) if all(c in table for c in name) else name.encode()
+        if "Metaspace" in kinds or any(
+            step.get("type") == "Replace" and step["pattern"].get("String") == SPACE_MARK for step in steps
+        ):
+            self.strips_leading_space = any(
+                (step["type"] == "Strip" and step["content"] == " " and step["start"] > 0)
+                or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+                for step in steps
+            )
+            byte_pieces = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)} if "ByteFallback" in kinds else {}
+            return lambda name: byte_pieces.get(name) or name.replace(SPACE_MARK, " ").encode()
+        raise ValueError(
+            f"its decoder is {decoder.get('type')}; only byte-level tokens (ByteLevel) and SentencePiece tokens "
+            "(Metaspace, or Replace and ByteFallback) stand for bytes"
+        )

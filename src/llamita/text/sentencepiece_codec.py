@@ -1,0 +1,86 @@
+"""Text to ids and back for a SentencePiece `tokenizer.model`, through the `sentencepiece` library, with its ids.
+
+What SentencePiece itself does, and this passes on: control symbols and byte pieces never come out of text, whatever it
+spells; user-defined symbols, where a model has any, always do. A space and `▁` (U+2581) are one and the same to it, so a
+literal `▁` decodes to a space. With the usual dummy prefix a text is encoded with a space put before it, which decoding
+takes away again (`strips_leading_space`).
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from llamita.text import sentencepiece_json
+
+SPACE_MARK = "▁"
+
+
+class SentencePieceCodec:
+    """A SentencePiece model: same attributes as HuggingFaceCodec."""
+
+    def __init__(self, proto: bytes) -> None:
+        self._proto = proto
+        self._processor = sentencepiece.SentencePieceProcessor()
+        self._processor.LoadFromSerializedProto(proto)
+        processor = self._processor
+        self.vocab_size = processor.get_piece_size()
+        if self.vocab_size == 0:
+            raise ValueError("it holds no pieces")
+        self.special_tokens: dict[str, int] = {}
+        self.bytes_of_id = [b""] * self.vocab_size
+        for token_id in range(self.vocab_size):
+            piece = processor.id_to_piece(token_id)
+            if processor.IsControl(token_id) or processor.IsUnknown(token_id):
+                self.special_tokens[piece] = token_id
+            elif processor.IsByte(token_id):
+                self.bytes_of_id[token_id] = bytes([int(piece[3:5], 16)])
+            else:
+                self.bytes_of_id[token_id] = piece.replace(SPACE_MARK, " ").encode()
+        self.bos_id, self.eos_id = _known(processor.bos_id()), _known(processor.eos_id())
+        self.unk_id, self.pad_id = _known(processor.unk_id()), _known(processor.pad_id())
+        self.strips_leading_space = sentencepiece_json.parse(proto).adds_dummy_prefix
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        self._special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+    @classmethod
+    def from_file(cls, path: Path) -> "SentencePieceCodec":
+        """Read a tokenizer.model; ValueError names the file and the fault."""
+        proto = path.read_bytes()
+        try:
+            return cls(proto)
+        except Exception as fault:  # the library raises RuntimeErrors with a C++ place in them
+            reason = " ".join(str(fault).split())
+            raise ValueError(f"{path} is not a SentencePiece model: {reason}") from None
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._processor.encode(text) for text in texts]
+
+    def encode_with_special(self, text: str) -> list[int]:
+        """Each stretch between special tokens is encoded as a text of its own, dummy prefix included."""
+        ids: list[int] = []
+        for part in self._special.split(text):
+            if part in self.special_tokens:
+                ids.append(self.special_tokens[part])
+            else:
+                ids.extend(self._processor.encode(part))
+        return ids
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self._proto).hexdigest()
+
+    def write(self, directory: Path) -> None:
+        """Write tokenizer.model, and the same tokenizer as tokenizer.json where that form can hold it."""
+        (directory / "tokenizer.model").write_bytes(self._proto)
+        converted = sentencepiece_json.convert(sentencepiece_json.parse(self._proto))
+        if converted is not None and sentencepiece_json.agree_on_spaces(converted, self._processor):
+            converted.save(str(directory / "tokenizer.json"), pretty=True)
+
+
+def _known(token_id: int) -> int | None:
+    return None if token_id < 0 else token_id

@@ -1,0 +1,165 @@
+"""A SentencePiece BPE model as a `tokenizers.Tokenizer`, so that other libraries open what is saved here.
+
+Reads the few fields of the model's protocol buffer that decide ids, and nothing else of it
+(https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto).
+
+Why the ids are equal. SentencePiece merges any two neighbours whose concatenation is a piece, best score first, leftmost
+among equals; `tokenizers` merges listed pairs, first in the list first. All pairs that make a piece are listed here, best
+piece first, so the same pairs may merge in both, and both rank them alike unless two ways to make one and the same piece
+compete. They never do: as long as both have chosen alike, two neighbours that would make a piece are a state that the piece
+alone would pass through (no merge has crossed the outer edges), and it passes through one state of two parts only. This
+needs scores that differ between pieces, and no user-defined or unused pieces: `convert` gives None otherwise.
+
+One tie is let through, since Llama 2 has it: runs of spaces with one score that is below all others. They merge when
+nothing else can, and where no other piece holds two spaces, how a run merges depends on its length alone; there
+`agree_on_spaces` compares the two libraries length by length.
+"""
+
+import collections
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, normalizers
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece.Type
+BPE = 2  # TrainerSpec.ModelType
+SPACE_MARK = "▁"
+
+
+@dataclass(frozen=True)
+class SentencePieceModel:
+    """What decides the ids of a SentencePiece model: pieces as (text, score, type) in the order of their ids."""
+
+    pieces: tuple[tuple[str, float, int], ...]
+    model_type: int = 1
+    byte_fallback: bool = False
+    whitespace_as_suffix: bool = False
+    normalizes: bool = False
+    adds_dummy_prefix: bool = True
+    removes_extra_spaces: bool = True
+    escapes_spaces: bool = True
+
+
+def parse(proto: bytes) -> SentencePieceModel:
+    """Read a serialized ModelProto; absent fields have the defaults of its definition."""
+    pieces = []
+    trainer: dict[int, int | bytes] = {}
+    normalizer: dict[int, int | bytes] = {}
+    for number, value in _fields(proto):
+        if number == 1:
+            piece = dict(_fields(_message(value)))
+            score = struct.unpack("<f", _message(piece.get(2, bytes(4))))[0]
+            pieces.append((_message(piece[1]).decode(), score, int(piece.get(3, NORMAL))))
+        elif number == 2:
+            trainer = dict(_fields(_message(value)))
+        elif number == 3:
+            normalizer = dict(_fields(_message(value)))
+    return SentencePieceModel(
+        pieces=tuple(pieces),
+        model_type=int(trainer.get(3, 1)),
+        byte_fallback=bool(trainer.get(35, 0)),
+        whitespace_as_suffix=bool(trainer.get(24, 0)),
+        normalizes=bool(normalizer.get(2, b"")),
+        adds_dummy_prefix=bool(normalizer.get(3, 1)),
+        removes_extra_spaces=bool(normalizer.get(4, 1)),
+        escapes_spaces=bool(normalizer.get(5, 1)),
+    )
+
+
+def convert(model: SentencePieceModel) -> tokenizers.Tokenizer | None:
+    """The tokenizer with the same ids, or None where the proof does not hold or the text is normalised."""
+    normal = {text: score for text, score, kind in model.pieces if kind == NORMAL}
+    kinds = {kind for _, _, kind in model.pieces}
+    if model.model_type != BPE or model.normalizes or model.removes_extra_spaces or not model.escapes_spaces:
+        return None
+    if kinds & {USER_DEFINED, UNUSED} or model.whitespace_as_suffix:
+        return None
+    longer = sorted((text for text in normal if len(text) > 1), key=lambda text: -normal[text])
+    if not _ties_are_harmless(longer, normal):
+        return None
+    merges = [
+        (text[:cut], text[cut:])
+        for text in longer
+        for cut in range(1, len(text))
+        if text[:cut] in normal and text[cut:] in normal
+    ]
+    unknown = next(text for text, _, kind in model.pieces if kind == UNKNOWN)
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={text: token_id for token_id, (text, _, _) in enumerate(model.pieces)},
+            merges=merges,
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=model.byte_fallback,
+        )
+    )
+    steps = [normalizers.Prepend(SPACE_MARK)] if model.adds_dummy_prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE_MARK)])
+    ends = [decoders.Strip(" ", 1, 0)] if model.adds_dummy_prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), *ends]
+    )
+    special = [text for text, _, kind in model.pieces if kind in (UNKNOWN, CONTROL)]
+    tokenizer.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])
+    return tokenizer
+
+
+def agree_on_spaces(converted: tokenizers.Tokenizer, processor: sentencepiece.SentencePieceProcessor) -> bool:
+    """Whether both give the same ids for runs of 1 to 200 spaces between words and around them."""
+    texts = [text for length in range(200) for text in ("a" + " " * length + "a", " " * length)]
+    found = converted.encode_batch(texts, add_special_tokens=False)
+    return all(one.ids == ids for one, ids in zip(found, processor.encode(texts), strict=True))
+
+
+def _ties_are_harmless(longer: list[str], scores: dict[str, float]) -> bool:
+    counts = collections.Counter(scores[text] for text in longer)
+    tied = {text for text in longer if counts[scores[text]] > 1}
+    if not tied:
+        return True
+    spaces_only = all(not text.strip(SPACE_MARK) for text in tied)
+    lowest = {scores[text] for text in tied} == {scores[longer[-1]]}
+    return spaces_only and lowest and not any(SPACE_MARK * 2 in text for text in longer if text not in tied)
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) of a protocol buffer message: an int for a varint, bytes for all else."""
+    position = 0
+    while position < len(message):
+        key, position = _varint(message, position)
+        wire_type = key & 7
+        if wire_type == 0:
+            number, position = _varint(message, position)
+            yield key >> 3, number
+            continue
+        if wire_type == 2:
+            size, position = _varint(message, position)
+        elif wire_type in (1, 5):
+            size = {1: 8, 5: 4}[wire_type]
+        else:
+            raise ValueError(f"field {key >> 3} has the unknown wire type {wire_type}")
+        if position + size > len(message):
+            raise ValueError("the file ends in the middle of a field")
+        yield key >> 3, message[position : position + size]
+        position += size
+
+
+def _varint(message: bytes, position: int) -> tuple[int, int]:
+    result = shift = 0
+    while True:
+        if position >= len(message):
+            raise ValueError("the file ends in the middle of a number")
+        byte = message[position]
+        position += 1
+        result |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            return result, position
+
+
+def _message(value: int | bytes) -> bytes:
+    if isinstance(value, int):
+        raise ValueError("a number stands where a message was expected")
+    return value

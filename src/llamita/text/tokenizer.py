@@ -1,0 +1,210 @@
+"""One tokenizer for the whole library: text to ids, ids to text, to and from a directory.
+
+Decides which tokens begin and end a text, and reads and writes the Hugging Face files around a vocabulary. How text becomes
+ids is the business of the two codecs; how a vocabulary is trained, of bpe.py.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamita.text.huggingface_codec import HuggingFaceCodec
+from llamita.text.sentencepiece_codec import SentencePieceCodec
+
+UNKNOWN, BOS, EOS = "<unk>", "<s>", "</s>"
+ROLES = ("bos", "eos", "unk", "pad")
+
+
+class Tokenizer:
+    """A vocabulary with its special tokens.
+
+    vocab_size: ids are 0..vocab_size-1, specials included. bos_id, eos_id, unk_id, pad_id: None where there is none.
+    special_ids: tokens that control a model; text never becomes one unless `encode` is told to allow it.
+    strips_leading_space: where true (SentencePiece with a dummy prefix), `decode` drops one space from the front of the
+    joined bytes; whoever joins `token_bytes` piece by piece must drop it too, once, at the start of a text.
+    """
+
+    def __init__(
+        self, codec: HuggingFaceCodec | SentencePieceCodec, config: dict[str, Any], roles: dict[str, int | None]
+    ):
+        self._codec = codec
+        self._config = config
+        self.vocab_size = codec.vocab_size
+        self.special_ids = frozenset(codec.special_tokens.values())
+        self.strips_leading_space = codec.strips_leading_space
+        self.bos_id, self.eos_id, self.unk_id, self.pad_id = (roles.get(role) for role in ROLES)
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Tokenizer":
+        """Open a directory, a tokenizer.json or a SentencePiece tokenizer.model.
+
+        A directory's tokenizer.model is read by `sentencepiece`, unless the tokenizer.json beside it has more tokens.
+        Raises FileNotFoundError or ValueError with one line that names the file and the fault.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"there is no tokenizer at {path}; `llamita tokenizer train` makes one")
+        file = _tokenizer_file(path) if path.is_dir() else path
+        codec: HuggingFaceCodec | SentencePieceCodec
+        if file.suffix == ".json" or file.read_bytes()[:1] == b"{":
+            codec = HuggingFaceCodec.from_file(file)
+        else:
+            codec = SentencePieceCodec.from_file(file)
+        config = _read_json(file.parent / "tokenizer_config.json")
+        template = file.parent / "chat_template.jinja"
+        if template.exists():
+            config.setdefault("chat_template", template.read_text("utf-8"))
+        return cls(codec, config, _find_roles(codec, config, file.parent))
+
+    @classmethod
+    def from_codec(cls, codec: HuggingFaceCodec | SentencePieceCodec) -> "Tokenizer":
+        """A tokenizer without files around it: `<s>`, `</s>` and `<unk>`, where they are special tokens, have those roles."""
+        return cls(codec, {}, _default_roles(codec))
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """sha256 of what decides ids; the same after a save and a load."""
+        return hashlib.sha256(f"{self._codec.fingerprint()} {self.bos_id} {self.eos_id}".encode()).hexdigest()
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False, allow_special: bool = False) -> list[int]:
+        """The ids of a text, with the token that begins or ends a text where asked.
+
+        Control tokens spelled in the text are encoded as the characters they are, unless `allow_special`. Raises ValueError
+        for a lone surrogate, which no encoding can hold, and where bos or eos is asked of a tokenizer that has none.
+        """
+        _check_text(text)
+        begin, end = self._ends(bos, eos)
+        ids = self._codec.encode_with_special(text) if allow_special else self._codec.encode(text)
+        return [*begin, *ids, *end] if begin or end else ids
+
+    def encode_batch(self, texts: Sequence[str], bos: bool = False, eos: bool = False) -> list[np.ndarray]:
+        """`encode` of each text, as int32 arrays; one thread, since whoever has many texts has many processes."""
+        for text in texts:
+            _check_text(text)
+        begin, end = self._ends(bos, eos)
+        return [np.array([*begin, *ids, *end], dtype=np.int32) for ids in self._codec.encode_batch(texts)]
+
+    def decode(self, ids: Iterable[int] | np.ndarray, skip_special: bool = True) -> str:
+        """The text of ids; bytes that are no UTF-8 become U+FFFD. Raises ValueError for an id outside the vocabulary."""
+        ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+        for token_id in ids:
+            if not 0 <= token_id < self.vocab_size:
+                raise ValueError(f"token id {token_id} is outside the vocabulary of 0..{self.vocab_size - 1}")
+        table = self._codec.bytes_of_id if skip_special else self._bytes_with_special
+        joined = b"".join([table[token_id] for token_id in ids])
+        if self.strips_leading_space and joined[:1] == b" ":
+            joined = joined[1:]
+        return joined.decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The exact bytes that a token stands for; b"" for a special token. See `strips_leading_space`."""
+        if not 0 <= token_id < self.vocab_size:
+            raise ValueError(f"token id {token_id} is outside the vocabulary of 0..{self.vocab_size - 1}")
+        return self._codec.bytes_of_id[token_id]
+
+    def save(self, directory: Path | str) -> None:
+        """Write tokenizer.json and tokenizer_config.json (and tokenizer.model) into a directory, made if need be.
+
+        `transformers.AutoTokenizer` opens it and gives the ids of `encode`. A tokenizer trained here states add_bos_token
+        false: nobody gets a BOS that was not asked for. Others' settings and chat template are kept as they were.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._codec.write(directory)
+        config = self._config or {"add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False}
+        names = {token_id: name for name, token_id in self._codec.special_tokens.items()}
+        for role in ROLES:
+            token_id = getattr(self, f"{role}_id")
+            if token_id in names:
+                config.setdefault(f"{role}_token", names[token_id])
+        if (directory / "tokenizer.json").exists():
+            config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+        text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
+        (directory / "tokenizer_config.json").write_text(text + "\n", "utf-8")
+
+    @functools.cached_property
+    def _bytes_with_special(self) -> list[bytes]:
+        table = list(self._codec.bytes_of_id)
+        for name, token_id in self._codec.special_tokens.items():
+            table[token_id] = name.encode()
+        return table
+
+    def _ends(self, bos: bool, eos: bool) -> tuple[list[int], list[int]]:
+        begin = [self.bos_id] if bos else []
+        end = [self.eos_id] if eos else []
+        if None in begin or None in end:
+            raise ValueError("this tokenizer has no token that " + ("begins" if None in begin else "ends") + " a text")
+        return [token for token in begin if token is not None], [token for token in end if token is not None]
+
+
+def _check_text(text: str) -> None:
+    if text.isascii():
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as fault:
+        code = ord(text[fault.start])
+        raise ValueError(f"the text holds a lone surrogate, U+{code:04X}, at character {fault.start}") from None
+
+
+# --- reading directories -------------------------------------------------------------------------------------------
+
+
+def _tokenizer_file(directory: Path) -> Path:
+    model, whole = directory / "tokenizer.model", directory / "tokenizer.json"
+    if not model.exists() and not whole.exists():
+        raise FileNotFoundError(f"{directory} holds neither a tokenizer.json nor a tokenizer.model")
+    if not model.exists():
+        return whole
+    if whole.exists():
+        size = SentencePieceCodec.from_file(model).vocab_size
+        added = _read_json(whole).get("added_tokens") or []
+        if any(token["id"] >= size for token in added):
+            return whole
+    return model
+
+
+def _find_roles(
+    codec: HuggingFaceCodec | SentencePieceCodec, config: dict[str, Any], directory: Path
+) -> dict[str, int | None]:
+    """Which ids begin, end and pad a text: the first file that names a role decides, null included."""
+    roles = _default_roles(codec)
+    by_name = (
+        {**codec.vocabulary, **codec.special_tokens} if isinstance(codec, HuggingFaceCodec) else codec.special_tokens
+    )
+    by_text = [config, _read_json(directory / "special_tokens_map.json")]
+    by_id = [_read_json(directory / "generation_config.json"), _read_json(directory / "config.json")]
+    for role in ROLES:
+        named = next((source[f"{role}_token"] for source in by_text if f"{role}_token" in source), ...)
+        numbered = next((source[f"{role}_token_id"] for source in by_id if f"{role}_token_id" in source), None)
+        if named is not ...:
+            text = named.get("content") if isinstance(named, dict) else named
+            roles[role] = by_name.get(text) if text is not None else None
+        elif numbered is not None and roles[role] is None:
+            first = numbered[0] if isinstance(numbered, list) else numbered
+            roles[role] = first if 0 <= first < codec.vocab_size else None
+    return roles
+
+
+def _default_roles(codec: HuggingFaceCodec | SentencePieceCodec) -> dict[str, int | None]:
+    if isinstance(codec, SentencePieceCodec):
+        return {"bos": codec.bos_id, "eos": codec.eos_id, "unk": codec.unk_id, "pad": codec.pad_id}
+    names = {"bos": BOS, "eos": EOS, "unk": UNKNOWN, "pad": "<pad>"}
+    return {role: codec.special_tokens.get(name) for role, name in names.items()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as fault:
+        raise ValueError(f"{path} is not JSON: {fault}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__} where an object was expected")
+    return content
