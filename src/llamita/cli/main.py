@@ -117,10 +117,13 @@ def parse_and_call(function: Callable[..., Any], program: str, arguments: Sequen
     hints = typing.get_type_hints(function, include_extras=True)
     names = list(inspect.signature(function).parameters)
     taken = hints.get(names[0]) if len(names) == 1 else None
-    text = inspect.getdoc(function) or description
-    if taken is None or not is_dataclass(typing.get_origin(taken) or taken):
-        return tyro.cli(function, prog=program, args=arguments, description=text)
-    return function(tyro.cli(typing.cast(type, taken), prog=program, args=arguments, description=text))
+    shown: dict[str, Any] = {"prog": program, "args": arguments, "config": (tyro.conf.PositionalMetavarFromFieldName,)}
+    if not isinstance(taken, type) or not is_dataclass(taken):
+        return tyro.cli(function, description=inspect.getdoc(function) or description, **shown)
+    text = inspect.getdoc(taken) or ""
+    if text.startswith(f"{taken.__name__}("):  # the signature that dataclasses write where there is no docstring
+        text = ""
+    return function(tyro.cli(taken, description=inspect.getdoc(function) or text or description, **shown))
 
 
 def overview(group: str = "") -> str:
