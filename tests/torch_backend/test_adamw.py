@@ -1,7 +1,6 @@
 """AdamW: the paper in float64, torch.optim.AdamW over 1000 steps, clipping, state under canonical names."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import torch
 
 from llamita.torch_backend import adamw
 from llamita.torch_backend.adamw import AdamW, AdamWSettings, adamw_update, clipping_scale, global_norm
+from llamita.torch_backend.model import PackedParameter
 
 SHAPES = [(40, 16), (7,), (64, 3), (1,)]
 DECAYS = [True, False, True, False]
@@ -18,11 +18,10 @@ def packed(parameters, decays=DECAYS):
     """Parameters as a model hands them out; the first holds two canonical tensors."""
     items = []
     for i, (parameter, decay) in enumerate(zip(parameters, decays, strict=True)):
-        rows = parameter.shape[0]
-        parts = [(f"w{i}", slice(0, rows))]
+        parts, sizes = (f"w{i}",), (parameter.shape[0],)
         if i == 0:
-            parts = [("w0.q", slice(0, 24)), ("w0.k", slice(24, rows))]
-        items.append(SimpleNamespace(name=f"p{i}", parameter=parameter, parts=parts, weight_decay=decay))
+            parts, sizes = ("w0.q", "w0.k"), (24, 16)
+        items.append(PackedParameter(f"p{i}", parameter, parts, sizes, decay))
     return items
 
 

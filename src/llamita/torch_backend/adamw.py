@@ -5,16 +5,15 @@ of models, losses or schedules: the learning rate is an argument of each step.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
 from llamita.checkpoint import HostArray
-
-if TYPE_CHECKING:
-    from llamita.torch_backend.model import PackedParameter
+from llamita.torch_backend.model import PackedParameter
+from llamita.torch_backend.weights import host_from_tensor, tensor_from_host
 
 BUCKET_NUMBERS = 256 * 1024
 """Numbers per array that one pass works on, on a CPU: few enough to stay in its caches between operations."""
@@ -76,7 +75,7 @@ class AdamW:
     written about once; elsewhere all parameters that decay are one bucket, and all others another.
     """
 
-    def __init__(self, parameters: Sequence["PackedParameter"], settings: AdamWSettings | None = None) -> None:
+    def __init__(self, parameters: Iterable[PackedParameter], settings: AdamWSettings | None = None) -> None:
         self.settings = settings or AdamWSettings()
         self.packed = list(parameters)
         self.t = 0
@@ -113,28 +112,27 @@ class AdamW:
 
     def state(self) -> dict[str, HostArray]:
         """m and v under canonical names (`m.model.norm.weight`), and `t`, the number of steps taken."""
-        result = {"t": HostArray.from_numpy(torch.tensor([self.t], dtype=torch.int64).numpy())}
-        for kind, moments in (("m", self._m), ("v", self._v)):
-            for item, moment in zip(self.packed, moments, strict=True):
-                for name, rows in item.parts:
-                    result[f"{kind}.{name}"] = HostArray.from_numpy(moment[rows].cpu().numpy())
-        return result
+        moments = {name: host_from_tensor(view) for name, view in self._canonical_moments().items()}
+        return moments | {"t": host_from_tensor(torch.tensor([self.t]))}
 
     def load_state(self, state: Mapping[str, HostArray]) -> None:
         """Take over what state() gave; ValueError, naming them, for arrays that are missing or of another shape."""
-        expected = {
-            f"{kind}.{name}": moment[rows]
-            for kind, moments in (("m", self._m), ("v", self._v))
-            for item, moment in zip(self.packed, moments, strict=True)
-            for name, rows in item.parts
-        }
+        expected = self._canonical_moments()
         faults = [name for name in ("t", *expected) if name not in state]
         faults += [name for name in expected if name in state and state[name].shape != tuple(expected[name].shape)]
         if faults:
             raise ValueError(f"the optimizer's state lacks {', '.join(faults[:5])}, or has another shape there")
         for name, target in expected.items():
-            target.copy_(torch.from_numpy(state[name].to_numpy().copy()))
+            target.copy_(tensor_from_host(state[name]))
         self.t = int(state["t"].to_numpy()[0])
+
+    def _canonical_moments(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{kind}.{name}": view
+            for kind, moments in (("m", self._m), ("v", self._v))
+            for item, moment in zip(self.packed, moments, strict=True)
+            for name, view in zip(item.parts, item.split(moment), strict=True)
+        }
 
     def _gradient_pieces(self) -> list[torch.Tensor]:
         pieces: list[torch.Tensor] = []

@@ -1,0 +1,227 @@
+"""One update of a model in PyTorch: gradients over micro-batches, clipping, AdamW; and the loss of a batch.
+
+The loop, the schedule, the data's order and all files are the trainer's. Nothing random outlives a step: the numbers
+that dropout draws are a function of (seed, number of the step), so a resumed run draws what the whole run drew.
+"""
+
+import contextlib
+import hashlib
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from llamita.architecture import InitializationName
+from llamita.checkpoint import HostArray
+from llamita.config import ModelConfig
+from llamita.data.batches import Batch
+from llamita.torch_backend import weights
+from llamita.torch_backend.adamw import AdamW, AdamWSettings, clipping_scale, global_norm
+from llamita.torch_backend.losses import chunked_cross_entropy
+from llamita.torch_backend.model import Llama
+
+Precision = Literal["auto", "bf16", "fp32"]
+Hidden = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class TensorBatch:
+    """A `Batch` on the device of the model."""
+
+    tokens_BT: Tensor
+    labels_BT: Tensor
+    segments_BT: Tensor | None
+
+
+LossFunction = Callable[[Hidden, Tensor, TensorBatch], Tensor]
+"""(hidden, output_weight_VD, batch) -> the loss summed over the batch's targets, a float32 scalar in nats. `hidden` is
+`Llama.hidden`, compiled where that was asked for."""
+
+
+def next_token_loss(hidden: Hidden, output_weight_VD: Tensor, batch: TensorBatch) -> Tensor:
+    """-log p of every label that is scored, in nats: pre-training and instruction tuning."""
+    hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
+    return chunked_cross_entropy(hidden_BTD, output_weight_VD, batch.labels_BT)
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What an update did. `loss` is nats per target before it, `grad_norm` that of the mean gradient before clipping.
+
+    Where either is not finite the update was not made: the weights are as before, and `faulty_micro_batches` numbers
+    those whose own loss was not finite (none, where only the gradient was not).
+    """
+
+    loss: float
+    grad_norm: float
+    targets: int
+    faulty_micro_batches: tuple[int, ...] = ()
+
+
+class TorchTrainStep:
+    """A model with its optimiser. `precision` bf16 computes products in bfloat16 from float32 weights (autocast)."""
+
+    def __init__(
+        self,
+        model: Llama,
+        settings: AdamWSettings | None = None,
+        *,
+        loss: LossFunction = next_token_loss,
+        max_grad_norm: float = 0.0,
+        precision: Literal["bf16", "fp32"] = "fp32",
+        seed: int = 0,
+        compile: bool = False,
+    ) -> None:
+        self.model = model
+        self.optimizer = AdamW(model.packed_parameters(), settings)
+        self.loss = loss
+        self.max_grad_norm = max_grad_norm
+        self.precision = precision
+        self.seed = seed
+        self.compiled = compile
+        self.parameters = list(model.parameters())
+        self.device = self.parameters[0].device
+        # Evaluation runs uncompiled: its batches have other shapes, and each would be compiled anew.
+        self._hidden: Hidden = torch.compile(model.hidden, dynamic=False) if compile else model.hidden
+
+    def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepMetrics:
+        """One update from the mean loss over all targets of `micro_batches`, however these divide them."""
+        targets = sum(batch.num_targets for batch in micro_batches)
+        if targets == 0:
+            rows = [int(row) for batch in micro_batches for row in batch.row_ids]
+            raise ValueError(f"rows {rows} have no target to learn from; use longer documents or mode=pack")
+        self.model.train()
+        self._forget_gradients()
+        losses = []
+        with self._random_numbers_of_step():
+            for batch in micro_batches:
+                with self._autocast():
+                    loss = self.loss(self._hidden, self.model.output_weight_VD, self._to_device(batch))
+                (loss / targets).backward()
+                losses.append(loss.detach())
+        norm = global_norm([p.grad for p in self.parameters if p.grad is not None])
+        *sums, grad_norm = torch.stack([*losses, norm]).tolist()  # the one place that waits for the device
+        faulty = tuple(i for i, nats in enumerate(sums) if not math.isfinite(nats))
+        if not faulty and math.isfinite(grad_norm):
+            self.optimizer.step(learning_rate, clipping_scale(grad_norm, self.max_grad_norm))
+        self._forget_gradients()
+        return StepMetrics(sum(sums) / targets, grad_norm, targets, faulty)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> tuple[float, int]:
+        """The loss summed over the batch's targets, in nats, and their number; without dropout."""
+        self.model.eval()
+        with self._autocast():
+            nats = self.loss(self.model.hidden, self.model.output_weight_VD, self._to_device(batch))
+        return float(nats), batch.num_targets
+
+    def weights(self) -> dict[str, HostArray]:
+        """The float32 weights under canonical names."""
+        return weights.to_host_arrays(self.model)
+
+    def state(self) -> dict[str, HostArray]:
+        """What the next update depends on besides the weights: AdamW's moments and the number of updates made."""
+        return self.optimizer.state()
+
+    def load_state(self, arrays: Mapping[str, HostArray], state: Mapping[str, HostArray]) -> None:
+        """Go on from what weights() and state() gave; ValueError lists what is missing or misshapen."""
+        weights.load_host_arrays(self.model, arrays)
+        self.optimizer.load_state(state)
+
+    def conditions(self) -> dict[str, Any]:
+        """What the last bits of the result depend on besides the configuration and the data."""
+        return {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+            "compile": self.compiled,
+        }
+
+    def memory_bytes(self) -> int:
+        """The most memory held so far: of the device, or of this process where that is the CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def peak_flops(self, seconds: float = 0.3) -> float:
+        """Floating-point operations per second of a large product in this precision: the best seen in `seconds`."""
+        size = 8192 if self.device.type == "cuda" else 1024
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        generator = torch.Generator(self.device).manual_seed(0)
+        a, b = (torch.randn(size, size, generator=generator, device=self.device).to(dtype) for _ in range(2))
+        best, end = math.inf, time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            started = time.perf_counter()
+            a @ b
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            best = min(best, time.perf_counter() - started)
+        return 2 * size**3 / best
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    @contextlib.contextmanager
+    def _random_numbers_of_step(self) -> Any:
+        """PyTorch's generators seeded from (seed, step) inside, as they were before afterwards."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            digest = hashlib.sha256(f"{self.seed}/{self.optimizer.t}".encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:4], "little"))
+            yield
+
+    def _forget_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _to_device(self, batch: Batch) -> TensorBatch:
+        def move(array: Any) -> Tensor:
+            return torch.from_numpy(array).to(self.device, dtype=torch.int64, non_blocking=True)
+
+        segments_BT = None if batch.segments_BT is None else move(batch.segments_BT)
+        return TensorBatch(move(batch.tokens_BT), move(batch.labels_BT), segments_BT)
+
+
+def build_train_step(
+    config: ModelConfig,
+    settings: AdamWSettings | None = None,
+    *,
+    seed: int = 0,
+    initialization: InitializationName = "fan-in",
+    loss: LossFunction = next_token_loss,
+    max_grad_norm: float = 0.0,
+    precision: Precision = "auto",
+    device: str = "auto",
+    threads: int = 0,
+    compile: bool = False,
+) -> TorchTrainStep:
+    """A freshly initialised model and its optimiser. `threads` 0 leaves PyTorch's own choice."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device={device!r} is not here; use {'cuda or cpu' if torch.cuda.is_available() else 'cpu'}")
+    if threads > 0:
+        torch.set_num_threads(threads)
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" or cpu_multiplies_bf16() else "fp32"
+    return TorchTrainStep(
+        weights.build_model(config, seed=seed, initialization=initialization, device=device),
+        settings,
+        loss=loss,
+        max_grad_norm=max_grad_norm,
+        precision=precision,
+        seed=seed,
+        compile=compile,
+    )
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products; without them bf16 is slower than float32."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
