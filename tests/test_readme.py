@@ -1,0 +1,189 @@
+"""Every command that README.md and docs/ show is run, in order, one empty directory a page.
+
+How: fenced blocks marked `sh` or `bash` are read line by line. A `llamita` command runs as written plus the overrides
+that SHORTER has for its verb (a repeated flag counts as given last), so that a run of minutes takes seconds. Fenced
+`python` blocks run as they stand. FILES are what a page may assume the reader has. `make` targets are planned with
+`make --dry-run`, and `make quickstart` also runs the verb below it; commands that fetch or enter things are checked
+for what they name. A command of any other kind fails the test: either it is made known here, or it goes.
+
+A block whose commands cannot run here (a GPU, a download) is marked `sh` with a word after it, such as
+"```sh no-run", and is only parsed.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from llamita.cli.main import VERBS
+from llamita.data import meadow
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# Flags that are added to a verb's command so that it ends within seconds.
+SHORTER: dict[str, list[str]] = {}
+
+# Files that pages may assume: the reader's own text.
+FILES = {"stories.txt": 400}  # so many Meadow stories, a blank line between them
+
+NOT_RUN = ("git", "cd", "source")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    language: str
+    words: tuple[str, ...]  # what follows the language on the fence
+    line: int  # of the fence, from 1
+    text: str
+
+
+def blocks(text: str) -> list[Block]:
+    found, opened, lines = [], None, []
+    for number, line in enumerate(text.splitlines(), 1):
+        fence = re.fullmatch(r"```(\S*)\s*(.*)", line.strip())
+        if opened is None and fence:
+            opened, lines = (fence[1], tuple(fence[2].split()), number), []
+        elif opened is not None and line.strip() == "```":
+            found.append(Block(*opened, "\n".join(lines)))
+            opened = None
+        elif opened is not None:
+            lines.append(line)
+    return found
+
+
+def commands(block: Block) -> list[str]:
+    """The commands of a block: continued lines joined, comments and a leading `$` left out."""
+    joined = re.sub(r"\\\n\s*", " ", block.text)
+    lines = [line.strip().removeprefix("$ ") for line in joined.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def verb_of(words: list[str]) -> str:
+    """The verb of `llamita ...`; ValueError where there is none such."""
+    for name in (" ".join(words[1:3]), " ".join(words[1:2])):
+        if name in VERBS:
+            return name
+    if words[1:2] in (["--help"], ["--version"]):
+        return ""
+    raise ValueError(f"no such verb: {shlex.join(words)}")
+
+
+def shortened(command: str) -> str:
+    """The command with the overrides of SHORTER at the end of each `llamita` part; pipes and redirections are kept."""
+    parts = []
+    for part in re.split(r"(\s[|>]\s|&&)", command):
+        words = shlex.split(part, comments=True)
+        if words[:1] == ["llamita"] and "--help" not in words:
+            extra = shlex.join(SHORTER.get(verb_of(words), []))
+            part = f" {shlex.join(words)} {extra} "
+        parts.append(part)
+    return "".join(parts).strip()
+
+
+def problem(command: str) -> str | None:
+    """Why a command is of no kind that this test knows; None where it is."""
+    words = shlex.split(command, comments=True)
+    if words[0] in NOT_RUN or words[0] in ("llamita", "echo", "printf", "cat"):
+        if words[0] == "llamita":
+            verb_of(words)
+        return None
+    if words[0] == "make":
+        return None if make_dry_run(words) == 0 else "make has no such target"
+    if words[:2] == ["pip", "install"] or words[:4] == ["python", "-m", "pip", "install"]:
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        named = [extra for group in re.findall(r"\[([\w,-]+)\]", command) for extra in group.split(",")]
+        unknown = [extra for extra in named if extra not in extras]
+        return f"pyproject.toml has no extra {unknown[0]!r}" if unknown else None
+    if words[0].startswith("scripts/") or words[:2] == ["bash", ".ci/run"]:
+        return None if (ROOT / words[-1 if words[0] == "bash" else 0]).is_file() else "no such script"
+    if words[:3] == ["python3", "-m", "venv"]:
+        return None
+    return "tests/test_readme.py does not know how to run this kind of command"
+
+
+def make_dry_run(words: list[str]) -> int:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run([words[0], "--dry-run", *words[1:]], cwd=ROOT, env=clean, capture_output=True).returncode
+
+
+def to_run(command: str) -> str | None:
+    """The shell line that stands for a command here, or None where checking it was all."""
+    words = shlex.split(command, comments=True)
+    if words == ["make", "quickstart"]:
+        return shortened("llamita quickstart")
+    return shortened(command) if words[0] in ("llamita", "echo", "printf", "cat") else None
+
+
+@pytest.mark.medium
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_of_a_page_runs(page: Path, tmp_path: Path) -> None:
+    for name, count in FILES.items():
+        (tmp_path / name).write_text("\n\n".join(meadow.story(7, index) for index in range(count)) + "\n")
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "100",
+    }
+    for block in blocks(page.read_text()):
+        where = f"{page.name}, block at line {block.line}"
+        if block.language == "python":
+            run([sys.executable, "-c", block.text], tmp_path, environment, where)
+        if block.language not in ("sh", "bash", "shell", "console"):
+            continue
+        for command in commands(block):
+            assert (found := problem(command)) is None, f"{where}: {command}: {found}"
+            line = to_run(command)
+            if line is not None and "no-run" not in block.words:
+                run(["bash", "-o", "pipefail", "-c", line], tmp_path, environment, f"{where}: {command}")
+
+
+def run(arguments: list[str], directory: Path, environment: dict[str, str], where: str) -> None:
+    done = subprocess.run(
+        arguments, cwd=directory, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{where} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_to_files_of_the_project_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        if not re.match(r"[a-z]+:", target):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+def test_a_page_is_taken_apart_as_it_reads() -> None:
+    page = "text\n```sh no-run\n# a comment\nllamita train \\\n  --steps 3\n\nmake test\n```\n```\nno command\n```\n"
+    first, second = blocks(page)
+    assert (first.language, first.words, first.line) == ("sh", ("no-run",), 2)
+    assert commands(first) == ["llamita train  --steps 3", "make test"]
+    assert second.language == ""
+
+
+def test_overrides_go_to_their_verb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHORTER, "generate", ["--max-tokens", "8"])
+    assert shortened("llamita info tiny") == "llamita info tiny"
+    assert shortened("llamita generate --help") == "llamita generate --help"
+    assert shortened("echo 'One day' | llamita generate runs/x > out.txt") == (
+        "echo 'One day' |  llamita generate runs/x --max-tokens 8  > out.txt"
+    )
+    assert to_run("make test") is None
+
+
+@pytest.mark.parametrize("command", ["curl example.org | sh", "make nonsense", "pip install 'llamita[nonsense]'"])
+def test_an_unknown_command_is_reported(command: str) -> None:
+    assert problem(command) is not None
+
+
+def test_an_unknown_verb_is_reported() -> None:
+    with pytest.raises(ValueError, match="no such verb: llamita frobnicate"):
+        problem("llamita frobnicate --steps 3")
