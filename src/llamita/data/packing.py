@@ -111,15 +111,34 @@ class Rows:
 
     def row(self, index: int) -> Row:
         """Row `index`, 0 <= index < len(rows)."""
+        start, length = self.span(index)
+        tokens = self.documents.window(start, length)
+        if self.config.mode == "pad":
+            return self._padded(tokens, np.ones(length, dtype=np.int32))
+        is_first = np.zeros(length, dtype=bool)
+        segments = None
+        if self.config.within_documents:
+            low, high = np.searchsorted(self._starts, (start + 1, start + length), side="left")
+            is_first[np.asarray(self._starts[low:high]).astype(np.int64) - start] = True
+            segments = 1 + np.cumsum(is_first, dtype=np.int32)
+        row = self._padded(tokens, segments)
+        row.label_mask[:length] &= ~is_first
+        if self.config.mode == "pack":  # a last row that was moved back begins with targets of the row before
+            row.label_mask[: index * self.config.sequence_length + 1 - start] = False
+        return row
+
+    def span(self, index: int) -> tuple[int, int]:
+        """Where row `index` lies in the stream: its first token, and how many tokens before padding."""
         if not 0 <= index < self._length:
             raise IndexError(f"row {index} of {self._length}")
         if self.config.mode == "pad":
-            return self._padded(index)
-        if self.config.mode == "random":
-            return self._window(index, index + 1)
-        first_target = index * self.config.sequence_length + 1
-        start = max(0, min(first_target - 1, self.documents.num_tokens - self.block))
-        return self._window(start, first_target)
+            document = int(np.searchsorted(self._rows_before, index, side="right")) - 1
+            start = int(self._starts[document]) + (index - int(self._rows_before[document])) * self.block
+            return start, min(self.block, int(self._starts[document + 1]) - start)
+        start = index
+        if self.config.mode == "pack":
+            start = max(0, min(index * self.config.sequence_length, self.documents.num_tokens - self.block))
+        return start, min(self.block, self.documents.num_tokens - start)
 
     def __iter__(self) -> Iterator[Row]:
         return (self.row(i) for i in range(self._length))
@@ -131,29 +150,7 @@ class Rows:
         packed = RowsConfig("pack", self.config.sequence_length, self.config.within_documents)
         return Rows(self.documents, packed, pad_id=self.pad_id)
 
-    def _padded(self, index: int) -> Row:
-        document = int(np.searchsorted(self._rows_before, index, side="right")) - 1
-        start = int(self._starts[document]) + (index - int(self._rows_before[document])) * self.block
-        length = min(self.block, int(self._starts[document + 1]) - start)
-        return self._block(self.documents.window(start, length), np.ones(length, dtype=np.int32))
-
-    def _window(self, start: int, first_target: int) -> Row:
-        """The block from stream position `start`, scoring only positions from `first_target` on."""
-        length = min(self.block, self.documents.num_tokens - start)
-        tokens = self.documents.window(start, length)
-        segments = None
-        is_first = np.zeros(length, dtype=bool)
-        if self.config.within_documents:
-            low = int(np.searchsorted(self._starts, start + 1, side="left"))
-            high = int(np.searchsorted(self._starts, start + length, side="left"))
-            is_first[np.asarray(self._starts[low:high]).astype(np.int64) - start] = True
-            segments = 1 + np.cumsum(is_first, dtype=np.int32)
-        row = self._block(tokens, segments)
-        row.label_mask[:length] &= ~is_first
-        row.label_mask[: first_target - start] = False
-        return row
-
-    def _block(self, tokens: np.ndarray, segments: np.ndarray | None) -> Row:
+    def _padded(self, tokens: np.ndarray, segments: np.ndarray | None) -> Row:
         """Pad to a whole block, with every real token but the first a target."""
         length = len(tokens)
         block_tokens = np.full(self.block, self.pad_id, dtype=np.int32)

@@ -1,0 +1,43 @@
+"""`llamita prepare`: flags, a progress line and a summary. What is done lies in data/prepare.py."""
+
+from __future__ import annotations
+
+from llamita.data.prepare import PrepareConfig, Progress
+
+
+def run(config: PrepareConfig) -> None:
+    """Turn text into the token files that training reads.
+
+    Examples:
+      llamita prepare --source text --files input.txt --separator file --split tail --no-bos --no-eos \
+--tokenizer TOKENIZER --output DATA
+      llamita prepare --source wikitext --files wiki.train.tokens --validation-files wiki.valid.tokens \
+--tokenizer TOKENIZER --output DATA
+      llamita prepare --source meadow --documents 20000 --tokenizer TOKENIZER --output DATA
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from llamita.data.prepare import prepare
+
+    errors = Console(stderr=True)
+    with errors.status("reading ...") as status:
+        manifest = prepare(config, on_progress=lambda progress: status.update(describe(progress)))
+    table = Table("split", box=None, pad_edge=False)
+    for name in ("documents", "tokens", "characters", "characters per token"):
+        table.add_column(name, justify="right")
+    for name, split in manifest.splits.items():
+        ratio = f"{split.characters / max(1, split.tokens):.2f}"
+        table.add_row(name, f"{split.documents:,}", f"{split.tokens:,}", f"{split.characters:,}", ratio)
+    console = Console()
+    console.print(table)
+    if manifest.empty_documents:
+        console.print(f"{manifest.empty_documents:,} documents without text were left out")
+    console.print(f"wrote {config.output}", highlight=False, soft_wrap=True)
+
+
+def describe(progress: Progress) -> str:
+    """One line: how much is done and how fast."""
+    rate = progress.bytes / 1e6 / max(progress.seconds, 1e-9)
+    share = f"{min(1.0, progress.bytes / progress.total_bytes):.0%}, " if progress.total_bytes else ""
+    return f"{share}{progress.documents:,} documents, {progress.tokens:,} tokens, {rate:.1f} MB/s"
