@@ -3,24 +3,25 @@
 Knows nothing of special tokens, files or batches. `fast_bpe` gives an encoder only where the two are proven equal.
 
 The proof. Both libraries split a text by the same pattern and then merge adjacent pieces of bytes inside each part,
-lowest rank first and leftmost first among equals. They differ in what may merge: `tokenizers` merges the listed pairs, by
-their place in the list; `tiktoken` merges any pair whose concatenation is a token, by that token's rank. Suppose that
+lowest rank first and leftmost first among equals. They differ in what may merge: `tokenizers` merges the listed
+pairs, by their place in the list; `tiktoken` merges any pair whose concatenation is a token, by that token's rank.
+Suppose that
 
 1. each merge of the list makes a new token, and the ids of those tokens increase along the list, and
 2. each token, given alone to the BPE model of `tokenizers`, comes out as itself.
 
-Take the first step of any text at which the two could choose differently. Until then they have made the same merges, so
-the same pieces lie side by side. Let (l, r) be two neighbours whose concatenation is a token t. No merge has crossed an
-outer edge of (l, r), for that edge would be gone; so the merges made inside its bytes are the first merges that t alone
-would see, in the same order. By (2) t alone ends as one piece, and just before that it is two, by the one listed merge that
-makes t: that state is (l, r). So every pair that `tiktoken` may merge is a listed one, with the rank order of the list by
-(1), and the two choose alike: there is no first difference. `tiktoken` also looks a whole part up before it merges at all;
-by (2) that gives the same id.
+Take the first step of any text at which the two could choose differently. Until then they have made the same merges,
+so the same pieces lie side by side. Let (l, r) be two neighbours whose concatenation is a token t. No merge has
+crossed an outer edge of (l, r), for that edge would be gone; so the merges made inside its bytes are the first merges
+that t alone would see, in the same order. By (2) t alone ends as one piece, and just before that it is two, by the
+one listed merge that makes t: that state is (l, r). So every pair that `tiktoken` may merge is a listed one, with the
+rank order of the list by (1), and the two choose alike: there is no first difference. `tiktoken` also looks a whole
+part up before it merges at all; by (2) that gives the same id.
 
-What is left is the splitting: the two regular expression engines must class every code point alike (tests compare all of
-them; at run time a letter of each recent Unicode version is compared, and on a difference only ASCII takes this path), and
-`tiktoken` must survive the text: its engine keeps a stack entry for each character of a run of whitespace and panics on a
-run of about a million, so a text with a run that comes near goes to `tokenizers`.
+What is left is the splitting: the two regular expression engines must class every code point alike (tests compare all
+of them; at run time a letter of each recent Unicode version is compared, and on a difference only ASCII takes this
+path), and `tiktoken` must survive the text: its engine keeps a stack entry for each character of a run of whitespace
+and panics on a run of about a million, so a text with a run that comes near goes to `tokenizers`.
 """
 
 import functools

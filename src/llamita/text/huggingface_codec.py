@@ -20,8 +20,8 @@ SPACE_MARK = "▁"
 class HuggingFaceCodec:
     """A `tokenizers.Tokenizer` with byte-level or SentencePiece-like tokens.
 
-    vocab_size: ids are 0..vocab_size-1. special_tokens: text -> id of the tokens that control a model. Raises ValueError
-    for a tokenizer whose tokens do not stand for bytes (WordPiece, a word list).
+    vocab_size: ids are 0..vocab_size-1. special_tokens: text -> id of the tokens that control a model. Raises
+    ValueError for a tokenizer whose tokens do not stand for bytes (WordPiece, a word list).
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
@@ -70,9 +70,9 @@ class HuggingFaceCodec:
 
     def fingerprint(self) -> str:
         """sha256 over what decides ids: not over how a text is decoded or how a pair of texts is joined."""
-        decisive = {key: self.spec.get(key) for key in ("normalizer", "pre_tokenizer", "added_tokens", "model")}
+        decisive = {key: self.spec.get(key) for key in ("normalizer", "pre_tokenizer", "added_tokens")}
         # Options that are off are left out, so that a library version that adds one leaves the hash alone.
-        decisive["model"] = {key: value for key, value in decisive["model"].items() if value not in (None, False, "")}
+        decisive["model"] = {key: value for key, value in self.spec["model"].items() if value not in (None, False, "")}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
     def write(self, directory: Path) -> None:

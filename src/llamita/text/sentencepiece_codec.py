@@ -1,9 +1,9 @@
 """Text to ids and back for a SentencePiece `tokenizer.model`, through the `sentencepiece` library, with its ids.
 
-What SentencePiece itself does, and this passes on: control symbols and byte pieces never come out of text, whatever it
-spells; user-defined symbols, where a model has any, always do. A space and `▁` (U+2581) are one and the same to it, so a
-literal `▁` decodes to a space. With the usual dummy prefix a text is encoded with a space put before it, which decoding
-takes away again (`strips_leading_space`).
+What SentencePiece itself does, and this passes on: control symbols and byte pieces never come out of text, whatever
+it spells; user-defined symbols, where a model has any, always do. A space and `▁` (U+2581) are one and the same to
+it, so a literal `▁` decodes to a space. With the usual dummy prefix a text is encoded with a space put before it,
+which decoding takes away again (`strips_leading_space`).
 """
 
 import hashlib

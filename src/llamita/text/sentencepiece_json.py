@@ -3,12 +3,13 @@
 Reads the few fields of the model's protocol buffer that decide ids, and nothing else of it
 (https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto).
 
-Why the ids are equal. SentencePiece merges any two neighbours whose concatenation is a piece, best score first, leftmost
-among equals; `tokenizers` merges listed pairs, first in the list first. All pairs that make a piece are listed here, best
-piece first, so the same pairs may merge in both, and both rank them alike unless two ways to make one and the same piece
-compete. They never do: as long as both have chosen alike, two neighbours that would make a piece are a state that the piece
-alone would pass through (no merge has crossed the outer edges), and it passes through one state of two parts only. This
-needs scores that differ between pieces, and no user-defined or unused pieces: `convert` gives None otherwise.
+Why the ids are equal. SentencePiece merges any two neighbours whose concatenation is a piece, best score first,
+leftmost among equals; `tokenizers` merges listed pairs, first in the list first. All pairs that make a piece are
+listed here, best piece first, so the same pairs may merge in both, and both rank them alike unless two ways to make
+one and the same piece compete. They never do: as long as both have chosen alike, two neighbours that would make a
+piece are a state that the piece alone would pass through (no merge has crossed the outer edges), and it passes
+through one state of two parts only. This needs scores that differ between pieces, and no user-defined or unused
+pieces: `convert` gives None otherwise.
 
 One tie is let through, since Llama 2 has it: runs of spaces with one score that is below all others. They merge when
 nothing else can, and where no other piece holds two spaces, how a run merges depends on its length alone; there

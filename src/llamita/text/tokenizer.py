@@ -1,7 +1,7 @@
 """One tokenizer for the whole library: text to ids, ids to text, to and from a directory.
 
-Decides which tokens begin and end a text, and reads and writes the Hugging Face files around a vocabulary. How text becomes
-ids is the business of the two codecs; how a vocabulary is trained, of bpe.py.
+Decides which tokens begin and end a text, and reads and writes the Hugging Face files around a vocabulary. How text
+becomes ids is the business of the two codecs; how a vocabulary is trained, of bpe.py.
 """
 
 import functools
@@ -17,6 +17,7 @@ from llamita.text.huggingface_codec import HuggingFaceCodec
 from llamita.text.sentencepiece_codec import SentencePieceCodec
 
 UNKNOWN, BOS, EOS = "<unk>", "<s>", "</s>"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")  # all that `save` writes
 ROLES = ("bos", "eos", "unk", "pad")
 
 
@@ -63,7 +64,7 @@ class Tokenizer:
 
     @classmethod
     def from_codec(cls, codec: HuggingFaceCodec | SentencePieceCodec) -> "Tokenizer":
-        """A tokenizer without files around it: `<s>`, `</s>` and `<unk>`, where they are special tokens, have those roles."""
+        """A tokenizer without files around it; the special tokens `<s>`, `</s>` and `<unk>` have those roles."""
         return cls(codec, {}, _default_roles(codec))
 
     @functools.cached_property
@@ -74,8 +75,9 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = False, eos: bool = False, allow_special: bool = False) -> list[int]:
         """The ids of a text, with the token that begins or ends a text where asked.
 
-        Control tokens spelled in the text are encoded as the characters they are, unless `allow_special`. Raises ValueError
-        for a lone surrogate, which no encoding can hold, and where bos or eos is asked of a tokenizer that has none.
+        Control tokens spelled in the text are encoded as the characters they are, unless `allow_special`. Raises
+        ValueError for a lone surrogate, which no encoding can hold, and where bos or eos is asked of a tokenizer that
+        has none.
         """
         _check_text(text)
         begin, end = self._ends(bos, eos)
@@ -90,7 +92,7 @@ class Tokenizer:
         return [np.array([*begin, *ids, *end], dtype=np.int32) for ids in self._codec.encode_batch(texts)]
 
     def decode(self, ids: Iterable[int] | np.ndarray, skip_special: bool = True) -> str:
-        """The text of ids; bytes that are no UTF-8 become U+FFFD. Raises ValueError for an id outside the vocabulary."""
+        """The text of ids; bytes that are no UTF-8 become U+FFFD. ValueError for an id outside the vocabulary."""
         ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
         for token_id in ids:
             if not 0 <= token_id < self.vocab_size:
@@ -110,13 +112,18 @@ class Tokenizer:
     def save(self, directory: Path | str) -> None:
         """Write tokenizer.json and tokenizer_config.json (and tokenizer.model) into a directory, made if need be.
 
-        `transformers.AutoTokenizer` opens it and gives the ids of `encode`. A tokenizer trained here states add_bos_token
-        false: nobody gets a BOS that was not asked for. Others' settings and chat template are kept as they were.
+        `transformers.AutoTokenizer` opens it and gives the ids of `encode`. A tokenizer trained here states
+        add_bos_token false: nobody gets a BOS that was not asked for. Others' settings and chat template are kept as
+        they were.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self._codec.write(directory)
-        config = self._config or {"add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False}
+        config = dict(self._config) or {
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+        }
         names = {token_id: name for name, token_id in self._codec.special_tokens.items()}
         for role in ROLES:
             token_id = getattr(self, f"{role}_id")

@@ -1,0 +1,69 @@
+"""`llamita tokenizer train`: flags, progress and a summary. What is done lies in text/bpe.py."""
+
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from llamita.text.bpe import TokenizerTrainingConfig
+
+MEASURED_BYTES = 16_000_000  # of the text, for the summary's bytes per token
+
+
+def train(config: TokenizerTrainingConfig) -> None:
+    """Train a tokenizer on text files and write it as a directory that transformers opens.
+
+    Examples:
+      llamita tokenizer train input.txt --vocab-size 4096 --output tokenizer
+      llamita tokenizer train input.txt --vocab-size 259 --output bytes      (no merges: a token is a byte)
+      llamita tokenizer train a.txt b.txt --vocab-size 8000 --kind sentencepiece --reserved-tokens 8
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+
+    from llamita.text.bpe import special_tokens, train_tokenizer
+
+    began = time.perf_counter()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    errors = Console(stderr=True)
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        task = progress.add_task("reading text", total=None)
+
+        def show(done: int, total: int) -> None:
+            if done < total:
+                progress.update(task, completed=done, total=total)
+            else:  # the libraries do not say how far the merging has come
+                progress.update(task, description="merging pairs", total=None)
+
+        tokenizer = train_tokenizer(config, show)
+        progress.update(task, description="measuring", total=None)
+        tokens, size, whole = _measure(config.output, config.files)
+    special = len(special_tokens(config.reserved_tokens))
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    learned = tokenizer.vocab_size - special - 256
+    table.add_row("vocabulary", f"{tokenizer.vocab_size:,} tokens: {special} special, 256 bytes, {learned:,} learned")
+    share = "the whole text" if whole else f"the first {size / 1e6:.0f} MB of the text"
+    table.add_row("compression", f"{size / max(1, tokens):.2f} bytes per token on {share}")
+    table.add_row("time", f"{time.perf_counter() - began:.1f} s")
+    console = Console()
+    console.print(table)
+    console.print(f"wrote {config.output}", highlight=False, soft_wrap=True, markup=False)
+    names = " ".join(shlex.quote(str(file)) for file in config.files)
+    command = f"llamita prepare --files {names} --tokenizer {shlex.quote(str(config.output))} --output data"
+    console.print(f"next: {command}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _measure(tokenizer_path: Path, files: Sequence[Path]) -> tuple[int, int, bool]:
+    """Tokens and bytes of the text, or of its first MEASURED_BYTES, and whether that was all of it."""
+    from llamita.text.corpus import read_chunks
+    from llamita.text.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(tokenizer_path)
+    tokens = size = 0
+    for chunk in read_chunks(files):
+        if size >= MEASURED_BYTES:
+            return tokens, size, False
+        tokens += len(tokenizer.encode(chunk))
+        size += len(chunk.encode())
+    return tokens, size, True
