@@ -199,6 +199,7 @@ def test_conditions_and_measurements():
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "device": "cpu",
+        "precision": "fp32",
         "compile": False,
     }
     assert step.memory_bytes() > 10_000_000

@@ -140,6 +140,7 @@ class TorchTrainStep:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+            "precision": self.precision,
             "compile": self.compiled,
         }
 

@@ -1,0 +1,255 @@
+"""A training run on disk: its lock, its manifest, its checkpoints, and the links to the last and the best of them.
+
+    RUN/run.json               what the run is: model, data, training; compared when it is resumed
+    RUN/checkpoints/step-00000100/   a Hugging Face model directory + optimizer.safetensors + train_state.json
+    RUN/last, RUN/best         relative links into checkpoints/
+    RUN/metrics.jsonl, loss.png, samples.txt    written by others
+
+A checkpoint exists whole or not at all, and its state holds the hashes of its files, so a damaged one is found and
+passed over. Knows nothing of frameworks or of how a run goes on.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamita import checkpoint
+from llamita.checkpoint import HostArray
+from llamita.config import ModelConfig
+
+FORMAT = 1
+MANIFEST, STATE, LOCK = "run.json", "train_state.json", ".lock"
+LAST, BEST = "last", "best"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files have the hashes that its state records; arrays are mapped, not read."""
+
+    step: int
+    path: Path
+    state: Mapping[str, Any]
+    weights: Mapping[str, HostArray]
+    optimizer: Mapping[str, HostArray]
+
+
+class RunDirectory:
+    """The directory of one run, held by one process at a time. Made by `open_run`."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.checkpoints = path / "checkpoints"
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    def update_manifest(self, changes: Mapping[str, Any]) -> None:
+        self.manifest |= changes
+        checkpoint.atomic_write(self.file(MANIFEST), json.dumps(self.manifest, indent=2, sort_keys=True) + "\n")
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints that are there, damaged or not, in order."""
+        if not self.checkpoints.is_dir():
+            return []
+        names = [entry.name for entry in self.checkpoints.iterdir() if entry.name.startswith("step-")]
+        return sorted(int(name[5:]) for name in names if name[5:].isdigit())
+
+    def save(
+        self,
+        step: int,
+        config: ModelConfig,
+        weights: Mapping[str, HostArray],
+        optimizer: Mapping[str, HostArray],
+        state: Mapping[str, Any],
+        tokenizer_directory: Path | None = None,
+    ) -> Path:
+        """Write a checkpoint and point `last` at it; OSError, in one line, where the disk refuses."""
+        path = self.checkpoint_path(step)
+        try:
+            with checkpoint.atomic_directory(path, overwrite=True) as directory:
+                if tokenizer_directory is not None:
+                    shutil.copytree(tokenizer_directory, directory, dirs_exist_ok=True)
+                checkpoint.save_config(directory, config)
+                checkpoint.save_tensors(directory, weights)
+                checkpoint.save_tensors(directory, optimizer, name="optimizer")
+                content = {"format": FORMAT, "step": step, **state, "files": _hashes(directory)}
+                (directory / STATE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+            self.link(LAST, step)
+        except OSError as error:
+            raise OSError(
+                f"checkpoint {path.name} could not be written: {error.strerror or error}; earlier checkpoints are "
+                f"intact: make room, then go on with --resume"
+            ) from error
+        return path
+
+    def link(self, name: str, step: int) -> None:
+        """Point RUN/`name` at the checkpoint of `step`, in one move."""
+        temporary = self.file(f".{name}.link")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(self.checkpoint_path(step).relative_to(self.path))
+        os.replace(temporary, self.file(name))
+
+    def prune(self, keep: int, best_step: int | None) -> None:
+        """Delete checkpoints but the newest `keep` and the best."""
+        steps = self.steps()
+        for step in steps[: max(0, len(steps) - keep)]:
+            if step != best_step:
+                shutil.rmtree(self.checkpoint_path(step))
+
+    def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
+        """The newest intact checkpoint, or None where the run has written none; damaged ones are reported.
+
+        ValueError where there are checkpoints and all of them are damaged.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return self._load(step)
+            except (ValueError, OSError) as error:
+                report(f"checkpoint step-{step:08d} is damaged and passed over: {error}")
+        if steps:
+            raise ValueError(f"every checkpoint in {self.checkpoints} is damaged; start again in another --output")
+        return None
+
+    def _load(self, step: int) -> Checkpoint:
+        path = self.checkpoint_path(step)
+        state = checkpoint.read_json(path / STATE)
+        if state.get("format") != FORMAT:
+            raise ValueError(f"{STATE} has format {state.get('format')!r}, this version reads {FORMAT}")
+        for name, digest in state["files"].items():
+            if not (path / name).is_file():
+                raise ValueError(f"{name} is missing")
+            if _sha256(path / name) != digest:
+                raise ValueError(f"{name} is not what was written (its SHA-256 differs)")
+        optimizer = checkpoint.load_tensors(path, name="optimizer")
+        return Checkpoint(step, path, state, checkpoint.load_tensors(path), optimizer)
+
+
+@contextlib.contextmanager
+def open_run(
+    path: Path | str, identity: Mapping[str, Any], arguments: Mapping[str, Any], resume: bool
+) -> Iterator[RunDirectory]:
+    """Hold a run's directory for this process: a new one, or with `resume` one of the same identity.
+
+    `identity` is a nested, JSON-able dict of all that decides the run's result; `arguments` is what to take over when
+    it is resumed. ValueError: another process holds it, there is a run already, or nothing to resume, or the identity
+    differs (each differing key is named). Nothing is written before these checks.
+    """
+    path = Path(path)
+    identity = json.loads(json.dumps(identity))
+    check(path, resume)
+    manifest = read_manifest(path) if resume else {}
+    if resume:
+        compare(manifest["identity"], identity)
+    path.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        check(path, resume)  # again, now that nobody else can begin one
+        run = RunDirectory(path, manifest)
+        _remove_leftovers(path)
+        # The manifest comes first: a directory without one is no run, and would be refused from then on.
+        run.update_manifest({"format": FORMAT, "identity": identity, "arguments": dict(arguments)})
+        run.checkpoints.mkdir(exist_ok=True)
+        _remove_leftovers(run.checkpoints)
+        yield run
+
+
+def check(path: Path, resume: bool) -> None:
+    """Raise ValueError or FileNotFoundError where `path` cannot become, or with `resume` is not, a run directory."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; --output must name a directory")
+    begun = (path / MANIFEST).is_file()
+    if begun and not resume:
+        raise ValueError(f"{path} holds a training run already; add --resume to go on, or choose another --output")
+    if resume and not begun:
+        raise FileNotFoundError(f"{path} holds no training run to resume; leave --resume out to begin one")
+    if not begun and path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+        raise ValueError(f"{path} is not empty and holds no training run; choose another --output")
+
+
+def read_manifest(path: Path | str) -> dict[str, Any]:
+    """The content of RUN/run.json: `identity`, `arguments`, `conditions`."""
+    file = Path(path) / MANIFEST
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} holds no training run ({MANIFEST} is missing)")
+    manifest = checkpoint.read_json(file)
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{file} has format {manifest.get('format')!r}, this version reads {FORMAT}")
+    return manifest
+
+
+def compare(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise ValueError naming every key in which two identities differ."""
+    before, now = flatten(saved), flatten(given)
+    faults = [
+        f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if not faults:
+        return
+    hint = "start a new run in another --output for that"
+    if any(fault.startswith("training.steps ") for fault in faults):
+        hint = "the schedule follows from the steps, and only schedule=constant can be extended; " + hint
+    raise ValueError(f"this run cannot be resumed so: {'; '.join(faults)}; {hint}")
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with keys joined by dots."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            result |= flatten(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = value
+    return result
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold RUN/.lock; the system lets go of it when the process ends, however it ends."""
+    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(descriptor, 32).decode(errors="replace").strip()
+            raise ValueError(
+                f"{path} is in use by another training run (process {holder or 'unknown'}); "
+                "wait for it to end, or choose another --output"
+            ) from None
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Delete what a killed process left half-written; only for who holds the lock."""
+    for entry in directory.iterdir():
+        if entry.name.startswith(".") and entry.name.endswith((".tmp", ".old", ".link")):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+
+def _hashes(directory: Path) -> dict[str, str]:
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    return {str(file.relative_to(directory)): _sha256(file) for file in files}
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
