@@ -85,8 +85,8 @@ def show(config: ShowConfig) -> None:
     every = counts.looked_at * rows.block
     console.print(
         f"{counts.looked_at:,} rows: {counts.truncated:,} truncated (they end inside a document), "
-        f"{counts.empty:,} empty, {counts.fully_masked:,} fully masked; {counts.targets / every:.1%} of their tokens scored, "
-        f"{counts.padding / every:.1%} padding"
+        f"{counts.empty:,} empty, {counts.fully_masked:,} fully masked; "
+        f"{counts.targets / every:.1%} of their tokens scored, {counts.padding / every:.1%} padding"
     )
     if {"train", "validation"} <= manifest.splits.keys():
         other = TokenShards(config.data, "validation" if config.split == "train" else "train", verify=False)

@@ -58,7 +58,7 @@ def count_rows(rows: Rows, limit: int = 50_000) -> RowCounts:
 
 
 def documents_in_both(train: TokenShards, validation: TokenShards) -> int:
-    """How many validation documents are, token for token, also training documents; memory grows with validation only."""
+    """How many validation documents are also training documents, token for token; memory grows with validation."""
     digests = [_digest(validation.document(i)) for i in range(validation.num_documents)]
     wanted = set(digests)
     found = {digest for i in range(train.num_documents) if (digest := _digest(train.document(i))) in wanted}
