@@ -95,7 +95,7 @@ def has_whitespace_run(text: str, length: int) -> bool:
 
 
 @functools.cache
-def engines_agree(characters: str) -> bool:
+def engines_agree(characters: str, pattern: str = GPT2_PATTERN) -> bool:
     """Whether `tokenizers` and `tiktoken` class each of these characters alike: letter, number, space or other.
 
     Between two letters, two digits or two signs, a character of the same class, and no other, leaves one part whole.
@@ -108,7 +108,7 @@ def engines_agree(characters: str) -> bool:
     ranks = {bytes([byte]): byte for byte in range(256)}
     names = [name.encode() for name in sorted(whole)]
     ranks |= {name: 256 + index for index, name in enumerate(names)}
-    encoding = tiktoken.Encoding("probe", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    encoding = tiktoken.Encoding("probe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     ours = {names[token_id - 256].decode() for token_id in encoding.encode_ordinary(text) if token_id >= 256}
     return ours == theirs
 

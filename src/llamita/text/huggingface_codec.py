@@ -6,7 +6,7 @@ Knows the vocabulary and the added tokens; knows nothing of which of them begin 
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,26 @@ class HuggingFaceCodec:
     def from_file(cls, path: Path) -> "HuggingFaceCodec":
         """Read a tokenizer.json; ValueError names the file and the fault."""
         try:
-            return cls(tokenizers.Tokenizer.from_str(path.read_text("utf-8")))
+            return _from_string(path.read_text("utf-8"))
         except OSError:
             raise
         except Exception as fault:  # the library raises bare Exceptions
             reason = " ".join(str(fault).split())
             raise ValueError(f"{path} is not a tokenizer.json that can be used: {reason}") from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The library's own pickling forgets that control tokens are to be read as text.
+        return _from_string, (self._tokenizer.to_str(),)
+
+    def with_special(self, token_ids: Iterable[int]) -> "HuggingFaceCodec":
+        """This codec, or one in which those added tokens are special though the file does not say so."""
+        wanted = set(token_ids)
+        found = [token for token in self.spec["added_tokens"] if token["id"] in wanted and not token["special"]]
+        if not found:
+            return self
+        for token in found:
+            token["special"] = True
+        return _from_string(json.dumps(self.spec))
 
     def encode(self, text: str) -> list[int]:
         fast = self._fast.encode(text) if self._fast else None
@@ -108,3 +122,7 @@ class HuggingFaceCodec:
             f"its decoder is {decoder.get('type')}; only byte-level tokens (ByteLevel) and SentencePiece tokens "
             "(Metaspace, or Replace and ByteFallback) stand for bytes"
         )
+
+
+def _from_string(text: str) -> HuggingFaceCodec:
+    return HuggingFaceCodec(tokenizers.Tokenizer.from_str(text))

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -54,6 +55,9 @@ class SentencePieceCodec:
         except Exception as fault:  # the library raises RuntimeErrors with a C++ place in them
             reason = " ".join(str(fault).split())
             raise ValueError(f"{path} is not a SentencePiece model: {reason}") from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SentencePieceCodec, (self._proto,)
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)

@@ -60,7 +60,10 @@ class Tokenizer:
         template = file.parent / "chat_template.jinja"
         if template.exists():
             config.setdefault("chat_template", template.read_text("utf-8"))
-        return cls(codec, config, _find_roles(codec, config, file.parent))
+        roles = _find_roles(codec, config, file.parent)
+        if isinstance(codec, HuggingFaceCodec):
+            codec = codec.with_special(token_id for token_id in roles.values() if token_id is not None)
+        return cls(codec, config, roles)
 
     @classmethod
     def from_codec(cls, codec: HuggingFaceCodec | SentencePieceCodec) -> "Tokenizer":
@@ -85,7 +88,7 @@ class Tokenizer:
         return [*begin, *ids, *end] if begin or end else ids
 
     def encode_batch(self, texts: Sequence[str], bos: bool = False, eos: bool = False) -> list[np.ndarray]:
-        """`encode` of each text, as int32 arrays; one thread, since whoever has many texts has many processes."""
+        """`encode` of each text, as int32 arrays. A byte-level BPE trained here takes one thread."""
         for text in texts:
             _check_text(text)
         begin, end = self._ends(bos, eos)
