@@ -21,7 +21,7 @@ def cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     return (normalizer_M - logits_MV.gather(-1, labels_M[:, None])[:, 0]).sum()
 
 
-def chunked_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, chunk_size: int = 512) -> Tensor:
+def chunked_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, chunk_size: int = 1024) -> Tensor:
     """`cross_entropy` of hidden states through an output head, without ever holding all logits.
 
     The logits of `chunk_size` positions exist at a time, and the gradients with respect to hidden states and head are
@@ -41,34 +41,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, chunk_size: int, dtype: torch.dtype
     ) -> Tensor:
         with torch.autocast(hidden_MD.device.type, enabled=False):
-            return _ChunkedCrossEntropy._forward(ctx, hidden_MD, weight_VD, labels_M, chunk_size, dtype)
-
-    @staticmethod
-    def _forward(
-        ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, chunk_size: int, dtype: torch.dtype
-    ) -> Tensor:
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        low_weight_VD = weight_VD.to(dtype)
-        grad_hidden_MD = torch.zeros_like(hidden_MD) if needs_hidden else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
-        for start in range(0, hidden_MD.shape[0], chunk_size):
-            rows = slice(start, start + chunk_size)
-            low_hidden_MD = hidden_MD[rows].to(dtype)
-            labels_M1 = labels_M[rows, None]
-            scored_M1 = labels_M1 != IGNORED
-            targets_M1 = labels_M1.clamp(min=0)
-            log_probs_MV = F.log_softmax((low_hidden_MD @ low_weight_VD.mT).float(), dim=-1)
-            total -= (log_probs_MV.gather(-1, targets_M1) * scored_M1).sum()
-            if grad_hidden_MD is None and grad_weight_VD is None:
-                continue
-            grad_logits_MV = log_probs_MV.exp_()  # d loss / d logits = softmax - one-hot, and 0 where not scored
-            grad_logits_MV.scatter_add_(-1, targets_M1, torch.full_like(targets_M1, -1, dtype=torch.float32))
-            low_grad_MV = (grad_logits_MV.mul_(scored_M1)).to(dtype)
-            if grad_hidden_MD is not None:
-                grad_hidden_MD[rows] = low_grad_MV @ low_weight_VD
-            if grad_weight_VD is not None:
-                grad_weight_VD += low_grad_MV.mT @ low_hidden_MD
+            wants_gradients = any(ctx.needs_input_grad)
+            low_hidden_MD, low_weight_VD = hidden_MD.to(dtype), weight_VD.to(dtype)
+            grad_hidden_MD = torch.empty_like(hidden_MD) if wants_gradients else None
+            grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_gradients else None
+            total = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
+            for start in range(0, hidden_MD.shape[0], chunk_size):
+                rows = slice(start, start + chunk_size)
+                logits_MV = low_hidden_MD[rows] @ low_weight_VD.mT
+                total += _loss_and_gradient_(logits_MV, labels_M[rows, None], wants_gradients)
+                if grad_hidden_MD is not None and grad_weight_VD is not None:
+                    grad_hidden_MD[rows] = logits_MV @ low_weight_VD
+                    grad_weight_VD += logits_MV.mT @ low_hidden_MD[rows]
         ctx.save_for_backward(grad_hidden_MD, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         return total
@@ -77,10 +61,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grad_outputs
         grad_hidden_MD, grad_weight_VD = ctx.saved_tensors
-        return (
-            None if grad_hidden_MD is None else grad_hidden_MD * grad_output,
-            None if grad_weight_VD is None else (grad_weight_VD * grad_output).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
-        )
+        return grad_hidden_MD * grad_output, (grad_weight_VD * grad_output).to(ctx.weight_dtype), None, None, None
+
+
+def _loss_and_gradient_(logits_MV: Tensor, labels_M1: Tensor, wants_gradients: bool) -> Tensor:
+    """The summed loss of a chunk; its logits are overwritten by their gradient, softmax - one-hot (0 if not scored).
+
+    On a CPU a few rows are worked on at a time, 2 MB in float32, so that they stay in its cache.
+    """
+    rows_at_once = logits_MV.shape[0]
+    if logits_MV.device.type == "cpu":
+        rows_at_once = max(1, 2**19 // logits_MV.shape[1])
+    total = torch.zeros((), dtype=torch.float32, device=logits_MV.device)
+    for logits, labels in zip(logits_MV.split(rows_at_once), labels_M1.split(rows_at_once), strict=True):
+        scored, targets = labels != IGNORED, labels.clamp(min=0)
+        log_probs = F.log_softmax(logits.float(), dim=-1)
+        total -= torch.where(scored, log_probs.gather(-1, targets), 0.0).sum()
+        if wants_gradients:
+            gradient = log_probs.exp_()
+            gradient.scatter_add_(-1, targets, torch.full_like(targets, -1, dtype=torch.float32))
+            logits.copy_(gradient.mul_(scored))
+    return total
