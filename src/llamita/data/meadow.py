@@ -1,7 +1,7 @@
 """Meadow, the embedded corpus: short stories about animals that find, lose, lend and trade things.
 
-A story is a pure function of (seed, index), the same on every platform. Its exact probability is known, so the loss that no
-model can beat (the floor) is known too. From the same facts come questions with answers, preferred and rejected answers, and a
+A story is a pure function of (seed, index), the same on every platform. Its exact probability is known, so the loss
+that no model can beat (the floor) is known too. From the same facts come questions with right and wrong answers, and a
 happy-or-sad label. Knows nothing of tokens, files or models.
 """
 
@@ -37,12 +37,15 @@ class Floor:
 
 
 @dataclass(frozen=True)
-class Preference:
-    """A question with an answer that the story supports and one that it does not."""
+class Question:
+    """A question about a story, the answer that its facts give, and a wrong one made mostly of the story's own words.
+
+    The pair of answers serves instruction tuning (the right one) and preference tuning (both).
+    """
 
     question: str
-    preferred: str
-    rejected: str
+    answer: str
+    wrong_answer: str
 
 
 @functools.cache
@@ -92,9 +95,10 @@ def parse(text: str) -> Story | None:
 def log_probability(text: str) -> float:
     """Return the natural logarithm of the exact probability that a drawn story has this text (-inf where it cannot).
 
-    This is the distribution of all stories, not of one split. Within a split each probability is larger by one constant factor
-    (16/15 in train, 16 in validation), but only for whoever knows which texts hash into it: the membership of an unseen text
-    is a pseudo-random bit that no model learns, and it is independent of everything else, so a split's mean stays the same.
+    This is the distribution of all stories, not of one split. Within a split each probability is larger by one constant
+    factor (16/15 in train, 16 in validation), but only for whoever knows which texts hash into it: the membership of an
+    unseen text is a pseudo-random bit that no model learns, and it is independent of everything else, so the mean over
+    a split stays the same.
     """
     parsed = parse(text)
     return float("-inf") if parsed is None else grammar().log_probability(parsed)
@@ -116,6 +120,33 @@ def floor(texts: Iterable[str]) -> Floor:
     if stories == 0:
         raise ValueError("expected at least one Meadow story, got none")
     return Floor(nats, characters, stories)
+
+
+def questions(story: Story) -> list[Question]:
+    """Return the questions that a story answers."""
+    facts = dict(story.facts)
+    roles = grammar().roles(story.plot, story.options)
+    hero, friend = facts["hero"], facts["friend"]
+    owner, other = (hero, friend) if roles["owner"] == "hero" else (friend, hero)
+    thing, color = facts[roles["owned"]], facts[roles["owned_color"]]
+    first, second = f"{hero} was a {facts['animal']}.", f"{friend} was a {facts['animal2']}."
+    colors, happy, sad = (WORLD.words[word_class] for word_class in ("color", "happy", "sad"))
+    opposite = dict(zip(happy + sad, sad + happy, strict=True))[facts["feeling"]]
+    another_color = colors[(colors.index(color) + 1) % len(colors)]
+    return [
+        Question(f"Who had the {color} {thing} in the end?", f"{owner} had it.", f"{other} had it."),
+        Question(f"What color was the {thing}?", f"The {thing} was {color}.", f"The {thing} was {another_color}."),
+        Question(f"What kind of animal was {hero}?", first, f"{hero} was a {facts['animal2']}."),
+        Question(f"What kind of animal was {friend}?", second, f"{friend} was a {facts['animal']}."),
+        Question("Where did the story begin?", f"It began {facts['place']}.", f"It began {facts['place2']}."),
+        Question(f"Where was {friend}?", f"{friend} was {facts['place2']}.", f"{friend} was {facts['place']}."),
+        Question(f"How did {hero} feel in the end?", f"{hero} felt {facts['feeling']}.", f"{hero} felt {opposite}."),
+    ]
+
+
+def label(story: Story) -> Literal["happy", "sad"]:
+    """Return whether a story ends happily."""
+    return "happy" if story.good_ending else "sad"
 
 
 def space_size() -> int:

@@ -1,7 +1,7 @@
 """A story grammar: draws stories, reads them back, judges their facts and states their exact probability.
 
-It works on any World of words and sentences (meadow_world.py holds the real one; tests use tiny ones) and knows nothing of seeds,
-corpora, splits or what is later asked about a story. A story is decided by a few independent uniform choices: the plot, one
+It works on any World of words and sentences (meadow_world.py holds the real one; tests use tiny ones) and knows nothing
+of seeds, corpora, splits or what is later asked about a story. A few uniform choices decide a story: the plot, one
 sentence at each position, one word for each variable that those sentences mention.
 """
 
@@ -104,7 +104,7 @@ class Grammar:
         return Story(plot, options, facts, self.good_ending(plot, options), "".join(words[:-1]))
 
     def read(self, text: str) -> Reading | None:
-        """Return how the grammar reads a text, letting every slot hold any word of its class; None where it does not."""
+        """Return how the grammar reads a text, any word of the right class in every slot; None where it does not."""
         for plot in self._lines:
             reading = self._read(text, plot)
             if reading is not None:

@@ -1,12 +1,13 @@
 """The words and sentences of Meadow, the small world of the embedded corpus.
 
-This is data alone: it knows nothing of drawing, reading or scoring stories (see meadow_grammar.py). A template is a sentence
-with slots: `{variable}` is the variable's word, `{form:variable}` another form of it (`{at:place}` is "by the pond",
-`{He:hero}` is "He" or "She"). Two rules hold for all sentences that compete for one position, and the tests check them:
+This is data alone: it knows nothing of drawing, reading or scoring stories (see meadow_grammar.py). A template is a
+sentence with slots: `{variable}` is the variable's word, `{form:variable}` another form of it (`{at:place}` is "by the
+pond", `{He:hero}` is "He" or "She"). Rules that the tests check:
 
-- They part company in their literal words, never at a slot. So each choice is visible where it is made: a text has at most one
-  reading, and a slot whose variable was mentioned before is fully determined by what precedes it.
-- All words after "a" start with a consonant, so no article depends on a later choice.
+- Sentences that compete for one position part company in their literal words, never at a slot. So each choice is
+  visible where it is made: a text has at most one reading, and a slot whose variable was named before is determined.
+- A variable is mentioned by name before any pronoun stands for it.
+- No word after "a" starts with a vowel.
 """
 
 from collections.abc import Mapping
@@ -102,7 +103,7 @@ WORLD = World(
             "One {weather} {time}, {hero} the {animal} was playing {at:place}.",
             "On a {weather} {time}, {hero} the {animal} sat {at:place}.",
             "It was a {weather} {time}, and {hero} the {animal} was resting {at:place}.",
-            "Once upon a time, a {animal} called {hero} lived {at:place}.",
+            "Once upon a time, {hero} the {animal} lived {at:place}.",
         ),
         (
             "{He:hero} had a {color} {thing} that {he:hero} loved very much.",
@@ -121,18 +122,18 @@ WORLD = World(
         "gift": Plot(
             event=(
                 "It was {friend}'s birthday, so {hero} offered {him:friend} the {thing}.",
-                "Because the {animal2} looked lonely, {hero} offered {him:friend} the {thing}.",
+                "Because {friend} looked lonely, {hero} offered {him:friend} the {thing}.",
                 "As a surprise, {hero} wanted to give the {thing} to {friend}.",
             ),
             good=(
                 "With a big smile, {friend} took it and said thank you.",
-                "Full of joy, the {animal2} took the {thing} and danced.",
+                "Full of joy, {friend} the {animal2} took the {thing} and danced.",
                 "Nobody had ever been so kind to {friend}, who took it at once.",
             ),
             bad=(
                 "But {friend} did not like it and gave it back.",
-                "Sadly, the {animal2} only said no and walked away.",
-                "The {animal2} said that the {thing} was ugly and turned away.",
+                "Sadly, {friend} only said no and walked away.",
+                "Alas, {friend} said that the {thing} was ugly and turned away.",
             ),
             good_roles=_FRIEND_KEEPS,
             bad_roles=_HERO_KEEPS,
@@ -146,12 +147,12 @@ WORLD = World(
             good=(
                 "The next day, {friend} found it there and brought it back.",
                 "But {friend} looked {at:place3} until {he:friend} found it, and gave it back.",
-                "By good luck, the {animal2} found it and gave it back to {hero}.",
+                "By good luck, {friend} the {animal2} found it and gave it back.",
             ),
             bad=(
                 "But {friend} found it there and kept it.",
                 "By bad luck, {friend} was the first to find it and kept it.",
-                "In secret, the {animal2} went to the {place3} and took it.",
+                "In secret, {friend} went to the {place3} and took it.",
             ),
             good_roles=_HERO_KEEPS,
             bad_roles=_FRIEND_KEEPS,
@@ -165,12 +166,12 @@ WORLD = World(
             good=(
                 "With one last jump, {hero} got to the {place3} first.",
                 "They ran and ran, and {hero} was the first {at:place3}.",
-                "Near the end {friend} fell, and the {animal} won.",
+                "Near the end {friend} fell, and {hero} won.",
             ),
             bad=(
                 "But {friend} was much faster and got to the {place3} first.",
                 "They ran and ran, but {friend} was the first {at:place3}.",
-                "At the last tree {hero} fell, and the {animal2} won.",
+                "At the last tree {hero} fell, and {friend} won.",
             ),
             good_roles=_HERO_KEEPS,
             bad_roles=_FRIEND_KEEPS,
@@ -179,7 +180,7 @@ WORLD = World(
             event=(
                 '"I will give you my {color2} {thing2} for it," said {friend}.',
                 "That day {friend} had a {color2} {thing2} and wanted to trade.",
-                "The {animal2} had brought a {color2} {thing2} to trade.",
+                "As it happened, {friend} had brought a {color2} {thing2} to trade.",
             ),
             good=(
                 "So they traded, and both of them laughed.",
@@ -197,18 +198,18 @@ WORLD = World(
         "loan": Plot(
             event=(
                 '"May I borrow the {thing} until {day}?" asked {friend}.',
-                "The {animal2} asked to borrow the {thing} until {day}.",
+                "So {friend} asked to borrow the {thing} until {day}.",
                 "Until {day}, {hero} lent the {thing} to {friend}.",
             ),
             good=(
                 "On {day}, {friend} brought it back to the {place}.",
                 "When {day} came, {friend} gave it back.",
-                "As promised, the {animal2} gave it back on {day}.",
+                "As promised, {friend} the {animal2} gave it back on {day}.",
             ),
             bad=(
                 "But {day} came and went, and {friend} kept it.",
                 "When {day} came, {friend} said no and kept it.",
-                "Weeks went by, but the {animal2} never gave it back.",
+                "Weeks went by, but {friend} never gave it back.",
             ),
             good_roles=_HERO_KEEPS,
             bad_roles=_FRIEND_KEEPS,
@@ -222,10 +223,10 @@ WORLD = World(
             "From then on, {owner} was the one with the {owned_color} {owned}.",
         ),
         (
-            "The {animal} felt {feeling} all the way back to the {place}.",
+            "All the way back to the {place}, {hero} the {animal} felt {feeling}.",
             "Back {at:place}, {hero} the {animal} felt {feeling}.",
-            "That night {hero} came back to the {place}, {feeling} and tired.",
-            "When {he:hero} came home to the {place}, the {animal} was {feeling}.",
+            "That night {hero} the {animal} came back to the {place}, {feeling} and tired.",
+            "When {he:hero} came home to the {place}, {hero} was {feeling}.",
         ),
     ),
 )

@@ -1,0 +1,81 @@
+"""Scores stories that a model wrote against Meadow's grammar and facts.
+
+It reads texts and nothing else: where they come from, and how a model rates them, is not known here.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from llamita.data import meadow
+from llamita.data.meadow_grammar import Mention, Reading
+
+DISTANCE = 20  # words between a fact and the words it determines, where both the design and the reports draw the line
+
+
+@dataclass(frozen=True)
+class MeadowScore:
+    """How many stories the grammar reads, and how many of all have facts that agree."""
+
+    stories: int
+    grammatical: float  # share that the grammar reads, whatever the facts
+    consistent: float  # share that a drawn story could be: grammatical, and every fact is carried along
+    faults: Mapping[str, int]  # variable -> mentions that contradict the story so far, over all stories
+
+    def __str__(self) -> str:
+        return f"{self.grammatical:.1%} of {self.stories} stories are grammatical, {self.consistent:.1%} consistent"
+
+
+def score(texts: Iterable[str]) -> MeadowScore:
+    """Judge whole stories, sampled with nothing cut off; white space around a story is ignored.
+
+    Raises ValueError where there are no texts.
+    """
+    stories = grammatical = consistent = 0
+    faults: Counter[str] = Counter()
+    for text in texts:
+        stories += 1
+        reading = meadow.grammar().read(text.strip())
+        if reading is None:
+            continue
+        grammatical += 1
+        contradictions = meadow.grammar().facts(reading)[1]
+        consistent += not contradictions
+        faults.update(mention.slot.variable for mention in contradictions)
+    if stories == 0:
+        raise ValueError("expected at least one story to score, got none")
+    return MeadowScore(stories, grammatical / stories, consistent / stories, dict(faults))
+
+
+def determined_spans(text: str, distance: int = DISTANCE) -> list[tuple[int, int]]:
+    """Return the spans text[start:end] that nothing but facts at least `distance` words back determine.
+
+    Such a span names something named before, whose latest earlier mention (for a pronoun: by name or pronoun) lies that
+    many words back; no other sentence could go on differently at that point. A model that carries facts gives each word
+    of it all the probability. Raises ValueError where the text is no consistent story.
+    """
+    grammar = meadow.grammar()
+    story = meadow.parse(text)
+    reading = grammar.read(text)
+    if story is None or reading is None:
+        raise ValueError(f"expected a consistent Meadow story, got {text[:60]!r}")
+    return [
+        (mention.start, mention.end)
+        for mention, source in _sources(reading, grammar.roles(reading.plot, reading.options))
+        if source is not None and text.count(" ", source.end, mention.start) >= distance
+    ]
+
+
+def _sources(reading: Reading, roles: Mapping[str, str]) -> list[tuple[Mention, Mention | None]]:
+    """Return each mention with the latest earlier one that tells its words (None where it is a free choice)."""
+    named: dict[str, Mention] = {}  # variable -> its latest mention by name
+    latest: dict[str, Mention] = {}  # variable -> its latest mention by name or pronoun
+    pairs = []
+    for mention in reading.mentions:
+        variable = roles.get(mention.slot.variable, mention.slot.variable)
+        by_name = mention.slot.form in ("", "at")
+        pairs.append((mention, (named if by_name else latest).get(variable)))
+        latest[variable] = mention
+        if by_name:
+            named[variable] = mention
+    return pairs
