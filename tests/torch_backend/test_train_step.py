@@ -7,7 +7,6 @@ import torch
 from llamita.config import ModelConfig
 from llamita.data.batches import NOT_SCORED, Batch
 from llamita.torch_backend import losses
-from llamita.torch_backend.adamw import AdamWSettings
 from llamita.torch_backend.train_step import build_train_step
 
 CONFIG = ModelConfig(
@@ -24,7 +23,7 @@ CONFIG = ModelConfig(
 
 def make(config=CONFIG, **options):
     options = {"precision": "fp32", "device": "cpu", "seed": 3, "max_grad_norm": 1.0} | options
-    return build_train_step(config, options.pop("settings", AdamWSettings()), **options)
+    return build_train_step(config, **options)
 
 
 def batch(rows=8, T=12, seed=0, unequal=True, segments=False):

@@ -25,6 +25,7 @@ from llamita.torch_backend import weights
 from llamita.torch_backend.adamw import AdamW, AdamWSettings, clipping_scale, global_norm
 from llamita.torch_backend.losses import chunked_cross_entropy
 from llamita.torch_backend.model import Llama
+from llamita.torch_backend.runner import TorchRunner
 
 Precision = Literal["auto", "bf16", "fp32"]
 Hidden = Callable[..., Tensor]
@@ -134,6 +135,10 @@ class TorchTrainStep:
         weights.load_host_arrays(self.model, arrays)
         self.optimizer.load_state(state)
 
+    def runner(self) -> TorchRunner:
+        """Generates with the weights as they are now."""
+        return TorchRunner(self.model)
+
     def conditions(self) -> dict[str, Any]:
         """What the last bits of the result depend on besides the configuration and the data."""
         return {
@@ -191,7 +196,6 @@ class TorchTrainStep:
 
 def build_train_step(
     config: ModelConfig,
-    settings: AdamWSettings | None = None,
     *,
     seed: int = 0,
     initialization: InitializationName = "fan-in",
@@ -201,8 +205,13 @@ def build_train_step(
     device: str = "auto",
     threads: int = 0,
     compile: bool = False,
+    **settings: Any,
 ) -> TorchTrainStep:
-    """A freshly initialised model and its optimiser. `threads` 0 leaves PyTorch's own choice."""
+    """A freshly initialised model and its optimiser; `settings` are the fields of AdamWSettings.
+
+    `threads` 0 leaves PyTorch's own choice; precision "auto" is bf16 where the processor multiplies it.
+    """
+    optimizer = AdamWSettings(**settings)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
@@ -213,7 +222,7 @@ def build_train_step(
         precision = "bf16" if device == "cuda" or cpu_multiplies_bf16() else "fp32"
     return TorchTrainStep(
         weights.build_model(config, seed=seed, initialization=initialization, device=device),
-        settings,
+        optimizer,
         loss=loss,
         max_grad_norm=max_grad_norm,
         precision=precision,

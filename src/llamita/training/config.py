@@ -127,7 +127,7 @@ class TrainingConfig:
         resolved = self.resolved()
         values = {field.name: getattr(resolved, field.name) for field in fields(self)}
         del values["output"], values["resume"]
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        return {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 INCIDENTAL_OPTIONS = frozenset(

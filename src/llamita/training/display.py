@@ -73,11 +73,10 @@ class LiveDisplay:
         self._live.start()
 
     def update(self, record: Mapping[str, Any]) -> None:
+        figures = [figure.split(" ", 1) for figure in _figures(record)]
         table = Table.grid(padding=(0, 2))
-        for figure in _figures(record):
-            name, _, value = figure.partition(" ")
-            table.add_column(justify="left")
-            table.columns[-1]._cells.append(Text.assemble((f"{name}\n", "dim"), (value, "bold")))
+        table.add_row(*(Text(name, style="dim") for name, _ in figures))
+        table.add_row(*(Text(value, style="bold") for _, value in figures))
         bar = Table.grid(padding=(0, 1))
         progress = ProgressBar(total=self._clock.steps, completed=record["step"], width=40)
         left = self._clock.left(record["step"])

@@ -1,0 +1,248 @@
+"""Pre-training: a preset, prepared data and the training options become a run; samples come from the inference engine.
+
+The backend is passed in. Everything that can be wrong with the options is found before anything is written.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from llamita.architecture import InitializationName
+from llamita.config import ModelConfig, preset
+from llamita.data.batches import Batch, BatchIterator, collate
+from llamita.data.packing import Rows, RowsConfig
+from llamita.data.shards import Manifest, TokenShards, load_tokenizer
+from llamita.inference.engine import Runner
+from llamita.inference.llm import LLM
+from llamita.plan import SamplingParams
+from llamita.text.tokenizer import Tokenizer
+from llamita.training import run_directory
+from llamita.training.config import TrainingConfig, take_over
+from llamita.training.display import Display
+from llamita.training.interfaces import Evaluation, Examples, OnEvaluation, TokenText, TrainingResult, TrainStep
+from llamita.training.trainer import Trainer
+
+TRAIN, VALIDATION = "train", "validation"
+DEFAULT_SEQUENCE_LENGTH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainingConfig):
+    """What `llamita train` takes."""
+
+    data: Path | None = None
+    """Prepared data (llamita prepare). Needed, but when resuming."""
+    preset: str = "tiny"
+    """The model's shape; llamita info lists the presets."""
+    set: tuple[str, ...] = ()
+    """Changes to the preset, as in --set hidden_size=128 num_hidden_layers=4."""
+    dropout: float = 0.0
+    """On embeddings, attention weights and the output of each sublayer."""
+    initialization: InitializationName = "fan-in"
+    """fan-in: std 1/sqrt(n_in); gpt-2: std 0.02, less on the projections into the residual stream."""
+    mode: Literal["pad", "pack", "random"] = "pack"
+    """pad: each document padded to whole rows; pack: documents back to back; random: windows at random offsets."""
+    sequence_length: int = 0
+    """Tokens in a row; 0: as many as the model has positions, at most 256."""
+    within_documents: bool = False
+    """Keep attention inside a document."""
+    sample_tokens: int = 100
+    """Length of the sample written at each evaluation; 0: none."""
+    sample_prompt: str = ""
+    """What the sample continues; empty: a new text."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("sequence_length", "sample_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+
+
+class TrainableStep(TrainStep, Protocol):
+    """A `TrainStep` whose model can also generate."""
+
+    def runner(self) -> Runner: ...
+
+
+Backend = Callable[..., TrainableStep]
+"""A backend's `build_train_step`: (model config, options by name) -> a freshly initialised step."""
+
+
+def pretrain(
+    config: PretrainConfig,
+    backend: Backend,
+    *,
+    floor: float | None = None,
+    on_evaluation: OnEvaluation | None = None,
+    display: Display | None = None,
+) -> TrainingResult:
+    """Train as `config` says, or go on with the run in config.output where config.resume is set.
+
+    `floor` is the least possible loss in nats per character, for the plot. `on_evaluation` is called after each
+    evaluation, after the sample was written. ValueError or OSError, in one line, for options that cannot be met.
+    """
+    if config.resume:
+        config = take_over(config, run_directory.read_manifest(config.output)["arguments"])
+    run_directory.check(config.output, config.resume)
+    if config.data is None:
+        raise ValueError("--data is missing: give the directory that llamita prepare wrote")
+    tokenizer = load_tokenizer(config.data)
+    model = model_config(config, tokenizer)
+    rows = RowsConfig(config.mode, sequence_length(config, model), config.within_documents)
+    manifest = Manifest.load(config.data)
+    identity = {
+        "kind": "pretraining",
+        "model": asdict(model),
+        "initialization": config.initialization,
+        "data": {"tokenizer": tokenizer.hash, **{name: _digest(split) for name, split in manifest.splits.items()}},
+        "rows": asdict(rows),
+        "training": config.identity(),
+    }
+    if config.resume:  # a changed option is named before the weights are made
+        run_directory.compare(run_directory.read_manifest(config.output)["identity"], json.loads(json.dumps(identity)))
+    examples = make_examples(config, tokenizer, rows)
+    step = backend(
+        model,
+        seed=config.seed,
+        initialization=config.initialization,
+        precision=config.precision,
+        device=config.device,
+        threads=config.threads,
+        compile=config.compile,
+        max_grad_norm=config.max_grad_norm,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        epsilon=config.epsilon,
+        weight_decay=config.weight_decay,
+        bias_correction=config.bias_correction,
+    )
+    prompt = sample_prompt(config, tokenizer, examples)
+
+    def after_evaluation(evaluation: Evaluation) -> str | None:
+        texts = []
+        if config.sample_tokens:
+            params = SamplingParams(max_tokens=config.sample_tokens, seed=config.seed)
+            texts.append(sample(LLM(step.runner(), tokenizer), prompt, params))
+        more = on_evaluation(evaluation) if on_evaluation else None
+        return "\n".join([*texts, *([more] if more else [])]) or None
+
+    with run_directory.open_run(config.output, identity, config.arguments(), config.resume) as run:
+        trainer = Trainer(
+            config,
+            model,
+            step,
+            examples,
+            run,
+            tokenizer_directory=config.data / "tokenizer",
+            on_evaluation=after_evaluation,
+            floor=floor,
+            display=display,
+        )
+        return trainer.run()
+
+
+def model_config(config: PretrainConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The preset with the changes asked for, and the tokenizer's vocabulary and special tokens."""
+    changes = dict(parse_change(text) for text in config.set)
+    vocabulary = changes.setdefault("vocab_size", tokenizer.vocab_size)
+    if vocabulary != tokenizer.vocab_size:
+        raise ValueError(
+            f"vocab_size={vocabulary} does not fit the tokenizer of {config.data}, which has {tokenizer.vocab_size} "
+            "tokens; leave vocab_size out to take the tokenizer's"
+        )
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    return preset(config.preset, **{"dropout": config.dropout, **special, **changes})
+
+
+def parse_change(text: str) -> tuple[str, Any]:
+    """`hidden_size=128` -> ("hidden_size", 128); ValueError for an unknown name or a value that is no number."""
+    name, equals, value = text.partition("=")
+    name = name.strip().replace("-", "_")
+    numbers = {field.name: field.type for field in dataclasses.fields(ModelConfig) if field.type in (int, float, bool)}
+    del numbers["num_labels"]
+    if not equals:
+        raise ValueError(f"--set {text!r} must have the form name=value, as in hidden_size=128")
+    if name not in numbers:
+        raise ValueError(f"--set {name!r} is no field of a model; choose from {', '.join(numbers)}")
+    kind = numbers[name]
+    try:
+        if kind is bool:
+            return name, {"true": True, "false": False, "1": True, "0": False}[value.strip().lower()]
+        return name, int(value) if kind is int else float(value)
+    except (ValueError, KeyError):
+        expected = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+        raise ValueError(f"--set {name}={value.strip()!r} must be {expected}") from None
+
+
+def sequence_length(config: PretrainConfig, model: ModelConfig) -> int:
+    """Tokens in a row: what was asked for, or as many as the model takes up to a limit."""
+    length = config.sequence_length or min(model.max_position_embeddings, DEFAULT_SEQUENCE_LENGTH)
+    if length > model.max_position_embeddings:
+        raise ValueError(
+            f"sequence_length={length} is longer than the model's {model.max_position_embeddings} positions; shorten "
+            f"it, or add --set max_position_embeddings={length}"
+        )
+    return length
+
+
+def make_examples(config: PretrainConfig, tokenizer: Tokenizer, rows: RowsConfig) -> Examples:
+    """Training batches and validation batches over the data directory; without a validation split, none of those."""
+    assert config.data is not None
+    special = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    train = Rows(TokenShards(config.data, TRAIN), rows, *special)
+    validation: Callable[[], Iterator[Batch]] = lambda: iter(())  # noqa: E731
+    if VALIDATION in Manifest.load(config.data).splits:
+        packed = dataclasses.replace(rows, mode="pack") if rows.mode == "random" else rows
+        validation = spaced_batches(
+            Rows(TokenShards(config.data, VALIDATION), packed, *special),
+            config.evaluation_rows,
+            config.micro_batch_size or config.batch_size,
+        )
+    pieces = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
+    text = TokenText(
+        # A character is a byte that does not continue another: one that is not 0b10xxxxxx.
+        characters_V=np.array([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces], dtype=np.int64),
+        bytes_V=np.array([len(piece) for piece in pieces], dtype=np.int64),
+    )
+    return Examples(BatchIterator(train, config.batch_size, config.seed), validation, text)
+
+
+def spaced_batches(rows: Rows, limit: int, batch_size: int) -> Callable[[], Iterator[Batch]]:
+    """Batches of at most `limit` rows (0: all), evenly spaced over the split, the same ones at each call."""
+    count = min(limit, len(rows)) or len(rows)
+    row_ids = np.arange(count, dtype=np.int64) * len(rows) // count
+
+    def batches() -> Iterator[Batch]:
+        for start in range(0, count, batch_size):
+            ids = row_ids[start : start + batch_size]
+            yield collate([rows.row(int(i)) for i in ids], ids)
+
+    return batches
+
+
+def sample_prompt(config: PretrainConfig, tokenizer: Tokenizer, examples: Examples) -> str | tuple[int, ...]:
+    """What samples continue: the prompt given, else the BOS token, else the first token of the first row."""
+    if config.sample_prompt or tokenizer.bos_id is not None:
+        return config.sample_prompt
+    batches = examples.batches
+    assert isinstance(batches, BatchIterator)
+    return (int(batches.rows.row(0).tokens[0]),)
+
+
+def sample(llm: LLM, prompt: str | tuple[int, ...], params: SamplingParams) -> str:
+    """The prompt and its continuation, as text."""
+    assert llm.tokenizer is not None
+    shown = prompt if isinstance(prompt, str) else llm.tokenizer.decode(prompt)
+    return shown + llm.generate(prompt, params).text
+
+
+def _digest(split: Any) -> str:
+    """One hash over the files of a split."""
+    files = [*split.shards, split.index]
+    return hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()

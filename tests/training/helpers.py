@@ -1,0 +1,134 @@
+"""What the tests of training share: a model of a few thousand parameters, documents for it, prepared data."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from llamita.config import ModelConfig
+from llamita.data import meadow
+from llamita.data.batches import BatchIterator
+from llamita.data.packing import InMemoryDocuments, Rows, RowsConfig
+from llamita.data.prepare import PrepareConfig, prepare
+from llamita.text.bpe import train_bpe_from_iterator
+from llamita.torch_backend.train_step import build_train_step
+from llamita.training import metrics
+from llamita.training.config import TrainingConfig
+from llamita.training.interfaces import Examples, TokenText
+from llamita.training.run_directory import open_run
+from llamita.training.trainer import Trainer
+from llamita.workflows.pretrain import spaced_batches
+
+MODEL = ModelConfig(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=16,
+    tie_word_embeddings=True,
+    dropout=0.1,
+)
+
+
+class Silence:
+    """A display that keeps what it is told."""
+
+    def __init__(self):
+        self.records, self.evaluations, self.messages = [], [], []
+
+    def update(self, record):
+        self.records.append(record)
+
+    def evaluation(self, record):
+        self.evaluations.append(record)
+
+    def message(self, text):
+        self.messages.append(text)
+
+    def close(self):
+        pass
+
+
+def documents(seed=0, count=60):
+    """Documents of unequal length in which a token mostly follows its neighbour."""
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    result = []
+    for _ in range(count):
+        steps = generator.choice([1, 1, 1, 2, 5], size=int(generator.integers(3, 30)))
+        result.append((generator.integers(0, 40) + np.cumsum(steps)) % 40)
+    return InMemoryDocuments(result)
+
+
+def config(output, **changes):
+    return TrainingConfig(
+        **{
+            "output": Path(output),
+            "steps": 30,
+            "batch_size": 6,
+            "micro_batch_size": 4,
+            "learning_rate": 1e-2,
+            "evaluate_every": 10,
+            "checkpoint_every": 4,
+            "precision": "fp32",
+            "device": "cpu",
+            **changes,
+        }
+    )
+
+
+def examples(config, mode="pad"):
+    rows = RowsConfig(mode, MODEL.max_position_embeddings)
+    sizes = np.arange(40, dtype=np.int64)
+    return Examples(
+        BatchIterator(Rows(documents(), rows), config.batch_size, config.seed),
+        spaced_batches(Rows(documents(1, 20), rows), config.evaluation_rows, 5),
+        TokenText(sizes, sizes * 2),
+    )
+
+
+def make_step(config, model=MODEL):
+    step = build_train_step(
+        model, seed=config.seed, precision=config.precision, device="cpu", max_grad_norm=config.max_grad_norm
+    )
+    step.peak_flops = lambda: 1e11  # measuring it takes longer than these runs
+    return step
+
+
+def train(config, *, step=None, identity=None, display=None, **options):
+    """Run a trainer in config.output; returns (result, step, display)."""
+    step, display = step or make_step(config), display or Silence()
+    identity = identity or {"training": config.identity()}
+    with open_run(config.output, identity, config.arguments(), config.resume) as run:
+        trainer = Trainer(config, MODEL, step, examples(config), run, display=display, **options)
+        return trainer.run(), step, display
+
+
+def weights_of(checkpoint_directory):
+    """The bytes of everything that decides how a run goes on."""
+    names = ("model.safetensors", "optimizer.safetensors")
+    return {name: (Path(checkpoint_directory) / name).read_bytes() for name in names}
+
+
+def timeless(run_directory):
+    """metrics.jsonl without what depends on the clock."""
+    records = metrics.read_records(Path(run_directory) / "metrics.jsonl")
+    return [{key: value for key, value in record.items() if key not in metrics.TIMES} for record in records]
+
+
+def prepare_stories(directory, count=120, vocab_size=300):
+    """A tokenizer and a data directory of Meadow stories; returns the latter."""
+    tokenizer = train_bpe_from_iterator(meadow.corpus(0, count, "train"), vocab_size)
+    tokenizer.save(directory / "tokenizer")
+    data = directory / "data"
+    prepare(
+        PrepareConfig(
+            output=data, tokenizer=directory / "tokenizer", source="meadow", documents=count, workers=1, seed=0
+        )
+    )
+    return data
+
+
+def state_of(checkpoint_directory):
+    return json.loads((Path(checkpoint_directory) / "train_state.json").read_text())
