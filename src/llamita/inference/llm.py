@@ -20,7 +20,7 @@ from llamita.inference.engine import Engine, Runner
 from llamita.inference.request import FinishReason, Request, SamplingParams, Statistics, TokenEvent
 from llamita.text.tokenizer import Tokenizer
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LLM:
         """Load a model directory, or the best checkpoint of a run directory, with the backend that `load_runner` is."""
         directory = checkpoint.resolve_model_directory(model)
         runner = load_runner(directory)
-        found = any((directory / name).is_file() for name in TOKENIZER_FILES)
+        found = any((directory / name).is_file() for name in VOCABULARY_FILES)
         return cls(runner, Tokenizer.load(directory) if found else None, _end_tokens(directory))
 
     def encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
@@ -59,8 +59,6 @@ class LLM:
             return tuple(int(token_id) for token_id in prompt)
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer beside it; give the prompt as token ids")
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise ValueError("the prompt is not valid Unicode text; give it in UTF-8")
         tokens = tuple(self.tokenizer.encode(prompt, bos=self.tokenizer.bos_id is not None))
         if not tokens:
             raise ValueError("the prompt is empty and this model has no BOS token to start from; give some text")

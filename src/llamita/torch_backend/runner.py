@@ -17,8 +17,9 @@ from llamita import architecture, checkpoint
 from llamita.config import ModelConfig
 from llamita.plan import Plan, SampledToken, ScheduledChunk, StepResult
 from llamita.torch_backend.kv_cache import KVCache
-from llamita.torch_backend.model import Llama, build_model
+from llamita.torch_backend.model import Llama
 from llamita.torch_backend.sampling import sample
+from llamita.torch_backend.weights import build_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,7 +38,9 @@ class TorchRunner:
         self.dtype, self.device = weight.dtype, weight.device
         self.cache = self._new_cache(1)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        if model.head is not None:  # only one row of an embedding is read, unless it is the output head as well
+        if (
+            weight is not model.model.embed_tokens.weight
+        ):  # only one row of an embedding is read, unless it is the output head as well
             parameters -= model.model.embed_tokens.weight.numel()
         self.weight_bytes = parameters * weight.element_size()
         """Bytes of weights that decoding one token reads."""
@@ -83,6 +86,7 @@ class TorchRunner:
     def _run_chunk(self, chunk: ScheduledChunk) -> SampledToken | None:
         self.cache.truncate(chunk.start)
         tokens_1T = torch.tensor([chunk.tokens], device=self.device)
+        logits_1V: Tensor | None
         if len(chunk.tokens) == 1:
             with fast_single_row(self.device, self.dtype):
                 logits_1V = decode_one_token(self.model, self.cache, tokens_1T)
@@ -137,11 +141,17 @@ def evaluation(model: torch.nn.Module) -> Iterator[None]:
             model.train()
 
 
-def fast_single_row(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
+@contextlib.contextmanager
+def fast_single_row(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """The settings under which PyTorch multiplies a single row fastest.
 
     On a CPU, oneDNN reads bfloat16 weights at half the speed of PyTorch's own matrix-vector product.
     """
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        return torch.backends.mkldnn.flags(enabled=False)
-    return contextlib.nullcontext()
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        yield
+        return
+    enabled, *_ = torch.backends.mkldnn.set_flags(_enabled=False, _fp32_precision=None)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(_enabled=enabled, _fp32_precision=None)
