@@ -84,7 +84,7 @@ class LiveDisplay:
         self._live.update(Group(bar, table, *([Text(self._evaluation, style="cyan")] if self._evaluation else [])))
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        self._evaluation = f"validation at step {record['step']}: {evaluation_text(record)}"
+        self._evaluation = f"step {record['step']}: {evaluation_text(record)}"
         self.message(self._evaluation)
 
     def message(self, text: str) -> None:
