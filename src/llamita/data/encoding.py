@@ -44,6 +44,8 @@ class Encoder:
     """How documents are encoded; small, and can be sent to another process."""
 
     tokenizer: Path
+    tokenizer_hash: str
+    """What is at the path; a worker refuses any other."""
     bos: bool
     eos: bool
 
@@ -80,7 +82,7 @@ def encode_in_order(
 
 def encode_group(encoder: Encoder, group: dict[str, list[str]]) -> dict[str, Encoded]:
     """Encode some documents of each split, in this process."""
-    tokenizer = _tokenizer(encoder.tokenizer)
+    tokenizer = _tokenizer(encoder.tokenizer, encoder.tokenizer_hash)
     encoded = {}
     for split, texts in group.items():
         arrays = tokenizer.encode_batch(texts, bos=encoder.bos, eos=encoder.eos)
@@ -106,9 +108,12 @@ def _groups(documents: Iterable[tuple[str, str]]) -> Iterator[dict[str, list[str
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(path: Path) -> Tokenizer:
+def _tokenizer(path: Path, expected_hash: str) -> Tokenizer:
     """The tokenizer, loaded once per process."""
-    return Tokenizer.load(path)
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.hash != expected_hash:
+        raise ValueError(f"the tokenizer at {path} changed while the data was being prepared; prepare it again")
+    return tokenizer
 
 
 def _start_worker() -> None:

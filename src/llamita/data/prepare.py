@@ -73,16 +73,6 @@ class PrepareConfig:
     shard_tokens: int = 1 << 27
     """Tokens in a shard file."""
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.validation_share < 1:
-            raise ValueError(f"validation_share={self.validation_share} must be at least 0 and below 1")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers={self.workers} must be at least 1")
-        if self.shard_tokens < 1:
-            raise ValueError(f"shard_tokens={self.shard_tokens} must be at least 1")
-        if self.documents is not None and self.documents < 1:
-            raise ValueError(f"documents={self.documents} must be at least 1")
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -101,10 +91,11 @@ def prepare(config: PrepareConfig, on_progress: Callable[[Progress], None] | Non
     Everything goes to a temporary sibling first, which vanishes on any error or Ctrl-C. The bytes written depend on the
     text, the tokenizer and the options alone, not on the number of workers.
     """
+    _check_options(config)
     split_text = SplitText(*_sources(config), config.validation_share, config.split, config.seed)
     tokenizer = Tokenizer.load(config.tokenizer)
     bos, eos = config.bos and tokenizer.bos_id is not None, config.eos and tokenizer.eos_id is not None
-    encoder = Encoder(config.tokenizer, bos, eos)
+    encoder = Encoder(config.tokenizer, tokenizer.hash, bos, eos)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     _check_output(config)
     split_text.check()
@@ -188,6 +179,18 @@ def _sources(config: PrepareConfig) -> tuple[Source, Source | None]:
     if config.validation_dataset_split:
         return train, replace(train, dataset_split=config.validation_dataset_split, limit=None)
     return train, None
+
+
+def _check_options(config: PrepareConfig) -> None:
+    """Here and not in the dataclass, where tyro would turn one line into a box."""
+    if not 0 <= config.validation_share < 1:
+        raise ValueError(f"validation_share={config.validation_share} must be at least 0 and below 1")
+    if config.workers is not None and config.workers < 1:
+        raise ValueError(f"workers={config.workers} must be at least 1")
+    if config.shard_tokens < 1:
+        raise ValueError(f"shard_tokens={config.shard_tokens} must be at least 1")
+    if config.documents is not None and config.documents < 1:
+        raise ValueError(f"documents={config.documents} must be at least 1")
 
 
 def _check_output(config: PrepareConfig) -> None:

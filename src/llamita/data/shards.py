@@ -199,11 +199,12 @@ class SplitWriter:
         self._shards: list[DataFile] = []
         self._shard: _HashedFile | None = None
         self._index = _HashedFile(directory / f"{split}-documents.bin")
-        self._index.write(np.zeros(1, dtype=INDEX_DTYPE))
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, characters: int, bytes: int) -> None:
         """Append documents laid end to end in `tokens`, of `lengths` tokens each, made from so much text."""
         assert lengths.sum() == len(tokens)
+        if not self.documents:
+            self._index.write(np.zeros(1, dtype=INDEX_DTYPE))
         self._index.write((self.tokens + np.cumsum(lengths)).astype(INDEX_DTYPE))
         self.documents += len(lengths)
         self.characters += characters
