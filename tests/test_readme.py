@@ -28,7 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # Flags that are added to a verb's command so that it ends within seconds.
-SHORTER: dict[str, list[str]] = {}
+SHORTER: dict[str, list[str]] = {
+    "train": ["--steps", "4", "--batch-size", "4", "--evaluation-rows", "8", "--sample-tokens", "8"],
+    "generate": ["--max-tokens", "8"],
+}
 
 # Files that pages may assume: the reader's own text.
 FILES = {"stories.txt": 400}  # so many Meadow stories, a blank line between them
