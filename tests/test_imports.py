@@ -47,6 +47,8 @@ def faults(module: str, source: str, is_package: bool = False) -> list[str]:
             other = room_of(target)
             if other in RANK and other != room and RANK[other] >= RANK.get(room, -1):
                 found.append(f"{where}; {other} is not to the left of {room or 'the package itself'}")
+            if other in FRAMEWORKS.values() and room not in (other, LAZY_ROOM):
+                found.append(f"{where}; a backend is passed in, by {LAZY_ROOM}/")
             if id(node) not in at_top and room != LAZY_ROOM:
                 found.append(f"{where} inside a function or class; only {LAZY_ROOM}/ imports lazily")
         if is_dynamic_import(node) and room != LAZY_ROOM:
@@ -109,7 +111,7 @@ def test_a_module_imports_only_from_rooms_to_its_left(path: Path) -> None:
         ("llamita.data", "from ..inference import engine", "inference is not to the left of data"),
         ("llamita.training.trainer", "from llamita.inference import llm", "inference is not to the left of training"),
         ("llamita.inference.llm", "import llamita.training.schedule", "training is not to the left of inference"),
-        ("llamita.mlx_backend.model", "import llamita.torch_backend.model", "torch_backend is not to the left"),
+        ("llamita.training.trainer", "from llamita.torch_backend import losses", "a backend is passed in"),
         ("llamita", "from llamita.cli.main import main", "cli is not to the left of the package itself"),
         ("llamita.training.trainer", "import torch.nn as nn", "only torch_backend/ may"),
         ("llamita.cli.train", "def run():\n    import torch", "only torch_backend/ may"),
@@ -152,3 +154,8 @@ def test_the_command_loads_no_framework_before_a_verb_is_chosen() -> None:
     heavy = {"torch", "mlx", "numpy", "transformers", "tokenizers", "matplotlib", "tyro", "rich", "huggingface_hub"}
     assert loaded & heavy == set()
     assert ours == ["llamita", "llamita.cli", "llamita.cli.main"]
+
+
+def test_one_backend_may_not_import_the_other() -> None:
+    found = faults("llamita.mlx_backend.model", "import llamita.torch_backend.model")
+    assert any("torch_backend is not to the left of mlx_backend" in fault for fault in found)

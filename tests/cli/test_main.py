@@ -217,6 +217,11 @@ def test_a_reader_that_has_gone_is_no_error(arguments: list[str]) -> None:
     assert done.returncode in (1, 141)  # 1 where rich met the closed pipe first
 
 
+def test_every_module_of_the_command_line_is_reached_by_a_verb() -> None:
+    modules = {path.stem for path in Path(command.__file__).parent.glob("*.py")} - {"__init__", "main"}
+    assert {f"llamita.cli.{name}" for name in modules} == {verb.module for verb in VERBS.values()}
+
+
 @pytest.mark.parametrize("name", VERBS)
 def test_every_verb_has_a_readable_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*name.split(), "--help"]) == 0

@@ -35,6 +35,7 @@ VERBS: Mapping[str, Verb] = {
     "data show": Verb("llamita.cli.data", "show", "Look at prepared data as a model will see it."),
     "train": Verb("llamita.cli.train", "run", "Train a model from nothing, or carry on an interrupted run."),
     "generate": Verb("llamita.cli.generate", "run", "Continue a prompt with a trained model."),
+    "evaluate": Verb("llamita.cli.evaluate", "run", "Measure a model's loss over prepared text."),
     "info": Verb("llamita.cli.info", "run", "Count a model's parameters, operations and bytes; list the presets."),
 }
 
