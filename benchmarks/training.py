@@ -1,0 +1,209 @@
+"""Training speed and memory of stories-15m (8 x 256 tokens, bf16) beside transformers, on this machine.
+
+    python benchmarks/training.py
+
+Each contestant trains in a process of its own and is timed in turn, pass by pass, so that whatever else the machine
+does falls on all alike. Prints tokens per second (median and spread), the ratio to transformers' eager loop, the share
+of the best matrix-multiply rate seen in the same run, and the peak memory of a training step. Then the same for the
+optimiser's step alone.
+"""
+
+import argparse
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from llamita import architecture
+from llamita.config import preset
+from llamita.data.batches import Batch
+from llamita.torch_backend import weights
+from llamita.torch_backend.adamw import AdamW
+from llamita.torch_backend.train_step import build_train_step
+
+B, T = 8, 256
+LEARNING_RATE = 1e-3
+CONTESTANTS = ("transformers", "transformers, compiled", "llamita", "llamita, compiled")
+OPTIMIZERS = ("torch fused", "torch foreach", "llamita")
+
+
+def tokens(vocab_size: int) -> torch.Tensor:
+    return torch.randint(vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(0))
+
+
+def transformers_step(name: str, compiled: bool) -> Callable[[], float]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = preset(name)
+    keys = set(LlamaConfig().to_dict()) & set(config.to_dict())
+    model = LlamaForCausalLM(LlamaConfig(**{key: config.to_dict()[key] for key in keys}, use_cache=False)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+    run = torch.compile(model) if compiled else model
+    ids = tokens(config.vocab_size)[:, :T].contiguous()
+
+    def step() -> float:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = run(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def llamita_step(name: str, compiled: bool) -> Callable[[], float]:
+    config = preset(name)
+    train_step = build_train_step(config, max_grad_norm=1.0, precision="bf16", device="cpu", compile=compiled)
+    row = tokens(config.vocab_size).int().numpy()
+    batch = Batch(row[:, :-1].copy(), row[:, 1:].copy(), None, torch.arange(B).numpy())
+    return lambda: train_step.step([batch], LEARNING_RATE).loss
+
+
+def work(contestant: str, name: str, steps: int, threads: int, pipe: Connection) -> None:
+    """A contestant's process: warm up, then time `steps` steps at each request."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    make = transformers_step if contestant.startswith("transformers") else llamita_step
+    step = make(name, contestant.endswith("compiled"))
+    started = time.perf_counter()
+    losses = [step(), step()]
+    warm_up = time.perf_counter() - started
+    reset_peak_memory()
+    pipe.send((warm_up, losses))
+    while pipe.recv():
+        started = time.perf_counter()
+        for _ in range(steps):
+            loss = step()
+        pipe.send((steps * B * T / (time.perf_counter() - started), peak_memory(), loss))
+
+
+def reset_peak_memory() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        print("peak memory includes the warm-up: this system cannot forget it", file=sys.stderr)
+
+
+def peak_memory() -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def matmul_rate(size: int = 2048, seconds: float = 1.0) -> float:
+    """The best rate of a bf16 product seen in `seconds`, in FLOP/s."""
+    a, b = (torch.randn(size, size).bfloat16() for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        started = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def compare_training(name: str, passes: int, steps: int, threads: int, console: Console) -> None:
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    for contestant in CONTESTANTS:  # one warms up at a time
+        pipe, theirs = context.Pipe()
+        process = context.Process(target=work, args=(contestant, name, steps, threads, theirs), daemon=True)
+        process.start()
+        processes.append(process)
+        warm_up, losses = pipe.recv()
+        console.print(f"{contestant}: first two steps {warm_up:.1f} s, losses {losses[0]:.2f} {losses[1]:.2f}")
+        pipes[contestant] = pipe
+    rates: dict[str, list[float]] = {contestant: [] for contestant in CONTESTANTS}
+    memory, peaks = {}, []
+    for number in range(passes):
+        peaks.append(matmul_rate())
+        for contestant, pipe in pipes.items():
+            pipe.send(True)
+            rate, memory[contestant], _ = pipe.recv()
+            rates[contestant].append(rate)
+        console.print(f"pass {number + 1}: " + ", ".join(f"{c} {rates[c][-1]:.0f}" for c in CONTESTANTS))
+    for pipe in pipes.values():
+        pipe.send(False)
+    for process in processes:
+        process.join()
+    flops, peak = architecture.flops_per_token(preset(name), T), max(peaks)
+    table = Table(
+        title=f"{name}, {B} x {T} tokens, bf16, {threads} threads; peak product rate {peak / 1e9:.0f} GFLOP/s"
+    )
+    for column in ("", "tokens/s", "spread", "x eager", "x compiled", "of the peak", "memory"):
+        table.add_column(column, justify="right" if column else "left")
+    for contestant in CONTESTANTS:
+        median = statistics.median(rates[contestant])
+        ratios = [
+            statistics.median(a / b for a, b in zip(rates[contestant], rates[other], strict=True))
+            for other in CONTESTANTS[:2]
+        ]
+        table.add_row(
+            contestant,
+            f"{median:.0f}",
+            f"{min(rates[contestant]):.0f}-{max(rates[contestant]):.0f}",
+            *(f"{ratio:.2f}" for ratio in ratios),
+            f"{median * flops / peak:.0%}",
+            f"{memory[contestant] / 1e9:.2f} GB",
+        )
+    console.print(table)
+
+
+def compare_optimizers(name: str, passes: int, console: Console) -> None:
+    config = preset(name)
+    steps: dict[str, Callable[[], object]] = {}
+    for optimizer in OPTIMIZERS:
+        model = weights.build_model(config)
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        if optimizer == "llamita":
+            ours = AdamW(model.packed_parameters())
+            steps[optimizer] = lambda ours=ours: ours.step(LEARNING_RATE)
+        else:
+            kind = {"fused": True} if optimizer == "torch fused" else {"foreach": True}
+            steps[optimizer] = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, **kind).step
+    times: dict[str, list[float]] = {optimizer: [] for optimizer in OPTIMIZERS}
+    for number in range(-1, passes):
+        for optimizer, step in steps.items():
+            started = time.perf_counter()
+            for _ in range(10):
+                step()
+            if number >= 0:  # the first pass warms up
+                times[optimizer].append((time.perf_counter() - started) / 10)
+    table = Table(title=f"AdamW on {name}: one step")
+    for column in ("", "ms", "spread", "x fused"):
+        table.add_column(column, justify="right" if column else "left")
+    for optimizer in OPTIMIZERS:
+        ms = [1e3 * t for t in times[optimizer]]
+        ratio = statistics.median(a / b for a, b in zip(times["torch fused"], times[optimizer], strict=True))
+        table.add_row(optimizer, f"{statistics.median(ms):.1f}", f"{min(ms):.1f}-{max(ms):.1f}", f"{ratio:.2f}")
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="stories-15m")
+    parser.add_argument("--passes", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="training steps in a pass")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    console = Console(width=100)
+    compare_training(options.preset, options.passes, options.steps, options.threads, console)
+    compare_optimizers(options.preset, options.passes, console)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""The first five minutes: stories, a tokenizer, a model of about a million parameters, its scores, what it writes.
+
+Every part is the one that a user's own run takes; only the choices are made here. The backend is passed in.
+"""
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from rich.console import Console
+from rich.padding import Padding
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
+
+from llamita import architecture
+from llamita.checkpoint import atomic_directory, atomic_write, load_config
+from llamita.data import meadow
+from llamita.data.prepare import PrepareConfig, prepare
+from llamita.evaluation import meadow_score
+from llamita.evaluation.perplexity import Forward, score_sequences
+from llamita.inference.engine import Runner
+from llamita.inference.llm import LLM
+from llamita.plan import SamplingParams
+from llamita.text.bpe import train_bpe_from_iterator
+from llamita.text.tokenizer import Tokenizer
+from llamita.training.run_directory import LAST
+from llamita.workflows.pretrain import Backend, PretrainConfig, pretrain
+
+TOKENIZER_STORIES = 5000  # enough for the most frequent pairs to be known
+STORIES_SHOWN = 3
+
+
+class ScoringRunner(Runner, Forward, Protocol):
+    """A backend's runner, that generates and that gives logits."""
+
+
+LoadRunner = Callable[..., ScoringRunner]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartConfig:
+    """What `llamita quickstart` takes."""
+
+    output: Path = Path("runs/quickstart")
+    """Directory for all of it: tokenizer, data, the training run, the report. An unfinished one is gone on with."""
+    steps: int = 2000
+    """Updates. Fewer for a quick look; the scores need all of them."""
+    stories: int = 60000
+    """Training stories to generate; a validation share more."""
+    vocab_size: int = 512
+    """Size of the tokenizer's vocabulary."""
+    scored_stories: int = 1000
+    """Stories to sample and to check; as many validation stories are predicted."""
+    seed: int = 0
+    """Decides the stories, the initial weights, their order, and what is sampled."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the trained model was found to be; written as report.json. Losses are over whole validation stories."""
+
+    parameters: int
+    validation_stories: int
+    nats_per_story: float
+    floor_per_story: float
+    times_floor: float
+    determined_words: float
+    sampled_stories: int
+    grammatical: float
+    consistent: float
+
+
+def quickstart(config: QuickstartConfig, backend: Backend, load_runner: LoadRunner) -> int:
+    """Run all parts, those of an earlier call excepted, and print what came out; the exit status."""
+    console = Console(highlight=False)
+    tokenizer, data, run = config.output / "tokenizer", config.output / "data", config.output / "run"
+    if not tokenizer.exists():
+        console.print(f"[bold]1. A tokenizer[/] of {config.vocab_size} tokens, from {TOKENIZER_STORIES:,} stories")
+        texts = meadow.corpus(config.seed, TOKENIZER_STORIES, "train")
+        with atomic_directory(tokenizer) as temporary:
+            train_bpe_from_iterator((f"{text}\n" for text in texts), config.vocab_size).save(temporary)
+    if not data.exists():
+        console.print(f"[bold]2. Data[/]: {config.stories:,} stories of Meadow, as tokens")
+        prepare(
+            PrepareConfig(
+                output=data,
+                tokenizer=tokenizer,
+                source="meadow",
+                documents=config.stories,
+                validation_share=max(0.02, config.scored_stories / config.stories),
+                seed=config.seed,
+            )
+        )
+    floor = meadow.floor(meadow.corpus(config.seed, config.scored_stories, "validation"))
+    if not (run / "run.json").exists() or _steps_done(run) < config.steps:
+        console.print("[bold]3. A model[/] of about a million parameters; no model can have a loss below ", end="")
+        console.print(f"{floor.nats_per_character:.4f} nats a character here")
+        result = pretrain(training_options(config, data, run), backend, floor=floor.nats_per_character)
+        if result.interrupted:
+            console.print("stopped and saved; the same command goes on from here")
+            return 130
+    report = evaluate(config, run / LAST, load_runner, floor, console)
+    atomic_write(config.output / "report.json", json.dumps(asdict(report), indent=2) + "\n")
+    show(report, config, run, load_runner, console)
+    return 0
+
+
+def training_options(config: QuickstartConfig, data: Path, run: Path) -> PretrainConfig:
+    """One story a row, so that each is predicted from its beginning to its end."""
+    return PretrainConfig(
+        data=data,
+        output=run,
+        resume=(run / "run.json").exists(),
+        preset="tiny",
+        mode="pad",
+        sequence_length=128,
+        steps=config.steps,
+        batch_size=32,
+        learning_rate=3e-3,
+        evaluate_every=max(1, config.steps // 8),
+        sample_tokens=128,
+        seed=config.seed,
+    )
+
+
+def evaluate(
+    config: QuickstartConfig, model: Path, load_runner: LoadRunner, floor: meadow.Floor, console: Console
+) -> Report:
+    """Predict validation stories and check sampled ones."""
+    runner = load_runner(model)
+    tokenizer = Tokenizer.load(model)
+    stories = list(meadow.corpus(config.seed, config.scored_stories, "validation"))
+    nats, hits, determined = predict(runner, tokenizer, stories)
+    texts = list(sample_stories(model, load_runner, config.scored_stories, config.seed, console))
+    score = meadow_score.score(texts)
+    return Report(
+        parameters=architecture.count_parameters(load_config(model)).total,
+        validation_stories=len(stories),
+        nats_per_story=nats / len(stories),
+        floor_per_story=floor.nats_per_story,
+        times_floor=nats / floor.nats,
+        determined_words=hits / max(1, determined),
+        sampled_stories=len(texts),
+        grammatical=score.grammatical,
+        consistent=score.consistent,
+    )
+
+
+def predict(runner: Forward, tokenizer: Tokenizer, stories: list[str]) -> tuple[float, int, int]:
+    """Nats over whole stories, BOS given and EOS scored; and of the spans that far facts determine, how many the
+    likeliest tokens hit, and how many there are."""
+    sequences = [np.asarray(ids) for ids in tokenizer.encode_batch(stories, bos=True, eos=True)]
+    nats, hits, determined = 0.0, 0, 0
+    for text, ids, scores in zip(
+        stories, sequences, score_sequences(runner, sequences, tokenizer.vocab_size), strict=True
+    ):
+        nats -= float(scores.log_probabilities_T.sum())
+        right_T = scores.likeliest_T == ids[1:]
+        ends = np.cumsum([len(tokenizer.token_bytes(int(i))) for i in ids[1:]])  # Meadow is ASCII: bytes are characters
+        for start, end in meadow_score.determined_spans(text):
+            inside = (ends > start) & (np.concatenate(([0], ends[:-1])) < end)
+            hits += bool(right_T[inside].all())
+            determined += 1
+    return nats, hits, determined
+
+
+def sample_stories(model: Path, load_runner: LoadRunner, count: int, seed: int, console: Console) -> Iterator[str]:
+    """Stories at temperature 1, nothing cut off; an engine on every core works on its share."""
+    workers = max(1, min(os.cpu_count() or 1, count // 20))
+    seeds = [range(seed * count + first, (seed + 1) * count, workers) for first in range(workers)]
+    columns = (TextColumn("sampling stories {task.completed}/{task.total}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=count)
+        if workers == 1:
+            for text in _sample(model, load_runner, seeds[0]):
+                progress.advance(task)
+                yield text
+            return
+        context = multiprocessing.get_context("spawn")  # a forked copy of a threaded framework can hang
+        queue = context.Queue()
+        processes = [context.Process(target=_work, args=(model, load_runner, share, queue)) for share in seeds]
+        for process in processes:
+            process.start()
+        try:
+            for _ in range(count):
+                text = queue.get(timeout=600)
+                if isinstance(text, Exception):
+                    raise text
+                progress.advance(task)
+                yield text
+        finally:
+            for process in processes:
+                process.terminate()
+                process.join()
+
+
+def _sample(model: Path, load_runner: LoadRunner, seeds: range) -> Iterator[str]:
+    llm = LLM.load(model, load_runner)
+    for seed in seeds:
+        yield llm.generate("", SamplingParams(max_tokens=10_000, seed=seed)).text
+
+
+def _work(model: Path, load_runner: LoadRunner, seeds: range, queue: "multiprocessing.Queue[str | Exception]") -> None:
+    try:
+        for text in _sample(model, partial(load_runner, threads=1), seeds):
+            queue.put(text)
+    except Exception as error:
+        queue.put(error)
+
+
+def show(report: Report, config: QuickstartConfig, run: Path, load_runner: LoadRunner, console: Console) -> None:
+    excess = report.nats_per_story - report.floor_per_story
+    console.print()
+    console.print(f"[bold]The model[/]: {report.parameters:,} parameters, {run / LAST}")
+    console.print(
+        f"  loss on {report.validation_stories} new stories: {report.nats_per_story:.2f} nats a story, "
+        f"{report.times_floor:.3f} times the floor ({excess:.2f} nats above it)"
+    )
+    console.print(f"  words that a fact 20 or more words back decides: {report.determined_words:.1%} right")
+    console.print(
+        f"  {report.sampled_stories} stories sampled at temperature 1: {report.grammatical:.1%} grammatical, "
+        f"{report.consistent:.1%} with all facts consistent"
+    )
+    console.print("\n[bold]Three stories it wrote[/]")
+    for number, text in enumerate(_sample(run / LAST, load_runner, range(10**6, 10**6 + STORIES_SHOWN))):
+        verdict = "consistent" if meadow.parse(text.strip()) else "not consistent"
+        console.print(Padding(f"{text}\n[dim]({verdict}; seed {10**6 + number})[/]", (0, 2, 1, 2)))
+    console.print(f"[bold]The loss[/] as a picture: {run / 'loss.png'}; every figure: {run / 'metrics.jsonl'}")
+    console.print("[bold]What next[/]")
+    for command in (
+        f'llamita generate {run} "One rainy morning,"',
+        f"llamita data show {config.output / 'data'}",
+        f"llamita info {run}",
+        "llamita train --help",
+    ):
+        console.print(f"  {command}")
+
+
+def _steps_done(run: Path) -> int:
+    """Updates in the newest checkpoint of a run; 0 where there is none yet."""
+    state = run / LAST / "train_state.json"
+    return int(json.loads(state.read_text())["step"]) if state.is_file() else 0
