@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, TextIO
+from unicodedata import category
 
 import tyro
 
@@ -59,11 +60,12 @@ def run(options: GenerateOptions) -> int:
             stream.reconfigure(errors="replace")
     if options.echo:
         print(prompt if isinstance(prompt, str) else shown(prompt, llm.tokenizer), end="", flush=True)
+    shape = harmless if sys.stdout.isatty() else str
     status, last = 0, None
     try:
         for event in events:
             last = event
-            print(f" {event.token_id}" if llm.tokenizer is None else event.text, end="", flush=True)
+            print(f" {event.token_id}" if llm.tokenizer is None else shape(event.text), end="", flush=True)
     except KeyboardInterrupt:
         status = INTERRUPTED
     print(flush=True)
@@ -91,6 +93,11 @@ def read_prompt(given: str | None, stdin: TextIO) -> str:
 def shown(token_ids: tuple[int, ...], tokenizer: Tokenizer | None) -> str:
     """Token ids as text, or as numbers for a model without a tokenizer."""
     return " ".join(map(str, token_ids)) if tokenizer is None else tokenizer.decode(token_ids)
+
+
+def harmless(text: str) -> str:
+    """The text without control characters, by which a model could steer the terminal; line ends and tabs stay."""
+    return "".join("\ufffd" if category(letter) == "Cc" and letter not in "\n\t" else letter for letter in text)
 
 
 def report(statistics: Statistics, ending: str) -> str:

@@ -117,15 +117,26 @@ def load_runner(model: Path | str, dtype: str = "auto", device: str = "auto") ->
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not supported; give auto or one of {', '.join(DTYPES)}")
+    device = choose_device(device)
     directory = checkpoint.resolve_model_directory(model)
     arrays = checkpoint.load_tensors(directory)
     if dtype == "auto":
         stored = next((array.dtype for array in arrays.values()), "F32")
         dtype = checkpoint.DTYPE_NAMES.get(stored, "float32")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     config = checkpoint.load_config(directory)
     return TorchRunner(build_model(config, arrays, dtype=DTYPES.get(dtype, torch.float32), device=device))
+
+
+def choose_device(name: str) -> str:
+    """A PyTorch device by name, or a GPU if there is one for "auto"; ValueError where it cannot be used."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={name!r} cannot be used ({reason}); give auto, cpu, or cuda on a GPU") from None
+    return name
 
 
 @contextlib.contextmanager
