@@ -138,3 +138,9 @@ def test_nothing_that_is_carried_names_a_machine() -> None:
 def test_files_stay_readable_in_one_sitting() -> None:
     long = [f"{p.relative_to(ROOT)}" for p in (ROOT / "src").rglob("*.py") if len(p.read_text().splitlines()) > 300]
     assert long == [], "split these files: 300 lines at most"
+
+
+def test_every_folder_of_the_source_is_a_package() -> None:
+    """setuptools carries only folders with an `__init__.py`."""
+    folders = {path.parent for path in (ROOT / "src" / "llamita").rglob("*.py")}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
