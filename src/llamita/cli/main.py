@@ -118,7 +118,9 @@ def parse_and_call(function: Callable[..., Any], program: str, arguments: Sequen
     hints = typing.get_type_hints(function, include_extras=True)
     names = list(inspect.signature(function).parameters)
     taken = hints.get(names[0]) if len(names) == 1 else None
-    shown: dict[str, Any] = {"prog": program, "args": arguments, "config": (tyro.conf.PositionalMetavarFromFieldName,)}
+    # Help says MODEL rather than PATH, and INT rather than {None}|INT: leaving a flag out is how to say None.
+    style = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone)
+    shown: dict[str, Any] = {"prog": program, "args": arguments, "config": style}
     if not isinstance(taken, type) or not is_dataclass(taken):
         return tyro.cli(function, description=inspect.getdoc(function) or description, **shown)
     text = inspect.getdoc(taken) or ""
