@@ -239,6 +239,23 @@ def test_a_gradient_that_is_not_finite_stops_the_run_too(tmp_path):
     assert np.isfinite(step.weights()["model.norm.weight"].to_numpy()).all()
 
 
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(tmp_path):
+    whole, _, _ = train(config(tmp_path / "whole", evaluate_every=8))
+    settings = config(tmp_path / "run", evaluate_every=8)
+    with pytest.raises(StopError):
+        train(settings, step=stop_at(make_step(settings), 17))
+    newest = tmp_path / "run/checkpoints/step-00000016"
+    assert os.readlink(tmp_path / "run/last") == "checkpoints/step-00000016"
+    content = bytearray((newest / "model.safetensors").read_bytes())
+    content[-5] ^= 64
+    (newest / "model.safetensors").write_bytes(content)
+    again, _, display = train(config(tmp_path / "run", evaluate_every=8, resume=True))
+    assert "step-00000016 is damaged" in display.messages[0]
+    assert display.messages[1] == "resumed from step 12 of 30"
+    assert weights_of(again.checkpoint) == weights_of(whole.checkpoint)
+    assert timeless(tmp_path / "run") == timeless(tmp_path / "whole")
+
+
 def test_changed_conditions_are_announced(tmp_path):
     settings = config(tmp_path / "run", steps=4, evaluate_every=0, checkpoint_every=2)
     with pytest.raises(StopError):

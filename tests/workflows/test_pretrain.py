@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from llamita import checkpoint
 from llamita.data import shards
@@ -81,6 +82,21 @@ def test_a_run_from_prepared_data(tmp_path, data):
     assert len(llm.generate("The").token_ids) > 0
     config = checkpoint.load_config(tmp_path / "run/best")
     assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == (300, 1, 2)
+
+
+@pytest.mark.medium
+def test_transformers_opens_a_checkpoint_as_it_is(tmp_path, data):
+    transformers = pytest.importorskip("transformers")
+    run(settings(tmp_path / "run", data))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/best")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/best")
+    text = "The fox is at the mill."
+    ids = shards.load_tokenizer(data).encode(text)
+    assert tokenizer(text)["input_ids"] == ids
+    with torch.no_grad():
+        theirs = model(torch.tensor([ids])).logits.numpy()
+    ours = load_runner(tmp_path / "run").forward([ids])["logits"]
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_sampling_does_not_disturb_training(tmp_path, data):

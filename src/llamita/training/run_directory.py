@@ -100,6 +100,14 @@ class RunDirectory:
         temporary.symlink_to(self.checkpoint_path(step).relative_to(self.path))
         os.replace(temporary, self.file(name))
 
+    def relink(self, last: int, best: int | None) -> None:
+        """Point both links where a resumed run stands; a kill or a damaged checkpoint may have left them elsewhere."""
+        self.link(LAST, last)
+        if best is not None:
+            self.link(BEST, best)
+        else:
+            self.file(BEST).unlink(missing_ok=True)
+
     def prune(self, keep: int, best_step: int | None) -> None:
         """Delete checkpoints but the newest `keep` and the best."""
         steps = self.steps()

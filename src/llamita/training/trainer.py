@@ -228,6 +228,7 @@ class Trainer:
         evaluation, best = saved.state["evaluation"], saved.state["best"]
         self._evaluation = Evaluation(**evaluation) if evaluation else None
         self._best = Evaluation(**best) if best else None
+        run.relink(step, self._best.step if self._best else None)
         report(f"resumed from step {step} of {self.config.steps}")
 
 
