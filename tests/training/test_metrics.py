@@ -125,6 +125,10 @@ def test_live_display_on_a_terminal():
     assert isinstance(display.make_display(100, 0, io.StringIO()), display.PlainDisplay)
 
 
+def test_control_characters_do_not_reach_a_terminal():
+    assert display.printable("a\x1b[2Jb\x07\nc\td é") == "a\ufffd[2Jb\ufffd\nc\td é"
+
+
 def test_duration():
     assert [display.duration(s) for s in (0.4, 59.6, 3725)] == ["0:00", "1:00", "1:02:05"]
 

@@ -56,7 +56,7 @@ class PlainDisplay:
         self.message(f"step {record['step']}/{self._clock.steps}  {evaluation_text(record)}")
 
     def message(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        print(printable(text), file=self._stream, flush=True)
 
     def close(self) -> None:
         pass
@@ -88,7 +88,7 @@ class LiveDisplay:
         self.message(self._evaluation)
 
     def message(self, text: str) -> None:
-        self._live.console.print(Text(text))
+        self._live.console.print(Text(printable(text)))
 
     def close(self) -> None:
         self._live.stop()
@@ -127,6 +127,11 @@ def evaluation_text(record: Mapping[str, Any]) -> str:
     if record.get("nats_per_character") is not None:
         parts += [f"{record['nats_per_character']:.4f} nats/character", f"{record['bits_per_byte']:.4f} bits/byte"]
     return ", ".join(parts) + (" (best so far)" if record.get("best") else "")
+
+
+def printable(text: str) -> str:
+    """Text without control characters, which an untrained model writes too and a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def duration(seconds: float) -> str:
