@@ -9,39 +9,42 @@ import pytest
 
 from llamita.data import meadow
 from llamita.data.meadow_grammar import Grammar, Slot, Story, Template
-from llamita.data.meadow_world import VARIABLES, WORLD, Plot, World
+from llamita.data.meadow_world import OWNER, WORLD, Character, Plot, World
 from llamita.evaluation import meadow_score
 
 TINY = World(
+    characters={
+        "Pip": Character("fox", he=True),
+        "Mia": Character("cat", he=False),
+        "Ivy": Character("cow", he=False),
+    },
     words={
-        "he-name": ("Pip",),
-        "she-name": ("Mia", "Ivy"),
-        "name": ("Pip", "Mia", "Ivy"),
-        "animal": ("fox", "cat"),
+        "hero": ("Pip", "Mia"),
+        "friend": ("Ivy",),
         "thing": ("kite", "drum"),
         "color": ("red", "blue"),
-        "place": ("by the pond", "on the hill", "at the mill"),
-        "weather": ("sunny",),
+        "home": ("in the barn", "at the mill"),
+        "outing": ("by the pond", "on the hill", "by the lake"),
+        "weather": ("sunny", "rainy"),
         "time": ("day",),
-        "day": ("Monday", "Friday"),
         "happy": ("glad", "merry"),
         "sad": ("sad",),
     },
     opening=(WORLD.opening[0][2:], WORLD.opening[2][:1]),
     plots={
         "loss": Plot(
-            event=("The {color} {thing} fell {at:place3}.", "All at once, the {color} {thing} was gone."),
-            good=("But {friend} gave it back.", "By good luck, {he:friend} found it {at:place3}."),
+            event=("The {color} {thing} fell {at:outing}.", "All at once, the {color} {thing} was gone."),
+            good=("But {friend} gave it back.", "By good luck, {he:friend} found it {at:outing}."),
             bad=("In the end {he:friend} kept it.",),
-            good_roles=WORLD.plots["loss"].good_roles,
-            bad_roles=WORLD.plots["loss"].bad_roles,
+            good_owner="hero",
+            bad_owner="friend",
         ),
-        "trade": Plot(
-            event=("That day {friend} had a {color2} {thing2}, and {hero} had a {color} {thing}.",),
-            good=("So they traded.",),
+        "gift": Plot(
+            event=("That day {hero} had a {color} {thing} for {friend}.",),
+            good=("Then {he:friend} took it.",),
             bad=("But {friend} said no.",),
-            good_roles=WORLD.plots["trade"].good_roles,
-            bad_roles=WORLD.plots["trade"].bad_roles,
+            good_owner="friend",
+            bad_owner="hero",
         ),
     },
     closing=(WORLD.closing[0][:1], WORLD.closing[1][:2]),
@@ -53,15 +56,12 @@ def every_story(grammar: Grammar) -> Iterator[Story]:
     words = grammar.world.words
     for plot, lines in grammar._lines.items():
         for options in itertools.product(*(range(len(line)) for line in lines)):
-            roles = grammar.roles(plot, options)
             slots = [slot for line, option in zip(lines, options, strict=True) for slot in line[option].slots]
-            variables = sorted({roles.get(slot.variable, slot.variable) for slot in slots})
+            variables = sorted({slot.variable for slot in slots} - {OWNER})
             feelings = words["happy" if grammar.good_ending(plot, options) else "sad"]
-            domains = [feelings if v == "feeling" else words[VARIABLES[v][0]] for v in variables]
+            domains = [feelings if v == "feeling" else words[v] for v in variables]
             for values in itertools.product(*domains):
-                facts = dict(zip(variables, values, strict=True))
-                if all(facts[v] != facts.get(other) for v in variables for other in VARIABLES[v][1]):
-                    yield grammar.story(plot, options, facts)
+                yield grammar.story(plot, options, dict(zip(variables, values, strict=True)))
 
 
 def test_every_story_of_a_tiny_world_is_distinct_and_their_probabilities_sum_to_one():
@@ -101,14 +101,14 @@ def test_a_story_parses_back_to_its_choices():
 
 def test_log_probability_counts_every_choice_of_a_known_story():
     text = (
-        "On a sunny morning, Theo the bear sat by the pond. He got a purple lamp from an old crow. "
-        "When Daisy the mouse called from the garden, Theo ran over. "
-        "It was Daisy's birthday, so Theo offered her the lamp. Full of joy, Daisy the mouse took the lamp and danced. "
-        "In the end, Daisy had the purple lamp. All the way back to the pond, Theo the bear felt joyful."
+        "On a sunny morning, Gus the piglet sat by the gate. He got a purple lamp from an old crow. "
+        "When Nora the swan called from the lake, Gus ran over. "
+        "It was Nora's birthday, so Gus offered her the lamp. Full of joy, Nora took the lamp and danced. "
+        "In the end, Nora had the purple lamp. Back by the gate, Gus the piglet felt joyful."
     )
     sentences = 4 * 4 * 4 * 3 * 6 * 4 * 4
-    words = (8 * 4) * (24 * 23) * (16 * 15) * (12 * 11) * (8 * 16) * 6  # sky, names, animals, places, thing, feeling
-    assert meadow.log_probability(text) == pytest.approx(-math.log(5 * sentences * words), rel=1e-12)
+    words = (8 * 4) * (16 * 16) * (12 * 12) * (12 * 24) * 6  # sky, names, places, color and thing, feeling
+    assert meadow.log_probability(text) == pytest.approx(-math.log(4 * sentences * words), rel=1e-12)
 
 
 @pytest.mark.parametrize("text", ["", "Hello.", "One sunny morning, Pip the fox was playing by the pond."])
@@ -121,7 +121,9 @@ def test_other_texts_have_no_reading_and_no_probability(text: str):
 
 def test_stories_are_the_same_everywhere():
     texts = "\n\n".join(meadow.story(seed, index) for seed in (0, 7) for index in range(500))
-    assert hashlib.sha256(texts.encode()).hexdigest() == "12628b4601f213adcd364618dba216d97cfea3c28fae0489bf2eecb0b12ac7be"
+    assert (
+        hashlib.sha256(texts.encode()).hexdigest() == "a269e53f714c1929a52bc505f87f60fae3c9c78a2e36a0314e794579c04fdd87"
+    )
     assert [story.text for story in meadow.generate(7, 3)] == [meadow.story(7, index) for index in range(3)]
 
 
@@ -161,7 +163,7 @@ def test_floor_is_the_mean_surprise():
     assert floor.nats == pytest.approx(-sum(meadow.log_probability(text) for text in texts))
     assert floor.nats_per_character == pytest.approx(floor.nats / sum(len(text) for text in texts))
     assert floor.nats_per_story == pytest.approx(floor.nats / 20)
-    assert 35 < floor.nats_per_story < 45
+    assert 30 < floor.nats_per_story < 34
     with pytest.raises(ValueError, match="at least one"):
         meadow.floor([])
 
@@ -201,26 +203,26 @@ def test_names_come_before_pronouns_and_articles_fit():
         assert not any(a in ("a", "A") and b[0] in "aeiou" for a, b in itertools.pairwise(words))
 
 
-def test_words_of_different_kinds_never_meet():
-    kinds = [word_class for word_class in WORLD.words if not word_class.endswith("name")]
-    words = [word.split()[-1] for kind in kinds for word in WORLD.words[kind]]
+def test_words_of_different_classes_never_meet():
+    words = [word.split()[-1] for values in WORLD.words.values() for word in values]
+    words += [character.kind for character in WORLD.characters.values()]
     assert len(words) == len(set(words))
-    assert len(set(WORLD.words["name"])) == 24
+    assert set(WORLD.characters) == set(WORLD.words["hero"] + WORLD.words["friend"])
 
 
 def test_questions_have_answers_that_differ_and_agree_with_the_story():
     story = meadow.parse(
-        "One windy morning, Ned the badger was playing at the market. He had made a white lamp all by himself. "
-        "After that, he walked to the meadow and met Mia the fox. "
-        '"I will give you my golden bell for it," said Mia. So they traded, and both of them laughed. '
-        "In the end, Ned had the golden bell. Back at the market, Ned the badger felt glad."
+        "One windy morning, Ned the mole was playing at the inn. He had made a white lamp all by himself. "
+        "After that, he walked to the meadow and met Otto the bear. "
+        '"May I borrow the lamp for a week?" asked Otto. But the week went by, and Otto kept it. '
+        "In the end, Otto had the white lamp. Back at the inn, Ned the mole felt sad."
     )
     answers = {q.question: (q.answer, q.wrong_answer) for q in meadow.questions(story)}
-    assert answers["Who had the golden bell in the end?"] == ("Ned had it.", "Mia had it.")
-    assert answers["What kind of animal was Mia?"] == ("Mia was a fox.", "Mia was a badger.")
-    assert answers["Where did the story begin?"] == ("It began at the market.", "It began in the meadow.")
-    assert answers["How did Ned feel in the end?"] == ("Ned felt glad.", "Ned felt gloomy.")
-    assert answers["What color was the bell?"] == ("The bell was golden.", "The bell was red.")
+    assert answers["Who had the white lamp in the end?"] == ("Otto had it.", "Ned had it.")
+    assert answers["What kind of animal was Otto?"] == ("Otto was a bear.", "Otto was a mole.")
+    assert answers["Where did the story begin?"] == ("It began at the inn.", "It began in the meadow.")
+    assert answers["How did Ned feel in the end?"] == ("Ned felt sad.", "Ned felt happy.")
+    assert answers["What color was the lamp?"] == ("The lamp was white.", "The lamp was purple.")
     for story in meadow.generate(seed=3, count=200):
         assert all(question.answer != question.wrong_answer for question in meadow.questions(story))
 

@@ -4,10 +4,10 @@ from llamita.data import meadow
 from llamita.evaluation.meadow_score import determined_spans, score
 
 STORY = (
-    "One windy morning, Ned the badger was playing at the market. He had made a white lamp all by himself. "
-    "After that, he walked to the meadow and met Mia the fox. "
-    "On the way home, the lamp fell from his bag by the pond. But Mia found it there and kept it. "
-    "In the end, Mia had the white lamp. Back at the market, Ned the badger felt sorry."
+    "One windy morning, Ned the mole was playing at the inn. He had made a white lamp all by himself. "
+    "After that, he walked to the meadow and met Otto the bear. "
+    "While they were playing, Ned lost the lamp in the meadow. But Otto found it and kept it. "
+    "In the end, Otto had the white lamp. When Ned came back to the inn, he was sorry."
 )
 
 
@@ -20,21 +20,25 @@ def test_drawn_stories_score_full_marks():
 @pytest.mark.parametrize(
     ("right", "wrong", "variable"),
     [
-        ("Mia had the white lamp", "Ned had the white lamp", "owner"),
-        ("Mia had the white lamp", "Leo had the white lamp", "owner"),
-        ("had the white lamp", "had the green lamp", "owned_color"),
-        ("had the white lamp", "had the white kite", "owned"),
-        ("the lamp fell", "the ball fell", "thing"),
-        ("Back at the market", "Back on the hill", "place"),
-        ("by the pond", "at the market", "place3"),
-        ("Ned the badger felt", "Ned the fox felt", "animal"),
-        ("But Mia found", "But Zoe found", "friend"),
-        ("felt sorry", "felt merry", "feeling"),
-        ("his bag", "her bag", "hero"),
+        ("Otto had the white lamp", "Ned had the white lamp", "owner"),
+        ("Otto had the white lamp", "Hugo had the white lamp", "owner"),
+        ("had the white lamp", "had the green lamp", "color"),
+        ("had the white lamp", "had the white kite", "thing"),
+        ("lost the lamp", "lost the ball", "thing"),
+        ("back to the inn", "back to the mill", "home"),
+        ("back to the inn", "back to the meadow", "home"),
+        ("in the meadow", "on the hill", "outing"),
+        ("in the meadow", "at the inn", "outing"),
+        ("Ned the mole", "Ned the mouse", "hero"),
+        ("Otto the bear", "Otto the fox", "friend"),
+        ("But Otto found", "But Nora found", "friend"),
+        ("But Otto found", "But Ned found", "friend"),
+        ("When Ned", "When Pip", "hero"),
+        ("he was sorry", "he was merry", "feeling"),
+        ("he was sorry", "she was sorry", "hero"),
         ("himself", "herself", "hero"),
-        ("met Mia the fox", "met Ned the fox", "friend"),
-        ("met Mia the fox", "met Mia the badger", "animal2"),
-        ("the meadow", "the market", "place2"),
+        ("met Otto the bear", "met Ned the mole", "friend"),
+        ("to the meadow", "to the inn", "outing"),
         ("kept it", "kept it", None),
     ],
 )
@@ -47,8 +51,8 @@ def test_a_planted_contradiction_is_inconsistent_but_grammatical(right: str, wro
 
 
 def test_the_other_ending_contradicts_owner_and_feeling():
-    ending = "The next day, Mia found it there and brought it back."
-    result = score([STORY.replace("But Mia found it there and kept it.", ending)])
+    ending = "The next day, Otto found it and brought it back."
+    result = score([STORY.replace("But Otto found it and kept it.", ending)])
     assert (result.grammatical, result.consistent) == (1.0, 0.0)
     assert result.faults == {"owner": 1, "feeling": 1}
 
@@ -58,17 +62,17 @@ def test_the_other_ending_contradicts_owner_and_feeling():
     [
         ("had made a white", "had made white"),
         ("white lamp all", "lamp white all"),
-        ("at the market. He", "in the market. He"),
-        ("Ned the badger was", "Ned the lamp was"),
-        ("But Mia", "but Mia"),
-        ("felt sorry.", "felt sorry"),
-        ("felt sorry.", "felt sorry. The badger felt sad."),
+        ("at the inn. He", "in the inn. He"),
+        ("Ned the mole", "Ned the lamp"),
+        ("But Otto", "but Otto"),
+        ("was sorry.", "was sorry"),
+        ("was sorry.", "was sorry. Ned was sad."),
         ("In the end, ", ""),
-        (" In the end, Mia had the white lamp.", ""),
+        (" In the end, Otto had the white lamp.", ""),
         ("After that, he", "After that he"),
         (". But", ".  But"),
-        ("But Mia found it there and kept it.", "So they traded, and both of them laughed."),
-        ("Ned the badger was", "Nedd the badger was"),
+        ("But Otto found it and kept it.", "Full of joy, Otto took the lamp and danced."),
+        ("Ned the mole", "Nedd the mole"),
     ],
 )
 def test_a_planted_grammar_error_is_caught(right: str, wrong: str):
@@ -78,7 +82,7 @@ def test_a_planted_grammar_error_is_caught(right: str, wrong: str):
 
 
 def test_shares_are_of_all_stories():
-    result = score([STORY, f" {STORY}\n", STORY.replace("his", "her"), "Nonsense."])
+    result = score([STORY, f" {STORY}\n", STORY.replace("himself", "herself"), "Nonsense."])
     assert (result.stories, result.grammatical, result.consistent) == (4, 0.75, 0.5)
     with pytest.raises(ValueError, match="at least one"):
         score([])
@@ -87,16 +91,12 @@ def test_shares_are_of_all_stories():
 def test_determined_spans_are_the_words_that_a_distant_fact_gives():
     spans = determined_spans(STORY)
     words = [STORY[start:end] for start, end in spans]
-    # "Mia" is never 20 words away, and "his bag" does not name Ned.
-    assert words == ["lamp", "white", "lamp", "at the market", "Ned", "badger"]
-    assert [STORY[start:end] for start, end in determined_spans(STORY, distance=50)] == [
-        "at the market",
-        "Ned",
-        "badger",
-    ]
+    # "Otto" is never 20 words away from the last "Otto", and "he" does not name Ned.
+    assert words == ["Ned", "lamp", "white", "lamp", "Ned", "inn"]
+    assert [STORY[start:end] for start, end in determined_spans(STORY, distance=40)] == ["white", "inn"]
     assert len(determined_spans(STORY, distance=1)) > len(spans)
     with pytest.raises(ValueError, match="consistent Meadow story"):
-        determined_spans(STORY.replace("his", "her"))
+        determined_spans(STORY.replace("himself", "herself"))
 
 
 def test_every_story_has_determined_spans():

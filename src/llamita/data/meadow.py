@@ -124,22 +124,20 @@ def floor(texts: Iterable[str]) -> Floor:
 
 def questions(story: Story) -> list[Question]:
     """Return the questions that a story answers."""
-    facts = dict(story.facts)
-    roles = grammar().roles(story.plot, story.options)
-    hero, friend = facts["hero"], facts["friend"]
-    owner, other = (hero, friend) if roles["owner"] == "hero" else (friend, hero)
-    thing, color = facts[roles["owned"]], facts[roles["owned_color"]]
-    first, second = f"{hero} was a {facts['animal']}.", f"{friend} was a {facts['animal2']}."
+    facts, characters = story.facts, WORLD.characters
+    hero, friend, thing, color = facts["hero"], facts["friend"], facts["thing"], facts["color"]
+    kind, other_kind = characters[hero].kind, characters[friend].kind
+    owner, other = (hero, friend) if grammar().owner(story.plot, story.options) == "hero" else (friend, hero)
     colors, happy, sad = (WORLD.words[word_class] for word_class in ("color", "happy", "sad"))
     opposite = dict(zip(happy + sad, sad + happy, strict=True))[facts["feeling"]]
     another_color = colors[(colors.index(color) + 1) % len(colors)]
     return [
         Question(f"Who had the {color} {thing} in the end?", f"{owner} had it.", f"{other} had it."),
         Question(f"What color was the {thing}?", f"The {thing} was {color}.", f"The {thing} was {another_color}."),
-        Question(f"What kind of animal was {hero}?", first, f"{hero} was a {facts['animal2']}."),
-        Question(f"What kind of animal was {friend}?", second, f"{friend} was a {facts['animal']}."),
-        Question("Where did the story begin?", f"It began {facts['place']}.", f"It began {facts['place2']}."),
-        Question(f"Where was {friend}?", f"{friend} was {facts['place2']}.", f"{friend} was {facts['place']}."),
+        Question(f"What kind of animal was {hero}?", f"{hero} was a {kind}.", f"{hero} was a {other_kind}."),
+        Question(f"What kind of animal was {friend}?", f"{friend} was a {other_kind}.", f"{friend} was a {kind}."),
+        Question("Where did the story begin?", f"It began {facts['home']}.", f"It began {facts['outing']}."),
+        Question(f"Where was {friend}?", f"{friend} was {facts['outing']}.", f"{friend} was {facts['home']}."),
         Question(f"How did {hero} feel in the end?", f"{hero} felt {facts['feeling']}.", f"{hero} felt {opposite}."),
     ]
 

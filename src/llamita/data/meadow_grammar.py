@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from llamita.data.meadow_world import PRONOUNS, ROLES, VARIABLES, Plot, World
+from llamita.data.meadow_world import OWNER, PRONOUNS, VARIABLES, World
 
 
 class Slot(NamedTuple):
-    """A place in a sentence that a variable (or a role) fills, in some form: "", "at", or a pronoun."""
+    """A place in a sentence that a variable (or the owner) fills, in some form: "", "at", "kind" or a pronoun."""
 
     variable: str
     form: str
@@ -63,8 +63,7 @@ class Grammar:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._he_names = frozenset(world.words["he-name"])
-        self._by_place = {place.split()[-1]: place for place in world.words["place"]}
+        self._places = {place.split()[-1]: place for place in (*world.words["home"], *world.words["outing"])}
         self._lines: dict[str, tuple[tuple[Template, ...], ...]] = {}
         for name, plot in world.plots.items():
             sentences = (*world.opening, plot.event, plot.good + plot.bad, *world.closing)
@@ -85,14 +84,14 @@ class Grammar:
             options.append(digit)
         facts: dict[str, str] = {}
         for variable in self._variables(plot, tuple(options)):
-            words = self._domain(plot, tuple(options), variable, facts)
+            words = self._domain(plot, tuple(options), variable)
             number, digit = divmod(number, len(words))
             facts[variable] = words[digit]
         return self.story(plot, tuple(options), facts)
 
     def story(self, plot: str, options: tuple[int, ...], facts: Mapping[str, str]) -> Story:
         """Return the story of these choices, with its text."""
-        roles = self.roles(plot, options)
+        roles = {OWNER: self.owner(plot, options)}
         words: list[str] = []
         for line, option in zip(self._lines[plot], options, strict=True):
             for piece in line[option].pieces:
@@ -113,15 +112,15 @@ class Grammar:
 
     def facts(self, reading: Reading) -> tuple[dict[str, str], list[Mention]]:
         """Return the facts of a reading by their first mention, and the mentions that contradict them."""
-        roles = self.roles(reading.plot, reading.options)
+        roles = {OWNER: self.owner(reading.plot, reading.options)}
         facts: dict[str, str] = {}
         faults: list[Mention] = []
         for mention in reading.mentions:
             variable, form = mention.slot
             variable = roles.get(variable, variable)
             if variable not in facts:
-                word = self._by_place[mention.words.split()[-1]] if VARIABLES[variable][0] == "place" else mention.words
-                if word not in self._domain(reading.plot, reading.options, variable, facts):
+                word = self._places.get(mention.words.split()[-1], mention.words)
+                if word not in self._domain(reading.plot, reading.options, variable):
                     faults.append(mention)
                 facts[variable] = word
             elif self._spell(form, facts[variable]) != mention.words:
@@ -156,45 +155,38 @@ class Grammar:
         """Say whether the plot ends well."""
         return options[self._outcome] < len(self.world.plots[plot].good)
 
-    def roles(self, plot: str, options: tuple[int, ...]) -> Mapping[str, str]:
-        """Return which variable each role stands for, as the plot ends."""
-        ending: Plot = self.world.plots[plot]
-        return ending.good_roles if self.good_ending(plot, options) else ending.bad_roles
+    def owner(self, plot: str, options: tuple[int, ...]) -> str:
+        """Return the variable that the owner is, as the plot ends: "hero" or "friend"."""
+        ending = self.world.plots[plot]
+        return ending.good_owner if self.good_ending(plot, options) else ending.bad_owner
 
     def _variables(self, plot: str, options: tuple[int, ...]) -> list[str]:
         """Return the variables that these sentences mention, in the order in which they are drawn."""
-        roles = self.roles(plot, options)
+        roles = {OWNER: self.owner(plot, options)}
         mentioned = set()
         for line, option in zip(self._lines[plot], options, strict=True):
             mentioned.update(roles.get(slot.variable, slot.variable) for slot in line[option].slots)
         return [variable for variable in VARIABLES if variable in mentioned]
 
-    def _domain(self, plot: str, options: tuple[int, ...], variable: str, facts: Mapping[str, str]) -> tuple[str, ...]:
-        """Return the words that a variable may take, given the facts drawn before it."""
-        word_class, different = VARIABLES[variable]
+    def _domain(self, plot: str, options: tuple[int, ...], variable: str) -> tuple[str, ...]:
+        """Return the words that a variable is drawn from."""
+        word_class = VARIABLES[variable][0]
         if word_class == "feeling":
             word_class = "happy" if self.good_ending(plot, options) else "sad"
-        words = self.world.words[word_class]
-        taken = [facts[other] for other in different if other in facts]
-        return tuple(word for word in words if word not in taken) if taken else words
+        return self.world.words[word_class]
 
     def _assignments(self, plot: str, options: tuple[int, ...]) -> int:
         """Return in how many ways words can be given to the variables of these sentences."""
         variables = self._variables(plot, options)
-        ways = 1
-        for variable in variables:
-            # The words it must differ from are of the same class and differ among themselves.
-            different = sum(other in variables for other in VARIABLES[variable][1])
-            ways *= len(self._domain(plot, options, variable, {})) - different
-        return ways
+        return math.prod(len(self._domain(plot, options, variable)) for variable in variables)
 
     def _spell(self, form: str, word: str) -> str:
         """Return a word in a form of it."""
+        if form == "kind":
+            return self.world.characters[word].kind
         if form in PRONOUNS:
-            return PRONOUNS[form][word not in self._he_names]
-        if form == "at" or word not in self._by_place.values():
-            return word
-        return word.split()[-1]
+            return PRONOUNS[form][0 if self.world.characters[word].he else 1]
+        return word if form == "at" else word.split()[-1]
 
     def _compile(self, sentence: str) -> Template:
         """Compile "... {form:variable} ..." into its pieces and a pattern with one group a slot."""
@@ -206,9 +198,8 @@ class Grammar:
                 pattern.append(re.escape(piece))
                 continue
             form, _, variable = piece.rpartition(":")
-            word_class = ROLES.get(variable) or VARIABLES[variable][0]
-            words = self.world.words
-            values = words["happy"] + words["sad"] if word_class == "feeling" else words[word_class]
+            classes = VARIABLES["hero" if variable == OWNER else variable][1]
+            values = [word for word_class in classes for word in self.world.words[word_class]]
             pieces.append(Slot(variable, form))
             pattern.append("(" + "|".join(sorted({re.escape(self._spell(form, value)) for value in values})) + ")")
         slots = tuple(piece for piece in pieces if isinstance(piece, Slot))

@@ -1,41 +1,47 @@
 """The words and sentences of Meadow, the small world of the embedded corpus.
 
 This is data alone: it knows nothing of drawing, reading or scoring stories (see meadow_grammar.py). A template is a
-sentence with slots: `{variable}` is the variable's word, `{form:variable}` another form of it (`{at:place}` is "by the
-pond", `{He:hero}` is "He" or "She"). Rules that the tests check:
+sentence with slots: `{variable}` is the variable's word, `{form:variable}` another form of it (`{at:home}` is "in the
+barn", `{He:hero}` is "He" or "She", `{kind:hero}` is "mouse"). Rules that the tests check:
 
 - Sentences that compete for one position part company in their literal words, never at a slot. So each choice is
   visible where it is made: a text has at most one reading, and a slot whose variable was named before is determined.
-- A variable is mentioned by name before any pronoun stands for it.
+- A variable is named before any other form stands for it, but for places.
 - No word after "a" starts with a vowel.
+
+Heroes and friends, homes and outings are words of their own, so each word is drawn independently of all others: a small
+model then learns to carry what was drawn, in minutes, rather than to avoid what was.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# variable -> (the word class it is drawn from, the variables it must differ from)
+# variable -> (the class it is drawn from, the classes whose words the grammar reads there)
 VARIABLES: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "weather": ("weather", ()),
-    "time": ("time", ()),
-    "hero": ("name", ()),
-    "animal": ("animal", ()),
-    "place": ("place", ()),
-    "color": ("color", ()),
-    "thing": ("thing", ()),
-    "friend": ("name", ("hero",)),
-    "animal2": ("animal", ("animal",)),
-    "place2": ("place", ("place",)),
-    "place3": ("place", ("place", "place2")),
-    "color2": ("color", ()),
-    "thing2": ("thing", ("thing",)),
-    "day": ("day", ()),
-    "feeling": ("feeling", ()),  # the plot's ending narrows it to the happy or the sad words
+    "weather": ("weather", ("weather",)),
+    "time": ("time", ("time",)),
+    "hero": ("hero", ("hero", "friend")),
+    "home": ("home", ("home", "outing")),
+    "color": ("color", ("color",)),
+    "thing": ("thing", ("thing",)),
+    "friend": ("friend", ("hero", "friend")),
+    "outing": ("outing", ("home", "outing")),
+    "feeling": ("feeling", ("happy", "sad")),  # drawn from the happy or the sad words, as the plot ends
 }
 
-# A role is a second name for a variable; which one, the ending of the plot decides.
-ROLES: Mapping[str, str] = {"owner": "name", "owned": "thing", "owned_color": "color"}
+OWNER = "owner"  # a second name for hero or friend, as the plot ends
 
-PRONOUNS: Mapping[str, tuple[str, str]] = {  # form -> (for him, for her)
+
+@dataclass(frozen=True)
+class Character:
+    """What never changes about someone."""
+
+    kind: str
+    he: bool
+
+
+# form -> (for him, for her)
+PRONOUNS: Mapping[str, tuple[str, str]] = {
     "he": ("he", "she"),
     "He": ("He", "She"),
     "him": ("him", "her"),
@@ -46,64 +52,97 @@ PRONOUNS: Mapping[str, tuple[str, str]] = {  # form -> (for him, for her)
 
 @dataclass(frozen=True)
 class Plot:
-    """What happens between hero and friend: the event, its good and bad endings, and who then owns what."""
+    """What happens between hero and friend, how it can end, and which of the two then owns the thing."""
 
     event: tuple[str, ...]
     good: tuple[str, ...]
     bad: tuple[str, ...]
-    good_roles: Mapping[str, str]
-    bad_roles: Mapping[str, str]
+    good_owner: str
+    bad_owner: str
 
 
 @dataclass(frozen=True)
 class World:
-    """Words by class and the sentences of a story: opening positions, one plot (event, ending), closing positions."""
+    """Words by class, and the sentences of a story: opening positions, a plot's event and ending, closing positions."""
 
+    characters: Mapping[str, Character]
     words: Mapping[str, tuple[str, ...]]
     opening: tuple[tuple[str, ...], ...]
     plots: Mapping[str, Plot]
     closing: tuple[tuple[str, ...], ...]
 
 
-_HERO_KEEPS = {"owner": "hero", "owned": "thing", "owned_color": "color"}
-_FRIEND_KEEPS = {"owner": "friend", "owned": "thing", "owned_color": "color"}
-_HERO_TRADES = {"owner": "hero", "owned": "thing2", "owned_color": "color2"}
-
-HE_NAMES = ("Pip", "Otto", "Finn", "Hugo", "Max", "Theo", "Leo", "Sam", "Toby", "Ned", "Gus", "Bram")
-SHE_NAMES = ("Daisy", "Mia", "Ruby", "Nell", "Lulu", "Ivy", "Ella", "Tess", "Poppy", "Lily", "Nora", "Zoe")
+HEROES: Mapping[str, Character] = {
+    "Pip": Character("mouse", he=True),
+    "Finn": Character("rabbit", he=True),
+    "Max": Character("puppy", he=True),
+    "Leo": Character("kitten", he=True),
+    "Sam": Character("lamb", he=True),
+    "Toby": Character("frog", he=True),
+    "Ned": Character("mole", he=True),
+    "Gus": Character("piglet", he=True),
+    "Daisy": Character("duck", he=False),
+    "Mia": Character("squirrel", he=False),
+    "Ruby": Character("hedgehog", he=False),
+    "Lulu": Character("chick", he=False),
+    "Ivy": Character("pony", he=False),
+    "Tess": Character("calf", he=False),
+    "Poppy": Character("fawn", he=False),
+    "Zoe": Character("snail", he=False),
+}
+FRIENDS: Mapping[str, Character] = {
+    "Otto": Character("bear", he=True),
+    "Hugo": Character("fox", he=True),
+    "Theo": Character("badger", he=True),
+    "Bram": Character("goat", he=True),
+    "Felix": Character("beaver", he=True),
+    "Oscar": Character("donkey", he=True),
+    "Jasper": Character("toad", he=True),
+    "Rufus": Character("wolf", he=True),
+    "Nell": Character("hen", he=False),
+    "Ella": Character("goose", he=False),
+    "Lily": Character("cow", he=False),
+    "Nora": Character("swan", he=False),
+    "Clara": Character("deer", he=False),
+    "Greta": Character("horse", he=False),
+    "Hazel": Character("turtle", he=False),
+    "Bella": Character("sheep", he=False),
+}
 
 WORDS: Mapping[str, tuple[str, ...]] = {
-    "he-name": HE_NAMES,
-    "she-name": SHE_NAMES,
-    "name": HE_NAMES + SHE_NAMES,
-    "animal": (
-        *("mouse", "rabbit", "fox", "duck", "frog", "bear", "squirrel", "hedgehog"),
-        *("goat", "cat", "badger", "lamb", "mole", "beaver", "pony", "hen"),
-    ),
+    "hero": tuple(HEROES),
+    "friend": tuple(FRIENDS),
     "thing": (
-        *("ball", "kite", "drum", "hat", "bell", "boat", "book", "lamp"),
-        *("scarf", "cup", "basket", "ribbon", "whistle", "spoon", "blanket", "flute"),
+        *("ball", "kite", "drum", "hat", "bell", "boat", "book", "lamp", "scarf", "cup", "basket", "ribbon"),
+        *("whistle", "spoon", "blanket", "flute", "box", "doll", "wagon", "cap", "bowl", "mirror", "coat", "rug"),
     ),
-    "color": ("red", "blue", "green", "yellow", "white", "purple", "pink", "golden"),
-    "place": (  # with the preposition of {at:place}; {place} is the last word alone
-        *("in the garden", "by the river", "on the hill", "in the barn", "by the pond", "at the mill"),
-        *("in the forest", "on the beach", "at the market", "in the meadow", "by the bridge", "on the farm"),
+    "color": (
+        *("red", "blue", "green", "yellow", "white", "purple"),
+        *("pink", "golden", "silver", "brown", "black", "gray"),
+    ),
+    "home": (  # with the preposition of {at:home}; {home} is the last word alone
+        *("in the barn", "at the mill", "on the farm", "in the garden", "in the cottage", "in the stable"),
+        *("in the castle", "in the cellar", "in the tower", "at the inn", "by the gate", "in the shed"),
+    ),
+    "outing": (
+        *("by the river", "on the hill", "by the pond", "in the forest", "on the beach", "at the market"),
+        *("in the meadow", "by the bridge", "by the lake", "in the field", "on the island", "in the valley"),
     ),
     "weather": ("sunny", "windy", "rainy", "foggy", "cold", "warm", "bright", "cloudy"),
     "time": ("morning", "afternoon", "evening", "day"),
-    "day": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
     "happy": ("happy", "glad", "proud", "cheerful", "merry", "joyful"),
     "sad": ("sad", "gloomy", "unhappy", "lonely", "sorry", "upset"),
 }
 
 WORLD = World(
+    characters={**HEROES, **FRIENDS},
     words=WORDS,
     opening=(
         (
-            "One {weather} {time}, {hero} the {animal} was playing {at:place}.",
-            "On a {weather} {time}, {hero} the {animal} sat {at:place}.",
-            "It was a {weather} {time}, and {hero} the {animal} was resting {at:place}.",
-            "Once upon a time, {hero} the {animal} lived {at:place}.",
+            "One {weather} {time}, {hero} the {kind:hero} was playing {at:home}.",
+            "On a {weather} {time}, {hero} the {kind:hero} sat {at:home}.",
+            "It was a {weather} {time}, and {hero} the {kind:hero} was resting {at:home}.",
+            "Once upon a time, {hero} the {kind:hero} lived {at:home}.",
         ),
         (
             "{He:hero} had a {color} {thing} that {he:hero} loved very much.",
@@ -112,10 +151,10 @@ WORLD = World(
             "{He:hero} got a {color} {thing} from an old crow.",
         ),
         (
-            "Then {he:hero} took it to the {place2} to show {friend} the {animal2}.",
-            "Soon {he:hero} carried it to the {place2}, where {friend} the {animal2} was waiting.",
-            "After that, {he:hero} walked to the {place2} and met {friend} the {animal2}.",
-            "When {friend} the {animal2} called from the {place2}, {hero} ran over.",
+            "Then {he:hero} took it to the {outing} to show {friend} the {kind:friend}.",
+            "Soon {he:hero} carried it to the {outing}, where {friend} the {kind:friend} was waiting.",
+            "After that, {he:hero} walked to the {outing} and met {friend} the {kind:friend}.",
+            "When {friend} the {kind:friend} called from the {outing}, {hero} ran over.",
         ),
     ),
     plots={
@@ -127,106 +166,87 @@ WORLD = World(
             ),
             good=(
                 "With a big smile, {friend} took it and said thank you.",
-                "Full of joy, {friend} the {animal2} took the {thing} and danced.",
+                "Full of joy, {friend} took the {thing} and danced.",
                 "Nobody had ever been so kind to {friend}, who took it at once.",
             ),
             bad=(
                 "But {friend} did not like it and gave it back.",
                 "Sadly, {friend} only said no and walked away.",
-                "Alas, {friend} said that the {thing} was ugly and turned away.",
+                "Alas, {friend} said that the {thing} was ugly.",
             ),
-            good_roles=_FRIEND_KEEPS,
-            bad_roles=_HERO_KEEPS,
+            good_owner="friend",
+            bad_owner="hero",
         ),
         "loss": Plot(
             event=(
-                "While they were playing, {hero} lost the {thing} {at:place3}.",
-                "All at once, the wind blew the {thing} away to the {place3}.",
-                "On the way home, the {thing} fell from {his:hero} bag {at:place3}.",
+                "While they were playing, {hero} lost the {thing} {at:outing}.",
+                "All at once, the wind blew the {thing} across the {outing}.",
+                "On the way home, the {thing} fell from {his:hero} bag.",
             ),
             good=(
-                "The next day, {friend} found it there and brought it back.",
-                "But {friend} looked {at:place3} until {he:friend} found it, and gave it back.",
-                "By good luck, {friend} the {animal2} found it and gave it back.",
+                "The next day, {friend} found it and brought it back.",
+                "But {friend} looked {at:outing} until {he:friend} found it, and gave it back.",
+                "By good luck, {friend} found it and gave it to {hero}.",
             ),
             bad=(
-                "But {friend} found it there and kept it.",
+                "But {friend} found it and kept it.",
                 "By bad luck, {friend} was the first to find it and kept it.",
-                "In secret, {friend} went to the {place3} and took it.",
+                "In secret, {friend} went to the {outing} and took it.",
             ),
-            good_roles=_HERO_KEEPS,
-            bad_roles=_FRIEND_KEEPS,
+            good_owner="hero",
+            bad_owner="friend",
         ),
         "race": Plot(
             event=(
-                '"Let us race to the {place3} for the {thing}," said {friend}.',
-                "Together they ran a race to the {place3} to win the {thing}.",
-                "To win the {thing}, they had to be first {at:place3}.",
+                '"Let us race to the {home} for the {thing}," said {friend}.',
+                "Together they ran a race to the {home} to win the {thing}.",
+                "To win the {thing}, they had to be first {at:home}.",
             ),
             good=(
-                "With one last jump, {hero} got to the {place3} first.",
-                "They ran and ran, and {hero} was the first {at:place3}.",
+                "With one last jump, {hero} got to the {home} first.",
+                "They ran and ran, and {hero} was the first {at:home}.",
                 "Near the end {friend} fell, and {hero} won.",
             ),
             bad=(
-                "But {friend} was much faster and got to the {place3} first.",
-                "They ran and ran, but {friend} was the first {at:place3}.",
+                "But {friend} was much faster and got to the {home} first.",
+                "They ran and ran, but {friend} was the first {at:home}.",
                 "At the last tree {hero} fell, and {friend} won.",
             ),
-            good_roles=_HERO_KEEPS,
-            bad_roles=_FRIEND_KEEPS,
-        ),
-        "trade": Plot(
-            event=(
-                '"I will give you my {color2} {thing2} for it," said {friend}.',
-                "That day {friend} had a {color2} {thing2} and wanted to trade.",
-                "As it happened, {friend} had brought a {color2} {thing2} to trade.",
-            ),
-            good=(
-                "So they traded, and both of them laughed.",
-                "After some thought, {hero} said yes, and they traded.",
-                "It was a fair trade, so {hero} gave {friend} the {thing}.",
-            ),
-            bad=(
-                "But after some thought, {friend} said no.",
-                "They talked for an hour, but they did not trade.",
-                "In the end {hero} asked for more, and {friend} walked away.",
-            ),
-            good_roles=_HERO_TRADES,
-            bad_roles=_HERO_KEEPS,
+            good_owner="hero",
+            bad_owner="friend",
         ),
         "loan": Plot(
             event=(
-                '"May I borrow the {thing} until {day}?" asked {friend}.',
-                "So {friend} asked to borrow the {thing} until {day}.",
-                "Until {day}, {hero} lent the {thing} to {friend}.",
+                '"May I borrow the {thing} for a week?" asked {friend}.',
+                "So {friend} asked to borrow the {thing} for a week.",
+                "For one week, {hero} lent the {thing} to {friend}.",
             ),
             good=(
-                "On {day}, {friend} brought it back to the {place}.",
-                "When {day} came, {friend} gave it back.",
-                "As promised, {friend} the {animal2} gave it back on {day}.",
+                "A week later, {friend} brought it back to the {home}.",
+                "When the week was over, {friend} gave it back.",
+                "As promised, {friend} gave the {thing} back.",
             ),
             bad=(
-                "But {day} came and went, and {friend} kept it.",
-                "When {day} came, {friend} said no and kept it.",
-                "Weeks went by, but {friend} never gave it back.",
+                "But the week went by, and {friend} kept it.",
+                "When the week was over, {friend} said no and kept it.",
+                "Many weeks went by, but {friend} never gave it back.",
             ),
-            good_roles=_HERO_KEEPS,
-            bad_roles=_FRIEND_KEEPS,
+            good_owner="hero",
+            bad_owner="friend",
         ),
     },
     closing=(
         (
-            "In the end, {owner} had the {owned_color} {owned}.",
-            "So it was {owner} who took the {owned_color} {owned} home.",
-            "And so the {owned_color} {owned} belonged to {owner}.",
-            "From then on, {owner} was the one with the {owned_color} {owned}.",
+            "In the end, {owner} had the {color} {thing}.",
+            "So it was {owner} who took the {color} {thing} home.",
+            "And so the {color} {thing} belonged to {owner}.",
+            "From then on, {owner} was the one with the {color} {thing}.",
         ),
         (
-            "All the way back to the {place}, {hero} the {animal} felt {feeling}.",
-            "Back {at:place}, {hero} the {animal} felt {feeling}.",
-            "That night {hero} the {animal} came back to the {place}, {feeling} and tired.",
-            "When {he:hero} came home to the {place}, {hero} was {feeling}.",
+            "All the way back to the {home}, {hero} the {kind:hero} felt {feeling}.",
+            "Back {at:home}, {hero} the {kind:hero} felt {feeling}.",
+            "That night {hero} came back to the {home}, {feeling} and tired.",
+            "When {hero} came back to the {home}, {he:hero} was {feeling}.",
         ),
     ),
 )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from llamita.data import meadow
 from llamita.data.meadow_grammar import Mention, Reading
+from llamita.data.meadow_world import OWNER
 
 DISTANCE = 20  # words between a fact and the words it determines, where both the design and the reports draw the line
 
@@ -61,18 +62,18 @@ def determined_spans(text: str, distance: int = DISTANCE) -> list[tuple[int, int
         raise ValueError(f"expected a consistent Meadow story, got {text[:60]!r}")
     return [
         (mention.start, mention.end)
-        for mention, source in _sources(reading, grammar.roles(reading.plot, reading.options))
+        for mention, source in _sources(reading, grammar.owner(reading.plot, reading.options))
         if source is not None and text.count(" ", source.end, mention.start) >= distance
     ]
 
 
-def _sources(reading: Reading, roles: Mapping[str, str]) -> list[tuple[Mention, Mention | None]]:
+def _sources(reading: Reading, owner: str) -> list[tuple[Mention, Mention | None]]:
     """Return each mention with the latest earlier one that tells its words (None where it is a free choice)."""
     named: dict[str, Mention] = {}  # variable -> its latest mention by name
     latest: dict[str, Mention] = {}  # variable -> its latest mention by name or pronoun
     pairs = []
     for mention in reading.mentions:
-        variable = roles.get(mention.slot.variable, mention.slot.variable)
+        variable = owner if mention.slot.variable == OWNER else mention.slot.variable
         by_name = mention.slot.form in ("", "at")
         pairs.append((mention, (named if by_name else latest).get(variable)))
         latest[variable] = mention
