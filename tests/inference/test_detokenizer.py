@@ -1,5 +1,6 @@
 """Streamed text equals the whole text, in whole characters, and stops where it should, however it is split."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,7 @@ stop_lists = st.lists(st.text(alphabet="ab", min_size=1, max_size=5), max_size=4
 def test_any_split_gives_the_text_before_the_first_stop(text: str, stops: list[str], cuts: list[int]) -> None:
     borders = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
     matcher = StopMatcher(stops)
-    out = "".join(matcher.feed(text[a:b]) for a, b in zip(borders, borders[1:], strict=False))
+    out = "".join(matcher.feed(text[a:b]) for a, b in itertools.pairwise(borders))
     out += matcher.finish()
     assert (out, matcher.matched) == cut_at_first_stop(text, stops)
 
