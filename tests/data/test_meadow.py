@@ -259,4 +259,3 @@ def test_a_five_gram_model_does_not_carry_facts():
 def test_a_five_gram_model_of_a_large_corpus_does_not_carry_facts():
     score = meadow_score.score(five_gram_stories(meadow.corpus(0, 50_000, "train"), 1000))
     assert score.consistent <= 0.30
-    assert score.grammatical > 0.5  # it fails for its facts, not for its words
