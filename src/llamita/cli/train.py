@@ -22,7 +22,7 @@ def run(config: PretrainConfig) -> int:
 
     result = pretrain(config, build_train_step)
     if result.interrupted:
-        print(f"stopped after {result.step} updates and saved {result.checkpoint}")
+        print(f"stopped after {result.step} updates" + (f" and saved {result.checkpoint}" if result.checkpoint else ""))
         print(f"go on with: llamita train --output {config.output} --resume")
         return INTERRUPTED
     print(f"trained {result.step} updates, smoothed training loss {result.loss:.4f}; saved {result.checkpoint}")

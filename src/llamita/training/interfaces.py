@@ -81,13 +81,16 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run ended: after how many updates, and at which loss; `interrupted` by Ctrl-C."""
+    """How a run ended: after how many updates, and at which smoothed loss; `interrupted` by Ctrl-C.
+
+    `checkpoint` is None only where it was interrupted before the first update.
+    """
 
     step: int
     loss: float
     evaluation: Evaluation | None
     best: Evaluation | None
-    checkpoint: Path
+    checkpoint: Path | None
     interrupted: bool
 
 

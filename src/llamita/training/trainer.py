@@ -86,7 +86,7 @@ class Trainer:
             self._metrics.close()
             for logger in self._loggers:
                 logger.close()
-        path = self.run_directory.checkpoint_path(self._done)
+        path = self.run_directory.checkpoint_path(self._done) if self._done else None
         return TrainingResult(self._done, loss, self._evaluation, self._best, path, stopped)
 
     def _loop(self, interrupted: threading.Event) -> float:
@@ -160,7 +160,7 @@ class Trainer:
         self._checkpoint_step = -1  # one that was written before, on an interruption, lacks this evaluation
         if totals.targets == 0:
             return
-        best = self._best is None or totals.loss < self._best.loss
+        best = math.isfinite(totals.loss) and (self._best is None or totals.loss < self._best.loss)
         self._evaluation = Evaluation(step=self._done, best=best, **asdict(totals))
         if best:
             self._best = self._evaluation
