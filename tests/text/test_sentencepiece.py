@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llamita.text import sentencepiece_json, sentencepiece_training
@@ -43,6 +43,7 @@ PARTS = st.one_of(
 )
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(PARTS, max_size=20).map("".join))
 @example("")
 @example(" ")
@@ -123,8 +124,8 @@ def test_llama2(shared_data: Path, tmp_path: Path) -> None:
     assert (llama.vocab_size, llama.unk_id, llama.bos_id, llama.eos_id, llama.pad_id) == (32000, 0, 1, 2, None)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(file))
     as_json = converted(llama)
-    shakespeare = (shared_data / "tinyshakespeare" / "input.txt").read_text("utf-8")[:300_000]
-    wikitext = (shared_data / "wikitext-2" / "valid.txt").read_text("utf-8")[:300_000]
+    shakespeare = (shared_data / "tinyshakespeare" / "input.txt").read_text("utf-8")[:150_000]
+    wikitext = (shared_data / "wikitext-2" / "valid.txt").read_text("utf-8")[:150_000]
     choose = random.Random(0)
     every = [*range(0xD800), *range(0xE000, sys.maxunicode)]
     noise = "".join(map(chr, choose.choices(every, k=20_000)))

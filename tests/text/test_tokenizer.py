@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -23,6 +23,7 @@ OURS = train_bpe_from_iterator([TEXT], vocab_size=310, reserved_tokens=2)
 BYTES = train_bpe_from_iterator([TEXT], vocab_size=259)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.text())
 @example("")
 @example("  leading and trailing  ")

@@ -20,11 +20,13 @@ part up before it merges at all; by (2) that gives the same id.
 
 What is left is the splitting: the two regular expression engines must class every code point alike (tests compare all
 of them; at run time a letter of each recent Unicode version is compared, and on a difference only ASCII takes this
-path), and `tiktoken` must survive the text: its engine keeps a stack entry for each character of a run of whitespace
-and panics on a run of about a million, so a text with a run that comes near goes to `tokenizers`.
+path), and `tiktoken` must survive the text: in some of its versions the time grows with the square of a word's
+length, and its engine panics on a run of a million spaces or letters, so a text with a long run of whitespace, or of
+anything else, goes to `tokenizers`.
 """
 
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +35,8 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LONGEST_WHITESPACE = 50_000  # characters; the engine's stack holds a million
+LONG_RUN = 2_500  # characters
+RUN = re.compile(r"[^\S\x1c-\x1f]+|[\S\x1c-\x1f]+")  # whitespace as the pattern has it (Python adds four), or all else
 # A letter or number that came with each version of Unicode from 7 to 17: engines of different versions disagree on one.
 UNICODE_PROBES = (
     "\u0528\u08b3\u1c80\u0860\u0560\U00010fe0\U00030000\u0870\U00031350\U0002ebf0\u1c89\U000323b0\U00011f50\U0001e4f0"
@@ -51,7 +54,7 @@ class FastBpe:
         """The ids of a text, or None for a text that only `tokenizers` can be trusted with."""
         if not self._any_unicode and not text.isascii():
             return None
-        if has_whitespace_run(text, LONGEST_WHITESPACE):
+        if has_long_run(text, LONG_RUN):
             return None
         return self._encoding.encode_ordinary(text)
 
@@ -81,16 +84,15 @@ def byte_of_character() -> dict[str, int]:
     return table | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
-def has_whitespace_run(text: str, length: int) -> bool:
-    """Whether a text holds `length` or more whitespace characters in a row; looks at few characters of a usual text."""
-    for position in range(0, len(text) - length + 1, length):
-        probe = position + length - 1  # a run of `length` covers one of these
-        if text[probe].isspace():
-            before = text[position : probe + 1]
-            after = text[probe + 1 : probe + length]
-            run = len(before) - len(before.rstrip()) + len(after) - len(after.lstrip())
-            if run >= length:
-                return True
+def has_long_run(text: str, length: int) -> bool:
+    """Whether a text holds a long run of whitespace, or of anything else; looks at few characters of a usual text.
+
+    Any run of 2 * length - 1 characters or more counts, none shorter than `length`, and some of those between.
+    """
+    for start in range(0, len(text) - length + 1, length):
+        found = RUN.match(text, start, start + length)
+        if found and found.end() == start + length:
+            return True
     return False
 
 
