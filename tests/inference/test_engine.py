@@ -234,6 +234,14 @@ def test_an_eos_token_has_no_text_and_flushes_the_rest(tokenizer: Tokenizer) -> 
     assert events[-1].finish_reason == "stop"
 
 
+def test_a_character_that_the_prompt_leaves_unfinished_is_completed(tokenizer: Tokenizer) -> None:
+    first, *rest = tokenizer.encode("ß fox")
+    engine = Engine(HashRunner(ModelConfig(tokenizer.vocab_size, 8, 8, 1, 1, 1, POSITIONS), script=rest), tokenizer)
+    engine.add(Request(0, (tokenizer.bos_id, first), SamplingParams(max_tokens=len(rest))))
+    assert len(tokenizer.token_bytes(first)) == 1
+    assert "".join(event.text for event in finish(engine)) == "ß fox"
+
+
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_a_stop_string_across_token_borders_ends_the_text_before_it(tokenizer: Tokenizer, data: st.DataObject) -> None:
