@@ -158,6 +158,14 @@ def test_wandb_offline(tmp_path, monkeypatch):
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
+def test_a_missing_package_is_found_before_a_run_begins(monkeypatch):
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="wandb") as error:
+        loggers.require(["wandb"])
+    assert error.value.name == "wandb"
+    loggers.require([])
+
+
 def test_unknown_logger(tmp_path):
     with pytest.raises(ValueError, match="log='mlflow'"):
         loggers.make_loggers(["mlflow"], tmp_path, {})

@@ -3,6 +3,7 @@
 Either package is imported only when it is used. Knows nothing of training.
 """
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,6 +15,13 @@ class Logger(Protocol):
     def log(self, record: Mapping[str, Any]) -> None: ...
 
     def close(self) -> None: ...
+
+
+def require(names: Sequence[LoggerName]) -> None:
+    """Raise ModuleNotFoundError for a logger whose package is missing, so that a run need not begin to find out."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"--log {name} needs the package {name!r}", name=name)
 
 
 def make_loggers(names: Sequence[LoggerName], directory: Path, identity: Mapping[str, Any]) -> list[Logger]:

@@ -4,6 +4,7 @@ Pre-training, instruction tuning, preference tuning and classification are this 
 loss, which the caller has put into the batches and the step. Knows no tensor and no framework.
 """
 
+import functools
 import math
 import signal
 import threading
@@ -22,7 +23,7 @@ from llamita.training.config import TrainingConfig
 from llamita.training.display import Display, make_display
 from llamita.training.evaluation import evaluate
 from llamita.training.interfaces import Evaluation, Examples, OnEvaluation, StepMetrics, TrainingResult, TrainStep
-from llamita.training.loggers import make_loggers
+from llamita.training.loggers import Logger, make_loggers
 from llamita.training.run_directory import BEST, Checkpoint, RunDirectory
 
 PLOT_SECONDS = 30.0  # between two drawings of the loss while training
@@ -63,6 +64,7 @@ class Trainer:
         self._smoothed = metrics.SmoothedLoss()
         self._plotted = time.monotonic()
         self._peak = 0.0
+        self._flops_per_token = functools.cache(functools.partial(architecture.flops_per_token, model))
 
     def run(self) -> TrainingResult:
         """Train to the end or to Ctrl-C, which finishes the update and saves; a second Ctrl-C ends at once.
@@ -75,9 +77,11 @@ class Trainer:
         for text in messages:
             self.display.message(text)
         self._metrics = metrics.MetricsFile(self.run_directory.file("metrics.jsonl"))
-        self._loggers = make_loggers(self.config.log, self.run_directory.path, self.run_directory.manifest["identity"])
-        self._peak = self.step.peak_flops()
+        self._loggers: list[Logger] = []
         try:
+            identity = self.run_directory.manifest["identity"]
+            self._loggers += make_loggers(self.config.log, self.run_directory.path, identity)
+            self._peak = self.step.peak_flops()
             with _interrupt() as interrupted:
                 loss = self._loop(interrupted)
                 stopped = interrupted.is_set() and self._done < self.config.steps
@@ -115,7 +119,7 @@ class Trainer:
         self._done += 1
         seconds = time.perf_counter() - started
         speed = batch.tokens_BT.size / seconds
-        flops = architecture.flops_per_token(self.model, batch.tokens_BT.shape[1]) * speed
+        flops = self._flops_per_token(batch.tokens_BT.shape[1]) * speed
         record = {
             "kind": "train",
             "step": self._done,

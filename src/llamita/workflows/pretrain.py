@@ -22,7 +22,7 @@ from llamita.inference.engine import Runner
 from llamita.inference.llm import LLM
 from llamita.plan import SamplingParams
 from llamita.text.tokenizer import Tokenizer
-from llamita.training import run_directory
+from llamita.training import loggers, run_directory
 from llamita.training.config import TrainingConfig, take_over
 from llamita.training.display import Display
 from llamita.training.interfaces import Evaluation, Examples, OnEvaluation, TokenText, TrainingResult, TrainStep
@@ -90,6 +90,7 @@ def pretrain(
     if config.resume:
         config = take_over(config, run_directory.read_manifest(config.output)["arguments"])
     run_directory.check(config.output, config.resume)
+    loggers.require(config.log)
     if config.data is None:
         raise ValueError("--data is missing: give the directory that llamita prepare wrote")
     tokenizer = load_tokenizer(config.data)
