@@ -116,6 +116,7 @@ def test_attention_against_pytorch(dtype, leading, K, masking):
     )
     for form in (attention.attention, attention.attention_fused):
         close(form(q, k, v, mask, causal), expected, dtype)
+    close(attention.attention_by_products(q, k, v, None if masking == "none" else allowed), expected, dtype)
 
 
 @pytest.mark.parametrize("form", [attention.attention, attention.attention_fused])
@@ -135,6 +136,22 @@ def test_gradients_of_plain_and_fused_attention_agree(K):
     ]
     for plain, fused in zip(*gradients, strict=True):
         close(fused, plain, torch.float32)
+
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_training_in_bfloat16_follows_float32(K):
+    """On a CPU it takes another path, two products around a softmax."""
+    wide = [randn(2, n, 12, 8).requires_grad_() for n in (4, K, K)]
+    narrow = [x.detach().bfloat16().requires_grad_() for x in wide]
+    mask = attention.segment_mask(torch.tensor([[1] * 5 + [2] * 7, [1] * 10 + [0] * 2]))
+    direction = randn(2, 4, 12, 8)
+    for arguments in ({"causal": True}, {"mask": mask}):
+        expected = attention.attention(*wide, **arguments)
+        ours = attention.attention_fused(*narrow, **arguments)
+        assert (ours - expected).norm() / expected.norm() < 0.01
+        gradients = [torch.autograd.grad((out * direction).sum(), x) for out, x in ((expected, wide), (ours, narrow))]
+        for theirs, mine in zip(*gradients, strict=True):
+            assert (mine - theirs).norm() / theirs.norm() < 0.02
 
 
 def test_softmax_survives_large_scores():
