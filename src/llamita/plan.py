@@ -21,15 +21,24 @@ class SamplingParams:
     on, for at most 256 tokens. Raises ValueError naming the field, its value and what is allowed.
     """
 
-    temperature: float = 1.0  # logits are divided by it; 0 is greedy
-    top_k: int = 0  # keep the k most probable tokens; 0 keeps all
-    top_p: float = 1.0  # keep the smallest set of most probable tokens with at least this mass; 1 keeps all
-    min_p: float = 0.0  # drop tokens less probable than this share of the most probable one; 0 drops none
-    repetition_penalty: float = 1.0  # logits of tokens already present are divided (or, if negative, multiplied) by it
-    seed: int | None = None  # None: the engine draws one and reports it
+    temperature: float = 1.0
+    """Logits are divided by it; 0 is greedy."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of most probable tokens with at least this mass; 1 keeps all."""
+    min_p: float = 0.0
+    """Drop tokens less probable than this share of the most probable one; 0 drops none."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens already in prompt or output are divided by it (multiplied where negative); 1 changes nothing."""
+    seed: int | None = None
+    """The same seed gives the same text; without one it is drawn, and reported with the statistics."""
     max_tokens: int = 256
-    stop: tuple[str, ...] = ()  # generation ends before the first of these texts
-    ignore_eos: bool = False  # go on past an end-of-sequence token
+    """Most tokens to generate."""
+    stop: tuple[str, ...] = ()
+    """Generation ends before the first of these texts."""
+    ignore_eos: bool = False
+    """Go on past an end-of-sequence token."""
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, float, lambda t: t == 0 or t >= 1e-6, "0 (greedy) or a number >= 1e-6")
