@@ -128,7 +128,7 @@ def test_resumed_by_its_directory_alone(tmp_path, data, mode):
     ("changes", "named"),
     [
         ({"learning_rate": 5e-4}, r"training\.learning_rate was 0\.001 and is now 0\.0005"),
-        ({"preset": "scratch"}, r"model\."),
+        ({"set": (*SMALL, "num_hidden_layers=3")}, r"model\.num_hidden_layers was 2 and is now 3"),
         ({"seed": 9}, r"training\.seed was 0 and is now 9"),
         ({"mode": "pad"}, r"rows\.mode was 'pack' and is now 'pad'"),
         ({"dropout": 0.3}, r"model\.dropout was 0\.1 and is now 0\.3"),
