@@ -109,12 +109,14 @@ def decode_one_token(model: Llama, cache: KVCache, token_11: Tensor) -> Tensor:
     return model.logits(model.hidden(token_11, cache=cache)[:, -1])
 
 
-def load_runner(model: Path | str, dtype: str = "auto", device: str = "auto") -> TorchRunner:
+def load_runner(model: Path | str, dtype: str = "auto", device: str = "auto", threads: int = 0) -> TorchRunner:
     """A runner over a model directory, or over the best checkpoint of a run directory.
 
     `dtype` is that of weights and cache: a name in DTYPES, or "auto" for that of the file. `device` is PyTorch's, or
-    "auto" for a GPU where there is one.
+    "auto" for a GPU where there is one. `threads` 0 leaves PyTorch's own choice.
     """
+    if threads > 0:
+        torch.set_num_threads(threads)
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not supported; give auto or one of {', '.join(DTYPES)}")
     device = choose_device(device)
@@ -124,7 +126,7 @@ def load_runner(model: Path | str, dtype: str = "auto", device: str = "auto") ->
         stored = next((array.dtype for array in arrays.values()), "F32")
         dtype = checkpoint.DTYPE_NAMES.get(stored, "float32")
     config = checkpoint.load_config(directory)
-    return TorchRunner(build_model(config, arrays, dtype=DTYPES.get(dtype, torch.float32), device=device))
+    return TorchRunner(build_model(config, arrays, dtype=DTYPES.get(dtype, torch.float32), device=device).eval())
 
 
 def choose_device(name: str) -> str:
