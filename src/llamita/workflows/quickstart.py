@@ -173,7 +173,7 @@ def predict(runner: Forward, tokenizer: Tokenizer, stories: list[str]) -> tuple[
 
 def sample_stories(model: Path, load_runner: LoadRunner, count: int, seed: int, console: Console) -> Iterator[str]:
     """Stories at temperature 1, nothing cut off; an engine on every core works on its share."""
-    workers = max(1, min(os.cpu_count() or 1, count // 20))
+    workers = max(1, min(os.cpu_count() or 1, count // 4))
     seeds = [range(seed * count + first, (seed + 1) * count, workers) for first in range(workers)]
     columns = (TextColumn("sampling stories {task.completed}/{task.total}"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -1,0 +1,91 @@
+"""The quickstart at a small scale, end to end: everything is written, and it goes on where it was."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from llamita.data import meadow
+from llamita.text.bpe import train_bpe_from_iterator
+from llamita.torch_backend.runner import load_runner
+from llamita.torch_backend.train_step import build_train_step
+from llamita.workflows import quickstart
+from llamita.workflows.quickstart import QuickstartConfig
+
+
+class Knowing:
+    """A runner that knows the stories: it gives their next token, moved on by `error`, a logit of 10 and others 0."""
+
+    def __init__(self, rows, vocab_size, error=0):
+        self.rows, self.vocab_size, self.error = rows, vocab_size, error
+
+    def forward(self, tokens_BT):
+        logits_BTV = np.zeros((*tokens_BT.shape, self.vocab_size), dtype=np.float32)
+        for tokens_T, logits_TV in zip(tokens_BT.tolist(), logits_BTV, strict=True):
+            row = next(row for row in self.rows if row[:-1] == tokens_T[: len(row) - 1])
+            targets = (np.array(row[1:]) + self.error) % self.vocab_size
+            logits_TV[np.arange(len(targets)), targets] = 10.0
+        return {"logits": logits_BTV}
+
+
+def test_prediction_adds_up_whole_stories_and_finds_the_determined_words():
+    stories = list(meadow.corpus(0, 20, "validation"))
+    tokenizer = train_bpe_from_iterator(meadow.corpus(0, 500, "train"), 400)
+    rows = [tokenizer.encode(text, bos=True, eos=True) for text in stories]
+    nats, hits, determined = quickstart.predict(Knowing(rows, tokenizer.vocab_size), tokenizer, stories)
+    per_token = math.log(math.exp(10) + tokenizer.vocab_size - 1) - 10
+    assert nats == pytest.approx(per_token * sum(len(row) - 1 for row in rows), rel=1e-3)
+    assert hits == determined > 0
+
+    nats, hits, _ = quickstart.predict(Knowing(rows, tokenizer.vocab_size, error=1), tokenizer, stories)
+    assert nats == pytest.approx((per_token + 10) * sum(len(row) - 1 for row in rows), rel=1e-3)
+    assert hits == 0
+
+
+@pytest.mark.medium
+def test_a_small_quickstart_writes_everything_and_goes_on(tmp_path, capsys):
+    config = QuickstartConfig(output=tmp_path / "quick", steps=6, stories=400, vocab_size=500, scored_stories=4)
+    assert quickstart.quickstart(config, build_train_step, load_runner) == 0
+    output = capsys.readouterr().out
+    assert "times the floor" in output
+    assert output.count("; seed 100000") == quickstart.STORIES_SHOWN
+    report = json.loads((config.output / "report.json").read_text())
+    assert report["sampled_stories"] == report["validation_stories"] == 4
+    assert report["times_floor"] > 1
+    assert report["floor_per_story"] == pytest.approx(meadow.floor(meadow.corpus(0, 4, "validation")).nats_per_story)
+    assert (config.output / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    before = (config.output / "run" / "last" / "model.safetensors").read_bytes()
+
+    assert quickstart.quickstart(config, build_train_step, load_runner) == 0
+    assert "3. A model" not in capsys.readouterr().out
+    assert json.loads((config.output / "report.json").read_text()) == report
+    assert (config.output / "run" / "last" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.medium
+def test_stories_sampled_on_two_cores_are_those_of_one(tmp_path, monkeypatch):
+    config = QuickstartConfig(output=tmp_path / "quick", steps=3, stories=400, vocab_size=500, scored_stories=4)
+    quickstart.quickstart(config, build_train_step, load_runner)
+    samples = []
+    for cores in (1, 2):
+        monkeypatch.setattr(quickstart.os, "cpu_count", lambda cores=cores: cores)
+        console = Console(quiet=True)
+        texts = quickstart.sample_stories(config.output / "run" / "last", load_runner, 8, 0, console)
+        samples.append(sorted(texts))
+    assert samples[0] == samples[1]
+    assert len(set(samples[0])) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_quickstart_reaches_its_scores(tmp_path):
+    """At most 1.05 times the floor and 3 nats above it; 98% grammatical, 85% consistent."""
+    config = QuickstartConfig(output=tmp_path / "quick")
+    assert quickstart.quickstart(config, build_train_step, load_runner) == 0
+    report = json.loads((config.output / "report.json").read_text())
+    assert report["times_floor"] <= 1.05
+    assert report["nats_per_story"] <= report["floor_per_story"] + 3
+    assert report["grammatical"] >= 0.98
+    assert report["consistent"] >= 0.85
