@@ -11,6 +11,7 @@ import torch
 
 from llamita import checkpoint
 from llamita.data import shards
+from llamita.data.batches import NOT_SCORED
 from llamita.data.packing import Rows, RowsConfig
 from llamita.inference.llm import LLM
 from llamita.torch_backend.runner import load_runner
@@ -230,3 +231,17 @@ def test_identity_is_json_and_paths_may_move(tmp_path, data):
     assert str(data) not in json.dumps(manifest["identity"])
     (tmp_path / "run").rename(tmp_path / "moved")
     assert run(PretrainConfig(output=tmp_path / "moved", resume=True)).step == 3
+
+
+def test_validation_inside_documents_scores_each_from_its_beginning(data):
+    config = settings(Path("unused"), data, mode="pack", within_documents=True, evaluation_rows=0, sequence_length=64)
+    tokenizer = shards.load_tokenizer(data)
+    split = shards.TokenShards(data, "validation")
+    scored = 0
+    for batch in make_examples(config, tokenizer, RowsConfig("pack", 64, True)).validation():
+        for tokens, labels in zip(batch.tokens_BT, batch.labels_BT, strict=True):
+            assert labels[0] != NOT_SCORED
+            assert tokens[0] == tokenizer.bos_id or split.manifest.splits["validation"].longest_document > 65
+            scored += int((labels != NOT_SCORED).sum())
+    lengths = [len(split.document(i)) for i in range(split.num_documents)]
+    assert scored == sum(length - (-(-length // 65)) for length in lengths)  # all but the first token of each row

@@ -17,6 +17,7 @@ from typing import Any
 from llamita import checkpoint
 
 TIMES = ("seconds", "tokens_per_second", "utilization", "memory_bytes")
+WIDE_RANGE = 4.0  # the ratio of the first losses to the last from which a plot takes logarithms
 
 
 class MetricsFile:
@@ -142,11 +143,20 @@ def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, floor: float |
 
 
 def _scale(axes: Any, losses: Sequence[float], floor: float | None) -> None:
-    """Leave a spike off the top rather than press the rest of the curve flat."""
+    """Leave a spike off the top, and take logarithms where the first losses would press the rest of the curve flat."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     if not losses:
         return
     ordered = sorted(losses)
     low = min(ordered[0], floor if floor is not None else math.inf)
     high = max(ordered[int(0.995 * (len(ordered) - 1))], losses[0])
+    if low > 0 and high / low > WIDE_RANGE:
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.1, high * 1.1)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        return
     margin = 0.05 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + margin)

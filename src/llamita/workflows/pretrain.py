@@ -51,7 +51,7 @@ class PretrainConfig(TrainingConfig):
     sequence_length: int = 0
     """Tokens in a row; 0: as many as the model has positions, at most 256."""
     within_documents: bool = False
-    """Keep attention inside a document."""
+    """Keep attention inside a document; validation is then over whole documents, each in rows of its own."""
     sample_tokens: int = 100
     """Length of the sample written at each evaluation; 0: none."""
     sample_prompt: str = ""
@@ -199,9 +199,8 @@ def make_examples(config: PretrainConfig, tokenizer: Tokenizer, rows: RowsConfig
     train = Rows(TokenShards(config.data, TRAIN), rows, *special)
     validation: Callable[[], Iterator[Batch]] = lambda: iter(())  # noqa: E731
     if VALIDATION in Manifest.load(config.data).splits:
-        packed = dataclasses.replace(rows, mode="pack") if rows.mode == "random" else rows
         validation = spaced_batches(
-            Rows(TokenShards(config.data, VALIDATION), packed, *special),
+            Rows(TokenShards(config.data, VALIDATION), validation_rows(rows), *special),
             config.evaluation_rows,
             config.micro_batch_size or config.batch_size,
         )
@@ -212,6 +211,14 @@ def make_examples(config: PretrainConfig, tokenizer: Tokenizer, rows: RowsConfig
         bytes_V=np.array([len(piece) for piece in pieces], dtype=np.int64),
     )
     return Examples(BatchIterator(train, config.batch_size, config.seed), validation, text)
+
+
+def validation_rows(rows: RowsConfig) -> RowsConfig:
+    """How validation text is cut: as in training, but every target once (not at random), and whole documents where
+    attention stays inside them, so that the loss is over each from its beginning."""
+    if rows.within_documents:
+        return dataclasses.replace(rows, mode="pad", within_documents=False)
+    return dataclasses.replace(rows, mode="pack") if rows.mode == "random" else rows
 
 
 def spaced_batches(rows: Rows, limit: int, batch_size: int) -> Callable[[], Iterator[Batch]]:
