@@ -181,7 +181,7 @@ def _preset(
 
 # The fields of a ModelConfig. Keys that are not fields are switches still to be built: `preset` refuses them by name.
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": _preset(1024, 128, 4, 4, 256),
+    "tiny": _preset(1024, 128, 3, 4, 256, hidden=512),
     "scratch": _preset(4000, 128, 4, 4, 256, hidden=512),
     "mini-llama": _preset(32000, 256, 6, 8, 512, multiple_of=256),
     "lillm-39m": _preset(8192, 512, 12, 16, 512, num_key_value_heads=8, tie_word_embeddings=True),

@@ -101,13 +101,13 @@ def test_a_story_parses_back_to_its_choices():
 
 def test_log_probability_counts_every_choice_of_a_known_story():
     text = (
-        "On a sunny morning, Gus the piglet sat by the gate. He got a purple lamp from an old crow. "
-        "When Nora the swan called from the lake, Gus ran over. "
-        "It was Nora's birthday, so Gus offered her the lamp. Full of joy, Nora took the lamp and danced. "
-        "In the end, Nora had the purple lamp. Back by the gate, Gus the piglet felt joyful."
+        "On a sunny morning, Max the puppy sat by the gate. He got a purple lamp from an old crow. "
+        "When Nora the swan called from the pond, Max ran over. "
+        "It was Nora's birthday, so Max offered her the lamp. Full of joy, Nora took the lamp and danced. "
+        "In the end, Nora had the purple lamp. Back by the gate, Max the puppy felt joyful."
     )
     sentences = 4 * 4 * 4 * 3 * 6 * 4 * 4
-    words = (8 * 4) * (16 * 16) * (12 * 12) * (12 * 24) * 6  # sky, names, places, color and thing, feeling
+    words = (8 * 4) * (12 * 12) * (10 * 10) * (10 * 16) * 6  # sky, names, places, color and thing, feeling
     assert meadow.log_probability(text) == pytest.approx(-math.log(4 * sentences * words), rel=1e-12)
 
 
@@ -122,7 +122,7 @@ def test_other_texts_have_no_reading_and_no_probability(text: str):
 def test_stories_are_the_same_everywhere():
     texts = "\n\n".join(meadow.story(seed, index) for seed in (0, 7) for index in range(500))
     assert (
-        hashlib.sha256(texts.encode()).hexdigest() == "a269e53f714c1929a52bc505f87f60fae3c9c78a2e36a0314e794579c04fdd87"
+        hashlib.sha256(texts.encode()).hexdigest() == "47dba9cd5c5abe774925d28c4dd2215cff6089b6f149c6dbdd7356bb6e5880b6"
     )
     assert [story.text for story in meadow.generate(7, 3)] == [meadow.story(7, index) for index in range(3)]
 

@@ -6,7 +6,7 @@ from llamita.evaluation.meadow_score import determined_spans, score
 STORY = (
     "One windy morning, Ned the mole was playing at the inn. He had made a white lamp all by himself. "
     "After that, he walked to the meadow and met Otto the bear. "
-    "While they were playing, Ned lost the lamp in the meadow. But Otto found it and kept it. "
+    "While they were playing, Ned lost the lamp near the meadow. But Otto found it and kept it. "
     "In the end, Otto had the white lamp. When Ned came back to the inn, he was sorry."
 )
 
@@ -27,8 +27,8 @@ def test_drawn_stories_score_full_marks():
         ("lost the lamp", "lost the ball", "thing"),
         ("back to the inn", "back to the mill", "home"),
         ("back to the inn", "back to the meadow", "home"),
-        ("in the meadow", "on the hill", "outing"),
-        ("in the meadow", "at the inn", "outing"),
+        ("near the meadow", "near the hill", "outing"),
+        ("near the meadow", "near the inn", "outing"),
         ("Ned the mole", "Ned the mouse", "hero"),
         ("Otto the bear", "Otto the fox", "friend"),
         ("But Otto found", "But Nora found", "friend"),
