@@ -163,7 +163,7 @@ class Grammar:
     def _variables(self, plot: str, options: tuple[int, ...]) -> list[str]:
         """Return the variables that these sentences mention, in the order in which they are drawn."""
         roles = {OWNER: self.owner(plot, options)}
-        mentioned = set()
+        mentioned: set[str] = set()
         for line, option in zip(self._lines[plot], options, strict=True):
             mentioned.update(roles.get(slot.variable, slot.variable) for slot in line[option].slots)
         return [variable for variable in VARIABLES if variable in mentioned]
