@@ -69,7 +69,7 @@ def encode_in_order(
     try:
         waiting: deque[Future[dict[str, Encoded]]] = deque()
         for group in groups:
-            waiting.append(pool.submit(encode_group, encoder, group))
+            waiting.append(_submit(pool, encoder, group))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -78,6 +78,15 @@ def encode_in_order(
         raise ChildProcessError("an encoding process died (often for lack of memory); try fewer --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, encoder: Encoder, group: dict[str, list[str]]) -> Future[dict[str, Encoded]]:
+    """Submit a group; BrokenProcessPool also where a worker cannot start, or where another died at that very moment
+    and the pool closed its pipes under the one starting."""
+    try:
+        return pool.submit(encode_group, encoder, group)
+    except OSError as error:
+        raise BrokenProcessPool(str(error)) from error
 
 
 def encode_group(encoder: Encoder, group: dict[str, list[str]]) -> dict[str, Encoded]:
