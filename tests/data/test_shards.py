@@ -409,7 +409,7 @@ def test_no_space_left(tmp_path, tokenizer_dir, stories):
         subprocess.run(["umount", str(small)], check=True)
 
 
-@pytest.mark.parametrize("when", [pytest.param("starting", marks=pytest.mark.slow), "working"])
+@pytest.mark.parametrize("when", ["starting", "working"])
 def test_a_dead_worker_is_an_error(tmp_path, tokenizer_dir, monkeypatch, when):
     run_in_small_groups(monkeypatch)
     endless = (meadow.story(0, number) for number in count())

@@ -7,16 +7,14 @@ or files.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import threading
-from collections import deque
+import traceback
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import numpy as np
@@ -65,28 +63,83 @@ def encode_in_order(
         for group in groups:
             yield encode_group(encoder, group)
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-    try:
-        waiting: deque[Future[dict[str, Encoded]]] = deque()
-        for group in groups:
-            waiting.append(_submit(pool, encoder, group))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise ChildProcessError("an encoding process died (often for lack of memory); try fewer --workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    yield from _encode_in_processes(groups, encoder, workers)
 
 
-def _submit(pool: ProcessPoolExecutor, encoder: Encoder, group: dict[str, list[str]]) -> Future[dict[str, Encoded]]:
-    """Submit a group; BrokenProcessPool also where a worker cannot start, or where another died at that very moment
-    and the pool closed its pipes under the one starting."""
+def _encode_in_processes(
+    groups: Iterator[dict[str, list[str]]], encoder: Encoder, count: int
+) -> Generator[dict[str, Encoded], None, None]:
+    """Give each group to whichever process is free, and yield the results in the groups' order.
+
+    Each process has a pipe of its own: its death, at any moment, is the end of its pipe and touches nothing shared.
+    """
+    with ExitStack() as stack:
+        with _death_is_an_error():
+            idle = [stack.enter_context(_worker(encoder)) for _ in range(count)]
+        at_work: dict[Connection, int] = {}
+        done: dict[int, dict[str, Encoded]] = {}
+        sent = received = 0
+        while True:
+            while idle and sent - received <= 2 * count and (group := next(groups, None)) is not None:
+                connection = idle.pop()
+                with _death_is_an_error():
+                    connection.send(group)
+                at_work[connection] = sent
+                sent += 1
+            if not at_work:
+                return
+            wait(at_work)
+            for connection in [connection for connection in at_work if connection.poll()]:
+                with _death_is_an_error():
+                    result = connection.recv()
+                if isinstance(result, Exception):
+                    raise result
+                done[at_work.pop(connection)] = result
+                idle.append(connection)
+            while received in done:
+                yield done.pop(received)
+                received += 1
+
+
+@contextmanager
+def _worker(encoder: Encoder) -> Iterator[Connection]:
+    """A process that encodes each group sent to it and sends back what came of it; killed at the end."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, encoder), daemon=True)
+    with ours:
+        try:
+            with theirs:
+                process.start()
+            yield ours
+        finally:
+            if process.pid is not None:
+                process.kill()
+                process.join()
+
+
+def _work(connection: Connection, encoder: Encoder) -> None:
+    """Encode what comes until the pipe ends, as it does when the other process is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, and it stops the others in order
+    with suppress(EOFError, ConnectionError):
+        while True:
+            group = connection.recv()
+            result: dict[str, Encoded] | Exception
+            try:
+                result = encode_group(encoder, group)
+            except Exception as error:
+                error.add_note(traceback.format_exc())
+                result = error
+            connection.send(result)
+
+
+@contextmanager
+def _death_is_an_error() -> Iterator[None]:
     try:
-        return pool.submit(encode_group, encoder, group)
-    except OSError as error:
-        raise BrokenProcessPool(str(error)) from error
+        yield
+    except (EOFError, OSError) as error:
+        message = "an encoding process died (often for lack of memory); try fewer --workers"
+        raise ChildProcessError(message) from error
 
 
 def encode_group(encoder: Encoder, group: dict[str, list[str]]) -> dict[str, Encoded]:
@@ -123,15 +176,3 @@ def _tokenizer(path: Path, expected_hash: str) -> Tokenizer:
     if tokenizer.hash != expected_hash:
         raise ValueError(f"the tokenizer at {path} changed while the data was being prepared; prepare it again")
     return tokenizer
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, and it stops the pool in order
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
