@@ -162,6 +162,29 @@ def test_wrong_flags_are_a_short_message(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --data d --output o --steps 0", "error: steps=0 must be at least 1\n"),
+        (
+            "train --data d --output o --batch-size 2 --micro-batch-size 3",
+            "error: micro_batch_size=3 must not be above",
+        ),
+        ("tokenizer train t.txt --output o --vocab-size 3", "error: "),
+        ("prepare --source text --tokenizer t --output o", "error: "),
+    ],
+)
+def test_what_a_dataclass_refuses_is_one_line(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(message)
+    assert captured.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
     ("kind", "message"),
     [
         ("value", "error: two lines\n"),

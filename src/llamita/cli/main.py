@@ -11,7 +11,7 @@ import os
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 from llamita import __version__
@@ -126,7 +126,10 @@ def parse_and_call(function: Callable[..., Any], program: str, arguments: Sequen
     text = inspect.getdoc(taken) or ""
     if text.startswith(f"{taken.__name__}("):  # the signature that dataclasses write where there is no docstring
         text = ""
-    return function(tyro.cli(taken, description=inspect.getdoc(function) or text or description, **shown))
+    # tyro fills a twin that checks nothing, so that what the dataclass refuses becomes our one line, not tyro's box.
+    unchecked = type(taken.__name__, (taken,), {"__post_init__": lambda self: None})
+    given = tyro.cli(unchecked, description=inspect.getdoc(function) or text or description, **shown)
+    return function(taken(**{field.name: getattr(given, field.name) for field in fields(taken)}))
 
 
 def overview(group: str = "") -> str:
