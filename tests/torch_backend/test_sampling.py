@@ -13,8 +13,10 @@ from llamita.plan import SampleSpec, SamplingParams
 from llamita.torch_backend import sampling
 from llamita.torch_backend.sampling import filter_logits, gumbel_noise, sample
 
-# No subnormal numbers: a processor may be set to take them for 0.
-logit_rows = hnp.arrays(np.float32, st.integers(1, 30), elements=st.floats(-12, 12, width=32, allow_subnormal=False))
+# Multiples of 1/1024: their differences are exact, so that equal logits, and no others, stay equal in either order.
+logit_rows = hnp.arrays(
+    np.float32, st.integers(1, 30), elements=st.integers(-12 * 1024, 12 * 1024).map(lambda number: number / 1024)
+)
 probabilities = st.floats(0.01, 0.999)
 
 
@@ -65,10 +67,7 @@ def near_a_border(logits_V: np.ndarray, params: SamplingParams) -> bool:
     share = np.sort(oracle(logits_V, SamplingParams(temperature=params.temperature, top_k=params.top_k)))[::-1]
     at_p = np.abs(np.cumsum(share) - params.top_p).min() < 1e-9 if params.top_p < 1 else False
     at_min = np.abs(share - params.min_p * share[0]).min() < 1e-9 * share[0] if params.min_p else False
-    falling = np.sort(logits_V.astype(np.float64))[::-1]
-    gap = falling[params.top_k - 1] - falling[params.top_k] if 0 < params.top_k < len(falling) else 0.0
-    at_k = 0 < gap < 1e-6 * (1 + np.abs(falling).max())
-    return bool(at_p or at_min or at_k)
+    return bool(at_p or at_min)
 
 
 @given(
