@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from llamita import __version__
-from llamita.cli.main import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -41,11 +40,6 @@ def test_every_package_that_the_source_imports_is_declared() -> None:
     for module in third_party_modules():
         names = {name.lower().replace("_", "-") for name in providers.get(module, [])} | {DISTRIBUTIONS.get(module, "")}
         assert names & declared, f"src imports {module}, which pyproject.toml does not declare"
-
-
-def test_the_extras_that_errors_name_exist() -> None:
-    for package, extra in EXTRAS.items():
-        assert package in map(requirement_name, PROJECT["optional-dependencies"][extra])
 
 
 def test_the_version_is_one() -> None:

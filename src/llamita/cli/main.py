@@ -39,9 +39,6 @@ VERBS: Mapping[str, Verb] = {
     "info": Verb("llamita.cli.info", "run", "Count a model's parameters, operations and bytes; list the presets."),
 }
 
-# Packages that `pip install llamita` leaves out, and the extra that brings them.
-EXTRAS = {"datasets": "data", "tensorboard": "logging", "wandb": "logging", "transformers": "compare"}
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: those of the process) and return its exit status."""
@@ -59,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if os.environ.get(TRACEBACK_VARIABLE) or not error.name or error.name.split(".")[0] == "llamita":
             raise
-        return _fail(_how_to_install(error.name.split(".")[0]))
+        package = error.name.split(".")[0]
+        return _fail(f"the package {package!r} is not installed; install it with: pip install {package}")
     except (ValueError, OSError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
@@ -163,11 +161,6 @@ def _unknown(typed: str) -> str:
     close = difflib.get_close_matches(typed, known, n=1, cutoff=0.6)
     hint = f"did you mean 'llamita {known[close[0]]}'?" if close else "llamita --help lists the verbs"
     return f"there is no verb {typed!r}; {hint}"
-
-
-def _how_to_install(package: str) -> str:
-    wanted = f"'llamita[{EXTRAS[package]}]'" if package in EXTRAS else package
-    return f"the package {package!r} is not installed; install it with: pip install {wanted}"
 
 
 def _one_line(error: Exception) -> str:
