@@ -136,10 +136,10 @@ def test_rows_are_pure():
 
 
 def test_for_evaluation():
-    assert make_rows([9], "random", 3).for_evaluation().config.mode == "pack"
-    assert scored(make_rows([9], "random", 3).for_evaluation()) == list(range(2, 10))
-    padded = make_rows([9], "pad", 3)
-    assert padded.for_evaluation() is padded
+    assert RowsConfig("random", 3).for_evaluation() == RowsConfig("pack", 3)
+    assert RowsConfig("pack", 3, within_documents=True).for_evaluation() == RowsConfig("pad", 3)
+    for unchanged in (RowsConfig("pad", 3), RowsConfig("pack", 3)):
+        assert unchanged.for_evaluation() == unchanged
 
 
 def test_mistakes_are_named():

@@ -1,13 +1,14 @@
 """What the tests of training share: a model of a few thousand parameters, documents for it, prepared data."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from llamita.config import ModelConfig
 from llamita.data import meadow
-from llamita.data.batches import BatchIterator
+from llamita.data.batches import BatchIterator, evaluation_batches
 from llamita.data.packing import InMemoryDocuments, Rows, RowsConfig
 from llamita.data.prepare import PrepareConfig, prepare
 from llamita.text.bpe import train_bpe_from_iterator
@@ -17,7 +18,6 @@ from llamita.training.config import TrainingConfig
 from llamita.training.interfaces import Examples, TokenText
 from llamita.training.run_directory import open_run
 from llamita.training.trainer import Trainer
-from llamita.workflows.pretrain import spaced_batches
 
 MODEL = ModelConfig(
     vocab_size=40,
@@ -83,7 +83,7 @@ def examples(config, mode="pad"):
     sizes = np.arange(40, dtype=np.int64)
     return Examples(
         BatchIterator(Rows(documents(), rows), config.batch_size, config.seed),
-        spaced_batches(Rows(documents(1, 20), rows), config.evaluation_rows, 5),
+        partial(evaluation_batches, Rows(documents(1, 20), rows), 5, config.evaluation_rows),
         TokenText(sizes, sizes * 2),
     )
 

@@ -12,7 +12,7 @@ import torch
 from llamita import checkpoint
 from llamita.data import shards
 from llamita.data.batches import NOT_SCORED
-from llamita.data.packing import Rows, RowsConfig
+from llamita.data.packing import RowsConfig
 from llamita.inference.llm import LLM
 from llamita.torch_backend.runner import load_runner
 from llamita.torch_backend.train_step import build_train_step
@@ -22,7 +22,6 @@ from llamita.workflows.pretrain import (
     model_config,
     parse_change,
     pretrain,
-    spaced_batches,
 )
 from tests.training.helpers import Silence, prepare_stories, timeless, weights_of
 
@@ -206,7 +205,7 @@ def test_changes_to_a_preset(data):
     assert (model.hidden_size, model.head_dim, model.vocab_size, model.dropout) == (16, 8, 300, 0.1)
 
 
-def test_spaced_rows_span_the_split_and_count_characters_exactly(data):
+def test_validation_counts_characters_exactly(data):
     config = settings(Path("run"), data, evaluation_rows=0, batch_size=5)
     tokenizer = shards.load_tokenizer(data)
     rows = RowsConfig("pack", 32)
@@ -217,11 +216,6 @@ def test_spaced_rows_span_the_split_and_count_characters_exactly(data):
     labels = np.concatenate([batch.labels_BT[batch.labels_BT >= 0] for batch in batches])
     assert examples.text.characters_V[labels].sum() == split.num_characters
     assert examples.text.bytes_V[labels].sum() == split.num_bytes
-    few = spaced_batches(Rows(split, rows), 4, 3)
-    ids = [int(i) for batch in few() for i in batch.row_ids]
-    assert len(ids) == 4
-    assert ids[0] == 0
-    assert ids[-1] >= len(Rows(split, rows)) // 2
 
 
 def test_identity_is_json_and_paths_may_move(tmp_path, data):

@@ -23,7 +23,8 @@ class Batch:
     """Rows ready for a model, already shifted: labels_BT[b, t] is the token after tokens_BT[b, t].
 
     tokens_BT: int32. labels_BT: int32, NOT_SCORED (-100) where nothing is scored. segments_BT: int32 of the inputs, or
-    None where every row is one causal sequence; 0 is padding. row_ids: int64 [B], the rows' numbers.
+    None where every row is one causal sequence (padding, if any, behind it); 0 is padding. row_ids: int64 [B], the
+    rows' numbers.
     """
 
     tokens_BT: np.ndarray
@@ -137,14 +138,11 @@ class BatchIterator:
         return self._order
 
 
-def evaluation_batches(rows: Rows, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-    """Every row once, in order; the last batch may be smaller. Random windows are evaluated as packed rows.
-
-    With world_size > 1 rank r gets rows [r::world_size]; it may then get fewer batches than another rank.
-    """
-    rows = rows.for_evaluation()
-    row_ids = np.arange(rank, len(rows), world_size, dtype=np.int64)
-    for start in range(0, len(row_ids), batch_size):
+def evaluation_batches(rows: Rows, batch_size: int, limit: int = 0) -> Iterator[Batch]:
+    """At most `limit` rows (0: all), evenly spaced and in order, each once; the last batch may be smaller."""
+    count = min(limit, len(rows)) or len(rows)
+    row_ids = np.arange(count, dtype=np.int64) * len(rows) // count
+    for start in range(0, count, batch_size):
         ids = row_ids[start : start + batch_size]
         yield collate([rows.row(int(i)) for i in ids], ids)
 
@@ -174,11 +172,15 @@ def strided_windows(tokens: np.ndarray, sequence_length: int, stride: int) -> It
 
 
 def collate(rows: Sequence[Row], row_ids: np.ndarray) -> Batch:
-    """Stack rows of one length and shift them. Where one row has segments, those without become a single segment."""
+    """Stack rows of one length and shift them.
+
+    Segments are left out where each row is one document before its padding: causal attention alone then keeps what is
+    scored from the padding. Where one row has several, those without become a single segment.
+    """
     tokens = np.stack([row.tokens for row in rows])
     scored = np.stack([row.label_mask for row in rows])
     segments_BT = None
-    if any(row.segments is not None for row in rows):
+    if any(row.segments is not None and row.segments.max() > 1 for row in rows):
         ones = np.ones(tokens.shape[1], dtype=np.int32)
         segments_BT = np.stack([ones if row.segments is None else row.segments for row in rows])[:, :-1]
     labels_BT = np.where(scored[:, 1:], tokens[:, 1:], np.int32(NOT_SCORED))

@@ -7,7 +7,7 @@ which targets are scored. It knows nothing about files, batches, order or epochs
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -46,6 +46,13 @@ class RowsConfig:
             raise ValueError(f"mode={self.mode!r} is not a way to make rows; use pad, pack or random")
         if self.sequence_length < 1:
             raise ValueError(f"sequence_length={self.sequence_length} must be at least 1")
+
+    def for_evaluation(self) -> RowsConfig:
+        """The same, but every target once (not at random), and whole documents where attention stays inside them, so
+        that a loss is over each from its beginning."""
+        if self.within_documents:
+            return replace(self, mode="pad", within_documents=False)
+        return replace(self, mode="pack") if self.mode == "random" else self
 
 
 @dataclass(frozen=True)
@@ -142,13 +149,6 @@ class Rows:
 
     def __iter__(self) -> Iterator[Row]:
         return (self.row(i) for i in range(self._length))
-
-    def for_evaluation(self) -> Rows:
-        """The rows to evaluate on: these, or packed rows of the same length where these are random windows."""
-        if self.config.mode != "random":
-            return self
-        packed = RowsConfig("pack", self.config.sequence_length, self.config.within_documents)
-        return Rows(self.documents, packed, pad_id=self.pad_id)
 
     def _padded(self, tokens: np.ndarray, segments: np.ndarray | None) -> Row:
         """Pad to a whole block, with every real token but the first a target."""

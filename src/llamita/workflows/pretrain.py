@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from llamita.architecture import InitializationName
 from llamita.config import ModelConfig, preset
-from llamita.data.batches import Batch, BatchIterator, collate
+from llamita.data.batches import Batch, BatchIterator, evaluation_batches
 from llamita.data.packing import Rows, RowsConfig
 from llamita.data.shards import Manifest, TokenShards, load_tokenizer
 from llamita.inference.engine import Runner
@@ -199,11 +200,9 @@ def make_examples(config: PretrainConfig, tokenizer: Tokenizer, rows: RowsConfig
     train = Rows(TokenShards(config.data, TRAIN), rows, *special)
     validation: Callable[[], Iterator[Batch]] = lambda: iter(())  # noqa: E731
     if VALIDATION in Manifest.load(config.data).splits:
-        validation = spaced_batches(
-            Rows(TokenShards(config.data, VALIDATION), validation_rows(rows), *special),
-            config.evaluation_rows,
-            config.micro_batch_size or config.batch_size,
-        )
+        held_out = Rows(TokenShards(config.data, VALIDATION), rows.for_evaluation(), *special)
+        batch_size = config.micro_batch_size or config.batch_size
+        validation = partial(evaluation_batches, held_out, batch_size, config.evaluation_rows)
     pieces = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
     text = TokenText(
         # A character is a byte that does not continue another: one that is not 0b10xxxxxx.
@@ -211,27 +210,6 @@ def make_examples(config: PretrainConfig, tokenizer: Tokenizer, rows: RowsConfig
         bytes_V=np.array([len(piece) for piece in pieces], dtype=np.int64),
     )
     return Examples(BatchIterator(train, config.batch_size, config.seed), validation, text)
-
-
-def validation_rows(rows: RowsConfig) -> RowsConfig:
-    """How validation text is cut: as in training, but every target once (not at random), and whole documents where
-    attention stays inside them, so that the loss is over each from its beginning."""
-    if rows.within_documents:
-        return dataclasses.replace(rows, mode="pad", within_documents=False)
-    return dataclasses.replace(rows, mode="pack") if rows.mode == "random" else rows
-
-
-def spaced_batches(rows: Rows, limit: int, batch_size: int) -> Callable[[], Iterator[Batch]]:
-    """Batches of at most `limit` rows (0: all), evenly spaced over the split, the same ones at each call."""
-    count = min(limit, len(rows)) or len(rows)
-    row_ids = np.arange(count, dtype=np.int64) * len(rows) // count
-
-    def batches() -> Iterator[Batch]:
-        for start in range(0, count, batch_size):
-            ids = row_ids[start : start + batch_size]
-            yield collate([rows.row(int(i)) for i in ids], ids)
-
-    return batches
 
 
 def sample_prompt(config: PretrainConfig, tokenizer: Tokenizer, examples: Examples) -> str | tuple[int, ...]:
