@@ -157,8 +157,8 @@ class TorchTrainStep:
         return peak if sys.platform == "darwin" else peak * 1024
 
     def peak_flops(self, seconds: float = 0.3) -> float:
-        """Floating-point operations per second of a large product in this precision: the best of 5, and of as many more as fit into
-        `seconds`."""
+        """Floating-point operations per second of a large product in this precision: the best of at least 5, and of as
+        many more as `seconds` allow."""
         size = 8192 if self.device.type == "cuda" else 1024
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         generator = torch.Generator(self.device).manual_seed(0)
