@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, nargs="+", help="UTF-8 files; documents are separated by blank lines")
     parser.add_argument("--stories", type=int, default=30_000, help="Meadow stories where no text is given")
-    parser.add_argument("--vocab-size", type=int, help="default: 8192, or 768 for Meadow, whose world has few words")
+    parser.add_argument("--vocab-size", type=int, help="default: 8192, or 688 for Meadow, whose world has few words")
     parser.add_argument("--passes", type=int, default=5)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -45,7 +45,7 @@ def measure(directory: Path, arguments: argparse.Namespace) -> None:
         files[0].write_text("\n\n".join(meadow.corpus(0, arguments.stories, "train")), encoding="utf-8")
     texts = [text for path in files for text in textfiles.documents(path, "blank-line")]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    vocab_size = arguments.vocab_size or (8192 if arguments.text else 768)
+    vocab_size = arguments.vocab_size or (8192 if arguments.text else 688)
     train_bpe_from_iterator(texts, vocab_size).save(directory / "tokenizer")
     peer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer" / "tokenizer.json"))
     # WikiText spells `<unk>`; like ours, the peer is to read it as text and not as the control token.

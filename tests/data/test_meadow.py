@@ -101,17 +101,17 @@ def test_a_story_parses_back_to_its_choices():
 
 def test_log_probability_counts_every_choice_of_a_known_story():
     text = (
-        "On a sunny morning, Max the puppy sat by the gate. He got a purple lamp from an old crow. "
-        "When Nora the swan called from the pond, Max ran over. "
+        "On a sunny morning, Max the puppy sat by the gate. He got a green lamp from a crow. "
+        "After that, Nora the swan came from the pond. "
         "It was Nora's birthday, so Max offered her the lamp. Full of joy, Nora took the lamp and danced. "
-        "In the end, Nora had the purple lamp. Back by the gate, Max the puppy felt joyful."
+        "In the end, Nora had the green lamp. Back by the gate, Max felt glad."
     )
-    sentences = 4 * 4 * 4 * 3 * 6 * 4 * 4
-    words = (8 * 4) * (12 * 12) * (10 * 10) * (10 * 16) * 6  # sky, names, places, color and thing, feeling
+    sentences = 3 * 3 * 3 * 2 * 4 * 3 * 3
+    words = (5 * 3) * (8 * 8) * (6 * 6) * (6 * 10) * 3  # sky, names, places, color and thing, feeling
     assert meadow.log_probability(text) == pytest.approx(-math.log(4 * sentences * words), rel=1e-12)
 
 
-@pytest.mark.parametrize("text", ["", "Hello.", "One sunny morning, Pip the fox was playing by the pond."])
+@pytest.mark.parametrize("text", ["", "Hello.", "One sunny morning, Pip the fox was by the pond."])
 def test_other_texts_have_no_reading_and_no_probability(text: str):
     assert meadow.parse(text) is None
     assert meadow.log_probability(text) == float("-inf")
@@ -122,7 +122,7 @@ def test_other_texts_have_no_reading_and_no_probability(text: str):
 def test_stories_are_the_same_everywhere():
     texts = "\n\n".join(meadow.story(seed, index) for seed in (0, 7) for index in range(500))
     assert (
-        hashlib.sha256(texts.encode()).hexdigest() == "47dba9cd5c5abe774925d28c4dd2215cff6089b6f149c6dbdd7356bb6e5880b6"
+        hashlib.sha256(texts.encode()).hexdigest() == "8a2c10ebd194df7e53764e99a4406a389304a137304a0fa0ec513ba1e42a1053"
     )
     assert [story.text for story in meadow.generate(7, 3)] == [meadow.story(7, index) for index in range(3)]
 
@@ -154,7 +154,7 @@ def test_splits_share_no_story_and_have_one_distribution():
 
 
 def test_the_space_is_far_larger_than_any_corpus():
-    assert meadow.space_size() > 1000 * 10**9
+    assert meadow.space_size() > 1000 * 10**7
 
 
 def test_floor_is_the_mean_surprise():
@@ -163,7 +163,7 @@ def test_floor_is_the_mean_surprise():
     assert floor.nats == pytest.approx(-sum(meadow.log_probability(text) for text in texts))
     assert floor.nats_per_character == pytest.approx(floor.nats / sum(len(text) for text in texts))
     assert floor.nats_per_story == pytest.approx(floor.nats / 20)
-    assert 30 < floor.nats_per_story < 34
+    assert 22 < floor.nats_per_story < 25
     with pytest.raises(ValueError, match="at least one"):
         meadow.floor([])
 
@@ -212,17 +212,17 @@ def test_words_of_different_classes_never_meet():
 
 def test_questions_have_answers_that_differ_and_agree_with_the_story():
     story = meadow.parse(
-        "One windy morning, Ned the mole was playing at the inn. He had made a white lamp all by himself. "
-        "After that, he walked to the meadow and met Otto the bear. "
-        '"May I borrow the lamp for a week?" asked Otto. But the week went by, and Otto kept it. '
-        "In the end, Otto had the white lamp. Back at the inn, Ned the mole felt sad."
+        "One windy morning, Ned the mole was at the mill. He had a white lamp. "
+        "Soon he met Otto the bear in the meadow. "
+        '"May I borrow the lamp for a week?" asked Otto. The week went by, but Otto kept it. '
+        "In the end, Otto had the white lamp. Back at the mill, Ned felt sad."
     )
     answers = {q.question: (q.answer, q.wrong_answer) for q in meadow.questions(story)}
     assert answers["Who had the white lamp in the end?"] == ("Otto had it.", "Ned had it.")
     assert answers["What kind of animal was Otto?"] == ("Otto was a bear.", "Otto was a mole.")
-    assert answers["Where did the story begin?"] == ("It began at the inn.", "It began in the meadow.")
+    assert answers["Where did the story begin?"] == ("It began at the mill.", "It began in the meadow.")
     assert answers["How did Ned feel in the end?"] == ("Ned felt sad.", "Ned felt happy.")
-    assert answers["What color was the lamp?"] == ("The lamp was white.", "The lamp was purple.")
+    assert answers["What color was the lamp?"] == ("The lamp was white.", "The lamp was golden.")
     for story in meadow.generate(seed=3, count=200):
         assert all(question.answer != question.wrong_answer for question in meadow.questions(story))
 

@@ -4,10 +4,10 @@ from llamita.data import meadow
 from llamita.evaluation.meadow_score import determined_spans, score
 
 STORY = (
-    "One windy morning, Ned the mole was playing at the inn. He had made a white lamp all by himself. "
-    "After that, he walked to the meadow and met Otto the bear. "
-    "While they were playing, Ned lost the lamp near the meadow. But Otto found it and kept it. "
-    "In the end, Otto had the white lamp. When Ned came back to the inn, he was sorry."
+    "One windy morning, Ned the mole was at the mill. He had a white lamp. "
+    "Soon he met Otto the bear in the meadow. "
+    "On the way, Ned lost the lamp. In secret, Otto went to the meadow and took it. "
+    "In the end, Otto had the white lamp. When Ned came back to the mill, he was upset."
 )
 
 
@@ -25,21 +25,21 @@ def test_drawn_stories_score_full_marks():
         ("had the white lamp", "had the green lamp", "color"),
         ("had the white lamp", "had the white kite", "thing"),
         ("lost the lamp", "lost the ball", "thing"),
-        ("back to the inn", "back to the mill", "home"),
-        ("back to the inn", "back to the meadow", "home"),
-        ("near the meadow", "near the hill", "outing"),
-        ("near the meadow", "near the inn", "outing"),
+        ("back to the mill", "back to the farm", "home"),
+        ("back to the mill", "back to the meadow", "home"),
+        ("meadow and took", "hill and took", "outing"),
+        ("meadow and took", "mill and took", "outing"),
         ("Ned the mole", "Ned the mouse", "hero"),
         ("Otto the bear", "Otto the fox", "friend"),
-        ("But Otto found", "But Nora found", "friend"),
-        ("But Otto found", "But Ned found", "friend"),
+        ("secret, Otto", "secret, Nora", "friend"),
+        ("secret, Otto", "secret, Ned", "friend"),
         ("When Ned", "When Pip", "hero"),
-        ("he was sorry", "he was merry", "feeling"),
-        ("he was sorry", "she was sorry", "hero"),
-        ("himself", "herself", "hero"),
+        ("he was upset", "he was proud", "feeling"),
+        ("he was upset", "she was upset", "hero"),
+        ("He had", "She had", "hero"),
         ("met Otto the bear", "met Ned the mole", "friend"),
-        ("to the meadow", "to the inn", "outing"),
-        ("kept it", "kept it", None),
+        ("in the meadow", "at the mill", "outing"),
+        ("took it", "took it", None),
     ],
 )
 def test_a_planted_contradiction_is_inconsistent_but_grammatical(right: str, wrong: str, variable: str | None):
@@ -52,7 +52,7 @@ def test_a_planted_contradiction_is_inconsistent_but_grammatical(right: str, wro
 
 def test_the_other_ending_contradicts_owner_and_feeling():
     ending = "The next day, Otto found it and brought it back."
-    result = score([STORY.replace("But Otto found it and kept it.", ending)])
+    result = score([STORY.replace("In secret, Otto went to the meadow and took it.", ending)])
     assert (result.grammatical, result.consistent) == (1.0, 0.0)
     assert result.faults == {"owner": 1, "feeling": 1}
 
@@ -60,18 +60,18 @@ def test_the_other_ending_contradicts_owner_and_feeling():
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("had made a white", "had made white"),
-        ("white lamp all", "lamp white all"),
-        ("at the inn. He", "in the inn. He"),
+        ("had a white", "had white"),
+        ("a white lamp", "a lamp white"),
+        ("at the mill. He", "in the mill. He"),
         ("Ned the mole", "Ned the lamp"),
-        ("But Otto", "but Otto"),
-        ("was sorry.", "was sorry"),
-        ("was sorry.", "was sorry. Ned was sad."),
+        ("Soon he", "soon he"),
+        ("was upset.", "was upset"),
+        ("was upset.", "was upset. Ned was sad."),
         ("In the end, ", ""),
         (" In the end, Otto had the white lamp.", ""),
-        ("After that, he", "After that he"),
-        (". But", ".  But"),
-        ("But Otto found it and kept it.", "Full of joy, Otto took the lamp and danced."),
+        ("On the way, Ned", "On the way Ned"),
+        (". On", ".  On"),
+        ("In secret, Otto went to the meadow and took it.", "Full of joy, Otto took the lamp and danced."),
         ("Ned the mole", "Nedd the mole"),
     ],
 )
@@ -82,7 +82,7 @@ def test_a_planted_grammar_error_is_caught(right: str, wrong: str):
 
 
 def test_shares_are_of_all_stories():
-    result = score([STORY, f" {STORY}\n", STORY.replace("himself", "herself"), "Nonsense."])
+    result = score([STORY, f" {STORY}\n", STORY.replace("He had", "She had"), "Nonsense."])
     assert (result.stories, result.grammatical, result.consistent) == (4, 0.75, 0.5)
     with pytest.raises(ValueError, match="at least one"):
         score([])
@@ -92,11 +92,11 @@ def test_determined_spans_are_the_words_that_a_distant_fact_gives():
     spans = determined_spans(STORY)
     words = [STORY[start:end] for start, end in spans]
     # "Otto" is never 20 words away from the last "Otto", and "he" does not name Ned.
-    assert words == ["Ned", "lamp", "white", "Ned", "inn"]
-    assert [STORY[start:end] for start, end in determined_spans(STORY, distance=40)] == ["white", "inn"]
+    assert words == ["Ned", "white", "Ned", "mill"]
+    assert [STORY[start:end] for start, end in determined_spans(STORY, distance=30)] == ["white", "mill"]
     assert len(determined_spans(STORY, distance=1)) > len(spans)
     with pytest.raises(ValueError, match="consistent Meadow story"):
-        determined_spans(STORY.replace("himself", "herself"))
+        determined_spans(STORY.replace("He had", "She had"))
 
 
 def test_every_story_has_determined_spans():

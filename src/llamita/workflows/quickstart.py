@@ -53,7 +53,7 @@ class QuickstartConfig:
     """Updates. Fewer for a quick look; the scores need all of them."""
     stories: int = 64000
     """Training stories to generate; a validation share more."""
-    vocab_size: int = 864
+    vocab_size: int = 688
     """Size of the tokenizer's vocabulary."""
     scored_stories: int = 1000
     """Stories to sample and to check; as many validation stories are predicted."""
@@ -125,6 +125,10 @@ def training_options(config: QuickstartConfig, data: Path, run: Path) -> Pretrai
         batch_size=16,
         learning_rate=6e-3,
         minimum_learning_rate=0.0,
+        # The sum of the rates, more than anything, decides how little probability is left on words that cannot come;
+        # so they stay high for long.
+        schedule="warmup-stable-decay",
+        decay_steps=config.steps * 4 // 10,
         # Nothing here is seen twice, and decay keeps a little probability on words that never come next.
         weight_decay=0.0,
         evaluate_every=max(1, config.steps // 8),
