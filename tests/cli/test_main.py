@@ -170,6 +170,7 @@ def test_wrong_flags_are_a_short_message(
         ),
         ("tokenizer train t.txt --output o --vocab-size 3", "error: "),
         ("prepare --source text --tokenizer t --output o", "error: "),
+        ("generate m text --top-p 7", "error: top_p=7.0 is not allowed; give a number above 0 and at most 1"),
     ],
 )
 def test_what_a_dataclass_refuses_is_one_line(

@@ -4,13 +4,14 @@ A verb's module is imported only when that verb is called, so `llamita --help` l
 Deliberately knows nothing of what a verb does; a verb's flags are the fields of the dataclass that its function takes.
 """
 
+import contextlib
 import difflib
 import importlib
 import inspect
 import os
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -124,10 +125,42 @@ def parse_and_call(function: Callable[..., Any], program: str, arguments: Sequen
     text = inspect.getdoc(taken) or ""
     if text.startswith(f"{taken.__name__}("):  # the signature that dataclasses write where there is no docstring
         text = ""
-    # tyro fills a twin that checks nothing, so that what the dataclass refuses becomes our one line, not tyro's box.
-    unchecked = type(taken.__name__, (taken,), {"__post_init__": lambda self: None})
-    given = tyro.cli(unchecked, description=inspect.getdoc(function) or text or description, **shown)
-    return function(taken(**{field.name: getattr(given, field.name) for field in fields(taken)}))
+    with _unchecked(taken):
+        given = tyro.cli(taken, description=inspect.getdoc(function) or text or description, **shown)
+    _check(given)
+    return function(given)
+
+
+@contextlib.contextmanager
+def _unchecked(taken: type) -> Iterator[None]:
+    """Let tyro fill dataclasses without their checks: what they refuse is to be our one line, not tyro's box."""
+    checks = {kind: kind.__dict__["__post_init__"] for kind in _dataclasses(taken) if "__post_init__" in kind.__dict__}
+    for kind in checks:
+        kind.__post_init__ = lambda self: None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for kind, check in checks.items():
+            kind.__post_init__ = check  # type: ignore[attr-defined]
+
+
+def _check(value: Any) -> None:
+    """Make up for the checks that were left out, innermost first."""
+    for field in fields(value):
+        if is_dataclass(getattr(value, field.name)):
+            _check(getattr(value, field.name))
+    if hasattr(value, "__post_init__"):
+        value.__post_init__()
+
+
+def _dataclasses(hint: Any) -> set[type]:
+    """The dataclasses in a type: itself, its bases, and those of its fields."""
+    if not isinstance(hint, type):
+        return {kind for argument in typing.get_args(hint) for kind in _dataclasses(argument)}
+    if not is_dataclass(hint):
+        return set()
+    inside = typing.get_type_hints(hint, include_extras=True).values()
+    return {kind for kind in hint.__mro__ if is_dataclass(kind)}.union(*map(_dataclasses, inside))
 
 
 def overview(group: str = "") -> str:
