@@ -33,7 +33,7 @@ from llamita.torch_backend.train_step import build_train_step
 B, T = 8, 256
 LEARNING_RATE = 1e-3
 CONTESTANTS = ("transformers", "transformers, compiled", "llamita", "llamita, compiled")
-OPTIMIZERS = ("torch fused", "torch foreach", "llamita")
+OPTIMIZERS = {"torch fused": {"fused": True}, "torch foreach": {"foreach": True}, "torch default": {}, "llamita": None}
 
 
 def tokens(vocab_size: int) -> torch.Tensor:
@@ -164,16 +164,15 @@ def compare_training(name: str, passes: int, steps: int, threads: int, console: 
 def compare_optimizers(name: str, passes: int, console: Console) -> None:
     config = preset(name)
     steps: dict[str, Callable[[], object]] = {}
-    for optimizer in OPTIMIZERS:
+    for optimizer, options in OPTIMIZERS.items():
         model = weights.build_model(config)
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, 1e-3)
-        if optimizer == "llamita":
+        if options is None:
             ours = AdamW(model.packed_parameters())
             steps[optimizer] = lambda ours=ours: ours.step(LEARNING_RATE)
         else:
-            kind = {"fused": True} if optimizer == "torch fused" else {"foreach": True}
-            steps[optimizer] = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, **kind).step
+            steps[optimizer] = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, **options).step
     times: dict[str, list[float]] = {optimizer: [] for optimizer in OPTIMIZERS}
     for number in range(-1, passes):
         for optimizer, step in steps.items():
