@@ -20,12 +20,45 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-def rope(x, positions, theta):
-    """x is (T, H) for one head; pair (i, i + H/2) turns by positions * theta^(-2i/H), as complex numbers."""
+def rope(x, positions, frequencies, scale=1.0):
+    """x is (T, H) for one head; pair (i, i + H/2) turns by positions * frequency i, as complex numbers."""
     half = x.shape[-1] // 2
-    frequencies = theta ** (-2 * np.arange(half) / x.shape[-1])
-    turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * positions[:, None] * frequencies)
+    turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * positions[:, None] * np.asarray(frequencies)) * scale
     return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def rope_frequencies(config):
+    """Radians per position of each pair and the factor on rotated vectors, pair by pair from the papers."""
+    H, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
+    frequencies, scale = [], 1.0
+    for i in range(H // 2):
+        frequency = theta ** (-2 * i / H)
+        if scaling is None:
+            frequencies.append(frequency)
+            continue
+        slow = frequency / scaling.factor
+        first_length = scaling.original_max_position_embeddings
+        if scaling.rope_type == "linear":
+            frequency = slow
+        elif scaling.rope_type == "llama3":
+            wavelength = 2 * np.pi / frequency
+            if wavelength > first_length / scaling.low_freq_factor:
+                frequency = slow
+            elif wavelength >= first_length / scaling.high_freq_factor:
+                smooth = first_length / wavelength - scaling.low_freq_factor
+                smooth /= scaling.high_freq_factor - scaling.low_freq_factor
+                frequency = (1 - smooth) * slow + smooth * frequency
+        elif scaling.rope_type == "yarn":
+            borders = [
+                H * np.log(first_length / (turns * 2 * np.pi)) / (2 * np.log(theta))
+                for turns in (scaling.beta_fast, scaling.beta_slow)
+            ]
+            low, high = max(np.floor(borders[0]), 0), min(np.ceil(borders[1]), H - 1)
+            ramp = min(max((i - low) / (high - low if high > low else 0.001), 0), 1)
+            frequency = slow * ramp + frequency * (1 - ramp)
+            scale = 0.1 * np.log(scaling.factor) + 1
+        frequencies.append(frequency)
+    return frequencies, scale
 
 
 def attention(q, k, v, allowed):
@@ -38,7 +71,7 @@ def forward(config, weights, tokens, segments=None):
     """Residual streams, hidden states and logits of ONE sequence of token ids; weights by canonical name.
 
     Returns a dict: "embedding", "layers.0", ..., "norm", "logits", each float64. With segments, a position sees only
-    its own segment.
+    its own segment; in a layer with a sliding window of W, itself and the W - 1 positions before it.
     """
     weights = {name: np.asarray(array, dtype=np.float64) for name, array in weights.items()}
     tokens = np.asarray(tokens)
@@ -47,6 +80,7 @@ def forward(config, weights, tokens, segments=None):
     allowed = (positions[None, :] <= positions[:, None]) & (segments[None, :] == segments[:, None])
     group = config.num_attention_heads // config.num_key_value_heads
     H = config.head_dim
+    frequencies, rope_scale = rope_frequencies(config)
 
     def linear(x, name):
         return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
@@ -60,11 +94,17 @@ def forward(config, weights, tokens, segments=None):
         prefix = f"model.layers.{layer}"
         y = rms_norm(x, weights[f"{prefix}.input_layernorm.weight"], config.rms_norm_eps)
         q, k, v = (linear(y, f"{prefix}.self_attn.{n}_proj") for n in "qkv")
+        seen = allowed
+        if config.sliding_window and layer >= config.full_attention_layers:
+            seen = allowed & (positions[:, None] - positions[None, :] < config.sliding_window)
         heads = []
         for i in range(config.num_attention_heads):
-            q_i = rope(head(q, i), positions, config.rope_theta)
-            k_i = rope(head(k, i // group), positions, config.rope_theta)
-            heads.append(attention(q_i, k_i, head(v, i // group), allowed))
+            q_i, k_i = head(q, i), head(k, i // group)
+            if config.query_key_norm:
+                q_i = rms_norm(q_i, weights[f"{prefix}.self_attn.q_norm.weight"], config.rms_norm_eps)
+                k_i = rms_norm(k_i, weights[f"{prefix}.self_attn.k_norm.weight"], config.rms_norm_eps)
+            q_i, k_i = (rope(x_i, positions, frequencies, rope_scale) for x_i in (q_i, k_i))
+            heads.append(attention(q_i, k_i, head(v, i // group), seen))
         x = x + linear(np.concatenate(heads, axis=-1), f"{prefix}.self_attn.o_proj")
         y = rms_norm(x, weights[f"{prefix}.post_attention_layernorm.weight"], config.rms_norm_eps)
         gated = silu(linear(y, f"{prefix}.mlp.gate_proj")) * linear(y, f"{prefix}.mlp.up_proj")

@@ -1,10 +1,12 @@
 """Shapes that can be built, configs in and out, and the refusals in words."""
 
 import dataclasses
+import json
+import math
 
 import pytest
 
-from llamita.config import PRESETS, ModelConfig, feed_forward_width, preset, unbuilt_switches
+from llamita.config import ModelConfig, RopeScaling, feed_forward_width, preset, unknown_keys
 
 SMALL = {
     "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -26,6 +28,33 @@ def test_config_json_round_trip():
     assert ModelConfig.from_dict(classifier.to_dict()) == classifier
 
 
+SWITCHES = {
+    "llama": [
+        {},
+        {"rope_scaling": RopeScaling("linear", 2.0)},
+        {"rope_scaling": RopeScaling("llama3", 8.0, 64, low_freq_factor=1.5, high_freq_factor=3.0)},
+        {"rope_scaling": RopeScaling("yarn", 4.0, 32, beta_fast=16.0, truncate=False, mscale=1.0, mscale_all_dim=0.8)},
+    ],
+    "mistral": [{"sliding_window": 8}, {"sliding_window": 8, "head_dim": 10}],
+    "qwen2": [{"query_key_value_bias": True}, {"query_key_value_bias": True, "sliding_window": 8}],
+    "qwen3": [
+        {"query_key_norm": True, "attention_bias": True},
+        {"query_key_norm": True, "sliding_window": 8, "full_attention_layers": 1},
+    ],
+}
+
+
+@pytest.mark.parametrize(("family", "changes"), [(family, c) for family, list_ in SWITCHES.items() for c in list_])
+def test_switches_make_the_family_and_come_back(family, changes):
+    config = ModelConfig(**(SMALL | changes))
+    values = json.loads(json.dumps(config.to_dict()))
+    assert values["model_type"] == family
+    assert values["architectures"] == [f"{family.capitalize()}ForCausalLM"]
+    assert ModelConfig.from_dict(values) == config
+    assert unknown_keys(values) == ()
+    assert unknown_keys(values | {"a_new_key": 1}) == ("a_new_key",)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -38,6 +67,11 @@ def test_config_json_round_trip():
         ({"rope_theta": float("nan")}, "rope_theta=nan must be a finite number"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps=-1.0 must be"),
         ({"dropout": 1.0}, r"dropout=1.0 must lie in \[0, 1\)"),
+        ({"sliding_window": -1}, "sliding_window=-1 must be a positive whole number"),
+        ({"full_attention_layers": 1}, "full_attention_layers=1 needs a sliding_window"),
+        ({"sliding_window": 4, "full_attention_layers": 3}, "at most num_hidden_layers=2"),
+        ({"sliding_window": 4, "mlp_bias": True}, "mlp_bias=True does not go with a sliding_window"),
+        ({"query_key_norm": True, "query_key_value_bias": True}, "does not go with query_key_norm"),
     ],
 )
 def test_shapes_that_cannot_be_built_are_refused(changes, words):
@@ -50,9 +84,23 @@ def test_shapes_that_cannot_be_built_are_refused(changes, words):
     [
         ({"model_type": "gpt2"}, "model_type='gpt2'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling of type 'llama3'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters of type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 8.0}}, "of type 'dynamic' is not supported"),
+        ({"rope_parameters": {"type": "longrope", "factor": 8.0}}, "of type 'longrope' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "of type 'yarn' in config.json lacks its factor"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differs from layer to layer"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": math.inf}}, "factor=inf must be a finite number"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config="),
         ({"sliding_window": 32}, "sliding_window=32"),
+        (
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "layer_types",
+        ),
         ({"hidden_size": None}, "hidden_size"),
     ],
 )
@@ -80,10 +128,14 @@ def test_presets_keep_their_shapes():
         preset("large")
 
 
-def test_presets_whose_switches_are_missing_name_the_key():
-    refused = {name: unbuilt_switches(name) for name in PRESETS if unbuilt_switches(name)}
-    assert refused == {
-        "llama-3.2-1b": ("rope_scaling",), "qwen2-0.5b": ("query_key_value_bias",), "qwen3-0.6b": ("query_key_norm",),
-    }  # fmt: skip
-    with pytest.raises(ValueError, match=r"preset 'qwen3-0\.6b' needs query_key_norm=True"):
-        preset("qwen3-0.6b")
+def test_older_names_of_scaling_and_windows_that_are_off():
+    values = ModelConfig(**SMALL).to_dict() | {"rope_scaling": {"type": "yarn", "factor": 4.0}}
+    del values["rope_parameters"]
+    assert ModelConfig.from_dict(values).rope_scaling == RopeScaling("yarn", 4.0, SMALL["max_position_embeddings"])
+    qwen = {"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": False, "max_window_layers": 1}
+    assert ModelConfig.from_dict(values | qwen).sliding_window == 0
+    full = {"use_sliding_window": True, "layer_types": ["full_attention", "full_attention"]}
+    assert ModelConfig.from_dict(values | qwen | full).sliding_window == 0
+    half = ModelConfig.from_dict(values | qwen | {"use_sliding_window": True})
+    assert (half.window(0), half.window(1)) == (0, 8)
+    assert ModelConfig.from_dict(values | {"model_type": "mistral", "sliding_window": None}).family == "llama"

@@ -6,9 +6,81 @@ Field names are the keys of a Hugging Face `config.json`. Knows nothing of tenso
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 TOO_LARGE = 2**31  # no count in a real model reaches it; a config that does is broken
+
+RopeType = Literal["linear", "llama3", "yarn"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary positions are stretched past the length that a model was first trained on.
+
+    linear: all by `factor` (Chen et al. 2023, arXiv:2306.15595). llama3: long waves by `factor`, short ones not at all,
+    those between gradually (Llama 3.1). yarn: the same idea by the number of turns within the first length, and softer
+    attention (Peng et al. 2023, arXiv:2309.00071). Field names are Hugging Face's.
+    """
+
+    rope_type: RopeType
+    factor: float
+    original_max_position_embeddings: int = 0
+    """The length first trained on; llama3 and yarn."""
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    """What yarn multiplies queries and keys by; by default 0.1 ln(factor) + 1."""
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    """Round the borders of yarn's ramp to whole pairs."""
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in get_args(RopeType):
+            known = ", ".join(get_args(RopeType))
+            raise ValueError(f"rotary scaling of type {self.rope_type!r} is not supported; Llamita has {known}")
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+            _check_number(name, getattr(self, name), 0.0)
+        for name in ("attention_factor", "mscale", "mscale_all_dim"):
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), -math.inf)
+        if self.factor < 1:
+            raise ValueError(f"factor={self.factor!r} of rotary scaling must be at least 1")
+        if self.rope_type != "linear":
+            _check_count("original_max_position_embeddings", self.original_max_position_embeddings)
+        if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor={self.high_freq_factor!r} must be above low_freq_factor={self.low_freq_factor!r}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that this type has, as in a `config.json`."""
+        names = {"linear": (), "llama3": _LLAMA3, "yarn": _YARN}[self.rope_type]
+        values = {name: getattr(self, name) for name in ("rope_type", "factor", *names)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], max_position_embeddings: int) -> "RopeScaling | None":
+        """Read the `rope_scaling` or `rope_parameters` of a `config.json`; None where nothing is scaled."""
+        kind = values.get("rope_type", values.get("type", "default"))
+        if kind == "default":
+            return None
+        if "factor" not in values and kind in get_args(RopeType):
+            raise ValueError(f"the rotary scaling of type {kind!r} in config.json lacks its factor")
+        known = {field.name: values[field.name] for field in fields(cls) if values.get(field.name) is not None}
+        if kind != "linear":
+            known.setdefault("original_max_position_embeddings", max_position_embeddings)
+        return cls(**(known | {"rope_type": kind}))
+
+
+_LLAMA3 = ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+_YARN = (
+    *("original_max_position_embeddings", "beta_fast", "beta_slow"),
+    *("attention_factor", "mscale", "mscale_all_dim", "truncate"),
+)
 
 
 @dataclass(frozen=True)
@@ -30,8 +102,17 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
+    rope_scaling: RopeScaling | None = None
     attention_bias: bool = False
     """Biases on the query, key, value and output projections."""
+    query_key_value_bias: bool = False
+    """Biases on those but the output's (Qwen 2)."""
+    query_key_norm: bool = False
+    """RMSNorm over each head of queries and keys before their rotation (Qwen 3)."""
+    sliding_window: int = 0
+    """Positions that a query sees, its own included (Mistral); 0: all before it."""
+    full_attention_layers: int = 0
+    """So many first layers see everything in spite of the sliding window (Qwen's max_window_layers)."""
     mlp_bias: bool = False
     dropout: float = 0.0
     """On embeddings, attention weights and the output of each sublayer, while training."""
@@ -43,9 +124,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < TOO_LARGE:
-                raise ValueError(f"{name}={value!r} must be a positive whole number")
+            _check_count(name, getattr(self, name))
         if self.head_dim == 0:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
@@ -61,14 +140,38 @@ class ModelConfig:
             )
         if self.head_dim <= 0 or self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be positive and even: RoPE rotates pairs of numbers")
-        for name, low in (("rms_norm_eps", 0.0), ("rope_theta", 0.0)):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not math.isfinite(value) or value <= low:
-                raise ValueError(f"{name}={value!r} must be a finite number above {low:g}")
+        for name in ("rms_norm_eps", "rope_theta"):
+            _check_number(name, getattr(self, name), 0.0)
+        if self.sliding_window:
+            _check_count("sliding_window", self.sliding_window)
+        if not 0 <= self.full_attention_layers <= (self.num_hidden_layers if self.sliding_window else 0):
+            raise ValueError(
+                f"full_attention_layers={self.full_attention_layers!r} needs a sliding_window, and at most "
+                f"num_hidden_layers={self.num_hidden_layers} layers"
+            )
+        unknown = [name for name in _FOREIGN_TO[self.family] if getattr(self, name)]
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]}={getattr(self, unknown[0])!r} does not go with {_MARKS[self.family]}: no family of "
+                "models has both, so nothing else could open the model"
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout!r} must lie in [0, 1)")
         if self.num_labels < 0:
             raise ValueError(f"num_labels={self.num_labels!r} must be 0 (a language model) or more")
+
+    @property
+    def family(self) -> Family:
+        """The `model_type` of the family that has these switches."""
+        if self.query_key_norm:
+            return "qwen3"
+        if self.query_key_value_bias:
+            return "qwen2"
+        return "mistral" if self.sliding_window else "llama"
+
+    def window(self, layer: int) -> int:
+        """Positions that a query of this layer sees; 0: all before it."""
+        return 0 if layer < self.full_attention_layers else self.sliding_window
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -78,38 +181,53 @@ class ModelConfig:
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
 
     def to_dict(self, dtype: str = "float32") -> dict[str, Any]:
-        """The `config.json` of a Hugging Face Llama with these shapes; `dtype` is that of the weights beside it."""
+        """The `config.json` of a Hugging Face model of this family; `dtype` is that of the weights beside it."""
         eos = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
+        scaling = {"rope_type": "default"} if self.rope_scaling is None else self.rope_scaling.to_dict()
         result: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name in ("query_key_value_bias", "query_key_norm", "full_attention_layers", "num_labels", "sliding_window"):
+            del result[name]
+        head = "SequenceClassification" if self.num_labels else "CausalLM"
         result |= {
-            "architectures": ["LlamaForSequenceClassification" if self.num_labels else "LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [f"{self.family.capitalize()}For{head}"],
+            "model_type": self.family,
             "hidden_act": "silu",
             "attention_dropout": self.dropout,
             "eos_token_id": eos,
             # transformers 5 reads `rope_parameters` and `dtype`; older ones and other readers the older names.
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "rope_parameters": scaling | {"rope_theta": self.rope_theta},
+            "rope_scaling": None if self.rope_scaling is None else scaling,
             "dtype": dtype,
             "torch_dtype": dtype,
         }
-        labels = result.pop("num_labels")
-        if labels:
-            result["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
-            result["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
+        if self.sliding_window:
+            result["sliding_window"] = self.sliding_window
+        if self.family in ("qwen2", "qwen3"):
+            result["use_sliding_window"] = bool(self.sliding_window)
+            result["max_window_layers"] = self.full_attention_layers if self.sliding_window else self.num_hidden_layers
+        if self.num_labels:
+            result["id2label"] = {str(i): f"LABEL_{i}" for i in range(self.num_labels)}
+            result["label2id"] = {f"LABEL_{i}": i for i in range(self.num_labels)}
         return result
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
         """Read a Hugging Face `config.json`; refuses, by key, mathematics that Llamita does not have."""
-        _refuse_unbuilt(values)
-        missing = [name for name in _REQUIRED if name not in values]
+        _refuse_foreign(values)
+        missing = [name for name in _REQUIRED if values.get(name) is None]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}; it must describe a Llama-family model")
-        known = {field.name: values[field.name] for field in fields(cls) if values.get(field.name) is not None}
+        taken = [field.name for field in fields(cls) if field.name not in _DERIVED]
+        known = {name: values[name] for name in taken if values.get(name) is not None}
         known.setdefault("num_key_value_heads", values["num_attention_heads"])
         known.setdefault("dropout", values.get("attention_dropout") or 0.0)
         rope = values.get("rope_parameters") or {}
         known["rope_theta"] = values.get("rope_theta") or rope.get("rope_theta") or 10000.0
+        scaling = {**(values.get("rope_scaling") or {}), **rope}
+        known["rope_scaling"] = RopeScaling.from_dict(scaling, values["max_position_embeddings"])
+        known["query_key_value_bias"] = values.get("model_type") == "qwen2"
+        known["query_key_norm"] = values.get("model_type") == "qwen3"
+        known |= _window(values)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             known[name] = values.get(name)
         if isinstance(known["eos_token_id"], list):
@@ -132,20 +250,87 @@ _COUNTS = (
 _REQUIRED = tuple(name for name in _COUNTS if name != "num_key_value_heads")  # absent in Llama 1 configs
 
 
-def _refuse_unbuilt(values: Mapping[str, Any]) -> None:
+# Fields that are not read under their own name.
+_DERIVED = ("rope_scaling", "query_key_value_bias", "query_key_norm", "sliding_window", "full_attention_layers")
+# Switches that a family lacks, and what marks the family.
+_FOREIGN_TO: Mapping[Family, tuple[str, ...]] = {
+    "llama": (),
+    "mistral": ("attention_bias", "mlp_bias", "full_attention_layers"),
+    "qwen2": ("attention_bias", "mlp_bias"),
+    "qwen3": ("query_key_value_bias", "mlp_bias"),
+}
+_MARKS = {"mistral": "a sliding_window", "qwen2": "query_key_value_bias", "qwen3": "query_key_norm", "llama": ""}
+# Keys of a `config.json` that change no logit here, besides those that are read.
+_HARMLESS = frozenset(
+    (
+        *("_name_or_path", "add_cross_attention", "architectures", "attention_dropout", "auto_map"),
+        *("chunk_size_feed_forward", "classifier_dropout", "cross_attention_hidden_size", "decoder_start_token_id"),
+        *("dtype", "finetuning_task", "hidden_act", "id2label", "initializer_range", "is_decoder"),
+        *("is_encoder_decoder", "label2id", "layer_types", "max_window_layers", "model_type", "name_or_path"),
+        *("num_labels", "output_attentions", "output_hidden_states", "partial_rotary_factor", "pretraining_tp"),
+        *("problem_type", "quantization_config", "return_dict", "rope_parameters", "sep_token_id"),
+        *("tie_encoder_decoder", "torch_dtype", "transformers.js_config", "transformers_version", "unsloth_version"),
+        *("use_cache", "use_mrope", "use_sliding_window"),
+    )
+)
+
+
+def unknown_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Keys of a `config.json` that are neither read nor known to change nothing."""
+    known = {field.name for field in fields(ModelConfig)} | _HARMLESS
+    return tuple(sorted(key for key in values if key not in known))
+
+
+def _refuse_foreign(values: Mapping[str, Any]) -> None:
     """Raise for keys of a `config.json` that ask for mathematics beyond this architecture."""
-    expected = {"model_type": ("llama",), "hidden_act": ("silu", "swish"), "partial_rotary_factor": (1, 1.0)}
+    expected = {
+        "model_type": get_args(Family),
+        "hidden_act": ("silu", "swish"),
+        "partial_rotary_factor": (1,),
+        "quantization_config": (),
+        "is_encoder_decoder": (False,),
+        "use_mrope": (False,),
+    }
+    rope = values.get("rope_parameters") or {}
     for key, allowed in expected.items():
-        if values.get(key) is not None and values[key] not in allowed:
-            raise ValueError(f"{key}={values[key]!r} in config.json is not supported; Llamita has {allowed[0]!r}")
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = values.get(key) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise ValueError(f"{key} of type {kind!r} in config.json is not supported; Llamita has plain RoPE")
-    for key in ("sliding_window", "quantization_config", "query_key_norm"):
-        if values.get(key):
-            raise ValueError(f"{key}={values[key]!r} in config.json is not supported by Llamita")
+        value = values.get(key, rope.get(key)) if key == "partial_rotary_factor" else values.get(key)
+        if value is not None and value not in allowed:
+            has = f"; Llamita has {', '.join(map(str, allowed))}" if allowed else ""
+            raise ValueError(f"{key}={value!r} in config.json is not supported{has}")
+    for key in ("rope_parameters", "rope_scaling"):
+        if any(isinstance(value, Mapping) for value in (values.get(key) or {}).values()):
+            raise ValueError(f"{key} in config.json differs from layer to layer, which is not supported")
+
+
+def _window(values: Mapping[str, Any]) -> dict[str, int]:
+    """The sliding window of a `config.json` and the first layers without it."""
+    layers, window = values["num_hidden_layers"], values.get("sliding_window") or 0
+    if values.get("model_type") not in ("mistral", "qwen2", "qwen3"):
+        if window:
+            raise ValueError(f"sliding_window={window!r} in config.json is not supported for a Llama; mistral has it")
+        return {}
+    if values["model_type"] != "mistral" and not values.get("use_sliding_window"):
+        window = 0
+    full = values.get("max_window_layers") or 0 if values["model_type"] != "mistral" else 0
+    types = values.get("layer_types")
+    if types is not None:
+        slides = [kind == "sliding_attention" for kind in types]
+        full = len(slides) - sum(slides)
+        if set(types) - {"sliding_attention", "full_attention"} or slides != sorted(slides) or len(types) != layers:
+            raise ValueError("layer_types in config.json mixes kinds of attention in an order that is not supported")
+    if not window or full >= layers:
+        return {}
+    return {"sliding_window": window, "full_attention_layers": full}
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < TOO_LARGE:
+        raise ValueError(f"{name}={value!r} must be a positive whole number")
+
+
+def _check_number(name: str, value: Any, low: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= low:
+        raise ValueError(f"{name}={value!r} must be a finite number above {low:g}")
 
 
 def _nearest_divisor(number: int, near: int) -> int:
@@ -179,7 +364,7 @@ def _preset(
     } | more
 
 
-# The fields of a ModelConfig. Keys that are not fields are switches still to be built: `preset` refuses them by name.
+# The fields of a ModelConfig.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": _preset(1024, 128, 3, 4, 256, hidden=512),
     "scratch": _preset(4000, 128, 4, 4, 256, hidden=512),
@@ -193,7 +378,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama-2-7b": _preset(32000, 4096, 32, 32, 4096, multiple_of=256),
     "llama-3.2-1b": _preset(
         128256, 2048, 16, 32, 131072, hidden=8192, num_key_value_heads=8, rope_theta=500000.0,
-        tie_word_embeddings=True, bos_token_id=128000, eos_token_id=128001, rope_scaling="llama3",
+        tie_word_embeddings=True, bos_token_id=128000, eos_token_id=128001,
+        rope_scaling=RopeScaling("llama3", 32.0, 8192),
     ),
     "qwen2-0.5b": _preset(
         151936, 896, 24, 14, 131072, hidden=4864, num_key_value_heads=2, rope_theta=1000000.0, rms_norm_eps=1e-6,
@@ -206,20 +392,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def unbuilt_switches(name: str) -> tuple[str, ...]:
-    """The keys that a preset needs and the model does not have yet; empty for a preset that can be built."""
-    known = {field.name for field in fields(ModelConfig)}
-    return tuple(key for key in PRESETS[name] if key not in known)
-
-
 def preset(name: str, **changes: Any) -> ModelConfig:
-    """The named shape with some fields changed; ValueError for an unknown name or a switch that is not built."""
+    """The named shape with some fields changed; ValueError for an unknown name."""
     if name not in PRESETS:
         raise ValueError(f"no preset named {name!r}; choose one of {', '.join(PRESETS)}")
-    missing = unbuilt_switches(name)
-    if missing:
-        key = missing[0]
-        raise ValueError(f"preset {name!r} needs {key}={PRESETS[name][key]!r}, which Llamita does not have yet")
     return replace(ModelConfig(**PRESETS[name]), **_recomputed(name, changes))
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_SEED = 2**64 - 1
+LONGEST_CHUNK = 512
+"""Most tokens of a sequence in a step: bounds the memory of a step, and how long it keeps others waiting."""
 
 
 @dataclass(frozen=True)

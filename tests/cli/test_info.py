@@ -10,7 +10,7 @@ from llamita.architecture import initialize, parameters
 from llamita.checkpoint import HostArray, save_config, save_tensors
 from llamita.cli.info import fold_layers, short_bytes, short_number
 from llamita.cli.main import main
-from llamita.config import PRESETS, ModelConfig, preset, unbuilt_switches
+from llamita.config import PRESETS, ModelConfig, preset
 
 SMALL = ModelConfig(
     vocab_size=10,
@@ -72,8 +72,8 @@ def test_the_tables_show_the_same_numbers(
     assert max(map(len, out.splitlines())) <= 100
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if not unbuilt_switches(name)])
-def test_every_preset_that_is_built_fits_a_hundred_columns(
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_fits_a_hundred_columns(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
@@ -83,23 +83,17 @@ def test_every_preset_that_is_built_fits_a_hundred_columns(
     assert max(len(line.rstrip()) for line in out.splitlines()) <= 100
 
 
-def test_the_list_of_presets_says_what_is_not_built(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_list_of_presets(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     for name in PRESETS:
         row = next(line for line in out.splitlines() if line.startswith(name + " "))
-        if missing := unbuilt_switches(name):
-            assert "not yet" in row
-            assert f"{name} needs {', '.join(missing)}" in out
-        else:
-            assert f"{sum(row.size for row in parameters(preset(name))):,}" in row
+        assert f"{sum(row.size for row in parameters(preset(name))):,}" in row
     assert main(["info", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["presets"]
     assert [entry["name"] for entry in listed] == list(PRESETS)
-    assert all((entry["parameters"] is None) == bool(entry["needs"]) for entry in listed)
+    assert listed[-3]["config"]["rope_scaling"]["factor"] == 32.0
 
 
 @pytest.mark.parametrize(
@@ -116,12 +110,6 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytes
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
-
-
-@pytest.mark.parametrize("name", [name for name in PRESETS if unbuilt_switches(name)])
-def test_a_preset_that_is_not_built_is_refused_by_key(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["info", name]) == 2
-    assert unbuilt_switches(name)[0] in capsys.readouterr().err
 
 
 def test_a_directory_without_weights_and_one_with_a_presets_name(

@@ -47,10 +47,14 @@ def test_gated_silu(dtype):
     close(layers.silu(gate_up), F.silu(gate_up), dtype)
 
 
+def frequencies(H, theta):
+    return theta ** (-torch.arange(0, H, 2) / H)
+
+
 def test_rope_turns_pairs_by_the_paper_s_angles():
     T, H, theta = 7, 8, 100.0
     x = randn(1, T, 2, H)
-    cos, sin = layers.rope_table(torch.arange(T)[None], H, theta)
+    cos, sin = layers.rope_table(torch.arange(T)[None], frequencies(H, theta))
     halves = layers.apply_rope(x, cos, sin)
     pairs = layers.apply_rope_interleaved(x, cos, sin)
     for t in range(T):
@@ -70,7 +74,8 @@ def test_rope_scores_depend_on_distance_alone():
 
     def score(t, s):
         turned = [
-            layers.apply_rope(x, *layers.rope_table(torch.tensor([[p]]), 16, 10000.0)) for x, p in ((q, t), (k, s))
+            layers.apply_rope(x, *layers.rope_table(torch.tensor([[p]]), frequencies(16, 10000.0)))
+            for x, p in ((q, t), (k, s))
         ]
         return (turned[0] * turned[1]).sum()
 
@@ -80,7 +85,7 @@ def test_rope_scores_depend_on_distance_alone():
 def test_reordered_weights_give_the_other_layout_the_same_scores():
     N, H, D, T = 3, 8, 12, 5
     w_q, w_k, x = randn(N * H, D), randn(N * H, D), randn(1, T, D)
-    cos, sin = layers.rope_table(torch.arange(T)[None], H, 10000.0)
+    cos, sin = layers.rope_table(torch.arange(T)[None], frequencies(H, 10000.0))
 
     def scores(w_q, w_k, rotate):
         q, k = (rotate((x @ w.mT).unflatten(-1, (N, H)), cos, sin).transpose(1, 2) for w in (w_q, w_k))

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from llamita import architecture, checkpoint
-from llamita.config import PRESETS, ModelConfig, preset, unbuilt_switches
+from llamita.config import PRESETS, ModelConfig, RopeScaling, preset
 from llamita.torch_backend import layers, weights
 from llamita.torch_backend.kv_cache import KVCache
 from tests import reference
 
-BUILT = [name for name in PRESETS if not unbuilt_switches(name)]
 KINDS = {"multi-head": 4, "grouped-query": 2, "multi-query": 1}
 
 
@@ -77,6 +76,14 @@ VARIANTS = {
     "head size of its own": {"head_dim": 6},
     "classifier": {"num_labels": 3},
     "theta": {"rope_theta": 500.0, "rms_norm_eps": 1e-3},
+    "linear scaling": {"rope_scaling": RopeScaling("linear", 3.0)},
+    "llama3 scaling": {"rope_scaling": RopeScaling("llama3", 8.0, 64), "rope_theta": 500.0},
+    "yarn scaling": {"rope_scaling": RopeScaling("yarn", 4.0, 64, beta_fast=8.0), "rope_theta": 500.0},
+    "sliding window": {"sliding_window": 6},
+    "sliding window in later layers": {"sliding_window": 6, "full_attention_layers": 1, "query_key_value_bias": True},
+    "qwen2": {"query_key_value_bias": True, "tie_word_embeddings": True},
+    "qwen3": {"query_key_norm": True, "head_dim": 12},
+    "qwen3 with biases and a window": {"query_key_norm": True, "attention_bias": True, "sliding_window": 6},
 } | {kind: {"num_key_value_heads": K} for kind, K in KINDS.items()}
 
 
@@ -174,13 +181,13 @@ def test_a_full_cache_is_refused_in_words():
         model(random_tokens(config, 1, 5), cache=cache)
 
 
-@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_give_the_logits_of_transformers_both_ways(name, tmp_path):
     check_against_transformers(shrunk(name), tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_at_full_width_give_the_logits_of_transformers(name, tmp_path):
     check_against_transformers(shrunk(name, full=True), tmp_path)
 

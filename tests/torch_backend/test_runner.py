@@ -183,7 +183,7 @@ def test_loading_takes_the_type_of_the_file_unless_told(
 ) -> None:
     runner = load_runner(save_model(tmp_path / "model", dtype=stored), dtype=asked, device="cpu")
     assert {parameter.dtype for parameter in runner.model.parameters()} == {expected}
-    assert runner.cache.key_LBKSH.dtype == expected
+    assert runner.cache.keys[0].dtype == expected
 
 
 def test_loading_a_run_directory_takes_its_best_checkpoint(tmp_path: Path) -> None:

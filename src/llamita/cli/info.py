@@ -26,7 +26,7 @@ from llamita.architecture import (
     training_memory,
 )
 from llamita.checkpoint import load_config, resolve_model_directory
-from llamita.config import PRESETS, ModelConfig, preset, unbuilt_switches
+from llamita.config import PRESETS, ModelConfig, preset
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
 LAYER = re.compile(r"(model\.layers\.)(\d+)\.(.+)")
@@ -112,10 +112,9 @@ def describe(config: ModelConfig, options: InfoConfig, directory: Path | None = 
 
 
 def describe_preset(name: str) -> dict[str, Any]:
-    """A preset's fields, its count of parameters, and the keys it needs that are not built (then no count)."""
-    missing = unbuilt_switches(name)
-    total = None if missing else count_parameters(preset(name)).total
-    return {"name": name, "parameters": total, "needs": list(missing), "config": PRESETS[name]}
+    """A preset's fields and its count of parameters."""
+    config = preset(name)
+    return {"name": name, "parameters": count_parameters(config).total, "config": dataclasses.asdict(config)}
 
 
 def fold_layers(rows: tuple[Parameter, ...]) -> list[tuple[str, str, int, Parameter]]:
@@ -219,20 +218,17 @@ def preset_table(presets: list[dict[str, Any]]) -> Group:
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         table.add_row(
             entry["name"],
-            "not yet" if entry["parameters"] is None else f"{entry['parameters']:,}",
+            f"{entry['parameters']:,}",
             str(config["hidden_size"]),
             str(config["num_hidden_layers"]),
             str(heads) if heads == kv_heads else f"{heads}/{kv_heads}",
             str(config["vocab_size"]),
             str(config["max_position_embeddings"]),
         )
-    waiting = [f"{entry['name']} needs {', '.join(entry['needs'])}" for entry in presets if entry["needs"]]
     notes = [
         "16/8 heads: 16 of queries, 8 of keys and values. tokens: the vocabulary.",
         "llamita info PRESET shows the parameters of one and what they cost.",
     ]
-    if waiting:
-        notes.append(f"Not built yet: {'; '.join(waiting)}.")
     return Group(table, "", *notes)
 
 

@@ -14,9 +14,7 @@ from typing import Protocol
 from llamita.config import ModelConfig
 from llamita.inference.detokenizer import IncrementalDetokenizer, StopMatcher, TokenBytes
 from llamita.inference.request import FinishReason, Request, Statistics, TokenEvent
-from llamita.plan import Plan, SampledToken, SampleSpec, ScheduledChunk, StepResult
-
-PREFILL_CHUNK = 512  # prompt tokens a step: bounds the memory of a step, and how long it keeps others waiting
+from llamita.plan import LONGEST_CHUNK, Plan, SampledToken, SampleSpec, ScheduledChunk, StepResult
 
 
 class Runner(Protocol):
@@ -43,11 +41,11 @@ class Engine:
         runner: Runner,
         tokenizer: TokenBytes | None = None,
         eos_token_ids: Collection[int] | None = None,
-        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_chunk: int = LONGEST_CHUNK,
     ) -> None:
         if runner.config.num_labels:
             raise ValueError("this model has a classification head and cannot generate text; give a language model")
-        assert prefill_chunk >= 1
+        assert 1 <= prefill_chunk <= LONGEST_CHUNK
         self._runner = runner
         self._tokenizer = tokenizer
         self._eos = frozenset(runner.config.eos_token_ids if eos_token_ids is None else eos_token_ids)

@@ -51,14 +51,14 @@ def gated_silu_fused(gate_up: Tensor) -> Tensor:
     return F.silu(gate_C) * up_C
 
 
-def rope_table(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotation angles, float32, each (B, T, H/2) (Su et al. 2021, arXiv:2104.09864).
+def rope_table(positions_BT: Tensor, frequencies_E: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotation angles, float32, each (B, T, H/2), times `scale`.
 
-    Pair i of a head turns by position * theta^(-2 i / H). Angles are computed in float32, as transformers does.
+    Pair i of a head turns by position * frequency i (Su et al. 2021, arXiv:2104.09864). Angles are computed in float32,
+    as transformers does; `architecture.rotary_frequencies` gives frequencies and scale.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=positions_BT.device).float() / head_dim
-    angles = positions_BT[..., None].float() * (1.0 / theta**exponents)
-    return angles.cos(), angles.sin()
+    angles_BTE = positions_BT[..., None].float() * frequencies_E
+    return angles_BTE.cos() * scale, angles_BTE.sin() * scale
 
 
 def apply_rope(x_BTNH: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:

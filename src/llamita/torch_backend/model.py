@@ -55,9 +55,9 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, config: ModelConfig, operations: Operations) -> None:
+    def __init__(self, size: int, config: ModelConfig, operations: Operations) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.hidden_size))
+        self.weight = nn.Parameter(torch.empty(size))
         self.eps = config.rms_norm_eps
         self.norm = operations.rms_norm
 
@@ -67,12 +67,16 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True)
 class Context:
-    """What every layer's attention needs to know of the tokens: rotations, who sees whom, and the cache."""
+    """What every layer's attention needs to know of the tokens: rotations, who sees whom, and the cache.
+
+    `window_mask` is for layers with a sliding window, None where all that `mask` and `causal` allow lies within it.
+    """
 
     cos_BTE: Tensor
     sin_BTE: Tensor
     mask: Tensor | None
     causal: bool
+    window_mask: Tensor | None = None
     cache: KVCache | None = None
     cache_positions_BT: Tensor | None = None
     cache_stop: int = 0
@@ -84,15 +88,21 @@ class Attention(nn.Module):
         self.layer = layer
         self.N, self.K, self.H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         D, bias = config.hidden_size, config.attention_bias
-        self.qkv_proj = Linear((self.N + 2 * self.K) * self.H, D, bias, operations)
+        self.qkv_proj = Linear((self.N + 2 * self.K) * self.H, D, bias or config.query_key_value_bias, operations)
         self.o_proj = Linear(D, self.N * self.H, bias, operations)
+        self.q_norm = RMSNorm(self.H, config, operations) if config.query_key_norm else None
+        self.k_norm = RMSNorm(self.H, config, operations) if config.query_key_norm else None
+        self.windowed = config.window(layer) > 0
         self.dropout = config.dropout
         self.attend = operations.attention
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         N, K, H = self.N, self.K, self.H
         heads_BTGH = self.qkv_proj(x_BTD).unflatten(-1, (N + 2 * K, H))  # G: query, key and value heads
-        rotated_BTGH = layers.apply_rope(heads_BTGH[..., : N + K, :], context.cos_BTE, context.sin_BTE)
+        turning_BTGH = heads_BTGH[..., : N + K, :]
+        if self.q_norm is not None and self.k_norm is not None:
+            turning_BTGH = torch.cat((self.q_norm(turning_BTGH[..., :N, :]), self.k_norm(turning_BTGH[..., N:, :])), -2)
+        rotated_BTGH = layers.apply_rope(turning_BTGH, context.cos_BTE, context.sin_BTE)
         q_BNTH = rotated_BTGH[..., :N, :].transpose(1, 2)
         k_BKTH = rotated_BTGH[..., N:, :].transpose(1, 2)
         v_BKTH = heads_BTGH[..., N + K :, :].transpose(1, 2)
@@ -101,7 +111,10 @@ class Attention(nn.Module):
                 self.layer, k_BKTH, v_BKTH, context.cache_positions_BT, context.cache_stop
             )
         dropout = self.dropout if self.training else 0.0
-        mixed_BNTH = self.attend(q_BNTH, k_BKTH, v_BKTH, context.mask, context.causal, dropout)
+        mask, causal = context.mask, context.causal
+        if self.windowed and context.window_mask is not None:
+            mask, causal = context.window_mask, False
+        mixed_BNTH = self.attend(q_BNTH, k_BKTH, v_BKTH, mask, causal, dropout)
         return self.o_proj(mixed_BNTH.transpose(1, 2).flatten(-2))
 
 
@@ -120,9 +133,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, operations: Operations) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config, operations)
+        self.input_layernorm = RMSNorm(config.hidden_size, config, operations)
         self.self_attn = Attention(config, layer, operations)
-        self.post_attention_layernorm = RMSNorm(config, operations)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config, operations)
         self.mlp = FeedForward(config, operations)
         self.dropout = config.dropout
 
@@ -141,7 +154,7 @@ class Body(nn.Module):
         super().__init__()
         self.embed_tokens = Embedding(config)
         self.layers = nn.ModuleList(Block(config, i, operations) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config, operations)
+        self.norm = RMSNorm(config.hidden_size, config, operations)
 
 
 class Llama(nn.Module):
@@ -154,6 +167,8 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig, operations: Operations = FUSED) -> None:
         super().__init__()
         self.config = config
+        frequencies, self.rope_scale = architecture.rotary_frequencies(config)
+        self.frequencies_E = torch.from_numpy(frequencies)
         self.model = Body(config, operations)
         if config.num_labels:
             self.score = Linear(config.num_labels, config.hidden_size, False, operations)
@@ -227,16 +242,24 @@ class Llama(nn.Module):
         given_BT = positions_BT
         if positions_BT is None:
             positions_BT = torch.arange(start, start + T, device=device)[None]
-        cos_BTE, sin_BTE = layers.rope_table(positions_BT, self.config.head_dim, self.config.rope_theta)
+        cos_BTE, sin_BTE = layers.rope_table(positions_BT, self.frequencies_E.to(device), self.rope_scale)
+        window = self.config.sliding_window
         if cache is None:
             mask = None if segments_BT is None else masks.segment_mask(segments_BT)
-            return Context(cos_BTE, sin_BTE, mask, causal=mask is None)
+            window_mask = None
+            if window and window < T:
+                window_mask = masks.window_mask(torch.arange(T, device=device)[None], T, T, window)[0, 0]
+                window_mask = window_mask if mask is None else mask & window_mask
+            return Context(cos_BTE, sin_BTE, mask, mask is None, window_mask)
         assert segments_BT is None, "a cache keeps one document a row"
         stop = start + T if given_BT is None else int(given_BT.max()) + 1
-        if stop > cache.capacity:
-            raise ValueError(f"{stop} positions do not fit a cache of {cache.capacity}; make it larger")
+        cache.check_room(T, stop)
         mask = None if given_BT is None else masks.position_mask(given_BT, stop)
-        return Context(cos_BTE, sin_BTE, mask, given_BT is None and T > 1, cache, given_BT, stop)
+        window_mask = None
+        if window and window < stop:
+            window_mask = masks.window_mask(positions_BT, min(stop, cache.window_slots), cache.window_slots, window)
+        causal = given_BT is None and T > 1
+        return Context(cos_BTE, sin_BTE, mask, causal, window_mask, cache, given_BT, stop)
 
     # --- names and values ---
 
