@@ -5,7 +5,7 @@ Backends build, initialise, group for AdamW, load and check from this table. Kno
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -96,6 +96,27 @@ def parameters(config: ModelConfig, initialization: InitializationName = "fan-in
     elif not config.tie_word_embeddings:
         table += linear("lm_head", V, D, 0, bias=False)
     return tuple(table)
+
+
+def shortened(faults: list[str], most: int = 20) -> str:
+    """The faults in one line, the first of them where there are very many."""
+    more = f"; and {len(faults) - most} more" if len(faults) > most else ""
+    return "; ".join(faults[:most]) + more
+
+
+def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError with all that is missing, extra or misshapen, before anything of that size is allocated."""
+    expected = {row.name: row.shape for row in parameters(config)}
+    faults = [f"{name} is missing" for name in expected if name not in shapes]
+    for name, shape in shapes.items():
+        if name.endswith(".rotary_emb.inv_freq") or (name == OUTPUT_HEAD and config.tie_word_embeddings):
+            continue  # some files hold the rotary frequencies, or the tied embedding again under the head's name
+        if name not in expected:
+            faults.append(f"{name} is not part of this model")
+        elif shape != expected[name]:
+            faults.append(f"{name} has shape {list(shape)}, expected {list(expected[name])}")
+    if faults:
+        raise ValueError(f"the weights do not fit config.json: {shortened(faults)}")
 
 
 def initialize(

@@ -1,4 +1,4 @@
-"""Model directories on disk: host arrays in safetensors files, `config.json`, and atomic writes.
+"""Model directories, on disk or on the Hugging Face hub: safetensors files, `config.json`, atomic writes.
 
 A file or directory written here exists whole or not at all. Knows nothing of frameworks: an array is a dtype name, a
 shape and bytes, since numpy has no bfloat16. The safetensors format (https://github.com/huggingface/safetensors) is
@@ -8,20 +8,27 @@ read and written here rather than through its library because that maps files on
 import contextlib
 import json
 import math
+import mmap
 import os
+import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 
-from llamita.config import ModelConfig
+from llamita.architecture import shortened
+from llamita.config import ModelConfig, unknown_keys
 
 MAX_SHARD_BYTES = 5_000_000_000
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_JSON_BYTES = 30_000_000  # several times the largest header, index or config of real models
+HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 NUMPY_TYPES = {
     "F64": "<f8",
@@ -43,6 +50,9 @@ class HostArray:
     dtype: str
     shape: tuple[int, ...]
     data: memoryview
+    mapping: mmap.mmap | None = field(default=None, repr=False)
+    """The file that the bytes are mapped from, and where in it they begin."""
+    offset: int = 0
 
     @classmethod
     def from_numpy(cls, array: np.ndarray) -> "HostArray":
@@ -60,6 +70,15 @@ class HostArray:
             bits = np.frombuffer(self.data, dtype="<u2").astype(np.uint32) << 16
             return bits.view(np.float32).reshape(self.shape)
         return np.frombuffer(self.data, dtype=NUMPY_TYPES[self.dtype]).reshape(self.shape)
+
+    def forget(self, start: int, stop: int) -> None:
+        """Give the memory of bytes that were read back to the system, where a file can give them again."""
+        if self.mapping is None:
+            return
+        page = mmap.PAGESIZE
+        first, last = -(-(self.offset + start) // page) * page, (self.offset + stop) // page * page
+        if first < last:
+            self.mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
@@ -185,23 +204,36 @@ def load_tensors(directory: Path | str, name: str = "model") -> dict[str, HostAr
     if single.is_file():
         return read_safetensors(single)
     if not index_file.is_file():
-        raise FileNotFoundError(f"no {single.name} in {directory}; expected a Hugging Face model directory")
+        pickled = sorted(file.name for file in directory.glob("*.bin")) or sorted(
+            file.name for file in directory.glob("*.pt*")
+        )
+        hint = f"; {pickled[0]} may be a pickled file, which only `llamita convert` reads" if pickled else ""
+        raise FileNotFoundError(f"no {single.name} in {directory}; expected a Hugging Face model directory{hint}")
     weight_map = read_json(index_file).get("weight_map")
-    if not isinstance(weight_map, dict):
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{index_file} has no weight_map; the download is incomplete or the file is broken")
     result: dict[str, HostArray] = {}
+    faults = []
     for file_name in sorted(set(weight_map.values())):
-        if Path(file_name).name != file_name:
-            raise ValueError(f"{index_file} names {file_name!r}; a shard must lie in the same directory")
-        shard = read_safetensors(directory / file_name)
-        duplicates = sorted(result.keys() & shard.keys())
-        if duplicates:
-            raise ValueError(f"{directory / file_name} repeats {', '.join(duplicates[:5])} of another shard")
+        shard = read_safetensors(_shard(directory, file_name, index_file))
+        faults += [f"{file_name} repeats {key} of another shard" for key in sorted(result.keys() & shard.keys())]
         result |= shard
-    missing = sorted(weight_map.keys() - result.keys())
-    if missing:
-        raise ValueError(f"{index_file} lists {', '.join(missing[:5])}, which no shard holds")
+    faults += [f"no shard holds {key}" for key in sorted(weight_map.keys() - result.keys())]
+    if faults:
+        raise ValueError(f"{index_file} and its shards disagree: {shortened(faults)}")
     return result
+
+
+def _shard(directory: Path, name: str, index_file: Path) -> Path:
+    """The file of a shard, which lies in the directory; in the hub's cache it is a link to the model's blobs."""
+    root = directory.resolve()
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    file = directory / name
+    if Path(name).name != name or file.resolve().parent not in roots:
+        raise ValueError(f"{index_file} names {name!r}; a shard must lie in the same directory")
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist, but {index_file.name} names it; the download is incomplete")
+    return file
 
 
 def read_safetensors(path: Path) -> dict[str, HostArray]:
@@ -209,22 +241,20 @@ def read_safetensors(path: Path) -> dict[str, HostArray]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        if size < 8 or length > min(size - 8, MAX_JSON_BYTES):
             raise ValueError(f"{path} is truncated or no safetensors file: {size} bytes, header of {length}")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise ValueError(f"{path} has a broken header ({error}); fetch or write the file again") from None
-    if not isinstance(header, dict):
-        raise ValueError(f"{path} has a broken header: expected an object of tensors")
+        header = _parse_json(file.read(length), f"{path} has a broken header")
+        if not isinstance(header, dict):
+            raise ValueError(f"{path} has a broken header: expected an object of tensors")
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     header.pop("__metadata__", None)
-    data = np.memmap(path, dtype=np.uint8, mode="r").data[8 + length :]
+    data = memoryview(mapping)[8 + length :]
     result, expected_start = {}, 0
-    for key, entry in sorted(header.items(), key=lambda item: _start(path, *item)):
+    for key, entry in sorted(header.items(), key=lambda item: _span(path, *item)):
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         if dtype not in ITEM_BYTES:
             raise ValueError(f"{path}: {key} has dtype {dtype!r}; supported are {', '.join(ITEM_BYTES)}")
-        if any(not isinstance(n, int) or n < 0 for n in shape) or end - start != math.prod(shape) * ITEM_BYTES[dtype]:
+        if end - start != math.prod(shape) * ITEM_BYTES[dtype]:
             raise ValueError(f"{path}: {key} of shape {list(shape)} and {dtype} cannot fill {end - start} bytes")
         if start != expected_start:
             raise ValueError(
@@ -232,18 +262,21 @@ def read_safetensors(path: Path) -> dict[str, HostArray]:
             )
         if end > len(data):
             raise ValueError(f"{path} is truncated: {key} ends at byte {end}, the file holds {len(data)}")
-        result[key] = HostArray(dtype, shape, data[start:end])
+        result[key] = HostArray(dtype, shape, data[start:end], mapping, 8 + length + start)
         expected_start = end
+    if expected_start != len(data):
+        raise ValueError(f"{path}: its tensors end at byte {expected_start}, the file holds {len(data)}")
     return result
 
 
-def _start(path: Path, key: str, entry: Any) -> tuple[int, int]:
+def _span(path: Path, key: str, entry: Any) -> tuple[int, int]:
     """The data offsets of a header entry, for sorting; ValueError where it is not of the format's form."""
     try:
         start, end = entry["data_offsets"]
-        if not (isinstance(entry["dtype"], str) and isinstance(entry["shape"], list)) or not 0 <= start <= end:
+        numbers = [start, end, *entry["shape"]]
+        if not isinstance(entry["dtype"], str) or not all(type(n) is int and n >= 0 for n in numbers) or start > end:
             raise ValueError
-        return int(start), int(end)
+        return start, end
     except (TypeError, KeyError, ValueError):
         raise ValueError(f"{path}: the header entry of {key!r} is broken") from None
 
@@ -252,15 +285,33 @@ def _start(path: Path, key: str, entry: Any) -> tuple[int, int]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist; expected a Hugging Face model directory") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    """The object in a JSON file; one line of error where it is none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected a Hugging Face model directory")
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {size} bytes; a file of settings is smaller than {MAX_JSON_BYTES}")
+    value = _parse_json(path.read_bytes(), f"{path} is not valid JSON")
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return value
+
+
+def _parse_json(content: bytes, complaint: str) -> Any:
+    """The value of a JSON text, no key of an object twice; ValueError with the complaint where it is broken."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = {}
+        for key, value in pairs:
+            if key in result:
+                raise ValueError(f"it has {key!r} twice")
+            result[key] = value
+        return result
+
+    try:
+        return json.loads(content, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{complaint} ({error}); fetch or write the file again") from None
 
 
 def save_config(directory: Path | str, config: ModelConfig, dtype: str = "F32") -> None:
@@ -273,15 +324,41 @@ def save_config(directory: Path | str, config: ModelConfig, dtype: str = "F32") 
 
 
 def load_config(directory: Path | str) -> ModelConfig:
-    return ModelConfig.from_dict(read_json(Path(directory) / "config.json"))
+    """Read `config.json`; keys that Llamita does not know are named in a warning."""
+    file = Path(directory) / "config.json"
+    values = read_json(file)
+    try:
+        config = ModelConfig.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    unknown = unknown_keys(values)
+    if unknown:
+        warnings.warn(f"{file} has keys that Llamita does not know, and ignores: {', '.join(unknown)}", stacklevel=2)
+    return config
 
 
 def resolve_model_directory(path: Path | str) -> Path:
-    """The model directory that a user's path means: itself, or the best (else last) checkpoint of a training run."""
+    """The model directory that a user means: a path, the best (else last) checkpoint of a training run, or a model's
+    name on the Hugging Face hub (`owner/name` or `owner/name@revision`), which is fetched into the hub's cache.
+
+    The hub's client decides where the cache is and whether to go online (HF_HOME, HF_HUB_OFFLINE).
+    """
+    on_hub = HUB_NAME.fullmatch(str(path))
     path = Path(path)
     for candidate in (path, path / "best", path / "last"):
         if (candidate / "config.json").is_file():
             return candidate
-    if not path.exists():
+    if path.exists():
+        raise FileNotFoundError(
+            f"{path} holds no config.json and no best or last checkpoint; expected a model or a run"
+        )
+    if on_hub is None or path.parent.exists():
         raise FileNotFoundError(f"{path} does not exist; expected a model directory or a training run")
-    raise FileNotFoundError(f"{path} holds no config.json and no best or last checkpoint; expected a model or a run")
+    try:
+        found = huggingface_hub.snapshot_download(
+            on_hub["name"], revision=on_hub["revision"], allow_patterns=list(HUB_FILES)
+        )
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"there is no directory {path}, and the hub gives no such model: {reason}") from None
+    return Path(found)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from llamita import architecture
+from llamita import architecture, checkpoint
 from llamita.architecture import InitializationName
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
@@ -27,7 +27,12 @@ def build_model(
     device: torch.device | str = "cpu",
     operations: Operations = FUSED,
 ) -> Llama:
-    """A model with the values of `arrays` (canonical names), or freshly initialised from `seed` without them."""
+    """A model with the values of `arrays` (canonical names), or freshly initialised from `seed` without them.
+
+    Memory is allocated once the arrays are known to fit; mapped ones are read a few megabytes at a time.
+    """
+    if arrays is not None:
+        architecture.check_shapes(config, {name: array.shape for name, array in arrays.items()})
     with torch.device("meta"):
         model = Llama(config, operations)
     model = model.to(dtype).to_empty(device=device)
@@ -35,33 +40,32 @@ def build_model(
         fresh = architecture.initialize(config, seed, initialization)
         _copy_values(model, ((name, HostArray.from_numpy(array)) for name, array in fresh))
     else:
-        load_host_arrays(model, arrays)
+        _copy_values(model, ((name, arrays[name]) for name in model.canonical_state()))
     return model
 
 
 def load_host_arrays(model: Llama, arrays: Mapping[str, HostArray]) -> None:
     """Give the parameters the values of `arrays`; ValueError lists all that is missing, extra or misshapen."""
-    expected = {name: tuple(view.shape) for name, view in model.canonical_state().items()}
-    faults = [f"{name} is missing" for name in expected if name not in arrays]
-    for name, array in arrays.items():
-        if name == architecture.OUTPUT_HEAD and model.config.tie_word_embeddings:
-            continue  # some files repeat the tied embedding under the head's name
-        if name not in expected:
-            faults.append(f"{name} is not part of this model")
-        elif array.shape != expected[name]:
-            faults.append(f"{name} has shape {list(array.shape)}, expected {list(expected[name])}")
-    if faults:
-        raise ValueError(f"the weights do not fit config.json: {'; '.join(faults)}")
-    _copy_values(model, ((name, arrays[name]) for name in expected))
+    architecture.check_shapes(model.config, {name: array.shape for name, array in arrays.items()})
+    _copy_values(model, ((name, arrays[name]) for name in model.canonical_state()))
 
 
 def _copy_values(model: Llama, arrays: Iterable[tuple[str, HostArray]]) -> None:
+    """Copy piece by piece, so that of a mapped file little is in memory at a time; ValueError for NaN or infinity."""
     state = model.canonical_state()
     with torch.no_grad():
         for name, array in arrays:
-            state[name].copy_(tensor_from_host(array))
+            item = checkpoint.ITEM_BYTES[array.dtype]
+            source_X, target_X = tensor_from_host(array).reshape(-1), state[name].reshape(-1)
+            for start in range(0, len(source_X), COPIED_AT_ONCE):
+                piece_X = source_X[start : start + COPIED_AT_ONCE]
+                target_X[start : start + COPIED_AT_ONCE].copy_(piece_X)
+                if piece_X.is_floating_point() and not torch.isfinite(piece_X.sum(dtype=torch.float32)):
+                    raise ValueError(f"{name} holds NaN or infinite values; the weights are damaged")
+                array.forget(start * item, (start + len(piece_X)) * item)
 
 
+COPIED_AT_ONCE = 2**22  # numbers
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
