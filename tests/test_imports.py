@@ -21,11 +21,11 @@ ORDER = (
     ("training", "inference"),
     ("formats", "evaluation"),
     ("workflows", "server"),
-    ("cli",),
+    ("cli", "library"),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 FRAMEWORKS = {"torch": "torch_backend", "mlx": "mlx_backend"}
-LAZY_ROOM = "cli"
+LAZY_ROOMS = ("cli", "library")  # what a user calls first; library is the package's own face, found when asked for
 
 
 def faults(module: str, source: str, is_package: bool = False) -> list[str]:
@@ -45,14 +45,16 @@ def faults(module: str, source: str, is_package: bool = False) -> list[str]:
             if target.split(".")[0] != "llamita":
                 continue
             other = room_of(target)
+            if room == "" and other == "library":
+                continue
             if other in RANK and other != room and RANK[other] >= RANK.get(room, -1):
                 found.append(f"{where}; {other} is not to the left of {room or 'the package itself'}")
-            if other in FRAMEWORKS.values() and room not in (other, LAZY_ROOM):
-                found.append(f"{where}; a backend is passed in, by {LAZY_ROOM}/")
-            if id(node) not in at_top and room != LAZY_ROOM:
-                found.append(f"{where} inside a function or class; only {LAZY_ROOM}/ imports lazily")
-        if is_dynamic_import(node) and room != LAZY_ROOM:
-            found.append(f"{module}:{node.lineno} imports by a computed name; only {LAZY_ROOM}/ does")
+            if other in FRAMEWORKS.values() and room not in (other, *LAZY_ROOMS):
+                found.append(f"{where}; a backend is passed in, by {LAZY_ROOMS[0]}/")
+            if id(node) not in at_top and room not in LAZY_ROOMS:
+                found.append(f"{where} inside a function or class; only {LAZY_ROOMS[0]}/ imports lazily")
+        if is_dynamic_import(node) and room not in LAZY_ROOMS:
+            found.append(f"{module}:{node.lineno} imports by a computed name; only {LAZY_ROOMS[0]}/ does")
     return found
 
 

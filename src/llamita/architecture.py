@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -43,6 +43,7 @@ ONES, ZEROS = Initialization("ones"), Initialization("zeros")
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT_HEAD = "lm_head.weight"
 CLASSIFIER = "score.weight"
+FLOATING = ("F32", "BF16", "F16", "F64")  # types that weights have, by their safetensors names
 
 
 def parameters(config: ModelConfig, initialization: InitializationName = "fan-in") -> tuple[Parameter, ...]:
@@ -98,23 +99,36 @@ def parameters(config: ModelConfig, initialization: InitializationName = "fan-in
     return tuple(table)
 
 
+class Array(Protocol):
+    """What is checked of an array before it is used."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
 def shortened(faults: list[str], most: int = 20) -> str:
     """The faults in one line, the first of them where there are very many."""
     more = f"; and {len(faults) - most} more" if len(faults) > most else ""
     return "; ".join(faults[:most]) + more
 
 
-def check_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ValueError with all that is missing, extra or misshapen, before anything of that size is allocated."""
+def check_arrays(config: ModelConfig, arrays: Mapping[str, Array]) -> None:
+    """Raise ValueError with all that is missing, extra, misshapen or no floating-point numbers, before anything of that
+    size is allocated."""
     expected = {row.name: row.shape for row in parameters(config)}
-    faults = [f"{name} is missing" for name in expected if name not in shapes]
-    for name, shape in shapes.items():
+    faults = [f"{name} is missing" for name in expected if name not in arrays]
+    for name, array in arrays.items():
         if name.endswith(".rotary_emb.inv_freq") or (name == OUTPUT_HEAD and config.tie_word_embeddings):
             continue  # some files hold the rotary frequencies, or the tied embedding again under the head's name
         if name not in expected:
             faults.append(f"{name} is not part of this model")
-        elif shape != expected[name]:
-            faults.append(f"{name} has shape {list(shape)}, expected {list(expected[name])}")
+        elif array.shape != expected[name]:
+            faults.append(f"{name} has shape {list(array.shape)}, expected {list(expected[name])}")
+        elif array.dtype not in FLOATING:
+            faults.append(f"{name} has dtype {array.dtype}, expected one of {', '.join(FLOATING)}")
     if faults:
         raise ValueError(f"the weights do not fit config.json: {shortened(faults)}")
 

@@ -137,6 +137,30 @@ def atomic_write(path: Path | str, content: bytes | str) -> None:
         raise
 
 
+@contextlib.contextmanager
+def atomic_file(path: Path | str, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling that becomes the file `path` when the block ends, and vanishes when it raises.
+
+    An existing `path` raises FileExistsError before anything is written, unless `overwrite`.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists already; choose another name, or overwrite it explicitly")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

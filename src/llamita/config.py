@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 TOO_LARGE = 2**31  # no count in a real model reaches it; a config that does is broken
+TOO_MANY_LAYERS = 10_000
 
 RopeType = Literal["linear", "llama3", "yarn"]
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
@@ -125,6 +126,15 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in _COUNTS:
             _check_count(name, getattr(self, name))
+        if self.num_hidden_layers > TOO_MANY_LAYERS:
+            raise ValueError(
+                f"num_hidden_layers={self.num_hidden_layers} is more than the {TOO_MANY_LAYERS} of any model"
+            )
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
+        if self.head_dim:
+            _check_count("head_dim", self.head_dim)
         if self.head_dim == 0:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
@@ -155,7 +165,7 @@ class ModelConfig:
                 f"{unknown[0]}={getattr(self, unknown[0])!r} does not go with {_MARKS[self.family]}: no family of "
                 "models has both, so nothing else could open the model"
             )
-        if not 0.0 <= self.dropout < 1.0:
+        if not isinstance(self.dropout, int | float) or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout!r} must lie in [0, 1)")
         if self.num_labels < 0:
             raise ValueError(f"num_labels={self.num_labels!r} must be 0 (a language model) or more")
@@ -217,6 +227,8 @@ class ModelConfig:
         missing = [name for name in _REQUIRED if values.get(name) is None]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}; it must describe a Llama-family model")
+        for name in _REQUIRED:
+            _check_count(name, values[name])
         taken = [field.name for field in fields(cls) if field.name not in _DERIVED]
         known = {name: values[name] for name in taken if values.get(name) is not None}
         known.setdefault("num_key_value_heads", values["num_attention_heads"])
@@ -229,11 +241,9 @@ class ModelConfig:
         known["query_key_norm"] = values.get("model_type") == "qwen3"
         known |= _window(values)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            known[name] = values.get(name)
-        if isinstance(known["eos_token_id"], list):
-            known["eos_token_id"] = tuple(known["eos_token_id"])
+            known[name] = _token_ids(name, values.get(name), values["vocab_size"])
         known["num_labels"] = 0
-        if any("SequenceClassification" in name for name in values.get("architectures") or ()):
+        if "SequenceClassification" in str(values.get("architectures")):
             known["num_labels"] = len(values.get("id2label") or ()) or 2  # transformers writes no id2label for two
         return cls(**known)
 
@@ -247,6 +257,7 @@ _COUNTS = (
     "num_key_value_heads",
     "max_position_embeddings",
 )
+_SWITCHES = ("tie_word_embeddings", "attention_bias", "query_key_value_bias", "query_key_norm", "mlp_bias")
 _REQUIRED = tuple(name for name in _COUNTS if name != "num_key_value_heads")  # absent in Llama 1 configs
 
 
@@ -291,6 +302,9 @@ def _refuse_foreign(values: Mapping[str, Any]) -> None:
         "is_encoder_decoder": (False,),
         "use_mrope": (False,),
     }
+    for key in ("rope_parameters", "rope_scaling", "id2label"):
+        if not isinstance(values.get(key) or {}, Mapping):
+            raise ValueError(f"{key}={values[key]!r} in config.json must be an object")
     rope = values.get("rope_parameters") or {}
     for key, allowed in expected.items():
         value = values.get(key, rope.get(key)) if key == "partial_rotary_factor" else values.get(key)
@@ -313,6 +327,8 @@ def _window(values: Mapping[str, Any]) -> dict[str, int]:
         window = 0
     full = values.get("max_window_layers") or 0 if values["model_type"] != "mistral" else 0
     types = values.get("layer_types")
+    if types is not None and not (isinstance(types, list) and all(isinstance(kind, str) for kind in types)):
+        raise ValueError("layer_types in config.json must be a list of names")
     if types is not None:
         slides = [kind == "sliding_attention" for kind in types]
         full = len(slides) - sum(slides)
@@ -321,6 +337,16 @@ def _window(values: Mapping[str, Any]) -> dict[str, int]:
     if not window or full >= layers:
         return {}
     return {"sliding_window": window, "full_attention_layers": full}
+
+
+def _token_ids(name: str, value: Any, vocab_size: int) -> Any:
+    """The id, or ids, of a special token; old configs say -1 for none."""
+    if value is None or value == -1:
+        return None
+    ids = value if isinstance(value, list) else [value]
+    if not all(type(token_id) is int and 0 <= token_id < vocab_size for token_id in ids):
+        raise ValueError(f"{name}={value!r} in config.json must be an id from 0 to {vocab_size - 1}")
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _check_count(name: str, value: Any) -> None:

@@ -25,13 +25,13 @@ OURS = Tokenizer.from_codec(sentencepiece_training.train([TEXT * 5], 310, specia
 
 
 def processor_of(tokenizer: Tokenizer) -> sentencepiece.SentencePieceProcessor:
-    assert isinstance(tokenizer._codec, SentencePieceCodec)
-    return tokenizer._codec._processor
+    assert isinstance(tokenizer.codec, SentencePieceCodec)
+    return tokenizer.codec._processor
 
 
 def converted(tokenizer: Tokenizer) -> HuggingFaceCodec:
-    assert isinstance(tokenizer._codec, SentencePieceCodec)
-    found = sentencepiece_json.convert(sentencepiece_json.parse(tokenizer._codec._proto))
+    assert isinstance(tokenizer.codec, SentencePieceCodec)
+    found = sentencepiece_json.convert(sentencepiece_json.parse(tokenizer.codec.proto))
     assert found is not None
     assert sentencepiece_json.agree_on_spaces(found, processor_of(tokenizer))
     return HuggingFaceCodec(found)
@@ -70,7 +70,7 @@ def test_layout_of_the_vocabulary() -> None:
 
 def test_control_tokens_only_where_asked() -> None:
     a, b = OURS.encode("a"), OURS.encode("b")
-    for codec in (OURS._codec, CONVERTED):
+    for codec in (OURS.codec, CONVERTED):
         assert codec.encode_with_special("a</s>b<r1><unk>") == [*a, 2, *b, 4, 0]
     assert OURS.encode("the cat", bos=True, eos=True) == [1, *OURS.encode("the cat"), 2]
     assert OURS.decode([1, *OURS.encode(" the cat"), 2]) == " the cat"
@@ -143,8 +143,8 @@ def test_llama2(shared_data: Path, tmp_path: Path) -> None:
 
 
 def test_what_tokenizer_json_cannot_hold_is_saved_as_a_model_alone(tmp_path: Path) -> None:
-    assert isinstance(OURS._codec, SentencePieceCodec)
-    model = sentencepiece_json.parse(OURS._codec._proto)
+    assert isinstance(OURS.codec, SentencePieceCodec)
+    model = sentencepiece_json.parse(OURS.codec.proto)
     normal = [index for index, (_, _, kind) in enumerate(model.pieces) if kind == sentencepiece_json.NORMAL]
     longer = [index for index in normal if len(model.pieces[index][0]) > 1]
 

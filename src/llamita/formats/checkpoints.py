@@ -172,7 +172,7 @@ def from_mini_llama(
 def _fitted(config: ModelConfig, arrays: Mapping[str, HostArray], source: Path) -> ForeignModel:
     """The model, its arrays checked and in the order of the table."""
     try:
-        architecture.check_shapes(config, {name: array.shape for name, array in arrays.items()})
+        architecture.check_arrays(config, arrays)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     return ForeignModel(config, {row.name: arrays[row.name] for row in architecture.parameters(config)})

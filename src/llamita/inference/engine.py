@@ -8,9 +8,10 @@ Deliberately knows no tensor and no framework: the runner is passed in.
 import secrets
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
+from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
 from llamita.inference.detokenizer import IncrementalDetokenizer, StopMatcher, TokenBytes
 from llamita.inference.request import FinishReason, Request, Statistics, TokenEvent
@@ -23,6 +24,8 @@ class Runner(Protocol):
     config: ModelConfig
     weight_bytes: int  # read to decode one token
     kv_bytes_per_token: int  # read for every earlier position to decode one token
+
+    def weights(self) -> Mapping[str, HostArray]: ...
 
     def reserve(self, positions: int) -> None: ...
 

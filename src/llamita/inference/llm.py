@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamita import checkpoint
+from llamita.config import ModelConfig
 from llamita.inference.engine import Engine, Runner
 from llamita.inference.request import FinishReason, Request, SamplingParams, Statistics, TokenEvent
 from llamita.text.tokenizer import Tokenizer
@@ -40,6 +41,7 @@ class LLM:
     def __init__(
         self, runner: Runner, tokenizer: Tokenizer | None = None, eos_token_ids: Collection[int] | None = None
     ) -> None:
+        self.runner = runner
         self.tokenizer = tokenizer
         self.engine = Engine(runner, tokenizer, eos_token_ids)
         self._ids = itertools.count()
@@ -51,7 +53,30 @@ class LLM:
         directory = checkpoint.resolve_model_directory(model)
         runner = load_runner(directory)
         found = any((directory / name).is_file() for name in VOCABULARY_FILES)
-        return cls(runner, Tokenizer.load(directory) if found else None, _end_tokens(directory))
+        tokenizer = Tokenizer.load(directory) if found else None
+        if tokenizer is not None and tokenizer.vocab_size > runner.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens and the model embeddings for "
+                f"{runner.config.vocab_size}; one of them is another model's"
+            )
+        return cls(runner, tokenizer, _end_tokens(directory))
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+        return self.runner.config
+
+    def save(self, path: Path | str, overwrite: bool = False) -> None:
+        """Write a Hugging Face model directory, whole or not at all: config, weights in their type, tokenizer.
+
+        FileExistsError where the path exists, unless `overwrite`.
+        """
+        arrays = self.runner.weights()
+        with checkpoint.atomic_directory(path, overwrite) as directory:
+            checkpoint.save_config(directory, self.config, next(iter(arrays.values())).dtype)
+            checkpoint.save_tensors(directory, arrays)
+            if self.tokenizer is not None:
+                self.tokenizer.save(directory)
 
     def encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         """The prompt as token ids, text with the BOS token first where the tokenizer has one; ids stay as they are."""
@@ -117,5 +142,8 @@ def _end_tokens(directory: Path) -> tuple[int, ...]:
     file = directory / "generation_config.json"
     if file.is_file():
         value = checkpoint.read_json(file).get("eos_token_id")
-        ends |= dict.fromkeys(value if isinstance(value, list) else [] if value is None else [value])
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token_id) is int for token_id in ids):
+            raise ValueError(f"{file}: eos_token_id={value!r} must be a token id, or several")
+        ends |= dict.fromkeys(ids)
     return tuple(ends)

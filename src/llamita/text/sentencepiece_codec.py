@@ -23,7 +23,7 @@ class SentencePieceCodec:
     """A SentencePiece model: same attributes as HuggingFaceCodec."""
 
     def __init__(self, proto: bytes) -> None:
-        self._proto = proto
+        self.proto = proto
         self._processor = sentencepiece.SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(proto)
         processor = self._processor
@@ -57,7 +57,7 @@ class SentencePieceCodec:
             raise ValueError(f"{path} is not a SentencePiece model: {reason}") from None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SentencePieceCodec, (self._proto,)
+        return SentencePieceCodec, (self.proto,)
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
@@ -76,12 +76,12 @@ class SentencePieceCodec:
         return ids
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(self._proto).hexdigest()
+        return hashlib.sha256(self.proto).hexdigest()
 
     def write(self, directory: Path) -> None:
         """Write tokenizer.model, and the same tokenizer as tokenizer.json where that form can hold it."""
-        (directory / "tokenizer.model").write_bytes(self._proto)
-        converted = sentencepiece_json.convert(sentencepiece_json.parse(self._proto))
+        (directory / "tokenizer.model").write_bytes(self.proto)
+        converted = sentencepiece_json.convert(sentencepiece_json.parse(self.proto))
         if converted is not None and sentencepiece_json.agree_on_spaces(converted, self._processor):
             converted.save(str(directory / "tokenizer.json"), pretty=True)
 

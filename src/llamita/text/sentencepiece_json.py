@@ -18,7 +18,7 @@ nothing else can, and where no other piece holds two spaces, how a run merges de
 
 import collections
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import sentencepiece
@@ -67,6 +67,27 @@ def parse(proto: bytes) -> SentencePieceModel:
         adds_dummy_prefix=bool(normalizer.get(3, 1)),
         removes_extra_spaces=bool(normalizer.get(4, 1)),
         escapes_spaces=bool(normalizer.get(5, 1)),
+    )
+
+
+def serialize(model: SentencePieceModel, ids: Mapping[str, int]) -> bytes:
+    """The inverse of `parse`: a ModelProto; `ids` are those of unk, bos, eos and pad, -1 for none."""
+    trainer = [
+        (3, model.model_type),
+        (4, len(model.pieces)),
+        (24, model.whitespace_as_suffix),
+        (35, model.byte_fallback),
+    ]
+    trainer += [(number, ids.get(role, -1)) for number, role in ((40, "unk"), (41, "bos"), (42, "eos"), (43, "pad"))]
+    normalizer = [(3, model.adds_dummy_prefix), (4, model.removes_extra_spaces), (5, model.escapes_spaces)]
+    pieces = (
+        _field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _field(3, kind)
+        for text, score, kind in model.pieces
+    )
+    return (
+        b"".join(_field(1, piece) for piece in pieces)
+        + _field(2, b"".join(_field(*field) for field in trainer))
+        + _field(3, _field(1, b"identity") + b"".join(_field(*field) for field in normalizer))
     )
 
 
@@ -123,6 +144,21 @@ def _ties_are_harmless(longer: list[str], scores: dict[str, float]) -> bool:
     spaces_only = all(not text.strip(SPACE_MARK) for text in tied)
     lowest = {scores[text] for text in tied} == {scores[longer[-1]]}
     return spaces_only and lowest and not any(SPACE_MARK * 2 in text for text in longer if text not in tied)
+
+
+def _field(number: int, value: int | bytes) -> bytes:
+    """A field of a protocol buffer message: bytes with their length, or a varint (negative ones in 64 bits)."""
+    if isinstance(value, bytes):
+        return _as_varint(number << 3 | 2) + _as_varint(len(value)) + value
+    return _as_varint(number << 3) + _as_varint(value % 2**64)
+
+
+def _as_varint(number: int) -> bytes:
+    result = bytearray()
+    while number >= 0x80:
+        result.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*result, number])
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:

@@ -33,11 +33,12 @@ class Tokenizer:
     def __init__(
         self, codec: HuggingFaceCodec | SentencePieceCodec, config: dict[str, Any], roles: dict[str, int | None]
     ):
-        self._codec = codec
+        self.codec = codec
         self._config = config
         self.vocab_size = codec.vocab_size
         self.special_ids = frozenset(codec.special_tokens.values())
         self.strips_leading_space = codec.strips_leading_space
+        self.chat_template: str | None = config.get("chat_template")
         self.bos_id, self.eos_id, self.unk_id, self.pad_id = (roles.get(role) for role in ROLES)
 
     @classmethod
@@ -73,7 +74,7 @@ class Tokenizer:
     @functools.cached_property
     def hash(self) -> str:
         """sha256 of what decides ids; the same after a save and a load."""
-        return hashlib.sha256(f"{self._codec.fingerprint()} {self.bos_id} {self.eos_id}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.codec.fingerprint()} {self.bos_id} {self.eos_id}".encode()).hexdigest()
 
     def encode(self, text: str, bos: bool = False, eos: bool = False, allow_special: bool = False) -> list[int]:
         """The ids of a text, with the token that begins or ends a text where asked.
@@ -84,7 +85,7 @@ class Tokenizer:
         """
         _check_text(text)
         begin, end = self._ends(bos, eos)
-        ids = self._codec.encode_with_special(text) if allow_special else self._codec.encode(text)
+        ids = self.codec.encode_with_special(text) if allow_special else self.codec.encode(text)
         return [*begin, *ids, *end] if begin or end else ids
 
     def encode_batch(self, texts: Sequence[str], bos: bool = False, eos: bool = False) -> list[np.ndarray]:
@@ -92,7 +93,7 @@ class Tokenizer:
         for text in texts:
             _check_text(text)
         begin, end = self._ends(bos, eos)
-        return [np.array([*begin, *ids, *end], dtype=np.int32) for ids in self._codec.encode_batch(texts)]
+        return [np.array([*begin, *ids, *end], dtype=np.int32) for ids in self.codec.encode_batch(texts)]
 
     def decode(self, ids: Iterable[int] | np.ndarray, skip_special: bool = True) -> str:
         """The text of ids; bytes that are no UTF-8 become U+FFFD. ValueError for an id outside the vocabulary."""
@@ -100,7 +101,7 @@ class Tokenizer:
         for token_id in ids:
             if not 0 <= token_id < self.vocab_size:
                 raise ValueError(f"token id {token_id} is outside the vocabulary of 0..{self.vocab_size - 1}")
-        table = self._codec.bytes_of_id if skip_special else self._bytes_with_special
+        table = self.codec.bytes_of_id if skip_special else self._bytes_with_special
         joined = b"".join([table[token_id] for token_id in ids])
         if self.strips_leading_space and joined[:1] == b" ":
             joined = joined[1:]
@@ -110,7 +111,7 @@ class Tokenizer:
         """The exact bytes that a token stands for; b"" for a special token. See `strips_leading_space`."""
         if not 0 <= token_id < self.vocab_size:
             raise ValueError(f"token id {token_id} is outside the vocabulary of 0..{self.vocab_size - 1}")
-        return self._codec.bytes_of_id[token_id]
+        return self.codec.bytes_of_id[token_id]
 
     def save(self, directory: Path | str) -> None:
         """Write tokenizer.json and tokenizer_config.json (and tokenizer.model) into a directory, made if need be.
@@ -121,13 +122,13 @@ class Tokenizer:
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self._codec.write(directory)
+        self.codec.write(directory)
         config = dict(self._config) or {
             "add_bos_token": False,
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
         }
-        names = {token_id: name for name, token_id in self._codec.special_tokens.items()}
+        names = {token_id: name for name, token_id in self.codec.special_tokens.items()}
         for role in ROLES:
             token_id = getattr(self, f"{role}_id")
             if token_id in names:
@@ -139,8 +140,8 @@ class Tokenizer:
 
     @functools.cached_property
     def _bytes_with_special(self) -> list[bytes]:
-        table = list(self._codec.bytes_of_id)
-        for name, token_id in self._codec.special_tokens.items():
+        table = list(self.codec.bytes_of_id)
+        for name, token_id in self.codec.special_tokens.items():
             table[token_id] = name.encode()
         return table
 

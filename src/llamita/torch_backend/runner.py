@@ -6,7 +6,7 @@ nothing of requests, text, or when to stop.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from llamita import architecture, checkpoint
+from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
 from llamita.plan import Plan, SampledToken, ScheduledChunk, StepResult
 from llamita.torch_backend.kv_cache import KVCache
 from llamita.torch_backend.model import Llama
 from llamita.torch_backend.sampling import sample
-from llamita.torch_backend.weights import build_model
+from llamita.torch_backend.weights import build_model, to_host_arrays
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,6 +47,10 @@ class TorchRunner:
         """Bytes of weights that decoding one token reads."""
         self.kv_bytes_per_token = architecture.kv_bytes_per_token(self.config, weight.element_size())
         """Bytes of keys and values that one earlier position adds to what decoding a token reads."""
+
+    def weights(self) -> dict[str, HostArray]:
+        """The values under canonical names, in the type they have here."""
+        return to_host_arrays(self.model)
 
     def reserve(self, positions: int) -> None:
         """Make the cache hold at least so many positions; what it held is forgotten where it has to grow."""
@@ -127,6 +132,11 @@ def load_runner(model: Path | str, dtype: str = "auto", device: str = "auto", th
         dtype = checkpoint.DTYPE_NAMES.get(stored, "float32")
     config = checkpoint.load_config(directory)
     return TorchRunner(build_model(config, arrays, dtype=DTYPES.get(dtype, torch.float32), device=device).eval())
+
+
+def runner_over(config: ModelConfig, arrays: Mapping[str, HostArray], dtype: str = "float32") -> TorchRunner:
+    """A runner over host arrays, on the CPU."""
+    return TorchRunner(build_model(config, arrays, dtype=DTYPES[dtype]).eval())
 
 
 def choose_device(name: str) -> str:

@@ -32,7 +32,7 @@ def build_model(
     Memory is allocated once the arrays are known to fit; mapped ones are read a few megabytes at a time.
     """
     if arrays is not None:
-        architecture.check_shapes(config, {name: array.shape for name, array in arrays.items()})
+        architecture.check_arrays(config, arrays)
     with torch.device("meta"):
         model = Llama(config, operations)
     model = model.to(dtype).to_empty(device=device)
@@ -46,7 +46,7 @@ def build_model(
 
 def load_host_arrays(model: Llama, arrays: Mapping[str, HostArray]) -> None:
     """Give the parameters the values of `arrays`; ValueError lists all that is missing, extra or misshapen."""
-    architecture.check_shapes(model.config, {name: array.shape for name, array in arrays.items()})
+    architecture.check_arrays(model.config, arrays)
     _copy_values(model, ((name, arrays[name]) for name in model.canonical_state()))
 
 

@@ -1,0 +1,56 @@
+"""`llamita verify`: a model held to another run of it, layer by layer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Compare a model with a reference, layer by layer, and say where they first part."""
+
+    model: tyro.conf.Positional[Path]
+    """A model directory, a training run, or a name on the hub."""
+    against: str = "transformers"
+    """transformers: the same directory as transformers runs it; or another directory, run here."""
+    tokens: tuple[int, ...] = ()
+    """Token ids to run; fixed random ones where none are given."""
+    tolerance: float = 1e-4
+    """The largest difference allowed, as a share of the largest magnitude at that place."""
+
+
+def run(options: VerifyOptions) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from llamita.torch_backend.runner import load_runner
+    from llamita.workflows.verify import Tracing, verify
+
+    model = load_runner(options.model, "float32", "cpu")
+    reference: Tracing
+    if options.against == "transformers":
+        from llamita.torch_backend.peers import TransformersRunner
+
+        reference = TransformersRunner(options.model)
+    else:
+        reference = load_runner(options.against, "float32", "cpu")
+    result = verify(model, reference, model.config, options.tokens or None, options.tolerance)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("after", "largest", "mean"):
+        table.add_column(title, justify="left" if title == "after" else "right")
+    fault = result.first_fault
+    for place in result.places:
+        style = "red" if place.largest > options.tolerance else ""
+        note = "  <- parts here" if place is fault else ""
+        table.add_row(place.name, f"{place.largest:.1e}", f"{place.mean:.1e}{note}", style=style)
+    console = Console(highlight=False)
+    console.print(table)
+    unclear = f", {result.unclear} too close to call" if result.unclear else ""
+    console.print(f"the likeliest token is the same at {result.same_likeliest} of {result.tokens} positions{unclear}")
+    if result.agrees:
+        console.print(f"[green]equal[/] within {options.tolerance:g} of the largest magnitude at each place")
+        return 0
+    where = "in the likeliest tokens" if fault is None else f"at {fault.name}"
+    console.print(f"[red]different[/]: the two part {where}; what comes before agrees within {options.tolerance:g}")
+    return 1

@@ -1,0 +1,169 @@
+"""Other people's models into Hugging Face directories and back, each export proven before it is kept.
+
+The kind of a source is recognised by its content. What is written is read again, and its logits on fixed prompts are
+compared with the source's: a difference past what the form allows refuses the export and leaves nothing. The backend
+and the reader of pickled files are passed in.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from llamita import checkpoint
+from llamita.checkpoint import HostArray
+from llamita.config import ModelConfig
+from llamita.evaluation.perplexity import Forward
+from llamita.formats import checkpoints, gguf, llama2c
+from llamita.formats.foreign import ForeignModel
+from llamita.text.tokenizer import Tokenizer
+
+Target = Literal[
+    "huggingface",
+    "gguf-f32",
+    "gguf-f16",
+    "gguf-bf16",
+    "gguf-q8_0",
+    "llama2c",
+    "llama2c-int8",
+    "llama2c-pt",
+    "course-pt",
+]
+TOLERANCES: Mapping[Target, float] = {"llama2c-int8": 0.05, "gguf-f16": 0.01, "gguf-bf16": 0.02, "gguf-q8_0": 0.05}
+"""Root mean square of the logits' differences that a form may have, as a share of that of the logits; else 0."""
+PROMPTS, PROMPT_TOKENS = 4, 64
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """What `llamita convert` takes besides source and destination."""
+
+    to: Target = "huggingface"
+    """huggingface: a model directory; gguf-...: llama.cpp's file, with numbers of that type; llama2c, llama2c-int8: a
+    .bin of version 0 or 2; llama2c-pt, course-pt: a training checkpoint under llama2.c's names or the guided
+    course's."""
+    tokenizer: Path | None = None
+    """A tokenizer for the model (tokenizer.json, tokenizer.model, or a directory); else that of the source."""
+    heads: int = 0
+    """Attention heads, where the source does not say (mini-llama)."""
+    positions: int = 0
+    """Positions, where the source does not say (mini-llama)."""
+    overwrite: bool = False
+    """Replace a destination that exists."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a backend provides: runners over host arrays, and PyTorch's pickled files, in and out."""
+
+    runner_over: Callable[[ModelConfig, Mapping[str, HostArray]], Forward]
+    read_pickle: Callable[[Path], Any]
+    write_pickle: Callable[[Path, Any], None]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was converted: the kind of the source, and how far the logits of the copy are from its own."""
+
+    kind: str
+    config: ModelConfig
+    difference: float
+    """Root mean square of the differences, as a share of that of the logits; 0 where all are equal."""
+    has_tokenizer: bool
+
+
+def convert(source: Path, destination: Path, config: ConvertConfig, tools: Tools) -> Conversion:
+    """Read a model of any kind, write it as another, and prove the copy. ValueError or OSError in one line."""
+    if config.to not in get_args(Target):
+        raise ValueError(f"to={config.to!r} is no form of model; choose one of {', '.join(get_args(Target))}")
+    kind, model = read_model(source, config, tools)
+    if config.tokenizer is not None:
+        model = replace(model, tokenizer=Tokenizer.load(config.tokenizer))
+    if model.tokenizer is not None and model.tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {model.tokenizer.vocab_size} tokens and the model {model.config.vocab_size} "
+            "embeddings; give the tokenizer that it was trained with"
+        )
+    keep = checkpoint.atomic_directory if config.to == "huggingface" else checkpoint.atomic_file
+    with keep(destination, config.overwrite) as temporary:
+        _write(temporary, model, config.to, tools, destination.stem)
+        again = read_model(temporary, config, tools)[1]
+        difference = compare(model, again, tools)
+        if difference > TOLERANCES.get(config.to, 0.0):
+            raise ValueError(
+                f"the logits of the copy differ from the source's by {difference:.2e} of their size, more than the "
+                f"{TOLERANCES.get(config.to, 0.0):g} that {config.to} allows; nothing was written"
+            )
+    return Conversion(kind, model.config, difference, model.tokenizer is not None)
+
+
+def read_model(source: Path, config: ConvertConfig, tools: Tools) -> tuple[str, ForeignModel]:
+    """The model of a source and its kind, told by what is in it."""
+    if source.is_dir() and (source / "params.json").is_file():
+        return "Meta's checkpoint", _read_meta(source, tools)
+    if source.is_dir() or not source.exists():
+        directory = checkpoint.resolve_model_directory(source)
+        found = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+        arrays = checkpoint.load_tensors(directory)
+        model = ForeignModel(checkpoint.load_config(directory), arrays, Tokenizer.load(directory) if found else None)
+        return "Hugging Face directory", model
+    with open(source, "rb") as file:
+        head = file.read(16)
+    if head[:2] == b"PK" or head[:1] == b"\x80":
+        return "training checkpoint", checkpoints.from_training_checkpoint(source, tools.read_pickle(source))
+    if head[8:9] == b"{":
+        arrays = checkpoint.read_safetensors(source)
+        if checkpoints.is_mini_llama(list(arrays)):
+            model = checkpoints.from_mini_llama(source, arrays, config.heads, config.positions)
+            return "mini-llama", model
+        raise ValueError(f"{source} is a safetensors file alone; give the directory with its config.json")
+    if gguf.is_gguf(head):
+        return "GGUF file", gguf.read_model(source)
+    if llama2c.is_model(source):
+        return "llama2.c model", llama2c.read_model(source)
+    raise ValueError(
+        f"{source} is no model that Llamita knows: a Hugging Face directory, a GGUF file, llama2.c's .bin or .pt, the "
+        "guided course's .pt, Meta's directory of consolidated.*.pth, or mini-llama's .safetensors"
+    )
+
+
+def compare(model: ForeignModel, other: ForeignModel, tools: Tools) -> float:
+    """The root mean square of the logits' differences on fixed prompts, as a share of that of the logits."""
+    tokens = min(PROMPT_TOKENS, model.config.max_position_embeddings)
+    prompts = np.random.default_rng(0).integers(model.config.vocab_size, size=(PROMPTS, tokens))
+    logits, others = (
+        tools.runner_over(one.config, one.arrays).forward(prompts)["logits"].astype(np.float64)
+        for one in (model, other)
+    )
+    if np.array_equal(logits, others):
+        return 0.0
+    return float(np.sqrt(((logits - others) ** 2).mean() / (logits**2).mean()))
+
+
+def _write(path: Path, model: ForeignModel, target: Target, tools: Tools, name: str) -> None:
+    if target == "huggingface":
+        checkpoint.save_config(path, model.config, next(iter(model.arrays.values())).dtype)
+        checkpoint.save_tensors(path, model.arrays)
+        if model.tokenizer is not None:
+            model.tokenizer.save(path)
+    elif target.startswith("gguf-"):
+        gguf.write_model(path, model, target.removeprefix("gguf-"), name)  # type: ignore[arg-type]
+    elif target in ("llama2c", "llama2c-int8"):
+        llama2c.write_model(path, model, version=0 if target == "llama2c" else 2)
+    else:
+        names = "course" if target == "course-pt" else "meta"
+        tools.write_pickle(path, checkpoints.to_training_checkpoint(model, names))
+
+
+def _read_meta(source: Path, tools: Tools) -> ForeignModel:
+    shards = sorted(source.glob("consolidated.*.pth"))
+    if not shards:
+        raise FileNotFoundError(f"{source} has params.json and no consolidated.*.pth beside it")
+    contents = [tools.read_pickle(shard) for shard in shards]
+    if not all(isinstance(content, Mapping) for content in contents):
+        raise ValueError(f"{source}: consolidated.*.pth must hold a dictionary of arrays each")
+    model = checkpoints.from_meta_shards(source, checkpoint.read_json(source / "params.json"), contents)
+    tokenizer = source / "tokenizer.model"
+    return replace(model, tokenizer=Tokenizer.load(tokenizer)) if tokenizer.is_file() else model

@@ -1,0 +1,168 @@
+"""Conversions end to end: every route there and back, the gate that refuses a wrong copy, and the library's face."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import llamita
+from llamita import checkpoint
+from llamita.cli.main import main
+from llamita.config import ModelConfig
+from llamita.data import meadow
+from llamita.formats import llama2c
+from llamita.text.bpe import train_bpe_from_iterator
+from llamita.torch_backend import weights
+from llamita.torch_backend.pickles import read_pickle, write_pickle
+from llamita.torch_backend.runner import runner_over
+from llamita.workflows import convert as workflow
+from llamita.workflows.convert import ConvertConfig, Tools, convert
+
+TOOLS = Tools(runner_over, read_pickle, write_pickle)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A small model with a tokenizer, as Llamita writes it."""
+    directory = tmp_path_factory.mktemp("source") / "model"
+    tokenizer = train_bpe_from_iterator(meadow.corpus(0, 200, "train"), 300)
+    config = ModelConfig(300, 32, 64, 2, 4, 2, 64, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
+    with checkpoint.atomic_directory(directory) as temporary:
+        checkpoint.save_config(temporary, config)
+        checkpoint.save_tensors(temporary, weights.to_host_arrays(weights.build_model(config, seed=5)))
+        tokenizer.save(temporary)
+    return directory
+
+
+def arrays(directory: Path) -> dict[str, bytes]:
+    return {name: bytes(array.data) for name, array in checkpoint.load_tensors(directory).items()}
+
+
+@pytest.mark.parametrize("to", ["gguf-f32", "llama2c", "llama2c-pt", "course-pt"])
+def test_there_and_back_is_bit_identical(source, tmp_path, to):
+    there = convert(source, tmp_path / "m", ConvertConfig(to=to), TOOLS)
+    assert (there.kind, there.difference) == ("Hugging Face directory", 0.0)
+    back = convert(tmp_path / "m", tmp_path / "back", ConvertConfig(tokenizer=source), TOOLS)
+    assert back.kind == {"llama2c": "llama2.c model", "gguf-f32": "GGUF file"}.get(to, "training checkpoint")
+    assert arrays(tmp_path / "back") == arrays(source)
+    assert checkpoint.load_config(tmp_path / "back") == checkpoint.load_config(source)
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("to", workflow.TOLERANCES)
+def test_quantised_forms_stay_within_their_tolerance(source, tmp_path, to):
+    done = convert(source, tmp_path / "q.bin", ConvertConfig(to=to), TOOLS)
+    assert 0 < done.difference < workflow.TOLERANCES[to]
+    back = convert(tmp_path / "q.bin", tmp_path / "back", ConvertConfig(), TOOLS)
+    assert back.difference == 0
+
+
+def test_a_copy_that_differs_is_refused_and_removed(source, tmp_path, monkeypatch):
+    original = llama2c.to_pairs
+    monkeypatch.setattr(llama2c, "to_pairs", lambda array, head_dim: original(array, head_dim // 2))
+    with pytest.raises(ValueError, match=r"logits of the copy differ.*nothing was written"):
+        convert(source, tmp_path / "m.bin", ConvertConfig(to="llama2c"), TOOLS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_metas_directory(source, tmp_path):
+    convert(source, tmp_path / "m.pt", ConvertConfig(to="llama2c-pt"), TOOLS)
+    content = torch.load(tmp_path / "m.pt", weights_only=True)
+    meta = tmp_path / "meta"
+    meta.mkdir()
+    arguments = content["model_args"]
+    (meta / "params.json").write_text(json.dumps({**arguments, "norm_eps": 1e-5}))
+    torch.save(content["model"], meta / "consolidated.00.pth")
+    done = convert(meta, tmp_path / "back", ConvertConfig(), TOOLS)
+    assert done.kind == "Meta's checkpoint"
+    assert arrays(tmp_path / "back") == arrays(source)
+    (meta / "consolidated.00.pth").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no consolidated"):
+        convert(meta, tmp_path / "again", ConvertConfig(), TOOLS)
+
+
+class Sneaky:
+    """Writes a file when it is unpickled by a reader that executes what it reads."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_nothing_in_a_pickle_is_executed(tmp_path):
+    torch.save({"model_args": {}, "model": Sneaky(str(tmp_path / "executed"))}, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=r"m\.pt is not opened: it asks for .*open, and a file that holds more"):
+        convert(tmp_path / "m.pt", tmp_path / "out", ConvertConfig(), TOOLS)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
+
+
+@pytest.mark.parametrize("end", [2, 10, 100, 2000, -1])
+def test_a_truncated_pickle_is_refused(source, tmp_path, end):
+    convert(source, tmp_path / "m.pt", ConvertConfig(to="course-pt"), TOOLS)
+    (tmp_path / "m.pt").write_bytes((tmp_path / "m.pt").read_bytes()[:end])
+    with pytest.raises(ValueError, match=r"m\.pt is not .*damaged"):
+        convert(tmp_path / "m.pt", tmp_path / "out", ConvertConfig(), TOOLS)
+
+
+def test_mistakes_are_named(source, tmp_path):
+    (tmp_path / "text").write_text("Once upon a time")
+    with pytest.raises(
+        ValueError, match="is no model that Llamita knows: a Hugging Face directory, a GGUF file, llama2"
+    ):
+        convert(tmp_path / "text", tmp_path / "out", ConvertConfig(), TOOLS)
+    with pytest.raises(FileExistsError, match="exists already"):
+        convert(source, tmp_path / "text", ConvertConfig(to="llama2c"), TOOLS)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        convert(tmp_path / "nowhere", tmp_path / "out", ConvertConfig(), TOOLS)
+    with pytest.raises(ValueError, match="is a safetensors file alone; give the directory"):
+        convert(source / "model.safetensors", tmp_path / "out", ConvertConfig(), TOOLS)
+    large = train_bpe_from_iterator(meadow.corpus(0, 300, "train"), 320)
+    large.save(tmp_path / "large")
+    with pytest.raises(ValueError, match="the tokenizer has 320 tokens and the model 300 embeddings"):
+        convert(source, tmp_path / "out", ConvertConfig(tokenizer=tmp_path / "large"), TOOLS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_without_a_tokenizer_generates_from_ids(source, tmp_path, capsys):
+    convert(source, tmp_path / "m.bin", ConvertConfig(to="llama2c"), TOOLS)
+    assert main(["convert", str(tmp_path / "m.bin"), str(tmp_path / "bare")]) == 0
+    out = capsys.readouterr().out
+    assert "llama2.c model, 2 layers of width 32" in out
+    assert "its logits equal the source's" in out
+    assert "It has no tokenizer" in out
+    model = llamita.load(tmp_path / "bare")
+    assert model.tokenizer is None
+    ids = model.generate((1, 5, 9), llamita_params()).token_ids
+    assert ids == llamita.load(source).generate((1, 5, 9), llamita_params()).token_ids
+    assert len(ids) == 8
+
+
+def llamita_params():
+    from llamita.plan import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_load_and_save(source, tmp_path, dtype):
+    model = llamita.load(source, dtype=dtype)
+    llamita.save(model, tmp_path / "copy")
+    copy = llamita.load(tmp_path / "copy")
+    assert copy.config == model.config
+    tokens = np.arange(20)[None]
+    assert np.array_equal(copy.runner.forward(tokens)["logits"], model.runner.forward(tokens)["logits"])
+    assert copy.generate("Once", llamita_params()).text == model.generate("Once", llamita_params()).text
+    stored = {array.dtype for array in checkpoint.load_tensors(tmp_path / "copy").values()}
+    assert stored == {"F32" if dtype == "float32" else "BF16"}
+    with pytest.raises(FileExistsError, match="exists already"):
+        llamita.save(model, tmp_path / "copy")
+    llamita.save(model, tmp_path / "copy", overwrite=True)
+
+
+def test_the_package_has_no_other_attributes():
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        llamita.lode  # noqa: B018
