@@ -83,6 +83,16 @@ def test_metas_directory(source, tmp_path):
         convert(meta, tmp_path / "again", ConvertConfig(), TOOLS)
 
 
+@pytest.mark.parametrize("width", [128, 640])
+def test_a_width_that_begins_like_a_pickle(tmp_path, width):
+    config = ModelConfig(60, width, 32, 1, 4, 4, 16, tie_word_embeddings=True)
+    with checkpoint.atomic_directory(tmp_path / "source") as directory:
+        checkpoint.save_config(directory, config)
+        checkpoint.save_tensors(directory, weights.to_host_arrays(weights.build_model(config)))
+    convert(tmp_path / "source", tmp_path / "m.bin", ConvertConfig(to="llama2c"), TOOLS)
+    assert convert(tmp_path / "m.bin", tmp_path / "back", ConvertConfig(), TOOLS).kind == "llama2.c model"
+
+
 class Sneaky:
     """Writes a file when it is unpickled by a reader that executes what it reads."""
 
@@ -110,9 +120,7 @@ def test_a_truncated_pickle_is_refused(source, tmp_path, end):
 
 def test_mistakes_are_named(source, tmp_path):
     (tmp_path / "text").write_text("Once upon a time")
-    with pytest.raises(
-        ValueError, match="is no model that Llamita knows: a Hugging Face directory, a GGUF file, llama2"
-    ):
+    with pytest.raises(ValueError, match="is no model that Llamita knows: a Hugging Face directory, a GGUF"):
         convert(tmp_path / "text", tmp_path / "out", ConvertConfig(), TOOLS)
     with pytest.raises(FileExistsError, match="exists already"):
         convert(source, tmp_path / "text", ConvertConfig(to="llama2c"), TOOLS)

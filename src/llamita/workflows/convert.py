@@ -16,7 +16,7 @@ from llamita import checkpoint
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
 from llamita.evaluation.perplexity import Forward
-from llamita.formats import checkpoints, gguf, llama2c
+from llamita.formats import checkpoints, gguf, llama2c, llama2c_tokenizer
 from llamita.formats.foreign import ForeignModel
 from llamita.text.tokenizer import Tokenizer
 
@@ -45,7 +45,10 @@ class ConvertConfig:
     .bin of version 0 or 2; llama2c-pt, course-pt: a training checkpoint under llama2.c's names or the guided
     course's."""
     tokenizer: Path | None = None
-    """A tokenizer for the model (tokenizer.json, tokenizer.model, or a directory); else that of the source."""
+    """A tokenizer for the model (tokenizer.json, tokenizer.model, llama2.c's tokenizer.bin, or a directory); else that
+    of the source."""
+    tokenizer_output: Path | None = None
+    """Write the tokenizer as llama2.c's tokenizer.bin too, to this file."""
     heads: int = 0
     """Attention heads, where the source does not say (mini-llama)."""
     positions: int = 0
@@ -80,12 +83,15 @@ def convert(source: Path, destination: Path, config: ConvertConfig, tools: Tools
         raise ValueError(f"to={config.to!r} is no form of model; choose one of {', '.join(get_args(Target))}")
     kind, model = read_model(source, config, tools)
     if config.tokenizer is not None:
-        model = replace(model, tokenizer=Tokenizer.load(config.tokenizer))
+        read = llama2c_tokenizer.read if config.tokenizer.suffix == ".bin" else Tokenizer.load
+        model = replace(model, tokenizer=read(config.tokenizer))
     if model.tokenizer is not None and model.tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {model.tokenizer.vocab_size} tokens and the model {model.config.vocab_size} "
             "embeddings; give the tokenizer that it was trained with"
         )
+    if config.tokenizer_output is not None and model.tokenizer is None:
+        raise ValueError(f"{source} has no tokenizer to write to {config.tokenizer_output}; --tokenizer adds one")
     keep = checkpoint.atomic_directory if config.to == "huggingface" else checkpoint.atomic_file
     with keep(destination, config.overwrite) as temporary:
         _write(temporary, model, config.to, tools, destination.stem)
@@ -96,6 +102,9 @@ def convert(source: Path, destination: Path, config: ConvertConfig, tools: Tools
                 f"the logits of the copy differ from the source's by {difference:.2e} of their size, more than the "
                 f"{TOLERANCES.get(config.to, 0.0):g} that {config.to} allows; nothing was written"
             )
+        if config.tokenizer_output is not None and model.tokenizer is not None:
+            with checkpoint.atomic_file(config.tokenizer_output, config.overwrite) as file:
+                llama2c_tokenizer.write(file, model.tokenizer)
     return Conversion(kind, model.config, difference, model.tokenizer is not None)
 
 
@@ -111,18 +120,19 @@ def read_model(source: Path, config: ConvertConfig, tools: Tools) -> tuple[str, 
         return "Hugging Face directory", model
     with open(source, "rb") as file:
         head = file.read(16)
-    if head[:2] == b"PK" or head[:1] == b"\x80":
+    if gguf.is_gguf(head):
+        return "GGUF file", gguf.read_model(source)
+    # A pickle begins with its protocol and an operation; 128 as llama2.c's width has the same first byte.
+    if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5" and head[2:3] != b"\0"):
         return "training checkpoint", checkpoints.from_training_checkpoint(source, tools.read_pickle(source))
+    if llama2c.is_model(source):
+        return "llama2.c model", llama2c.read_model(source)
     if head[8:9] == b"{":
         arrays = checkpoint.read_safetensors(source)
         if checkpoints.is_mini_llama(list(arrays)):
             model = checkpoints.from_mini_llama(source, arrays, config.heads, config.positions)
             return "mini-llama", model
         raise ValueError(f"{source} is a safetensors file alone; give the directory with its config.json")
-    if gguf.is_gguf(head):
-        return "GGUF file", gguf.read_model(source)
-    if llama2c.is_model(source):
-        return "llama2.c model", llama2c.read_model(source)
     raise ValueError(
         f"{source} is no model that Llamita knows: a Hugging Face directory, a GGUF file, llama2.c's .bin or .pt, the "
         "guided course's .pt, Meta's directory of consolidated.*.pth, or mini-llama's .safetensors"
