@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 import transformers
 
-from llamita import checkpoint
-from llamita.config import preset
+from llamita import checkpoint, files
 from llamita.inference.llm import LLM
 from llamita.inference.request import SamplingParams
+from llamita.presets import preset
 from llamita.torch_backend.runner import DTYPES, load_runner
 from llamita.torch_backend.weights import build_model, to_host_arrays
 
@@ -47,7 +47,7 @@ def main() -> None:
 
 def measure(name: str, directory: Path, passes: int, tokens: int) -> None:
     config = preset(name)
-    with checkpoint.atomic_directory(directory) as temporary:
+    with files.atomic_directory(directory) as temporary:
         checkpoint.save_tensors(temporary, to_host_arrays(build_model(config)))
         checkpoint.save_config(temporary, config)
     contenders: dict[str, Callable[[], tuple[float, float]]] = {}

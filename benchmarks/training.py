@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from llamita import architecture
-from llamita.config import preset
 from llamita.data.batches import Batch
+from llamita.presets import preset
 from llamita.torch_backend import weights
 from llamita.torch_backend.adamw import AdamW
 from llamita.torch_backend.train_step import build_train_step

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llamita import architecture
-from llamita.config import preset
+from llamita.presets import preset
 
 
 @pytest.mark.parametrize(

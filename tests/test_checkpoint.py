@@ -9,9 +9,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from llamita import checkpoint
+from llamita import checkpoint, files
 from llamita.checkpoint import HostArray
-from llamita.config import preset
+from llamita.presets import preset
 
 
 def arrays():
@@ -95,7 +95,7 @@ def test_files_too_short_for_their_header(tmp_path, content):
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):
     def interrupted():
-        with checkpoint.atomic_directory(tmp_path / "model") as temporary:
+        with files.atomic_directory(tmp_path / "model") as temporary:
             (temporary / "half").write_text("x")
             raise KeyboardInterrupt
 
@@ -103,22 +103,22 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
         interrupted()
     assert not list(tmp_path.iterdir())
     for text in ("first", "second"):
-        with checkpoint.atomic_directory(tmp_path / "model", overwrite=True) as temporary:
+        with files.atomic_directory(tmp_path / "model", overwrite=True) as temporary:
             (temporary / "file").write_text(text)
         assert [p.name for p in tmp_path.iterdir()] == ["model"]
         assert (tmp_path / "model" / "file").read_text() == text
-    with pytest.raises(FileExistsError, match="exists already"), checkpoint.atomic_directory(tmp_path / "model"):
+    with pytest.raises(FileExistsError, match="exists already"), files.atomic_directory(tmp_path / "model"):
         pass
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path):
     path = tmp_path / "state.json"
-    checkpoint.atomic_write(path, "old")
-    checkpoint.atomic_write(path, b"new")
+    files.atomic_write(path, "old")
+    files.atomic_write(path, b"new")
     assert path.read_bytes() == b"new"
-    assert os.stat(path).st_mode & 0o777 == 0o666 & ~checkpoint._umask()
+    assert os.stat(path).st_mode & 0o777 == 0o666 & ~files._umask()
     with pytest.raises(TypeError):
-        checkpoint.atomic_write(path, 3)
+        files.atomic_write(path, 3)
     assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
     assert path.read_bytes() == b"new"
 

@@ -6,7 +6,9 @@ import math
 
 import pytest
 
-from llamita.config import ModelConfig, RopeScaling, feed_forward_width, preset, unknown_keys
+from llamita.config import ModelConfig, unknown_keys
+from llamita.presets import feed_forward_width, preset
+from llamita.rope import RopeScaling
 
 SMALL = {
     "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,

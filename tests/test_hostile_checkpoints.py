@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import llamita
-from llamita import checkpoint
+from llamita import checkpoint, files
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
 from llamita.data import meadow
@@ -28,7 +28,7 @@ WEIGHTS = "model.safetensors"
 
 
 def make_model(directory: Path) -> None:
-    with checkpoint.atomic_directory(directory) as temporary:
+    with files.atomic_directory(directory) as temporary:
         checkpoint.save_config(temporary, CONFIG)
         checkpoint.save_tensors(temporary, weights.to_host_arrays(weights.build_model(CONFIG)))
         train_bpe_from_iterator(meadow.corpus(0, 200, "train"), 300).save(temporary)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llamita import checkpoint
+from llamita import checkpoint, files
 from llamita.config import ModelConfig
 from llamita.torch_backend import weights
 
@@ -32,7 +32,7 @@ except OSError as error:
 def cache(tmp_path) -> Path:
     """models--someone--small with blobs by their hash, links to them in a snapshot, and a branch that names it."""
     made, repository = tmp_path / "made", tmp_path / "cache" / "models--someone--small"
-    with checkpoint.atomic_directory(made) as temporary:
+    with files.atomic_directory(made) as temporary:
         checkpoint.save_config(temporary, CONFIG)
         arrays = weights.to_host_arrays(weights.build_model(CONFIG))
         names = list(arrays)

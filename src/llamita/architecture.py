@@ -1,4 +1,4 @@
-"""The architecture table: a row per parameter, and everything that can be counted from it; the rotary frequencies.
+"""The architecture table: a row per parameter, and everything that can be counted from it.
 
 Backends build, initialise, group for AdamW, load and check from this table. Knows nothing of frameworks.
 """
@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from llamita.config import ModelConfig, RopeScaling
+from llamita.config import ModelConfig
 
 InitializationName = Literal["fan-in", "gpt-2"]
 
@@ -151,51 +151,6 @@ def initialize(
             yield row.name, array
         else:
             yield row.name, np.full(row.shape, 1.0 if kind == "ones" else 0.0, dtype=np.float32)
-
-
-def rotary_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """Radians per position of each rotated pair, float32 [H/2], and what rotated queries and keys are multiplied by.
-
-    Pair i turns by theta^(-2 i / H) (Su et al. 2021, arXiv:2104.09864), slower where the model scales its positions;
-    see `RopeScaling` for the papers.
-    """
-    H, scaling = config.head_dim, config.rope_scaling
-    plain = config.rope_theta ** (-np.arange(0, H, 2) / H)
-    if scaling is None:
-        return plain.astype(np.float32), 1.0
-    stretched = plain / scaling.factor
-    if scaling.rope_type == "linear":
-        return stretched.astype(np.float32), 1.0
-    turns = scaling.original_max_position_embeddings * plain / (2 * math.pi)  # of each pair within the first length
-    if scaling.rope_type == "llama3":
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-        return (kept * plain + (1 - kept) * stretched).astype(np.float32), 1.0
-
-    def pair_of(turns: float) -> float:
-        """The number of the pair, perhaps between two, that turns so often within the first length."""
-        length = scaling.original_max_position_embeddings
-        return H * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
-
-    first, last = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
-    if scaling.truncate:
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, H - 1)
-    ramp = np.clip((np.arange(H // 2) - first) / (last - first or 1e-3), 0.0, 1.0)
-    return (ramp * stretched + (1 - ramp) * plain).astype(np.float32), _attention_factor(scaling)
-
-
-def _attention_factor(scaling: RopeScaling) -> float:
-    """How much larger YaRN makes queries and keys, each, so that attention over more positions stays as sharp."""
-
-    def factor(strength: float) -> float:
-        return 0.1 * strength * math.log(scaling.factor) + 1
-
-    if scaling.attention_factor is not None:
-        return scaling.attention_factor
-    if scaling.mscale and scaling.mscale_all_dim:
-        return factor(scaling.mscale) / factor(scaling.mscale_all_dim)
-    return factor(1.0)
 
 
 @dataclass(frozen=True)

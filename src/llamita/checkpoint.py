@@ -1,20 +1,16 @@
-"""Model directories, on disk or on the Hugging Face hub: safetensors files, `config.json`, atomic writes.
+"""Model directories, on disk or on the Hugging Face hub: safetensors files and `config.json`.
 
-A file or directory written here exists whole or not at all. Knows nothing of frameworks: an array is a dtype name, a
+Knows nothing of frameworks: an array is a dtype name, a
 shape and bytes, since numpy has no bfloat16. The safetensors format (https://github.com/huggingface/safetensors) is
 read and written here rather than through its library because that maps files only into a framework's tensors.
 """
 
-import contextlib
 import json
 import math
 import mmap
-import os
 import re
-import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +20,9 @@ import numpy as np
 
 from llamita.architecture import shortened
 from llamita.config import ModelConfig, unknown_keys
+from llamita.files import MAX_JSON_BYTES, parse_json, read_json
 
 MAX_SHARD_BYTES = 5_000_000_000
-MAX_JSON_BYTES = 30_000_000  # several times the largest header, index or config of real models
 HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -84,95 +80,6 @@ class HostArray:
 def _bytes_of(array: np.ndarray) -> memoryview:
     flat = np.ascontiguousarray(array).reshape(-1)
     return flat.view(np.uint8).data
-
-
-# --- atomic writes ---------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def atomic_directory(path: Path | str, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling directory that becomes `path` when the block ends, and vanishes when it raises.
-
-    An existing `path` raises FileExistsError before anything is written, unless `overwrite`.
-    """
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists already; choose another name, or overwrite it explicitly")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        temporary.chmod(0o777 & ~_umask())
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        _sync(temporary)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            os.rename(path, old / path.name)
-            os.rename(temporary, path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(temporary, path)
-        _sync(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def atomic_write(path: Path | str, content: bytes | str) -> None:
-    """Replace a file by new content in one step: a reader sees the old content or the new, never a part."""
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path | str, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling that becomes the file `path` when the block ends, and vanishes when it raises.
-
-    An existing `path` raises FileExistsError before anything is written, unless `overwrite`.
-    """
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists already; choose another name, or overwrite it explicitly")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------
@@ -267,7 +174,7 @@ def read_safetensors(path: Path) -> dict[str, HostArray]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_JSON_BYTES):
             raise ValueError(f"{path} is truncated or no safetensors file: {size} bytes, header of {length}")
-        header = _parse_json(file.read(length), f"{path} has a broken header")
+        header = parse_json(file.read(length), f"{path} has a broken header")
         if not isinstance(header, dict):
             raise ValueError(f"{path} has a broken header: expected an object of tensors")
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -306,36 +213,6 @@ def _span(path: Path, key: str, entry: Any) -> tuple[int, int]:
 
 
 # --- model directories -----------------------------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; one line of error where it is none."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a Hugging Face model directory")
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise ValueError(f"{path} has {size} bytes; a file of settings is smaller than {MAX_JSON_BYTES}")
-    value = _parse_json(path.read_bytes(), f"{path} is not valid JSON")
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return value
-
-
-def _parse_json(content: bytes, complaint: str) -> Any:
-    """The value of a JSON text, no key of an object twice; ValueError with the complaint where it is broken."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = {}
-        for key, value in pairs:
-            if key in result:
-                raise ValueError(f"it has {key!r} twice")
-            result[key] = value
-        return result
-
-    try:
-        return json.loads(content, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{complaint} ({error}); fetch or write the file again") from None
 
 
 def save_config(directory: Path | str, config: ModelConfig, dtype: str = "F32") -> None:

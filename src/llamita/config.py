@@ -1,87 +1,17 @@
-"""The shape of a model: `ModelConfig`, its `config.json` in and out, and the presets.
+"""The shape of a model: `ModelConfig`, and its `config.json` in and out.
 
 Field names are the keys of a Hugging Face `config.json`. Knows nothing of tensors, frameworks or files.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-TOO_LARGE = 2**31  # no count in a real model reaches it; a config that does is broken
+from llamita.rope import RopeScaling, check_count, check_number
+
 TOO_MANY_LAYERS = 10_000
 
-RopeType = Literal["linear", "llama3", "yarn"]
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary positions are stretched past the length that a model was first trained on.
-
-    linear: all by `factor` (Chen et al. 2023, arXiv:2306.15595). llama3: long waves by `factor`, short ones not at all,
-    those between gradually (Llama 3.1). yarn: the same idea by the number of turns within the first length, and softer
-    attention (Peng et al. 2023, arXiv:2309.00071). Field names are Hugging Face's.
-    """
-
-    rope_type: RopeType
-    factor: float
-    original_max_position_embeddings: int = 0
-    """The length first trained on; llama3 and yarn."""
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    """What yarn multiplies queries and keys by; by default 0.1 ln(factor) + 1."""
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-    """Round the borders of yarn's ramp to whole pairs."""
-
-    def __post_init__(self) -> None:
-        if self.rope_type not in get_args(RopeType):
-            known = ", ".join(get_args(RopeType))
-            raise ValueError(f"rotary scaling of type {self.rope_type!r} is not supported; Llamita has {known}")
-        for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
-            _check_number(name, getattr(self, name), 0.0)
-        for name in ("attention_factor", "mscale", "mscale_all_dim"):
-            if getattr(self, name) is not None:
-                _check_number(name, getattr(self, name), -math.inf)
-        if self.factor < 1:
-            raise ValueError(f"factor={self.factor!r} of rotary scaling must be at least 1")
-        if self.rope_type != "linear":
-            _check_count("original_max_position_embeddings", self.original_max_position_embeddings)
-        if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(
-                f"high_freq_factor={self.high_freq_factor!r} must be above low_freq_factor={self.low_freq_factor!r}"
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields that this type has, as in a `config.json`."""
-        names = {"linear": (), "llama3": _LLAMA3, "yarn": _YARN}[self.rope_type]
-        values = {name: getattr(self, name) for name in ("rope_type", "factor", *names)}
-        return {name: value for name, value in values.items() if value is not None}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], max_position_embeddings: int) -> "RopeScaling | None":
-        """Read the `rope_scaling` or `rope_parameters` of a `config.json`; None where nothing is scaled."""
-        kind = values.get("rope_type", values.get("type", "default"))
-        if kind == "default":
-            return None
-        if "factor" not in values and kind in get_args(RopeType):
-            raise ValueError(f"the rotary scaling of type {kind!r} in config.json lacks its factor")
-        known = {field.name: values[field.name] for field in fields(cls) if values.get(field.name) is not None}
-        if kind != "linear":
-            known.setdefault("original_max_position_embeddings", max_position_embeddings)
-        return cls(**(known | {"rope_type": kind}))
-
-
-_LLAMA3 = ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
-_YARN = (
-    *("original_max_position_embeddings", "beta_fast", "beta_slow"),
-    *("attention_factor", "mscale", "mscale_all_dim", "truncate"),
-)
 
 
 @dataclass(frozen=True)
@@ -125,7 +55,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         if self.num_hidden_layers > TOO_MANY_LAYERS:
             raise ValueError(
                 f"num_hidden_layers={self.num_hidden_layers} is more than the {TOO_MANY_LAYERS} of any model"
@@ -134,7 +64,7 @@ class ModelConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
         if self.head_dim:
-            _check_count("head_dim", self.head_dim)
+            check_count("head_dim", self.head_dim)
         if self.head_dim == 0:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
@@ -151,9 +81,9 @@ class ModelConfig:
         if self.head_dim <= 0 or self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be positive and even: RoPE rotates pairs of numbers")
         for name in ("rms_norm_eps", "rope_theta"):
-            _check_number(name, getattr(self, name), 0.0)
+            check_number(name, getattr(self, name), 0.0)
         if self.sliding_window:
-            _check_count("sliding_window", self.sliding_window)
+            check_count("sliding_window", self.sliding_window)
         if not 0 <= self.full_attention_layers <= (self.num_hidden_layers if self.sliding_window else 0):
             raise ValueError(
                 f"full_attention_layers={self.full_attention_layers!r} needs a sliding_window, and at most "
@@ -228,7 +158,7 @@ class ModelConfig:
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}; it must describe a Llama-family model")
         for name in _REQUIRED:
-            _check_count(name, values[name])
+            check_count(name, values[name])
         taken = [field.name for field in fields(cls) if field.name not in _DERIVED]
         known = {name: values[name] for name in taken if values.get(name) is not None}
         known.setdefault("num_key_value_heads", values["num_attention_heads"])
@@ -349,84 +279,5 @@ def _token_ids(name: str, value: Any, vocab_size: int) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < TOO_LARGE:
-        raise ValueError(f"{name}={value!r} must be a positive whole number")
-
-
-def _check_number(name: str, value: Any, low: float) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= low:
-        raise ValueError(f"{name}={value!r} must be a finite number above {low:g}")
-
-
 def _nearest_divisor(number: int, near: int) -> int:
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - near), d))
-
-
-def feed_forward_width(hidden_size: int, multiple_of: int) -> int:
-    """Width C of SwiGLU: 8/3 D, as many parameters as a two-matrix layer of 4 D, rounded up (Touvron et al. 2023)."""
-    return -(-(8 * hidden_size // 3) // multiple_of) * multiple_of
-
-
-def _preset(
-    vocab_size: int,
-    width: int,
-    layers: int,
-    heads: int,
-    positions: int,
-    *,
-    hidden: int = 0,
-    multiple_of: int = 32,
-    **more: Any,
-) -> dict[str, Any]:
-    return {
-        "vocab_size": vocab_size,
-        "hidden_size": width,
-        "intermediate_size": hidden or feed_forward_width(width, multiple_of),
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads,
-        "max_position_embeddings": positions,
-    } | more
-
-
-# The fields of a ModelConfig.
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": _preset(1024, 128, 3, 4, 256, hidden=512),
-    "scratch": _preset(4000, 128, 4, 4, 256, hidden=512),
-    "mini-llama": _preset(32000, 256, 6, 8, 512, multiple_of=256),
-    "lillm-39m": _preset(8192, 512, 12, 16, 512, num_key_value_heads=8, tie_word_embeddings=True),
-    "lillm-300m": _preset(8192, 1024, 24, 16, 512, num_key_value_heads=8, tie_word_embeddings=True),
-    "stories-260k": _preset(512, 64, 5, 8, 512, multiple_of=4, num_key_value_heads=4, tie_word_embeddings=True),
-    "stories-15m": _preset(32000, 288, 6, 6, 256, tie_word_embeddings=True),
-    "stories-42m": _preset(32000, 512, 8, 8, 1024, tie_word_embeddings=True),
-    "stories-110m": _preset(32000, 768, 12, 12, 1024, tie_word_embeddings=True),
-    "llama-2-7b": _preset(32000, 4096, 32, 32, 4096, multiple_of=256),
-    "llama-3.2-1b": _preset(
-        128256, 2048, 16, 32, 131072, hidden=8192, num_key_value_heads=8, rope_theta=500000.0,
-        tie_word_embeddings=True, bos_token_id=128000, eos_token_id=128001,
-        rope_scaling=RopeScaling("llama3", 32.0, 8192),
-    ),
-    "qwen2-0.5b": _preset(
-        151936, 896, 24, 14, 131072, hidden=4864, num_key_value_heads=2, rope_theta=1000000.0, rms_norm_eps=1e-6,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=151643, query_key_value_bias=True,
-    ),
-    "qwen3-0.6b": _preset(
-        151936, 1024, 28, 16, 40960, hidden=3072, num_key_value_heads=8, head_dim=128, rope_theta=1000000.0,
-        rms_norm_eps=1e-6, tie_word_embeddings=True, bos_token_id=None, eos_token_id=151645, query_key_norm=True,
-    ),
-}  # fmt: skip
-
-
-def preset(name: str, **changes: Any) -> ModelConfig:
-    """The named shape with some fields changed; ValueError for an unknown name."""
-    if name not in PRESETS:
-        raise ValueError(f"no preset named {name!r}; choose one of {', '.join(PRESETS)}")
-    return replace(ModelConfig(**PRESETS[name]), **_recomputed(name, changes))
-
-
-def _recomputed(name: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """A changed width or head count changes the head size too, unless that is given."""
-    if "head_dim" not in changes and "head_dim" not in PRESETS[name]:
-        changes = changes | {"head_dim": 0}
-    return changes

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llamita import checkpoint
+from llamita import checkpoint, files
 from llamita.cli.generate import harmless, read_prompt
 from llamita.cli.main import main
 from llamita.config import ModelConfig
@@ -34,7 +34,7 @@ CONFIG = ModelConfig(
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "tiny"
-    with checkpoint.atomic_directory(path) as directory:
+    with files.atomic_directory(path) as directory:
         checkpoint.save_tensors(directory, to_host_arrays(build_model(CONFIG, seed=3)))
         checkpoint.save_config(directory, CONFIG)
         train_bpe_from_iterator(["The fox gave the owl a red kite. 🦙 naïve. " * 20], 288).save(directory)

@@ -10,7 +10,8 @@ from llamita.architecture import initialize, parameters
 from llamita.checkpoint import HostArray, save_config, save_tensors
 from llamita.cli.info import fold_layers, short_bytes, short_number
 from llamita.cli.main import main
-from llamita.config import PRESETS, ModelConfig, preset
+from llamita.config import ModelConfig
+from llamita.presets import PRESETS, preset
 
 SMALL = ModelConfig(
     vocab_size=10,

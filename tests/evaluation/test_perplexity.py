@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from llamita.config import preset
 from llamita.evaluation import perplexity
+from llamita.presets import preset
 from llamita.torch_backend import weights
 from llamita.torch_backend.runner import TorchRunner
 from tests import reference

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from llamita.checkpoint import HostArray
-from llamita.config import RopeScaling
 from llamita.formats import checkpoints
 from llamita.formats.foreign import ForeignModel, to_meta_names
+from llamita.rope import RopeScaling
 from tests.formats.helpers import as_pairs, equal, model
 
 SOURCE = Path("model.pt")

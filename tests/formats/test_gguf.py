@@ -11,10 +11,11 @@ from tokenizers import normalizers
 
 from llamita import architecture
 from llamita.checkpoint import HostArray
-from llamita.config import ModelConfig, RopeScaling
+from llamita.config import ModelConfig
 from llamita.data import meadow
 from llamita.formats import gguf, gguf_tokenizer
 from llamita.formats.foreign import ForeignModel
+from llamita.rope import RopeScaling, rotary_frequencies
 from llamita.text import sentencepiece_training
 from llamita.text.bpe import special_tokens, train_bpe_from_iterator
 from llamita.text.huggingface_codec import HuggingFaceCodec
@@ -88,7 +89,7 @@ def test_llama_3s_frequencies_are_divided_as_llama_cpp_does(tmp_path):
     ours = model(**PLAIN, **FAMILIES["llama 3.2"])
     gguf.write_model(tmp_path / "m.gguf", ours)
     factors = next(t.data for t in library.GGUFReader(tmp_path / "m.gguf").tensors if t.name == "rope_freqs.weight")
-    scaled = architecture.rotary_frequencies(ours.config)[0]
+    scaled = rotary_frequencies(ours.config.head_dim, ours.config.rope_theta, ours.config.rope_scaling)[0]
     plain = 500000.0 ** (-np.arange(0, 8, 2) / 8)
     np.testing.assert_allclose(plain / factors, scaled, rtol=1e-6)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llamita import checkpoint
+from llamita import checkpoint, files
 from llamita.config import ModelConfig
 from llamita.inference.llm import LLM
 from llamita.text.bpe import train_bpe_from_iterator
@@ -34,7 +34,7 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokeniz
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
     )
-    with checkpoint.atomic_directory(tmp_path_factory.mktemp("models") / "tiny") as directory:
+    with files.atomic_directory(tmp_path_factory.mktemp("models") / "tiny") as directory:
         checkpoint.save_tensors(directory, to_host_arrays(build_model(config, seed=3)))
         checkpoint.save_config(directory, config)
         tokenizer.save(directory)

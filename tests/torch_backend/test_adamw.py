@@ -8,7 +8,7 @@ import torch
 
 from llamita.torch_backend import adamw
 from llamita.torch_backend.adamw import AdamW, AdamWSettings, adamw_update, clipping_scale, global_norm
-from llamita.torch_backend.model import PackedParameter
+from llamita.torch_backend.packed import PackedParameter
 
 SHAPES = [(40, 16), (7,), (64, 3), (1,)]
 DECAYS = [True, False, True, False]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from llamita import checkpoint
+from llamita import checkpoint, files
 from llamita.torch_backend import weights
 from llamita.torch_backend.kv_cache import KVCache
 from llamita.torch_backend.model import Llama
@@ -197,7 +197,7 @@ def test_what_is_written_names_its_family(tmp_path):
     """Each family's directory, written here, is opened by transformers as that family, with equal logits."""
     for family in ("mistral", "qwen 2", "qwen 3", "llama 3.2"):
         theirs, ours = made_by_transformers(family, tmp_path / family)
-        with checkpoint.atomic_directory(tmp_path / f"{family} again") as directory:
+        with files.atomic_directory(tmp_path / f"{family} again") as directory:
             checkpoint.save_config(directory, ours.config)
             checkpoint.save_tensors(directory, weights.to_host_arrays(ours))
         again, report = transformers.AutoModelForCausalLM.from_pretrained(

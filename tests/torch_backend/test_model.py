@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from llamita import architecture, checkpoint
-from llamita.config import PRESETS, ModelConfig, RopeScaling, preset
+from llamita import architecture, checkpoint, files
+from llamita.config import ModelConfig
+from llamita.presets import PRESETS, preset
+from llamita.rope import RopeScaling
 from llamita.torch_backend import layers, weights
 from llamita.torch_backend.kv_cache import KVCache
 from tests import reference
@@ -38,6 +40,8 @@ def shrunk(name: str, full: bool = False) -> ModelConfig:
         intermediate_size=config.intermediate_size * width // config.hidden_size,
         num_hidden_layers=2,
         vocab_size=config.vocab_size if full else min(1024, config.vocab_size),
+        bos_token_id=None,
+        eos_token_id=None,
     )
 
 
@@ -59,7 +63,7 @@ def random_tokens(config, *shape) -> torch.Tensor:
 
 
 def save(model, directory) -> None:
-    with checkpoint.atomic_directory(directory) as temporary:
+    with files.atomic_directory(directory) as temporary:
         checkpoint.save_config(temporary, model.config)
         checkpoint.save_tensors(temporary, weights.to_host_arrays(model))
 

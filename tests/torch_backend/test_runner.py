@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from llamita import checkpoint
+from llamita import checkpoint, files
 from llamita.config import ModelConfig
 from llamita.plan import Plan, SampledToken, SampleSpec, SamplingParams, ScheduledChunk
 from llamita.torch_backend import runner as runner_module
@@ -33,7 +33,7 @@ def runner() -> TorchRunner:
 
 
 def save_model(directory: Path, config: ModelConfig = CONFIG, dtype: torch.dtype = torch.float32) -> Path:
-    with checkpoint.atomic_directory(directory) as temporary:
+    with files.atomic_directory(directory) as temporary:
         checkpoint.save_tensors(temporary, to_host_arrays(build_model(config, seed=1, dtype=dtype)))
         checkpoint.save_config(temporary, config, {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype])
     return directory

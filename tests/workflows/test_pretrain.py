@@ -159,7 +159,7 @@ def finished(tmp_path_factory, data):
     ("changes", "named"),
     [
         ({"preset": "llama-9"}, "no preset named 'llama-9'; choose one of tiny"),
-        ({"preset": "qwen2-0.5b"}, "query_key_value_bias"),
+        ({"set": (*SMALL, "query_key_norm=true", "mlp_bias=true")}, "mlp_bias=True does not go with query_key_norm"),
         ({"set": ("vocab_size=1000",)}, "vocab_size=1000 does not fit the tokenizer .* 300 tokens"),
         ({"set": (*SMALL, "num_attention_heads=3")}, "hidden_size=16 must be a multiple of num_attention_heads=3"),
         ({"set": ("hiddensize=3",)}, "'hiddensize' is no field of a model"),

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from llamita import checkpoint
+from llamita import checkpoint, files
 from llamita.checkpoint import HostArray
 from llamita.cli.main import main
 from llamita.config import ModelConfig
@@ -83,7 +83,7 @@ def test_nan_is_a_difference():
 
 
 def save(directory, config, arrays):
-    with checkpoint.atomic_directory(directory) as temporary:
+    with files.atomic_directory(directory) as temporary:
         checkpoint.save_config(temporary, config)
         checkpoint.save_tensors(temporary, arrays)
 

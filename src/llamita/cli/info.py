@@ -26,7 +26,8 @@ from llamita.architecture import (
     training_memory,
 )
 from llamita.checkpoint import load_config, resolve_model_directory
-from llamita.config import PRESETS, ModelConfig, preset
+from llamita.config import ModelConfig
+from llamita.presets import PRESETS, preset
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
 LAYER = re.compile(r"(model\.layers\.)(\d+)\.(.+)")

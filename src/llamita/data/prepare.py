@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from llamita.checkpoint import atomic_directory, atomic_write
 from llamita.data.encoding import Encoder, encode_in_order
 from llamita.data.shards import MANIFEST, Manifest, SplitManifest, SplitWriter
 from llamita.data.sources import Source, SourceKind
 from llamita.data.splitting import TRAIN, VALIDATION, HowToSplit, SplitText
 from llamita.data.textfiles import Separator
+from llamita.files import atomic_directory, atomic_write
 from llamita.text.tokenizer import Tokenizer
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from llamita import architecture
 from llamita.architecture import EMBEDDING
 from llamita.checkpoint import HostArray
-from llamita.config import ModelConfig, RopeScaling
+from llamita.config import ModelConfig
 from llamita.formats.foreign import (
     COURSE_LAYER,
     META_LAYER,
@@ -26,6 +26,7 @@ from llamita.formats.foreign import (
     untied_where_different,
     with_numbers,
 )
+from llamita.rope import RopeScaling
 
 MINI_LLAMA_LAYER = {
     "pre_norm": "input_layernorm",

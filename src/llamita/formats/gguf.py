@@ -5,8 +5,6 @@ and keys rotate pairs (2 i, 2 i + 1) there, Qwen's halves. Every length in a fil
 it.
 """
 
-import math
-import struct
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +17,10 @@ from gguf import GGMLQuantizationType as Kind
 from llamita import architecture
 from llamita.architecture import EMBEDDING, OUTPUT_HEAD
 from llamita.checkpoint import HostArray
-from llamita.config import ModelConfig, RopeScaling
-from llamita.formats import gguf_tokenizer
+from llamita.config import ModelConfig
+from llamita.formats import gguf_header, gguf_tokenizer
 from llamita.formats.foreign import ROTATED, ForeignModel, raw, to_halves, to_pairs
+from llamita.rope import RopeScaling, rotary_frequencies
 
 NumberType = Literal["f32", "f16", "bf16", "q8_0"]
 KINDS = {"f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
@@ -45,9 +44,6 @@ ROPE_FACTORS = "rope_freqs.weight"
 # Llama 3.1's and 3.2's scaling, which a file holds as divisors of the frequencies only.
 LLAMA3_SCALINGS = tuple(RopeScaling("llama3", factor, 8192) for factor in (8.0, 32.0, 16.0, 4.0))
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-MAX_COUNT = 10_000_000
-SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-STRING, ARRAY = 8, 9
 
 
 def is_gguf(head: bytes) -> bool:
@@ -56,7 +52,7 @@ def is_gguf(head: bytes) -> bool:
 
 def read_model(path: Path) -> ForeignModel:
     """Read a model with its tokenizer; ValueError, naming the file, where it is broken or of another architecture."""
-    _check_lengths(path)
+    gguf_header.check_lengths(path)
     try:
         reader = gguf.GGUFReader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
@@ -115,8 +111,10 @@ def write_model(path: Path, model: ForeignModel, numbers: NumberType = "f32", na
     if model.tokenizer is not None:
         gguf_tokenizer.write(writer, model.tokenizer, config)
     if scaling is not None and scaling.rope_type == "llama3":
-        plain = architecture.rotary_frequencies(replace(config, rope_scaling=None))[0]
-        writer.add_tensor(ROPE_FACTORS, plain / architecture.rotary_frequencies(config)[0])
+        plain = rotary_frequencies(config.head_dim, config.rope_theta, None)[0]
+        writer.add_tensor(
+            ROPE_FACTORS, plain / rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)[0]
+        )
     for canonical, array in model.arrays.items():
         if family == "llama" and ROTATED.fullmatch(canonical.replace(".bias", ".weight")):
             array = to_pairs(array, config.head_dim)
@@ -198,10 +196,10 @@ def _config(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> ModelCon
 def _with_llama3_scaling(config: ModelConfig, tensor: Any) -> ModelConfig:
     """The config whose scaled frequencies are those of the file."""
     factors = _array(tensor).to_numpy()
-    plain = architecture.rotary_frequencies(config)[0]
+    plain = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)[0]
     for scaling in LLAMA3_SCALINGS:
         scaled = replace(config, rope_scaling=scaling)
-        frequencies = architecture.rotary_frequencies(scaled)[0]
+        frequencies = rotary_frequencies(scaled.head_dim, scaled.rope_theta, scaled.rope_scaling)[0]
         if factors.shape == plain.shape and np.allclose(plain / frequencies, factors, rtol=1e-5):
             return scaled
     raise ValueError(f"{ROPE_FACTORS} holds a scaling of rotary positions other than Llama 3's")
@@ -241,64 +239,3 @@ def _array(tensor: Any) -> HostArray:
         stored = np.ascontiguousarray(tensor.data).reshape(-1).view(np.uint8)
         return HostArray(tensor.tensor_type.name, shape, stored.data)
     return HostArray.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape))
-
-
-def _check_lengths(path: Path) -> None:
-    """Walk through the header: every count and length must lie within the file, before anything trusts it."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-
-        def take(form: str) -> int:
-            content = file.read(struct.calcsize(form))
-            if len(content) < struct.calcsize(form):
-                raise ValueError(f"{path} is truncated: it ends inside its header, at byte {file.tell()}")
-            return int(struct.unpack(form, content)[0]) if form != "<8x" else 0
-
-        def skip(count: int) -> None:
-            if count < 0 or count > size - file.tell():
-                raise ValueError(
-                    f"{path} is truncated or damaged: {count} bytes from byte {file.tell()} on are missing"
-                )
-            file.seek(count, 1)
-
-        def skip_value(kind: int, depth: int = 0) -> None:
-            if kind in SCALAR_BYTES:
-                skip(SCALAR_BYTES[kind])
-            elif kind == STRING:
-                skip(take("<Q"))
-            elif kind == ARRAY and depth == 0:
-                inner, count = take("<I"), take("<Q")
-                if inner in SCALAR_BYTES:
-                    if count > MAX_COUNT:
-                        raise ValueError(f"{path} is damaged: a list of {count} values")
-                    skip(SCALAR_BYTES[inner] * count)
-                else:
-                    for _ in range(min(count, size)):
-                        skip_value(inner, depth + 1)
-            else:
-                raise ValueError(f"{path} is damaged: a value of unknown type {kind}")
-
-        if file.read(4) != b"GGUF" or (version := take("<I")) not in (2, 3):
-            raise ValueError(f"{path} is no GGUF file of version 2 or 3")
-        tensors, pairs = take("<Q"), take("<Q")
-        if tensors > MAX_COUNT or pairs > MAX_COUNT:
-            raise ValueError(f"{path} is damaged: {tensors} tensors and {pairs} settings (version {version})")
-        for _ in range(pairs):
-            skip(take("<Q"))
-            skip_value(take("<I"))
-        furthest = 0
-        for _ in range(tensors):
-            skip(take("<Q"))
-            dimensions = take("<I")
-            if dimensions > 4:
-                raise ValueError(f"{path} is damaged: a tensor of {dimensions} dimensions")
-            shape = [take("<Q") for _ in range(dimensions)]
-            kind, offset = take("<I"), take("<Q")
-            if kind not in list(Kind):
-                raise ValueError(f"{path} is damaged, or newer than Llamita: numbers of type {kind}")
-            block, block_bytes = gguf.GGML_QUANT_SIZES[Kind(kind)]
-            furthest = max(furthest, offset + math.prod(shape) // block * block_bytes)
-        if furthest > size - file.tell():
-            raise ValueError(
-                f"{path} is truncated: its tensors need {furthest} bytes, and {size - file.tell()} are left"
-            )

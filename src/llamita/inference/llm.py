@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamita import checkpoint
+from llamita import checkpoint, files
 from llamita.config import ModelConfig
 from llamita.inference.engine import Engine, Runner
 from llamita.inference.request import FinishReason, Request, SamplingParams, Statistics, TokenEvent
@@ -72,7 +72,7 @@ class LLM:
         FileExistsError where the path exists, unless `overwrite`.
         """
         arrays = self.runner.weights()
-        with checkpoint.atomic_directory(path, overwrite) as directory:
+        with files.atomic_directory(path, overwrite) as directory:
             checkpoint.save_config(directory, self.config, next(iter(arrays.values())).dtype)
             checkpoint.save_tensors(directory, arrays)
             if self.tokenizer is not None:
@@ -141,7 +141,7 @@ def _end_tokens(directory: Path) -> tuple[int, ...]:
     ends = dict.fromkeys(checkpoint.load_config(directory).eos_token_ids)
     file = directory / "generation_config.json"
     if file.is_file():
-        value = checkpoint.read_json(file).get("eos_token_id")
+        value = files.read_json(file).get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(token_id) is int for token_id in ids):
             raise ValueError(f"{file}: eos_token_id={value!r} must be a token id, or several")

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from llamita.checkpoint import HostArray
-from llamita.torch_backend.model import PackedParameter
+from llamita.torch_backend.packed import PackedParameter
 from llamita.torch_backend.weights import host_from_tensor, tensor_from_host
 
 BUCKET_NUMBERS = 256 * 1024

@@ -14,15 +14,14 @@ from torch import Tensor, nn
 
 from llamita import architecture
 from llamita.config import ModelConfig
+from llamita.rope import rotary_frequencies
 from llamita.torch_backend import attention as masks
 from llamita.torch_backend import layers
 from llamita.torch_backend.kv_cache import KVCache
 from llamita.torch_backend.layers import FUSED, Operations
+from llamita.torch_backend.packed import PackedParameter, canonical_names
 
 Trace = Callable[[str, Tensor], None]
-
-# Which canonical linear maps lie in one matrix, one below the other.
-PACKING = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
 
 
 class ModelOutput(NamedTuple):
@@ -167,7 +166,7 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig, operations: Operations = FUSED) -> None:
         super().__init__()
         self.config = config
-        frequencies, self.rope_scale = architecture.rotary_frequencies(config)
+        frequencies, self.rope_scale = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self.frequencies_E = torch.from_numpy(frequencies)
         self.model = Body(config, operations)
         if config.num_labels:
@@ -263,11 +262,11 @@ class Llama(nn.Module):
 
     # --- names and values ---
 
-    def packed_parameters(self) -> Iterator["PackedParameter"]:
+    def packed_parameters(self) -> Iterator[PackedParameter]:
         """Every parameter with the canonical parameters that it holds, in the order of the table."""
         table = {row.name: row for row in architecture.parameters(self.config)}
         for name, parameter in self.named_parameters():
-            rows = [table[part] for part in _canonical_names(name)]
+            rows = [table[part] for part in canonical_names(name)]
             sizes = [row.shape[0] for row in rows]
             assert sum(sizes) == parameter.shape[0], f"{name} is not made of {[row.name for row in rows]}"
             yield PackedParameter(name, parameter, tuple(row.name for row in rows), tuple(sizes), rows[0].weight_decay)
@@ -279,26 +278,3 @@ class Llama(nn.Module):
             for packed in self.packed_parameters()
             for name, view in zip(packed.parts, packed.split(packed.parameter.detach()), strict=True)
         }
-
-
-@dataclass(frozen=True)
-class PackedParameter:
-    """A parameter of the module and the canonical parameters whose rows it stacks (one, where nothing is packed)."""
-
-    name: str
-    parameter: nn.Parameter
-    parts: tuple[str, ...]
-    sizes: tuple[int, ...]
-    weight_decay: bool
-
-    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Views of `tensor`, shaped like the parameter, one for each part."""
-        return tensor.split(self.sizes)
-
-
-def _canonical_names(name: str) -> tuple[str, ...]:
-    for packed, parts in PACKING.items():
-        if f".{packed}." in name:
-            module = packed.rpartition(".")[0]
-            return tuple(name.replace(packed, f"{module}.{part}") for part in parts)
-    return (name,)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamita import checkpoint
+from llamita import files
 
 TIMES = ("seconds", "tokens_per_second", "utilization", "memory_bytes")
 WIDE_RANGE = 4.0  # the ratio of the first losses to the last from which a plot takes logarithms
@@ -60,7 +60,7 @@ def rewind(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop the lines of updates after `step`, and return the objects that stay."""
     kept = [record for record in read_records(path) if record.get("step", 0) <= step]
     if path.is_file():
-        checkpoint.atomic_write(path, "".join(json.dumps(record) + "\n" for record in kept))
+        files.atomic_write(path, "".join(json.dumps(record) + "\n" for record in kept))
     return kept
 
 
@@ -83,7 +83,7 @@ def rewind_samples(path: Path, step: int) -> None:
         if heading and int(heading[1]) > step:
             break
         kept.append(line)
-    checkpoint.atomic_write(path, "".join(kept))
+    files.atomic_write(path, "".join(kept))
 
 
 class SmoothedLoss:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamita import checkpoint
+from llamita import checkpoint, files
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
 
@@ -53,7 +53,7 @@ class RunDirectory:
 
     def update_manifest(self, changes: Mapping[str, Any]) -> None:
         self.manifest |= changes
-        checkpoint.atomic_write(self.file(MANIFEST), json.dumps(self.manifest, indent=2, sort_keys=True) + "\n")
+        files.atomic_write(self.file(MANIFEST), json.dumps(self.manifest, indent=2, sort_keys=True) + "\n")
 
     def checkpoint_path(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
@@ -77,7 +77,7 @@ class RunDirectory:
         """Write a checkpoint and point `last` at it; OSError, in one line, where the disk refuses."""
         path = self.checkpoint_path(step)
         try:
-            with checkpoint.atomic_directory(path, overwrite=True) as directory:
+            with files.atomic_directory(path, overwrite=True) as directory:
                 if tokenizer_directory is not None:
                     shutil.copytree(tokenizer_directory, directory, dirs_exist_ok=True)
                 checkpoint.save_config(directory, config)
@@ -132,7 +132,7 @@ class RunDirectory:
 
     def _load(self, step: int) -> Checkpoint:
         path = self.checkpoint_path(step)
-        state = checkpoint.read_json(path / STATE)
+        state = files.read_json(path / STATE)
         if state.get("format") != FORMAT:
             raise ValueError(f"{STATE} has format {state.get('format')!r}, this version reads {FORMAT}")
         for name, digest in state["files"].items():
@@ -190,7 +190,7 @@ def read_manifest(path: Path | str) -> dict[str, Any]:
     file = Path(path) / MANIFEST
     if not file.is_file():
         raise FileNotFoundError(f"{path} holds no training run ({MANIFEST} is missing)")
-    manifest = checkpoint.read_json(file)
+    manifest = files.read_json(file)
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{file} has format {manifest.get('format')!r}, this version reads {FORMAT}")
     return manifest

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from llamita import checkpoint
+from llamita import checkpoint, files
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
 from llamita.evaluation.perplexity import Forward
@@ -92,7 +92,7 @@ def convert(source: Path, destination: Path, config: ConvertConfig, tools: Tools
         )
     if config.tokenizer_output is not None and model.tokenizer is None:
         raise ValueError(f"{source} has no tokenizer to write to {config.tokenizer_output}; --tokenizer adds one")
-    keep = checkpoint.atomic_directory if config.to == "huggingface" else checkpoint.atomic_file
+    keep = files.atomic_directory if config.to == "huggingface" else files.atomic_file
     with keep(destination, config.overwrite) as temporary:
         _write(temporary, model, config.to, tools, destination.stem)
         again = read_model(temporary, config, tools)[1]
@@ -103,7 +103,7 @@ def convert(source: Path, destination: Path, config: ConvertConfig, tools: Tools
                 f"{TOLERANCES.get(config.to, 0.0):g} that {config.to} allows; nothing was written"
             )
         if config.tokenizer_output is not None and model.tokenizer is not None:
-            with checkpoint.atomic_file(config.tokenizer_output, config.overwrite) as file:
+            with files.atomic_file(config.tokenizer_output, config.overwrite) as file:
                 llama2c_tokenizer.write(file, model.tokenizer)
     return Conversion(kind, model.config, difference, model.tokenizer is not None)
 
@@ -174,6 +174,6 @@ def _read_meta(source: Path, tools: Tools) -> ForeignModel:
     contents = [tools.read_pickle(shard) for shard in shards]
     if not all(isinstance(content, Mapping) for content in contents):
         raise ValueError(f"{source}: consolidated.*.pth must hold a dictionary of arrays each")
-    model = checkpoints.from_meta_shards(source, checkpoint.read_json(source / "params.json"), contents)
+    model = checkpoints.from_meta_shards(source, files.read_json(source / "params.json"), contents)
     tokenizer = source / "tokenizer.model"
     return replace(model, tokenizer=Tokenizer.load(tokenizer)) if tokenizer.is_file() else model

@@ -15,13 +15,14 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from llamita.architecture import InitializationName
-from llamita.config import ModelConfig, preset
+from llamita.config import ModelConfig
 from llamita.data.batches import Batch, BatchIterator, evaluation_batches
 from llamita.data.packing import Rows, RowsConfig
 from llamita.data.shards import Manifest, TokenShards, load_tokenizer
 from llamita.inference.engine import Runner
 from llamita.inference.llm import LLM
 from llamita.plan import SamplingParams
+from llamita.presets import preset
 from llamita.text.tokenizer import Tokenizer
 from llamita.training import loggers, run_directory
 from llamita.training.config import TrainingConfig, take_over

@@ -18,12 +18,13 @@ from rich.padding import Padding
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
 from llamita import architecture
-from llamita.checkpoint import atomic_directory, atomic_write, load_config
+from llamita.checkpoint import load_config
 from llamita.data import meadow
 from llamita.data.prepare import PrepareConfig, prepare
 from llamita.data.shards import Manifest
 from llamita.evaluation import meadow_score
 from llamita.evaluation.perplexity import Forward, score_sequences
+from llamita.files import atomic_directory, atomic_write
 from llamita.inference.engine import Runner
 from llamita.inference.llm import LLM
 from llamita.plan import SamplingParams
