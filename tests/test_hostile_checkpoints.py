@@ -214,6 +214,9 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "config: 9,999 layers": (set_config(num_hidden_layers=9999), "is missing"),
     "config: zero heads": (set_config(num_attention_heads=0), "num_attention_heads=0"),
     "config: heads that do not divide": (set_config(num_attention_heads=5, head_dim="absent"), "num_attention_heads=5"),
+    "config: a huge width that heads do not divide": (
+        set_config(hidden_size=2**31 - 1, head_dim="absent"), "num_attention_heads=4",
+    ),
     "config: a NaN theta": (set_config(rope_theta=float("nan")), "rope_theta=nan"),
     "config: a negative epsilon": (set_config(rms_norm_eps=-1), "rms_norm_eps=-1"),
     "config: a width of text": (set_config(hidden_size="16"), "hidden_size='16'"),

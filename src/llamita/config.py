@@ -3,6 +3,7 @@
 Field names are the keys of a Hugging Face `config.json`. Knows nothing of tensors, frameworks or files.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -280,4 +281,5 @@ def _token_ids(name: str, value: Any, vocab_size: int) -> Any:
 
 
 def _nearest_divisor(number: int, near: int) -> int:
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - near), d))
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]  # a broken config's number is large
+    return min((*small, *(number // d for d in small)), key=lambda d: (abs(d - near), d))

@@ -11,12 +11,15 @@ import inspect
 import os
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from llamita import __version__
 
+PACKAGE = Path(__file__).parents[1]
 TRACEBACK_VARIABLE = "LLAMITA_TRACEBACK"
 USER_MISTAKE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses; the last two are those of shells for signals
 
@@ -46,6 +49,7 @@ VERBS: Mapping[str, Verb] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: those of the process) and return its exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    warnings.showwarning = _note(warnings.showwarning)
     try:
         status = _dispatch(arguments)
         sys.stdout.flush()  # a reader that has gone shows here, not at exit
@@ -204,6 +208,22 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         text = ": ".join([error.strerror, *(str(name) for name in (error.filename, error.filename2) if name)])
     return " ".join(text.split()) or type(error).__name__
+
+
+def _note(show: Callable[..., None]) -> Callable[..., None]:
+    """A way to show warnings in which Llamita's own are one line, told once, without a place in the code."""
+
+    told = set()
+
+    def note(message: Warning | str, category: type[Warning], filename: str, *more: Any) -> None:
+        if category is UserWarning and Path(filename).is_relative_to(PACKAGE):
+            if str(message) not in told:
+                print(f"note: {message}", file=sys.stderr)
+            told.add(str(message))
+        else:
+            show(message, category, filename, *more)
+
+    return note
 
 
 def _fail(message: str) -> int:

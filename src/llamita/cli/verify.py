@@ -13,11 +13,13 @@ class VerifyOptions:
     model: tyro.conf.Positional[Path]
     """A model directory, a training run, or a name on the hub."""
     against: str = "transformers"
-    """transformers: the same directory as transformers runs it; or another directory, run here."""
+    """transformers: the same directory as transformers runs it; another directory, run here; or a GGUF file, as
+    llama.cpp runs it (needs llama-cpp-python; it shows logits alone)."""
     tokens: tuple[int, ...] = ()
     """Token ids to run; fixed random ones where none are given."""
-    tolerance: float = 1e-4
-    """The largest difference allowed, as a share of the largest magnitude at that place."""
+    tolerance: float | None = None
+    """The largest difference allowed, as a share of the largest magnitude at that place; left out: 1e-4, and 1e-2
+    against llama.cpp, which rounds keys and values to half precision."""
 
 
 def run(options: VerifyOptions) -> int:
@@ -29,19 +31,26 @@ def run(options: VerifyOptions) -> int:
 
     model = load_runner(options.model, "float32", "cpu")
     reference: Tracing
+    tolerance = 1e-4
     if options.against == "transformers":
         from llamita.torch_backend.peers import TransformersRunner
 
         reference = TransformersRunner(options.model)
+    elif Path(options.against).is_file():
+        from llamita.formats.llama_cpp import LlamaCppRunner
+
+        reference = LlamaCppRunner(options.against)
+        tolerance = 1e-2
     else:
         reference = load_runner(options.against, "float32", "cpu")
-    result = verify(model, reference, model.config, options.tokens or None, options.tolerance)
+    tolerance = tolerance if options.tolerance is None else options.tolerance
+    result = verify(model, reference, model.config, options.tokens or None, tolerance)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("after", "largest", "mean"):
         table.add_column(title, justify="left" if title == "after" else "right")
     fault = result.first_fault
     for place in result.places:
-        style = "red" if place.largest > options.tolerance else ""
+        style = "red" if place.largest > tolerance else ""
         note = "  <- parts here" if place is fault else ""
         table.add_row(place.name, f"{place.largest:.1e}", f"{place.mean:.1e}{note}", style=style)
     console = Console(highlight=False)
@@ -49,8 +58,8 @@ def run(options: VerifyOptions) -> int:
     unclear = f", {result.unclear} too close to call" if result.unclear else ""
     console.print(f"the likeliest token is the same at {result.same_likeliest} of {result.tokens} positions{unclear}")
     if result.agrees:
-        console.print(f"[green]equal[/] within {options.tolerance:g} of the largest magnitude at each place")
+        console.print(f"[green]equal[/] within {tolerance:g} of the largest magnitude at each place")
         return 0
     where = "in the likeliest tokens" if fault is None else f"at {fault.name}"
-    console.print(f"[red]different[/]: the two part {where}; what comes before agrees within {options.tolerance:g}")
+    console.print(f"[red]different[/]: the two part {where}; what comes before agrees within {tolerance:g}")
     return 1

@@ -63,6 +63,8 @@ def read_model(path: Path) -> ForeignModel:
     if version not in (0, 1, 2):
         raise ValueError(f"{path} is a llama2.c model of version {version}; Llamita reads 0, 1 and 2")
     config = _config(path, head, flags[0] if version else None)
+    if config.num_hidden_layers * config.hidden_size > size:  # the norms alone; before a list of layers is made
+        raise ValueError(f"{path} has {size} bytes, too few for its {config.num_hidden_layers} layers")
     order = list(_order(config, version))
     sizes = [math.prod(shape) for _, shape in order]
     group = struct.unpack("<i", flags[1:])[0] if version == 2 else 0
