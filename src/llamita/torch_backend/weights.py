@@ -16,6 +16,8 @@ from llamita.config import ModelConfig
 from llamita.torch_backend.layers import FUSED, Operations
 from llamita.torch_backend.model import Llama
 
+COPIED_AT_ONCE = 2**22  # numbers
+
 
 def build_model(
     config: ModelConfig,
@@ -65,7 +67,6 @@ def _copy_values(model: Llama, arrays: Iterable[tuple[str, HostArray]]) -> None:
                 array.forget(start * item, (start + len(piece_X)) * item)
 
 
-COPIED_AT_ONCE = 2**22  # numbers
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
