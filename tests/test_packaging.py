@@ -15,7 +15,8 @@ from llamita import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DISTRIBUTIONS = {"mlx": "mlx", "sentencepiece": "sentencepiece"}  # where a module's name is not in the metadata
+# Where a module's name is not in the metadata, or its package need not be installed.
+DISTRIBUTIONS = {"mlx": "mlx", "sentencepiece": "sentencepiece", "llama_cpp": "llama-cpp-python"}
 
 
 def requirement_name(requirement: str) -> str:
