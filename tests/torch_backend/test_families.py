@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from llamita import checkpoint, files
+from llamita.inference.llm import LLM
+from llamita.plan import SamplingParams
 from llamita.torch_backend import weights
 from llamita.torch_backend.kv_cache import KVCache
 from llamita.torch_backend.model import Llama
+from llamita.torch_backend.runner import runner_over
 from tests import reference
 
 transformers = pytest.importorskip("transformers")
@@ -215,3 +218,19 @@ def test_what_is_written_names_its_family(tmp_path):
         assert saved.keys() == original.keys()
         for name, array in saved.items():
             assert np.array_equal(array.to_numpy(), original[name].to_numpy())
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen 2.5, long"])
+def test_a_long_prompt_is_continued_as_by_transformers(family, tmp_path):
+    """A prompt of several chunks, through the engine and a cache that holds a window of it."""
+    theirs, ours = made_by_transformers(family, tmp_path)
+    theirs.generation_config.eos_token_id = None
+    config = dataclasses.replace(ours.config, max_position_embeddings=2048)
+    model = LLM(runner_over(config, weights.to_host_arrays(ours)))
+    prompt = tokens(1, 1200)
+    with torch.inference_mode():
+        all_seen = torch.ones_like(prompt)  # else token 0 would be taken for padding
+        expected = theirs.generate(prompt, attention_mask=all_seen, max_new_tokens=40, do_sample=False, pad_token_id=0)
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    assert list(model.generate(prompt[0].tolist(), params).token_ids) == expected[0, 1200:].tolist()
+    assert [keys.shape[2] for keys in model.runner.cache.keys][-1] == 32 + 511
