@@ -128,4 +128,6 @@ if __name__ == "__main__":
     valid(sys.argv[1], Path(sys.argv[2]) / "warm")  # all that is loaded once is in memory now
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + ROOM,) * 2)
-    fuzz(sys.argv[1], Path(sys.argv[2]), examples=10**7, seconds=SECONDS)
+    stop = time.monotonic() + SECONDS
+    while time.monotonic() < stop:
+        fuzz(sys.argv[1], Path(sys.argv[2]), examples=1000, seconds=stop - time.monotonic())

@@ -69,12 +69,12 @@ class RopeScaling:
         kind = values.get("rope_type", values.get("type", "default"))
         if kind == "default":
             return None
-        if "factor" not in values and kind in get_args(RopeType):
+        if kind in get_args(RopeType) and values.get("factor") is None:
             raise ValueError(f"the rotary scaling of type {kind!r} in config.json lacks its factor")
         known = {field.name: values[field.name] for field in fields(cls) if values.get(field.name) is not None}
         if kind != "linear":
             known.setdefault("original_max_position_embeddings", max_position_embeddings)
-        return cls(**(known | {"rope_type": kind}))
+        return cls(**({"factor": 1.0} | known | {"rope_type": kind}))
 
 
 _LLAMA3 = ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
