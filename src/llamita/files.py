@@ -18,10 +18,7 @@ def atomic_directory(path: Path | str, overwrite: bool = False) -> Iterator[Path
 
     An existing `path` raises FileExistsError before anything is written, unless `overwrite`.
     """
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists already; choose another name, or overwrite it explicitly")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = _destination(path, overwrite)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         temporary.chmod(0o777 & ~_umask())
@@ -66,10 +63,7 @@ def atomic_file(path: Path | str, overwrite: bool = False) -> Iterator[Path]:
 
     An existing `path` raises FileExistsError before anything is written, unless `overwrite`.
     """
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists already; choose another name, or overwrite it explicitly")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = _destination(path, overwrite)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)
@@ -82,6 +76,15 @@ def atomic_file(path: Path | str, overwrite: bool = False) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _destination(path: Path | str, overwrite: bool) -> Path:
+    """The path, its parent directories made; FileExistsError where it exists and may not be replaced."""
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists already; choose another name, or overwrite it explicitly")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _sync(path: Path) -> None:

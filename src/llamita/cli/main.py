@@ -49,7 +49,8 @@ VERBS: Mapping[str, Verb] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: those of the process) and return its exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    warnings.showwarning = _note(warnings.showwarning)
+    show = warnings.showwarning
+    warnings.showwarning = _note(show)
     try:
         status = _dispatch(arguments)
         sys.stdout.flush()  # a reader that has gone shows here, not at exit
@@ -72,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         print("This is a bug in Llamita, not a mistake of yours: please report it with what follows.", file=sys.stderr)
         raise
+    finally:
+        warnings.showwarning = show
 
 
 def _dispatch(arguments: Sequence[str]) -> int:

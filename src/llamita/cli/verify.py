@@ -27,11 +27,11 @@ def run(options: VerifyOptions) -> int:
     from rich.table import Table
 
     from llamita.torch_backend.runner import load_runner
-    from llamita.workflows.verify import Tracing, verify
+    from llamita.workflows.verify import TOLERANCE, Tracing, verify
 
     model = load_runner(options.model, "float32", "cpu")
     reference: Tracing
-    tolerance = 1e-4
+    tolerance = TOLERANCE
     if options.against == "transformers":
         from llamita.torch_backend.peers import TransformersRunner
 
