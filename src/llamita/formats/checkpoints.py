@@ -171,12 +171,11 @@ def from_mini_llama(
 
 
 def _fitted(config: ModelConfig, arrays: Mapping[str, HostArray], source: Path) -> ForeignModel:
-    """The model, its arrays checked and in the order of the table."""
+    """`ForeignModel.in_order`, the source named where it refuses."""
     try:
-        architecture.check_arrays(config, arrays)
+        return ForeignModel.in_order(config, arrays)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    return ForeignModel(config, {row.name: arrays[row.name] for row in architecture.parameters(config)})
 
 
 def _bare(name: str) -> str:

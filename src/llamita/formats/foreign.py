@@ -49,6 +49,14 @@ class ForeignModel:
     arrays: Mapping[str, HostArray]
     tokenizer: Tokenizer | None = None
 
+    @classmethod
+    def in_order(
+        cls, config: ModelConfig, arrays: Mapping[str, HostArray], tokenizer: Tokenizer | None = None
+    ) -> "ForeignModel":
+        """The model with its arrays in the order of the table; ValueError lists those that do not fit the config."""
+        architecture.check_arrays(config, arrays)
+        return cls(config, {row.name: arrays[row.name] for row in architecture.parameters(config)}, tokenizer)
+
 
 def raw(array: HostArray) -> np.ndarray:
     """The numbers of an array in numpy; bfloat16 as the bit patterns that numpy has no type for."""

@@ -14,7 +14,6 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
-from llamita import architecture
 from llamita.architecture import EMBEDDING, OUTPUT_HEAD
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
@@ -69,11 +68,9 @@ def read_model(path: Path) -> ForeignModel:
             if config.family in ("llama", "mistral") and ROTATED.fullmatch(name.replace(".bias", ".weight")):
                 array = to_halves(array, config.head_dim)
             arrays[name] = array
-        architecture.check_arrays(config, arrays)
-        tokenizer = gguf_tokenizer.read(metadata)
+        return ForeignModel.in_order(config, arrays, gguf_tokenizer.read(metadata))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return ForeignModel(config, {row.name: arrays[row.name] for row in architecture.parameters(config)}, tokenizer)
 
 
 def write_model(path: Path, model: ForeignModel, numbers: NumberType = "f32", name: str = "") -> None:

@@ -91,7 +91,7 @@ def read_model(path: Path) -> ForeignModel:
         if "q_proj" in name or "k_proj" in name:
             array = to_halves(array, config.head_dim)
         arrays[name] = array
-    return ForeignModel(config, {row.name: arrays[row.name] for row in parameters(config)})
+    return ForeignModel.in_order(config, arrays)
 
 
 def write_model(path: Path, model: ForeignModel, version: int = 0) -> None:
