@@ -115,6 +115,11 @@ class ModelConfig:
         return 0 if layer < self.full_attention_layers else self.sliding_window
 
     @property
+    def attention_windows(self) -> tuple[int, ...]:
+        """The different windows of the layers, that of full attention (0) first."""
+        return tuple(sorted({self.window(layer) for layer in range(self.num_hidden_layers)}))
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Every id that ends a text; Hugging Face configs give none, one or a list."""
         if self.eos_token_id is None:

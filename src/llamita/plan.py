@@ -6,11 +6,15 @@ tensor, a tokenizer, or why a token was scheduled.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 MAX_SEED = 2**64 - 1
+MAX_CONTINUATIONS = 128
+MAX_TOP_LOGPROBS = 100
 LONGEST_CHUNK = 512
 """Most tokens of a sequence in a step: bounds the memory of a step, and how long it keeps others waiting."""
 
@@ -33,14 +37,36 @@ class SamplingParams:
     """Drop tokens less probable than this share of the most probable one; 0 drops none."""
     repetition_penalty: float = 1.0
     """Logits of tokens already in prompt or output are divided by it (multiplied where negative); 1 changes nothing."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens already in the output."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logits of tokens in the output, once for each time they occur there."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids."""
     seed: int | None = None
     """The same seed gives the same text; without one it is drawn, and reported with the statistics."""
+    n: int = 1
+    """How many continuations of the prompt to draw; the i-th has the seed `seed + i`."""
     max_tokens: int = 256
     """Most tokens to generate."""
+    min_tokens: int = 0
+    """No end-of-sequence token and no stop token before so many tokens; a stop string before them is passed over."""
     stop: tuple[str, ...] = ()
     """Generation ends before the first of these texts."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Generation ends with any of these token ids, whose text is left out."""
     ignore_eos: bool = False
     """Go on past an end-of-sequence token."""
+    top_logprobs: int = 0
+    """Report so many of the most probable tokens at each step, with their log-probabilities."""
+    prompt_logprobs: bool = False
+    """Report the log-probability of each token of the prompt but the first."""
+    json_schema: str = ""
+    """Write only JSON that fits this JSON schema."""
+    regex: str = ""
+    """Write only what this regular expression matches as a whole."""
+    choices: tuple[str, ...] = ()
+    """Write one of these texts."""
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, float, lambda t: t == 0 or t >= 1e-6, "0 (greedy) or a number >= 1e-6")
@@ -49,36 +75,72 @@ class SamplingParams:
         _check("min_p", self.min_p, float, lambda p: 0 <= p <= 1, "a number from 0 (drops no token) to 1")
         allowed = "a number from 0.001 to 1000 (1 changes nothing, above 1 discourages repetition)"
         _check("repetition_penalty", self.repetition_penalty, float, lambda r: 0.001 <= r <= 1000, allowed)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(name, getattr(self, name), float, lambda p: -100 <= p <= 100, "a number from -100 to 100")
         if self.seed is not None:
             _check("seed", self.seed, int, lambda seed: 0 <= seed <= MAX_SEED, "a whole number from 0 to 2^64 - 1")
+        _check("n", self.n, int, lambda n: 1 <= n <= MAX_CONTINUATIONS, f"a whole number from 1 to {MAX_CONTINUATIONS}")
         _check("max_tokens", self.max_tokens, int, lambda n: n >= 1, "a whole number >= 1")
-        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
-            raise ValueError(f"stop={self.stop!r} is not allowed; give a tuple of non-empty strings")
+        allowed = f"a whole number from 0 to max_tokens={self.max_tokens}"
+        _check("min_tokens", self.min_tokens, int, lambda n: 0 <= n <= self.max_tokens, allowed)
+        allowed = f"a whole number from 0 to {MAX_TOP_LOGPROBS}"
+        _check("top_logprobs", self.top_logprobs, int, lambda n: 0 <= n <= MAX_TOP_LOGPROBS, allowed)
+        for token_id, bias in self.logit_bias.items():
+            _check("a token id of logit_bias", token_id, int, lambda i: i >= 0, "a whole number >= 0")
+            _check(f"logit_bias of {token_id}", bias, float, lambda b: abs(b) <= 1e6, "a finite number")
+        for token_id in self.stop_token_ids:
+            _check("a token id of stop_token_ids", token_id, int, lambda i: i >= 0, "a whole number >= 0")
+        for name in ("stop", "choices"):
+            texts = getattr(self, name)
+            if not isinstance(texts, tuple) or not all(isinstance(text, str) and text for text in texts):
+                raise ValueError(f"{name}={texts!r} is not allowed; give a tuple of non-empty strings")
+        if sum(map(bool, (self.json_schema, self.regex, self.choices))) > 1:
+            raise ValueError("more than one of json_schema, regex and choices was given; give one")
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether a grammar says which tokens may come."""
+        return bool(self.json_schema or self.regex or self.choices)
+
+    @property
+    def reads_history(self) -> bool:
+        """Whether the tokens so far change the logits."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """Asks for one token after a chunk. `position` is the sampled token's own absolute position in its sequence."""
+    """Asks for one token. `position` is its own absolute position: it is drawn from the logits of the one before."""
 
     params: SamplingParams
     seed: int
     position: int
-    history: Sequence[int] = ()  # prompt and output so far; read only where repetition_penalty is not 1
+    history: Sequence[int] = ()  # prompt and output so far; read only where `params.reads_history`
+    prompt_length: int = 0  # how many of them are the prompt's
+    banned: tuple[int, ...] = ()  # ids that may not come now
+    allowed: np.ndarray | None = None  # bit i % 32 of int32 word i // 32: whether id i may come; None: all may
 
 
 @dataclass(frozen=True)
 class ScheduledChunk:
-    """Consecutive tokens of one sequence, to be run on top of the `start` tokens of it that the cache already holds."""
+    """Consecutive tokens of one sequence, to be run on top of the `start` tokens of it that the cache already holds.
 
-    request_id: int
+    Position p of the sequence lies in block `tables[g][p // block_size]` of group g (see `CacheLayout`). Blocks of a
+    sliding window that no query of the chunk sees any more may be missing (-1).
+    """
+
+    sequence_id: int
     tokens: tuple[int, ...]
     start: int  # absolute position of tokens[0]
-    sample: SampleSpec | None = None  # None: fill the cache only
+    tables: tuple[np.ndarray, ...] = ()  # int32, a group each
+    samples: tuple[SampleSpec, ...] = ()  # tokens to draw, at positions start + 1 .. end; none: fill the cache only
+    targets: tuple[int, ...] = ()  # what follows tokens[0], tokens[1], ...: their log-probabilities are asked for
 
     def __post_init__(self) -> None:
         assert self.tokens, "a chunk holds at least one token"
         assert self.start >= 0
-        assert self.sample is None or self.sample.position == self.end
+        assert len(self.targets) <= len(self.tokens)
+        assert all(self.start < sample.position <= self.end for sample in self.samples)
 
     @property
     def end(self) -> int:
@@ -87,25 +149,53 @@ class ScheduledChunk:
 
 
 @dataclass(frozen=True)
+class CacheLayout:
+    """How a runner's key/value memory is cut: blocks of so many positions, and so many of them for each group.
+
+    A group is the layers of one attention window, `windows` being the config's `attention_windows`: a sequence has a
+    table of blocks for each, since a sliding window gives blocks back that a full one keeps.
+    """
+
+    block_size: int
+    blocks: int
+    windows: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class BlockCopy:
+    """Asks that a block's contents be copied before the step, since two sequences that shared it part there."""
+
+    group: int
+    source: int
+    target: int
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The work of one step."""
+    """The work of one step: first the copies, then the chunks, all at once."""
 
     chunks: tuple[ScheduledChunk, ...]
+    copies: tuple[BlockCopy, ...] = ()
 
 
 @dataclass(frozen=True)
 class SampledToken:
-    """A token and its natural log-probability under the model itself, before temperature, penalty and truncation."""
+    """A token and its natural log-probability under the model itself, before temperature, penalty and truncation.
+
+    `top` are the most probable tokens with theirs, as many as were asked for, the likeliest first.
+    """
 
     token_id: int
     logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One entry a chunk of the plan, in its order: the sampled token, or None where none was asked for."""
+    """One entry a chunk of the plan, in its order: its sampled tokens, and the log-probabilities of its targets."""
 
-    sampled: tuple[SampledToken | None, ...]
+    sampled: tuple[tuple[SampledToken, ...], ...]
+    target_logprobs: tuple[tuple[float, ...], ...] = ()  # empty where no chunk had targets
 
 
 def _check(name: str, value: Any, kind: type, in_range: Callable[[Any], bool], allowed: str) -> None:

@@ -110,7 +110,7 @@ class Engine:
             raise
         sequence.computed = chunk.end
         decoding = sequence.statistics.generated_tokens > 0
-        events = [sequence.take(token, self._eos) for token in result.sampled if token is not None]
+        events = [sequence.take(token, self._eos) for tokens in result.sampled for token in tokens]
         if sequence.finish_reason is not None:
             self._running = None
         sequence.count(time.perf_counter() - started, self._bytes_read(chunk) if decoding else None)
@@ -138,10 +138,12 @@ class _Sequence:
         """The next tokens to run, at most `most`; a token is asked for after the last one known."""
         tokens = tuple(self.tokens[self.computed : self.computed + most])
         end = self.computed + len(tokens)
-        sample = None
+        samples: tuple[SampleSpec, ...] = ()
         if end == len(self.tokens):
-            sample = SampleSpec(self.request.params, self.statistics.seed, end, self.tokens)
-        return ScheduledChunk(self.request.id, tokens, self.computed, sample)
+            samples = (
+                SampleSpec(self.request.params, self.statistics.seed, end, self.tokens, len(self.request.prompt)),
+            )
+        return ScheduledChunk(self.request.id, tokens, self.computed, samples=samples)
 
     def take(self, token: SampledToken, eos_token_ids: Collection[int]) -> TokenEvent:
         """Take in a sampled token: its text as far as it is certain, and whether it ends the request."""

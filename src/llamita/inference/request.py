@@ -11,33 +11,45 @@ from llamita.plan import MAX_SEED, SamplingParams
 
 __all__ = ["MAX_SEED", "FinishReason", "Request", "SamplingParams", "Statistics", "TokenEvent"]
 
-FinishReason = Literal["stop", "length"]
-"""`stop`: an end-of-sequence token or a stop string came; `length`: max_tokens or the model's positions ran out."""
+FinishReason = Literal["stop", "length", "error"]
+"""`stop`: an end-of-sequence token, a stop token or a stop string came, or what was asked to be written is complete;
+`length`: max_tokens, the model's positions or the memory ran out; `error`: the step failed, or the request was refused
+by what it asked for."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt as token ids, and how to go on from it."""
+    """A prompt as token ids, and how to go on from it.
+
+    Requests are served in the order of their arrival; each unit of `priority` moves a request back as if it had come
+    one request later (and a negative one forward), so that none waits for ever.
+    """
 
     id: int
     prompt: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
+    priority: int = 0
 
 
 @dataclass
 class Statistics:
-    """Counts and times of one request; seconds are wall-clock time inside the runner and the engine's own steps.
+    """Counts and times of one continuation; seconds are wall-clock time of the engine's steps that it took part in.
 
     The first generated token comes out of prefill, so decode accounts for one token less than were generated.
     """
 
     seed: int
     prompt_tokens: int
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    preemptions: int = 0  # how often it gave its memory to others and began again
+    queue_seconds: float = 0.0  # from its arrival to its first step
     generated_tokens: int = 0
     decode_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    decode_bytes: int = 0  # weights and cached keys and values that the decode steps had to read
+    decode_bytes: int = 0  # weights and its own cached keys and values that the decode steps had to read
+    drafted_tokens: int = 0  # proposed by speculative decoding
+    accepted_tokens: int = 0  # of those, the tokens that the model gave too
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -57,15 +69,20 @@ class Statistics:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One generated token, with the text that became certain through it.
+    """One generated token of one continuation, with the text that became certain through it.
 
     `text` may be empty (half a character, the start of a stop string) or reach back further than this token. The last
-    event of a request has a `finish_reason`; the texts of all its events together are its output.
+    event of a continuation has a `finish_reason`; the texts of all its events together are its output. Where that is
+    "error", there is no token (None) and `error` says what happened.
     """
 
     request_id: int
-    token_id: int
+    token_id: int | None
     logprob: float  # natural, under the model's own distribution
     text: str
     statistics: Statistics
     finish_reason: FinishReason | None = None
+    index: int = 0  # which of the request's `n` continuations
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    prompt_logprobs: tuple[float, ...] = ()  # with the first event, where asked for: of prompt tokens 1, 2, ...
+    error: str = ""

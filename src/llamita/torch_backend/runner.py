@@ -88,7 +88,7 @@ class TorchRunner:
             )
         return {name: x.float().cpu().numpy() for name, x in {**captured, "logits": logits_BTV}.items()}
 
-    def _run_chunk(self, chunk: ScheduledChunk) -> SampledToken | None:
+    def _run_chunk(self, chunk: ScheduledChunk) -> tuple[SampledToken, ...]:
         self.cache.truncate(chunk.start)
         tokens_1T = torch.tensor([chunk.tokens], device=self.device)
         logits_1V: Tensor | None
@@ -96,8 +96,8 @@ class TorchRunner:
             with fast_single_row(self.device, self.dtype):
                 logits_1V = decode_one_token(self.model, self.cache, tokens_1T)
         else:
-            logits_1V = prefill(self.model, self.cache, tokens_1T, with_logits=chunk.sample is not None)
-        return None if chunk.sample is None or logits_1V is None else sample(logits_1V, [chunk.sample])[0]
+            logits_1V = prefill(self.model, self.cache, tokens_1T, with_logits=bool(chunk.samples))
+        return () if not chunk.samples or logits_1V is None else tuple(sample(logits_1V, chunk.samples))
 
     def _new_cache(self, capacity: int) -> KVCache:
         return KVCache(self.config, 1, capacity, self.dtype, self.device)
