@@ -19,7 +19,7 @@ from llamita.config import ModelConfig
 from llamita.plan import Plan, SampledToken, ScheduledChunk, StepResult
 from llamita.torch_backend.kv_cache import KVCache
 from llamita.torch_backend.model import Llama
-from llamita.torch_backend.sampling import sample
+from llamita.torch_backend.sampling import Sampler
 from llamita.torch_backend.weights import build_model, to_host_arrays
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,6 +38,7 @@ class TorchRunner:
         weight = model.output_weight_VD
         self.dtype, self.device = weight.dtype, weight.device
         self.cache = self._new_cache(1)
+        self.sampler = Sampler(self.config.vocab_size, self.device)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         if (
             weight is not model.model.embed_tokens.weight
@@ -97,7 +98,10 @@ class TorchRunner:
                 logits_1V = decode_one_token(self.model, self.cache, tokens_1T)
         else:
             logits_1V = prefill(self.model, self.cache, tokens_1T, with_logits=bool(chunk.samples))
-        return () if not chunk.samples or logits_1V is None else tuple(sample(logits_1V, chunk.samples))
+        if not chunk.samples or logits_1V is None:
+            return ()
+        logits_RV = logits_1V.expand(len(chunk.samples), -1)
+        return tuple(self.sampler.sample(logits_RV, chunk.samples, [chunk.sequence_id] * len(chunk.samples)))
 
     def _new_cache(self, capacity: int) -> KVCache:
         return KVCache(self.config, 1, capacity, self.dtype, self.device)
