@@ -24,10 +24,10 @@ COMPILED_KEPT = 64
 WHITESPACE = r"[ \n]?[ ]{0,16}"
 """What may stand between the parts of a JSON text: a model that may write blanks without end sometimes does."""
 LIMITS = LLParserLimits(
-    initial_lexer_fuel=1_000_000,  # about 20 ms of building
-    step_lexer_fuel=100_000,  # about 10 ms in a step
+    initial_lexer_fuel=200_000,  # building, and the first mask of, the worst expression takes some 0.2 s
+    step_lexer_fuel=100_000,  # a step 10 to 30 ms
     step_max_items=20_000,
-    max_lexer_states=20_000,  # some 40 MB
+    max_lexer_states=20_000,  # up to 2 kB each
     max_grammar_size=100_000,
     verbose_errors=False,
 )
@@ -52,7 +52,7 @@ class Matcher:
 
     def accept(self, token_id: int) -> None:
         """Go on by a token. Raises ValueError where it may not come; the matcher is then where it was."""
-        if not 0 <= token_id < self._vocabulary.size or self._matcher.try_consume_tokens([token_id]) != 1:
+        if not 0 <= token_id < self._vocabulary.model_size or self._matcher.try_consume_tokens([token_id]) != 1:
             raise ValueError(self.error or f"token {token_id} may not come here: the grammar of the request forbids it")
 
     def rollback(self, count: int) -> None:
@@ -68,7 +68,11 @@ class Matcher:
     @property
     def error(self) -> str:
         """Why the grammar can be followed no further, in a line; empty where all is well."""
-        return f"the grammar cannot be followed further: {_line(self._matcher)}" if self._matcher.is_error() else ""
+        return (
+            f"the grammar cannot be followed further: {_line(self._matcher.get_error())}"
+            if self._matcher.is_error()
+            else ""
+        )
 
 
 def fill(matchers: Sequence[Matcher]) -> list[np.ndarray]:
@@ -114,10 +118,13 @@ class Grammars:
 
     def _compile(self, kind: str, asked: str | tuple[str, ...]) -> LLMatcher:
         matcher = LLMatcher(self._vocabulary.tokenizer, _grammar(kind, asked), log_level=0, limits=LIMITS)
-        if not matcher.is_error():  # much is built only when it is needed: find out now what it costs
-            matcher.compute_bitmask()
-        if matcher.is_error():
-            raise ValueError(f"{kind} is not supported: {_line(matcher)}")
+        trial = matcher
+        if not matcher.is_error():  # much is built only when it is needed: find out now whether a token can be taken
+            mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+            trial = matcher.deep_copy()
+            trial.consume_token(int(np.unpackbits(mask, bitorder="little").argmax()))
+        if trial.is_error():
+            raise ValueError(f"{kind} is not supported: {_line(trial.get_error())}")
         return matcher
 
 
@@ -129,16 +136,16 @@ class Vocabulary:
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Collection[int]) -> None:
-        self._ours, self._vocab_size = tokenizer, vocab_size
+        self.model_size, self._ours = vocab_size, tokenizer
         self._eos = sorted(eos for eos in set(eos_token_ids) if 0 <= eos < vocab_size)
         self.size = vocab_size if self._eos else vocab_size + 1
         self.words = (self.size + 31) // 32
 
     @functools.cached_property
     def tokenizer(self) -> LLTokenizer:
-        known = min(self._ours.vocab_size, self._vocab_size)
+        known = min(self._ours.vocab_size, self.model_size)
         tokens = [self._ours.token_bytes(i) for i in range(known)] + [b""] * (self.size - known)
-        ends = self._eos or [self._vocab_size]
+        ends = self._eos or [self.model_size]
         for token_id in ends:
             tokens[token_id] = b""
         source = _Source(self._ours, tokens, ends[0])
@@ -148,9 +155,9 @@ class Vocabulary:
     def cut(self, words_RW: np.ndarray) -> np.ndarray:
         """Masks of the model's ids alone."""
         if not self._eos:
-            words_RW = words_RW[:, : (self._vocab_size + 31) // 32]
-            if self._vocab_size % 32:
-                words_RW[:, -1] &= np.int32((1 << (self._vocab_size % 32)) - 1)
+            words_RW = words_RW[:, : (self.model_size + 31) // 32]
+            if self.model_size % 32:
+                words_RW[:, -1] &= np.int32((1 << (self.model_size % 32)) - 1)
         return words_RW
 
 
@@ -188,12 +195,19 @@ def _grammar(kind: str, asked: str | tuple[str, ...]) -> str:
         raise ValueError(f"{kind} holds a lone surrogate, which no text can hold")
     if kind == "json_schema":
         _check_schema(texts[0])
-        options = {"whitespace_pattern": WHITESPACE, "whitespace_flexible": True, "lenient": False}
-        return LLMatcher.grammar_from_json_schema(texts[0], overrides=options)
-    if kind == "regex":
-        return LLMatcher.grammar_from_regex(texts[0])
-    alternatives = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
-    return LLMatcher.grammar_from_lark(f"start: {alternatives}")
+        try:
+            return LLMatcher.grammar_from_json_schema(
+                texts[0], overrides={"whitespace_pattern": WHITESPACE, "whitespace_flexible": True, "lenient": False}
+            )
+        except ValueError as fault:
+            raise ValueError(f"json_schema is not supported: {_line(str(fault))}") from None
+    # An expression of all choices rather than a rule of the grammar for each: thousands of them stay cheap.
+    return LLMatcher.grammar_from_regex(texts[0] if kind == "regex" else "|".join(map(_literal, texts)))
+
+
+def _literal(text: str) -> str:
+    """A regular expression for this text alone."""
+    return "".join("\\" + letter if letter in r"\.+*?()|[]{}^$#&-~" else letter for letter in text)
 
 
 def _check_schema(text: str) -> None:
@@ -207,6 +221,8 @@ def _check_schema(text: str) -> None:
         raise ValueError(f"json_schema must be a JSON object, not {type(schema).__name__}; {{}} allows any JSON")
 
 
-def _line(matcher: LLMatcher) -> str:
-    """The library's message as one line of moderate length."""
-    return " ".join(matcher.get_error().split())[:300]
+def _line(message: str) -> str:
+    """What the library says, as one line of moderate length without a picture of the place."""
+    lines = [line.strip() for line in message.splitlines()] or [""]
+    reason = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
+    return "no text fits it" if reason == "NoExtensionBias" else reason[:300]
