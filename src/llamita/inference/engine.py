@@ -18,7 +18,7 @@ from llamita.inference.request import Request, TokenEvent
 from llamita.inference.scheduler import Scheduled, Scheduler
 from llamita.inference.sequence import Continuation
 from llamita.inference.structured import Grammars, fill
-from llamita.plan import CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult
+from llamita.plan import BlockCopy, CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult
 from llamita.text.tokenizer import Tokenizer
 
 
@@ -28,7 +28,10 @@ class Runner(Protocol):
     config: ModelConfig
     weight_bytes: int  # read to decode one token
     kv_bytes_per_token: int  # read for every earlier position to decode one token
-    cache_budget: int  # bytes that keys and values may take where nothing else is said
+
+    @property
+    def cache_budget(self) -> int:
+        """Bytes that keys and values may take where nothing else is said."""
 
     def weights(self) -> Mapping[str, HostArray]: ...
 
@@ -47,8 +50,8 @@ class Drafter(Protocol):
     def propose(self, wanted: Sequence[tuple[Continuation, int]]) -> list[list[int]]:
         """At most so many tokens for each sequence."""
 
-    def observe(self, plan: Plan) -> None:
-        """Be shown what is about to be run."""
+    def prepare(self, copies: Sequence[BlockCopy], reading: Sequence[ScheduledChunk]) -> None:
+        """Be shown what is about to be copied and read of prompts, before `propose`."""
 
 
 class Engine:
@@ -129,7 +132,7 @@ class Engine:
                 limit=limit,
                 end_tokens=self._eos,
                 tokenizer=self._tokenizer,
-                matcher=grammars and grammars.matcher(params),
+                matcher=None if grammars is None else grammars.matcher(params),
             )
             for index in range(params.n)
         )
@@ -153,11 +156,9 @@ class Engine:
         if not scheduled:
             return events
         try:
-            chunks = self._chunks(scheduled)
-            plan = Plan(tuple(chunks), self.manager.copies())
-            if self._drafter is not None:
-                self._drafter.observe(plan)
-            result = self._runner.run(plan, self._memory)
+            copies = self.manager.copies()
+            chunks = self._chunks(scheduled, copies)
+            result = self._runner.run(Plan(tuple(chunks), copies), self._memory)
         except Exception as error:
             return events + [event for one in scheduled for event in self._fail(one.sequence, error)]
         except BaseException:
@@ -171,12 +172,13 @@ class Engine:
             events += self._take(one.sequence, chunk, result.sampled[number], scores)
         return events
 
-    def _chunks(self, scheduled: Sequence[Scheduled]) -> list[ScheduledChunk]:
+    def _chunks(self, scheduled: Sequence[Scheduled], copies: Sequence[BlockCopy]) -> list[ScheduledChunk]:
         """What the runner is to run: known tokens, guesses, and what may come after them."""
         drafts: dict[int, list[int]] = {}
-        wanted = [(one.sequence, one.drafts) for one in scheduled if one.drafts]
-        if wanted and self._drafter is not None:
-            proposed = self._drafter.propose(wanted)
+        if self._drafter is not None:
+            self._drafter.prepare(copies, [one.sequence.chunk(one.count) for one in scheduled if not one.is_decoding])
+            wanted = [(one.sequence, one.drafts) for one in scheduled if one.drafts]
+            proposed = self._drafter.propose(wanted) if wanted else []
             drafts = {sequence.id: tokens for (sequence, _), tokens in zip(wanted, proposed, strict=True)}
         constrained = [one.sequence for one in scheduled if one.sequence.matcher is not None]
         masks = fill([sequence.matcher for sequence in constrained if sequence.matcher is not None])

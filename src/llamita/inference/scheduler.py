@@ -3,7 +3,8 @@
 Continuous batching: sequences join and leave between steps. Every decoding sequence advances at every step; what is
 left of a step's budget of tokens goes to prompts, in chunks, so that a long prompt never stalls the others. Sequences
 are served in a fixed order, that of arrival unless priorities change it. Where memory runs out, the last in that order
-gives its blocks back and begins again later (preemption by recomputation), so the first always gets on. Knows no tensor.
+gives its blocks back and begins again later (preemption by recomputation), so the first always gets on. Knows no
+tensor.
 """
 
 import bisect
@@ -22,6 +23,7 @@ class Scheduled:
     sequence: Continuation
     count: int
     drafts: int = 0
+    is_decoding: bool = False
 
 
 class Scheduler:
@@ -61,7 +63,7 @@ class Scheduler:
                 continue
             if not sequence.is_decoding:
                 budget -= count
-            scheduled.append(Scheduled(sequence, count, room))
+            scheduled.append(Scheduled(sequence, count, room, sequence.is_decoding))
         while budget and self.waiting and self._admit(self.waiting[0]):
             sequence = self.waiting.pop(0)
             bisect.insort(self.running, sequence, key=_order)

@@ -19,7 +19,7 @@ from torch import Tensor
 from llamita import architecture, checkpoint
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
-from llamita.plan import CacheLayout, Plan, ScheduledChunk, StepResult
+from llamita.plan import CacheLayout, Plan, SampledToken, SampleSpec, ScheduledChunk, StepResult
 from llamita.torch_backend.kv_cache import EXACT_ROWS, PagedKVCache, PagedStep
 from llamita.torch_backend.model import Llama
 from llamita.torch_backend.sampling import Sampler
@@ -87,6 +87,8 @@ class TorchRunner:
     def run(self, plan: Plan, memory: TorchMemory) -> StepResult:
         """Run every chunk at once, sample the tokens and score the targets that they ask for."""
         memory.cache.copy(plan.copies)
+        if not plan.chunks:
+            return StepResult(())
         order = sorted(range(len(plan.chunks)), key=lambda i: len(plan.chunks[i].tokens) > 1)  # single tokens first
         chunks = [plan.chunks[i] for i in order]
         step = memory.cache.step(chunks, self.exact)
@@ -102,9 +104,14 @@ class TorchRunner:
             tuple(scores[places[number]] for number in range(len(order))) if scores else (),
         )
 
-    def _sample(self, chunks: Sequence[ScheduledChunk], hidden_TD: Tensor, sampler: Sampler) -> list[tuple]:
+    def _sample(
+        self, chunks: Sequence[ScheduledChunk], hidden_TD: Tensor, sampler: Sampler
+    ) -> list[tuple[SampledToken, ...]]:
         """The tokens that each chunk asks for, all drawn in one pass."""
-        rows, specs, ids, begin = [], [], [], 0
+        rows: list[int] = []
+        specs: list[SampleSpec] = []
+        ids: list[int] = []
+        begin = 0
         for chunk in chunks:
             rows += [begin + sample.position - 1 - chunk.start for sample in chunk.samples]
             specs += chunk.samples
