@@ -20,9 +20,11 @@ from llamita.torch_backend.noise import GumbelNoise, stream_keys
 from llamita.torch_backend.token_counts import CountedRow, TokenCounts
 
 DROPPED = -math.inf
-CPU_BLOCK = 1 << 18
-"""Float64 scores taken at a time on a CPU: what its cache holds. A device takes BLOCK of them."""
+CPU_BLOCK = 1 << 16
+"""Float64 scores taken at a time on a CPU, so that they stay in its cache. A device takes BLOCK of them."""
 BLOCK = 1 << 25
+LIKELIEST = 1024
+"""On a CPU, top-p first looks for its nucleus among so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Columns:
         self.temperature_R1, self.top_k_R1, self.top_p_R1, self.min_p_R1 = columns[:4]
         self.repetition_R1, self.frequency_R1, self.presence_R1 = columns[4:]
         self.largest_k = max(each.top_k for each in params)
+        self.any_repetition = any(each.repetition_penalty != 1 for each in params)
+        self.any_output_penalty = any(each.frequency_penalty or each.presence_penalty for each in params)
         self.any_top_p, self.any_min_p = any(each.top_p < 1 for each in params), any(each.min_p > 0 for each in params)
 
 
@@ -190,10 +194,12 @@ def penalize(scores_RV: Tensor, seen_RV: Tensor, outputs_RV: Tensor, columns: Co
     transformers). Then, as OpenAI's API defines them, over the output alone: the frequency penalty is subtracted once
     for each occurrence, the presence penalty once.
     """
-    penalty_RV = torch.where(seen_RV, columns.repetition_R1, 1.0)
-    scores_RV = torch.where(scores_RV > 0, scores_RV / penalty_RV, scores_RV * penalty_RV)
-    scores_RV -= columns.frequency_R1 * outputs_RV
-    return scores_RV.sub_(columns.presence_R1 * (outputs_RV > 0))
+    if columns.any_repetition:
+        penalty_RV = torch.where(seen_RV, columns.repetition_R1, 1.0)
+        scores_RV = torch.where(scores_RV > 0, scores_RV / penalty_RV, scores_RV * penalty_RV)
+    if columns.any_output_penalty:
+        scores_RV = scores_RV - columns.frequency_R1 * outputs_RV - columns.presence_R1 * (outputs_RV > 0)
+    return scores_RV
 
 
 def unpack_bits(words_RW: Tensor, size: int) -> Tensor:
@@ -229,20 +235,34 @@ def keep_top_p(scores_RV: Tensor, p_R1: Tensor) -> Tensor:
     Of equally probable tokens at the border, those with the smaller ids stay (Holtzman et al. 2019, arXiv:1904.09751).
     """
     probabilities_RV = scores_RV.softmax(dim=-1)
-    candidates_RC = probabilities_RV
     if scores_RV.device.type == "cpu":
-        # All tokens rarer than (1 - p) / 2V together weigh less than 1 - p: the nucleus is among the others, the C
-        # candidates, and only those are sorted. Elsewhere the host would have to wait for their number.
-        common_RV = (probabilities_RV >= (1 - p_R1) / (2 * scores_RV.shape[-1])) & (p_R1 < 1)
-        candidates_C = common_RV.any(dim=0).nonzero().squeeze(1)
-        candidates_RC = probabilities_RV[:, candidates_C]
-    sorted_RC, order_RC = candidates_RC.sort(dim=-1, descending=True, stable=True)
+        kept_RV = torch.zeros_like(probabilities_RV, dtype=torch.bool)
+        for row, p in enumerate(p_R1.flatten().tolist()):
+            if p < 1:
+                candidates_C = nucleus_candidates(probabilities_RV[row], p)
+                kept_1C = nucleus(probabilities_RV[row, candidates_C].unsqueeze(0), p_R1[row : row + 1])
+                kept_RV[row, candidates_C] = kept_1C[0]
+    else:  # the host would have to wait for the number of candidates
+        kept_RV = nucleus(probabilities_RV, p_R1)
+    return scores_RV.masked_fill(~kept_RV & (p_R1 < 1), DROPPED)
+
+
+def nucleus(probabilities_RC: Tensor, p_R1: Tensor) -> Tensor:
+    """Bool [R, C]: whether a token is needed, the most probable first, to reach the mass p."""
+    sorted_RC, order_RC = probabilities_RC.sort(dim=-1, descending=True, stable=True)
     kept_RC = torch.ones_like(sorted_RC, dtype=torch.bool)
     kept_RC[:, 1:] = sorted_RC.cumsum(dim=-1)[:, :-1] < p_R1  # the tokens before it do not suffice
-    kept_RV = kept_RC.scatter(1, order_RC, kept_RC)
-    if scores_RV.device.type == "cpu":
-        kept_RV = torch.zeros_like(common_RV).index_copy(1, candidates_C, kept_RV)
-    return scores_RV.masked_fill(~kept_RV & (p_R1 < 1), DROPPED)
+    return kept_RC.scatter(1, order_RC, kept_RC)
+
+
+def nucleus_candidates(probabilities_V: Tensor, p: float) -> Tensor:
+    """Ids, in order, among which the nucleus is; the fewer, the less there is to sort."""
+    size = probabilities_V.shape[0]
+    candidates_C = (probabilities_V >= probabilities_V.topk(min(LIKELIEST, size)).values[-1]).nonzero().squeeze(1)
+    if probabilities_V[candidates_C].sum() < p + 1e-9:
+        # All tokens rarer than (1 - p) / 2V together weigh less than 1 - p.
+        candidates_C = (probabilities_V >= (1 - p) / (2 * size)).nonzero().squeeze(1)
+    return candidates_C
 
 
 def drop_below_min_p(scores_RV: Tensor, min_p_R1: Tensor) -> Tensor:
