@@ -101,7 +101,7 @@ def test_values_at_the_border_are_taken(values: dict) -> None:
 @pytest.mark.parametrize("values", [{"regex": "a", "choices": ("b",)}, {"regex": "a", "json_schema": "{}"}])
 def test_one_form_of_the_output_can_be_asked_for(values: dict) -> None:
     assert all(SamplingParams(**{field: value}).is_constrained for field, value in values.items())
-    with pytest.raises(ValueError, match="^more than one of json_schema, regex and choices was given; give one$"):
+    with pytest.raises(ValueError, match=r"^more than one of json_schema, regex and choices was given; give one$"):
         SamplingParams(**values)
 
 

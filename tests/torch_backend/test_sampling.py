@@ -148,6 +148,20 @@ def test_renumbering_the_tokens_renumbers_the_distribution(data: st.DataObject, 
     np.testing.assert_allclose(distribution(logits[order], params), distribution(logits, params)[order], atol=1e-12)
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.2, 1.0, 3.0])
+def test_the_nucleus_of_a_large_vocabulary_is_that_of_sorting_all_of_it(spread: float) -> None:
+    logits_RV = np.random.default_rng(2).normal(0, spread, (3, 20_000)).round(1).astype(np.float32)  # with many ties
+    params = [SamplingParams(top_p=p) for p in (0.1, 0.6, 0.97)]
+    for got, logits_V, each in zip(distributions(logits_RV, params), logits_RV, params, strict=True):
+        share = np.exp(logits_V.astype(float) - logits_V.max())
+        order = np.argsort(-share, kind="stable")
+        before = np.cumsum(share[order] / share.sum()) - share[order] / share.sum()
+        needed = order[before < each.top_p]
+        assert abs(len(needed) - (got > 0).sum()) <= 1  # a sum in another order may differ in its last digits
+        kept = np.flatnonzero(got)
+        assert set(needed[: len(kept)].tolist()) == set(kept.tolist()) or set(kept[:-1]) <= set(needed)
+
+
 def test_of_equal_tokens_the_nucleus_keeps_the_first() -> None:
     assert (distribution(np.zeros(8, np.float32), SamplingParams(top_p=0.5)) > 0).tolist() == [True] * 4 + [False] * 4
 

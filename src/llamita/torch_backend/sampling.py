@@ -24,7 +24,7 @@ CPU_BLOCK = 1 << 16
 """Float64 scores taken at a time on a CPU, so that they stay in its cache. A device takes BLOCK of them."""
 BLOCK = 1 << 25
 LIKELIEST = 1024
-"""On a CPU, top-p first looks for its nucleus among so many tokens."""
+"""On a CPU, top-p looks for its nucleus among so many tokens before it sorts many more."""
 
 
 @dataclass(frozen=True)
@@ -128,13 +128,23 @@ class Sampler:
                 if steps.truncated:
                     scores_RV = truncate(scores_RV, columns)
                 keys = stream_keys([spec.seed for spec in specs], [spec.position for spec in specs])
-                ids_R1 = scores_RV.add_(self._noise.rows(self._to_device(keys))).argmax(dim=-1, keepdim=True)
+                ids_R1 = self._draw(scores_RV, self._to_device(keys), few=steps.truncated)
         parts = [ids_R1, logprobs_RV.gather(1, ids_R1), best_R1]
         wanted = min(max(spec.params.top_logprobs for spec in specs), self.vocab_size)
         if wanted:
             likeliest = logprobs_RV.topk(wanted, dim=-1)
             parts.append(torch.stack([likeliest.indices.double(), likeliest.values.double()], dim=-1).flatten(1))
         return torch.cat([part.double() for part in parts], dim=1)
+
+    def _draw(self, scores_RV: Tensor, keys_R2: Tensor, few: bool) -> Tensor:
+        """Ids [R, 1] drawn from softmax(scores). `few`: many are dropped; on a CPU they get no noise."""
+        if few and self.device.type == "cpu":
+            ids_C = (scores_RV != DROPPED).any(dim=0).nonzero().squeeze(1)
+            if not len(ids_C):  # nothing may come: the caller says so
+                return torch.zeros(len(scores_RV), 1, dtype=torch.int64)
+            noise_RC = self._noise.rows(keys_R2, ids_C)
+            return ids_C[noise_RC.add_(scores_RV[:, ids_C]).argmax(dim=-1, keepdim=True)]
+        return self._noise.rows(keys_R2).add_(scores_RV).argmax(dim=-1, keepdim=True)
 
     def _score(
         self, scores_RV: Tensor, specs: Sequence[SampleSpec], columns: Columns, counts: Sequence[CountedRow]
@@ -257,11 +267,12 @@ def nucleus(probabilities_RC: Tensor, p_R1: Tensor) -> Tensor:
 
 def nucleus_candidates(probabilities_V: Tensor, p: float) -> Tensor:
     """Ids, in order, among which the nucleus is; the fewer, the less there is to sort."""
-    size = probabilities_V.shape[0]
-    candidates_C = (probabilities_V >= probabilities_V.topk(min(LIKELIEST, size)).values[-1]).nonzero().squeeze(1)
-    if probabilities_V[candidates_C].sum() < p + 1e-9:
-        # All tokens rarer than (1 - p) / 2V together weigh less than 1 - p.
-        candidates_C = (probabilities_V >= (1 - p) / (2 * size)).nonzero().squeeze(1)
+    # All tokens rarer than (1 - p) / 2V together weigh less than 1 - p.
+    candidates_C = (probabilities_V >= (1 - p) / (2 * len(probabilities_V))).nonzero().squeeze(1)
+    if len(candidates_C) > 4 * LIKELIEST:
+        likely_V = probabilities_V >= probabilities_V.topk(LIKELIEST).values[-1]
+        if probabilities_V[likely_V].sum() > p + 1e-9:
+            candidates_C = likely_V.nonzero().squeeze(1)
     return candidates_C
 
 
