@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from llamita.plan import SampledToken, SampleSpec, SamplingParams
-from llamita.torch_backend import sampling
+from llamita.torch_backend import sampling, token_counts
 from llamita.torch_backend.noise import GumbelNoise, stream_keys
 from llamita.torch_backend.sampling import Columns, Sampler, penalize, truncate, unpack_bits
 
@@ -304,6 +304,15 @@ def test_a_row_gets_the_same_token_alone_and_in_any_batch(dtype: torch.dtype, mo
     assert together * 3 == sampler.sample(logits_RV.repeat(3, 1), specs * 3, range(21))
 
 
+def test_rows_may_share_their_logits_and_lie_anywhere_in_memory() -> None:
+    wide = torch.randn(SIZE, 3, generator=torch.Generator().manual_seed(4))
+    specs = [SampleSpec(SamplingParams(logit_bias={3: 1.0}), row, 9, banned=(1, 2)) for row in range(3)]
+    for logits_RV in (wide[:, 0].expand(3, SIZE), wide.T, wide.double().T):
+        assert Sampler(SIZE).sample(logits_RV, specs, [5] * 3) == Sampler(SIZE).sample(
+            logits_RV.clone(), specs, range(3)
+        )
+
+
 def greedy(logits: list[list[float]], *specs: SampleSpec) -> list[int]:
     tokens = Sampler(len(logits[0])).sample(torch.tensor(logits), specs, range(len(specs)))
     return [token.token_id for token in tokens]
@@ -455,8 +464,10 @@ def test_penalties_are_right_whatever_became_of_the_sequences(data: st.DataObjec
 def test_what_a_long_history_costs_is_its_new_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler, history = Sampler(50), list(np.random.default_rng(3).integers(0, 50, 3000).tolist())
     moved: list[int] = []
-    plain = sampling.to_device
-    monkeypatch.setattr(sampling, "to_device", lambda array, device: moved.append(array.size) or plain(array, device))
+    plain = token_counts.to_device
+    monkeypatch.setattr(
+        token_counts, "to_device", lambda array, device: moved.append(array.size) or plain(array, device)
+    )
     params, logits_RV = SamplingParams(presence_penalty=1.0), torch.zeros(4, 50)
     for step in range(4):
         moved.clear()

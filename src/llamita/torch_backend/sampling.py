@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llamita.plan import SampledToken, SampleSpec, SamplingParams
 from llamita.torch_backend.noise import GumbelNoise, stream_keys
-from llamita.torch_backend.token_counts import CountedRow, TokenCounts
+from llamita.torch_backend.token_counts import CountedRow, TokenCounts, to_device
 
 DROPPED = -math.inf
 CPU_BLOCK = 1 << 16
@@ -71,7 +71,7 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device | str = "cpu") -> None:
         self.vocab_size, self.device = vocab_size, torch.device(device)
         self._noise = GumbelNoise(vocab_size, device)
-        self._counts = TokenCounts(vocab_size, self._to_device)
+        self._counts = TokenCounts(vocab_size, self.device)
 
     @torch.inference_mode()
     def sample(self, logits_RV: Tensor, specs: Sequence[SampleSpec], sequence_ids: Sequence[int]) -> list[SampledToken]:
@@ -120,7 +120,9 @@ class Sampler:
             best_R1, ids_R1 = logits_RV.max(dim=-1, keepdim=True)
         else:
             columns = Columns([spec.params for spec in specs], self.device)
-            scores_RV = self._score(logits_RV.to(torch.float64, copy=True), specs, columns, counts)
+            scores_RV = self._score(
+                logits_RV.to(torch.float64, copy=True, memory_format=torch.contiguous_format), specs, columns, counts
+            )
             best_R1, ids_R1 = scores_RV.max(dim=-1, keepdim=True)
             if not steps.greedy:
                 # Subtracting the largest changes no probability and keeps tiny temperatures from overflowing.
@@ -176,14 +178,6 @@ class Sampler:
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return to_device(array, self.device)
-
-
-def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
-    """A host array on a device, without waiting for what that is doing."""
-    tensor = torch.from_numpy(array)
-    if torch.device(device).type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def _unpack(values: list[float], top_logprobs: int) -> SampledToken:
