@@ -5,12 +5,17 @@ import math
 import pytest
 
 from llamita.inference.request import MAX_SEED, SamplingParams
+from llamita.plan import MAX_CONTINUATIONS, MAX_TOP_LOGPROBS
 
 
 def test_the_defaults_are_plain_sampling() -> None:
     params = SamplingParams()
     assert (params.temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty) == (1, 0, 1, 0, 1)
-    assert (params.seed, params.stop, params.ignore_eos) == (None, (), False)
+    assert (params.presence_penalty, params.frequency_penalty, params.logit_bias) == (0, 0, {})
+    assert (params.seed, params.n, params.stop, params.stop_token_ids, params.ignore_eos) == (None, 1, (), (), False)
+    assert (params.min_tokens, params.top_logprobs, params.prompt_logprobs) == (0, 0, False)
+    assert not params.is_constrained
+    assert not params.reads_history
 
 
 @pytest.mark.parametrize(
@@ -32,11 +37,34 @@ def test_the_defaults_are_plain_sampling() -> None:
         ("min_p", 1.5, "from 0"),
         ("repetition_penalty", 0, "from 0.001 to 1000"),
         ("repetition_penalty", 10**400, "from 0.001 to 1000"),
+        ("presence_penalty", 101, "from -100 to 100"),
+        ("presence_penalty", math.nan, "from -100 to 100"),
+        ("frequency_penalty", -100.5, "from -100 to 100"),
+        ("frequency_penalty", "1", "from -100 to 100"),
+        ("logit_bias", {-1: 1.0}, "a whole number >= 0"),
+        ("logit_bias", {"7": 1.0}, "a whole number >= 0"),
+        ("logit_bias", {True: 1.0}, "a whole number >= 0"),
+        ("logit_bias", {7: math.nan}, "a finite number"),
+        ("logit_bias", {7: -math.inf}, "a finite number"),
+        ("logit_bias", {7: "1"}, "a finite number"),
         ("seed", -1, "from 0 to 2^64 - 1"),
         ("seed", MAX_SEED + 1, "from 0 to 2^64 - 1"),
         ("seed", True, "from 0 to 2^64 - 1"),
         ("max_tokens", 0, ">= 1"),
         ("max_tokens", "5", ">= 1"),
+        ("max_tokens", True, ">= 1"),
+        ("n", 0, f"from 1 to {MAX_CONTINUATIONS}"),
+        ("n", 10**6, f"from 1 to {MAX_CONTINUATIONS}"),
+        ("n", 1.0, f"from 1 to {MAX_CONTINUATIONS}"),
+        ("min_tokens", -1, "from 0 to max_tokens=256"),
+        ("min_tokens", 257, "from 0 to max_tokens=256"),
+        ("top_logprobs", -1, f"from 0 to {MAX_TOP_LOGPROBS}"),
+        ("top_logprobs", 10**6, f"from 0 to {MAX_TOP_LOGPROBS}"),
+        ("stop_token_ids", (-1,), "a whole number >= 0"),
+        ("stop_token_ids", ("a",), "a whole number >= 0"),
+        ("choices", "yes", "tuple of non-empty strings"),
+        ("choices", ("yes", ""), "tuple of non-empty strings"),
+        ("choices", ["yes"], "tuple of non-empty strings"),
         ("stop", "end", "tuple of non-empty strings"),
         ("stop", ("",), "tuple of non-empty strings"),
         ("stop", (b"x",), "tuple of non-empty strings"),
@@ -59,7 +87,24 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(field: str, value: o
         {"seed": MAX_SEED},
         {"max_tokens": 2**63},
         {"stop": ("a", "b")},
+        {"presence_penalty": -100, "frequency_penalty": 100},
+        {"logit_bias": {0: -1e6, 5: 1e6}},
+        {"n": MAX_CONTINUATIONS, "top_logprobs": MAX_TOP_LOGPROBS, "min_tokens": 256},
+        {"stop_token_ids": (0, 10**9)},
+        {"choices": ("yes", "no")},
     ],
 )
 def test_values_at_the_border_are_taken(values: dict) -> None:
     assert SamplingParams(**values)
+
+
+@pytest.mark.parametrize("values", [{"regex": "a", "choices": ("b",)}, {"regex": "a", "json_schema": "{}"}])
+def test_one_form_of_the_output_can_be_asked_for(values: dict) -> None:
+    assert all(SamplingParams(**{field: value}).is_constrained for field, value in values.items())
+    with pytest.raises(ValueError, match=r"^more than one of json_schema, regex and choices was given; give one$"):
+        SamplingParams(**values)
+
+
+@pytest.mark.parametrize("field", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
+def test_what_reads_the_history_says_so(field: str) -> None:
+    assert SamplingParams(**{field: 0.5}).reads_history

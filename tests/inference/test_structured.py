@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from llamita.inference.detokenizer import IncrementalDetokenizer
 from llamita.inference.structured import Grammars, Matcher, fill
-from llamita.plan import SamplingParams
+from llamita.plan import SampleSpec, SamplingParams
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.sentencepiece_training import train as train_sentencepiece
 from llamita.text.tokenizer import Tokenizer
+from llamita.torch_backend.sampling import Sampler
 from tests.inference.conftest import TEXT
 
 JSON_TEXT = ' {"name": "Anna", "age": 12, "tags": ["x", null, true]}, -3.5e10 [[1, 2], {}] "é🦙" \\" \\n' * 30
@@ -339,3 +341,33 @@ def test_hostile_grammars_that_compile_stay_bounded_or_end_with_an_error(
             return
         if matcher.is_complete or not ids:
             return
+
+
+def test_masks_hold_a_sampler_to_their_grammars_beside_a_request_without_one(
+    grammars: Grammars, tok: Tokenizer
+) -> None:
+    """With a model that says anything: batched over several grammars, sampled and greedy."""
+    forms = [
+        SamplingParams(json_schema=json.dumps(PERSON), temperature=1.5),
+        SamplingParams(regex="[a-c]{3,9}é", top_p=0.5),
+        SamplingParams(choices=("The fox", "owl"), temperature=0, logit_bias={tok.eos_id: -5.0}),
+        SamplingParams(),
+    ]
+    size, texts = tok.vocab_size + 37, [b""] * 4
+    sampler, model = Sampler(size), torch.Generator().manual_seed(2)
+    matchers = {row: grammars.matcher(params) for row, params in enumerate(forms) if params.is_constrained}
+    for position in range(300):
+        open_rows = [row for row, matcher in matchers.items() if not matcher.is_complete]
+        masks = dict(zip(open_rows, fill([matchers[row] for row in open_rows]), strict=True))
+        rows = [*open_rows, 3]
+        specs = [SampleSpec(forms[row], row, position, allowed=masks.get(row)) for row in rows]
+        for row, token in zip(
+            rows, sampler.sample(torch.randn(len(rows), size, generator=model), specs, rows), strict=True
+        ):
+            if row in matchers:
+                matchers[row].accept(token.token_id)
+                texts[row] += tok.token_bytes(token.token_id)
+    assert all(matcher.is_complete for matcher in matchers.values())
+    assert is_person(json.loads(texts[0]))
+    assert re.fullmatch("[a-c]{3,9}é", texts[1].decode())
+    assert texts[2].decode() in ("The fox", "owl")

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from llamita.plan import SampledToken, SampleSpec, SamplingParams
 from llamita.torch_backend.noise import GumbelNoise, stream_keys
-from llamita.torch_backend.token_counts import CountedRow, TokenCounts
+from llamita.torch_backend.token_counts import CountedRow, TokenCounts, to_device
 
 DROPPED = -math.inf
-CPU_BLOCK = 1 << 18
-"""Float64 scores taken at a time on a CPU: what its cache holds. A device takes BLOCK of them."""
+CPU_BLOCK = 1 << 16
+"""Float64 scores taken at a time on a CPU, so that they stay in its cache. A device takes BLOCK of them."""
 BLOCK = 1 << 25
+LIKELIEST = 1024
+"""On a CPU, top-p looks for its nucleus among so many tokens before it sorts many more."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Columns:
         self.temperature_R1, self.top_k_R1, self.top_p_R1, self.min_p_R1 = columns[:4]
         self.repetition_R1, self.frequency_R1, self.presence_R1 = columns[4:]
         self.largest_k = max(each.top_k for each in params)
+        self.any_repetition = any(each.repetition_penalty != 1 for each in params)
+        self.any_output_penalty = any(each.frequency_penalty or each.presence_penalty for each in params)
         self.any_top_p, self.any_min_p = any(each.top_p < 1 for each in params), any(each.min_p > 0 for each in params)
 
 
@@ -67,7 +71,7 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device | str = "cpu") -> None:
         self.vocab_size, self.device = vocab_size, torch.device(device)
         self._noise = GumbelNoise(vocab_size, device)
-        self._counts = TokenCounts(vocab_size, self._to_device)
+        self._counts = TokenCounts(vocab_size, self.device)
 
     @torch.inference_mode()
     def sample(self, logits_RV: Tensor, specs: Sequence[SampleSpec], sequence_ids: Sequence[int]) -> list[SampledToken]:
@@ -116,7 +120,9 @@ class Sampler:
             best_R1, ids_R1 = logits_RV.max(dim=-1, keepdim=True)
         else:
             columns = Columns([spec.params for spec in specs], self.device)
-            scores_RV = self._score(logits_RV.to(torch.float64, copy=True), specs, columns, counts)
+            scores_RV = self._score(
+                logits_RV.to(torch.float64, copy=True, memory_format=torch.contiguous_format), specs, columns, counts
+            )
             best_R1, ids_R1 = scores_RV.max(dim=-1, keepdim=True)
             if not steps.greedy:
                 # Subtracting the largest changes no probability and keeps tiny temperatures from overflowing.
@@ -124,13 +130,23 @@ class Sampler:
                 if steps.truncated:
                     scores_RV = truncate(scores_RV, columns)
                 keys = stream_keys([spec.seed for spec in specs], [spec.position for spec in specs])
-                ids_R1 = scores_RV.add_(self._noise.rows(self._to_device(keys))).argmax(dim=-1, keepdim=True)
+                ids_R1 = self._draw(scores_RV, self._to_device(keys), few=steps.truncated)
         parts = [ids_R1, logprobs_RV.gather(1, ids_R1), best_R1]
         wanted = min(max(spec.params.top_logprobs for spec in specs), self.vocab_size)
         if wanted:
             likeliest = logprobs_RV.topk(wanted, dim=-1)
             parts.append(torch.stack([likeliest.indices.double(), likeliest.values.double()], dim=-1).flatten(1))
         return torch.cat([part.double() for part in parts], dim=1)
+
+    def _draw(self, scores_RV: Tensor, keys_R2: Tensor, few: bool) -> Tensor:
+        """Ids [R, 1] drawn from softmax(scores). `few`: many are dropped; on a CPU they get no noise."""
+        if few and self.device.type == "cpu":
+            ids_C = (scores_RV != DROPPED).any(dim=0).nonzero().squeeze(1)
+            if not len(ids_C):  # nothing may come: the caller says so
+                return torch.zeros(len(scores_RV), 1, dtype=torch.int64)
+            noise_RC = self._noise.rows(keys_R2, ids_C)
+            return ids_C[noise_RC.add_(scores_RV[:, ids_C]).argmax(dim=-1, keepdim=True)]
+        return self._noise.rows(keys_R2).add_(scores_RV).argmax(dim=-1, keepdim=True)
 
     def _score(
         self, scores_RV: Tensor, specs: Sequence[SampleSpec], columns: Columns, counts: Sequence[CountedRow]
@@ -164,14 +180,6 @@ class Sampler:
         return to_device(array, self.device)
 
 
-def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
-    """A host array on a device, without waiting for what that is doing."""
-    tensor = torch.from_numpy(array)
-    if torch.device(device).type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
 def _unpack(values: list[float], top_logprobs: int) -> SampledToken:
     token_id, logprob, score, *likeliest = values
     if score == DROPPED and not math.isnan(logprob):
@@ -190,10 +198,12 @@ def penalize(scores_RV: Tensor, seen_RV: Tensor, outputs_RV: Tensor, columns: Co
     transformers). Then, as OpenAI's API defines them, over the output alone: the frequency penalty is subtracted once
     for each occurrence, the presence penalty once.
     """
-    penalty_RV = torch.where(seen_RV, columns.repetition_R1, 1.0)
-    scores_RV = torch.where(scores_RV > 0, scores_RV / penalty_RV, scores_RV * penalty_RV)
-    scores_RV -= columns.frequency_R1 * outputs_RV
-    return scores_RV.sub_(columns.presence_R1 * (outputs_RV > 0))
+    if columns.any_repetition:
+        penalty_RV = torch.where(seen_RV, columns.repetition_R1, 1.0)
+        scores_RV = torch.where(scores_RV > 0, scores_RV / penalty_RV, scores_RV * penalty_RV)
+    if columns.any_output_penalty:
+        scores_RV = scores_RV - columns.frequency_R1 * outputs_RV - columns.presence_R1 * (outputs_RV > 0)
+    return scores_RV
 
 
 def unpack_bits(words_RW: Tensor, size: int) -> Tensor:
@@ -229,20 +239,35 @@ def keep_top_p(scores_RV: Tensor, p_R1: Tensor) -> Tensor:
     Of equally probable tokens at the border, those with the smaller ids stay (Holtzman et al. 2019, arXiv:1904.09751).
     """
     probabilities_RV = scores_RV.softmax(dim=-1)
-    candidates_RC = probabilities_RV
     if scores_RV.device.type == "cpu":
-        # All tokens rarer than (1 - p) / 2V together weigh less than 1 - p: the nucleus is among the others, the C
-        # candidates, and only those are sorted. Elsewhere the host would have to wait for their number.
-        common_RV = (probabilities_RV >= (1 - p_R1) / (2 * scores_RV.shape[-1])) & (p_R1 < 1)
-        candidates_C = common_RV.any(dim=0).nonzero().squeeze(1)
-        candidates_RC = probabilities_RV[:, candidates_C]
-    sorted_RC, order_RC = candidates_RC.sort(dim=-1, descending=True, stable=True)
+        kept_RV = torch.zeros_like(probabilities_RV, dtype=torch.bool)
+        for row, p in enumerate(p_R1.flatten().tolist()):
+            if p < 1:
+                candidates_C = nucleus_candidates(probabilities_RV[row], p)
+                kept_1C = nucleus(probabilities_RV[row, candidates_C].unsqueeze(0), p_R1[row : row + 1])
+                kept_RV[row, candidates_C] = kept_1C[0]
+    else:  # the host would have to wait for the number of candidates
+        kept_RV = nucleus(probabilities_RV, p_R1)
+    return scores_RV.masked_fill(~kept_RV & (p_R1 < 1), DROPPED)
+
+
+def nucleus(probabilities_RC: Tensor, p_R1: Tensor) -> Tensor:
+    """Bool [R, C]: whether a token is needed, the most probable first, to reach the mass p."""
+    sorted_RC, order_RC = probabilities_RC.sort(dim=-1, descending=True, stable=True)
     kept_RC = torch.ones_like(sorted_RC, dtype=torch.bool)
     kept_RC[:, 1:] = sorted_RC.cumsum(dim=-1)[:, :-1] < p_R1  # the tokens before it do not suffice
-    kept_RV = kept_RC.scatter(1, order_RC, kept_RC)
-    if scores_RV.device.type == "cpu":
-        kept_RV = torch.zeros_like(common_RV).index_copy(1, candidates_C, kept_RV)
-    return scores_RV.masked_fill(~kept_RV & (p_R1 < 1), DROPPED)
+    return kept_RC.scatter(1, order_RC, kept_RC)
+
+
+def nucleus_candidates(probabilities_V: Tensor, p: float) -> Tensor:
+    """Ids, in order, among which the nucleus is; the fewer, the less there is to sort."""
+    # All tokens rarer than (1 - p) / 2V together weigh less than 1 - p.
+    candidates_C = (probabilities_V >= (1 - p) / (2 * len(probabilities_V))).nonzero().squeeze(1)
+    if len(candidates_C) > 4 * LIKELIEST:
+        likely_V = probabilities_V >= probabilities_V.topk(LIKELIEST).values[-1]
+        if probabilities_V[likely_V].sum() > p + 1e-9:
+            candidates_C = likely_V.nonzero().squeeze(1)
+    return candidates_C
 
 
 def drop_below_min_p(scores_RV: Tensor, min_p_R1: Tensor) -> Tensor:

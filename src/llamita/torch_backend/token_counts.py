@@ -5,7 +5,7 @@ counts are those of the history that comes with a call: they are carried on only
 counted last, and made anew otherwise. Knows nothing of penalties.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,13 +35,10 @@ class CountedRow:
 
 
 class TokenCounts:
-    """A table with a row of counts for each sequence of the last call.
+    """A table with a row of counts for each sequence of the last call."""
 
-    `to_device` brings an array of the host to the table's device.
-    """
-
-    def __init__(self, vocab_size: int, to_device: Callable[[np.ndarray], Tensor]) -> None:
-        self._vocab_size, self._to_device = vocab_size, to_device
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size, self._device = vocab_size, device
         self._known: dict[Hashable, _Counted] = {}
         self._free: list[int] = []
         self._table_SV = self._zeros(0)
@@ -105,7 +102,7 @@ class TokenCounts:
         for (row, _), ids in zip(tokens, arrays, strict=True):
             assert not len(ids) or (ids.min() >= 0 and ids.max() < self._vocab_size), "a token outside the vocabulary"
             ids += row * self._vocab_size
-        return self._to_device(np.concatenate(arrays) if arrays else np.zeros(0, np.int64))
+        return to_device(np.concatenate(arrays) if arrays else np.zeros(0, np.int64), self._device)
 
     def _make_room(self, count: int) -> None:
         if not self._known:  # give the memory of a past crowd back
@@ -117,12 +114,19 @@ class TokenCounts:
             self._free.extend(range(size, size + grown))
 
     def _zeros(self, rows: int) -> Tensor:
-        device = self._to_device(np.zeros(0, np.int64)).device
-        return torch.zeros(rows, self._vocab_size, dtype=torch.int32, device=device)
+        return torch.zeros(rows, self._vocab_size, dtype=torch.int32, device=self._device)
 
     def _indices(self, numbers: list[int]) -> Tensor:
-        return self._to_device(np.array(numbers, dtype=np.int64))
+        return to_device(np.array(numbers, dtype=np.int64), self._device)
 
 
 def _continues(tokens: list[int], start: list[int]) -> bool:
     return tokens[: len(start)] == start
+
+
+def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
+    """A host array on a device, without waiting for what that is doing."""
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
