@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 from unicodedata import category
 
 import tyro
@@ -18,6 +18,9 @@ import tyro
 from llamita.inference.request import Statistics
 from llamita.plan import SamplingParams
 from llamita.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llamita.inference.llm import LLM
 
 INTERRUPTED = 130  # the exit status of shells for Ctrl-C
 
@@ -35,6 +38,12 @@ class GenerateOptions:
     """The text to continue; - reads it from standard input, and so does a pipe. Nothing: start a new text."""
     prompt_tokens: tuple[int, ...] = ()
     """The prompt as token ids, taken as they are: no BOS token is put before them."""
+    input: Path | None = None
+    """A file of prompts: a JSON object a line with prompt, prompt_tokens or messages, an id, sampling parameters."""
+    output: Path | None = None
+    """The file of answers for --input, a line each as they end; the same command goes on with one that was cut off."""
+    template: str | None = None
+    """The chat template for messages in --input, where the model has none: chatml, r0 or plain."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
     echo: bool = True
     """Print the prompt before its continuation."""
@@ -50,10 +59,14 @@ def run(options: GenerateOptions) -> int:
     from llamita.inference.llm import LLM
     from llamita.torch_backend.runner import load_runner
 
+    if options.input is not None or options.output is not None:
+        return _run_file(options)
     if options.prompt is not None and options.prompt_tokens:
         raise ValueError("both a prompt and --prompt-tokens were given; give one of them")
     prompt: str | tuple[int, ...] = options.prompt_tokens or read_prompt(options.prompt, sys.stdin)
     llm = LLM.load(options.model, partial(load_runner, dtype=options.dtype, device=options.device))
+    if options.sampling.n > 1:
+        return _run_several(llm, prompt, options)
     events = llm.events(prompt, options.sampling)
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows a question mark
         if hasattr(stream, "reconfigure"):
@@ -65,6 +78,8 @@ def run(options: GenerateOptions) -> int:
     try:
         for event in events:
             last = event
+            if event.finish_reason == "error":
+                raise ValueError(event.error)
             print(f" {event.token_id}" if llm.tokenizer is None else shape(event.text), end="", flush=True)
     except KeyboardInterrupt:
         status = INTERRUPTED
@@ -72,6 +87,34 @@ def run(options: GenerateOptions) -> int:
     if options.statistics and last is not None:
         print(report(last.statistics, last.finish_reason or "interrupted"), file=sys.stderr)
     return status
+
+
+def _run_file(options: GenerateOptions) -> int:
+    from llamita.cli.generate_batch import run_batch
+    from llamita.inference.llm import LLM
+    from llamita.torch_backend.runner import load_runner
+
+    if options.input is None or options.output is None:
+        raise ValueError("--input and --output go together: a file of prompts, and the file for the answers")
+    if options.prompt is not None or options.prompt_tokens:
+        raise ValueError("both --input and a prompt were given; give one of them")
+    if not options.input.is_file():
+        raise FileNotFoundError(f"there is no file {options.input}")
+    llm = LLM.load(options.model, partial(load_runner, dtype=options.dtype, device=options.device))
+    return run_batch(llm, options.model, options.input, options.output, options.sampling, options.template)
+
+
+def _run_several(llm: "LLM", prompt: str | tuple[int, ...], options: GenerateOptions) -> int:
+    """Print `n` continuations, one after the other with an empty line between."""
+    shape = harmless if sys.stdout.isatty() else str
+    start = (prompt if isinstance(prompt, str) else shown(prompt, llm.tokenizer)) if options.echo else ""
+    found = llm.generate(prompt, options.sampling).continuations
+    texts = [each.text if llm.tokenizer else " " + " ".join(map(str, each.token_ids)) for each in found]
+    print("\n\n".join(start + shape(text) for text in texts), flush=True)
+    if options.statistics:
+        for each in found:
+            print(report(each.statistics, each.finish_reason), file=sys.stderr)
+    return 0
 
 
 def read_prompt(given: str | None, stdin: TextIO) -> str:

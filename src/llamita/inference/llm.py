@@ -45,7 +45,7 @@ class LLM:
         self.runner = runner
         self.tokenizer = tokenizer
         self.engine = Engine(runner, tokenizer, eos_token_ids)
-        self._shared = SharedEngine(self.engine)
+        self.shared = SharedEngine(self.engine)
         self._ids = itertools.count()
 
     @classmethod
@@ -112,9 +112,9 @@ class LLM:
         """
         requests = self._requests(prompts, params)
         if many.is_one(prompts):
-            return next(many.as_finished(self._shared, requests))[1]
+            return next(many.as_finished(self.shared, requests))[1]
         found: list[Generation | None] = [None] * len(requests)
-        finished = many.as_finished(self._shared, requests)
+        finished = many.as_finished(self.shared, requests)
         for index, generation in many.with_bar(finished, len(requests)) if progress else finished:
             found[index] = generation
         return [generation for generation in found if generation is not None]
@@ -125,14 +125,17 @@ class LLM:
             raise ValueError(f"n={params.n} texts cannot be one stream; read events(), which carry an index")
         return _texts(self.events(prompt, params))
 
-    def events(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
+    def events(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, background: bool = False
+    ) -> Iterator[TokenEvent]:
         """Continue the prompt and yield an event for every token. Closing the iterator ends the request.
 
         A prompt that cannot be served raises ValueError here, before the first event is asked for. A continuation that
-        fails under way ends with an event whose finish reason is "error".
+        fails under way ends with an event whose finish reason is "error". `background` has a worker thread do the
+        steps, so that Ctrl-C ends the waiting at once and never a step in its midst.
         """
         [request] = self._requests([prompt], params)
-        return many.follow(self._shared, request)
+        return (many.follow_in_background if background else many.follow)(self.shared, request)
 
     @overload
     async def generate_async(  # type: ignore[overload-overlap]
@@ -147,7 +150,7 @@ class LLM:
     ) -> Generation | list[Generation]:
         """`generate` for asyncio: what many tasks ask for at once is served together."""
         requests = await asyncio.to_thread(self._requests, prompts, params)
-        found = await async_llm.gather(self._shared, requests)
+        found = await async_llm.gather(self.shared, requests)
         return found[0] if many.is_one(prompts) else found
 
     async def stream_async(
@@ -158,13 +161,13 @@ class LLM:
         A reader that is more than `buffer` events behind is given up with RuntimeError, so that it cannot fill memory.
         """
         [request] = await asyncio.to_thread(self._requests, [prompt], params)
-        async with contextlib.aclosing(async_llm.follow(self._shared, request, buffer)) as events:
+        async with contextlib.aclosing(async_llm.follow(self.shared, request, buffer)) as events:
             async for event in events:
                 yield event
 
     def close(self) -> None:
         """End what is open, and the thread that serves asyncio. A model that is let go of needs no closing."""
-        self._shared.close()
+        self.shared.close()
 
     def request(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
         """A request of the engine for a prompt, checked: ValueError where this model cannot serve it."""

@@ -3,8 +3,9 @@
 Sits between the Python face (llm.py, batch.py) and the shared engine; knows requests and events, not prompts or text.
 """
 
+import queue
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -29,6 +30,27 @@ def follow(shared: SharedEngine, request: Request) -> Iterator[TokenEvent]:
             while not outcomes:
                 shared.advance(lambda: bool(outcomes))
             outcome = outcomes.popleft()
+            if isinstance(outcome, Exception):
+                raise outcome
+            remaining -= outcome.finish_reason is not None
+            yield outcome
+    finally:
+        shared.abort(request.id)
+
+
+def follow_in_background(shared: SharedEngine, request: Request) -> Iterator[TokenEvent]:
+    """`follow`, in which the worker steps: an interrupt of the waiting thread never falls into a step."""
+    outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+
+    def sink(share: Sequence[Outcome]) -> None:
+        for outcome in share:
+            outcomes.put(outcome)
+
+    try:
+        shared.submit(request, sink, background=True)
+        remaining = request.params.n
+        while remaining:
+            outcome = outcomes.get()
             if isinstance(outcome, Exception):
                 raise outcome
             remaining -= outcome.finish_reason is not None
