@@ -6,6 +6,7 @@ while they have open requests one worker thread does it for them. Knows nothing 
 """
 
 import atexit
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -101,9 +102,9 @@ class SharedEngine:
 
     def _step(self) -> None:
         """One step of the engine, its events handed out. Only for the thread that set `_stepping`."""
-        self._carry_out_orders()
         shares: dict[int, list[TokenEvent]] = {}
         try:
+            self._carry_out_orders()
             for event in self.engine.step():
                 shares.setdefault(event.request_id, []).append(event)
         except Exception as error:
@@ -131,7 +132,8 @@ class SharedEngine:
     def _fail_all(self, error: Exception) -> None:
         self._orders.clear()
         for request_id in list(self._sinks):
-            self.engine.abort(request_id)
+            with contextlib.suppress(Exception):  # it has failed already; the callers are to be told
+                self.engine.abort(request_id)
             self._hand_out(request_id, [error])
             self._background.discard(request_id)
 
