@@ -234,11 +234,11 @@ def test_one_that_fails_is_told_and_the_others_are_done(llm: LLM, tmp_path: Path
     items = batch.read_items(llm, write(tmp_path / "in.jsonl", MANY[:4]), SamplingParams(max_tokens=4))
     run, calls = llm.runner.run, []
 
-    def failing(plan: Any) -> Any:
+    def failing(*plan: Any) -> Any:
         calls.append(plan)
         if len(calls) == 1:
             raise MemoryError("no room")
-        return run(plan)
+        return run(*plan)
 
     llm.runner.run = failing
     try:

@@ -82,11 +82,11 @@ class Failing:
     def __getattr__(self, name: str) -> object:
         return getattr(self._runner, name)
 
-    def run(self, plan: object) -> object:
+    def run(self, *plan: object) -> object:
         self._left -= 1
         if self._left == 0:
             raise MemoryError("no room for keys")
-        return self._runner.run(plan)
+        return self._runner.run(*plan)
 
 
 def test_a_step_that_fails_is_an_error_of_its_prompt_and_the_next_works(
@@ -128,7 +128,7 @@ def test_log_probabilities_come_with_it(llm: LLM) -> None:
     assert [row[0] for row in one.top_logprobs] == list(zip(one.token_ids, one.logprobs, strict=True))
     assert all(len(row) == 3 for row in one.top_logprobs)
     prompt = llm.encode("The fox")
-    logits = llm.runner.forward([[*prompt, *one.token_ids]]).logits[0].astype(np.float64)
+    logits = llm.runner.forward([[*prompt, *one.token_ids]])["logits"][0].astype(np.float64)
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = [logprobs[position, token] for position, token in enumerate(prompt[1:])]
     np.testing.assert_allclose(one.prompt_logprobs, expected, atol=1e-4)
