@@ -1,21 +1,25 @@
-"""The inference engine: turns requests into plans for a runner, and sampled tokens into text events.
+"""The inference engine: many requests in one batch over one memory.
 
-It serves one request at a time, in order of arrival, over a contiguous cache; `add`, `step` and `abort` are the face
-that will stay when it serves many at once. A step decides a plan, has the runner do it, and takes in the result.
-Deliberately knows no tensor and no framework: the runner is passed in.
+A step has the scheduler decide, the runner do, and takes in what came: tokens become text events. Whatever a step's
+failure or a caller's cancellation touches is ended alone; all else goes on. One thread at a time may use an engine.
+Deliberately knows no tensor and no framework: the runner is passed in, and so is what guesses ahead.
 """
 
 import secrets
 import time
-from collections import deque
-from collections.abc import Collection, Mapping
-from typing import Protocol
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
-from llamita.inference.detokenizer import IncrementalDetokenizer, StopMatcher, TokenBytes
-from llamita.inference.request import FinishReason, Request, Statistics, TokenEvent
-from llamita.plan import LONGEST_CHUNK, Plan, SampledToken, SampleSpec, ScheduledChunk, StepResult
+from llamita.inference.block_manager import BlockManager
+from llamita.inference.config import EngineConfig
+from llamita.inference.request import Request, TokenEvent
+from llamita.inference.scheduler import Scheduled, Scheduler
+from llamita.inference.sequence import Continuation
+from llamita.inference.structured import Grammars, fill
+from llamita.plan import BlockCopy, CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult
+from llamita.text.tokenizer import Tokenizer
 
 
 class Runner(Protocol):
@@ -25,45 +29,69 @@ class Runner(Protocol):
     weight_bytes: int  # read to decode one token
     kv_bytes_per_token: int  # read for every earlier position to decode one token
 
+    @property
+    def cache_budget(self) -> int:
+        """Bytes that keys and values may take where nothing else is said."""
+
     def weights(self) -> Mapping[str, HostArray]: ...
 
-    def reserve(self, positions: int) -> None: ...
+    def allocate(self, layout: CacheLayout) -> Any:
+        """Memory for the sequences of one engine, to be given with each of its plans."""
 
-    def run(self, plan: Plan) -> StepResult: ...
+    def run(self, plan: Plan, memory: Any) -> StepResult: ...
+
+
+class Drafter(Protocol):
+    """Guesses what comes next, cheaply; a wrong guess costs time, never a token."""
+
+    def start(self, config: ModelConfig, layout: CacheLayout) -> None:
+        """Get ready for an engine over this model and memory; ValueError where it cannot draft for it."""
+
+    def propose(self, wanted: Sequence[tuple[Continuation, int]]) -> list[list[int]]:
+        """At most so many tokens for each sequence."""
+
+    def prepare(self, copies: Sequence[BlockCopy], reading: Sequence[ScheduledChunk]) -> None:
+        """Be shown what is about to be copied and read of prompts, before `propose`."""
 
 
 class Engine:
-    """Generates for one request after the other.
+    """Generates for many requests at once.
 
-    `tokenizer` gives text for ids; without one, events carry ids alone and stop strings are refused. `eos_token_ids`
-    end a request, by default those of the model's config.
+    `tokenizer` gives text for ids; without one, events carry ids alone, and stop strings and structured output are
+    refused. `eos_token_ids` end a continuation, by default those of the model's config.
     """
 
     def __init__(
         self,
         runner: Runner,
-        tokenizer: TokenBytes | None = None,
+        tokenizer: Tokenizer | None = None,
         eos_token_ids: Collection[int] | None = None,
-        prefill_chunk: int = LONGEST_CHUNK,
+        config: EngineConfig | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         if runner.config.num_labels:
             raise ValueError("this model has a classification head and cannot generate text; give a language model")
-        assert 1 <= prefill_chunk <= LONGEST_CHUNK
-        self._runner = runner
-        self._tokenizer = tokenizer
+        self.config = config or EngineConfig()
+        self._runner, self._tokenizer, self._drafter = runner, tokenizer, drafter
         self._eos = frozenset(runner.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
-        self._prefill_chunk = prefill_chunk
-        self._waiting: deque[_Sequence] = deque()
-        self._running: _Sequence | None = None
+        layout = cache_layout(runner, self.config)
+        self._memory = runner.allocate(layout)
+        if drafter is not None:
+            drafter.start(runner.config, layout)
+        self.manager = BlockManager(layout, self.config.prefix_caching)
+        self.scheduler = Scheduler(self.manager, self.config, drafts=drafter is not None)
+        self._grammars: Grammars | None = None
+        self._arrivals = 0
+        self._sequences = 0
 
     @property
     def has_work(self) -> bool:
-        return self._running is not None or bool(self._waiting)
+        return self.scheduler.has_work
 
     def check(self, request: Request) -> None:
         """Raise ValueError where this model cannot serve the request."""
         vocabulary, positions = self._runner.config.vocab_size, self._runner.config.max_position_embeddings
-        length = len(request.prompt)
+        length, params = len(request.prompt), request.params
         if not length:
             raise ValueError("the prompt is empty; give at least one token")
         if length >= positions:
@@ -71,104 +99,162 @@ class Engine:
                 f"the prompt has {length} tokens, but this model has {positions} positions and the answer needs one; "
                 f"shorten the prompt to at most {positions - 1} tokens"
             )
-        outside = [token_id for token_id in request.prompt if not 0 <= token_id < vocabulary]
-        if outside:
-            raise ValueError(f"the prompt has token id {outside[0]}, but this model's ids are 0 to {vocabulary - 1}")
-        if request.params.stop and self._tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, and this model has none; leave stop empty")
+        if not self.manager.fits(length + 1):
+            room = self.manager.layout.blocks * self.manager.block_size
+            raise ValueError(f"the prompt has {length} tokens, and the memory holds {room}; give the engine more")
+        if params.n > self.config.max_sequences:
+            raise ValueError(f"n={params.n} is more than the {self.config.max_sequences} sequences that run at once")
+        for name, ids in (
+            ("the prompt", request.prompt), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)
+        ):  # fmt: skip
+            outside = [token_id for token_id in ids if not 0 <= token_id < vocabulary]
+            if outside:
+                raise ValueError(f"{name} has token id {outside[0]}, but this model's ids are 0 to {vocabulary - 1}")
+        if self._tokenizer is None and (params.stop or params.is_constrained):
+            what = "stop strings need" if params.stop else "structured output needs"
+            raise ValueError(f"{what} a tokenizer, and this model has none; leave stop and the grammar empty")
 
     def add(self, request: Request) -> None:
         """Queue a request, once checked. Generation that would pass the model's positions ends there, with "length"."""
         self.check(request)
-        positions = self._runner.config.max_position_embeddings
-        self._waiting.append(_Sequence(request, positions, self._tokenizer))
+        params = request.params
+        grammars = self._grammars_of_tokenizer() if params.is_constrained else None
+        limit = min(len(request.prompt) + params.max_tokens, self._runner.config.max_position_embeddings)
+        seed = secrets.randbits(32) if params.seed is None else params.seed
+        self._arrivals += 1
+        first, *forks = (
+            Continuation(
+                id=self._sequences + index,
+                request=request,
+                index=index,
+                seed=seed,
+                arrival=self._arrivals,
+                limit=limit,
+                end_tokens=self._eos,
+                tokenizer=self._tokenizer,
+                matcher=None if grammars is None else grammars.matcher(params),
+            )
+            for index in range(params.n)
+        )
+        self._sequences += params.n
+        first.forks = forks
+        self.scheduler.add(first)
 
     def abort(self, request_id: int) -> None:
         """Forget a request, wherever it stands; one that is done or unknown is no error."""
-        self._waiting = deque(sequence for sequence in self._waiting if sequence.request.id != request_id)
-        if self._running is not None and self._running.request.id == request_id:
-            self._running = None
+        for sequence in self.scheduler.select(request_id):
+            self.scheduler.remove(sequence)
 
     def step(self) -> list[TokenEvent]:
-        """Do one step of work and return what came of it: nothing while a prompt is still being read.
+        """Do one step of work and return what came of it: nothing while only prompts are being read.
 
-        A request whose step fails is forgotten, and the error goes on to the caller.
+        What a failing step was about ends with "error" events; where it was interrupted (Ctrl-C), without any.
         """
         started = time.perf_counter()
-        if self._running is None:
-            if not self._waiting:
-                return []
-            self._running = self._waiting.popleft()
-        sequence = self._running
-        chunk = sequence.next_chunk(self._prefill_chunk)
+        scheduled = self.scheduler.next()
+        events = [sequence.end("length") for sequence in self.scheduler.take_out_of_memory()]
+        if not scheduled:
+            return events
         try:
-            if chunk.start == 0:
-                self._runner.reserve(sequence.limit)
-            result = self._runner.run(Plan((chunk,)))
+            copies = self.manager.copies()
+            chunks = self._chunks(scheduled, copies)
+            result = self._runner.run(Plan(tuple(chunks), copies), self._memory)
+        except Exception as error:
+            return events + [event for one in scheduled for event in self._fail(one.sequence, error)]
         except BaseException:
-            self._running = None
+            for one in scheduled:
+                self.scheduler.remove(one.sequence)
             raise
-        sequence.computed = chunk.end
-        decoding = sequence.statistics.generated_tokens > 0
-        events = [sequence.take(token, self._eos) for tokens in result.sampled for token in tokens]
-        if sequence.finish_reason is not None:
-            self._running = None
-        sequence.count(time.perf_counter() - started, self._bytes_read(chunk) if decoding else None)
+        seconds = time.perf_counter() - started
+        for number, (one, chunk) in enumerate(zip(scheduled, chunks, strict=True)):
+            self._count(one.sequence, chunk, seconds)
+            scores = result.target_logprobs[number] if result.target_logprobs else ()
+            events += self._take(one.sequence, chunk, result.sampled[number], scores)
         return events
 
-    def _bytes_read(self, chunk: ScheduledChunk) -> int:
-        return self._runner.weight_bytes + self._runner.kv_bytes_per_token * chunk.end
+    def _chunks(self, scheduled: Sequence[Scheduled], copies: Sequence[BlockCopy]) -> list[ScheduledChunk]:
+        """What the runner is to run: known tokens, guesses, and what may come after them."""
+        drafts: dict[int, list[int]] = {}
+        if self._drafter is not None:
+            self._drafter.prepare(copies, [one.sequence.chunk(one.count) for one in scheduled if not one.is_decoding])
+            wanted = [(one.sequence, one.drafts) for one in scheduled if one.drafts]
+            proposed = self._drafter.propose(wanted) if wanted else []
+            drafts = {sequence.id: tokens for (sequence, _), tokens in zip(wanted, proposed, strict=True)}
+        constrained = [one.sequence for one in scheduled if one.sequence.matcher is not None]
+        masks = fill([sequence.matcher for sequence in constrained if sequence.matcher is not None])
+        allowed = {sequence.id: mask for sequence, mask in zip(constrained, masks, strict=True)}
+        return [
+            one.sequence.chunk(one.count, drafts.get(one.sequence.id, ()), allowed.get(one.sequence.id))
+            for one in scheduled
+        ]
+
+    def _take(
+        self, sequence: Continuation, chunk: ScheduledChunk, sampled: Sequence[SampledToken], scores: Sequence[float]
+    ) -> Iterator[TokenEvent]:
+        """Take in what came of one chunk; guesses are kept as long as the model says the same."""
+        known = len(sequence.tokens)
+        sequence.scores += scores
+        sequence.computed = min(chunk.end, known)
+        self._advance(sequence)
+        if not sampled:
+            return
+        if sequence.forks:
+            forks = list(sequence.forks)
+            self.scheduler.start_forks(sequence)
+            for fork, token in zip(forks, sampled[1:], strict=True):
+                fork.statistics.prefill_seconds = sequence.statistics.prefill_seconds
+                yield self._finish(fork, fork.take(token))
+            sampled = sampled[:1]
+        drafts = chunk.tokens[known - chunk.start :]
+        sequence.statistics.drafted_tokens += len(drafts)
+        for number, token in enumerate(sampled):
+            event = sequence.take(token)
+            kept = number < len(drafts) and drafts[number] == token.token_id
+            if kept:
+                sequence.computed += 1
+                sequence.statistics.accepted_tokens += 1
+            yield self._finish(sequence, event)
+            if not kept or event.finish_reason is not None:
+                break
+        if drafts and sequence.finish_reason is None:
+            self._advance(sequence)
+
+    def _finish(self, sequence: Continuation, event: TokenEvent) -> TokenEvent:
+        if event.finish_reason is not None:
+            self.scheduler.remove(sequence)
+        return event
+
+    def _fail(self, sequence: Continuation, error: Exception) -> Iterator[TokenEvent]:
+        self.scheduler.remove(sequence)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        for one in (sequence, *sequence.forks):
+            yield one.end("error", reason)
+
+    def _advance(self, sequence: Continuation) -> None:
+        self.manager.advance(sequence.tables, sequence.prefixes, sequence.tokens, sequence.computed)
+
+    def _count(self, sequence: Continuation, chunk: ScheduledChunk, seconds: float) -> None:
+        """Book the time of a step: as decoding once a token has been generated, else as prefill."""
+        statistics = sequence.statistics
+        if statistics.generated_tokens == 0:
+            statistics.prefill_seconds += seconds
+            return
+        statistics.decode_seconds += seconds
+        statistics.decode_bytes += self._runner.weight_bytes + self._runner.kv_bytes_per_token * chunk.end
+
+    def _grammars_of_tokenizer(self) -> Grammars:
+        if self._grammars is None:
+            assert self._tokenizer is not None, "checked before"
+            self._grammars = Grammars(self._tokenizer, self._runner.config.vocab_size, self._eos)
+        return self._grammars
 
 
-class _Sequence:
-    """A request under way: its tokens so far, how many of them the cache holds, and its text."""
-
-    def __init__(self, request: Request, positions: int, tokenizer: TokenBytes | None) -> None:
-        self.request = request
-        self.tokens = list(request.prompt)
-        self.computed = 0
-        self.limit = min(len(request.prompt) + request.params.max_tokens, positions)
-        self.finish_reason: FinishReason | None = None
-        seed = secrets.randbits(32) if request.params.seed is None else request.params.seed
-        self.statistics = Statistics(seed=seed, prompt_tokens=len(request.prompt))
-        self._detokenizer = tokenizer and IncrementalDetokenizer(tokenizer, context=request.prompt)
-        self._stop_matcher = StopMatcher(request.params.stop)
-
-    def next_chunk(self, most: int) -> ScheduledChunk:
-        """The next tokens to run, at most `most`; a token is asked for after the last one known."""
-        tokens = tuple(self.tokens[self.computed : self.computed + most])
-        end = self.computed + len(tokens)
-        samples: tuple[SampleSpec, ...] = ()
-        if end == len(self.tokens):
-            samples = (
-                SampleSpec(self.request.params, self.statistics.seed, end, self.tokens, len(self.request.prompt)),
-            )
-        return ScheduledChunk(self.request.id, tokens, self.computed, samples=samples)
-
-    def take(self, token: SampledToken, eos_token_ids: Collection[int]) -> TokenEvent:
-        """Take in a sampled token: its text as far as it is certain, and whether it ends the request."""
-        self.tokens.append(token.token_id)
-        self.statistics.generated_tokens += 1
-        if token.token_id in eos_token_ids and not self.request.params.ignore_eos:
-            self.finish_reason = "stop"
-            text = ""
-        else:
-            text = self._stop_matcher.feed(self._detokenizer.feed(token.token_id)) if self._detokenizer else ""
-            if len(self.tokens) >= self.limit:
-                self.finish_reason = "length"
-        if self.finish_reason is not None and self._detokenizer:
-            text += self._stop_matcher.feed(self._detokenizer.finish())
-        if self._stop_matcher.matched is not None:
-            self.finish_reason = "stop"
-        elif self.finish_reason is not None:
-            text += self._stop_matcher.finish()
-        return TokenEvent(self.request.id, token.token_id, token.logprob, text, self.statistics, self.finish_reason)
-
-    def count(self, seconds: float, decode_bytes: int | None) -> None:
-        """Book the time of a step: as decoding where its bytes are given, else as prefill."""
-        if decode_bytes is None:
-            self.statistics.prefill_seconds += seconds
-        else:
-            self.statistics.decode_seconds += seconds
-            self.statistics.decode_tokens += 1
-            self.statistics.decode_bytes += decode_bytes
+def cache_layout(runner: Runner, config: EngineConfig) -> CacheLayout:
+    """How many blocks of the runner's memory an engine takes: at least one sequence's whole length, at most all of
+    them that can run."""
+    windows = runner.config.attention_windows
+    longest = -(-runner.config.max_position_embeddings // config.block_size)
+    block_bytes = runner.kv_bytes_per_token * config.block_size
+    within_budget = (config.cache_bytes or runner.cache_budget) // max(block_bytes, 1)
+    blocks = config.blocks or min(max(within_budget, longest), longest * config.max_sequences)
+    return CacheLayout(config.block_size, blocks, windows)

@@ -115,18 +115,6 @@ def segment_mask(segments_BT: Tensor) -> Tensor:
     return (same_BTT & causal_mask(segments_BT.shape[1], segments_BT.shape[1], segments_BT.device))[:, None]
 
 
-def window_mask(positions_BT: Tensor, S: int, ring: int, window: int) -> Tensor:
-    """Boolean (B, 1, T, S) over the first S slots of a ring of slots, position p being in slot p modulo `ring`.
-
-    A query sees `window` positions, its own included. With at least window + T - 1 slots, whatever has overwritten the
-    position that a slot is taken to hold lies so far ahead that the position is out of the window.
-    """
-    slots_S = torch.arange(S, device=positions_BT.device)
-    back_BTS = (positions_BT[:, :, None] - slots_S) % ring  # how far behind the query the slot's position lies
-    return ((back_BTS < window) & (back_BTS <= positions_BT[:, :, None]))[:, None]
-
-
-def position_mask(positions_BT: Tensor, S: int) -> Tensor:
-    """Boolean (B, 1, T, S) over cache slots, where a slot's index is its position: a query sees slots up to its own."""
-    slots_S = torch.arange(S, device=positions_BT.device)
-    return (slots_S <= positions_BT[:, :, None])[:, None]
+def window_mask(T: int, window: int, device: torch.device | str = "cpu") -> Tensor:
+    """Boolean (T, T): query t sees the `window` keys up to its own."""
+    return causal_mask(T, T, device).triu(1 - window)

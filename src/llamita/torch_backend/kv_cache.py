@@ -1,81 +1,126 @@
-"""A contiguous key/value cache: one slot per position, one row per sequence; rings of slots for sliding windows.
+"""Paged key/value memory: blocks of positions in one large array a layer, found through a sequence's table of blocks.
 
-Attention needs one verb of a cache, `update`; knows nothing of models or requests.
+`PagedKVCache` is the memory; `PagedStep` is one step's use of it: where the new keys and values of all chunks go, and
+what each chunk's queries attend to. Attention needs one verb of it, `attend`. Knows nothing of models or requests.
 """
 
+from collections.abc import Iterable, Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from llamita.config import ModelConfig
-from llamita.plan import LONGEST_CHUNK
+from llamita.plan import BlockCopy, CacheLayout, ScheduledChunk
+from llamita.torch_backend.paged_attention import (
+    ChunkAttention,
+    DecodeAttention,
+    ExactAttention,
+    Part,
+    Span,
+    alike,
+)
+
+EXACT_ROWS = 16
+"""In the exact mode every matrix product has a multiple of so many rows."""
 
 
-class KVCache:
-    """Keys and values of every layer, (B, K, slots, H) each.
+class PagedKVCache:
+    """Keys and values of every layer, (slots, K, H) each; slot `block * block_size + offset` holds one position.
 
-    A layer that sees everything has `capacity` slots, the position being the slot. One with a sliding window has a ring
-    of `window_slots`, no more than the window and one chunk of new tokens need; position p is in slot p modulo their
-    number. `length` counts the positions filled alike in all rows; the next tokens go there unless positions are given.
-    Rows of different length need no padding in the cache: what a shorter row holds past its end is never seen by its
-    queries, and is overwritten when its next token comes.
+    The layers of one attention window form a group (`CacheLayout.windows`), with tables of its own.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        batch_size: int,
-        capacity: int,
+        layout: CacheLayout,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        longest_chunk: int = LONGEST_CHUNK,
     ) -> None:
-        self.capacity = capacity
-        self.window = config.sliding_window
-        self.window_slots = min(capacity, self.window + longest_chunk - 1) if self.window else capacity
-        slots = [self.window_slots if config.window(layer) else capacity for layer in range(config.num_hidden_layers)]
-        shapes = [(batch_size, config.num_key_value_heads, count, config.head_dim) for count in slots]
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-        self.length = 0
-        self._written = 0  # positions once filled, those included that were forgotten
+        assert layout.windows == config.attention_windows
+        self.layout = layout
+        self.group_of_layer = [layout.windows.index(config.window(i)) for i in range(config.num_hidden_layers)]
+        shape = (layout.blocks * layout.block_size, config.num_key_value_heads, config.head_dim)
+        self.keys = [_zeros(shape, dtype, device) for _ in self.group_of_layer]
+        self.values = [_zeros(shape, dtype, device) for _ in self.group_of_layer]
 
-    def check_room(self, new: int, stop: int) -> None:
-        """Raise ValueError where `new` tokens that end before position `stop` cannot go in."""
-        if stop > self.capacity:
-            raise ValueError(f"{stop} positions do not fit a cache of {self.capacity}; make it larger")
-        if self.window_slots < min(self.capacity, self.window + new - 1):
-            most = self.window_slots - self.window + 1
-            raise ValueError(f"{new} tokens at once are too many for this sliding window; give at most {most}")
+    def copy(self, copies: Iterable[BlockCopy]) -> None:
+        """Copy whole blocks, in order."""
+        size = self.layout.block_size
+        for copy in copies:
+            source, target = (slice(block * size, (block + 1) * size) for block in (copy.source, copy.target))
+            for layer, group in enumerate(self.group_of_layer):
+                if group == copy.group:
+                    self.keys[layer][target] = self.keys[layer][source]
+                    self.values[layer][target] = self.values[layer][source]
 
-    def update(
-        self, layer: int, key_BKTH: Tensor, value_BKTH: Tensor, positions_BT: Tensor | None, stop: int
-    ) -> tuple[Tensor, Tensor]:
-        """Store new keys and values and return all slots filled, (B, K, stop or fewer, H) each.
+    def step(self, chunks: Sequence[ScheduledChunk], exact: bool = False) -> "PagedStep":
+        """The use of this memory by the chunks of one step, whose tokens follow one another in one row."""
+        return PagedStep(self, chunks, exact)
 
-        Without positions the new ones are stop - T .. stop of every row; with them, each its own.
-        """
-        keys, values = self.keys[layer], self.values[layer]
-        slots, T = keys.shape[2], key_BKTH.shape[2]
-        self._written = max(self._written, stop)
-        if positions_BT is not None:
-            rows_B1 = torch.arange(positions_BT.shape[0], device=positions_BT.device)[:, None]
-            keys[rows_B1, :, positions_BT % slots] = key_BKTH.transpose(1, 2).to(keys.dtype)
-            values[rows_B1, :, positions_BT % slots] = value_BKTH.transpose(1, 2).to(values.dtype)
-        elif stop <= slots:
-            keys[:, :, stop - T : stop] = key_BKTH
-            values[:, :, stop - T : stop] = value_BKTH
-        else:
-            slots_T = torch.arange(stop - T, stop, device=keys.device) % slots
-            keys.index_copy_(2, slots_T, key_BKTH.to(keys.dtype))
-            values.index_copy_(2, slots_T, value_BKTH.to(values.dtype))
-        return keys[:, :, :stop], values[:, :, :stop]
 
-    def truncate(self, length: int) -> None:
-        """Forget the positions from `length` on; ValueError where a window before them has been overwritten."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"length={length} must lie in 0..{self.length}, the positions held")
-        if length and self.window and max(0, length - self.window + 1) + self.window_slots < self._written:
-            raise ValueError(f"the positions before {length} have left the sliding window's cache; begin at 0")
-        self.length = length
-        if length == 0:
-            self._written = 0
+class PagedStep:
+    """Positions and attention of the chunks of one step, packed into one row of T tokens, single tokens first.
+
+    In the exact mode the row is padded to a multiple of `EXACT_ROWS`.
+    """
+
+    def __init__(self, cache: PagedKVCache, chunks: Sequence[ScheduledChunk], exact: bool) -> None:
+        self._cache = cache
+        self._single = sum(len(chunk.tokens) == 1 for chunk in chunks)
+        assert all(len(chunk.tokens) == 1 for chunk in chunks[: self._single]), "single tokens come first"
+        device = cache.keys[0].device
+        positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
+        self.tokens = len(positions)
+        self.longest = int(positions.max()) + 1
+        padding = -self.tokens % EXACT_ROWS if exact else 0
+        self.padded = self.tokens + padding
+        self.positions_1T = torch.from_numpy(np.pad(positions, (0, padding)))[None].to(device)
+        size = cache.layout.block_size
+        self._slots: list[Tensor] = []
+        self._parts: list[list[tuple[slice, Part]]] = []
+        for group, window in enumerate(cache.layout.windows):
+            tables = [chunk.tables[group] for chunk in chunks]
+            slots = [
+                table[np.arange(chunk.start, chunk.end) // size] * size + np.arange(chunk.start, chunk.end) % size
+                for table, chunk in zip(tables, chunks, strict=True)
+            ]
+            self._slots.append(torch.from_numpy(np.concatenate(slots).astype(np.int64)).to(device))
+            spans = [Span.of(chunk, table, size, window) for chunk, table in zip(chunks, tables, strict=True)]
+            self._parts.append(list(self._divide(spans, exact, device)))
+
+    def _divide(self, spans: Sequence[Span], exact: bool, device: torch.device) -> Iterable[tuple[slice, Part]]:
+        """Which rows are attended to together: single tokens of similar context in one batch, each chunk alone."""
+        row = 0
+        if not exact:
+            for batch in alike(spans[: self._single]):
+                yield slice(row, row + len(batch)), DecodeAttention(batch, device)
+                row += len(batch)
+            spans = spans[self._single :]
+        for span in spans:
+            rows = slice(row, row + span.queries)
+            yield rows, ExactAttention(span) if exact else ChunkAttention(span, device)
+            row = rows.stop
+
+    def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        """Store new keys and values, then mix the values that each query sees: (T, N, H)."""
+        group = self._cache.group_of_layer[layer]
+        keys, values, slots_T = self._cache.keys[layer], self._cache.values[layer], self._slots[group]
+        keys.index_copy_(0, slots_T, k_TKH[: self.tokens])
+        values.index_copy_(0, slots_T, v_TKH[: self.tokens])
+        parts = self._parts[group]
+        if len(parts) == 1 and self.padded == self.tokens:
+            return parts[0][1].attend(q_TNH, keys, values)
+        mixed_TNH = torch.zeros_like(q_TNH, memory_format=torch.contiguous_format)
+        for rows, part in parts:
+            mixed_TNH[rows] = part.attend(q_TNH[rows], keys, values)
+        return mixed_TNH
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Zeros whose memory, on a CPU, is taken from the system page by page as it is first written."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(max(size, 1), dtype=np.uint8))[:size].view(dtype).view(shape)

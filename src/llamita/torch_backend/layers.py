@@ -61,6 +61,32 @@ def rope_table(positions_BT: Tensor, frequencies_E: Tensor, scale: float = 1.0) 
     return angles_BTE.cos() * scale, angles_BTE.sin() * scale
 
 
+class RopeTable:
+    """`rope_table` of the positions 0, 1, ..., computed once and looked up.
+
+    It grows by whole blocks of positions, so that an entry is the same bits however many others were asked for.
+    """
+
+    BLOCK = 1024
+
+    def __init__(self, frequencies_E: Tensor, scale: float) -> None:
+        self.frequencies_E, self.scale = frequencies_E, scale
+        self._cos_SE = self._sin_SE = torch.empty(0, len(frequencies_E))
+
+    def at(self, positions_BT: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B, T, H/2) of positions below `longest`."""
+        device = positions_BT.device
+        if self._cos_SE.device != device or len(self._cos_SE) < longest:
+            blocks = [
+                rope_table(torch.arange(start, start + self.BLOCK)[None], self.frequencies_E, self.scale)
+                for start in range(0, longest, self.BLOCK)
+            ]
+            self._cos_SE, self._sin_SE = (
+                torch.cat([block[which][0] for block in blocks]).to(device) for which in (0, 1)
+            )
+        return self._cos_SE[positions_BT], self._sin_SE[positions_BT]
+
+
 def apply_rope(x_BTNH: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
     """Rotate the pairs (i, i + H/2): the layout of Hugging Face checkpoints, and of every model here.
 

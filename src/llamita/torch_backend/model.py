@@ -17,7 +17,7 @@ from llamita.config import ModelConfig
 from llamita.rope import rotary_frequencies
 from llamita.torch_backend import attention as masks
 from llamita.torch_backend import layers
-from llamita.torch_backend.kv_cache import KVCache
+from llamita.torch_backend.kv_cache import PagedStep
 from llamita.torch_backend.layers import FUSED, Operations
 from llamita.torch_backend.packed import PackedParameter, canonical_names
 
@@ -66,19 +66,18 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True)
 class Context:
-    """What every layer's attention needs to know of the tokens: rotations, who sees whom, and the cache.
+    """What every layer's attention needs to know of the tokens: rotations, and who sees whom.
 
     `window_mask` is for layers with a sliding window, None where all that `mask` and `causal` allow lies within it.
+    With a `cache`, that is what knows.
     """
 
     cos_BTE: Tensor
     sin_BTE: Tensor
-    mask: Tensor | None
-    causal: bool
+    mask: Tensor | None = None
+    causal: bool = True
     window_mask: Tensor | None = None
-    cache: KVCache | None = None
-    cache_positions_BT: Tensor | None = None
-    cache_stop: int = 0
+    cache: PagedStep | None = None
 
 
 class Attention(nn.Module):
@@ -102,13 +101,13 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             turning_BTGH = torch.cat((self.q_norm(turning_BTGH[..., :N, :]), self.k_norm(turning_BTGH[..., N:, :])), -2)
         rotated_BTGH = layers.apply_rope(turning_BTGH, context.cos_BTE, context.sin_BTE)
+        if context.cache is not None:
+            rotated_TGH, v_TKH = rotated_BTGH[0], heads_BTGH[0, :, N + K :]
+            mixed_TNH = context.cache.attend(self.layer, rotated_TGH[:, :N], rotated_TGH[:, N:], v_TKH)
+            return self.o_proj(mixed_TNH.flatten(-2)[None])
         q_BNTH = rotated_BTGH[..., :N, :].transpose(1, 2)
         k_BKTH = rotated_BTGH[..., N:, :].transpose(1, 2)
         v_BKTH = heads_BTGH[..., N + K :, :].transpose(1, 2)
-        if context.cache is not None:
-            k_BKTH, v_BKTH = context.cache.update(
-                self.layer, k_BKTH, v_BKTH, context.cache_positions_BT, context.cache_stop
-            )
         dropout = self.dropout if self.training else 0.0
         mask, causal = context.mask, context.causal
         if self.windowed and context.window_mask is not None:
@@ -168,6 +167,7 @@ class Llama(nn.Module):
         self.config = config
         frequencies, self.rope_scale = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self.frequencies_E = torch.from_numpy(frequencies)
+        self.rope = layers.RopeTable(self.frequencies_E, self.rope_scale)
         self.model = Body(config, operations)
         if config.num_labels:
             self.score = Linear(config.num_labels, config.hidden_size, False, operations)
@@ -187,15 +187,15 @@ class Llama(nn.Module):
         *,
         positions_BT: Tensor | None = None,
         segments_BT: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: PagedStep | None = None,
         trace: Trace | None = None,
     ) -> ModelOutput:
         """Logits (B, T, V) and hidden states (B, T, D) after the final norm, for tokens (B, T) of whole numbers.
 
-        positions_BT defaults to 0, 1, ... (after what the cache holds). segments_BT keeps attention inside a document
-        of a packed row, and marks padding on either side with 0. With a cache, keys and values of earlier positions
-        come from it, and rows of different length give their positions. `trace(name, x_BTD)` is shown the residual
-        stream after the embedding, after each block, and after the final norm.
+        positions_BT defaults to 0, 1, .... segments_BT keeps attention inside a document of a packed row, and marks
+        padding on either side with 0. With a `cache`, there is one row of chunks of several sequences, whose positions
+        and earlier keys and values the cache knows. `trace(name, x_BTD)` is shown the residual stream after the
+        embedding, after each block, and after the final norm.
         """
         hidden_BTD = self.hidden(
             tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT, cache=cache, trace=trace
@@ -211,11 +211,16 @@ class Llama(nn.Module):
         *,
         positions_BT: Tensor | None = None,
         segments_BT: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: PagedStep | None = None,
         trace: Trace | None = None,
     ) -> Tensor:
         """The hidden states of `forward`, without the product with the output head."""
-        context = self.context(tokens_BT, positions_BT, segments_BT, cache)
+        if cache is None:
+            context = self.context(tokens_BT, positions_BT, segments_BT)
+        else:
+            assert positions_BT is None, "the cache knows the positions"
+            assert segments_BT is None, "the cache keeps sequences apart"
+            context = Context(*self.rope.at(cache.positions_1T, cache.longest), cache=cache)
         x_BTD = self.model.embed_tokens(tokens_BT)
         if self.config.dropout:
             x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
@@ -228,37 +233,20 @@ class Llama(nn.Module):
         x_BTD = self.model.norm(x_BTD)
         if trace:
             trace("norm", x_BTD)
-        if cache is not None:
-            cache.length = context.cache_stop
         return x_BTD
 
-    def context(
-        self, tokens_BT: Tensor, positions_BT: Tensor | None, segments_BT: Tensor | None, cache: KVCache | None
-    ) -> Context:
-        """Rotations and masks, computed once for all layers; ValueError where the tokens pass the cache's capacity."""
+    def context(self, tokens_BT: Tensor, positions_BT: Tensor | None, segments_BT: Tensor | None) -> Context:
+        """Rotations and masks, computed once for all layers."""
         T, device = tokens_BT.shape[1], tokens_BT.device
-        start = 0 if cache is None else cache.length
-        given_BT = positions_BT
         if positions_BT is None:
-            positions_BT = torch.arange(start, start + T, device=device)[None]
+            positions_BT = torch.arange(T, device=device)[None]
         cos_BTE, sin_BTE = layers.rope_table(positions_BT, self.frequencies_E.to(device), self.rope_scale)
-        window = self.config.sliding_window
-        if cache is None:
-            mask = None if segments_BT is None else masks.segment_mask(segments_BT)
-            window_mask = None
-            if window and window < T:
-                window_mask = masks.window_mask(torch.arange(T, device=device)[None], T, T, window)[0, 0]
-                window_mask = window_mask if mask is None else mask & window_mask
-            return Context(cos_BTE, sin_BTE, mask, mask is None, window_mask)
-        assert segments_BT is None, "a cache keeps one document a row"
-        stop = start + T if given_BT is None else int(given_BT.max()) + 1
-        cache.check_room(T, stop)
-        mask = None if given_BT is None else masks.position_mask(given_BT, stop)
-        window_mask = None
-        if window and window < stop:
-            window_mask = masks.window_mask(positions_BT, min(stop, cache.window_slots), cache.window_slots, window)
-        causal = given_BT is None and T > 1
-        return Context(cos_BTE, sin_BTE, mask, causal, window_mask, cache, given_BT, stop)
+        mask = None if segments_BT is None else masks.segment_mask(segments_BT)
+        window, window_mask = self.config.sliding_window, None
+        if window and window < T:
+            window_mask = masks.window_mask(T, window, device)
+            window_mask = window_mask if mask is None else mask & window_mask
+        return Context(cos_BTE, sin_BTE, mask, mask is None, window_mask)
 
     # --- names and values ---
 

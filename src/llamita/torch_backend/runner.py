@@ -1,43 +1,60 @@
-"""Runs the plans of an inference engine on a PyTorch model, over one contiguous key/value cache.
+"""Runs the plans of an inference engine on a PyTorch model, over a paged key/value memory.
 
-The engine decides which tokens run and where; here they are run. `prefill` and `decode_one_token` hold all that happens
-between tokens and logits, so that they are the units to compile or to replace by faster kernels. Deliberately knows
-nothing of requests, text, or when to stop.
+The engine decides which tokens run and where their keys and values lie; here they are run, all chunks of a step packed
+into one row. `hidden_states` holds all that happens between tokens and the states that logits are made of: it is the
+unit to compile or to replace by faster kernels. Deliberately knows nothing of requests, text, or when to stop.
 """
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llamita import architecture, checkpoint
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
-from llamita.plan import Plan, SampledToken, ScheduledChunk, StepResult
-from llamita.torch_backend.kv_cache import KVCache
+from llamita.plan import CacheLayout, Plan, SampledToken, SampleSpec, ScheduledChunk, StepResult
+from llamita.torch_backend.kv_cache import EXACT_ROWS, PagedKVCache, PagedStep
 from llamita.torch_backend.model import Llama
-from llamita.torch_backend.sampling import sample
+from llamita.torch_backend.sampling import Sampler
 from llamita.torch_backend.weights import build_model, to_host_arrays
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CACHE_SHARE = {"cpu": 0.25, "cuda": 0.8}
+"""Of the memory that is free once the weights are loaded, what keys and values may take."""
+SCORED_ROWS = 64
+"""Logits of so many positions at a time, where those of a prompt are asked for: bounds the memory they take."""
+
+
+@dataclass
+class TorchMemory:
+    """What one engine's sequences left behind for their next step: keys and values, and counts of tokens."""
+
+    cache: PagedKVCache
+    sampler: Sampler
 
 
 class TorchRunner:
     """Does an engine's plans with `model`, which it neither copies nor changes; dropout is off meanwhile.
 
-    One sequence at a time: a chunk that starts at 0 begins a new one, and a chunk that starts earlier than the cache is
-    long goes on from there. `reserve` makes room before a sequence begins.
+    With `exact`, on a CPU in float32, the logits after a text are the same bits however it came there: alone or with
+    others, whole or in chunks, computed again or found in the prefix cache. It is slower.
     """
 
-    def __init__(self, model: Llama) -> None:
+    def __init__(self, model: Llama, exact: bool = False) -> None:
         self.model = model
         self.config: ModelConfig = model.config
         weight = model.output_weight_VD
         self.dtype, self.device = weight.dtype, weight.device
-        self.cache = self._new_cache(1)
+        if exact and (self.device.type != "cpu" or self.dtype != torch.float32):
+            raise ValueError(f"the exact mode runs on a CPU in float32, not on {self.device.type} in {self.dtype}")
+        self.exact = exact
         parameters = sum(parameter.numel() for parameter in model.parameters())
         if (
             weight is not model.model.embed_tokens.weight
@@ -48,20 +65,85 @@ class TorchRunner:
         self.kv_bytes_per_token = architecture.kv_bytes_per_token(self.config, weight.element_size())
         """Bytes of keys and values that one earlier position adds to what decoding a token reads."""
 
+    @property
+    def cache_budget(self) -> int:
+        """Bytes that keys and values may take where nothing else is said."""
+        free = (
+            torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else psutil.virtual_memory().available
+        )
+        return int(free * CACHE_SHARE.get(self.device.type, CACHE_SHARE["cpu"]))
+
     def weights(self) -> dict[str, HostArray]:
         """The values under canonical names, in the type they have here."""
         return to_host_arrays(self.model)
 
-    def reserve(self, positions: int) -> None:
-        """Make the cache hold at least so many positions; what it held is forgotten where it has to grow."""
-        if positions > self.cache.capacity:
-            self.cache = self._new_cache(positions)
+    def allocate(self, layout: CacheLayout) -> TorchMemory:
+        """Memory for the sequences of one engine."""
+        return TorchMemory(
+            PagedKVCache(self.config, layout, self.dtype, self.device), Sampler(self.config.vocab_size, self.device)
+        )
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> StepResult:
-        """Run every chunk, in order, and sample a token after those that ask for one."""
-        with evaluation(self.model):
-            return StepResult(tuple(self._run_chunk(chunk) for chunk in plan.chunks))
+    def run(self, plan: Plan, memory: TorchMemory) -> StepResult:
+        """Run every chunk at once, sample the tokens and score the targets that they ask for."""
+        memory.cache.copy(plan.copies)
+        if not plan.chunks:
+            return StepResult(())
+        order = sorted(range(len(plan.chunks)), key=lambda i: len(plan.chunks[i].tokens) > 1)  # single tokens first
+        chunks = [plan.chunks[i] for i in order]
+        step = memory.cache.step(chunks, self.exact)
+        tokens = [token for chunk in chunks for token in chunk.tokens]
+        tokens_1T = torch.tensor([tokens + [0] * (step.padded - step.tokens)], device=self.device)
+        with evaluation(self.model), fast_few_rows(self.device, self.dtype, step.padded):
+            hidden_TD = hidden_states(self.model, tokens_1T, step)
+            sampled = self._sample(chunks, hidden_TD, memory.sampler)
+        scores = self._score(chunks, hidden_TD)
+        places = {number: place for place, number in enumerate(order)}
+        return StepResult(
+            tuple(sampled[places[number]] for number in range(len(order))),
+            tuple(scores[places[number]] for number in range(len(order))) if scores else (),
+        )
+
+    def _sample(
+        self, chunks: Sequence[ScheduledChunk], hidden_TD: Tensor, sampler: Sampler
+    ) -> list[tuple[SampledToken, ...]]:
+        """The tokens that each chunk asks for, all drawn in one pass."""
+        rows: list[int] = []
+        specs: list[SampleSpec] = []
+        ids: list[int] = []
+        begin = 0
+        for chunk in chunks:
+            rows += [begin + sample.position - 1 - chunk.start for sample in chunk.samples]
+            specs += chunk.samples
+            ids += [chunk.sequence_id] * len(chunk.samples)
+            begin += len(chunk.tokens)
+        tokens = iter(sampler.sample(self._logits(hidden_TD, rows), specs, ids) if rows else ())
+        return [tuple(next(tokens) for _ in chunk.samples) for chunk in chunks]
+
+    def _score(self, chunks: Sequence[ScheduledChunk], hidden_TD: Tensor) -> list[tuple[float, ...]]:
+        """The log-probabilities of each chunk's targets."""
+        if not any(chunk.targets for chunk in chunks):
+            return []
+        found, begin = [], 0
+        for chunk in chunks:
+            scores: list[float] = []
+            for first in range(0, len(chunk.targets), SCORED_ROWS):
+                targets_R1 = torch.tensor(chunk.targets[first : first + SCORED_ROWS], device=self.device)[:, None]
+                logits_RV = self._logits(hidden_TD, range(begin + first, begin + first + len(targets_R1))).float()
+                scores += (logits_RV.gather(1, targets_R1)[:, 0] - logits_RV.logsumexp(-1)).tolist()
+            found.append(tuple(scores))
+            begin += len(chunk.tokens)
+        return found
+
+    def _logits(self, hidden_TD: Tensor, rows: Sequence[int]) -> Tensor:
+        """Logits (R, V) of some rows."""
+        if len(rows) == len(hidden_TD):
+            hidden_RD = hidden_TD  # every row, in its order
+        else:
+            hidden_RD = hidden_TD[torch.tensor(rows, device=self.device)]
+        if self.exact:
+            hidden_RD = F.pad(hidden_RD, (0, 0, 0, -len(rows) % EXACT_ROWS))
+        return self.model.logits(hidden_RD)[: len(rows)]
 
     @torch.inference_mode()
     def forward(
@@ -88,38 +170,22 @@ class TorchRunner:
             )
         return {name: x.float().cpu().numpy() for name, x in {**captured, "logits": logits_BTV}.items()}
 
-    def _run_chunk(self, chunk: ScheduledChunk) -> tuple[SampledToken, ...]:
-        self.cache.truncate(chunk.start)
-        tokens_1T = torch.tensor([chunk.tokens], device=self.device)
-        logits_1V: Tensor | None
-        if len(chunk.tokens) == 1:
-            with fast_single_row(self.device, self.dtype):
-                logits_1V = decode_one_token(self.model, self.cache, tokens_1T)
-        else:
-            logits_1V = prefill(self.model, self.cache, tokens_1T, with_logits=bool(chunk.samples))
-        return () if not chunk.samples or logits_1V is None else tuple(sample(logits_1V, chunk.samples))
 
-    def _new_cache(self, capacity: int) -> KVCache:
-        return KVCache(self.config, 1, capacity, self.dtype, self.device)
+def hidden_states(model: Llama, tokens_1T: Tensor, step: PagedStep) -> Tensor:
+    """The states (T, D) after the final norm of one packed row of tokens; their keys and values go into the memory."""
+    return model.hidden(tokens_1T, cache=step)[0]
 
 
-def prefill(model: Llama, cache: KVCache, tokens_1T: Tensor, with_logits: bool) -> Tensor | None:
-    """Append the tokens (1, T) to the cache; logits (1, V) after the last one, if wanted."""
-    hidden_1TD = model.hidden(tokens_1T, cache=cache)
-    return model.logits(hidden_1TD[:, -1]) if with_logits else None
-
-
-def decode_one_token(model: Llama, cache: KVCache, token_11: Tensor) -> Tensor:
-    """Append one token (1, 1) to the cache; logits (1, V) after it."""
-    return model.logits(model.hidden(token_11, cache=cache)[:, -1])
-
-
-def load_runner(model: Path | str, dtype: str = "auto", device: str = "auto", threads: int = 0) -> TorchRunner:
+def load_runner(
+    model: Path | str, dtype: str = "auto", device: str = "auto", threads: int = 0, exact: bool = False
+) -> TorchRunner:
     """A runner over a model directory, or over the best checkpoint of a run directory.
 
     `dtype` is that of weights and cache: a name in DTYPES, or "auto" for that of the file. `device` is PyTorch's, or
-    "auto" for a GPU where there is one. `threads` 0 leaves PyTorch's own choice.
+    "auto" for a GPU where there is one. `threads` 0 leaves PyTorch's own choice. `exact` means float32 on the CPU.
     """
+    if exact:
+        dtype, device = ("float32" if dtype == "auto" else dtype), ("cpu" if device == "auto" else device)
     if threads > 0:
         torch.set_num_threads(threads)
     if dtype != "auto" and dtype not in DTYPES:
@@ -131,7 +197,8 @@ def load_runner(model: Path | str, dtype: str = "auto", device: str = "auto", th
         stored = next((array.dtype for array in arrays.values()), "F32")
         dtype = checkpoint.DTYPE_NAMES.get(stored, "float32")
     config = checkpoint.load_config(directory)
-    return TorchRunner(build_model(config, arrays, dtype=DTYPES.get(dtype, torch.float32), device=device).eval())
+    built = build_model(config, arrays, dtype=DTYPES.get(dtype, torch.float32), device=device).eval()
+    return TorchRunner(built, exact)
 
 
 def runner_over(config: ModelConfig, arrays: Mapping[str, HostArray], dtype: str = "float32") -> TorchRunner:
@@ -165,12 +232,12 @@ def evaluation(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def fast_single_row(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """The settings under which PyTorch multiplies a single row fastest.
+def fast_few_rows(device: torch.device, dtype: torch.dtype, rows: int) -> Iterator[None]:
+    """The settings under which PyTorch multiplies so many rows fastest.
 
-    On a CPU, oneDNN reads bfloat16 weights at half the speed of PyTorch's own matrix-vector product.
+    On a CPU, oneDNN reads bfloat16 weights for one row at half the speed of PyTorch's own matrix-vector product.
     """
-    if device.type != "cpu" or dtype != torch.bfloat16:
+    if device.type != "cpu" or dtype != torch.bfloat16 or rows > 1:
         yield
         return
     enabled, *_ = torch.backends.mkldnn.set_flags(_enabled=False, _fp32_precision=None)

@@ -1,0 +1,274 @@
+"""Who holds which block of the key/value memory: reference counts, the prefix cache, windows that move on.
+
+Memory is cut into blocks of equally many positions. A block is held by the sequences whose tables name it, and full
+ones stay findable by the tokens of their whole prefix after nobody holds them, until their memory is needed for
+something else. Knows blocks by number only: what is in them is the runner's.
+"""
+
+import hashlib
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from llamita.plan import LONGEST_CHUNK, BlockCopy, CacheLayout
+
+MISSING = -1
+"""Stands in a table for a block that has been given back, or was never needed, behind a sliding window."""
+
+
+def chained_key(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """SHA-256 over a block's tokens and the key of all blocks before it."""
+    return hashlib.sha256(parent + np.asarray(tokens, dtype=np.int32).tobytes()).digest()
+
+
+class Prefix:
+    """The tokens of a full block after those of all blocks before it; the same tokens give the same object."""
+
+    __slots__ = ("__weakref__", "key", "parent", "tokens")
+
+    def __init__(self, key: bytes, parent: "Prefix | None", tokens: tuple[int, ...]) -> None:
+        self.key, self.parent, self.tokens = key, parent, tokens
+
+
+class Prefixes:
+    """Finds prefixes by their key. A key that stands for other tokens gives no wrong prefix, only a new one."""
+
+    def __init__(self, key: Callable[[bytes, Sequence[int]], bytes] = chained_key) -> None:
+        self._key = key
+        self._known: weakref.WeakValueDictionary[bytes, Prefix] = weakref.WeakValueDictionary()
+
+    def extend(self, parent: Prefix | None, tokens: Sequence[int]) -> Prefix:
+        """The prefix that has one block more than `parent`."""
+        tokens = tuple(tokens)
+        key = self._key(b"" if parent is None else parent.key, tokens)
+        known = self._known.get(key)
+        if known is not None and known.parent is parent and known.tokens == tokens:
+            return known
+        found = Prefix(key, parent, tokens)
+        self._known.setdefault(key, found)
+        return found
+
+
+class BlockPool:
+    """The blocks of one group of layers. Free ones are reused in the order in which they were given back."""
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        self.references = [0] * blocks
+        self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(blocks))  # the next to be reused first
+        self.prefix_of: list[Prefix | None] = [None] * blocks
+        self.block_of: dict[Prefix, int] = {}
+
+    def take(self, after: int = MISSING) -> int:
+        """A free block, now held once; the neighbour of block `after` where that is free and holds no prefix."""
+        block = after + 1
+        if block not in self.free or self.prefix_of[block] is not None:
+            block = next(iter(self.free))
+        del self.free[block]
+        self._forget(block)
+        self.references[block] = 1
+        return block
+
+    def share(self, block: int) -> None:
+        """Hold a block once more."""
+        self.free.pop(block, None)
+        self.references[block] += 1
+
+    def give_back(self, block: int) -> None:
+        """Hold a block once less. One that keeps no prefix is reused before those that do."""
+        assert self.references[block] > 0, f"block {block} is given back, but nobody holds it"
+        self.references[block] -= 1
+        if self.references[block] == 0:
+            self.free[block] = None
+            if self.prefix_of[block] is None:
+                self.free.move_to_end(block, last=False)
+
+    def remember(self, block: int, prefix: Prefix) -> None:
+        """Make a full block findable, unless another one with the same content is."""
+        if prefix not in self.block_of and self.prefix_of[block] is None:
+            self.block_of[prefix] = block
+            self.prefix_of[block] = prefix
+
+    def forget_unused(self) -> None:
+        """Empty the prefix cache of all that nobody holds."""
+        for block in self.free:
+            self._forget(block)
+
+    def _forget(self, block: int) -> None:
+        prefix = self.prefix_of[block]
+        if prefix is not None:
+            self.prefix_of[block] = None
+            del self.block_of[prefix]
+
+
+class BlockTable:
+    """The blocks of one sequence in one group, in the order of its positions."""
+
+    def __init__(self) -> None:
+        self._blocks = np.full(8, MISSING, dtype=np.int32)
+        self.length = 0
+        self.released = 0
+        """So many of the first blocks have been given back, or were never taken."""
+
+    @property
+    def blocks(self) -> np.ndarray:
+        """A view that the next `append` may leave behind."""
+        return self._blocks[: self.length]
+
+    def append(self, block: int) -> None:
+        if self.length == len(self._blocks):
+            self._blocks = np.concatenate([self._blocks, np.full_like(self._blocks, MISSING)])
+        self._blocks[self.length] = block
+        self.length += 1
+
+    def copy(self) -> "BlockTable":
+        other = BlockTable()
+        other._blocks, other.length, other.released = self._blocks.copy(), self.length, self.released
+        return other
+
+
+Tables = tuple[BlockTable, ...]
+
+
+class BlockManager:
+    """The tables of sequences over all groups. What does not fit is refused and changes nothing."""
+
+    def __init__(self, layout: CacheLayout, prefix_caching: bool = True) -> None:
+        self.layout = layout
+        self.block_size = layout.block_size
+        self.pools = tuple(BlockPool(layout.blocks) for _ in layout.windows)
+        self.prefixes = Prefixes()
+        self._caching = prefix_caching
+        self._copies: list[BlockCopy] = []
+
+    def fits(self, positions: int) -> bool:
+        """Whether so many positions of one sequence fit the memory at all, were it alone."""
+        most = max(
+            min(positions, window + LONGEST_CHUNK + self.block_size) if window else positions
+            for window in self.layout.windows
+        )
+        return -(-most // self.block_size) <= self.layout.blocks
+
+    @property
+    def available(self) -> int:
+        """Blocks that can be had in every group."""
+        return min(len(pool.free) for pool in self.pools)
+
+    @property
+    def used(self) -> int:
+        """Blocks held, in the fullest group."""
+        return self.layout.blocks - self.available
+
+    def find(self, tokens: Sequence[int]) -> tuple[list[Prefix], int]:
+        """The cached prefixes of a text, and how many blocks of it can be shared, its last token never among them."""
+        found: list[Prefix] = []
+        if not self._caching:
+            return found, 0
+        for start in range(0, len(tokens) - self.block_size, self.block_size):
+            prefix = self.prefixes.extend(found[-1] if found else None, tokens[start : start + self.block_size])
+            if not any(prefix in pool.block_of for pool in self.pools):
+                break
+            found.append(prefix)
+        count = len(found)
+        for group in range(len(self.pools)):  # full attention first: whatever is left of its hit is a hit
+            count = self._hit(group, found, count)
+        return found[:count], count
+
+    def _hit(self, group: int, prefixes: Sequence[Prefix], most: int) -> int:
+        """The longest hit of at most so many blocks: full attention needs all of them, a window those that it sees."""
+        held = self.pools[group].block_of
+        for count in range(most, 0, -1):
+            if all(prefix in held for prefix in prefixes[self._first_seen(group, count * self.block_size) : count]):
+                return count
+        return 0
+
+    def _first_seen(self, group: int, position: int) -> int:
+        """The first block that a query at this position, or a later one, sees."""
+        window = self.layout.windows[group]
+        return max(0, position - window + 1) // self.block_size if window else 0
+
+    def open(self, prefixes: Sequence[Prefix]) -> Tables:
+        """Tables that share the blocks of these prefixes."""
+        tables = tuple(BlockTable() for _ in self.pools)
+        for group, (pool, table) in enumerate(zip(self.pools, tables, strict=True)):
+            first = self._first_seen(group, len(prefixes) * self.block_size)
+            for number, prefix in enumerate(prefixes):
+                if number >= first:
+                    pool.share(pool.block_of[prefix])
+                table.append(pool.block_of[prefix] if number >= first else MISSING)
+            table.released = first
+        return tables
+
+    def blocks_to_grow(self, tables: Tables, computed: int, end: int) -> int:
+        """How many blocks `grow` would take, in the group that needs most."""
+        return max(
+            max(0, -(-end // self.block_size) - table.length) + self._is_shared(pool, table, computed)
+            for pool, table in zip(self.pools, tables, strict=True)
+        )
+
+    def grow(self, tables: Tables, computed: int, end: int) -> bool:
+        """Make room for positions `computed` .. end - 1; False, and nothing is changed, where the memory lacks blocks.
+
+        A block that is written next and that others hold too is replaced by a copy (copy on write).
+        """
+        if self.blocks_to_grow(tables, computed, end) > self.available:
+            return False
+        for group, (pool, table) in enumerate(zip(self.pools, tables, strict=True)):
+            if self._is_shared(pool, table, computed):
+                number = computed // self.block_size
+                source = int(table.blocks[number])
+                target = pool.take()
+                pool.give_back(source)
+                table.blocks[number] = target
+                self._copies.append(BlockCopy(group, source, target))
+            while table.length * self.block_size < end:
+                table.append(pool.take(int(table.blocks[-1]) if table.length else MISSING))
+        return True
+
+    def _is_shared(self, pool: BlockPool, table: BlockTable, computed: int) -> bool:
+        """Whether the block that takes position `computed` exists and is not this sequence's alone."""
+        number = computed // self.block_size
+        return number < table.length and pool.references[table.blocks[number]] > 1
+
+    def copies(self) -> tuple[BlockCopy, ...]:
+        """The copies that `grow` asked for since the last call."""
+        copies, self._copies = tuple(self._copies), []
+        return copies
+
+    def advance(self, tables: Tables, prefixes: list[Prefix], tokens: Sequence[int], computed: int) -> None:
+        """Take note that positions before `computed` are filled: full blocks become findable, unseen ones free."""
+        if self._caching:
+            while (len(prefixes) + 1) * self.block_size <= computed:
+                start = len(prefixes) * self.block_size
+                prefix = self.prefixes.extend(
+                    prefixes[-1] if prefixes else None, tokens[start : start + self.block_size]
+                )
+                for pool, table in zip(self.pools, tables, strict=True):
+                    if len(prefixes) >= table.released:
+                        pool.remember(int(table.blocks[len(prefixes)]), prefix)
+                prefixes.append(prefix)
+        for group, (pool, table) in enumerate(zip(self.pools, tables, strict=True)):
+            for number in range(table.released, min(self._first_seen(group, computed), table.length)):
+                pool.give_back(int(table.blocks[number]))
+                table.blocks[number] = MISSING
+                table.released = number + 1
+
+    def fork(self, tables: Tables) -> Tables:
+        """Tables of a second sequence that shares everything with the first."""
+        for pool, table in zip(self.pools, tables, strict=True):
+            for block in table.blocks[table.released :].tolist():
+                pool.share(block)
+        return tuple(table.copy() for table in tables)
+
+    def close(self, tables: Tables) -> None:
+        """Give every block back, the last one first, so that what begins a prefix is reused last."""
+        for pool, table in zip(self.pools, tables, strict=True):
+            for block in table.blocks[table.released :].tolist()[::-1]:
+                pool.give_back(block)
+
+    def forget_unused(self) -> None:
+        """Empty the prefix cache."""
+        for pool in self.pools:
+            pool.forget_unused()

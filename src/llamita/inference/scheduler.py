@@ -1,0 +1,153 @@
+"""The whole batching policy: which sequences run in a step, and how many tokens of each.
+
+Continuous batching: sequences join and leave between steps. Every decoding sequence advances at every step; what is
+left of a step's budget of tokens goes to prompts, in chunks, so that a long prompt never stalls the others. Sequences
+are served in a fixed order, that of arrival unless priorities change it. Where memory runs out, the last in that order
+gives its blocks back and begins again later (preemption by recomputation), so the first always gets on. Knows no
+tensor.
+"""
+
+import bisect
+import time
+from dataclasses import dataclass
+
+from llamita.inference.block_manager import BlockManager
+from llamita.inference.config import EngineConfig
+from llamita.inference.sequence import Continuation
+
+
+@dataclass
+class Scheduled:
+    """A sequence's part in a step: `count` of its known tokens, and room for `drafts` guessed ones after them."""
+
+    sequence: Continuation
+    count: int
+    drafts: int = 0
+    is_decoding: bool = False
+
+
+class Scheduler:
+    """Decides the next step. `running` and `waiting` are in the order in which they are served."""
+
+    def __init__(self, manager: BlockManager, limits: EngineConfig, drafts: bool = False) -> None:
+        self.manager, self.limits = manager, limits
+        self.draft_tokens = limits.draft_tokens if drafts else 0
+        self.running: list[Continuation] = []
+        self.waiting: list[Continuation] = []
+        self._out_of_memory: list[Continuation] = []
+        self.preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def add(self, sequence: Continuation) -> None:
+        bisect.insort(self.waiting, sequence, key=_order)
+
+    def next(self) -> list[Scheduled]:
+        """The work of the next step, memory for it taken: running sequences first, then new ones as far as they fit."""
+        scheduled: list[Scheduled] = []
+        decoding = sum(sequence.is_decoding for sequence in self.running)
+        budget = self.limits.prefill_tokens
+        if decoding:
+            budget = min(budget, max(self.limits.mixed_prefill_tokens, decoding))
+        for sequence in list(self.running):
+            if not sequence.tables:  # preempted meanwhile
+                continue
+            wanted = len(sequence.tokens) - sequence.computed
+            count = 1 if sequence.is_decoding else min(wanted, budget)
+            if count == 0:
+                continue
+            room = self._room(sequence, count)
+            if room is None:
+                continue
+            if not sequence.is_decoding:
+                budget -= count
+            scheduled.append(Scheduled(sequence, count, room, sequence.is_decoding))
+        while budget and self.waiting and self._admit(self.waiting[0]):
+            sequence = self.waiting.pop(0)
+            bisect.insort(self.running, sequence, key=_order)
+            count = min(len(sequence.tokens) - sequence.computed, budget)
+            grown = self.manager.grow(sequence.tables, sequence.computed, sequence.computed + count)
+            assert grown, "what was admitted fits"
+            budget -= count
+            scheduled.append(Scheduled(sequence, count))
+        return scheduled
+
+    def start_forks(self, sequence: Continuation) -> None:
+        """Let the continuations run that share the prompt which this sequence has just read."""
+        for fork in sequence.forks:
+            fork.tables = self.manager.fork(sequence.tables)
+            fork.computed, fork.prefixes = sequence.computed, list(sequence.prefixes)
+            bisect.insort(self.running, fork, key=_order)
+        sequence.forks = []
+
+    def remove(self, sequence: Continuation) -> None:
+        """Take a sequence out, wherever it stands, and give its memory back."""
+        for queue in (self.running, self.waiting):
+            if sequence in queue:
+                queue.remove(sequence)
+        self.manager.close(sequence.tables)
+        sequence.tables = ()
+
+    def select(self, request_id: int) -> list[Continuation]:
+        """The sequences of a request, running or waiting."""
+        return [one for one in (*self.running, *self.waiting) if one.request.id == request_id]
+
+    def take_out_of_memory(self) -> list[Continuation]:
+        """The sequences that even the whole memory did not suffice for, since the last call; they are out already."""
+        found, self._out_of_memory = self._out_of_memory, []
+        return found
+
+    def _room(self, sequence: Continuation, count: int) -> int | None:
+        """Take memory for `count` tokens and perhaps drafts; how many drafts fit, or None where it got no memory."""
+        drafts = 0
+        if sequence.is_decoding and sequence.may_be_drafted:
+            drafts = max(0, min(self.draft_tokens, sequence.limit - len(sequence.tokens) - 1))
+        end = sequence.computed + count
+        while not self.manager.grow(sequence.tables, sequence.computed, end + drafts):
+            if drafts:
+                drafts = 0
+                continue
+            last = self.running[-1]
+            if last is not sequence:
+                self._preempt(last)
+            elif len(self.running) > 1:
+                self._preempt(sequence)
+                return None
+            else:
+                self.remove(sequence)
+                self._out_of_memory.append(sequence)
+                return None
+        return drafts
+
+    def _preempt(self, sequence: Continuation) -> None:
+        """Give a sequence's memory back; it waits to be read again, its output as a part of its prompt."""
+        self.remove(sequence)
+        sequence.computed, sequence.prefixes, sequence.scores = 0, [], []
+        sequence.statistics.preemptions += 1
+        self.preemptions += 1
+        self.add(sequence)
+
+    def _admit(self, sequence: Continuation) -> bool:
+        """Begin a sequence where there is a place for it and memory for all its tokens, and for a block more of each
+        running one, lest it be preempted at once."""
+        places = self.limits.max_sequences - sum(one.width for one in self.running)
+        if self.running and sequence.width > places:
+            return False
+        prefixes, shared = ([], 0) if sequence.params.prompt_logprobs else self.manager.find(sequence.tokens)
+        tables = self.manager.open(prefixes)
+        needed = self.manager.blocks_to_grow(tables, shared * self.manager.block_size, len(sequence.tokens))
+        if self.running and needed + len(self.running) > self.manager.available:
+            self.manager.close(tables)
+            return False
+        sequence.tables, sequence.prefixes = tables, prefixes
+        sequence.computed = shared * self.manager.block_size
+        if sequence.generated == 0:
+            sequence.statistics.cached_tokens = sequence.computed
+            sequence.statistics.queue_seconds = time.perf_counter() - sequence.arrived
+        return True
+
+
+def _order(sequence: Continuation) -> tuple[int, ...]:
+    return sequence.order

@@ -1,0 +1,145 @@
+"""One continuation of a request under way: its tokens, the memory it holds, its text, and when it ends.
+
+Knows nothing of other sequences, nor of how tokens are made.
+"""
+
+import time
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from llamita.inference.block_manager import Prefix, Tables
+from llamita.inference.detokenizer import IncrementalDetokenizer, StopMatcher, TokenBytes
+from llamita.inference.request import FinishReason, Request, Statistics, TokenEvent
+from llamita.inference.structured import Matcher
+from llamita.plan import MAX_SEED, SampledToken, SampleSpec, ScheduledChunk
+
+
+class Continuation:
+    """A sequence of the engine: a prompt, what has been generated after it, and how far the cache holds both.
+
+    `computed` counts the tokens whose keys and values lie in the blocks of `tables`. `forks` are the continuations
+    that will begin with this one's prompt once it has been read.
+    """
+
+    def __init__(
+        self,
+        id: int,
+        request: Request,
+        index: int,
+        seed: int,
+        arrival: int,
+        limit: int,
+        end_tokens: Collection[int],
+        tokenizer: TokenBytes | None,
+        matcher: Matcher | None = None,
+    ) -> None:
+        self.id, self.request, self.index, self.params = id, request, index, request.params
+        self.order = (arrival + request.priority, arrival, index)
+        """Smaller is served first; fixed, so that none is overtaken for ever."""
+        self.limit = limit
+        self.tokens = list(request.prompt)
+        self.prompt_length = len(request.prompt)
+        self.computed = 0
+        self.tables: Tables = ()
+        self.prefixes: list[Prefix] = []
+        self.forks: list[Continuation] = []
+        self.statistics = Statistics(seed=(seed + index) & MAX_SEED, prompt_tokens=self.prompt_length)
+        self.finish_reason: FinishReason | None = None
+        self.matcher = matcher
+        self.scores: list[float] = []  # log-probabilities of the prompt, as far as it was read
+        self.arrived = time.perf_counter()
+        self._ends = frozenset(() if self.params.ignore_eos else end_tokens) | frozenset(self.params.stop_token_ids)
+        self._detokenizer = tokenizer and IncrementalDetokenizer(tokenizer, context=request.prompt)
+        self._stop_matcher = StopMatcher(self.params.stop)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether only the last token is still to be run, the prompt having been read."""
+        return self.computed == len(self.tokens) - 1 and self.computed >= self.prompt_length
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def width(self) -> int:
+        """Sequences that this one is or will be."""
+        return 1 + len(self.forks)
+
+    @property
+    def may_be_drafted(self) -> bool:
+        """Whether several tokens may be asked for at once: none of them changes how the next one is picked."""
+        return not (self.matcher or self.params.reads_history or self.params.prompt_logprobs)
+
+    def chunk(self, count: int, drafts: Sequence[int] = (), allowed: np.ndarray | None = None) -> ScheduledChunk:
+        """The next `count` known tokens and the drafts after them; tokens are asked for once all known ones are run."""
+        end = self.computed + count
+        samples: list[SampleSpec] = []
+        if end == len(self.tokens):
+            samples = [self._sample(end + extra, self.statistics.seed, allowed) for extra in range(len(drafts) + 1)]
+            samples += [fork._sample(end, fork.statistics.seed, allowed) for fork in self.forks]
+        targets: tuple[int, ...] = ()
+        if self.params.prompt_logprobs and not self.generated:
+            targets = tuple(self.tokens[self.computed + 1 : min(end + 1, self.prompt_length)])
+        return ScheduledChunk(
+            self.id,
+            (*self.tokens[self.computed : end], *drafts),
+            self.computed,
+            tuple(table.blocks for table in self.tables),
+            tuple(samples),
+            targets,
+        )
+
+    def _sample(self, position: int, seed: int, allowed: np.ndarray | None) -> SampleSpec:
+        early = position - self.prompt_length < self.params.min_tokens
+        banned = tuple(sorted(self._ends)) if early else ()
+        return SampleSpec(self.params, seed, position, self.tokens, self.prompt_length, banned, allowed)
+
+    def take(self, token: SampledToken) -> TokenEvent:
+        """Take in a sampled token: its text as far as it is certain, and whether it ends the continuation."""
+        self.tokens.append(token.token_id)
+        self.statistics.generated_tokens += 1
+        self.statistics.decode_tokens += self.generated > 1
+        if self.matcher is not None:
+            self.matcher.accept(token.token_id)
+        text = ""
+        if token.token_id in self._ends:
+            self.finish_reason = "stop"
+        else:
+            text = self._let_out(self._detokenizer.feed(token.token_id)) if self._detokenizer else ""
+            if len(self.tokens) >= self.limit:
+                self.finish_reason = "length"
+            if self.matcher is not None and self.matcher.is_complete:
+                self.finish_reason = "stop"
+        return self._event(token, text)
+
+    def end(self, reason: FinishReason, error: str = "") -> TokenEvent:
+        """End without a further token."""
+        self.finish_reason = reason
+        return self._event(None, "", error)
+
+    def _let_out(self, text: str) -> str:
+        """What can be shown of new text: all but the beginning of a stop string, which counts from `min_tokens` on."""
+        return text if self.generated < self.params.min_tokens else self._stop_matcher.feed(text)
+
+    def _event(self, token: SampledToken | None, text: str, error: str = "") -> TokenEvent:
+        if self.finish_reason is not None and self._detokenizer:
+            text += self._let_out(self._detokenizer.finish())
+        if self._stop_matcher.matched is not None:
+            self.finish_reason = "stop"
+        elif self.finish_reason is not None:
+            text += self._stop_matcher.finish()
+        scores, self.scores = tuple(self.scores) if self.generated <= 1 else (), []
+        return TokenEvent(
+            request_id=self.request.id,
+            token_id=None if token is None else token.token_id,
+            logprob=0.0 if token is None else token.logprob,
+            text=text,
+            statistics=self.statistics,
+            finish_reason=self.finish_reason,
+            index=self.index,
+            top_logprobs=() if token is None else token.top,
+            prompt_logprobs=scores,
+            error=error,
+        )

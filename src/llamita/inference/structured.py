@@ -1,0 +1,228 @@
+"""Output of a form that was asked for: which tokens may come next, by a JSON schema, a regular expression or choices.
+
+`llguidance` does the parsing; here its grammars are built from `SamplingParams`, its view of the vocabulary from our
+tokenizer, and what a stranger may ask of it is bounded. Masks are bits in numpy arrays, for whichever backend samples.
+Knows nothing of tensors, or of who is served.
+"""
+
+import functools
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance.numpy import fill_next_token_bitmask_par
+
+from llamita.plan import SamplingParams
+from llamita.text.tokenizer import Tokenizer
+
+LONGEST_SCHEMA = 1 << 16  # characters
+LONGEST_REGEX = 1 << 12
+LONGEST_CHOICES = 1 << 16  # characters of all choices together
+COMPILED_KEPT = 64
+WHITESPACE = r"[ \n]?[ ]{0,16}"
+"""What may stand between the parts of a JSON text: a model that may write blanks without end sometimes does."""
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=200_000,  # building, and the first mask of, the worst expression takes some 0.2 s
+    step_lexer_fuel=100_000,  # a step 10 to 30 ms
+    step_max_items=20_000,
+    max_lexer_states=20_000,  # up to 2 kB each
+    max_grammar_size=100_000,
+    verbose_errors=False,
+)
+
+
+class Matcher:
+    """Follows one continuation: which tokens may come, given those that came."""
+
+    def __init__(self, matcher: LLMatcher, vocabulary: "Vocabulary", executor: LLExecutor) -> None:
+        self._matcher, self._vocabulary, self._executor = matcher, vocabulary, executor
+
+    def allowed(self) -> np.ndarray:
+        """The mask as int32 words: bit i % 32 of word i // 32 tells whether token i may come.
+
+        An end-of-text token may come exactly where the text may end. Raises ValueError where the grammar turned out to
+        be too expensive to follow.
+        """
+        (mask,) = fill([self])
+        if self.error:
+            raise ValueError(self.error)
+        return mask
+
+    def accept(self, token_id: int) -> None:
+        """Go on by a token. Raises ValueError where it may not come; the matcher is then where it was."""
+        if not 0 <= token_id < self._vocabulary.model_size or self._matcher.try_consume_tokens([token_id]) != 1:
+            raise ValueError(self.error or f"token {token_id} may not come here: the grammar of the request forbids it")
+
+    def rollback(self, count: int) -> None:
+        """Take the last `count` accepted tokens back."""
+        if count and not self._matcher.rollback(count):
+            raise ValueError(self.error or f"{count} tokens cannot be taken back: so many were not accepted")
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the text is whole and nothing but its end may follow."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    @property
+    def error(self) -> str:
+        """Why the grammar can be followed no further, in a line; empty where all is well."""
+        return (
+            f"the grammar cannot be followed further: {_line(self._matcher.get_error())}"
+            if self._matcher.is_error()
+            else ""
+        )
+
+
+def fill(matchers: Sequence[Matcher]) -> list[np.ndarray]:
+    """The masks of many matchers (of one `Grammars`), on several threads; all zeros for one that has an `error`."""
+    if not matchers:
+        return []
+    vocabulary = matchers[0]._vocabulary
+    words = np.zeros((len(matchers), vocabulary.words), dtype=np.int32)
+    pairs = [(matcher._matcher, row) for row, matcher in enumerate(matchers)]
+    fill_next_token_bitmask_par(matchers[0]._executor, pairs, words)
+    for row, matcher in enumerate(matchers):
+        if matcher._matcher.is_error():
+            words[row] = 0
+    return list(vocabulary.cut(words))
+
+
+class Grammars:
+    """Compiles what `SamplingParams` ask for; one for an engine.
+
+    `vocab_size` is the model's, which may be padded beyond the tokenizer's; those ids are never allowed. The last
+    grammars are kept compiled. May be used from several threads.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Collection[int]) -> None:
+        self._vocabulary = Vocabulary(tokenizer, vocab_size, eos_token_ids)
+        self._executor = LLExecutor()
+        self._compiled = functools.lru_cache(COMPILED_KEPT)(self._compile)
+
+    def matcher(self, params: SamplingParams) -> Matcher:
+        """A matcher at the start of the text that `params` ask for.
+
+        Raises ValueError, in one line, for a broken or too expensive JSON schema, regular expression or list of
+        choices.
+        """
+        if params.json_schema:
+            start = self._compiled("json_schema", params.json_schema)
+        elif params.regex:
+            start = self._compiled("regex", params.regex)
+        else:
+            assert params.choices, "the request asks for no structure"
+            start = self._compiled("choices", params.choices)
+        return Matcher(start.deep_copy(), self._vocabulary, self._executor)
+
+    def _compile(self, kind: str, asked: str | tuple[str, ...]) -> LLMatcher:
+        matcher = LLMatcher(self._vocabulary.tokenizer, _grammar(kind, asked), log_level=0, limits=LIMITS)
+        trial = matcher
+        if not matcher.is_error():  # much is built only when it is needed: find out now whether a token can be taken
+            mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+            trial = matcher.deep_copy()
+            trial.consume_token(int(np.unpackbits(mask, bitorder="little").argmax()))
+        if trial.is_error():
+            raise ValueError(f"{kind} is not supported: {_line(trial.get_error())}")
+        return matcher
+
+
+class Vocabulary:
+    """A tokenizer as `llguidance` sees it; built when first needed, which takes a while for a large one.
+
+    Tokens that stand for no text (special ones, padding) are never allowed, but for those that end a text. A model
+    without any gets one more, past the end of its vocabulary, since the library needs one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Collection[int]) -> None:
+        self.model_size, self._ours = vocab_size, tokenizer
+        self._eos = sorted(eos for eos in set(eos_token_ids) if 0 <= eos < vocab_size)
+        self.size = vocab_size if self._eos else vocab_size + 1
+        self.words = (self.size + 31) // 32
+
+    @functools.cached_property
+    def tokenizer(self) -> LLTokenizer:
+        known = min(self._ours.vocab_size, self.model_size)
+        tokens = [self._ours.token_bytes(i) for i in range(known)] + [b""] * (self.size - known)
+        ends = self._eos or [self.model_size]
+        for token_id in ends:
+            tokens[token_id] = b""
+        source = _Source(self._ours, tokens, ends[0])
+        source.library = LLTokenizer(TokenizerWrapper(source), eos_token=ends)
+        return source.library
+
+    def cut(self, words_RW: np.ndarray) -> np.ndarray:
+        """Masks of the model's ids alone."""
+        if not self._eos:
+            words_RW = words_RW[:, : (self.model_size + 31) // 32]
+            if self.model_size % 32:
+                words_RW[:, -1] &= np.int32((1 << (self.model_size % 32)) - 1)
+        return words_RW
+
+
+@dataclass
+class _Source:
+    """What `llguidance` wants to know of a tokenizer: bytes by id, and how the model would spell a text."""
+
+    ours: Tokenizer
+    tokens: list[bytes]
+    eos_token_id: int
+    bos_token_id: int | None = None
+    library: LLTokenizer | None = None
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        text = text.decode() if isinstance(text, bytes) else text
+        for prefix in ("", "\n"):  # SentencePiece puts a space before a text; it does not after a line's end
+            ids = self.ours.encode(prefix + text)
+            pieces = [self.tokens[i] if i < len(self.tokens) else b"" for i in ids]
+            skipped = 0
+            while prefix and skipped < len(ids) and not b"".join(pieces[:skipped]).endswith(prefix.encode()):
+                skipped += 1
+            if b"".join(pieces[skipped:]) == text.encode():
+                return ids[skipped:]
+        return self.library.greedy_tokenize(text) if self.library else []
+
+
+def _grammar(kind: str, asked: str | tuple[str, ...]) -> str:
+    """The grammar in llguidance's notation; ValueError for what is too long or no text."""
+    texts = (asked,) if isinstance(asked, str) else asked
+    longest = {"json_schema": LONGEST_SCHEMA, "regex": LONGEST_REGEX, "choices": LONGEST_CHOICES}[kind]
+    length = sum(map(len, texts))
+    if length > longest:
+        raise ValueError(f"{kind} has {length} characters; give at most {longest}")
+    if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+        raise ValueError(f"{kind} holds a lone surrogate, which no text can hold")
+    if kind == "json_schema":
+        _check_schema(texts[0])
+        try:
+            return LLMatcher.grammar_from_json_schema(
+                texts[0], overrides={"whitespace_pattern": WHITESPACE, "whitespace_flexible": True, "lenient": False}
+            )
+        except ValueError as fault:
+            raise ValueError(f"json_schema is not supported: {_line(str(fault))}") from None
+    # An expression of all choices rather than a rule of the grammar for each: thousands of them stay cheap.
+    return LLMatcher.grammar_from_regex(texts[0] if kind == "regex" else "|".join(map(_literal, texts)))
+
+
+def _literal(text: str) -> str:
+    """A regular expression for this text alone."""
+    return "".join("\\" + letter if letter in r"\.+*?()|[]{}^$#&-~" else letter for letter in text)
+
+
+def _check_schema(text: str) -> None:
+    try:
+        schema = json.loads(text)
+    except RecursionError:
+        raise ValueError("json_schema is nested too deeply") from None
+    except ValueError as fault:
+        raise ValueError(f"json_schema is not JSON: {fault}") from None
+    if not isinstance(schema, dict):
+        raise ValueError(f"json_schema must be a JSON object, not {type(schema).__name__}; {{}} allows any JSON")
+
+
+def _line(message: str) -> str:
+    """What the library says, as one line of moderate length without a picture of the place."""
+    lines = [line.strip() for line in message.splitlines()] or [""]
+    reason = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
+    return "no text fits it" if reason == "NoExtensionBias" else reason[:300]
