@@ -7,19 +7,24 @@ engine's business.
 import os
 import stat
 import sys
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 from unicodedata import category
 
 import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from llamita.inference.request import Statistics
 from llamita.plan import SamplingParams
 from llamita.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from llamita.inference.batch import Outcome, Totals
     from llamita.inference.llm import LLM
 
 INTERRUPTED = 130  # the exit status of shells for Ctrl-C
@@ -90,18 +95,56 @@ def run(options: GenerateOptions) -> int:
 
 
 def _run_file(options: GenerateOptions) -> int:
-    from llamita.cli.generate_batch import run_batch
+    """Do all lines of the input that the output lacks; 1 where one of them failed."""
+    from llamita.inference import batch
     from llamita.inference.llm import LLM
     from llamita.torch_backend.runner import load_runner
 
-    if options.input is None or options.output is None:
+    source, output = options.input, options.output
+    if source is None or output is None:
         raise ValueError("--input and --output go together: a file of prompts, and the file for the answers")
     if options.prompt is not None or options.prompt_tokens:
         raise ValueError("both --input and a prompt were given; give one of them")
-    if not options.input.is_file():
-        raise FileNotFoundError(f"there is no file {options.input}")
+    if not source.is_file():
+        raise FileNotFoundError(f"there is no file {source}")
     llm = LLM.load(options.model, partial(load_runner, dtype=options.dtype, device=options.device))
-    return run_batch(llm, options.model, options.input, options.output, options.sampling, options.template)
+    items = batch.read_items(llm, source, options.sampling, options.template)
+    made_from = {
+        "model": str(options.model.resolve()) if options.model.exists() else str(options.model),
+        "input": batch.digest(source),
+        "options": asdict(options.sampling) | {"template": options.template},
+    }
+    kept, outcomes = batch.run_batch(llm, items, output, made_from)
+    if kept:
+        print(f"{kept} of {len(items)} are in {output} already", file=sys.stderr)
+    try:
+        totals, seconds = _with_bar(outcomes, len(items) - kept)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise
+    print(
+        f"{totals.requests} requests, {totals.prompt_tokens} prompt tokens and {totals.generated_tokens} generated in "
+        f"{seconds:.1f} s, {totals.generated_tokens / seconds:,.1f} tokens/s"
+        + (f"; {totals.failed} failed" if totals.failed else ""),
+        file=sys.stderr,
+    )
+    return 1 if totals.failed else 0
+
+
+def _with_bar(outcomes: Iterator["Outcome"], total: int) -> tuple["Totals", float]:
+    """Draw the outcomes, and how far they are, on standard error; what they came to, and the seconds that took."""
+    from llamita.inference import batch
+
+    totals, started = batch.Totals(), time.perf_counter()
+    ending = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), *ending)
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=total, speed="")
+        for item, outcome in outcomes:
+            batch.count(totals, item, outcome)
+            speed = totals.generated_tokens / (time.perf_counter() - started)
+            progress.update(task, advance=1, speed=f"{speed:,.0f} tokens/s")
+    return totals, time.perf_counter() - started
 
 
 def _run_several(llm: "LLM", prompt: str | tuple[int, ...], options: GenerateOptions) -> int:

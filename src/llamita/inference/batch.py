@@ -40,6 +40,9 @@ class Item:
     request: Request
 
 
+Outcome = tuple[Item, Generation | Exception]
+
+
 @dataclass
 class Totals:
     """What a run did, without what an earlier one had done."""
@@ -83,9 +86,7 @@ def read_items(llm: LLM, path: Path, defaults: SamplingParams, template: str | N
     return items
 
 
-def run_batch(
-    llm: LLM, items: list[Item], output: Path, made_from: Mapping[str, Any]
-) -> tuple[int, Iterator[tuple[Item, Generation | Exception]]]:
+def run_batch(llm: LLM, items: list[Item], output: Path, made_from: Mapping[str, Any]) -> tuple[int, Iterator[Outcome]]:
     """How many lines the output has already, and an iterator that does the rest, a line written for each it yields.
 
     `made_from` is what the output depends on: it is recorded, and ValueError tells where a record differs.
@@ -100,7 +101,7 @@ def run_batch(
         raise
     left = [item for item in items if item.index not in done]
 
-    def finish() -> Iterator[tuple[Item, Generation | Exception]]:
+    def finish() -> Iterator[Outcome]:
         with stack:
             for place, outcome in many.outcomes_as_finished(llm.shared, (item.request for item in left)):
                 item = left[place]
