@@ -7,17 +7,25 @@ engine's business.
 import os
 import stat
 import sys
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 from unicodedata import category
 
 import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from llamita.inference.request import Statistics
 from llamita.plan import SamplingParams
 from llamita.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llamita.inference.batch import Outcome, Totals
+    from llamita.inference.llm import LLM
 
 INTERRUPTED = 130  # the exit status of shells for Ctrl-C
 
@@ -35,6 +43,12 @@ class GenerateOptions:
     """The text to continue; - reads it from standard input, and so does a pipe. Nothing: start a new text."""
     prompt_tokens: tuple[int, ...] = ()
     """The prompt as token ids, taken as they are: no BOS token is put before them."""
+    input: Path | None = None
+    """A file of prompts: a JSON object a line with prompt, prompt_tokens or messages, an id, sampling parameters."""
+    output: Path | None = None
+    """The file of answers for --input, a line each as they end; the same command goes on with one that was cut off."""
+    template: str | None = None
+    """The chat template for messages in --input, where the model has none: chatml, r0 or plain."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
     echo: bool = True
     """Print the prompt before its continuation."""
@@ -50,10 +64,14 @@ def run(options: GenerateOptions) -> int:
     from llamita.inference.llm import LLM
     from llamita.torch_backend.runner import load_runner
 
+    if options.input is not None or options.output is not None:
+        return _run_file(options)
     if options.prompt is not None and options.prompt_tokens:
         raise ValueError("both a prompt and --prompt-tokens were given; give one of them")
     prompt: str | tuple[int, ...] = options.prompt_tokens or read_prompt(options.prompt, sys.stdin)
     llm = LLM.load(options.model, partial(load_runner, dtype=options.dtype, device=options.device))
+    if options.sampling.n > 1:
+        return _run_several(llm, prompt, options)
     events = llm.events(prompt, options.sampling)
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows a question mark
         if hasattr(stream, "reconfigure"):
@@ -65,6 +83,8 @@ def run(options: GenerateOptions) -> int:
     try:
         for event in events:
             last = event
+            if event.finish_reason == "error":
+                raise ValueError(event.error)
             print(f" {event.token_id}" if llm.tokenizer is None else shape(event.text), end="", flush=True)
     except KeyboardInterrupt:
         status = INTERRUPTED
@@ -72,6 +92,72 @@ def run(options: GenerateOptions) -> int:
     if options.statistics and last is not None:
         print(report(last.statistics, last.finish_reason or "interrupted"), file=sys.stderr)
     return status
+
+
+def _run_file(options: GenerateOptions) -> int:
+    """Do all lines of the input that the output lacks; 1 where one of them failed."""
+    from llamita.inference import batch
+    from llamita.inference.llm import LLM
+    from llamita.torch_backend.runner import load_runner
+
+    source, output = options.input, options.output
+    if source is None or output is None:
+        raise ValueError("--input and --output go together: a file of prompts, and the file for the answers")
+    if options.prompt is not None or options.prompt_tokens:
+        raise ValueError("both --input and a prompt were given; give one of them")
+    if not source.is_file():
+        raise FileNotFoundError(f"there is no file {source}")
+    llm = LLM.load(options.model, partial(load_runner, dtype=options.dtype, device=options.device))
+    items = batch.read_items(llm, source, options.sampling, options.template)
+    made_from = {
+        "model": str(options.model.resolve()) if options.model.exists() else str(options.model),
+        "input": batch.digest(source),
+        "options": asdict(options.sampling) | {"template": options.template},
+    }
+    kept, outcomes = batch.run_batch(llm, items, output, made_from)
+    if kept:
+        print(f"{kept} of {len(items)} are in {output} already", file=sys.stderr)
+    try:
+        totals, seconds = _with_bar(outcomes, len(items) - kept)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise
+    print(
+        f"{totals.requests} requests, {totals.prompt_tokens} prompt tokens and {totals.generated_tokens} generated in "
+        f"{seconds:.1f} s, {totals.generated_tokens / seconds:,.1f} tokens/s"
+        + (f"; {totals.failed} failed" if totals.failed else ""),
+        file=sys.stderr,
+    )
+    return 1 if totals.failed else 0
+
+
+def _with_bar(outcomes: Iterator["Outcome"], total: int) -> tuple["Totals", float]:
+    """Draw the outcomes, and how far they are, on standard error; what they came to, and the seconds that took."""
+    from llamita.inference import batch
+
+    totals, started = batch.Totals(), time.perf_counter()
+    ending = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), *ending)
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=total, speed="")
+        for item, outcome in outcomes:
+            batch.count(totals, item, outcome)
+            speed = totals.generated_tokens / (time.perf_counter() - started)
+            progress.update(task, advance=1, speed=f"{speed:,.0f} tokens/s")
+    return totals, time.perf_counter() - started
+
+
+def _run_several(llm: "LLM", prompt: str | tuple[int, ...], options: GenerateOptions) -> int:
+    """Print `n` continuations, one after the other with an empty line between."""
+    shape = harmless if sys.stdout.isatty() else str
+    start = (prompt if isinstance(prompt, str) else shown(prompt, llm.tokenizer)) if options.echo else ""
+    found = llm.generate(prompt, options.sampling).continuations
+    texts = [each.text if llm.tokenizer else " " + " ".join(map(str, each.token_ids)) for each in found]
+    print("\n\n".join(start + shape(text) for text in texts), flush=True)
+    if options.statistics:
+        for each in found:
+            print(report(each.statistics, each.finish_reason), file=sys.stderr)
+    return 0
 
 
 def read_prompt(given: str | None, stdin: TextIO) -> str:

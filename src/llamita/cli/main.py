@@ -39,6 +39,7 @@ VERBS: Mapping[str, Verb] = {
     "data show": Verb("llamita.cli.data", "show", "Look at prepared data as a model will see it."),
     "train": Verb("llamita.cli.train", "run", "Train a model from nothing, or carry on an interrupted run."),
     "generate": Verb("llamita.cli.generate", "run", "Continue a prompt with a trained model."),
+    "chat": Verb("llamita.cli.chat", "run", "Talk with a trained model in the terminal."),
     "evaluate": Verb("llamita.cli.evaluate", "run", "Measure a model's loss over prepared text."),
     "convert": Verb("llamita.cli.convert", "run", "Bring other people's models here, and ours to them."),
     "verify": Verb("llamita.cli.verify", "run", "Hold a model to a reference, layer by layer."),

@@ -7,32 +7,33 @@ The face of the engine for programs and for the command line. The backend is pas
 
     llm = LLM.load("runs/stories", load_runner)
     print(llm.generate("Once upon a time").text)
+
+Every form of it (one prompt or many, whole or streamed, waiting or asynchronous, from one thread or several) goes
+through the same engine, which serves them together.
 """
 
+import asyncio
+import contextlib
 import itertools
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from pathlib import Path
+from typing import cast, overload
 
 from llamita import checkpoint, files
 from llamita.config import ModelConfig
+from llamita.inference import async_llm, many
 from llamita.inference.engine import Engine, Runner
-from llamita.inference.request import FinishReason, Request, SamplingParams, Statistics, TokenEvent
+from llamita.inference.generation import Generation
+from llamita.inference.request import Request, SamplingParams, TokenEvent
+from llamita.inference.shared_engine import SharedEngine
 from llamita.text.tokenizer import Tokenizer
+
+__all__ = ["LLM", "Generation", "Prompt"]
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
 
-
-@dataclass(frozen=True)
-class Generation:
-    """What a model wrote. `text` ends before a stop string; `token_ids` and `logprobs` have all that was sampled."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finish_reason: FinishReason
-    statistics: Statistics
+Prompt = str | Sequence[int]
+Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class LLM:
@@ -44,8 +45,8 @@ class LLM:
         self.runner = runner
         self.tokenizer = tokenizer
         self.engine = Engine(runner, tokenizer, eos_token_ids)
+        self.shared = SharedEngine(self.engine)
         self._ids = itertools.count()
-        self._events: dict[int, deque[TokenEvent]] = {}
 
     @classmethod
     def load(cls, model: Path | str, load_runner: Callable[[Path], Runner]) -> "LLM":
@@ -89,51 +90,106 @@ class LLM:
             raise ValueError("the prompt is empty and this model has no BOS token to start from; give some text")
         return tokens
 
-    def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Generation:
-        """Continue the prompt to its end and return all of it."""
-        events = list(self.events(prompt, params))
-        last = events[-1]
-        assert last.finish_reason is not None
-        return Generation(
-            text="".join(event.text for event in events),
-            token_ids=tuple(event.token_id for event in events),
-            logprobs=tuple(event.logprob for event in events),
-            finish_reason=last.finish_reason,
-            statistics=last.statistics,
-        )
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self, prompts: str, params: Params = None, *, progress: bool = False
+    ) -> Generation: ...
+    @overload
+    def generate(self, prompts: Sequence[int], params: Params = None, *, progress: bool = False) -> Generation: ...
+    @overload
+    def generate(
+        self, prompts: Sequence[Prompt], params: Params = None, *, progress: bool = False
+    ) -> list[Generation]: ...
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: Params = None, *, progress: bool = False
+    ) -> Generation | list[Generation]:
+        """Continue a prompt to its end and return all of it, or do so for many at once.
 
-    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[str]:
-        """Continue the prompt and yield text as it becomes certain."""
-        return (event.text for event in self.events(prompt, params) if event.text)
+        A text or a sequence of token ids is one prompt and gives one `Generation`; a sequence of those is many and
+        gives a list in their order. With `n` above 1, a prompt's `Generation` is its first continuation and has all
+        under `continuations`. `params` are for all, or one for each; `progress` shows a bar. A prompt that cannot be
+        served raises ValueError before any is begun; one that fails under way RuntimeError, which ends the others.
+        """
+        requests = self._requests(prompts, params)
+        if many.is_one(prompts):
+            return next(many.as_finished(self.shared, requests))[1]
+        found: list[Generation | None] = [None] * len(requests)
+        finished = many.as_finished(self.shared, requests)
+        for index, generation in many.with_bar(finished, len(requests)) if progress else finished:
+            found[index] = generation
+        return [generation for generation in found if generation is not None]
 
-    def events(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[TokenEvent]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+        """Continue the prompt and yield text as it becomes certain; RuntimeError where that fails under way."""
+        if params is not None and params.n > 1:
+            raise ValueError(f"n={params.n} texts cannot be one stream; read events(), which carry an index")
+        return _texts(self.events(prompt, params))
+
+    def events(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, background: bool = False
+    ) -> Iterator[TokenEvent]:
         """Continue the prompt and yield an event for every token. Closing the iterator ends the request.
 
-        A prompt that cannot be served raises ValueError here, before the first event is asked for.
+        A prompt that cannot be served raises ValueError here, before the first event is asked for. A continuation that
+        fails under way ends with an event whose finish reason is "error". `background` has a worker thread do the
+        steps, so that Ctrl-C ends the waiting at once and never a step in its midst.
         """
+        [request] = self._requests([prompt], params)
+        return (many.follow_in_background if background else many.follow)(self.shared, request)
+
+    @overload
+    async def generate_async(  # type: ignore[overload-overlap]
+        self, prompts: str, params: Params = None
+    ) -> Generation: ...
+    @overload
+    async def generate_async(self, prompts: Sequence[int], params: Params = None) -> Generation: ...
+    @overload
+    async def generate_async(self, prompts: Sequence[Prompt], params: Params = None) -> list[Generation]: ...
+    async def generate_async(
+        self, prompts: Prompt | Sequence[Prompt], params: Params = None
+    ) -> Generation | list[Generation]:
+        """`generate` for asyncio: what many tasks ask for at once is served together."""
+        requests = await asyncio.to_thread(self._requests, prompts, params)
+        found = await async_llm.gather(self.shared, requests)
+        return found[0] if many.is_one(prompts) else found
+
+    async def stream_async(
+        self, prompt: Prompt, params: SamplingParams | None = None, buffer: int | None = None
+    ) -> AsyncGenerator[TokenEvent]:
+        """`events` for asyncio. Leaving the iterator, or cancelling the task that reads it, ends the request.
+
+        A reader that is more than `buffer` events behind is given up with RuntimeError, so that it cannot fill memory.
+        """
+        [request] = await asyncio.to_thread(self._requests, [prompt], params)
+        async with contextlib.aclosing(async_llm.follow(self.shared, request, buffer)) as events:
+            async for event in events:
+                yield event
+
+    def close(self) -> None:
+        """End what is open, and the thread that serves asyncio. A model that is let go of needs no closing."""
+        self.shared.close()
+
+    def request(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+        """A request of the engine for a prompt, checked: ValueError where this model cannot serve it."""
         request = Request(next(self._ids), self.encode(prompt), params or SamplingParams())
         self.engine.check(request)
-        return self._follow(request)
+        return request
 
-    def _follow(self, request: Request) -> Iterator[TokenEvent]:
-        request_id = request.id
-        events = self._events[request_id] = deque()
-        try:
-            self.engine.add(request)
-            while True:
-                while not events:
-                    if not self.engine.has_work:
-                        raise RuntimeError(f"request {request_id} was dropped by a step that failed")
-                    for event in self.engine.step():
-                        if event.request_id in self._events:
-                            self._events[event.request_id].append(event)
-                event = events.popleft()
-                yield event
-                if event.finish_reason is not None:
-                    return
-        finally:
-            self.engine.abort(request_id)
-            del self._events[request_id]
+    def _requests(self, prompts: Prompt | Sequence[Prompt], params: Params) -> list[Request]:
+        """The requests of one prompt or of many, all checked before any is begun."""
+        listed = cast(list[Prompt], [prompts] if many.is_one(prompts) else list(prompts))
+        each = [params] * len(listed) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(listed):
+            raise ValueError(f"{len(listed)} prompts came with {len(each)} sampling parameters; give one, or one each")
+        if len(listed) == 1:
+            return [self.request(listed[0], each[0])]
+        requests = []
+        for index, (prompt, chosen) in enumerate(zip(listed, each, strict=True)):
+            try:
+                requests.append(self.request(prompt, chosen))
+            except ValueError as error:
+                raise ValueError(f"prompt {index}: {error}") from None
+        return requests
 
 
 def _end_tokens(directory: Path) -> tuple[int, ...]:
@@ -147,3 +203,11 @@ def _end_tokens(directory: Path) -> tuple[int, ...]:
             raise ValueError(f"{file}: eos_token_id={value!r} must be a token id, or several")
         ends |= dict.fromkeys(ids)
     return tuple(ends)
+
+
+def _texts(events: Iterator[TokenEvent]) -> Iterator[str]:
+    for event in events:
+        if event.finish_reason == "error":
+            raise RuntimeError(event.error)
+        if event.text:
+            yield event.text

@@ -38,7 +38,7 @@ class Tokenizer:
         self.vocab_size = codec.vocab_size
         self.special_ids = frozenset(codec.special_tokens.values())
         self.strips_leading_space = codec.strips_leading_space
-        self.chat_template: str | None = config.get("chat_template")
+        self.chat_templates = _chat_templates(config.get("chat_template"))  # by name; most have "default" alone
         self.bos_id, self.eos_id, self.unk_id, self.pad_id = (roles.get(role) for role in ROLES)
 
     @classmethod
@@ -59,8 +59,8 @@ class Tokenizer:
             codec = SentencePieceCodec.from_file(file)
         config = _read_json(file.parent / "tokenizer_config.json")
         template = file.parent / "chat_template.jinja"
-        if template.exists():
-            config.setdefault("chat_template", template.read_text("utf-8"))
+        if template.exists():  # where both are there, transformers reads this one
+            config["chat_template"] = template.read_text("utf-8")
         roles = _find_roles(codec, config, file.parent)
         if isinstance(codec, HuggingFaceCodec):
             codec = codec.with_special(token_id for token_id in roles.values() if token_id is not None)
@@ -75,6 +75,15 @@ class Tokenizer:
     def hash(self) -> str:
         """sha256 of what decides ids; the same after a save and a load."""
         return hashlib.sha256(f"{self.codec.fingerprint()} {self.bos_id} {self.eos_id}".encode()).hexdigest()
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template that lays a conversation out as text (chat.py reads it); `save` keeps it."""
+        return self.chat_templates.get("default")
+
+    @chat_template.setter
+    def chat_template(self, source: str) -> None:
+        self.chat_templates["default"] = source
 
     def encode(self, text: str, bos: bool = False, eos: bool = False, allow_special: bool = False) -> list[int]:
         """The ids of a text, with the token that begins or ends a text where asked.
@@ -128,6 +137,10 @@ class Tokenizer:
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
         }
+        if self.chat_templates.keys() == {"default"}:
+            config["chat_template"] = self.chat_template
+        elif self.chat_templates:
+            config["chat_template"] = [{"name": k, "template": v} for k, v in sorted(self.chat_templates.items())]
         names = {token_id: name for name, token_id in self.codec.special_tokens.items()}
         for role in ROLES:
             token_id = getattr(self, f"{role}_id")
@@ -207,6 +220,19 @@ def _default_roles(codec: HuggingFaceCodec | SentencePieceCodec) -> dict[str, in
         return {"bos": codec.bos_id, "eos": codec.eos_id, "unk": codec.unk_id, "pad": codec.pad_id}
     names = {"bos": BOS, "eos": EOS, "unk": UNKNOWN, "pad": "<pad>"}
     return {role: codec.special_tokens.get(name) for role, name in names.items()}
+
+
+def _chat_templates(value: Any) -> dict[str, str]:
+    """The templates of a tokenizer_config.json by name: it has one, or a list of named ones, or none."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        found = {entry.get("name"): entry.get("template") for entry in value}
+        if all(isinstance(name, str) and isinstance(source, str) for name, source in found.items()):
+            return found
+    raise ValueError("chat_template in tokenizer_config.json must be a text, or a list of objects of name and template")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,295 @@
+"""`llamita chat`: talks with a model in the terminal.
+
+Reads lines and commands, prints answers as they come. What is remembered is the business of conversation.py, how it
+becomes tokens of text/chat.py.
+"""
+
+import contextlib
+import dataclasses
+import json
+import re
+import sys
+import termios
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.live import Live
+from rich.markdown import Markdown
+
+from llamita import files
+from llamita.cli.generate import harmless
+from llamita.inference.conversation import Conversation
+from llamita.inference.llm import LLM
+from llamita.inference.request import Statistics
+from llamita.plan import SamplingParams
+from llamita.text.chat import Chat
+
+HELP = """\
+/reset          forget what was said
+/system TEXT    set the system message (nothing: remove it) and forget what was said
+/params         show the sampling parameters; /params temperature 0.5 sets one
+/save FILE      write the conversation as JSON
+/help           this list
+/quit           leave, as does Ctrl-D
+A line that ends in \\ goes on in the next; a text of many lines goes between \"\"\" and \"\"\".
+Ctrl-C stops an answer."""
+REFRESHES = 8  # a second, of the part of an answer that is not complete
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Talk with a trained model in the terminal; /help lists the commands there."""
+
+    model: tyro.conf.Positional[Path]
+    """A model directory, or the directory of a training run (then its best checkpoint)."""
+    template: str | None = None
+    """The chat template for a model without one, or instead of its own: chatml, r0, plain, or a file of Jinja."""
+    system: str = ""
+    """A system message, read before all else."""
+    sampling: tyro.conf.OmitArgPrefixes[SamplingParams] = field(default_factory=lambda: SamplingParams(max_tokens=512))
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights and cache; auto is that of the file."""
+    device: Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda")] = "auto"
+    """Where to run; auto takes a GPU if there is one."""
+
+
+def run(options: ChatOptions) -> int:
+    from llamita.torch_backend.runner import load_runner
+
+    if options.sampling.n > 1:
+        raise ValueError(f"n={options.sampling.n} answers at once cannot be talked with; leave n at 1")
+    llm = LLM.load(options.model, partial(load_runner, dtype=options.dtype, device=options.device))
+    if llm.tokenizer is None:
+        raise ValueError(f"{options.model} has no tokenizer beside it, and a chat needs one")
+    template = options.template
+    if template is not None and Path(template).is_file():
+        template = Path(template).read_text("utf-8")
+    try:
+        chat = Chat(llm.tokenizer, template)
+    except ValueError as error:
+        raise ValueError(f"{error} with --template") if options.template is None else error from None
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows a question mark
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    conversation = Conversation(chat, llm.config.max_position_embeddings, options.system)
+    with contextlib.suppress(EOFError):
+        Talk(llm, conversation, options.sampling, Console(highlight=False)).loop()
+    llm.close()
+    return 0
+
+
+class Talk:
+    """One sitting at the terminal."""
+
+    def __init__(self, llm: LLM, conversation: Conversation, params: SamplingParams, console: Console) -> None:
+        self._llm, self._conversation, self._params, self._console = llm, conversation, params, console
+        self._saved: set[Path] = set()
+        self._interactive = sys.stdin.isatty()
+        if self._interactive:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401 - gives input() its editing and its history
+
+    def loop(self) -> None:
+        """Read and answer until the end of the input."""
+        if self._interactive:
+            self._note("/help lists the commands, Ctrl-D leaves")
+        while True:
+            try:
+                said = read_message(self._line)
+                if said.startswith("/"):
+                    self._command(said)
+                elif said.strip():
+                    self._answer(said)
+            except KeyboardInterrupt:
+                print()
+                self._note("Ctrl-D or /quit leaves")
+            except EOFError:
+                if self._interactive:
+                    print()
+                raise
+            except (ValueError, OSError) as error:
+                self._note(f"error: {error}")
+
+    def _line(self, prompt: str) -> str:
+        return input(prompt if self._interactive else "")
+
+    def _note(self, text: str) -> None:
+        self._console.print(harmless(text), style="dim", markup=False)
+
+    def _answer(self, said: str) -> None:
+        params = self._conversation.params(self._params)
+        tokens, forgotten = self._conversation.ask(said, params.max_tokens)
+        if forgotten:
+            self._note(f"the context is full: the {forgotten} oldest messages were forgotten")
+        reply = Reply(self._llm, tokens, params)
+        try:
+            with contextlib.closing(reply.pieces), silent_keys():
+                self._show(reply)
+        except KeyboardInterrupt:  # what came so far is kept
+            pass
+        except RuntimeError as error:
+            self._note(f"error: {error}")
+        self._conversation.answer(reply.text)
+        if reply.statistics is not None:
+            self._note(reply.summary())
+
+    def _show(self, reply: "Reply") -> None:
+        """Print an answer as it comes: as Markdown on a terminal, elsewhere as it is."""
+        if not self._console.is_terminal:
+            try:
+                for piece in reply.pieces:
+                    print(piece, end="", flush=True)
+            finally:
+                print(flush=True)
+            return
+        text, shown = "", 0  # of the text: whole blocks, printed for good; the rest is drawn again and again
+        try:
+            with Live(console=self._console, transient=True, refresh_per_second=REFRESHES) as live:
+                for piece in reply.pieces:
+                    text += harmless(piece)
+                    end = end_of_blocks(text, shown)
+                    if end > shown:
+                        live.update("")
+                        live.console.print(Markdown(text[shown:end]))
+                        shown = end
+                    live.update(Markdown(text[shown:]))
+        finally:
+            if text[shown:].strip():
+                self._console.print(Markdown(text[shown:]))
+
+    def _command(self, said: str) -> None:
+        name, _, rest = said.partition(" ")
+        rest = rest.strip()
+        if name == "/quit":
+            raise EOFError
+        if name == "/help":
+            self._console.print(HELP, markup=False)
+        elif name == "/reset":
+            self._conversation.reset()
+            self._note("forgotten")
+        elif name == "/system":
+            self._conversation.system = rest
+            self._conversation.reset()
+            self._note("the system message is set" if rest else "there is no system message")
+        elif name == "/save":
+            self._save(rest)
+        elif name == "/params":
+            if rest:
+                self._params = changed(self._params, rest)
+            self._note(described(self._params))
+        else:
+            raise ValueError(f"there is no command {name}; /help lists them")
+
+    def _save(self, name: str) -> None:
+        if not name:
+            raise ValueError("/save needs the name of a file")
+        path = Path(name).expanduser().resolve()
+        if path.exists() and path not in self._saved:
+            raise FileExistsError(f"{path} exists already; choose another name")
+        content = {"messages": self._conversation.messages}
+        files.atomic_write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        self._saved.add(path)
+        self._note(f"saved {len(self._conversation.messages)} messages to {path}")
+
+
+class Reply:
+    """An answer under way: its pieces, and what came of it so far."""
+
+    def __init__(self, llm: LLM, tokens: tuple[int, ...], params: SamplingParams) -> None:
+        self.text = ""
+        self.statistics: Statistics | None = None
+        self._ending = "stopped"
+        self.pieces = self._read(llm, tokens, params)
+
+    def _read(self, llm: LLM, tokens: tuple[int, ...], params: SamplingParams) -> Generator[str]:
+        for event in llm.events(tokens, params, background=True):
+            self.statistics = event.statistics
+            if event.finish_reason == "error":
+                raise RuntimeError(event.error)
+            self._ending = event.finish_reason or self._ending
+            self.text += event.text
+            yield event.text
+
+    def summary(self) -> str:
+        """How long the answer is, how fast it came, and how it ended unless by itself."""
+        assert self.statistics is not None
+        count = self.statistics.generated_tokens
+        speed = self.statistics.decode_tokens_per_second
+        parts = [f"{count} token{'s' * (count != 1)}", f"{speed:.1f} tokens/s" if speed else ""]
+        parts.append(
+            {"stop": "", "length": "cut off: max_tokens or the context is used up"}.get(self._ending, "stopped")
+        )
+        return ", ".join(filter(None, parts))
+
+
+@contextlib.contextmanager
+def silent_keys() -> Iterator[None]:
+    """Keys typed while an answer is drawn are not shown: their echo, ^C too, would move what is drawn."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    silent = [*before]
+    silent[3] = before[3] & ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+def read_message(line: Callable[[str], str]) -> str:
+    """One message of one line or many: `line(prompt)` gives the next line."""
+    text = line("> ")
+    if text.startswith('"""'):
+        text = text[3:]
+        while '"""' not in text:
+            text += "\n" + line(". ")
+        return text[: text.index('"""')].strip("\n")
+    while text.endswith("\\"):
+        text = text[:-1] + "\n" + line(". ")
+    return text
+
+
+def end_of_blocks(text: str, start: int) -> int:
+    """Where the last complete block of Markdown after `start` ends: at a blank line outside of fenced code."""
+    end, fenced, position = start, False, start
+    for line in text[start:].splitlines(keepends=True):
+        position += len(line)
+        if re.match(r"\s*(```|~~~)", line):
+            fenced = not fenced
+        elif not fenced and not line.strip() and line.endswith("\n"):
+            end = position
+    return end
+
+
+def changed(params: SamplingParams, assignment: str) -> SamplingParams:
+    """The parameters with one of them set, as `/params NAME VALUE` says."""
+    name, _, given = assignment.replace("=", " ", 1).partition(" ")
+    names = [each.name for each in dataclasses.fields(SamplingParams) if each.name != "n"]
+    if name not in names:
+        raise ValueError(f"there is no parameter {name!r}; there are {', '.join(names)}")
+    try:
+        value = json.loads(given)
+    except ValueError:
+        value = given.strip()
+    if isinstance(getattr(params, name), tuple):
+        value = tuple(value) if isinstance(value, list) else (value,) if value != "" else ()
+    elif isinstance(getattr(params, name), str):
+        value = given.strip()
+    return dataclasses.replace(params, **{name: value})
+
+
+def described(params: SamplingParams) -> str:
+    """The parameters that differ from plain sampling, and those that everybody asks about."""
+    plain = SamplingParams()
+    usual = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "seed")
+    values = {each.name: getattr(params, each.name) for each in dataclasses.fields(params)}
+    return "\n".join(
+        f"{name} {value}" for name, value in values.items() if name in usual or value != getattr(plain, name)
+    )

@@ -1,0 +1,267 @@
+"""A file of prompts through a model into a file of answers, which goes on where it was cut off.
+
+Each line of the input is an object with `prompt` (text), `prompt_tokens` or `messages`, optionally an `id` and fields
+of `SamplingParams`; each line of the output an object with the same and what was written, in the order in which they
+end. Beside the output lies a record of what it was made from, so that another input or other options are not mixed
+into it. Knows nothing of progress bars or of flags.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llamita import files
+from llamita.inference import many
+from llamita.inference.conversation import with_end_of_turn
+from llamita.inference.generation import Generation
+from llamita.inference.llm import LLM
+from llamita.inference.request import Request
+from llamita.plan import SamplingParams
+from llamita.text.chat import Chat
+
+PROMPTS = ("prompt", "prompt_tokens", "messages")
+FIELDS = {each.name: each for each in dataclasses.fields(SamplingParams)}
+SHOWN_FAULTS = 10
+
+
+@dataclass(frozen=True)
+class Item:
+    """A line of the input: what its output line repeats, and the request."""
+
+    index: int
+    given: Mapping[str, Any]
+    request: Request
+
+
+Outcome = tuple[Item, Generation | Exception]
+
+
+@dataclass
+class Totals:
+    """What a run did, without what an earlier one had done."""
+
+    requests: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+
+
+def read_items(llm: LLM, path: Path, defaults: SamplingParams, template: str | None = None) -> list[Item]:
+    """All lines of the input, each checked against the model; ValueError lists the faults, in one line."""
+    try:
+        lines = path.read_bytes().decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from None
+    items: list[Item] = []
+    faults: list[str] = []
+    chat: Chat | None = None
+    seen: dict[Any, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            given = files.parse_json(line.encode(), "not JSON")
+            if not isinstance(given, dict):
+                raise ValueError(f"expected an object, got {line.strip():.40}")
+            if "messages" in given and chat is None:
+                chat = _chat(llm, template)
+            items.append(Item(len(items), *_parse(llm, chat, given, defaults)))
+            if "id" in given and seen.setdefault(given["id"], number) != number:
+                raise ValueError(f"the id {given['id']!r} is that of line {seen[given['id']]} too")
+        except (ValueError, TypeError) as error:
+            faults.append(f"line {number}: {error}")
+    if faults:
+        more = len(faults) - SHOWN_FAULTS
+        shown = "; ".join(faults[:SHOWN_FAULTS]) + (f"; and {more} more" if more > 0 else "")
+        raise ValueError(f"{path} cannot be run: {shown}")
+    if not items:
+        raise ValueError(f"{path} has no line with a prompt; each line is an object with prompt or messages")
+    return items
+
+
+def run_batch(llm: LLM, items: list[Item], output: Path, made_from: Mapping[str, Any]) -> tuple[int, Iterator[Outcome]]:
+    """How many lines the output has already, and an iterator that does the rest, a line written for each it yields.
+
+    `made_from` is what the output depends on: it is recorded, and ValueError tells where a record differs.
+    """
+    stack = contextlib.ExitStack()
+    try:
+        file = stack.enter_context(_opened(output))
+        _check_record(output, file, made_from)
+        done = _kept(file, output, len(items))
+    except BaseException:
+        stack.close()
+        raise
+    left = [item for item in items if item.index not in done]
+
+    def finish() -> Iterator[Outcome]:
+        with stack:
+            for place, outcome in many.outcomes_as_finished(llm.shared, (item.request for item in left)):
+                item = left[place]
+                line = json.dumps(_record(item, outcome), ensure_ascii=False) + "\n"
+                file.write(line.encode())
+                file.flush()
+                yield item, outcome
+            os.fsync(file.fileno())
+
+    return len(done), finish()
+
+
+def count(totals: Totals, item: Item, outcome: Generation | Exception) -> None:
+    """Add what came of an item to the totals."""
+    totals.requests += 1
+    totals.prompt_tokens += len(item.request.prompt)
+    if isinstance(outcome, Exception):
+        totals.failed += 1
+    else:
+        totals.generated_tokens += sum(len(each.token_ids) for each in outcome.continuations)
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- the input -------------------------------------------------------------------------------------------------------
+
+
+def _chat(llm: LLM, template: str | None) -> Chat:
+    if llm.tokenizer is None:
+        raise ValueError("messages need a tokenizer, and this model has none; give prompt_tokens")
+    return Chat(llm.tokenizer, template)
+
+
+def _parse(
+    llm: LLM, chat: Chat | None, given: dict[str, Any], defaults: SamplingParams
+) -> tuple[dict[str, Any], Request]:
+    """What a line's output repeats, and its request."""
+    kinds = [name for name in PROMPTS if name in given]
+    if len(kinds) != 1:
+        raise ValueError(f"expected one of prompt, prompt_tokens and messages, got {', '.join(kinds) or 'none'}")
+    unknown = given.keys() - FIELDS.keys() - {"id", *PROMPTS}
+    if unknown:
+        raise ValueError(f"there is no field {min(unknown)!r}")
+    if "id" in given and (isinstance(given["id"], bool) or not isinstance(given["id"], str | int)):
+        raise ValueError(f"the id {given['id']!r} must be a text or a whole number")
+    chosen = {name: _value(name, value) for name, value in given.items() if name in FIELDS and value is not None}
+    params = dataclasses.replace(defaults, **chosen)
+    value = given[kinds[0]]
+    if kinds[0] == "messages":
+        assert chat is not None
+        prompt: Any = chat.encode(value).tokens
+        params = with_end_of_turn(params, chat)
+    elif kinds[0] == "prompt_tokens":
+        if not isinstance(value, list) or not all(type(token_id) is int for token_id in value):
+            raise ValueError("prompt_tokens must be a list of token ids")
+        prompt = value
+    elif isinstance(value, str):
+        prompt = value
+    else:
+        raise ValueError(f"prompt={value!r:.40} must be a text")
+    return {name: given[name] for name in ("id", *kinds) if name in given}, llm.request(prompt, params)
+
+
+def _value(name: str, value: Any) -> Any:
+    """A value of JSON in the type that `SamplingParams` has for it."""
+    if name in ("stop", "choices", "stop_token_ids"):
+        return tuple(value) if isinstance(value, list) else (value,)
+    if name == "logit_bias" and isinstance(value, dict):
+        return {int(token_id): bias for token_id, bias in value.items()}
+    if name == "json_schema" and isinstance(value, dict):
+        return json.dumps(value)
+    return value
+
+
+# --- the output ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The output, for this run alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another run is writing {path}; wait for it, or choose another output") from None
+        yield file
+
+
+def record_path(output: Path) -> Path:
+    """Where the record of what an output was made from lies."""
+    return output.with_name(output.name + ".made-from.json")
+
+
+def _check_record(output: Path, file: BinaryIO, made_from: Mapping[str, Any]) -> None:
+    path, wanted = record_path(output), json.loads(json.dumps(made_from))
+    if path.exists():
+        found = files.read_json(path)
+        different = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+        if different:
+            raise ValueError(
+                f"{output} was begun with another {' and another '.join(different)}; go on with the same, or choose "
+                "another output"
+            )
+    elif file.seek(0, os.SEEK_END):
+        raise ValueError(f"{output} exists already, without the record {path.name} of a run; choose another output")
+    else:
+        files.atomic_write(path, json.dumps(wanted, indent=2, sort_keys=True) + "\n")
+
+
+def _kept(file: BinaryIO, path: Path, total: int) -> set[int]:
+    """The lines that are done; one that was cut off in its midst is dropped from the file."""
+    file.seek(0)
+    done: set[int] = set()
+    whole = 0
+    for line in file:
+        if not line.endswith(b"\n"):
+            break
+        whole += len(line)
+        value = files.parse_json(line, f"{path} has a broken line")
+        index = value.get("index") if isinstance(value, dict) else None
+        if type(index) is not int or not 0 <= index < total:
+            raise ValueError(
+                f"{path} has a line whose index is {index!r}, not one of this input; choose another output"
+            )
+        done.add(index)
+    file.truncate(whole)
+    file.seek(0, os.SEEK_END)
+    return done
+
+
+def _record(item: Item, outcome: Generation | Exception) -> dict[str, Any]:
+    record: dict[str, Any] = {"index": item.index, **item.given}
+    if isinstance(outcome, Exception):
+        return {**record, "error": str(outcome)}
+    first = outcome.statistics
+    record |= _continuation(outcome, item.request.params)
+    if item.request.params.n > 1:
+        record["continuations"] = [_continuation(each, item.request.params) for each in outcome.continuations]
+    if item.request.params.prompt_logprobs:
+        record["prompt_logprobs"] = list(outcome.prompt_logprobs)
+    written = sum(len(each.token_ids) for each in outcome.continuations)
+    usage = {"prompt_tokens": first.prompt_tokens, "completion_tokens": written, "cached_tokens": first.cached_tokens}
+    return {**record, "usage": usage}
+
+
+def _continuation(generation: Generation, params: SamplingParams) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "text": generation.text,
+        "token_ids": list(generation.token_ids),
+        "finish_reason": generation.finish_reason,
+        "seed": generation.statistics.seed,
+    }
+    if params.top_logprobs:
+        record |= {
+            "logprobs": list(generation.logprobs),
+            "top_logprobs": [list(row) for row in generation.top_logprobs],
+        }
+    return record
