@@ -41,6 +41,7 @@ VERBS: Mapping[str, Verb] = {
     "generate": Verb("llamita.cli.generate", "run", "Continue a prompt with a trained model."),
     "evaluate": Verb("llamita.cli.evaluate", "run", "Measure a model's loss over prepared text."),
     "convert": Verb("llamita.cli.convert", "run", "Bring other people's models here, and ours to them."),
+    "quantize": Verb("llamita.cli.quantize", "run", "Write a model with its matrices in int8 or int4."),
     "verify": Verb("llamita.cli.verify", "run", "Hold a model to a reference, layer by layer."),
     "info": Verb("llamita.cli.info", "run", "Count a model's parameters, operations and bytes; list the presets."),
 }
