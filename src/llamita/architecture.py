@@ -146,7 +146,8 @@ def stored_arrays(config: ModelConfig) -> tuple[StoredArray, ...]:
         if not bits:
             arrays.append(StoredArray(row.name, row.shape, FLOATING, row.weight_decay))
             continue
-        shape, scales = quantized_shapes(*row.shape, bits)
+        n_out, n_in = row.shape
+        shape, scales = quantized_shapes(n_out, n_in, bits)
         arrays.append(StoredArray(row.name, shape, ("I8" if bits == 8 else "U8",), False))
         arrays.append(StoredArray(row.name + SCALE, scales, ("BF16",), False))
     return tuple(arrays)

@@ -131,12 +131,12 @@ def _unblocked(blocked: Tensor, rows: int) -> Tensor:
     C, D = blocked.shape[0], blocked.shape[1] * 2
     unpacked_CD = torch.empty(C, D, dtype=torch.uint8)
     whole = C // rows * rows
-    for start, stop, pairs in ((0, whole, rows // 2), (whole, C, (C - whole) // 2)):
+    for start, stop, pairs, neighbours in ((0, whole, rows // 2, False), (whole, C, (C - whole) // 2, True)):
         if start == stop:
             continue
         bytes_BPD = blocked[start:stop].reshape(-1, D, pairs).transpose(1, 2).contiguous()
         halves_B2PD = unpacked_CD[start:stop].view(-1, 2, pairs, D)
-        if start:  # (pairs, 2) instead of (2, pairs)
+        if neighbours:
             halves_B2PD = unpacked_CD[start:stop].view(-1, pairs, 2, D).transpose(1, 2)
         torch.bitwise_and(bytes_BPD, 15, out=halves_B2PD[:, 0])
         torch.bitwise_right_shift(bytes_BPD, 4, out=halves_B2PD[:, 1])

@@ -77,6 +77,7 @@ def quantize_arrays(config: ModelConfig, arrays: Iterable[tuple[str, HostArray]]
 
 def load_host_arrays(model: Llama, arrays: Mapping[str, HostArray]) -> None:
     """Give the parameters the values of `arrays`; ValueError lists all that is missing, extra or misshapen."""
+    assert not model.config.quantization, "quantised weights may lie in a kernel's order; build the model anew"
     architecture.check_arrays(model.config, arrays)
     _copy_values(model, ((name, arrays[name]) for name in model.canonical_state()))
 
