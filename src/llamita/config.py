@@ -195,22 +195,15 @@ class ModelConfig:
 
 
 _COUNTS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
 )
 _SWITCHES = ("tie_word_embeddings", "attention_bias", "query_key_value_bias", "query_key_norm", "mlp_bias")
 _REQUIRED = tuple(name for name in _COUNTS if name != "num_key_value_heads")  # absent in Llama 1 configs
-
-
 # Fields that are not read under their own name.
 _DERIVED = (
     *("rope_scaling", "query_key_value_bias", "query_key_norm", "sliding_window", "full_attention_layers"),
-    *("quantization",),
+    "quantization",
 )
 # What `config.json` says of a quantised model; -1 is a whole row.
 _QUANTIZATION_CONFIGS: Mapping[str, Mapping[str, Any]] = {

@@ -28,5 +28,5 @@ def run(options: QuantizeOptions) -> None:
 
     done = quantize(options.model, options.output, options.to, options.overwrite, quantize_arrays)
     share = done.bytes_after / done.bytes_before
-    print(f"{options.output}: {options.to}, {short_bytes(done.bytes_after)}, {share:.0%} of the source's bytes")
     print(f"{options.model}: {short_bytes(done.bytes_before)}")
+    print(f"{options.output}: {options.to}, {short_bytes(done.bytes_after)}, {share:.0%} of the source's bytes")

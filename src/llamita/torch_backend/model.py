@@ -182,12 +182,10 @@ class Llama(nn.Module):
         for parent in list(self.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, Embedding):
-                    V, D = child.weight.shape
-                    setattr(parent, name, QuantizedEmbedding(V, D, operations))
+                    setattr(parent, name, QuantizedEmbedding(child.weight.shape, operations))
                 elif isinstance(child, Linear) and name != "score":
-                    n_out, n_in = child.weight.shape
-                    bits_of_map = 8 if name == "lm_head" else bits
-                    setattr(parent, name, QuantizedLinear(n_out, n_in, child.bias is not None, operations, bits_of_map))
+                    has_bias, its_bits = child.bias is not None, 8 if name == "lm_head" else bits
+                    setattr(parent, name, QuantizedLinear(child.weight.shape, has_bias, operations, its_bits))
 
     @property
     def output_weight_VD(self) -> Tensor:

@@ -18,7 +18,7 @@ from llamita.architecture import QUANTIZATION_GROUP as GROUP
 
 KERNEL_ROWS = 16
 """Up to so many rows of activations the kernels are used; beyond, a matrix-matrix product of dequantised weights."""
-QUANTIZED_AT_ONCE = 2**22  # numbers
+QUANTIZED_AT_ONCE = 2**20  # numbers
 
 
 def quantize(weight_CD: Tensor, bits: int) -> tuple[Tensor, Tensor]:

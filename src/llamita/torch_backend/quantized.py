@@ -20,8 +20,9 @@ class QuantizedLinear(nn.Module):
     through `operations.linear` over the dequantised weight. `arrange` comes once the values are there.
     """
 
-    def __init__(self, n_out: int, n_in: int, bias: bool, operations: Operations, bits: int) -> None:
+    def __init__(self, size: torch.Size, bias: bool, operations: Operations, bits: int) -> None:
         super().__init__()
+        n_out, n_in = size
         shape, scales = quantized_shapes(n_out, n_in, bits)
         dtype = torch.int8 if bits == 8 else torch.uint8
         self.n_out, self.n_in, self.bits = n_out, n_in, bits
@@ -73,8 +74,8 @@ class QuantizedLinear(nn.Module):
 class QuantizedEmbedding(QuantizedLinear):
     """A table (V, D) in int8: looked up by `forward`, and by `multiply` the output head where both are tied."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, operations: Operations) -> None:
-        super().__init__(vocab_size, hidden_size, False, operations, bits=8)
+    def __init__(self, size: torch.Size, operations: Operations) -> None:
+        super().__init__(size, False, operations, bits=8)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         values_BTD = F.embedding(tokens_BT, self.weight).to(self.dtype)
