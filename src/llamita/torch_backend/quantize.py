@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llamita.architecture import QUANTIZATION_GROUP as GROUP
 
-KERNEL_ROWS = 16
+KERNEL_ROWS = 24
 """Up to so many rows of activations the kernels are used; beyond, a matrix-matrix product of dequantised weights."""
 QUANTIZED_AT_ONCE = 2**20  # numbers
 
