@@ -116,7 +116,9 @@ def measure(name: str, directory: Path, shape: Shape, arguments: argparse.Namesp
         record.add(what, "llamita", percentile(gaps, 95) / percentile(gaps, 50))
         long = [*prompts[: shape.batch], tuple(np.arange(LONG_PROMPT) % config.vocab_size)]
         _, gaps = ours.serve(long, [*outputs[: shape.batch], 4], [*[0.0] * shape.batch, 1.0])
-        record.add(f"the same while {LONG_PROMPT} tokens are read", "llamita", percentile(gaps, 95) / percentile(gaps, 50))
+        record.add(
+            f"the same while {LONG_PROMPT} tokens are read", "llamita", percentile(gaps, 95) / percentile(gaps, 50)
+        )
     show(name, record)
 
 

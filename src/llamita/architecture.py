@@ -44,6 +44,8 @@ EMBEDDING = "model.embed_tokens.weight"
 OUTPUT_HEAD = "lm_head.weight"
 CLASSIFIER = "score.weight"
 FLOATING = ("F32", "BF16", "F16", "F64")  # types that weights have, by their safetensors names
+SCALE = "_scale"  # at the end of the name of a quantised weight's scales
+QUANTIZATION_GROUP = 32  # numbers along the input that share a scale in int4
 
 
 def parameters(config: ModelConfig, initialization: InitializationName = "fan-in") -> tuple[Parameter, ...]:
@@ -99,6 +101,58 @@ def parameters(config: ModelConfig, initialization: InitializationName = "fan-in
     return tuple(table)
 
 
+@dataclass(frozen=True)
+class StoredArray:
+    """An array of a model directory; `dtypes` are the types that it may have, by their safetensors names."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    weight_decay: bool
+
+    @property
+    def stored_dtype(self) -> str:
+        """The type in a quantised model: the only one that it may have, or bfloat16."""
+        return self.dtypes[0] if len(self.dtypes) == 1 else "BF16"
+
+    @property
+    def stored_bytes(self) -> int:
+        return math.prod(self.shape) * (2 if self.stored_dtype == "BF16" else 1)
+
+
+def weight_bits(config: ModelConfig, row: Parameter) -> int:
+    """Bits of a quantised parameter's values, 0 where it stays as it is.
+
+    Matrices are quantised but for a classifier's head, which is small. The embedding and the output head keep 8 bits
+    in int4 too: an embedding's row is read alone, and a head's error goes straight to the logits.
+    """
+    if not config.quantization or len(row.shape) != 2 or row.name == CLASSIFIER:
+        return 0
+    return 8 if config.quantization == "int8" or row.name in (EMBEDDING, OUTPUT_HEAD) else 4
+
+
+def quantized_shapes(n_out: int, n_in: int, bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of a quantised matrix's values, in int4 two to a byte, and of its scales."""
+    if bits == 8:
+        return (n_out, n_in), (n_out,)
+    return (n_out, -(-n_in // 2)), (n_out, -(-n_in // QUANTIZATION_GROUP))
+
+
+def stored_arrays(config: ModelConfig) -> tuple[StoredArray, ...]:
+    """What a model directory holds, in order: a row of the table each, or a quantised row's values and their scales."""
+    arrays = []
+    for row in parameters(config):
+        bits = weight_bits(config, row)
+        if not bits:
+            arrays.append(StoredArray(row.name, row.shape, FLOATING, row.weight_decay))
+            continue
+        n_out, n_in = row.shape
+        shape, scales = quantized_shapes(n_out, n_in, bits)
+        arrays.append(StoredArray(row.name, shape, ("I8" if bits == 8 else "U8",), False))
+        arrays.append(StoredArray(row.name + SCALE, scales, ("BF16",), False))
+    return tuple(arrays)
+
+
 class Array(Protocol):
     """What is checked of an array before it is used."""
 
@@ -116,19 +170,20 @@ def shortened(faults: list[str], most: int = 20) -> str:
 
 
 def check_arrays(config: ModelConfig, arrays: Mapping[str, Array]) -> None:
-    """Raise ValueError with all that is missing, extra, misshapen or no floating-point numbers, before anything of that
-    size is allocated."""
-    expected = {row.name: row.shape for row in parameters(config)}
+    """Raise ValueError with all that is missing, extra, misshapen or of another type, before anything of that size is
+    allocated."""
+    expected = {row.name: row for row in stored_arrays(config)}
     faults = [f"{name} is missing" for name in expected if name not in arrays]
     for name, array in arrays.items():
         if name.endswith(".rotary_emb.inv_freq") or (name == OUTPUT_HEAD and config.tie_word_embeddings):
             continue  # some files hold the rotary frequencies, or the tied embedding again under the head's name
         if name not in expected:
             faults.append(f"{name} is not part of this model")
-        elif array.shape != expected[name]:
-            faults.append(f"{name} has shape {list(array.shape)}, expected {list(expected[name])}")
-        elif array.dtype not in FLOATING:
-            faults.append(f"{name} has dtype {array.dtype}, expected one of {', '.join(FLOATING)}")
+        elif array.shape != expected[name].shape:
+            faults.append(f"{name} has shape {list(array.shape)}, expected {list(expected[name].shape)}")
+        elif array.dtype not in (dtypes := expected[name].dtypes):
+            one_of = "one of " if len(dtypes) > 1 else ""
+            faults.append(f"{name} has dtype {array.dtype}, expected {one_of}{', '.join(dtypes)}")
     if faults:
         raise ValueError(f"the weights do not fit config.json: {shortened(faults)}")
 

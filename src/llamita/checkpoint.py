@@ -10,7 +10,7 @@ import math
 import mmap
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ NUMPY_TYPES = {
     "I8": "i1",
     "U8": "u1",
 }
+Layout = dict[str, tuple[str, tuple[int, ...]]]  # the dtype and shape of each array of a file
 DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
@@ -87,42 +88,64 @@ def _bytes_of(array: np.ndarray) -> memoryview:
 
 def save_tensors(directory: Path | str, tensors: Mapping[str, HostArray], name: str = "model") -> None:
     """Write `<name>.safetensors`, or shards of at most 5 GB and an index. The directory should be an atomic one."""
-    directory = Path(directory)
-    shards: list[dict[str, HostArray]] = [{}]
-    used = 0
-    for key, array in tensors.items():
-        if used and used + len(array.data) > MAX_SHARD_BYTES:
+    stream_tensors(directory, _layout(tensors), tensors.items(), name)
+
+
+def stream_tensors(
+    directory: Path | str, layout: Layout, tensors: Iterable[tuple[str, HostArray]], name: str = "model"
+) -> None:
+    """`save_tensors` of arrays that come one by one, in the order of `layout`, which has the type and shape of each."""
+    directory, arrays = Path(directory), iter(tensors)
+    shards: list[Layout] = [{}]
+    used = total = 0
+    for key, (dtype, shape) in layout.items():
+        size = _size(dtype, shape)
+        if used and used + size > MAX_SHARD_BYTES:
             shards.append({})
             used = 0
-        shards[-1][key] = array
-        used += len(array.data)
+        shards[-1][key] = (dtype, shape)
+        used, total = used + size, total + size
     if len(shards) == 1:
-        write_safetensors(directory / f"{name}.safetensors", shards[0])
-        return
+        return _write_file(directory / f"{name}.safetensors", shards[0], arrays)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file_name = f"{name}-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(directory / file_name, shard)
+        _write_file(directory / file_name, shard, arrays)
         weight_map |= dict.fromkeys(shard, file_name)
-    total = sum(len(array.data) for array in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, HostArray]) -> None:
+    """Write one file."""
+    _write_file(path, _layout(tensors), iter(tensors.items()))
+
+
+def _layout(tensors: Mapping[str, HostArray]) -> Layout:
+    return {key: (array.dtype, array.shape) for key, array in tensors.items()}
+
+
+def _write_file(path: Path, layout: Layout, tensors: Iterator[tuple[str, HostArray]]) -> None:
+    """Write one file: its header from `layout`, then as many arrays as that has."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for key, array in tensors.items():
-        end = offset + len(array.data)
-        header[key] = {"dtype": array.dtype, "shape": list(array.shape), "data_offsets": [offset, end]}
+    for key, (dtype, shape) in layout.items():
+        end = offset + _size(dtype, shape)
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors begin aligned to eight bytes
     with open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
-        for array in tensors.values():
+        for key, (dtype, shape) in layout.items():
+            given, array = next(tensors)
+            assert (given, array.dtype, array.shape) == (key, dtype, shape), f"{given} came, {key} was announced"
             file.write(array.data)
+
+
+def _size(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * ITEM_BYTES[dtype]
 
 
 def load_tensors(directory: Path | str, name: str = "model") -> dict[str, HostArray]:
@@ -216,9 +239,12 @@ def _span(path: Path, key: str, entry: Any) -> tuple[int, int]:
 
 
 def save_config(directory: Path | str, config: ModelConfig, dtype: str = "F32") -> None:
-    """Write `config.json` and `generation_config.json`; `dtype` is the safetensors name of the weights' type."""
+    """Write `config.json` and `generation_config.json`; `dtype` is the safetensors name of the weights' type.
+
+    What is not quantised in a quantised model is bfloat16, whatever the type of its first array.
+    """
     directory = Path(directory)
-    values = config.to_dict(DTYPE_NAMES[dtype])
+    values = config.to_dict("bfloat16" if config.quantization else DTYPE_NAMES[dtype])
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     tokens = {k: values[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if values[k] is not None}
     (directory / "generation_config.json").write_text(json.dumps(tokens, indent=2) + "\n")

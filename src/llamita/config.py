@@ -13,6 +13,7 @@ from llamita.rope import RopeScaling, check_count, check_number
 TOO_MANY_LAYERS = 10_000
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
+Quantization = Literal["", "int8", "int4"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class ModelConfig:
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
     pad_token_id: int | None = None
+    quantization: Quantization = ""
+    """How the matrices are stored: int8 with a scale a row, int4 with one for 32 inputs; empty: as they are."""
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -100,6 +103,8 @@ class ModelConfig:
             raise ValueError(f"dropout={self.dropout!r} must lie in [0, 1)")
         if self.num_labels < 0:
             raise ValueError(f"num_labels={self.num_labels!r} must be 0 (a language model) or more")
+        if self.quantization not in get_args(Quantization):
+            raise ValueError(f"quantization={self.quantization!r} must be int8, int4, or empty for none")
 
     @property
     def family(self) -> Family:
@@ -133,6 +138,9 @@ class ModelConfig:
         result: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("query_key_value_bias", "query_key_norm", "full_attention_layers", "num_labels", "sliding_window"):
             del result[name]
+        del result["quantization"]
+        if self.quantization:
+            result["quantization_config"] = dict(_QUANTIZATION_CONFIGS[self.quantization])
         head = "SequenceClassification" if self.num_labels else "CausalLM"
         result |= {
             "architectures": [f"{self.family.capitalize()}For{head}"],
@@ -176,6 +184,8 @@ class ModelConfig:
         known["query_key_value_bias"] = values.get("model_type") == "qwen2"
         known["query_key_norm"] = values.get("model_type") == "qwen3"
         known |= _window(values)
+        scheme = values.get("quantization_config")
+        known["quantization"] = next((name for name, its in _QUANTIZATION_CONFIGS.items() if its == scheme), "")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             known[name] = _token_ids(name, values.get(name), values["vocab_size"])
         known["num_labels"] = 0
@@ -185,20 +195,21 @@ class ModelConfig:
 
 
 _COUNTS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
 )
 _SWITCHES = ("tie_word_embeddings", "attention_bias", "query_key_value_bias", "query_key_norm", "mlp_bias")
 _REQUIRED = tuple(name for name in _COUNTS if name != "num_key_value_heads")  # absent in Llama 1 configs
-
-
 # Fields that are not read under their own name.
-_DERIVED = ("rope_scaling", "query_key_value_bias", "query_key_norm", "sliding_window", "full_attention_layers")
+_DERIVED = (
+    *("rope_scaling", "query_key_value_bias", "query_key_norm", "sliding_window", "full_attention_layers"),
+    "quantization",
+)
+# What `config.json` says of a quantised model; -1 is a whole row.
+_QUANTIZATION_CONFIGS: Mapping[str, Mapping[str, Any]] = {
+    "int8": {"quant_method": "llamita", "bits": 8, "group_size": -1},
+    "int4": {"quant_method": "llamita", "bits": 4, "group_size": 32},
+}
 # Switches that a family lacks, and what marks the family.
 _FOREIGN_TO: Mapping[Family, tuple[str, ...]] = {
     "llama": (),
@@ -234,7 +245,7 @@ def _refuse_foreign(values: Mapping[str, Any]) -> None:
         "model_type": get_args(Family),
         "hidden_act": ("silu", "swish"),
         "partial_rotary_factor": (1,),
-        "quantization_config": (),
+        "quantization_config": tuple(_QUANTIZATION_CONFIGS.values()),
         "is_encoder_decoder": (False,),
         "use_mrope": (False,),
     }

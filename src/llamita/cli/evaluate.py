@@ -15,6 +15,8 @@ class EvaluateOptions:
     """A model directory, or the directory of a training run (then its best checkpoint)."""
     data: Path
     """Prepared data (llamita prepare), made with the model's tokenizer."""
+    task: Literal["perplexity"] = "perplexity"
+    """What to measure."""
     split: Literal["train", "validation"] = "validation"
     """Which part of the data."""
     sequence_length: int = 0
@@ -22,7 +24,7 @@ class EvaluateOptions:
     stride: int = 0
     """How far the window moves; a smaller stride gives each target more context. 0: the sequence length."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the weights; auto is that of the file."""
+    """Type of the weights, and of the activations beside quantised ones; auto is that of the file."""
 
 
 def run(options: EvaluateOptions) -> int:

@@ -23,6 +23,7 @@ from llamita.architecture import (
     flops_per_token,
     kv_bytes_per_token,
     parameters,
+    stored_arrays,
     training_memory,
 )
 from llamita.checkpoint import load_config, resolve_model_directory
@@ -92,6 +93,9 @@ def describe(config: ModelConfig, options: InfoConfig, directory: Path | None = 
     counts = count_parameters(config)
     length = options.sequence_length or config.max_position_embeddings
     memory = training_memory(config, options.batch_size, length, NUMBER_BYTES[options.dtype])
+    file_bytes = {name: size * counts.total for name, size in NUMBER_BYTES.items()}
+    if config.quantization:
+        file_bytes[config.quantization] = sum(array.stored_bytes for array in stored_arrays(config))
     files = sorted(directory.glob("model*.safetensors")) if directory else []
     return {
         "model": options.model,
@@ -106,7 +110,7 @@ def describe(config: ModelConfig, options: InfoConfig, directory: Path | None = 
             **dataclasses.asdict(memory),
             "total": memory.total,
         },
-        "file_bytes": {name: size * counts.total for name, size in NUMBER_BYTES.items()},
+        "file_bytes": file_bytes,
         "file_bytes_on_disk": sum(file.stat().st_size for file in files) if files else None,
         "table": [dataclasses.asdict(row) for row in parameters(config, options.initialization)],
     }
@@ -199,7 +203,7 @@ def facts_table(facts: dict[str, Any], config: ModelConfig) -> Table:
         ("  gradients", short_bytes(memory["gradients"])),
         ("  AdamW's state", short_bytes(memory["optimizer"])),
         ("  activations", f"{short_bytes(memory['activations'])} estimated, in {memory['activations_dtype']}"),
-        ("file", f"{short_bytes(files['float32'])} in float32, {short_bytes(files['bfloat16'])} in bfloat16"),
+        ("file", ", ".join(f"{short_bytes(size)} in {name}" for name, size in files.items())),
     ]
     if facts["file_bytes_on_disk"] is not None:
         rows.append(("  on disk", short_bytes(facts["file_bytes_on_disk"])))

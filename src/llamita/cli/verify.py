@@ -30,6 +30,11 @@ def run(options: VerifyOptions) -> int:
     from llamita.workflows.verify import TOLERANCE, Tracing, verify
 
     model = load_runner(options.model, "float32", "cpu")
+    if options.against == "transformers" and model.config.quantization:
+        raise ValueError(
+            f"{options.model} is quantised ({model.config.quantization}), which transformers cannot read; give "
+            "--against the directory of the model that it was made from, and a --tolerance"
+        )
     reference: Tracing
     tolerance = TOLERANCE
     if options.against == "transformers":

@@ -20,6 +20,7 @@ from llamita.torch_backend import layers
 from llamita.torch_backend.kv_cache import PagedStep
 from llamita.torch_backend.layers import FUSED, Operations
 from llamita.torch_backend.packed import PackedParameter, canonical_names
+from llamita.torch_backend.quantized import QuantizedEmbedding, QuantizedLinear
 
 Trace = Callable[[str, Tensor], None]
 
@@ -173,6 +174,18 @@ class Llama(nn.Module):
             self.score = Linear(config.num_labels, config.hidden_size, False, operations)
         elif not config.tie_word_embeddings:
             self.lm_head = Linear(config.vocab_size, config.hidden_size, False, operations)
+        if config.quantization:
+            self._take_twins(operations, 8 if config.quantization == "int8" else 4)
+
+    def _take_twins(self, operations: Operations, bits: int) -> None:
+        """Put the quantised twin of each linear map and of the embedding in its place, but for a classifier's head."""
+        for parent in list(self.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, Embedding):
+                    setattr(parent, name, QuantizedEmbedding(child.weight.shape, operations))
+                elif isinstance(child, Linear) and name != "score":
+                    has_bias, its_bits = child.bias is not None, 8 if name == "lm_head" else bits
+                    setattr(parent, name, QuantizedLinear(child.weight.shape, has_bias, operations, its_bits))
 
     @property
     def output_weight_VD(self) -> Tensor:
@@ -203,6 +216,10 @@ class Llama(nn.Module):
         return ModelOutput(self.logits(hidden_BTD), hidden_BTD)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
+        if self.config.quantization and not self.config.num_labels:
+            head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+            assert isinstance(head, QuantizedLinear)
+            return head.multiply(hidden_BTD)
         return F.linear(hidden_BTD, self.output_weight_VD)
 
     def hidden(
@@ -252,7 +269,7 @@ class Llama(nn.Module):
 
     def packed_parameters(self) -> Iterator[PackedParameter]:
         """Every parameter with the canonical parameters that it holds, in the order of the table."""
-        table = {row.name: row for row in architecture.parameters(self.config)}
+        table = {array.name: array for array in architecture.stored_arrays(self.config)}
         for name, parameter in self.named_parameters():
             rows = [table[part] for part in canonical_names(name)]
             sizes = [row.shape[0] for row in rows]
@@ -260,9 +277,12 @@ class Llama(nn.Module):
             yield PackedParameter(name, parameter, tuple(row.name for row in rows), tuple(sizes), rows[0].weight_decay)
 
     def canonical_state(self) -> dict[str, Tensor]:
-        """Views of the parameters under their canonical names."""
-        return {
-            name: view
-            for packed in self.packed_parameters()
-            for name, view in zip(packed.parts, packed.split(packed.parameter.detach()), strict=True)
-        }
+        """Views of the parameters under their canonical names; copies, where the weights lie in a kernel's order."""
+        result: dict[str, Tensor] = {}
+        for packed in self.packed_parameters():
+            module, _, kind = packed.name.rpartition(".")
+            owner, values = self.get_submodule(module), packed.parameter.detach()
+            if isinstance(owner, QuantizedLinear) and kind == "weight":
+                values = owner.plain_weight()
+            result |= zip(packed.parts, packed.split(values), strict=True)
+        return result

@@ -50,17 +50,16 @@ class TorchRunner:
     def __init__(self, model: Llama, exact: bool = False) -> None:
         self.model = model
         self.config: ModelConfig = model.config
-        weight = model.output_weight_VD
+        weight = model.model.norm.weight  # never quantised: its type is that of the activations and of the cache
         self.dtype, self.device = weight.dtype, weight.device
-        if exact and (self.device.type != "cpu" or self.dtype != torch.float32):
-            raise ValueError(f"the exact mode runs on a CPU in float32, not on {self.device.type} in {self.dtype}")
+        if exact and (self.device.type != "cpu" or self.dtype != torch.float32 or self.config.quantization):
+            form = self.config.quantization or str(self.dtype)
+            raise ValueError(f"the exact mode runs on a CPU in float32, not on {self.device.type} in {form}")
         self.exact = exact
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        if (
-            weight is not model.model.embed_tokens.weight
-        ):  # only one row of an embedding is read, unless it is the output head as well
-            parameters -= model.model.embed_tokens.weight.numel()
-        self.weight_bytes = parameters * weight.element_size()
+        read = list(model.parameters())
+        if self.config.num_labels or not self.config.tie_word_embeddings:  # of an embedding alone, one row is read
+            read = [parameter for name, parameter in model.named_parameters() if "embed_tokens" not in name]
+        self.weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in read)
         """Bytes of weights that decoding one token reads."""
         self.kv_bytes_per_token = architecture.kv_bytes_per_token(self.config, weight.element_size())
         """Bytes of keys and values that one earlier position adds to what decoding a token reads."""
@@ -181,8 +180,9 @@ def load_runner(
 ) -> TorchRunner:
     """A runner over a model directory, or over the best checkpoint of a run directory.
 
-    `dtype` is that of weights and cache: a name in DTYPES, or "auto" for that of the file. `device` is PyTorch's, or
-    "auto" for a GPU where there is one. `threads` 0 leaves PyTorch's own choice. `exact` means float32 on the CPU.
+    `dtype` is that of weights and cache: a name in DTYPES, or "auto" for that of the file (bfloat16 for the activations
+    of a quantised one, whose kernels take no other). `device` is PyTorch's, or "auto" for a GPU where there is one.
+    `threads` 0 leaves PyTorch's own choice. `exact` means float32 on the CPU.
     """
     if exact:
         dtype, device = ("float32" if dtype == "auto" else dtype), ("cpu" if device == "auto" else device)
@@ -193,10 +193,10 @@ def load_runner(
     device = choose_device(device)
     directory = checkpoint.resolve_model_directory(model)
     arrays = checkpoint.load_tensors(directory)
-    if dtype == "auto":
-        stored = next((array.dtype for array in arrays.values()), "F32")
-        dtype = checkpoint.DTYPE_NAMES.get(stored, "float32")
     config = checkpoint.load_config(directory)
+    if dtype == "auto":
+        stored = "BF16" if config.quantization else next((array.dtype for array in arrays.values()), "F32")
+        dtype = checkpoint.DTYPE_NAMES.get(stored, "float32")
     built = build_model(config, arrays, dtype=DTYPES.get(dtype, torch.float32), device=device).eval()
     return TorchRunner(built, exact)
 

@@ -79,6 +79,11 @@ class TorchTrainStep:
         seed: int = 0,
         compile: bool = False,
     ) -> None:
+        if model.config.quantization:
+            raise ValueError(
+                f"the model is quantised ({model.config.quantization}) and cannot be trained; train the model that it "
+                "was made from, then quantise that"
+            )
         self.model = model
         self.optimizer = AdamW(model.packed_parameters(), settings)
         self.loss = loss

@@ -4,7 +4,7 @@ The only place where canonical names and packed parameters meet; knows nothing o
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from llamita import architecture, checkpoint
 from llamita.architecture import InitializationName
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
+from llamita.torch_backend import quantize
 from llamita.torch_backend.layers import FUSED, Operations
 from llamita.torch_backend.model import Llama
+from llamita.torch_backend.quantized import QuantizedLinear
 
 COPIED_AT_ONCE = 2**22  # numbers
 
@@ -37,17 +39,45 @@ def build_model(
         architecture.check_arrays(config, arrays)
     with torch.device("meta"):
         model = Llama(config, operations)
-    model = model.to(dtype).to_empty(device=device)
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float32:  # the scales of quantised weights keep their type
+            parameter.data = parameter.data.to(dtype)
+    model = model.to_empty(device=device)
     if arrays is None:
         fresh = architecture.initialize(config, seed, initialization)
-        _copy_values(model, ((name, HostArray.from_numpy(array)) for name, array in fresh))
+        host = ((name, HostArray.from_numpy(array)) for name, array in fresh)
+        _copy_values(model, quantize_arrays(config, host) if config.quantization else host)
     else:
         _copy_values(model, ((name, arrays[name]) for name in model.canonical_state()))
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.arrange(dtype)
     return model
+
+
+def quantize_arrays(config: ModelConfig, arrays: Iterable[tuple[str, HostArray]]) -> Iterator[tuple[str, HostArray]]:
+    """The arrays of a model without quantisation as one of `config`, which has it, stores them; one by one.
+
+    What is not quantised becomes bfloat16, the type that activations have beside such weights. ValueError for NaN.
+    """
+    table = {row.name: row for row in architecture.parameters(config)}
+    for name, array in arrays:
+        bits = architecture.weight_bits(config, table[name])
+        tensor = tensor_from_host(array)
+        if not bits:
+            yield name, host_from_tensor(tensor.bfloat16())
+            continue
+        try:
+            values, scale = quantize.quantize(tensor, bits)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+        yield name, host_from_tensor(values)
+        yield name + architecture.SCALE, host_from_tensor(scale)
 
 
 def load_host_arrays(model: Llama, arrays: Mapping[str, HostArray]) -> None:
     """Give the parameters the values of `arrays`; ValueError lists all that is missing, extra or misshapen."""
+    assert not model.config.quantization, "quantised weights may lie in a kernel's order; build the model anew"
     architecture.check_arrays(model.config, arrays)
     _copy_values(model, ((name, arrays[name]) for name in model.canonical_state()))
 
@@ -92,4 +122,4 @@ def host_from_tensor(tensor: Tensor) -> HostArray:
 def to_host_arrays(model: Llama) -> dict[str, HostArray]:
     """The parameters under canonical names, in the order of the table, ready for `checkpoint.save_tensors`."""
     state = model.canonical_state()
-    return {row.name: host_from_tensor(state[row.name]) for row in architecture.parameters(model.config)}
+    return {array.name: host_from_tensor(state[array.name]) for array in architecture.stored_arrays(model.config)}

@@ -115,8 +115,12 @@ def read_model(source: Path, config: ConvertConfig, tools: Tools) -> tuple[str, 
     if source.is_dir() or not source.exists():
         directory = checkpoint.resolve_model_directory(source)
         found = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-        arrays = checkpoint.load_tensors(directory)
-        model = ForeignModel(checkpoint.load_config(directory), arrays, Tokenizer.load(directory) if found else None)
+        arrays, shape = checkpoint.load_tensors(directory), checkpoint.load_config(directory)
+        if shape.quantization:
+            raise ValueError(
+                f"{directory} is quantised ({shape.quantization}); convert the model that it was made from"
+            )
+        model = ForeignModel(shape, arrays, Tokenizer.load(directory) if found else None)
         return "Hugging Face directory", model
     with open(source, "rb") as file:
         head = file.read(16)

@@ -1,0 +1,32 @@
+"""`llamita quantize`: a model's matrices in int8 or int4, as a model directory of their own."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Write a copy of a model whose matrices are int8 or int4; what it costs, llamita evaluate tells."""
+
+    model: tyro.conf.Positional[Path]
+    """A model directory, a training run (then its best checkpoint), or a name on the hub."""
+    output: tyro.conf.Positional[Path]
+    """The directory to write."""
+    to: Literal["int8", "int4"]
+    """int8: a scale a row. int4: a scale for 32 numbers along the input; the embedding and the output head in int8."""
+    overwrite: bool = False
+    """Replace a destination that exists."""
+
+
+def run(options: QuantizeOptions) -> None:
+    from llamita.cli.info import short_bytes
+    from llamita.torch_backend.weights import quantize_arrays
+    from llamita.workflows.quantize import quantize
+
+    done = quantize(options.model, options.output, options.to, options.overwrite, quantize_arrays)
+    share = done.bytes_after / done.bytes_before
+    print(f"{options.model}: {short_bytes(done.bytes_before)}")
+    print(f"{options.output}: {options.to}, {short_bytes(done.bytes_after)}, {share:.0%} of the source's bytes")

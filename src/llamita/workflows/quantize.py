@@ -1,0 +1,69 @@
+"""A model directory into a smaller one whose matrices are int8 or int4, tensor by tensor.
+
+What is read is mapped and what is written is not kept, so that little more than one tensor is in memory. The rounding
+is the backend's, passed in.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from llamita import architecture, checkpoint, files
+from llamita.checkpoint import HostArray
+from llamita.config import ModelConfig
+
+Scheme = Literal["int8", "int4"]
+Arrays = Iterable[tuple[str, HostArray]]
+QuantizeArrays = Callable[[ModelConfig, Arrays], Arrays]
+"""(config of the result, arrays of the source) -> arrays as the result stores them, one by one."""
+CARRIED = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
+)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What was written, and the bytes of the weights before and after."""
+
+    config: ModelConfig
+    bytes_before: int
+    bytes_after: int
+
+
+def quantize(
+    model: Path | str, output: Path, scheme: Scheme, overwrite: bool, quantize_arrays: QuantizeArrays
+) -> Quantized:
+    """Write `model` (a directory, a run, a name on the hub) to `output`, quantised.
+
+    ValueError or OSError in one line.
+    """
+    directory = checkpoint.resolve_model_directory(model)
+    config = checkpoint.load_config(directory)
+    if config.quantization:
+        raise ValueError(
+            f"{directory} is quantised already ({config.quantization}); quantise the model that it was made from"
+        )
+    arrays = checkpoint.load_tensors(directory)
+    architecture.check_arrays(config, arrays)
+    result = replace(config, quantization=scheme)
+    names = [row.name for row in architecture.parameters(config)]
+    stored = architecture.stored_arrays(result)
+    layout = {array.name: (array.stored_dtype, array.shape) for array in stored}
+    with files.atomic_directory(output, overwrite) as temporary:
+        checkpoint.save_config(temporary, result)
+        for name in CARRIED:
+            if (directory / name).is_file():
+                shutil.copyfile(directory / name, temporary / name)
+        checkpoint.stream_tensors(temporary, layout, quantize_arrays(result, _one_by_one(arrays, names)))
+    before = sum(len(arrays[name].data) for name in names)
+    return Quantized(result, before, sum(array.stored_bytes for array in stored))
+
+
+def _one_by_one(arrays: dict[str, HostArray], names: list[str]) -> Iterator[tuple[str, HostArray]]:
+    """The arrays in the order of the table, the memory of each given back once the next is asked for."""
+    for name in names:
+        yield name, arrays[name]
+        arrays[name].forget(0, len(arrays[name].data))
