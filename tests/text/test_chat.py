@@ -6,7 +6,6 @@ The templates are in the style of well-known families, in words of their own.
 import datetime
 import json
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -334,11 +333,10 @@ DOUBLING = "{% set ns = namespace(x='a'*1000) %}{% for i in range(60) %}{% set n
 def test_a_hostile_template_neither_hangs_nor_fills_memory(
     template: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat_sandbox, "MAX_SECONDS", 0.5)
-    started = time.monotonic()
+    # The limit of time stops what the others do not; those must act well before it, however slow the machine.
+    monkeypatch.setattr(chat_sandbox, "MAX_SECONDS", 0.5 if message == "turns of a loop" else 60)
     with pytest.raises(ValueError, match=message) as found:
         compile_template(template)({"messages": [{"role": "user"}]})
-    assert time.monotonic() - started < 10
     assert "\n" not in str(found.value)
 
 

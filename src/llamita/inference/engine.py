@@ -10,6 +10,8 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
 from llamita.inference.block_manager import BlockManager
@@ -153,11 +155,13 @@ class Engine:
         started = time.perf_counter()
         scheduled = self.scheduler.next()
         events = [sequence.end("length") for sequence in self.scheduler.take_out_of_memory()]
+        scheduled, allowed, failed = self._masks(scheduled)
+        events += failed
         if not scheduled:
             return events
         try:
             copies = self.manager.copies()
-            chunks = self._chunks(scheduled, copies)
+            chunks = self._chunks(scheduled, copies, allowed)
             result = self._runner.run(Plan(tuple(chunks), copies), self._memory)
         except Exception as error:
             return events + [event for one in scheduled for event in self._fail(one.sequence, error)]
@@ -172,7 +176,21 @@ class Engine:
             events += self._take(one.sequence, chunk, result.sampled[number], scores)
         return events
 
-    def _chunks(self, scheduled: Sequence[Scheduled], copies: Sequence[BlockCopy]) -> list[ScheduledChunk]:
+    def _masks(self, scheduled: Sequence[Scheduled]) -> tuple[list[Scheduled], dict[int, np.ndarray], list[TokenEvent]]:
+        """What grammars allow next; sequences whose grammar can be followed no further are ended, the others stay."""
+        constrained = [one.sequence for one in scheduled if one.sequence.matcher is not None]
+        matchers = [sequence.matcher for sequence in constrained if sequence.matcher is not None]
+        masks = fill(matchers)
+        broken = {s.id: m.error for s, m in zip(constrained, matchers, strict=True) if m.error}
+        failed = [
+            event for one in constrained if one.id in broken for event in self._fail(one, ValueError(broken[one.id]))
+        ]
+        allowed = {sequence.id: mask for sequence, mask in zip(constrained, masks, strict=True)}
+        return [one for one in scheduled if one.sequence.id not in broken], allowed, failed
+
+    def _chunks(
+        self, scheduled: Sequence[Scheduled], copies: Sequence[BlockCopy], allowed: Mapping[int, np.ndarray]
+    ) -> list[ScheduledChunk]:
         """What the runner is to run: known tokens, guesses, and what may come after them."""
         drafts: dict[int, list[int]] = {}
         if self._drafter is not None:
@@ -180,9 +198,6 @@ class Engine:
             wanted = [(one.sequence, one.drafts) for one in scheduled if one.drafts]
             proposed = self._drafter.propose(wanted) if wanted else []
             drafts = {sequence.id: tokens for (sequence, _), tokens in zip(wanted, proposed, strict=True)}
-        constrained = [one.sequence for one in scheduled if one.sequence.matcher is not None]
-        masks = fill([sequence.matcher for sequence in constrained if sequence.matcher is not None])
-        allowed = {sequence.id: mask for sequence, mask in zip(constrained, masks, strict=True)}
         return [
             one.sequence.chunk(one.count, drafts.get(one.sequence.id, ()), allowed.get(one.sequence.id))
             for one in scheduled

@@ -87,7 +87,8 @@ class Scheduler:
         for queue in (self.running, self.waiting):
             if sequence in queue:
                 queue.remove(sequence)
-        self.manager.close(sequence.tables)
+        if sequence.tables:
+            self.manager.close(sequence.tables)
         sequence.tables = ()
 
     def select(self, request_id: int) -> list[Continuation]:

@@ -77,8 +77,8 @@ class Continuation:
         end = self.computed + count
         samples: list[SampleSpec] = []
         if end == len(self.tokens):
-            samples = [self._sample(end + extra, self.statistics.seed, allowed) for extra in range(len(drafts) + 1)]
-            samples += [fork._sample(end, fork.statistics.seed, allowed) for fork in self.forks]
+            samples = [self._sample(end + extra, allowed) for extra in range(len(drafts) + 1)]
+            samples += [fork._sample(end, allowed) for fork in self.forks]
         targets: tuple[int, ...] = ()
         if self.params.prompt_logprobs and not self.generated:
             targets = tuple(self.tokens[self.computed + 1 : min(end + 1, self.prompt_length)])
@@ -91,9 +91,12 @@ class Continuation:
             targets,
         )
 
-    def _sample(self, position: int, seed: int, allowed: np.ndarray | None) -> SampleSpec:
+    def _sample(self, position: int, allowed: np.ndarray | None) -> SampleSpec:
         early = position - self.prompt_length < self.params.min_tokens
         banned = tuple(sorted(self._ends)) if early else ()
+        if banned and allowed is not None and not _without(allowed, banned).any():
+            banned = ()  # the grammar has come to its end
+        seed = self.statistics.seed
         return SampleSpec(self.params, seed, position, self.tokens, self.prompt_length, banned, allowed)
 
     def take(self, token: SampledToken) -> TokenEvent:
@@ -143,3 +146,11 @@ class Continuation:
             prompt_logprobs=scores,
             error=error,
         )
+
+
+def _without(allowed: np.ndarray, banned: Sequence[int]) -> np.ndarray:
+    """A mask of allowed ids (see `SampleSpec`) without some of them."""
+    words = allowed.view(np.uint32).copy()
+    for token_id in banned:
+        words[token_id // 32] &= ~np.uint32(1 << (token_id % 32))
+    return words

@@ -136,8 +136,8 @@ class TorchRunner:
 
     def _logits(self, hidden_TD: Tensor, rows: Sequence[int]) -> Tensor:
         """Logits (R, V) of some rows."""
-        if len(rows) == len(hidden_TD):
-            hidden_RD = hidden_TD  # every row, in its order
+        if list(rows) == list(range(len(hidden_TD))):
+            hidden_RD = hidden_TD
         else:
             hidden_RD = hidden_TD[torch.tensor(rows, device=self.device)]
         if self.exact:
