@@ -23,7 +23,8 @@ ORDER = (
     ("training", "inference"),
     ("formats", "evaluation"),
     ("workflows", "server"),
-    ("cli", "library"),
+    ("library",),
+    ("cli",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 FRAMEWORKS = {"torch": "torch_backend", "mlx": "mlx_backend"}

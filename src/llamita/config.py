@@ -61,9 +61,7 @@ class ModelConfig:
         for name in _COUNTS:
             check_count(name, getattr(self, name))
         if self.num_hidden_layers > TOO_MANY_LAYERS:
-            raise ValueError(
-                f"num_hidden_layers={self.num_hidden_layers} is more than the {TOO_MANY_LAYERS} of any model"
-            )
+            raise ValueError(f"num_hidden_layers={self.num_hidden_layers} is more than any model's {TOO_MANY_LAYERS}")
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")

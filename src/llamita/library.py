@@ -1,9 +1,31 @@
 """The Python face of the library: `llamita.load` and `llamita.save`."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
+
+from llamita.inference.config import EngineConfig
+from llamita.inference.engine import Drafter
 from llamita.inference.llm import LLM
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a model is run: the arguments of `load` besides the model itself."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights and cache; auto is that of the file."""
+    device: Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda")] = "auto"
+    """Where to run; auto takes a GPU if there is one."""
+    threads: int = 0
+    """Threads on a CPU; 0 leaves PyTorch's choice."""
+    exact: bool = False
+    """The same bits whatever else runs: float32 on the CPU, slower."""
+    draft: str = ""
+    """Guess tokens ahead, which changes the speed and no token: lookup, or a smaller model of the same vocabulary."""
+    engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
 
 
 def load(
@@ -12,17 +34,31 @@ def load(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: str = "auto",
     threads: int = 0,
+    exact: bool = False,
+    engine: EngineConfig | None = None,
+    draft: str = "",
 ) -> LLM:
     """Load a language model: a Hugging Face model directory, a training run, or a name on the hub (`owner/name`).
 
     `dtype` is that of weights and cache, "auto" that of the file; `device` is "cpu", "cuda", or "auto" for a GPU where
-    there is one; `threads` 0 leaves PyTorch's choice. The result generates (`generate`, `stream`), gives logits and
-    residual streams (`runner.forward`), and is saved by `save`. FileNotFoundError or ValueError, in one line, where the
-    model is missing, broken, or of a kind that Llamita does not have.
+    there is one; `threads` 0 leaves PyTorch's choice. `exact` gives logits that are the same bits alone and in any
+    batch (float32 on the CPU, slower). `engine` says how much runs at once. `draft` has tokens guessed ahead, which
+    changes the speed and no token: "lookup" looks for the last few tokens earlier in the text; else it is the directory
+    of a smaller model of the same vocabulary.
+
+    The result generates (`generate`, `stream`), gives logits and residual streams (`runner.forward`), and is saved by
+    `save`. FileNotFoundError or ValueError, in one line, where the model is missing, broken, or of a kind that Llamita
+    does not have.
     """
+    from llamita.inference.drafting import DraftModel, PromptLookup
     from llamita.torch_backend.runner import load_runner
 
-    return LLM.load(model, lambda directory: load_runner(directory, dtype, device, threads))
+    drafter: Drafter | None = PromptLookup() if draft == "lookup" else None
+    if draft and drafter is None:
+        drafter = DraftModel(load_runner(draft, dtype, device, threads))
+    return LLM.load(
+        model, lambda directory: load_runner(directory, dtype, device, threads, exact), config=engine, drafter=drafter
+    )
 
 
 def save(model: LLM, path: Path | str, overwrite: bool = False) -> None:

@@ -12,9 +12,7 @@ import sys
 import termios
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -26,6 +24,7 @@ from llamita.cli.generate import harmless
 from llamita.inference.conversation import Conversation
 from llamita.inference.llm import LLM
 from llamita.inference.request import Statistics
+from llamita.library import RunOptions, load
 from llamita.plan import SamplingParams
 from llamita.text.chat import Chat
 
@@ -52,18 +51,14 @@ class ChatOptions:
     system: str = ""
     """A system message, read before all else."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingParams] = field(default_factory=lambda: SamplingParams(max_tokens=512))
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of weights and cache; auto is that of the file."""
-    device: Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda")] = "auto"
-    """Where to run; auto takes a GPU if there is one."""
+    running: tyro.conf.OmitArgPrefixes[RunOptions] = field(default_factory=RunOptions)
 
 
 def run(options: ChatOptions) -> int:
-    from llamita.torch_backend.runner import load_runner
 
     if options.sampling.n > 1:
         raise ValueError(f"n={options.sampling.n} answers at once cannot be talked with; leave n at 1")
-    llm = LLM.load(options.model, partial(load_runner, dtype=options.dtype, device=options.device))
+    llm = load(options.model, **vars(options.running))
     if llm.tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer beside it, and a chat needs one")
     template = options.template

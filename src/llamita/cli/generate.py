@@ -10,9 +10,8 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TextIO
+from typing import TYPE_CHECKING, TextIO
 from unicodedata import category
 
 import tyro
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from llamita.inference.request import Statistics
+from llamita.library import RunOptions, load
 from llamita.plan import SamplingParams
 from llamita.text.tokenizer import Tokenizer
 
@@ -54,22 +54,17 @@ class GenerateOptions:
     """Print the prompt before its continuation."""
     statistics: bool = False
     """Report tokens per second, memory bandwidth and the seed on standard error."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of weights and cache; auto is that of the file."""
-    device: Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda")] = "auto"
-    """Where to run; auto takes a GPU if there is one."""
+    running: tyro.conf.OmitArgPrefixes[RunOptions] = field(default_factory=RunOptions)
 
 
 def run(options: GenerateOptions) -> int:
-    from llamita.inference.llm import LLM
-    from llamita.torch_backend.runner import load_runner
 
     if options.input is not None or options.output is not None:
         return _run_file(options)
     if options.prompt is not None and options.prompt_tokens:
         raise ValueError("both a prompt and --prompt-tokens were given; give one of them")
     prompt: str | tuple[int, ...] = options.prompt_tokens or read_prompt(options.prompt, sys.stdin)
-    llm = LLM.load(options.model, partial(load_runner, dtype=options.dtype, device=options.device))
+    llm = load(options.model, **vars(options.running))
     if options.sampling.n > 1:
         return _run_several(llm, prompt, options)
     events = llm.events(prompt, options.sampling)
@@ -97,8 +92,6 @@ def run(options: GenerateOptions) -> int:
 def _run_file(options: GenerateOptions) -> int:
     """Do all lines of the input that the output lacks; 1 where one of them failed."""
     from llamita.inference import batch
-    from llamita.inference.llm import LLM
-    from llamita.torch_backend.runner import load_runner
 
     source, output = options.input, options.output
     if source is None or output is None:
@@ -107,7 +100,7 @@ def _run_file(options: GenerateOptions) -> int:
         raise ValueError("both --input and a prompt were given; give one of them")
     if not source.is_file():
         raise FileNotFoundError(f"there is no file {source}")
-    llm = LLM.load(options.model, partial(load_runner, dtype=options.dtype, device=options.device))
+    llm = load(options.model, **vars(options.running))
     items = batch.read_items(llm, source, options.sampling, options.template)
     made_from = {
         "model": str(options.model.resolve()) if options.model.exists() else str(options.model),

@@ -22,7 +22,8 @@ from typing import cast, overload
 from llamita import checkpoint, files
 from llamita.config import ModelConfig
 from llamita.inference import async_llm, many
-from llamita.inference.engine import Engine, Runner
+from llamita.inference.config import EngineConfig
+from llamita.inference.engine import Drafter, Engine, Runner
 from llamita.inference.generation import Generation
 from llamita.inference.request import Request, SamplingParams, TokenEvent
 from llamita.inference.shared_engine import SharedEngine
@@ -40,16 +41,27 @@ class LLM:
     """A runner, its tokenizer (None for a model that comes without: ids in, ids out), and an engine over both."""
 
     def __init__(
-        self, runner: Runner, tokenizer: Tokenizer | None = None, eos_token_ids: Collection[int] | None = None
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer | None = None,
+        eos_token_ids: Collection[int] | None = None,
+        config: EngineConfig | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self.runner = runner
         self.tokenizer = tokenizer
-        self.engine = Engine(runner, tokenizer, eos_token_ids)
+        self.engine = Engine(runner, tokenizer, eos_token_ids, config, drafter)
         self.shared = SharedEngine(self.engine)
         self._ids = itertools.count()
 
     @classmethod
-    def load(cls, model: Path | str, load_runner: Callable[[Path], Runner]) -> "LLM":
+    def load(
+        cls,
+        model: Path | str,
+        load_runner: Callable[[Path], Runner],
+        config: EngineConfig | None = None,
+        drafter: Drafter | None = None,
+    ) -> "LLM":
         """Load a model directory, or the best checkpoint of a run directory, with the backend that `load_runner` is."""
         directory = checkpoint.resolve_model_directory(model)
         runner = load_runner(directory)
@@ -60,7 +72,7 @@ class LLM:
                 f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens and the model embeddings for "
                 f"{runner.config.vocab_size}; one of them is another model's"
             )
-        return cls(runner, tokenizer, _end_tokens(directory))
+        return cls(runner, tokenizer, _end_tokens(directory), config, drafter)
 
     @property
     def config(self) -> ModelConfig:

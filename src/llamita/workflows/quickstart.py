@@ -4,11 +4,8 @@ Every part is the one that a user's own run takes; only the choices are made her
 """
 
 import json
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -35,6 +32,7 @@ from llamita.workflows.pretrain import Backend, PretrainConfig, pretrain
 
 TOKENIZER_STORIES = 5000  # enough for the most frequent pairs to be known
 STORIES_SHOWN = 3
+SAMPLED_AT_ONCE = 100
 
 
 class ScoringRunner(Runner, Forward, Protocol):
@@ -147,7 +145,8 @@ def evaluate(
     tokenizer = Tokenizer.load(model)
     stories = list(meadow.corpus(config.seed, config.scored_stories, "validation"))
     nats, hits, determined = predict(runner, tokenizer, stories)
-    texts = list(sample_stories(model, load_runner, config.scored_stories, config.seed, console))
+    first = config.seed * config.scored_stories
+    texts = list(sample_stories(LLM(runner, tokenizer), range(first, first + config.scored_stories), console))
     score = meadow_score.score(texts)
     return Report(
         parameters=architecture.count_parameters(load_config(model)).total,
@@ -180,48 +179,16 @@ def predict(runner: Forward, tokenizer: Tokenizer, stories: list[str]) -> tuple[
     return nats, hits, determined
 
 
-def sample_stories(model: Path, load_runner: LoadRunner, count: int, seed: int, console: Console) -> Iterator[str]:
-    """Stories at temperature 1, nothing cut off; an engine on every core works on its share."""
-    workers = max(1, min(os.cpu_count() or 1, count // 4))
-    seeds = [range(seed * count + first, (seed + 1) * count, workers) for first in range(workers)]
+def sample_stories(llm: LLM, seeds: range, console: Console) -> Iterator[str]:
+    """Stories at temperature 1, nothing cut off, one for each seed; the engine writes many at once."""
     columns = (TextColumn("sampling stories {task.completed}/{task.total}"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=count)
-        if workers == 1:
-            for text in _sample(model, load_runner, seeds[0]):
+        task = progress.add_task("", total=len(seeds))
+        for first in range(0, len(seeds), SAMPLED_AT_ONCE):
+            params = [SamplingParams(max_tokens=10_000, seed=seed) for seed in seeds[first : first + SAMPLED_AT_ONCE]]
+            for generation in llm.generate([""] * len(params), params):
                 progress.advance(task)
-                yield text
-            return
-        context = multiprocessing.get_context("spawn")  # a forked copy of a threaded framework can hang
-        queue = context.Queue()
-        processes = [context.Process(target=_work, args=(model, load_runner, share, queue)) for share in seeds]
-        for process in processes:
-            process.start()
-        try:
-            for _ in range(count):
-                text = queue.get(timeout=600)
-                if isinstance(text, Exception):
-                    raise text
-                progress.advance(task)
-                yield text
-        finally:
-            for process in processes:
-                process.terminate()
-                process.join()
-
-
-def _sample(model: Path, load_runner: LoadRunner, seeds: range) -> Iterator[str]:
-    llm = LLM.load(model, load_runner)
-    for seed in seeds:
-        yield llm.generate("", SamplingParams(max_tokens=10_000, seed=seed)).text
-
-
-def _work(model: Path, load_runner: LoadRunner, seeds: range, queue: "multiprocessing.Queue[str | Exception]") -> None:
-    try:
-        for text in _sample(model, partial(load_runner, threads=1), seeds):
-            queue.put(text)
-    except Exception as error:
-        queue.put(error)
+                yield generation.text
 
 
 def show(report: Report, config: QuickstartConfig, run: Path, load_runner: LoadRunner, console: Console) -> None:
@@ -238,7 +205,8 @@ def show(report: Report, config: QuickstartConfig, run: Path, load_runner: LoadR
         f"{report.consistent:.1%} with all facts consistent"
     )
     console.print("\n[bold]Three stories it wrote[/]")
-    for number, text in enumerate(_sample(run / LAST, load_runner, range(10**6, 10**6 + STORIES_SHOWN))):
+    shown = range(10**6, 10**6 + STORIES_SHOWN)
+    for number, text in enumerate(sample_stories(LLM.load(run / LAST, load_runner), shown, console)):
         verdict = "consistent" if meadow.parse(text.strip()) else "not consistent"
         console.print(Padding(f"{text}\n[dim]({verdict}; seed {10**6 + number})[/]", (0, 2, 1, 2)))
     console.print(f"[bold]The loss[/] as a picture: {run / 'loss.png'}; every figure: {run / 'metrics.jsonl'}")
