@@ -3,6 +3,7 @@
 The slow form runs for minutes. The process may grow by a gigabyte only, so that a wild allocation fails.
 """
 
+import base64
 import json
 import os
 import resource
@@ -34,6 +35,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "llama2c": llama2c.read_model,
     "llama2c int8": llama2c.read_model,
     "tokenizer.bin": llama2c_tokenizer.read,
+    "tokenizer.model": Tokenizer.load,
 }
 SECONDS = 100  # of the slow form, for each reader
 ROOM = 1_000_000_000
@@ -52,6 +54,9 @@ def valid(name: str, path: Path) -> bytes:
     elif name == "tokenizer.bin":
         codec = sentencepiece_training.train(stories, 320, special_tokens(0))
         llama2c_tokenizer.write(path, Tokenizer.from_codec(codec))
+    elif name == "tokenizer.model":  # Llama 3's, a rank file of tiktoken's
+        tokens = [*(bytes([byte]) for byte in range(256)), b"th", b"the", b" the", b" x"]
+        path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
     else:
         llama2c.write_model(path, ForeignModel(CONFIG, arrays), 2 if "int8" in name else 0)
     return path.read_bytes()
