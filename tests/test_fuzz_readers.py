@@ -123,7 +123,8 @@ def test_a_few_hundred_changed_files(name, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to limit the address space")
 @pytest.mark.parametrize("name", READERS)
 def test_changed_files_for_minutes(name, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-W", "ignore", "-m", "tests.test_fuzz_readers", name, str(tmp_path)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS * 3)
     assert done.returncode == 0, done.stderr[-3000:]
