@@ -3,6 +3,7 @@
 The slow form runs for minutes. The process may grow by a gigabyte only, so that a wild allocation fails.
 """
 
+import base64
 import json
 import os
 import resource
@@ -34,6 +35,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "llama2c": llama2c.read_model,
     "llama2c int8": llama2c.read_model,
     "tokenizer.bin": llama2c_tokenizer.read,
+    "tokenizer.model": Tokenizer.load,
 }
 SECONDS = 100  # of the slow form, for each reader
 ROOM = 1_000_000_000
@@ -52,6 +54,9 @@ def valid(name: str, path: Path) -> bytes:
     elif name == "tokenizer.bin":
         codec = sentencepiece_training.train(stories, 320, special_tokens(0))
         llama2c_tokenizer.write(path, Tokenizer.from_codec(codec))
+    elif name == "tokenizer.model":  # Llama 3's, a rank file of tiktoken's
+        tokens = [*(bytes([byte]) for byte in range(256)), b"th", b"the", b" the", b" x"]
+        path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
     else:
         llama2c.write_model(path, ForeignModel(CONFIG, arrays), 2 if "int8" in name else 0)
     return path.read_bytes()
@@ -118,7 +123,8 @@ def test_a_few_hundred_changed_files(name, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to limit the address space")
 @pytest.mark.parametrize("name", READERS)
 def test_changed_files_for_minutes(name, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-W", "ignore", "-m", "tests.test_fuzz_readers", name, str(tmp_path)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS * 3)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -11,9 +11,10 @@ import pytest
 
 from llamita import checkpoint, files
 from llamita.config import ModelConfig
+from llamita.text.bpe import train_bpe_from_iterator
 from llamita.torch_backend import weights
 
-CONFIG = ModelConfig(50, 16, 32, 2, 4, 2, 64)
+CONFIG = ModelConfig(264, 16, 32, 2, 4, 2, 64)
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 CODE = """
@@ -28,12 +29,11 @@ except OSError as error:
 """
 
 
-@pytest.fixture
-def cache(tmp_path) -> Path:
-    """models--someone--small with blobs by their hash, links to them in a snapshot, and a branch that names it."""
-    made, repository = tmp_path / "made", tmp_path / "cache" / "models--someone--small"
-    with files.atomic_directory(made) as temporary:
+def write_model(directory: Path) -> None:
+    """A small model in two shards with an index and a tokenizer, as those on the hub are."""
+    with files.atomic_directory(directory) as temporary:
         checkpoint.save_config(temporary, CONFIG)
+        train_bpe_from_iterator(["a small text"] * 2, CONFIG.vocab_size).save(temporary)
         arrays = weights.to_host_arrays(weights.build_model(CONFIG))
         names = list(arrays)
         index = {"metadata": {}, "weight_map": {}}
@@ -42,14 +42,25 @@ def cache(tmp_path) -> Path:
             checkpoint.write_safetensors(temporary / file, {name: arrays[name] for name in part})
             index["weight_map"] |= dict.fromkeys(part, file)
         (temporary / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def lay_out(cache: Path, name: str, directory: Path) -> None:
+    """models--owner--name with blobs by their hash, links to them in a snapshot, and a branch that names it."""
+    repository = cache / f"models--{name.replace('/', '--')}"
     snapshot = repository / "snapshots" / REVISION
-    for directory in (snapshot, repository / "blobs", repository / "refs"):
-        directory.mkdir(parents=True)
-    for number, file in enumerate(sorted(made.iterdir())):
+    for made in (snapshot, repository / "blobs", repository / "refs"):
+        made.mkdir(parents=True)
+    for number, file in enumerate(sorted(directory.iterdir())):
         blob = repository / "blobs" / f"{number:040x}"
         shutil.copy(file, blob)
         (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
     (repository / "refs" / "main").write_text(REVISION)
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    write_model(tmp_path / "made")
+    lay_out(tmp_path / "cache", "someone/small", tmp_path / "made")
     return tmp_path / "cache"
 
 

@@ -27,7 +27,7 @@ ORDER = (
     ("cli",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
-FRAMEWORKS = {"torch": "torch_backend", "mlx": "mlx_backend"}
+FRAMEWORKS = {"torch": "torch_backend", "mlx": "mlx_backend", "mlx_lm": "mlx_backend"}
 LAZY_ROOMS = ("cli", "library")  # what a user calls first; library is the package's own face, found when asked for
 
 

@@ -7,9 +7,11 @@ that SHORTER has for its verb (a repeated flag counts as given last), so that a 
 for what they name. A command of any other kind fails the test: either it is made known here, or it goes.
 
 A block whose commands cannot run here (a GPU, a download) is marked `sh` with a word after it, such as
-"```sh no-run", and is only parsed.
+"```sh no-run", and is only parsed. One marked `needs` and the names of modules is run where those are installed.
+HUB are models that pages name: small ones stand for them in a cache of the hub's client, which stays offline.
 """
 
+import importlib.util
 import os
 import re
 import shlex
@@ -23,6 +25,7 @@ import pytest
 
 from llamita.cli.main import VERBS
 from llamita.data import meadow
+from tests.test_hub import lay_out, write_model
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,6 +40,8 @@ SHORTER: dict[str, list[str]] = {
 
 # Files that pages may assume: the reader's own text.
 FILES = {"stories.txt": 400}  # so many Meadow stories, a blank line between them
+
+HUB = ("HuggingFaceTB/SmolLM2-135M",)
 
 NOT_RUN = ("git", "cd", "source")
 
@@ -117,6 +122,12 @@ def problem(command: str) -> str | None:
     return "tests/test_readme.py does not know how to run this kind of command"
 
 
+def runs_here(block: Block) -> bool:
+    """Whether a block is not marked as one that is only read, here or anywhere."""
+    needed = block.words[1:] if block.words[:1] == ("needs",) else ()
+    return "no-run" not in block.words and all(importlib.util.find_spec(name) for name in needed)
+
+
 def make_dry_run(words: list[str]) -> int:
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
     return subprocess.run([words[0], "--dry-run", *words[1:]], cwd=ROOT, env=clean, capture_output=True).returncode
@@ -136,21 +147,26 @@ def to_run(command: str) -> str | None:
 def test_every_command_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     for name, count in FILES.items():
         (tmp_path / name).write_text("\n\n".join(meadow.story(7, index) for index in range(count)) + "\n")
+    write_model(tmp_path / "hub" / "small")
+    for name in HUB:
+        lay_out(tmp_path / "hub", name, tmp_path / "hub" / "small")
     environment = os.environ | {
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "100",
     }
     for block in blocks(page.read_text()):
         where = f"{page.name}, block at line {block.line}"
-        if block.language == "python":
+        if block.language == "python" and runs_here(block):
             run([sys.executable, "-c", block.text], tmp_path, environment, where)
         if block.language not in ("sh", "bash", "shell", "console"):
             continue
         for command in commands(block):
             assert (found := problem(command)) is None, f"{where}: {command}: {found}"
             line = to_run(command)
-            if line is not None and "no-run" not in block.words:
+            if line is not None and runs_here(block):
                 run(["bash", "-o", "pipefail", "-c", line], tmp_path, environment, f"{where}: {command}")
 
 
@@ -174,6 +190,12 @@ def test_a_page_is_taken_apart_as_it_reads() -> None:
     assert (first.language, first.words, first.line) == ("sh", ("no-run",), 2)
     assert commands(first) == ["llamita train  --steps 3", "make test"]
     assert second.language == ""
+
+
+def test_a_block_runs_where_what_it_needs_is_installed() -> None:
+    marks = {"sh": True, "sh no-run": False, "sh needs json": True, "python needs json no_such_module": False}
+    for mark, expected in marks.items():
+        assert runs_here(blocks(f"```{mark}\nllamita --help\n```\n")[0]) is expected
 
 
 def test_overrides_go_to_their_verb(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """Model directories, on disk or on the Hugging Face hub: safetensors files and `config.json`.
 
-Knows nothing of frameworks: an array is a dtype name, a
-shape and bytes, since numpy has no bfloat16. The safetensors format (https://github.com/huggingface/safetensors) is
-read and written here rather than through its library because that maps files only into a framework's tensors.
+Knows nothing of frameworks: an array is a dtype name, a shape and bytes, since numpy has no bfloat16. The safetensors
+format (https://github.com/huggingface/safetensors) is read and written here rather than through its library because
+that maps files only into a framework's tensors.
 """
 
 import json

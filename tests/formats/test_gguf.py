@@ -95,6 +95,36 @@ def test_llama_3s_frequencies_are_divided_as_llama_cpp_does(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "scaling",
+    [
+        RopeScaling("llama3", 8.0, 8192),
+        RopeScaling("llama3", 2.5, 2048),
+        RopeScaling("llama3", 32.0, 131072),
+        RopeScaling("llama3", 4.0, 5000, high_freq_factor=8.0),
+    ],
+)
+def test_any_scaling_of_llama_3s_kind_is_read_from_its_divisors(tmp_path, scaling):
+    ours = model(**PLAIN, head_dim=64, rope_theta=500000.0, rope_scaling=scaling)
+    gguf.write_model(tmp_path / "m.gguf", ours)
+    assert gguf.read_model(tmp_path / "m.gguf").config == ours.config
+
+
+def test_divisors_of_another_kind_are_refused(tmp_path, monkeypatch):
+    ours = model(**PLAIN, head_dim=64, rope_theta=500000.0, rope_scaling=RopeScaling("llama3", 8.0, 8192))
+    plain = rotary_frequencies(64, 500000.0, None)[0]
+    for divisors in (np.linspace(1, 8, 32), np.full(32, 8.0), np.ones(32), np.full(32, np.nan), np.zeros(32)):
+        with np.errstate(divide="ignore"):
+            wrong = (plain / divisors).astype(np.float32)
+        monkeypatch.setattr(
+            gguf, "rotary_frequencies", lambda dim, theta, scaling, wrong=wrong: (wrong if scaling else plain, 1.0)
+        )
+        gguf.write_model(tmp_path / "m.gguf", ours)
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match=r"rope_freqs\.weight holds a scaling of rotary positions other than"):
+            gguf.read_model(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
     ("numbers", "stored", "error"), [("f16", "F16", 2**-11), ("bf16", "BF16", 2**-8), ("q8_0", "F32", 1 / 127)]
 )
 def test_numbers_of_fewer_bits(tmp_path, numbers, stored, error):

@@ -12,13 +12,16 @@ from llamita import checkpoint, files
 from llamita.cli.main import main
 from llamita.config import ModelConfig
 from llamita.data import meadow
-from llamita.formats import llama2c
+from llamita.formats import foreign, llama2c
 from llamita.text.bpe import train_bpe_from_iterator
+from llamita.text.tokenizer import Tokenizer
 from llamita.torch_backend import weights
 from llamita.torch_backend.pickles import read_pickle, write_pickle
 from llamita.torch_backend.runner import runner_over
 from llamita.workflows import convert as workflow
 from llamita.workflows.convert import ConvertConfig, Tools, convert
+from tests.text.test_tiktoken_ranks import RANKS
+from tests.text.test_tiktoken_ranks import write as write_ranks
 
 TOOLS = Tools(runner_over, read_pickle, write_pickle)
 
@@ -81,6 +84,35 @@ def test_metas_directory(source, tmp_path):
     (meta / "consolidated.00.pth").unlink()
     with pytest.raises(FileNotFoundError, match=r"no consolidated"):
         convert(meta, tmp_path / "again", ConvertConfig(), TOOLS)
+
+
+def test_metas_llama_3_has_a_rank_file_for_a_tokenizer(tmp_path):
+    """Its tokens, the special ones among them, go along to a Hugging Face directory, a GGUF file and back."""
+    size, ranks = len(RANKS) + 256, len(RANKS)
+    config = ModelConfig(size, 32, 64, 2, 4, 2, 64, bos_token_id=1, eos_token_id=2)
+    model = foreign.ForeignModel(config, weights.to_host_arrays(weights.build_model(config, seed=5)))
+    meta = tmp_path / "meta"
+    meta.mkdir()
+    parameters = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5, "max_seq_len": 64}
+    (meta / "params.json").write_text(json.dumps(parameters | {"vocab_size": size, "rope_theta": 10000.0}))
+    write_pickle(meta / "consolidated.00.pth", foreign.to_meta_names(model))
+    write_ranks(meta / "tokenizer.model")
+    assert convert(meta, tmp_path / "hf", ConvertConfig(), TOOLS).has_tokenizer
+    convert(tmp_path / "hf", tmp_path / "m.gguf", ConvertConfig(to="gguf-f32"), TOOLS)
+    convert(tmp_path / "m.gguf", tmp_path / "back", ConvertConfig(), TOOLS)
+    expected = Tokenizer.load(meta / "tokenizer.model")
+    for name in ("hf", "back"):
+        found = Tokenizer.load(tmp_path / name)
+        assert arrays(tmp_path / name) == {name: bytes(array.data) for name, array in model.arrays.items()}
+        for text in ("It's 12345 aaaab qzqzq qzqzqz", *meadow.corpus(1, 20, "validation")):
+            assert found.encode(text) == expected.encode(text)
+        assert found.encode("<|eot_id|>", allow_special=True) == [ranks + 9]
+        assert (found.bos_id, found.eos_id) == (ranks, ranks + 1)
+    assert checkpoint.load_config(tmp_path / "hf").eos_token_id == (ranks + 1, ranks + 9)
+    assert checkpoint.load_config(tmp_path / "hf").bos_token_id == ranks
+    write_ranks(meta / "tokenizer.model", RANKS | {b"one more": ranks})
+    with pytest.raises(ValueError, match=f"the tokenizer has {size + 1} tokens and the model {size} embeddings"):
+        convert(meta, tmp_path / "too large", ConvertConfig(), TOOLS)
 
 
 @pytest.mark.parametrize("width", [128, 640])

@@ -1,6 +1,8 @@
 """Planted errors are found, and their layer named."""
 
 import dataclasses
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -102,3 +104,43 @@ def test_the_verb_prints_each_layer_and_its_status_tells(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "the two part at layers.2" in out
     assert next(line for line in out.splitlines() if "parts here" in line).startswith("layers.2")
+
+
+@pytest.mark.parametrize(
+    ("plant", "place"),
+    [(rotated_otherwise, "layers.2"), (swapped, "layers.1"), (other_epsilon, "layers.0"), (other_head, "logits")],
+)
+@pytest.mark.parametrize("against", ["mlx", "transformers"])
+def test_a_planted_error_is_found_by_another_library(against, plant, place, tmp_path, capsys, monkeypatch):
+    """The port is wrong, not the file: arrays and config are changed on their way into Llamita's model."""
+    pytest.importorskip({"mlx": "mlx_lm"}.get(against, against))
+    arrays = model_arrays()
+    save(tmp_path / "m", CONFIG, arrays)
+    assert main(["verify", str(tmp_path / "m"), "--against", against]) == 0
+    assert "equal within 0.0001" in capsys.readouterr().out
+    config, wrong = plant(arrays)
+    monkeypatch.setattr(checkpoint, "load_tensors", lambda directory: wrong)
+    monkeypatch.setattr(checkpoint, "load_config", lambda directory: config)
+    assert main(["verify", str(tmp_path / "m"), "--against", against]) == 1
+    out = capsys.readouterr().out
+    assert f"the two part at {place}" in out
+    assert next(line for line in out.splitlines() if "parts here" in line).startswith(place)
+
+
+@pytest.mark.parametrize(
+    ("missing", "package"), [("mlx", r"mlx\[cpu\]|mlx"), ("mlx_lm", "mlx-lm"), ("llama_cpp", "llama-cpp-python")]
+)
+def test_what_is_not_installed_is_named_as_pip_names_it(missing, package, tmp_path, capsys, monkeypatch):
+    save(tmp_path / "m", CONFIG, model_arrays())
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    for name in [name for name in sys.modules if f"{name}.".startswith((f"{missing}.", "llamita.mlx_backend."))]:
+        monkeypatch.delitem(sys.modules, name)
+    if missing == "mlx_lm":
+        pytest.importorskip("mlx.core")
+    monkeypatch.setitem(sys.modules, missing, None)
+    against = str(tmp_path / "m.gguf") if missing == "llama_cpp" else "mlx"
+    assert main(["verify", str(tmp_path / "m"), "--against", against]) == 2
+    assert re.fullmatch(
+        f"error: the package '({package})' is not installed; install it with: pip install '?({package})'?\n",
+        capsys.readouterr().err,
+    )

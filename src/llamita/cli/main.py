@@ -9,6 +9,7 @@ import difflib
 import importlib
 import inspect
 import os
+import shlex
 import sys
 import typing
 import warnings
@@ -21,6 +22,12 @@ from llamita import __version__
 
 PACKAGE = Path(__file__).parents[1]
 TRACEBACK_VARIABLE = "LLAMITA_TRACEBACK"
+PACKAGES = {
+    "llama_cpp": "llama-cpp-python",
+    "mlx": "mlx[cpu]" if sys.platform == "linux" else "mlx",
+    "mlx_lm": "mlx-lm",
+}
+"""What to install for a module, where the names differ."""
 USER_MISTAKE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses; the last two are those of shells for signals
 
 
@@ -66,8 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if os.environ.get(TRACEBACK_VARIABLE) or not error.name or error.name.split(".")[0] == "llamita":
             raise
-        package = error.name.split(".")[0]
-        return _fail(f"the package {package!r} is not installed; install it with: pip install {package}")
+        module = error.name.split(".")[0]
+        package = PACKAGES.get(module, module)
+        return _fail(f"the package {package!r} is not installed; install it with: pip install {shlex.quote(package)}")
     except (ValueError, OSError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise

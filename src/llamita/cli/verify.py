@@ -13,8 +13,8 @@ class VerifyOptions:
     model: tyro.conf.Positional[Path]
     """A model directory, a training run, or a name on the hub."""
     against: str = "transformers"
-    """transformers: the same directory as transformers runs it; another directory, run here; or a GGUF file, as
-    llama.cpp runs it (needs llama-cpp-python; it shows logits alone)."""
+    """transformers: the same directory as transformers runs it; mlx: the same as mlx-lm runs it; another directory, run
+    here; or a GGUF file, as llama.cpp runs it (needs llama-cpp-python; it shows logits alone)."""
     tokens: tuple[int, ...] = ()
     """Token ids to run; fixed random ones where none are given."""
     tolerance: float | None = None
@@ -41,6 +41,16 @@ def run(options: VerifyOptions) -> int:
         from llamita.torch_backend.peers import TransformersRunner
 
         reference = TransformersRunner(options.model)
+    elif options.against == "mlx":
+        try:
+            from llamita.mlx_backend.peers import MlxLmRunner
+        except ModuleNotFoundError:
+            raise
+        except ImportError as error:
+            raise ValueError(
+                f"MLX is not whole here ({error}); on Linux it needs its CPU form: pip install 'mlx[cpu]'"
+            ) from None
+        reference = MlxLmRunner(options.model)
     elif Path(options.against).is_file():
         from llamita.formats.llama_cpp import LlamaCppRunner
 

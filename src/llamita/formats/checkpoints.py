@@ -26,7 +26,7 @@ from llamita.formats.foreign import (
     untied_where_different,
     with_numbers,
 )
-from llamita.rope import RopeScaling
+from llamita.rope import RopeScaling, check_count
 
 MINI_LLAMA_LAYER = {
     "pre_norm": "input_layernorm",
@@ -185,10 +185,12 @@ def _bare(name: str) -> str:
 
 
 def _number(source: Path, values: Mapping[str, Any], key: str) -> int:
-    value = values.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"{source}: {key}={value!r} must be a positive whole number")
-    return value
+    """A count among a checkpoint's arguments; ValueError names the file where it is none."""
+    try:
+        check_count(key, values.get(key))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    return values[key]
 
 
 def _join(name: str, parts: Sequence[HostArray], width: int) -> HostArray:

@@ -5,7 +5,7 @@ and keys rotate pairs (2 i, 2 i + 1) there, Qwen's halves. Every length in a fil
 it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
 from llamita.formats import gguf_header, gguf_tokenizer
 from llamita.formats.foreign import ROTATED, ForeignModel, raw, to_halves, to_pairs
-from llamita.rope import RopeScaling, rotary_frequencies
+from llamita.rope import TOO_LARGE, RopeScaling, rotary_frequencies
 
 NumberType = Literal["f32", "f16", "bf16", "q8_0"]
 KINDS = {"f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
@@ -40,8 +40,6 @@ LAYER = {
 }
 OUTSIDE = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": OUTPUT_HEAD}
 ROPE_FACTORS = "rope_freqs.weight"
-# Llama 3.1's and 3.2's scaling, which a file holds as divisors of the frequencies only.
-LLAMA3_SCALINGS = tuple(RopeScaling("llama3", factor, 8192) for factor in (8.0, 32.0, 16.0, 4.0))
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 
@@ -191,15 +189,38 @@ def _config(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> ModelCon
 
 
 def _with_llama3_scaling(config: ModelConfig, tensor: Any) -> ModelConfig:
-    """The config whose scaled frequencies are those of the file."""
-    factors = _array(tensor).to_numpy()
-    plain = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)[0]
-    for scaling in LLAMA3_SCALINGS:
-        scaled = replace(config, rope_scaling=scaling)
-        frequencies = rotary_frequencies(scaled.head_dim, scaled.rope_theta, scaled.rope_scaling)[0]
-        if factors.shape == plain.shape and np.allclose(plain / frequencies, factors, rtol=1e-5):
-            return scaled
+    """The config whose frequencies, divided by the plain ones, are those of the file."""
+    factors = _array(tensor).to_numpy().astype(np.float64)
+    plain = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)[0].astype(np.float64)
+    if factors.shape == plain.shape and np.isfinite(factors).all() and factors.min() > 0.5 and factors.max() > 1.0:
+        for scaling in _llama3_scalings(factors, plain):
+            frequencies = rotary_frequencies(config.head_dim, config.rope_theta, scaling)[0]
+            if np.allclose(plain / frequencies, factors, rtol=1e-5):
+                return replace(config, rope_scaling=scaling)
     raise ValueError(f"{ROPE_FACTORS} holds a scaling of rotary positions other than Llama 3's")
+
+
+def _llama3_scalings(factors: np.ndarray, plain: np.ndarray) -> Iterator[RopeScaling]:
+    """What may have divided plain frequencies by these factors; whoever calls compares.
+
+    Long waves are divided by the whole factor, short ones by 1; between, the share that is kept grows in a line with
+    the frequency. The line tells the two others of high_freq_factor, low_freq_factor and the first length when one of
+    them is known: low_freq_factor is 1 in every model there is.
+    """
+    factor = round(float(factors.max()), 4)
+    yield RopeScaling("llama3", factor, 8192)  # Llama 3.1's and 3.2's; a short head may show no line
+    kept = (1 / factors - 1 / factor) / (1 - 1 / factor)
+    between = (kept > 1e-3) & (kept < 1 - 1e-3)
+    if between.sum() < 2:
+        return
+    slope, start = np.polyfit(plain[between], kept[between], 1)
+    if slope <= 0 or start >= 0:
+        return
+    high = round(1 - 1 / start, 3)
+    length = slope * 2 * np.pi * (high - 1)
+    for whole in (1024 * round(length / 1024), round(length)):
+        if 0 < whole < TOO_LARGE and high > 1:
+            yield RopeScaling("llama3", factor, whole, high_freq_factor=high)
 
 
 def _short_float(value: float) -> float:

@@ -12,21 +12,17 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from llamita.config import ModelConfig
-from llamita.text import sentencepiece_json
+from llamita.text import sentencepiece_json, tiktoken_ranks
 from llamita.text.huggingface_codec import HuggingFaceCodec
 from llamita.text.sentencepiece_codec import SentencePieceCodec
 from llamita.text.sentencepiece_json import BPE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, SentencePieceModel
 from llamita.text.tokenizer import ROLES, Tokenizer
 
-LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN2_WORDS = tiktoken_ranks.WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
 # llama.cpp's name for a way to split words -> the pattern, None for GPT-2's, and whether the text is brought to NFC.
 SPLITTERS: Mapping[str, tuple[str | None, bool]] = {
     "gpt-2": (None, False),
-    "llama-bpe": (LLAMA3_WORDS, False),
+    "llama-bpe": (tiktoken_ranks.WORDS, False),
     "qwen2": (QWEN2_WORDS, True),
 }
 KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # our roles, and their names in a file
@@ -169,7 +165,8 @@ def _read_byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list
     used = {text: number for number, (text, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
     special = {text for text, number in used.items() if types[number] in (CONTROL, UNKNOWN)}
     added = special | {text for text, number in used.items() if types[number] == USER_DEFINED}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=used, merges=merges))
+    # llama.cpp looks a whole word up first where words are split as Llama 3's are.
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=used, merges=merges, ignore_merges=name == "llama-bpe"))
     tokenizer.pre_tokenizer = _pre_tokenizer(pattern)
     tokenizer.decoder = decoders.ByteLevel()
     if nfc:

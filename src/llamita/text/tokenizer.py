@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from llamita.text import tiktoken_ranks
 from llamita.text.huggingface_codec import HuggingFaceCodec
 from llamita.text.sentencepiece_codec import SentencePieceCodec
 
@@ -43,9 +44,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
-        """Open a directory, a tokenizer.json or a SentencePiece tokenizer.model.
+        """Open a directory, a tokenizer.json or a tokenizer.model, which is SentencePiece's or, of Llama 3, tiktoken's.
 
         A directory's tokenizer.model is read by `sentencepiece`, unless the tokenizer.json beside it has more tokens.
+        One of tiktoken's is read only where there is no tokenizer.json.
         Raises FileNotFoundError or ValueError with one line that names the file and the fault.
         """
         path = Path(path)
@@ -55,6 +57,8 @@ class Tokenizer:
         codec: HuggingFaceCodec | SentencePieceCodec
         if file.suffix == ".json" or file.read_bytes()[:1] == b"{":
             codec = HuggingFaceCodec.from_file(file)
+        elif tiktoken_ranks.is_rank_file(file):
+            codec = tiktoken_ranks.codec_from_file(file)
         else:
             codec = SentencePieceCodec.from_file(file)
         config = _read_json(file.parent / "tokenizer_config.json")
@@ -68,7 +72,8 @@ class Tokenizer:
 
     @classmethod
     def from_codec(cls, codec: HuggingFaceCodec | SentencePieceCodec) -> "Tokenizer":
-        """A tokenizer without files around it; the special tokens `<s>`, `</s>` and `<unk>` have those roles."""
+        """A tokenizer without files around it; the special tokens `<s>`, `</s>` and `<unk>` have those roles.
+        So have Llama 3's."""
         return cls(codec, {}, _default_roles(codec))
 
     @functools.cached_property
@@ -185,6 +190,8 @@ def _tokenizer_file(directory: Path) -> Path:
         raise FileNotFoundError(f"{directory} holds neither a tokenizer.json nor a tokenizer.model")
     if not model.exists():
         return whole
+    if whole.exists() and tiktoken_ranks.is_rank_file(model):
+        return whole
     if whole.exists():
         size = SentencePieceCodec.from_file(model).vocab_size
         added = _read_json(whole).get("added_tokens") or []
@@ -218,8 +225,14 @@ def _find_roles(
 def _default_roles(codec: HuggingFaceCodec | SentencePieceCodec) -> dict[str, int | None]:
     if isinstance(codec, SentencePieceCodec):
         return {"bos": codec.bos_id, "eos": codec.eos_id, "unk": codec.unk_id, "pad": codec.pad_id}
-    names = {"bos": BOS, "eos": EOS, "unk": UNKNOWN, "pad": "<pad>"}
-    return {role: codec.special_tokens.get(name) for role, name in names.items()}
+    names = {
+        "bos": (BOS, tiktoken_ranks.BEGIN),
+        "eos": (EOS, tiktoken_ranks.END),
+        "unk": (UNKNOWN,),
+        "pad": ("<pad>",),
+    }
+    found = {role: [name for name in given if name in codec.special_tokens] for role, given in names.items()}
+    return {role: codec.special_tokens[known[0]] if known else None for role, known in found.items()}
 
 
 def _chat_templates(value: Any) -> dict[str, str]:

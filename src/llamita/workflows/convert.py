@@ -18,6 +18,7 @@ from llamita.config import ModelConfig
 from llamita.evaluation.perplexity import Forward
 from llamita.formats import checkpoints, gguf, llama2c, llama2c_tokenizer
 from llamita.formats.foreign import ForeignModel
+from llamita.text import tiktoken_ranks
 from llamita.text.tokenizer import Tokenizer
 
 Target = Literal[
@@ -179,5 +180,13 @@ def _read_meta(source: Path, tools: Tools) -> ForeignModel:
     if not all(isinstance(content, Mapping) for content in contents):
         raise ValueError(f"{source}: consolidated.*.pth must hold a dictionary of arrays each")
     model = checkpoints.from_meta_shards(source, files.read_json(source / "params.json"), contents)
-    tokenizer = source / "tokenizer.model"
-    return replace(model, tokenizer=Tokenizer.load(tokenizer)) if tokenizer.is_file() else model
+    if not (source / "tokenizer.model").is_file():
+        return model
+    tokenizer = Tokenizer.load(source / "tokenizer.model")
+    # Llama 3's code ends a text at the end of a turn too.
+    ends = (tokenizer.eos_id, tokenizer.codec.special_tokens.get(tiktoken_ranks.END_OF_TURN))
+    ids = tuple(token_id for token_id in ends if token_id is not None)
+    eos = ids if len(ids) > 1 else tokenizer.eos_id
+    return replace(
+        model, tokenizer=tokenizer, config=replace(model.config, bos_token_id=tokenizer.bos_id, eos_token_id=eos)
+    )

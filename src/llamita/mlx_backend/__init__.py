@@ -1,0 +1,1 @@
+"""What Llamita does with MLX."""
