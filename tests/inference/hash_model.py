@@ -116,7 +116,7 @@ class HashRunner:
 
 
 def mix(seen: np.ndarray, first: int, start: int, window: int) -> np.ndarray:
-    """A number for each position from `start` on, made of all (token, position) that it sees; `seen` begins at `first`."""
+    """A number for each position from `start` on, made of all (token, position) it sees; `seen` begins at `first`."""
     values = (seen[:, 0] + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) ^ seen[:, 1] * np.uint64(0xC2B2AE3D27D4EB4F)
     values ^= values >> np.uint64(29)
     values *= np.uint64(0xBF58476D1CE4E5B9)
@@ -229,10 +229,14 @@ def serve(engine: Engine, requests: Iterable[Request] = (), checked: bool = True
     return answers
 
 
-def alone(prompt: Sequence[int], runner: HashRunner | None = None, config: EngineConfig | None = None, **params: Any) -> Answer:
+def alone(
+    prompt: Sequence[int], runner: HashRunner | None = None, config: EngineConfig | None = None, **params: Any
+) -> Answer:
     """One request in an engine of its own."""
     params = {"seed": 1, "max_tokens": 12, **params}
-    answers = serve(Engine(runner or HashRunner(), config=config), [Request(0, tuple(prompt), SamplingParams(**params))])
+    answers = serve(
+        Engine(runner or HashRunner(), config=config), [Request(0, tuple(prompt), SamplingParams(**params))]
+    )
     return answers[0, 0]
 
 
