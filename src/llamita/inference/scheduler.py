@@ -78,7 +78,9 @@ class Scheduler:
         """Let the continuations run that share the prompt which this sequence has just read."""
         for fork in sequence.forks:
             fork.tables = self.manager.fork(sequence.tables)
-            fork.computed, fork.prefixes = sequence.computed, list(sequence.prefixes)
+            fork.computed, fork.prefixes, fork.scores = sequence.computed, list(sequence.prefixes), sequence.scores[:]
+            for name in ("cached_tokens", "queue_seconds", "prefill_seconds"):
+                setattr(fork.statistics, name, getattr(sequence.statistics, name))
             bisect.insort(self.running, fork, key=_order)
         sequence.forks = []
 
@@ -87,8 +89,9 @@ class Scheduler:
         for queue in (self.running, self.waiting):
             if sequence in queue:
                 queue.remove(sequence)
-        self.manager.close(sequence.tables)
-        sequence.tables = ()
+        if sequence.tables:
+            self.manager.close(sequence.tables)
+            sequence.tables = ()
 
     def select(self, request_id: int) -> list[Continuation]:
         """The sequences of a request, running or waiting."""
@@ -143,7 +146,7 @@ class Scheduler:
             return False
         sequence.tables, sequence.prefixes = tables, prefixes
         sequence.computed = shared * self.manager.block_size
-        if sequence.generated == 0:
+        if sequence.statistics.preemptions == 0:
             sequence.statistics.cached_tokens = sequence.computed
             sequence.statistics.queue_seconds = time.perf_counter() - sequence.arrived
         return True
