@@ -8,6 +8,8 @@ import pytest
 from rich.console import Console
 
 from llamita.data import meadow
+from llamita.inference.llm import LLM
+from llamita.plan import SamplingParams
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.torch_backend.runner import load_runner
 from llamita.torch_backend.train_step import build_train_step
@@ -64,18 +66,15 @@ def test_a_small_quickstart_writes_everything_and_goes_on(tmp_path, capsys):
     assert (config.output / "run" / "last" / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.medium
-def test_stories_sampled_on_two_cores_are_those_of_one(tmp_path, monkeypatch):
+def test_stories_sampled_together_are_those_of_each_seed_alone(tmp_path, monkeypatch):
     config = QuickstartConfig(output=tmp_path / "quick", steps=3, stories=400, vocab_size=500, scored_stories=4)
     quickstart.quickstart(config, build_train_step, load_runner)
-    samples = []
-    for cores in (1, 2):
-        monkeypatch.setattr(quickstart.os, "cpu_count", lambda cores=cores: cores)
-        console = Console(quiet=True)
-        texts = quickstart.sample_stories(config.output / "run" / "last", load_runner, 8, 0, console)
-        samples.append(sorted(texts))
-    assert samples[0] == samples[1]
-    assert len(set(samples[0])) == 8
+    monkeypatch.setattr(quickstart, "SAMPLED_AT_ONCE", 3)
+    model = LLM.load(config.output / "run" / "last", lambda directory: load_runner(directory, exact=True))
+    together = list(quickstart.sample_stories(model, range(10, 18), Console(quiet=True)))
+    alone = [model.generate("", SamplingParams(max_tokens=10_000, seed=seed)).text for seed in range(10, 18)]
+    assert together == alone
+    assert len(set(alone)) == 8
 
 
 @pytest.mark.slow

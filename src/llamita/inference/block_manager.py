@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from llamita.plan import LONGEST_CHUNK, BlockCopy, CacheLayout
+from llamita.plan import BlockCopy, CacheLayout
 
 MISSING = -1
 """Stands in a table for a block that has been given back, or was never needed, behind a sliding window."""
@@ -146,8 +146,7 @@ class BlockManager:
     def fits(self, positions: int) -> bool:
         """Whether so many positions of one sequence fit the memory at all, were it alone."""
         most = max(
-            min(positions, window + LONGEST_CHUNK + self.block_size) if window else positions
-            for window in self.layout.windows
+            min(positions, window - 1 + self.block_size) if window else positions for window in self.layout.windows
         )
         return -(-most // self.block_size) <= self.layout.blocks
 
@@ -207,6 +206,14 @@ class BlockManager:
             max(0, -(-end // self.block_size) - table.length) + self._is_shared(pool, table, computed)
             for pool, table in zip(self.pools, tables, strict=True)
         )
+
+    def room(self, tables: Tables, computed: int) -> int:
+        """For how many positions from `computed` on `grow` would find memory."""
+        blocks = min(
+            table.length + self.available - self._is_shared(pool, table, computed)
+            for pool, table in zip(self.pools, tables, strict=True)
+        )
+        return max(0, blocks * self.block_size - computed)
 
     def grow(self, tables: Tables, computed: int, end: int) -> bool:
         """Make room for positions `computed` .. end - 1; False, and nothing is changed, where the memory lacks blocks.

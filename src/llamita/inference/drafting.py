@@ -76,6 +76,7 @@ class DraftModel:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._memory: Any = None
+        self._layout = CacheLayout(1, 0)
         self._held: WeakKeyDictionary[Continuation, int] = WeakKeyDictionary()
 
     def start(self, config: ModelConfig, layout: CacheLayout) -> None:
@@ -92,7 +93,7 @@ class DraftModel:
                 f"the draft model has {ours.max_position_embeddings} positions, fewer than the model's "
                 f"{config.max_position_embeddings}; give one with as many"
             )
-        self._memory = self._runner.allocate(layout)
+        self._memory, self._layout = self._runner.allocate(layout), layout
 
     def prepare(self, copies: Sequence[BlockCopy], reading: Sequence[ScheduledChunk]) -> None:
         """Copy what the engine copies, and read what it reads of prompts."""
@@ -110,7 +111,7 @@ class DraftModel:
                 sequence = wanted[place][0]
                 start, known = len(sequence.tokens) + number - 1, guesses[place][-1:]
                 if number == 0:
-                    start = min(self._held.get(sequence, sequence.computed), sequence.computed)
+                    start = self._start(sequence)
                     known = sequence.tokens[start:]
                 end = start + len(known)
                 sample = SampleSpec(sequence.params, sequence.statistics.seed, end)
@@ -121,3 +122,11 @@ class DraftModel:
             for place, tokens in zip(active, result.sampled, strict=True):
                 guesses[place].append(tokens[0].token_id)
         return guesses
+
+    def _start(self, sequence: Continuation) -> int:
+        """From where to read: what it has missed, as far as all that the first of it sees has not been given back."""
+        start = min(self._held.get(sequence, sequence.computed), sequence.computed)
+        for window, table in zip(self._layout.windows, sequence.tables, strict=True):
+            if table.released:
+                start = max(start, table.released * self._layout.block_size + window - 1)
+        return start

@@ -217,33 +217,36 @@ class Engine:
             forks = list(sequence.forks)
             self.scheduler.start_forks(sequence)
             for fork, token in zip(forks, sampled[1:], strict=True):
-                fork.statistics.prefill_seconds = sequence.statistics.prefill_seconds
-                yield self._finish(fork, fork.take(token))
+                yield self._take_one(fork, token)
             sampled = sampled[:1]
         drafts = chunk.tokens[known - chunk.start :]
         sequence.statistics.drafted_tokens += len(drafts)
         for number, token in enumerate(sampled):
-            event = sequence.take(token)
-            kept = number < len(drafts) and drafts[number] == token.token_id
+            event = self._take_one(sequence, token)
+            kept = number < len(drafts) and drafts[number] == event.token_id
             if kept:
                 sequence.computed += 1
                 sequence.statistics.accepted_tokens += 1
-            yield self._finish(sequence, event)
+            yield event
             if not kept or event.finish_reason is not None:
                 break
         if drafts and sequence.finish_reason is None:
             self._advance(sequence)
 
-    def _finish(self, sequence: Continuation, event: TokenEvent) -> TokenEvent:
+    def _take_one(self, sequence: Continuation, token: SampledToken) -> TokenEvent:
+        """Take in a token; where its grammar can be followed no further, the continuation ends, and it alone."""
+        try:
+            event = sequence.take(token)
+        except Exception as error:
+            event = sequence.end("error", _line(error))
         if event.finish_reason is not None:
             self.scheduler.remove(sequence)
         return event
 
     def _fail(self, sequence: Continuation, error: Exception) -> Iterator[TokenEvent]:
         self.scheduler.remove(sequence)
-        reason = " ".join(str(error).split()) or type(error).__name__
         for one in (sequence, *sequence.forks):
-            yield one.end("error", reason)
+            yield one.end("error", _line(error))
 
     def _advance(self, sequence: Continuation) -> None:
         self.manager.advance(sequence.tables, sequence.prefixes, sequence.tokens, sequence.computed)
@@ -262,6 +265,10 @@ class Engine:
             assert self._tokenizer is not None, "checked before"
             self._grammars = Grammars(self._tokenizer, self._runner.config.vocab_size, self._eos)
         return self._grammars
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def cache_layout(runner: Runner, config: EngineConfig) -> CacheLayout:

@@ -53,8 +53,8 @@ class Statistics:
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens processed in a second of prefill."""
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+        """Prompt tokens processed in a second of prefill, those found in the prefix cache not counted."""
+        return (self.prompt_tokens - self.cached_tokens) / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from llamita.inference.block_manager import BlockManager
 from llamita.inference.config import EngineConfig
 from llamita.inference.sequence import Continuation
+from llamita.plan import LONGEST_CHUNK
 
 
 @dataclass
@@ -55,30 +56,30 @@ class Scheduler:
             if not sequence.tables:  # preempted meanwhile
                 continue
             wanted = len(sequence.tokens) - sequence.computed
-            count = 1 if sequence.is_decoding else min(wanted, budget)
-            if count == 0:
-                continue
-            room = self._room(sequence, count)
-            if room is None:
+            count = 1 if sequence.is_decoding else min(wanted, budget, LONGEST_CHUNK)
+            part = self._make_room(sequence, count) if count else None
+            if part is None:
                 continue
             if not sequence.is_decoding:
-                budget -= count
-            scheduled.append(Scheduled(sequence, count, room, sequence.is_decoding))
+                budget -= part.count
+            scheduled.append(part)
         while budget and self.waiting and self._admit(self.waiting[0]):
             sequence = self.waiting.pop(0)
             bisect.insort(self.running, sequence, key=_order)
-            count = min(len(sequence.tokens) - sequence.computed, budget)
-            grown = self.manager.grow(sequence.tables, sequence.computed, sequence.computed + count)
-            assert grown, "what was admitted fits"
-            budget -= count
-            scheduled.append(Scheduled(sequence, count))
+            count = min(len(sequence.tokens) - sequence.computed, budget, LONGEST_CHUNK)
+            part = self._make_room(sequence, count)
+            assert part is not None, "some of what was admitted fits"
+            budget -= part.count
+            scheduled.append(part)
         return scheduled
 
     def start_forks(self, sequence: Continuation) -> None:
         """Let the continuations run that share the prompt which this sequence has just read."""
         for fork in sequence.forks:
             fork.tables = self.manager.fork(sequence.tables)
-            fork.computed, fork.prefixes = sequence.computed, list(sequence.prefixes)
+            fork.computed, fork.prefixes, fork.scores = sequence.computed, list(sequence.prefixes), sequence.scores[:]
+            for name in ("cached_tokens", "queue_seconds", "prefill_seconds"):
+                setattr(fork.statistics, name, getattr(sequence.statistics, name))
             bisect.insort(self.running, fork, key=_order)
         sequence.forks = []
 
@@ -89,7 +90,7 @@ class Scheduler:
                 queue.remove(sequence)
         if sequence.tables:
             self.manager.close(sequence.tables)
-        sequence.tables = ()
+            sequence.tables = ()
 
     def select(self, request_id: int) -> list[Continuation]:
         """The sequences of a request, running or waiting."""
@@ -100,13 +101,12 @@ class Scheduler:
         found, self._out_of_memory = self._out_of_memory, []
         return found
 
-    def _room(self, sequence: Continuation, count: int) -> int | None:
-        """Take memory for `count` tokens and perhaps drafts; how many drafts fit, or None where it got no memory."""
+    def _make_room(self, sequence: Continuation, count: int) -> Scheduled | None:
+        """Take memory for `count` tokens and perhaps drafts, or as many as fit; None where not a single one does."""
         drafts = 0
         if sequence.is_decoding and sequence.may_be_drafted:
             drafts = max(0, min(self.draft_tokens, sequence.limit - len(sequence.tokens) - 1))
-        end = sequence.computed + count
-        while not self.manager.grow(sequence.tables, sequence.computed, end + drafts):
+        while not self.manager.grow(sequence.tables, sequence.computed, sequence.computed + count + drafts):
             if drafts:
                 drafts = 0
                 continue
@@ -117,10 +117,12 @@ class Scheduler:
                 self._preempt(sequence)
                 return None
             else:
-                self.remove(sequence)
-                self._out_of_memory.append(sequence)
-                return None
-        return drafts
+                count = self.manager.room(sequence.tables, sequence.computed)
+                if count == 0:
+                    self.remove(sequence)
+                    self._out_of_memory.append(sequence)
+                    return None
+        return Scheduled(sequence, count, drafts, sequence.is_decoding)
 
     def _preempt(self, sequence: Continuation) -> None:
         """Give a sequence's memory back; it waits to be read again, its output as a part of its prompt."""
@@ -144,7 +146,7 @@ class Scheduler:
             return False
         sequence.tables, sequence.prefixes = tables, prefixes
         sequence.computed = shared * self.manager.block_size
-        if sequence.generated == 0:
+        if sequence.statistics.preemptions == 0:
             sequence.statistics.cached_tokens = sequence.computed
             sequence.statistics.queue_seconds = time.perf_counter() - sequence.arrived
         return True

@@ -101,11 +101,11 @@ class Continuation:
 
     def take(self, token: SampledToken) -> TokenEvent:
         """Take in a sampled token: its text as far as it is certain, and whether it ends the continuation."""
+        if self.matcher is not None:
+            self.matcher.accept(token.token_id)
         self.tokens.append(token.token_id)
         self.statistics.generated_tokens += 1
         self.statistics.decode_tokens += self.generated > 1
-        if self.matcher is not None:
-            self.matcher.accept(token.token_id)
         text = ""
         if token.token_id in self._ends:
             self.finish_reason = "stop"
