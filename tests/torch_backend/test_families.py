@@ -14,10 +14,10 @@ from llamita import checkpoint, files
 from llamita.inference.llm import LLM
 from llamita.plan import SamplingParams
 from llamita.torch_backend import weights
-from llamita.torch_backend.kv_cache import KVCache
 from llamita.torch_backend.model import Llama
 from llamita.torch_backend.runner import runner_over
 from tests import reference
+from tests.torch_backend.paged import even_cuts, paged_logits
 
 transformers = pytest.importorskip("transformers")
 
@@ -92,9 +92,8 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> 
 
 def cached_logits(model: Llama, tokens_BT: torch.Tensor, prompt: int, chunk: int = 512) -> torch.Tensor:
     """Logits at every position: a prompt read in chunks, then one token after the other."""
-    cache = KVCache(model.config, tokens_BT.shape[0], capacity=tokens_BT.shape[1])
-    parts = [*tokens_BT[:, :prompt].split(chunk, dim=1), *tokens_BT[:, prompt:].split(1, dim=1)]
-    return torch.cat([model(part, cache=cache).logits_BTV for part in parts], dim=1)
+    cuts = even_cuts(tokens_BT.shape[1], chunk, prompt)
+    return torch.stack(paged_logits(model, tokens_BT, [cuts] * len(tokens_BT), block_size=16))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -118,7 +117,7 @@ def test_logits_are_those_of_transformers(family, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_padded_batches_are_those_of_transformers(family, tmp_path):
-    """Prompts of different length padded on the left there, and here on the left (no cache) or the right (cache)."""
+    """Prompts of different length padded on the left there, and here too, or packed into one row (cache)."""
     with torch.inference_mode(False):
         theirs, ours = made_by_transformers(family, tmp_path)
     lengths, longest, more = [100, 40, 7], 100, 16
@@ -135,42 +134,22 @@ def test_padded_batches_are_those_of_transformers(family, tmp_path):
         assert close(left[row, -len(text) :], expected[row])
         assert close(left[row, -len(text) :], batch[row, -len(text) :])
 
-    cache = KVCache(ours.config, 3, capacity=longest + more)
-    prompts = torch.zeros(3, longest, dtype=torch.long)
-    for row, length in enumerate(lengths):
-        prompts[row, :length] = texts[row][:length]
-    prefill = ours(prompts, cache=cache).logits_BTV
-    for row, length in enumerate(lengths):
-        assert close(prefill[row, :length], expected[row][:length])
-    for step in range(more):
-        positions_BT = torch.tensor(lengths)[:, None] + step
-        next_BT = torch.stack(
-            [text[length + step : length + step + 1] for text, length in zip(texts, lengths, strict=True)]
-        )
-        logits = ours(next_BT, positions_BT=positions_BT, cache=cache).logits_BTV
-        for row, length in enumerate(lengths):
-            assert close(logits[row, 0], expected[row][length + step])
+    cached = paged_logits(ours, texts, [[length] + [1] * more for length in lengths], block_size=16)
+    for row, logits in enumerate(cached):
+        assert close(logits, expected[row])
 
 
+@pytest.mark.parametrize("block_size", [1, 5, 16])
 @pytest.mark.parametrize("chunk", [1, 7, 24, 40])
 @torch.inference_mode()
-def test_a_sliding_windows_cache_is_small_and_exact(chunk, tmp_path):
+def test_windows_of_some_layers_need_only_the_blocks_they_see(chunk, block_size, tmp_path):
+    """Behind the window of 32 the helper's tables have no blocks, as an engine's."""
     with torch.inference_mode(False):
         _, model = made_by_transformers("qwen 2.5, long", tmp_path)
+    assert model.config.attention_windows == (0, 32)
     tokens_BT = tokens(2, 200)
-    full = model(tokens_BT).logits_BTV
-    cache = KVCache(model.config, 2, capacity=200, longest_chunk=40)
-    assert [keys.shape[2] for keys in cache.keys] == [200, 71, 71]
-    parts = [model(part, cache=cache).logits_BTV for part in tokens_BT.split(chunk, dim=1)]
-    assert close(torch.cat(parts, dim=1), full)
-    cache.truncate(185)  # a few tokens back: the window before them is still there
-    assert close(model(tokens_BT[:, 185:190], cache=cache).logits_BTV, full[:, 185:190])
-    with pytest.raises(ValueError, match="left the sliding window's cache"):
-        cache.truncate(100)
-    cache.truncate(0)
-    with pytest.raises(ValueError, match="41 tokens at once are too many for this sliding window; give at most 40"):
-        model(tokens_BT[:, :41], cache=cache)
-    assert close(model(tokens_BT[:, :40], cache=cache).logits_BTV, full[:, :40])
+    cached = paged_logits(model, tokens_BT, [even_cuts(200, chunk)] * 2, block_size)
+    assert close(torch.stack(cached), model(tokens_BT).logits_BTV)
 
 
 @pytest.mark.slow
@@ -232,5 +211,9 @@ def test_a_long_prompt_is_continued_as_by_transformers(family, tmp_path):
         all_seen = torch.ones_like(prompt)  # else token 0 would be taken for padding
         expected = theirs.generate(prompt, attention_mask=all_seen, max_new_tokens=40, do_sample=False, pad_token_id=0)
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    held = []
+    for _ in model.events(prompt[0].tolist(), params):
+        held.append([pool.blocks - len(pool.free) for pool in model.engine.manager.pools])
     assert list(model.generate(prompt[0].tolist(), params).token_ids) == expected[0, 1200:].tolist()
-    assert [keys.shape[2] for keys in model.runner.cache.keys][-1] == 32 + 511
+    most = max(sequence[-1] for sequence in held)
+    assert 2 <= most <= 3, "a window of 32 lies in two or three blocks of 16"

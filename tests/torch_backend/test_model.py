@@ -11,8 +11,8 @@ from llamita.config import ModelConfig
 from llamita.presets import PRESETS, preset
 from llamita.rope import RopeScaling
 from llamita.torch_backend import layers, weights
-from llamita.torch_backend.kv_cache import KVCache
 from tests import reference
+from tests.torch_backend.paged import even_cuts, paged_logits
 
 KINDS = {"multi-head": 4, "grouped-query": 2, "multi-query": 1}
 
@@ -125,42 +125,43 @@ def test_segments_keep_documents_apart_and_padding_out():
     assert relative_difference(logits[7:14], alone) < 1e-5
 
 
+@pytest.mark.parametrize("block_size", [1, 3, 16])
 @pytest.mark.parametrize("chunk", [1, 3, 16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_cached_logits_are_those_of_full_recomputation(kind, chunk):
+def test_cached_logits_are_those_of_full_recomputation(kind, chunk, block_size):
     config = small(num_key_value_heads=KINDS[kind])
     model = weights.build_model(config).eval()
     tokens_BT = random_tokens(config, 2, 33)
     with torch.inference_mode():
         full = model(tokens_BT).logits_BTV
-        cache = KVCache(config, 2, capacity=40)
-        parts = [model(part, cache=cache).logits_BTV for part in tokens_BT.split(chunk, dim=1)]
-    assert relative_difference(torch.cat(parts, dim=1), full) < 1e-5
-    assert cache.length == 33
+    cached = paged_logits(model, tokens_BT, [even_cuts(33, chunk)] * 2, block_size)
+    assert relative_difference(torch.stack(cached), full) < 1e-5
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "classifier"])
+def test_cached_logits_of_every_variant_follow_the_oracle(variant, exact):
+    config = small(**VARIANTS[variant])
+    model = weights.build_model(config).eval()
+    perturb(model)
+    rows = [random_tokens(config, length) for length in (29, 12, 1, 40)]
+    cuts = [[10, 1, 1, 17], [1, 3, 8], [1], even_cuts(40, 7, prompt=31)]
+    for row, logits in zip(rows, paged_logits(model, rows, cuts, exact=exact), strict=True):
+        expected = reference.forward(config, numpy_weights(model), row)["logits"]
+        assert relative_difference(logits, expected) < 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_cached_logits_of_rows_of_different_length(kind):
-    """Prompts padded on the right go into the cache together, then each row goes on from its own end."""
+    """Prompts of different length go into the memory in one step, then each row goes on from its own end."""
     config = small(num_key_value_heads=KINDS[kind])
     model = weights.build_model(config).eval()
-    tokens_BT = random_tokens(config, 3, 24)
     lengths = [9, 1, 14]
-    with torch.inference_mode():
-        full = model(tokens_BT).logits_BTV
-        cache = KVCache(config, 3, capacity=24)
-        prompt = torch.zeros(3, max(lengths), dtype=torch.long)
-        for row, length in enumerate(lengths):
-            prompt[row, :length] = tokens_BT[row, :length]
-        prefill = model(prompt, cache=cache).logits_BTV
-        for row, length in enumerate(lengths):
-            assert relative_difference(prefill[row, :length], full[row, :length]) < 1e-5
-        for step in range(10):
-            positions_BT = torch.tensor(lengths)[:, None] + step
-            next_BT = tokens_BT.gather(1, positions_BT)
-            logits = model(next_BT, positions_BT=positions_BT, cache=cache).logits_BTV
-            for row, length in enumerate(lengths):
-                assert relative_difference(logits[row, 0], full[row, length + step]) < 1e-5
+    rows = [random_tokens(config, 3, 24)[i, : length + 10] for i, length in enumerate(lengths)]
+    cached = paged_logits(model, rows, [[length] + [1] * 10 for length in lengths])
+    for row, logits in zip(rows, cached, strict=True):
+        with torch.inference_mode():
+            assert relative_difference(logits, model(row[None]).logits_BTV[0]) < 1e-5
 
 
 def test_a_padded_batch_on_the_left_equals_each_row_alone():
@@ -175,14 +176,6 @@ def test_a_padded_batch_on_the_left_equals_each_row_alone():
         for row, n in enumerate(padding):
             alone = model(tokens_BT[row : row + 1, n:]).logits_BTV[0]
             assert relative_difference(batch[row, n:], alone) < 1e-5
-
-
-def test_a_full_cache_is_refused_in_words():
-    config = small()
-    model = weights.build_model(config)
-    cache = KVCache(config, 1, capacity=4)
-    with pytest.raises(ValueError, match="5 positions do not fit a cache of 4"):
-        model(random_tokens(config, 1, 5), cache=cache)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -1,5 +1,6 @@
 """The runner gives the model's logits whatever the cache, the chunks and the type, and transformers' tokens."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import torch
 
 from llamita import checkpoint, files
 from llamita.config import ModelConfig
-from llamita.plan import Plan, SampledToken, SampleSpec, SamplingParams, ScheduledChunk
+from llamita.plan import BlockCopy, CacheLayout, Plan, SampledToken, SampleSpec, SamplingParams, ScheduledChunk
 from llamita.torch_backend import runner as runner_module
 from llamita.torch_backend.runner import TorchRunner, load_runner
 from llamita.torch_backend.weights import build_model, to_host_arrays
+from tests.torch_backend.paged import shuffled_tables
 
 CONFIG = ModelConfig(
     vocab_size=97,
@@ -39,30 +41,49 @@ def save_model(directory: Path, config: ModelConfig = CONFIG, dtype: torch.dtype
     return directory
 
 
-def run(
-    runner: TorchRunner, tokens: Sequence[int], start: int, params: SamplingParams | None = GREEDY
-) -> SampledToken | None:
-    end = start + len(tokens)
-    spec = None if params is None else SampleSpec(params, 5, end)
-    return runner.run(Plan((ScheduledChunk(0, tuple(tokens), start, spec),))).sampled[0]
+class Session:
+    """A runner with memory for a few sequences of up to 64 tokens, sequence i in blocks of its own in mixed order."""
+
+    def __init__(self, runner: TorchRunner, block_size: int = 8) -> None:
+        self.runner = runner
+        layout = CacheLayout(block_size, 4 * -(-64 // block_size), runner.config.attention_windows)
+        self.memory = runner.allocate(layout)
+        self.tables = shuffled_tables(layout, [64] * 4)
+
+    def chunk(
+        self,
+        tokens: Sequence[int],
+        start: int,
+        params: SamplingParams | None = GREEDY,
+        sequence: int = 0,
+        targets: Sequence[int] = (),
+    ) -> ScheduledChunk:
+        samples = () if params is None else (SampleSpec(params, 5, start + len(tokens)),)
+        return ScheduledChunk(sequence, tuple(tokens), start, self.tables[sequence], samples, tuple(targets))
+
+    def run(
+        self, tokens: Sequence[int], start: int, params: SamplingParams | None = GREEDY, sequence: int = 0
+    ) -> SampledToken | None:
+        plan = Plan((self.chunk(tokens, start, params, sequence),))
+        sampled = self.runner.run(plan, self.memory).sampled[0]
+        assert len(sampled) == (params is not None)
+        return sampled[0] if sampled else None
 
 
 def run_in_chunks(runner: TorchRunner, tokens: Sequence[int], size: int) -> SampledToken:
-    runner.reserve(len(tokens))
+    session = Session(runner)
     for start in range(0, len(tokens), size):
         chunk = tokens[start : start + size]
-        last = start + len(chunk) == len(tokens)
-        result = run(runner, chunk, start, GREEDY if last else None)
-        assert (result is not None) == last
+        result = session.run(chunk, start, GREEDY if start + len(chunk) == len(tokens) else None)
     assert result is not None
     return result
 
 
-def greedy(runner: TorchRunner, prompt: Sequence[int], count: int) -> Iterator[SampledToken]:
-    runner.reserve(len(prompt) + count)
+def greedy(runner: TorchRunner, prompt: Sequence[int], count: int, block_size: int = 8) -> Iterator[SampledToken]:
+    session = Session(runner, block_size)
     tokens, start = list(prompt), 0
     for _ in range(count):
-        token = run(runner, tokens[start:], start)
+        token = session.run(tokens[start:], start)
         assert token is not None
         yield token
         start = len(tokens)
@@ -92,18 +113,81 @@ def test_decoding_from_the_cache_gives_the_logits_of_the_whole_text(runner: Torc
 
 
 def test_a_chunk_may_go_back_and_a_new_sequence_forgets_the_old(runner: TorchRunner) -> None:
-    first = run_in_chunks(runner, PROMPT, 23)
-    run(runner, [1, 2, 3], 23)
-    assert run(runner, PROMPT[20:], 20) == run(runner, PROMPT[20:], 20)
-    assert run(runner, PROMPT[::-1], 0) != first
-    assert run(runner, PROMPT, 0) == first
+    session = Session(runner)
+    first = session.run(PROMPT, 0)
+    session.run([1, 2, 3], 23)
+    assert session.run(PROMPT[20:], 20) == session.run(PROMPT[20:], 20)
+    assert session.run(PROMPT[::-1], 0) != first
+    assert session.run(PROMPT, 0) == first
 
 
-def test_growing_the_cache_changes_no_token() -> None:
-    small, large = TorchRunner(build_model(CONFIG, seed=1)), TorchRunner(build_model(CONFIG, seed=1))
-    large.reserve(64)
-    assert list(greedy(small, PROMPT, 5)) == list(greedy(large, PROMPT, 5))
-    assert (small.cache.capacity, large.cache.capacity) == (28, 64)
+@pytest.mark.parametrize("block_size", [1, 5, 16, 64])
+def test_the_size_of_blocks_changes_no_token(runner: TorchRunner, block_size: int) -> None:
+    expected = list(greedy(runner, PROMPT, 20))
+    found = list(greedy(runner, PROMPT, 20, block_size))
+    assert [token.token_id for token in found] == [token.token_id for token in expected]
+    np.testing.assert_allclose([t.logprob for t in found], [t.logprob for t in expected], atol=1e-5)
+
+
+def test_results_come_in_the_order_of_the_plan(runner: TorchRunner) -> None:
+    """Inside, single tokens go first; several samples of a chunk stay together, and one that asks for none has none."""
+    session = Session(runner)
+    texts = [PROMPT, PROMPT[:9], PROMPT[5:17], PROMPT[:1]]
+    for number in (1, 3):
+        session.run(texts[number][:-1] or [0], 0, None, number)
+    logprobs = [log_softmax(runner.forward([text])["logits"][0]) for text in texts]
+    speculated = ScheduledChunk(
+        0, PROMPT, 0, session.tables[0], tuple(SampleSpec(GREEDY, 5, end) for end in (21, 22, 23))
+    )
+    chunks = (
+        speculated,
+        session.chunk(texts[1][-1:], 8, sequence=1),
+        session.chunk(texts[2], 0, None, sequence=2),
+        session.chunk(texts[3], 0, sequence=3),
+    )
+    result = runner.run(Plan(chunks), session.memory)
+    assert [len(sampled) for sampled in result.sampled] == [3, 1, 0, 1]
+    assert result.target_logprobs == ()
+    for sampled, rows in ((result.sampled[0], logprobs[0][20:]), (result.sampled[1], logprobs[1][-1:]),
+                          (result.sampled[3], logprobs[3][-1:])):  # fmt: skip
+        assert [token.token_id for token in sampled] == rows.argmax(-1).tolist()
+        np.testing.assert_allclose([token.logprob for token in sampled], rows.max(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_targets_get_the_log_probabilities_of_the_whole_text(runner: TorchRunner, exact: bool) -> None:
+    """Of a text read in pieces beside others, more targets in a chunk than logits are held of at once."""
+    runner = TorchRunner(build_model(dataclasses.replace(CONFIG, max_position_embeddings=400), seed=1), exact)
+    text = np.random.default_rng(1).integers(0, 97, 400).tolist()
+    memory = runner.allocate(CacheLayout(16, 60))
+    (table,), (other,) = shuffled_tables(memory.cache.layout, [400, 400])
+    expected = log_softmax(runner.forward([text])["logits"][0])[np.arange(399), text[1:]]
+    found: list[float] = []
+    for start, end in ((0, 3), (3, 4), (4, 300), (300, 400)):
+        beside = ScheduledChunk(1, tuple(text[start:end]), start, (other,), (SampleSpec(GREEDY, 5, end),))
+        scored = ScheduledChunk(0, tuple(text[start:end]), start, (table,), (), tuple(text[start + 1 : end + 1]))
+        result = runner.run(Plan((beside, scored)), memory)
+        assert result.target_logprobs[0] == ()
+        assert [len(sampled) for sampled in result.sampled] == [1, 0]
+        found += result.target_logprobs[1]
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_a_copied_block_parts_two_sequences(runner: TorchRunner) -> None:
+    """The second shares all full blocks and a copy of the last, half-filled one; each goes on alone."""
+    session = Session(runner)
+    session.run(PROMPT, 0)
+    (first,), (second,) = session.tables[0], session.tables[1]
+    second[:2] = first[:2]
+    copy = BlockCopy(0, int(first[2]), int(second[2]))
+    runner.run(Plan((), (copy,)), session.memory)
+    for sequence, token in ((0, 3), (1, 44), (0, 7), (1, 9)):
+        text = [*PROMPT, {0: 3, 1: 44}[sequence], token][: 24 + (token in (7, 9))]
+        logprobs_V = log_softmax(runner.forward([text])["logits"][0, -1])
+        found = session.run([token], len(text) - 1, sequence=sequence)
+        assert found is not None
+        assert found.token_id == int(logprobs_V.argmax())
+        assert found.logprob == pytest.approx(logprobs_V.max(), abs=1e-5)
 
 
 def test_captured_streams_and_logits_are_those_of_transformers(runner: TorchRunner, tmp_path: Path) -> None:
@@ -183,7 +267,7 @@ def test_loading_takes_the_type_of_the_file_unless_told(
 ) -> None:
     runner = load_runner(save_model(tmp_path / "model", dtype=stored), dtype=asked, device="cpu")
     assert {parameter.dtype for parameter in runner.model.parameters()} == {expected}
-    assert runner.cache.keys[0].dtype == expected
+    assert runner.allocate(CacheLayout(16, 4)).cache.keys[0].dtype == expected
 
 
 def test_loading_a_run_directory_takes_its_best_checkpoint(tmp_path: Path) -> None:
@@ -191,6 +275,17 @@ def test_loading_a_run_directory_takes_its_best_checkpoint(tmp_path: Path) -> No
     save_model(run_directory / "checkpoints" / "step-00000100")
     (run_directory / "best").symlink_to("checkpoints/step-00000100")
     assert run_in_chunks(load_runner(run_directory, device="cpu"), PROMPT, 23).token_id < 97
+
+
+def test_the_exact_mode_is_refused_where_it_cannot_be_kept() -> None:
+    with pytest.raises(ValueError, match=r"exact mode runs on a CPU in float32, not on cpu in torch\.bfloat16"):
+        TorchRunner(build_model(CONFIG, dtype=torch.bfloat16), exact=True)
+
+
+def test_the_exact_mode_loads_float32_whatever_is_stored(tmp_path: Path) -> None:
+    runner = load_runner(save_model(tmp_path / "model", dtype=torch.bfloat16), exact=True)
+    assert runner.exact
+    assert runner.dtype == torch.float32
 
 
 def test_wrong_names_are_refused_in_one_line(runner: TorchRunner, tmp_path: Path) -> None:
@@ -205,11 +300,13 @@ def test_wrong_names_are_refused_in_one_line(runner: TorchRunner, tmp_path: Path
 def test_the_fast_setting_is_for_bfloat16_on_a_cpu_alone() -> None:
     cpu = torch.device("cpu")
     on = torch.backends.mkldnn.enabled
-    with runner_module.fast_single_row(cpu, torch.float32):
+    with runner_module.fast_few_rows(cpu, torch.float32, 1):
         assert torch.backends.mkldnn.enabled == on
-    with runner_module.fast_single_row(cpu, torch.bfloat16):
+    with runner_module.fast_few_rows(cpu, torch.bfloat16, 1):
         assert not torch.backends.mkldnn.enabled
     assert torch.backends.mkldnn.enabled == on
-    with pytest.raises(ZeroDivisionError), runner_module.fast_single_row(cpu, torch.bfloat16):
+    with runner_module.fast_few_rows(cpu, torch.bfloat16, 2):
+        assert torch.backends.mkldnn.enabled == on
+    with pytest.raises(ZeroDivisionError), runner_module.fast_few_rows(cpu, torch.bfloat16, 1):
         _ = 1 / 0
     assert torch.backends.mkldnn.enabled == on
