@@ -114,9 +114,10 @@ def test_prefix_key_is_sound(key: str, plan: Plan, config: ModelConfig, limit: E
 def test_prefix_key_covers_the_whole_prefix() -> None:
     params = SamplingParams(seed=1, max_tokens=1)
     engine = Engine(HashRunner(), config=EngineConfig(block_size=4))
-    serve(engine, [Request(0, (1, 2, 3, 4, 5, 6, 7, 8, 9), params)])
-    answers = serve(engine, [Request(1, (0, 2, 3, 4, 5, 6, 7, 8, 9), params)])
-    assert answers[1, 0].events[-1].statistics.cached_tokens == 0
+    prompts = [(1, 2, 3, 4, 5, 6, 7, 8, 9), (0, 2, 3, 4, 9, 9, 9, 9, 9), (0, 2, 3, 4, 5, 6, 7, 8, 9)]
+    answers = [serve(engine, [Request(0, prompt, params)])[0, 0] for prompt in prompts]
+    assert [answer.events[-1].statistics.cached_tokens for answer in answers] == [0, 0, 4]
+    assert [answer.said for answer in answers] == [expected(prompt, params, shape()) for prompt in prompts]
     assert len(chained_key(b"", [1, 2])) == 32
     assert len({chained_key(parent, tokens) for parent in (b"", b"x") for tokens in ([1, 2], [2, 1], [1])}) == 6
 
