@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llamita.torch_backend import attention, layers
+from llamita.torch_backend import attention, exact, layers
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 DTYPES = list(TOLERANCE)
@@ -167,3 +167,31 @@ def test_softmax_survives_large_scores():
 def test_segment_mask_as_a_table():
     mask = attention.segment_mask(torch.tensor([[1, 1, 2, 0, 0]]))[0, 0].int().tolist()
     assert mask == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+def test_the_exact_operations_give_a_row_the_same_bits_wherever_it_stands(threads):
+    """Sizes and thread counts at which PyTorch's own operations do not: the last assertion holds them to that."""
+    before, fast_differs = torch.get_num_threads(), set()
+    torch.set_num_threads(threads)
+    try:
+        generator = torch.Generator().manual_seed(0)
+        for D, C in ((33, 5), (97, 18), (257, 10), (385, 97), (52, 36), (34, 7), (688, 64), (2816, 10), (8191, 17)):
+            x_TD, gate_up_TE = (torch.randn(96, width, generator=generator) for width in (D, 2 * D))
+            weight_CD = torch.randn(C, D, generator=generator)
+            for name, fast, own, rows in (
+                ("linear", layers.FUSED.linear, exact.linear, x_TD),
+                ("silu", layers.FUSED.gated_silu, exact.gated_silu, gate_up_TE),
+            ):
+                weights = (weight_CD,) if name == "linear" else ()
+                whole, fast_whole = own(rows, *weights), fast(rows, *weights)
+                torch.testing.assert_close(whole, fast_whole, rtol=1e-4, atol=1e-4)
+                for start, count in ((0, 16), (1, 16), (7, 48), (16, 80), (31, 64)):
+                    part = rows[start : start + count].clone()
+                    assert torch.equal(own(part, *weights), whole[start : start + count]), (name, D, C)
+                    if not torch.equal(fast(part, *weights), fast_whole[start : start + count]):
+                        fast_differs.add(name)
+    finally:
+        torch.set_num_threads(before)
+    if torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        assert fast_differs >= ({"linear", "silu"} if threads == 3 else {"linear"})

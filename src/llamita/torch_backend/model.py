@@ -170,6 +170,7 @@ class Llama(nn.Module):
         self.frequencies_E = torch.from_numpy(frequencies)
         self.rope = layers.RopeTable(self.frequencies_E, self.rope_scale)
         self.model = Body(config, operations)
+        self.product = operations.linear
         if config.num_labels:
             self.score = Linear(config.num_labels, config.hidden_size, False, operations)
         elif not config.tie_word_embeddings:
@@ -220,7 +221,7 @@ class Llama(nn.Module):
             head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
             assert isinstance(head, QuantizedLinear)
             return head.multiply(hidden_BTD)
-        return F.linear(hidden_BTD, self.output_weight_VD)
+        return self.product(hidden_BTD, self.output_weight_VD)
 
     def hidden(
         self,

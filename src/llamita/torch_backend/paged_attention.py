@@ -20,6 +20,8 @@ from llamita.torch_backend.attention import attention_fused
 
 TILE = 64
 """Keys that the exact mode takes at a time, counted from position 0."""
+WIDTH = 16
+"""Columns of which the exact mode's matrices have a multiple: of others, a row's bits may depend on its place."""
 LEAST_ALIKE = 0.75
 """Shortest context in a batch of single queries, as a share of its longest: what is computed in vain stays small."""
 LOWEST = -1e30
@@ -166,8 +168,9 @@ class ExactAttention:
         q_KRH = F.pad(q_TNH, (0, 0, 0, 0, 0, self.padding)).view(-1, K, N // K, H).permute(1, 2, 0, 3).flatten(1, 2)
         largest_KR1 = torch.full((K, q_KRH.shape[1], 1), LOWEST)
         total_KR1 = torch.zeros_like(largest_KR1)
-        mixed_KRH = torch.zeros_like(q_KRH)
         k_KSH, v_KSH = (self._tiles(memory) for memory in (keys, values))
+        v_KSH = F.pad(v_KSH, (0, -H % WIDTH))
+        mixed_KRH = torch.zeros(*q_KRH.shape[:-1], v_KSH.shape[-1])
         for tile in range(0, self.hidden_TS.shape[1], TILE):
             k_KUH, v_KUH = k_KSH[:, tile : tile + TILE], v_KSH[:, tile : tile + TILE]
             scores_KRU = q_KRH @ k_KUH.mT / math.sqrt(H)
@@ -178,7 +181,7 @@ class ExactAttention:
             total_KR1 = total_KR1 * shrink_KR1 + weights_KRU.sum(-1, keepdim=True)
             mixed_KRH = mixed_KRH * shrink_KR1 + weights_KRU @ v_KUH
             largest_KR1 = new_KR1
-        mixed_KGTH = (mixed_KRH / total_KR1).view(K, N // K, -1, H)
+        mixed_KGTH = (mixed_KRH[..., :H] / total_KR1).view(K, N // K, -1, H)
         return mixed_KGTH.permute(2, 0, 1, 3).flatten(1, 2)[:T]
 
     def _tiles(self, memory: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from llamita import architecture, checkpoint
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
 from llamita.plan import CacheLayout, Plan, SampledToken, SampleSpec, ScheduledChunk, StepResult
+from llamita.torch_backend.exact import exact_model
 from llamita.torch_backend.kv_cache import EXACT_ROWS, PagedKVCache, PagedStep
 from llamita.torch_backend.model import Llama
 from llamita.torch_backend.sampling import Sampler
@@ -56,6 +57,7 @@ class TorchRunner:
             form = self.config.quantization or str(self.dtype)
             raise ValueError(f"the exact mode runs on a CPU in float32, not on {self.device.type} in {form}")
         self.exact = exact
+        self._running = exact_model(model) if exact else model
         read = list(model.parameters())
         if self.config.num_labels or not self.config.tie_word_embeddings:  # of an embedding alone, one row is read
             read = [parameter for name, parameter in model.named_parameters() if "embed_tokens" not in name]
@@ -93,8 +95,8 @@ class TorchRunner:
         step = memory.cache.step(chunks, self.exact)
         tokens = [token for chunk in chunks for token in chunk.tokens]
         tokens_1T = torch.tensor([tokens + [0] * (step.padded - step.tokens)], device=self.device)
-        with evaluation(self.model), fast_few_rows(self.device, self.dtype, step.padded):
-            hidden_TD = hidden_states(self.model, tokens_1T, step)
+        with evaluation(self._running), fast_few_rows(self.device, self.dtype, step.padded):
+            hidden_TD = hidden_states(self._running, tokens_1T, step)
             sampled = self._sample(chunks, hidden_TD, memory.sampler)
         scores = self._score(chunks, hidden_TD)
         places = {number: place for place, number in enumerate(order)}
@@ -142,7 +144,7 @@ class TorchRunner:
             hidden_RD = hidden_TD[torch.tensor(rows, device=self.device)]
         if self.exact:
             hidden_RD = F.pad(hidden_RD, (0, 0, 0, -len(rows) % EXACT_ROWS))
-        return self.model.logits(hidden_RD)[: len(rows)]
+        return self._running.logits(hidden_RD)[: len(rows)]
 
     @torch.inference_mode()
     def forward(
