@@ -69,7 +69,7 @@ def limits(draw: st.DrawFn, positions: tuple[int, int] | None = None, block_size
         mixed_prefill_tokens=draw(st.integers(1, 32)),
         draft_tokens=draw(st.integers(1, 5)),
         block_size=size,
-        blocks=0 if positions is None else -(-draw(st.integers(*positions)) // size),
+        blocks=-(-(1300 if positions is None else draw(st.integers(*positions))) // size),
     )
 
 
