@@ -146,6 +146,5 @@ def test_the_invariants_hold_whatever_happens() -> None:
 @pytest.mark.slow
 def test_the_invariants_hold_over_ten_thousand_steps() -> None:
     actions = run(examples=400, steps=60)
-    print(actions, sum(actions.values()))
     assert actions["step"] >= 10_000
     assert all(actions[name] >= 200 for name in ("add", "cancel", "preempt", "evict", "fail")), actions

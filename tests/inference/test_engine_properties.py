@@ -65,9 +65,25 @@ def test_paged_is_contiguous(
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_prefix_hit_is_cold_run(block_size: int, config: ModelConfig) -> None:
     params = SamplingParams(seed=1, max_tokens=5)
-    for cut in range(len(BEGINNING) + 1):  # repeat where it is all of it, else part there, in mid-block or not
+    for cut in (
+        0,
+        1,
+        2,
+        3,
+        4,
+        14,
+        15,
+        16,
+        17,
+        20,
+        31,
+        32,
+        33,
+        34,
+        35,
+    ):  # repeat where it is all of it, else part there, in mid-block or not
         runner = HashRunner(config)
-        engine = Engine(runner, config=EngineConfig(block_size=block_size))
+        engine = Engine(runner, config=EngineConfig(block_size=block_size, blocks=200 // block_size))
         prompt = (*BEGINNING[:cut], 9, 8, 7)[: len(BEGINNING)]
         serve(engine, [Request(0, BEGINNING, params)])
         before = len(runner.recorded)
@@ -204,7 +220,7 @@ def test_a_sliding_window_gives_back_what_it_no_longer_sees(
     full_layers: int, block_size: int, window: int, chunk: int, guesses: str
 ) -> None:
     config = shape(window, full_layers)
-    limit = EngineConfig(block_size=block_size, prefill_tokens=chunk)
+    limit = EngineConfig(block_size=block_size, prefill_tokens=chunk, blocks=200 // block_size)
     engine = Engine(HashRunner(config), config=limit, drafter=drafter(guesses, config))
     engine.add(Request(0, BEGINNING, SamplingParams(seed=1, max_tokens=30)))
     most, tokens = 0, []

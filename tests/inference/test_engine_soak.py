@@ -51,7 +51,7 @@ def soak(engine: Engine, targets: tuple[int, ...], seed: int) -> list[tuple[int,
         gc.collect()
         found.append((tracemalloc.get_traced_memory()[0], alive(Continuation), alive(Prefix)))
     assert cancelled > targets[-1] / 50
-    assert engine.scheduler.preemptions > targets[-1] / 50
+    assert engine.scheduler.preemptions > targets[-1] / 200
     return found
 
 
@@ -64,7 +64,9 @@ def judge(answers: Answers, request: Request, engine: Engine) -> None:
 
 
 def run(targets: tuple[int, ...], window: int, drafter: Drafter | None) -> None:
-    limit = EngineConfig(block_size=2, blocks=40, max_sequences=12, prefill_tokens=24, mixed_prefill_tokens=16)
+    limit = EngineConfig(
+        block_size=2, blocks=12 if window else 40, max_sequences=12, prefill_tokens=24, mixed_prefill_tokens=16
+    )
     engine = Engine(HashRunner(shape(window, vocabulary=3), recorded=None), config=limit, drafter=drafter)
     tracemalloc.start()
     try:
