@@ -75,7 +75,9 @@ def main() -> None:
     parser.add_argument("text", type=Path, help="what the prompts are cut from, in UTF-8")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--blocks", type=int, default=0, help="of 4 positions; 0: the longest sequence's and a few more")
+    parser.add_argument(
+        "--blocks", type=int, default=0, help="of 4 positions; 0: the longest sequence's and a few more"
+    )
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
