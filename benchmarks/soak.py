@@ -11,6 +11,7 @@ import argparse
 import gc
 import random
 import time
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ LIMITS = EngineConfig(block_size=4, blocks=48, max_sequences=32, mixed_prefill_t
 class Record:
     """What was measured, with the requests that had come by then: at each step, and whenever the engine was empty."""
 
-    steps: list[tuple[int, int]]  # free blocks
+    steps: array  # requests and free blocks in turn; compact, lest it be what grows
     idle: list[tuple[int, int]]  # free blocks
     memory: list[tuple[int, float]]  # resident MiB
     cancelled: int = 0
@@ -67,7 +68,7 @@ def main() -> None:
 def soak(engine: Engine, count: int) -> Record:
     """Serve so many requests, cancelling some; with every `count / POINTS` of them the engine runs empty."""
     order, process = random.Random(1), psutil.Process()
-    record, added = Record([], [], []), 0
+    record, added = Record(array("i"), [], []), 0
     beginning = tuple(order.randrange(1024) for _ in range(40))
     for point in range(1, POINTS + 1):
         while added < count * point // POINTS or engine.has_work:
@@ -75,7 +76,7 @@ def soak(engine: Engine, count: int) -> Record:
                 engine.add(Request(added, prompt(order, beginning), sampling(order)))
                 added += 1
             record.tokens += sum(event.token_id is not None for event in engine.step())
-            record.steps.append((added, engine.manager.available))
+            record.steps.extend((added, engine.manager.available))
             under_way = [*engine.scheduler.running, *engine.scheduler.waiting]
             if under_way and order.random() < 0.03:
                 engine.abort(order.choice(under_way).request.id)
@@ -109,7 +110,7 @@ def draw(record: Record, blocks: int, path: Path) -> None:
     upper.plot(*zip(*record.memory, strict=True), color="#2171b5", marker="o", markersize=3)
     upper.set_ylim(0, 1.25 * max(megabytes for _, megabytes in record.memory))
     upper.set_ylabel("resident memory, MiB")
-    lower.plot(*zip(*record.steps, strict=True), color="#9ecae1", linewidth=0.4, label="between steps")
+    lower.plot(record.steps[::2], record.steps[1::2], color="#9ecae1", linewidth=0.4, label="between steps")
     lower.plot(*zip(*record.idle, strict=True), color="#2171b5", marker="o", markersize=3, label="idle")
     lower.set_ylim(0, 1.25 * blocks)
     lower.set_ylabel(f"free blocks of {blocks}")

@@ -54,6 +54,21 @@ def test_nothing_unservable_is_admitted_and_growth_past_the_pool_ends_with_lengt
         assert len(requests[i].prompt) + len(answers[i, 0].said) == capacity + 1
 
 
+def test_one_that_is_preempted_with_more_than_the_pool_holds_ends_with_length() -> None:
+    engine = Engine(HashRunner(), config=EngineConfig(block_size=2, blocks=6))
+    request = Request(0, BEGINNING[:9], SamplingParams(seed=1, max_tokens=20))
+    engine.add(request)
+    answer = Answer()
+    for _ in range(4):
+        answer.take(*engine.step())
+    engine.scheduler._preempt(engine.scheduler.running[0])
+    while engine.has_work:
+        for event in engine.step():
+            answer.take(event)
+    judge({(0, 0): answer}, [request], engine)
+    assert answer.reason == "length"
+
+
 def progress(engine: Engine) -> tuple[int, int] | None:
     """Of the one that is served first: who it is, and how far it is."""
     queue = sorted([*engine.scheduler.running, *engine.scheduler.waiting], key=lambda one: one.order)

@@ -94,6 +94,17 @@ def test_prefix_hit_is_cold_run(block_size: int, config: ModelConfig) -> None:
         assert cached == min(cut, len(prompt) - 1) // block_size * block_size
 
 
+@pytest.mark.parametrize("full_layers", [0, 1])
+def test_a_window_finds_a_prefix_whose_beginning_was_evicted(full_layers: int) -> None:
+    config, params = shape(7, full_layers), SamplingParams(seed=1, max_tokens=1)
+    engine = Engine(HashRunner(config), config=EngineConfig(block_size=2, blocks=20))
+    serve(engine, [Request(0, BEGINNING, params)])
+    serve(engine, [Request(1, (9,) * 16, params)])  # takes what was used least recently: a window's first blocks
+    answer = serve(engine, [Request(2, BEGINNING, params)])[2, 0]
+    assert answer.said == expected(BEGINNING, params, config)
+    assert answer.events[-1].statistics.cached_tokens == (24 if full_layers else 34)
+
+
 @given(
     plan=arrivals(most=5),
     again=st.lists(st.integers(0, 4), min_size=1, max_size=6),

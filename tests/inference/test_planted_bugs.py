@@ -68,12 +68,11 @@ def _() -> Planted:
 
 @planted("a prefix key over one block alone")
 def _() -> Planted:
-    def extend(self: Prefixes, parent: Prefix | None, tokens: Sequence[int]) -> Prefix:
-        key = chained_key(b"", tokens)
-        found = self._known.get(key) or Prefix(key, parent, tuple(tokens))
-        return self._known.setdefault(key, found)
+    def known(self: Prefixes, parent: Prefix | None, tokens: Sequence[int]) -> Prefix | None:
+        self._key = lambda before, tokens: chained_key(b"", tokens)
+        return self._known.get(self._key(b"", tokens))
 
-    return Prefixes, "extend", extend
+    return Prefixes, "known", known
 
 
 def shifted(change: Callable[[Continuation, ScheduledChunk], ScheduledChunk]) -> Planted:
