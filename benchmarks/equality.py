@@ -75,7 +75,9 @@ def main() -> None:
     parser.add_argument("text", type=Path, help="what the prompts are cut from, in UTF-8")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--blocks", type=int, default=0, help="of 4 positions; 0: the longest sequence's and a few more")
+    parser.add_argument(
+        "--blocks", type=int, default=0, help="of 4 positions; 0: the longest sequence's and a few more"
+    )
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -200,8 +202,11 @@ def show(found: Equality) -> None:
     print(f"| exact: preemptions | {found.exact_preemptions} |")
     print(f"| exact: rows that differ from those alone | {found.exact_differences} |")
     for one in found.divergences[:10]:
-        print(f"request {one.request} diverges at position {one.position}: the two best logits differ by "
-              f"{one.gap:.1e}, both libraries by {one.difference:.1e}: {'allowed' if one.allowed else 'NOT ALLOWED'}")  # fmt: skip
+        verdict = "allowed" if one.allowed else "NOT ALLOWED"
+        print(
+            f"request {one.request} diverges at position {one.position}, where the two best logits differ by", end=" "
+        )
+        print(f"{one.gap:.1e} and both libraries by {one.difference:.1e}: {verdict}")
     print("holds" if found.holds else "DOES NOT HOLD")
 
 
