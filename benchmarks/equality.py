@@ -202,8 +202,11 @@ def show(found: Equality) -> None:
     print(f"| exact: preemptions | {found.exact_preemptions} |")
     print(f"| exact: rows that differ from those alone | {found.exact_differences} |")
     for one in found.divergences[:10]:
-        print(f"request {one.request} diverges at position {one.position}: the two best logits differ by "
-              f"{one.gap:.1e}, both libraries by {one.difference:.1e}: {'allowed' if one.allowed else 'NOT ALLOWED'}")  # fmt: skip
+        verdict = "allowed" if one.allowed else "NOT ALLOWED"
+        print(
+            f"request {one.request} diverges at position {one.position}, where the two best logits differ by", end=" "
+        )
+        print(f"{one.gap:.1e} and both libraries by {one.difference:.1e}: {verdict}")
     print("holds" if found.holds else "DOES NOT HOLD")
 
 

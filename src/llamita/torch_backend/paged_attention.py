@@ -101,8 +101,9 @@ class DecodeAttention:
             self.mask = self._mask(spans[0].window > 0, device)
             return
         longest = max(len(span.blocks) for span in spans)
-        blocks = np.stack([np.pad(span.blocks, (0, longest - len(span.blocks))) for span in spans])
-        self.blocks = torch.from_numpy(np.maximum(blocks, 0).astype(np.int64).ravel()).to(device)
+        # filled up with a sequence's own last block: it reads nobody else's
+        blocks = np.stack([np.pad(span.blocks, (0, longest - len(span.blocks)), mode="edge") for span in spans])
+        self.blocks = torch.from_numpy(blocks.astype(np.int64).ravel()).to(device)
         self.mask = self._mask(True, device, longest * self.size)
 
     def _mask(self, needed: bool, device: torch.device, keys: int = 0) -> Tensor | None:

@@ -90,7 +90,8 @@ class TorchRunner:
         memory.cache.copy(plan.copies)
         if not plan.chunks:
             return StepResult(())
-        order = sorted(range(len(plan.chunks)), key=lambda i: len(plan.chunks[i].tokens) > 1)  # single tokens first
+        # Single tokens first, those of similar context beside each other.
+        order = sorted(range(len(plan.chunks)), key=lambda i: (len(plan.chunks[i].tokens) > 1, plan.chunks[i].end))
         chunks = [plan.chunks[i] for i in order]
         step = memory.cache.step(chunks, self.exact)
         tokens = [token for chunk in chunks for token in chunk.tokens]
