@@ -5,7 +5,7 @@ sequences are preempted again and again. Compared with transformers' greedy `gen
 its two best logits differ by more than twice the largest difference between both libraries' logits for that text;
 after a first divergence, texts differ and are not compared. In the exact mode, each logit is compared bit for bit.
 
-    python benchmarks/equality.py MODEL TEXT [--prompts 200] [--tokens 48] [--blocks 0]
+    python benchmarks/equality.py MODEL TEXT [--prompts 200] [--tokens 96] [--longest 300] [--blocks 0]
 """
 
 import argparse
@@ -74,10 +74,9 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("text", type=Path, help="what the prompts are cut from, in UTF-8")
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument(
-        "--blocks", type=int, default=0, help="of 4 positions; 0: the longest sequence's and a few more"
-    )
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--longest", type=int, default=300, help="prompt, if the model's positions suffice for it")
+    parser.add_argument("--blocks", type=int, default=0, help="of 4 positions; 0: the longest sequence's alone")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -86,7 +85,7 @@ def main() -> None:
     tokens = tokenizer.encode(arguments.text.read_text(encoding="utf-8")[:400_000])
     runner = load_runner(directory, dtype="float32", device="cpu")
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    longest = runner.config.max_position_embeddings - arguments.tokens
+    longest = min(arguments.longest, runner.config.max_position_embeddings - arguments.tokens)
     prompts = mixed_prompts(tokens, arguments.prompts, longest, bos)
     started = time.perf_counter()
     show(compare(directory, prompts, arguments.tokens, arguments.blocks))
@@ -95,10 +94,9 @@ def main() -> None:
 
 
 def mixed_prompts(tokens: Sequence[int], count: int, longest: int, bos: Sequence[int] = ()) -> list[Text]:
-    """Stretches of a text, 1 to `longest` tokens with the BOS: half of them of any length alike, half mostly short."""
+    """Stretches of a text, 1 to `longest` tokens with the BOS, as many of 1 to 2 as of 128 to 256."""
     random = np.random.default_rng(0)
     lengths = np.exp(random.uniform(0, np.log(longest), count)).round().astype(int)
-    lengths[::2] = random.integers(1, longest + 1, len(lengths[::2]))
     lengths[:2] = 1, longest
     starts = random.integers(0, len(tokens) - longest, count)
     return [(*bos, *tokens[start : start + length])[:length] for start, length in zip(starts, lengths, strict=True)]
@@ -108,7 +106,7 @@ def compare(directory: Path, prompts: Sequence[Text], count: int, blocks: int = 
     """Serve the prompts together, fast and exactly, and hold both to what they are held to."""
     runner = load_runner(directory, dtype="float32", device="cpu")
     exact = TorchRunner(runner.model, exact=True)
-    blocks = blocks or -(-(max(map(len, prompts)) + count) // BLOCK) + 8
+    blocks = blocks or -(-(max(map(len, prompts)) + count) // BLOCK)
     peer = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
     texts, _, engine = serve(runner, prompts, count, blocks)

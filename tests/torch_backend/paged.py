@@ -46,7 +46,8 @@ def paged_logits(
 ) -> list[Tensor]:
     """Logits (T, V) of each row, row i being read in chunks of `cuts[i]` tokens.
 
-    Step j runs the j-th chunk of all rows. The memory begins full of large numbers, so that reading what was never written shows.
+    Step j runs the j-th chunk of all rows. The memory begins full of large numbers, so that reading what was never
+    written shows.
     """
     lengths = [len(row) for row in rows]
     assert [sum(cut) for cut in cuts] == lengths
