@@ -115,6 +115,8 @@ class Engine:
         if self._tokenizer is None and (params.stop or params.is_constrained):
             what = "stop strings need" if params.stop else "structured output needs"
             raise ValueError(f"{what} a tokenizer, and this model has none; leave stop and the grammar empty")
+        if params.is_constrained:
+            self._grammars_of_tokenizer().matcher(params)  # refuses what is broken; what it compiled is kept
 
     def add(self, request: Request) -> None:
         """Queue a request, once checked. Generation that would pass the model's positions ends there, with "length"."""
