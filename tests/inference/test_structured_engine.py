@@ -11,10 +11,7 @@ from llamita.inference.llm import LLM
 from llamita.plan import SamplingParams
 from llamita.torch_backend.runner import load_runner
 
-SCHEMA = (
-    '{"type": "object", "properties": {"name": {"type": "string", "maxLength": 6}, "age": {"type": "integer", '
-    '"minimum": 0, "maximum": 150}}, "required": ["name", "age"], "additionalProperties": false}'
-)
+SCHEMA = '{"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 2}'
 FORMS = {
     "choices": {"choices": ("yes", "no", "née")},
     "regex": {"regex": r"[A-Z][a-z]{2,5} sat by the (river|road)\."},
@@ -35,12 +32,12 @@ def fits(form: str, text: str) -> bool:
     if form == "regex":
         return re.fullmatch(FORMS[form]["regex"], text) is not None
     value = json.loads(text)
-    return set(value) == {"name", "age"} and len(value["name"]) <= 6 and 0 <= value["age"] <= 150
+    return 1 <= len(value) <= 2 and all(isinstance(one, bool) for one in value)
 
 
 def test_forms_hold_in_one_batch_with_ordinary_requests(exact: LLM) -> None:
     ordinary = [SamplingParams(seed=seed, max_tokens=30, ignore_eos=True) for seed in range(4)]
-    forms = [(form, SamplingParams(seed=seed, max_tokens=80, **FORMS[form])) for form in FORMS for seed in range(4)]
+    forms = [(form, SamplingParams(seed=seed, max_tokens=90, **FORMS[form])) for form in FORMS for seed in range(4)]
     alone = [exact.generate("The fox", params) for params in ordinary]
     together = exact.generate(["The fox"] * 16, [params for pair in zip(ordinary, *[iter(forms)] * 3, strict=True)
                                                  for params in (pair[0], *(one for _, one in pair[1:]))])  # fmt: skip
