@@ -6,7 +6,6 @@ log-probability. `expected` says the same from the tokens alone. Knows nothing o
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -252,12 +251,12 @@ def check_invariants(engine: Engine) -> None:
     assert all(0 <= one.computed < len(one.tokens) <= one.limit for one in running)
     for group, (pool, window) in enumerate(zip(manager.pools, manager.layout.windows, strict=True)):
         slots = engine._memory[group] if isinstance(runner, HashRunner) else None
-        held: Counter[int] = Counter()
+        held = np.zeros(pool.blocks, dtype=int)
         for one in running:
             table = one.tables[group]
             assert (table.blocks[: table.released] == -1).all()
             assert (table.blocks[table.released :] >= 0).all()
-            held.update(table.blocks[table.released :].tolist())
+            np.add.at(held, table.blocks[table.released :], 1)
             assert table.length * size >= one.computed
             assert table.released == (max(0, one.computed - window + 1) // size if window else 0)
             if slots is not None:
@@ -265,14 +264,13 @@ def check_invariants(engine: Engine) -> None:
                 found = slots[table.blocks[positions // size].astype(np.int64) * size + positions % size]
                 assert found[:, 0].tolist() == one.tokens[table.released * size : one.computed]
                 assert found[:, 1].tolist() == positions.tolist()
-        assert pool.references == [held[block] for block in range(pool.blocks)]
-        assert set(pool.free) == {block for block in range(pool.blocks) if not held[block]}
-        assert len(pool.free) + len(held) == pool.blocks
-        assert {block: prefix for prefix, block in pool.block_of.items()} == {
-            block: prefix for block, prefix in enumerate(pool.prefix_of) if prefix is not None
-        }
+        assert pool.references == held.tolist()
+        assert pool.free.keys() == set(np.flatnonzero(held == 0).tolist())
+        assert len(pool.free) + np.count_nonzero(held) == pool.blocks
+        assert all(pool.prefix_of[block] is prefix for prefix, block in pool.block_of.items())
+        assert pool.blocks - pool.prefix_of.count(None) == len(pool.block_of)
         if slots is not None:
-            for prefix, block in pool.block_of.items():
-                assert tuple(slots[block * size : (block + 1) * size, 0].tolist()) == prefix.tokens
+            contents = slots[:, 0].reshape(pool.blocks, size)[list(pool.block_of.values())]
+            assert contents.tolist() == [list(prefix.tokens) for prefix in pool.block_of]
     if not running:
         assert manager.available == manager.layout.blocks

@@ -72,6 +72,8 @@ def test_generation_past_the_models_positions_is_cut_and_ends_with_length() -> N
         (Request(0, (1,) * 64), "has 64 tokens, and the memory holds 64"),
         (Request(0, (1, 50)), "the prompt has token id 50, but this model's ids are 0 to 49"),
         (Request(0, (-1,)), "token id -1"),
+        (Request(0, (1, 2.5)), "token id 2.5"),
+        (Request(0, (1, "2")), "token id '2'"),
         (Request(0, PROMPT, SamplingParams(logit_bias={50: 1.0})), "logit_bias has token id 50"),
         (Request(0, PROMPT, SamplingParams(stop_token_ids=(99,))), "stop_token_ids has token id 99"),
         (Request(0, PROMPT, SamplingParams(n=5)), "n=5 is more than the 4 sequences"),

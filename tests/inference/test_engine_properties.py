@@ -65,9 +65,25 @@ def test_paged_is_contiguous(
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_prefix_hit_is_cold_run(block_size: int, config: ModelConfig) -> None:
     params = SamplingParams(seed=1, max_tokens=5)
-    for cut in range(len(BEGINNING) + 1):  # repeat where it is all of it, else part there, in mid-block or not
+    for cut in (
+        0,
+        1,
+        2,
+        3,
+        4,
+        14,
+        15,
+        16,
+        17,
+        20,
+        31,
+        32,
+        33,
+        34,
+        35,
+    ):  # repeat where it is all of it, else part there, in mid-block or not
         runner = HashRunner(config)
-        engine = Engine(runner, config=EngineConfig(block_size=block_size))
+        engine = Engine(runner, config=EngineConfig(block_size=block_size, blocks=200 // block_size))
         prompt = (*BEGINNING[:cut], 9, 8, 7)[: len(BEGINNING)]
         serve(engine, [Request(0, BEGINNING, params)])
         before = len(runner.recorded)
@@ -76,6 +92,17 @@ def test_prefix_hit_is_cold_run(block_size: int, config: ModelConfig) -> None:
         cached = answer.events[-1].statistics.cached_tokens
         assert runner.recorded[before].chunks[0].start == cached < len(prompt)  # the last one is always run again
         assert cached == min(cut, len(prompt) - 1) // block_size * block_size
+
+
+@pytest.mark.parametrize("full_layers", [0, 1])
+def test_a_window_finds_a_prefix_whose_beginning_was_evicted(full_layers: int) -> None:
+    config, params = shape(7, full_layers), SamplingParams(seed=1, max_tokens=1)
+    engine = Engine(HashRunner(config), config=EngineConfig(block_size=2, blocks=20))
+    serve(engine, [Request(0, BEGINNING, params)])
+    serve(engine, [Request(1, (9,) * 16, params)])  # takes what was used least recently: a window's first blocks
+    answer = serve(engine, [Request(2, BEGINNING, params)])[2, 0]
+    assert answer.said == expected(BEGINNING, params, config)
+    assert answer.events[-1].statistics.cached_tokens == (24 if full_layers else 34)
 
 
 @given(
@@ -114,9 +141,10 @@ def test_prefix_key_is_sound(key: str, plan: Plan, config: ModelConfig, limit: E
 def test_prefix_key_covers_the_whole_prefix() -> None:
     params = SamplingParams(seed=1, max_tokens=1)
     engine = Engine(HashRunner(), config=EngineConfig(block_size=4))
-    serve(engine, [Request(0, (1, 2, 3, 4, 5, 6, 7, 8, 9), params)])
-    answers = serve(engine, [Request(1, (0, 2, 3, 4, 5, 6, 7, 8, 9), params)])
-    assert answers[1, 0].events[-1].statistics.cached_tokens == 0
+    prompts = [(1, 2, 3, 4, 5, 6, 7, 8, 9), (0, 2, 3, 4, 9, 9, 9, 9, 9), (0, 2, 3, 4, 5, 6, 7, 8, 9)]
+    answers = [serve(engine, [Request(0, prompt, params)])[0, 0] for prompt in prompts]
+    assert [answer.events[-1].statistics.cached_tokens for answer in answers] == [0, 0, 4]
+    assert [answer.said for answer in answers] == [expected(prompt, params, shape()) for prompt in prompts]
     assert len(chained_key(b"", [1, 2])) == 32
     assert len({chained_key(parent, tokens) for parent in (b"", b"x") for tokens in ([1, 2], [2, 1], [1])}) == 6
 
@@ -203,7 +231,7 @@ def test_a_sliding_window_gives_back_what_it_no_longer_sees(
     full_layers: int, block_size: int, window: int, chunk: int, guesses: str
 ) -> None:
     config = shape(window, full_layers)
-    limit = EngineConfig(block_size=block_size, prefill_tokens=chunk)
+    limit = EngineConfig(block_size=block_size, prefill_tokens=chunk, blocks=200 // block_size)
     engine = Engine(HashRunner(config), config=limit, drafter=drafter(guesses, config))
     engine.add(Request(0, BEGINNING, SamplingParams(seed=1, max_tokens=30)))
     most, tokens = 0, []

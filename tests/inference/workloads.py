@@ -69,7 +69,7 @@ def limits(draw: st.DrawFn, positions: tuple[int, int] | None = None, block_size
         mixed_prefill_tokens=draw(st.integers(1, 32)),
         draft_tokens=draw(st.integers(1, 5)),
         block_size=size,
-        blocks=0 if positions is None else -(-draw(st.integers(*positions)) // size),
+        blocks=-(-(1300 if positions is None else draw(st.integers(*positions))) // size),
     )
 
 
@@ -125,7 +125,9 @@ class Oracle:
     def propose(self, wanted: Sequence[tuple[Continuation, int]]) -> list[list[int]]:
         guesses = []
         for sequence, count in wanted:
-            params = dataclasses.replace(sequence.params, max_tokens=len(sequence.tokens) + count)
+            params = dataclasses.replace(
+                sequence.params, max_tokens=max(sequence.generated + count, sequence.params.min_tokens)
+            )
             said = expected(sequence.request.prompt, params, self.config, index=sequence.index)
             after = [token for token, _ in said[sequence.generated : sequence.generated + count]]
             wrong = [hash((place, *sequence.tokens)) % 100 >= self.right for place in range(len(after))]

@@ -39,15 +39,17 @@ class Prefixes:
         self._key = key
         self._known: weakref.WeakValueDictionary[bytes, Prefix] = weakref.WeakValueDictionary()
 
+    def known(self, parent: Prefix | None, tokens: Sequence[int]) -> Prefix | None:
+        """The prefix that has one block more than `parent`, while a block or a longer prefix keeps it alive."""
+        found = self._known.get(self._key(b"" if parent is None else parent.key, tokens))
+        return found if found is not None and found.parent is parent and found.tokens == tuple(tokens) else None
+
     def extend(self, parent: Prefix | None, tokens: Sequence[int]) -> Prefix:
         """The prefix that has one block more than `parent`."""
-        tokens = tuple(tokens)
-        key = self._key(b"" if parent is None else parent.key, tokens)
-        known = self._known.get(key)
-        if known is not None and known.parent is parent and known.tokens == tokens:
-            return known
-        found = Prefix(key, parent, tokens)
-        self._known.setdefault(key, found)
+        found = self.known(parent, tokens)
+        if found is None:
+            found = Prefix(self._key(b"" if parent is None else parent.key, tokens), parent, tuple(tokens))
+            self._known.setdefault(found.key, found)
         return found
 
 
@@ -166,8 +168,8 @@ class BlockManager:
         if not self._caching:
             return found, 0
         for start in range(0, len(tokens) - self.block_size, self.block_size):
-            prefix = self.prefixes.extend(found[-1] if found else None, tokens[start : start + self.block_size])
-            if not any(prefix in pool.block_of for pool in self.pools):
+            prefix = self.prefixes.known(found[-1] if found else None, tokens[start : start + self.block_size])
+            if prefix is None:  # else it may have lost its own block, but a window sees only later ones
                 break
             found.append(prefix)
         count = len(found)
@@ -178,6 +180,8 @@ class BlockManager:
     def _hit(self, group: int, prefixes: Sequence[Prefix], most: int) -> int:
         """The longest hit of at most so many blocks: full attention needs all of them, a window those that it sees."""
         held = self.pools[group].block_of
+        if self.layout.windows[group] == 0:
+            return next((number for number in range(most) if prefixes[number] not in held), most)
         for count in range(most, 0, -1):
             if all(prefix in held for prefix in prefixes[self._first_seen(group, count * self.block_size) : count]):
                 return count

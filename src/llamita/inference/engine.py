@@ -109,12 +109,14 @@ class Engine:
         for name, ids in (
             ("the prompt", request.prompt), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)
         ):  # fmt: skip
-            outside = [token_id for token_id in ids if not 0 <= token_id < vocabulary]
+            outside = [one for one in ids if not isinstance(one, int | np.integer) or not 0 <= one < vocabulary]
             if outside:
-                raise ValueError(f"{name} has token id {outside[0]}, but this model's ids are 0 to {vocabulary - 1}")
+                raise ValueError(f"{name} has token id {outside[0]!r}, but this model's ids are 0 to {vocabulary - 1}")
         if self._tokenizer is None and (params.stop or params.is_constrained):
             what = "stop strings need" if params.stop else "structured output needs"
             raise ValueError(f"{what} a tokenizer, and this model has none; leave stop and the grammar empty")
+        if params.is_constrained:
+            self._grammars_of_tokenizer().matcher(params)  # refuses what is broken; what it compiled is kept
 
     def add(self, request: Request) -> None:
         """Queue a request, once checked. Generation that would pass the model's positions ends there, with "length"."""

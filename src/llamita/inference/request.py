@@ -72,8 +72,8 @@ class TokenEvent:
     """One generated token of one continuation, with the text that became certain through it.
 
     `text` may be empty (half a character, the start of a stop string) or reach back further than this token. The last
-    event of a continuation has a `finish_reason`; the texts of all its events together are its output. Where that is
-    "error", there is no token (None) and `error` says what happened.
+    event of a continuation has a `finish_reason`; the texts of all its events together are its output. Without a
+    token (None) end an "error", `error` saying what happened, and a "length" that means the memory.
     """
 
     request_id: int

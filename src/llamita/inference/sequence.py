@@ -35,7 +35,7 @@ class Continuation:
         matcher: Matcher | None = None,
     ) -> None:
         self.id, self.request, self.index, self.params = id, request, index, request.params
-        self.order = (arrival + request.priority, arrival, index)
+        self.order = (arrival + request.priority, request.priority, index)
         """Smaller is served first; fixed, so that none is overtaken for ever."""
         self.limit = limit
         self.tokens = list(request.prompt)
