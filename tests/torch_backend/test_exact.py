@@ -171,14 +171,18 @@ def check_all(runner: TorchRunner) -> None:
             assert ("memory" in way) == (served.engine.scheduler.preemptions > 0), way
 
 
-@pytest.mark.medium
-@pytest.mark.parametrize("name", MODELS)
+OFTEN = ("multi-query", "odd numbers", "window in later layers", "qwen3")
+ALL = [pytest.param(name, marks=pytest.mark.medium if name in OFTEN else pytest.mark.slow) for name in MODELS]
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_logits_are_the_same_bits_however_a_text_came_there(name):
     check_all(TorchRunner(model_of(**MODELS[name]), exact=True))
 
 
-@pytest.mark.medium
-@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize(
+    "threads", [pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.medium)]
+)
 def test_logits_are_the_same_bits_with_several_threads(threads):
     """In a process of its own, which starts with so many; "wide" is split among them."""
     code = (
@@ -191,7 +195,14 @@ def test_logits_are_the_same_bits_with_several_threads(threads):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("name", ["grouped heads", "window in later layers", "qwen3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("grouped heads", marks=pytest.mark.medium),
+        pytest.param("qwen3", marks=pytest.mark.slow),
+        pytest.param("window in later layers", marks=pytest.mark.slow),
+    ],
+)
 def test_fast_logits_are_those_of_the_whole_text(name, dtype):
     """Under teacher forcing: the text an engine wrote, run once more as a whole."""
     runner = TorchRunner(model_of(dtype, **MODELS[name]))

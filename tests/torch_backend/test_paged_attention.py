@@ -113,22 +113,22 @@ def test_single_queries_of_several_sequences_attend_as_by_the_oracle(heads, bloc
         check(mixed_TNH[row : row + 1], sequence.expected())
 
 
-@pytest.mark.parametrize("window", [0, 1, 20, 64, 100])
+@pytest.mark.parametrize("window", [0, 20, 100])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_an_exact_query_is_the_same_bits_however_its_chunk_is_cut(heads, window):
-    """200 positions at once, against chunks of every kind, blocks of several sizes, and memory of others around."""
+    """140 positions at once, against chunks of every kind, blocks of several sizes, and memory of others around."""
     results = []
-    for block_size, cut in ((16, 200), (16, 1), (1, 13), (3, 64), (7, 65), (16, 97)):
-        starts = range(0, 200, cut)
+    for block_size, cut in ((16, 140), (16, 1), (1, 13), (3, 64), (7, 65), (16, 97)):
+        starts = range(0, 140, cut)
         parts = []
-        (whole,), keys, values = lay_out([(0, 200)], heads, block_size, 0, True)
+        (whole,), keys, values = lay_out([(0, 140)], heads, block_size, 0, True)
         for start in starts:
-            length = min(cut, 200 - start)
+            length = min(cut, 140 - start)
             chunk = ScheduledChunk(0, (0,) * length, start)
             exact = ExactAttention(Span.of(chunk, whole.span.blocks, block_size, window))
-            q_TNH = torch.from_numpy(_numbers(heads, 200)[start : start + length])
-            k_SKH, v_SKH = (torch.from_numpy(_numbers(heads, 200, kind)) for kind in (1, 2))
-            slots = (whole.span.blocks[:, None] * block_size + np.arange(block_size)).ravel()[:200]
+            q_TNH = torch.from_numpy(_numbers(heads, 140)[start : start + length])
+            k_SKH, v_SKH = (torch.from_numpy(_numbers(heads, 140, kind)) for kind in (1, 2))
+            slots = (whole.span.blocks[:, None] * block_size + np.arange(block_size)).ravel()[:140]
             keys[slots], values[slots] = k_SKH, v_SKH
             parts.append(exact.attend(q_TNH, keys, values))
         results.append(torch.cat(parts))
