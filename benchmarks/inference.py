@@ -10,10 +10,11 @@ measured in the same passes. On a GPU (`--device cuda`) the crowd is 256 request
 import argparse
 import gc
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,12 +72,17 @@ def main() -> None:
     parser.add_argument("--crowd-passes", type=int, default=2)
     parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)  # a process of its own, for `memory_of`
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    shape = Shape() if arguments.device == "cpu" else Shape(256, 256, 4096, 256, 100, 1024, 0.0)
+    if arguments.memory_of:
+        contestant, directory = arguments.memory_of
+        print(batch_megabytes(contestant, Path(directory), shape, arguments))
+        return
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {where}, {arguments.dtype}")
-    shape = Shape() if arguments.device == "cpu" else Shape(256, 256, 4096, 256, 100, 1024, 0.0)
     for name in arguments.presets:
         with tempfile.TemporaryDirectory() as directory:
             measure(name, Path(directory) / "model", shape, arguments)
@@ -100,11 +106,12 @@ def measure(name: str, directory: Path, shape: Shape, arguments: argparse.Namesp
             speed = model.decode(1, shape.decode_tokens)
             keep.add("decode alone, tokens/s", contestant, speed)
             keep.add("decode alone, share of memory read", contestant, speed * ours.bytes_per_token / bandwidth)
-            with PeakMemory() as peak:
-                speed = model.decode(shape.batch, shape.decode_tokens)
+            speed = model.decode(shape.batch, shape.decode_tokens)
             keep.add(f"decode a batch of {shape.batch}, tokens/s", contestant, speed)
-            keep.add(f"memory for a batch of {shape.batch}, MB above the model", contestant, peak.megabytes)
             keep.add(f"prefill of {shape.prompt}, tokens/s", contestant, model.prefill(shape.prompt))
+    for contestant in ("llamita", "transformers"):
+        what = f"memory for a batch of {shape.batch}, MB above the model"
+        record.add(what, contestant, memory_of(contestant, directory, arguments))
     for _ in range(arguments.crowd_passes):
         prompts, outputs, arrivals = crowd(shape, config.vocab_size)
         speed, gaps = ours.serve(prompts, outputs, arrivals)
@@ -128,6 +135,7 @@ class Ours:
     def __init__(self, runner: TorchRunner) -> None:
         self.runner = runner
         self.bytes_per_token = runner.weight_bytes
+        self.engine = Engine(runner, config=EngineConfig(prefix_caching=False))
 
     def decode(self, batch: int, tokens: int) -> float:
         """Tokens a second of a batch of prompts of 32 tokens, the first token of each not counted."""
@@ -143,11 +151,10 @@ class Ours:
         return count / (time.perf_counter() - started)
 
     def prefill(self, length: int) -> float:
-        engine = Engine(self.runner)
-        engine.add(request(0, tuple((np.arange(length) % 1000).tolist()), 1))
+        self.engine.add(request(0, tuple((np.arange(length) % 1000).tolist()), 1))
         started = time.perf_counter()
-        while engine.has_work:
-            engine.step()
+        while self.engine.has_work:
+            self.engine.step()
         return length / (time.perf_counter() - started)
 
     def serve(
@@ -214,6 +221,23 @@ class Theirs:
         return time.perf_counter() - started
 
 
+def memory_of(contestant: str, directory: Path, arguments: argparse.Namespace) -> float:
+    """`batch_megabytes` of a process of its own, whose allocator keeps nothing of earlier measurements."""
+    words = ["--memory-of", contestant, str(directory), "--dtype", arguments.dtype, "--device", arguments.device]
+    done = subprocess.run([sys.executable, __file__, *words], check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
+
+
+def batch_megabytes(contestant: str, directory: Path, shape: Shape, arguments: argparse.Namespace) -> float:
+    """The most memory that decoding a batch takes above what the loaded model takes."""
+    kind = (arguments.dtype, arguments.device)
+    model = Ours(load_runner(directory, *kind)) if contestant == "llamita" else Theirs(directory, *kind)
+    model.decode(1, 2)
+    with PeakMemory() as peak:
+        model.decode(shape.batch, shape.decode_tokens)
+    return peak.megabytes
+
+
 class PeakMemory:
     """The most memory this process had while the block ran, above what it had at its beginning."""
 
@@ -272,14 +296,12 @@ def show(name: str, record: Record) -> None:
         table.add_column(column, justify="left" if not column else "right")
     for measurement, found in record.values.items():
         for contestant, values in found.items():
-            ratio: Callable[[], str] = lambda m=measurement, c=contestant: (  # noqa: E731
-                f"{statistics.median(record.ratio(m, 'llamita', c)):.2f}" if c != "llamita" else ""
-            )
             digits = 2 if statistics.median(values) < 20 else 0
             spread = f"{min(values):.{digits}f} - {max(values):.{digits}f}"
-            shown = ratio() if "llamita" in found else ""
-            table.add_row(measurement, contestant, f"{statistics.median(values):.{digits}f}", spread, shown)
-            measurement_shown = ""  # noqa: F841
+            ratio = ""
+            if "llamita" in found and contestant != "llamita":
+                ratio = f"{statistics.median(record.ratio(measurement, 'llamita', contestant)):.2f}"
+            table.add_row(measurement, contestant, f"{statistics.median(values):.{digits}f}", spread, ratio)
     Console(width=140).print(table)
 
 

@@ -4,6 +4,8 @@
 what each chunk's queries attend to. Attention needs one verb of it, `attend`. Knows nothing of models or requests.
 """
 
+import math
+import mmap
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -143,5 +145,6 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
     """Zeros whose memory, on a CPU, is taken from the system page by page as it is first written."""
     if torch.device(device).type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    size = int(np.prod(shape)) * dtype.itemsize
-    return torch.from_numpy(np.zeros(max(size, 1), dtype=np.uint8))[:size].view(dtype).view(shape)
+    size = max(math.prod(shape) * dtype.itemsize, 1)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # numpy would ask for huge ones
+    return torch.frombuffer(pages, dtype=dtype, count=math.prod(shape)).view(shape)
