@@ -209,3 +209,23 @@ def test_prompts_share_what_is_being_read_and_play_counts_it() -> None:
     answers = play(engine, requests)
     judge(answers, [request for _, request in requests], engine)
     assert [answers[i, 0].events[-1].statistics.cached_tokens for i in range(4)] == [0, 32, 32, 32]
+
+
+def test_long_prompts_of_a_windowed_model_run_side_by_side() -> None:
+    """Each holds a window and a chunk of blocks, however long it is; two whole prompts would not fit the memory."""
+    config = shape(window=6)
+    engine = Engine(HashRunner(config), config=EngineConfig(block_size=2, blocks=40, prefill_tokens=8))
+    prompts = [tuple((place * step) % 50 for place in range(80)) for step in range(1, 5)]
+    requests = [Request(i, prompt, SamplingParams(seed=i, max_tokens=12)) for i, prompt in enumerate(prompts)]
+    for request in requests:
+        engine.add(request)
+    answers: Answers = {}
+    together = 0
+    while engine.has_work:
+        for event in engine.step():
+            answers.setdefault((event.request_id, event.index), Answer()).take(event)
+        check_invariants(engine)
+        together = max(together, len(engine.scheduler.running))
+    judge(answers, requests, engine)
+    assert together >= 2
+    assert engine.scheduler.preemptions == 0

@@ -211,6 +211,18 @@ class BlockManager:
             for pool, table in zip(self.pools, tables, strict=True)
         )
 
+    def blocks_to_read(self, tables: Tables, end: int, chunk: int) -> int:
+        """How many blocks more a sequence holds at most while it is read up to `end` in chunks, in the group that needs
+        most: a window gives back what it leaves."""
+        within = [
+            -(-(min(end, window + chunk) if window else end) // self.block_size) + (window > 0)
+            for window in self.layout.windows
+        ]
+        return max(
+            max(0, min(-(-end // self.block_size) - table.length, most))
+            for most, table in zip(within, tables, strict=True)
+        )
+
     def room(self, tables: Tables, computed: int) -> int:
         """For how many positions from `computed` on `grow` would find memory."""
         blocks = min(

@@ -141,7 +141,7 @@ class Scheduler:
             return False
         prefixes, shared = ([], 0) if sequence.params.prompt_logprobs else self.manager.find(sequence.tokens)
         tables = self.manager.open(prefixes)
-        needed = self.manager.blocks_to_grow(tables, shared * self.manager.block_size, len(sequence.tokens))
+        needed = self.manager.blocks_to_read(tables, len(sequence.tokens), self.limits.prefill_tokens)
         if self.running and needed + len(self.running) > self.manager.available:
             self.manager.close(tables)
             return False
