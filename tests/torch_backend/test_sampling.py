@@ -461,6 +461,14 @@ def test_penalties_are_right_whatever_became_of_the_sequences(data: st.DataObjec
             assert got.token_id == wanted, (each.history, each.prompt_length)
 
 
+def test_a_prompt_may_have_become_longer_or_shorter_under_the_same_history() -> None:
+    """As where a number is given to another request that takes up the first one's text."""
+    sampler, params = Sampler(2), SamplingParams(temperature=0, presence_penalty=1.0)
+    for prompt_length, wanted in ((2, 0), (1, 1), (2, 0)):
+        (token,) = sampler.sample(torch.tensor([[1.0, 0.5]]), [spec(params, (0, 0), prompt_length)], [3])
+        assert token.token_id == wanted
+
+
 def test_what_a_long_history_costs_is_its_new_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler, history = Sampler(50), list(np.random.default_rng(3).integers(0, 50, 3000).tolist())
     moved: list[int] = []
