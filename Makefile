@@ -23,7 +23,7 @@ help:
 	@echo "make test         the whole test suite, without the slow tests and those that need a GPU"
 	@echo "make test-slow    the slow tests"
 	@echo "make test-gpu     the tests that need a CUDA device"
-	@echo "make benchmarks   measure again what the documentation reports"
+	@echo "make benchmarks   measure again what the documentation reports, but for what needs a trained model"
 	@echo "make clean        remove .venv, build products and caches; runs/ is kept"
 	@echo ""
 	@echo "PYTHON=python3.12 chooses the interpreter of .venv. On Linux without a GPU,"
@@ -47,7 +47,8 @@ check: $(VENV)/installed-dev
 	scripts/check
 
 benchmarks: $(VENV)/installed-dev
-	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(VENV)/bin/python "$$file" || exit 1; done
+	@for name in training inference quantized load prepare soak; do \
+		echo "== $$name"; $(VENV)/bin/python "benchmarks/$$name.py" || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
