@@ -169,9 +169,11 @@ def test_parameters_are_set_in_their_types() -> None:
     assert changed(params, "seed null").seed is None
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_in_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(model: Path) -> None:
-    command = [sys.executable, "-m", "llamita.cli.main", "chat", str(model), "--ignore-eos", "--max-tokens", "480"]
+    # No chance draw ends the answer before the signal comes.
+    lengths = ["--ignore-eos", "--min-tokens", "480", "--max-tokens", "480"]
+    command = [sys.executable, "-m", "llamita.cli.main", "chat", str(model), *lengths]
     parent, child = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -200,6 +202,8 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(model: Path) ->
         wait_for(rb"tokens.*(stopped|cut off).*> ")
         os.write(parent, b"\x03")
         wait_for(rb"/quit leaves.*> ", again=b"\x03")
+        os.write(parent, b"/params min_tokens 0\n")
+        wait_for(rb"min_tokens 0.*> ")
         os.write(parent, b"/params max_tokens 3\n")
         wait_for(rb"max_tokens 3.*> ")
         os.write(parent, b"Again\n")
