@@ -157,11 +157,6 @@ class BlockManager:
         """Blocks that can be had in every group."""
         return min(len(pool.free) for pool in self.pools)
 
-    @property
-    def used(self) -> int:
-        """Blocks held, in the fullest group."""
-        return self.layout.blocks - self.available
-
     def find(self, tokens: Sequence[int]) -> tuple[list[Prefix], int]:
         """The cached prefixes of a text, and how many blocks of it can be shared, its last token never among them."""
         found: list[Prefix] = []

@@ -5,7 +5,7 @@ Sits between the Python face (llm.py, batch.py) and the shared engine; knows req
 
 import queue
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -23,17 +23,15 @@ WINDOW = 512
 def follow(shared: SharedEngine, request: Request) -> Iterator[TokenEvent]:
     """The events of a request, of all its continuations, as they come; closing the iterator ends the request."""
     outcomes: deque[Outcome] = deque()
+
+    def take() -> Outcome:
+        while not outcomes:
+            shared.advance(lambda: bool(outcomes))
+        return outcomes.popleft()
+
     try:
         shared.submit(request, outcomes.extend)
-        remaining = request.params.n
-        while remaining:
-            while not outcomes:
-                shared.advance(lambda: bool(outcomes))
-            outcome = outcomes.popleft()
-            if isinstance(outcome, Exception):
-                raise outcome
-            remaining -= outcome.finish_reason is not None
-            yield outcome
+        yield from _until_ended(take, request.params.n)
     finally:
         shared.abort(request.id)
 
@@ -48,15 +46,19 @@ def follow_in_background(shared: SharedEngine, request: Request) -> Iterator[Tok
 
     try:
         shared.submit(request, sink, background=True)
-        remaining = request.params.n
-        while remaining:
-            outcome = outcomes.get()
-            if isinstance(outcome, Exception):
-                raise outcome
-            remaining -= outcome.finish_reason is not None
-            yield outcome
+        yield from _until_ended(outcomes.get, request.params.n)
     finally:
         shared.abort(request.id)
+
+
+def _until_ended(take: Callable[[], Outcome], continuations: int) -> Iterator[TokenEvent]:
+    """The events that `take` gives until so many continuations have ended; what it gives as an exception is raised."""
+    while continuations:
+        outcome = take()
+        if isinstance(outcome, Exception):
+            raise outcome
+        continuations -= outcome.finish_reason is not None
+        yield outcome
 
 
 def as_finished(shared: SharedEngine, requests: Iterable[Request]) -> Iterator[tuple[int, Generation]]:
