@@ -415,10 +415,15 @@ def test_a_dead_worker_is_an_error(tmp_path, tokenizer_dir, monkeypatch, when):
     endless = (meadow.story(0, number) for number in count())
     monkeypatch.setattr("llamita.data.sources.documents", lambda source: endless)
 
+    killed = []
+
     def kill_one(progress: object = None) -> None:
-        while not (workers := multiprocessing.active_children()):
+        """Kill a worker, once: groups that were encoded before its death still report progress."""
+        while not killed and not (workers := multiprocessing.active_children()):
             time.sleep(0.01)
-        os.kill(workers[0].pid, signal.SIGKILL)
+        if not killed:
+            killed.append(workers[0].pid)
+            os.kill(workers[0].pid, signal.SIGKILL)
 
     if when == "starting":
         threading.Thread(target=kill_one).start()
