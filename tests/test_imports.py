@@ -16,7 +16,7 @@ ORDER = (
     ("presets",),
     ("architecture",),
     ("checkpoint",),
-    ("plan",),
+    ("plan", "objective"),
     ("text",),
     ("data",),
     ("torch_backend", "mlx_backend"),

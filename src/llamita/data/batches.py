@@ -6,8 +6,8 @@ resuming needs only the number of the step. This file knows nothing about what i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,18 +24,29 @@ class Batch:
 
     tokens_BT: int32. labels_BT: int32, NOT_SCORED (-100) where nothing is scored. segments_BT: int32 of the inputs, or
     None where every row is one causal sequence (padding, if any, behind it); 0 is padding. row_ids: int64 [B], the
-    rows' numbers.
+    rows' numbers. extras: what an objective needs besides, arrays of B rows each (see llamita/objective.py).
+    row_is_target: the loss is a mean over rows, not over scored positions.
     """
 
     tokens_BT: np.ndarray
     labels_BT: np.ndarray
     segments_BT: np.ndarray | None
     row_ids: np.ndarray
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict)
+    row_is_target: bool = False
 
     @property
     def num_targets(self) -> int:
-        """Scored positions."""
-        return int((self.labels_BT != NOT_SCORED).sum())
+        """What the loss is a mean over: scored positions, or rows."""
+        return len(self.row_ids) if self.row_is_target else int((self.labels_BT != NOT_SCORED).sum())
+
+    def rows(self, part: slice) -> Batch:
+        """Some of the rows."""
+        segments_BT = None if self.segments_BT is None else self.segments_BT[part]
+        extras = {name: array[part] for name, array in self.extras.items()}
+        return Batch(
+            self.tokens_BT[part], self.labels_BT[part], segments_BT, self.row_ids[part], extras, self.row_is_target
+        )
 
 
 class BatchIterator:

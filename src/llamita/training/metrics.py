@@ -29,8 +29,7 @@ class MetricsFile:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one line; numbers that are not finite, which JSON lacks, become null."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
@@ -39,6 +38,13 @@ class MetricsFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    """The same without the numbers that JSON lacks."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -198,7 +198,7 @@ def read_manifest(path: Path | str) -> dict[str, Any]:
 
 def compare(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise ValueError naming every key in which two identities differ."""
-    before, now = flatten(saved), flatten(given)
+    before, now = flatten(saved), flatten(json.loads(json.dumps(given)))
     faults = [
         f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,13 @@ class Trainer:
         tokenizer_directory: Path | None = None,
         on_evaluation: OnEvaluation | None = None,
         floor: float | None = None,
+        best_measure: str | None = None,
         display: Display | None = None,
     ) -> None:
-        """`floor` is the lowest loss that the data allows, in nats per character; it is drawn into the plot."""
+        """`floor` is the lowest loss that the data allows, in nats per character; it is drawn into the plot.
+
+        The best checkpoint is that of the lowest loss, or of the highest `best_measure` where one is named.
+        """
         self.config = config.resolved()
         self.model = model
         self.step = step
@@ -54,6 +58,7 @@ class Trainer:
         self.tokenizer_directory = tokenizer_directory
         self.on_evaluation = on_evaluation
         self.floor = floor
+        self.best_measure = best_measure
         self._display = display
         self._rates = self.config.learning_rates()
         self._done = 0
@@ -127,6 +132,7 @@ class Trainer:
             "learning_rate": rate,
             "grad_norm": result.grad_norm,
             "targets": result.targets,
+            **result.measures,
             "tokens_per_second": round(speed, 1),
             "utilization": round(flops / self._peak, 4),
             "memory_bytes": self.step.memory_bytes(),
@@ -164,8 +170,9 @@ class Trainer:
         self._checkpoint_step = -1  # one that was written before, on an interruption, lacks this evaluation
         if totals.targets == 0:
             return
-        best = math.isfinite(totals.loss) and (self._best is None or totals.loss < self._best.loss)
-        self._evaluation = Evaluation(step=self._done, best=best, **asdict(totals))
+        evaluation = Evaluation(step=self._done, best=False, **asdict(totals))
+        best = math.isfinite(totals.loss) and (self._best is None or self._rank(evaluation) > self._rank(self._best))
+        self._evaluation = replace(evaluation, best=best)
         if best:
             self._best = self._evaluation
         record = {"kind": "evaluation", **asdict(self._evaluation)}
@@ -177,6 +184,11 @@ class Trainer:
             self.display.message(text)
         if time.monotonic() - self._plotted > PLOT_SECONDS:
             self._plot()
+
+    def _rank(self, evaluation: Evaluation) -> tuple[float, ...]:
+        """What makes one checkpoint better than another; the loss decides where a measure is equal."""
+        measured = () if self.best_measure is None else (evaluation.measures[self.best_measure],)
+        return (*measured, -evaluation.loss)
 
     def _record(self, record: dict[str, Any]) -> None:
         self._metrics.append(record)
@@ -238,16 +250,7 @@ class Trainer:
 
 def split(batch: Batch, size: int) -> list[Batch]:
     """Consecutive groups of at most `size` rows."""
-    parts = [slice(start, start + size) for start in range(0, len(batch.row_ids), size)]
-    return [
-        Batch(
-            batch.tokens_BT[part],
-            batch.labels_BT[part],
-            None if batch.segments_BT is None else batch.segments_BT[part],
-            batch.row_ids[part],
-        )
-        for part in parts
-    ]
+    return [batch.rows(slice(start, start + size)) for start in range(0, len(batch.row_ids), size)]
 
 
 @contextmanager
