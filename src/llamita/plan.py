@@ -182,12 +182,14 @@ class Plan:
 class SampledToken:
     """A token and its natural log-probability under the model itself, before temperature, penalty and truncation.
 
-    `top` are the most probable tokens with theirs, as many as were asked for, the likeliest first.
+    `top` are the most probable tokens with theirs, as many as were asked for, the likeliest first. Where no token could
+    be picked, `error` says why in a line, and the rest means nothing.
     """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    error: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Deliberately knows no tensor and no framework: the runner is passed in, and so i
 
 import secrets
 import time
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -196,10 +197,16 @@ class Engine:
         """What the runner is to run: known tokens, guesses, and what may come after them."""
         drafts: dict[int, list[int]] = {}
         if self._drafter is not None:
-            self._drafter.prepare(copies, [one.sequence.chunk(one.count) for one in scheduled if not one.is_decoding])
             wanted = [(one.sequence, one.drafts) for one in scheduled if one.drafts]
-            proposed = self._drafter.propose(wanted) if wanted else []
-            drafts = {sequence.id: tokens for (sequence, _), tokens in zip(wanted, proposed, strict=True)}
+            try:
+                reading = [one.sequence.chunk(one.count) for one in scheduled if not one.is_decoding]
+                self._drafter.prepare(copies, reading)
+                proposed = self._drafter.propose(wanted) if wanted else []
+                drafts = {sequence.id: tokens for (sequence, _), tokens in zip(wanted, proposed, strict=True)}
+            except Exception as error:  # guesses are for speed alone
+                self._drafter = None
+                self.scheduler.draft_tokens = 0
+                warnings.warn(f"guessing ahead failed and is switched off: {_line(error)}", stacklevel=2)
         return [
             one.sequence.chunk(one.count, drafts.get(one.sequence.id, ()), allowed.get(one.sequence.id))
             for one in scheduled
@@ -236,8 +243,10 @@ class Engine:
             self._advance(sequence)
 
     def _take_one(self, sequence: Continuation, token: SampledToken) -> TokenEvent:
-        """Take in a token; where its grammar can be followed no further, the continuation ends, and it alone."""
+        """Take in a token; where there is none, or its grammar can be followed no further, the continuation ends."""
         try:
+            if token.error:
+                raise ValueError(token.error)
             event = sequence.take(token)
         except Exception as error:
             event = sequence.end("error", _line(error))
