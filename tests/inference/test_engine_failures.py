@@ -122,3 +122,13 @@ def test_a_drafter_that_fails_is_switched_off_and_no_token_is_lost(fails_at: int
         answers = serve(engine, [Request(i, PROMPT, params) for i in range(2)])
     assert [answers[i, 0].said for i in range(2)] == [expected(PROMPT, params, shape())] * 2
     check_invariants(engine)
+
+
+def test_an_id_is_given_to_one_request_at_a_time() -> None:
+    engine = Engine(HashRunner())
+    request = Request(3, PROMPT, SamplingParams(max_tokens=2))
+    engine.add(request)
+    with pytest.raises(ValueError, match="a request with the id 3 is being served"):
+        engine.add(request)
+    serve(engine)
+    assert serve(engine, [request])[3, 0].reason == "length"

@@ -77,6 +77,7 @@ class Engine:
         self.config = config or EngineConfig()
         self._runner, self._tokenizer, self._drafter = runner, tokenizer, drafter
         self._eos = frozenset(runner.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
+        self._windows = [runner.config.window(layer) for layer in range(runner.config.num_hidden_layers)]
         layout = cache_layout(runner, self.config)
         self._memory = runner.allocate(layout)
         if drafter is not None:
@@ -121,6 +122,8 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request, once checked. Generation that would pass the model's positions ends there, with "length"."""
+        if self.scheduler.select(request.id):
+            raise ValueError(f"a request with the id {request.id} is being served; give this one another")
         self.check(request)
         params = request.params
         grammars = self._grammars_of_tokenizer() if params.is_constrained else None
@@ -269,7 +272,8 @@ class Engine:
             statistics.prefill_seconds += seconds
             return
         statistics.decode_seconds += seconds
-        statistics.decode_bytes += self._runner.weight_bytes + self._runner.kv_bytes_per_token * chunk.end
+        held = sum(min(chunk.end, window or chunk.end) for window in self._windows) / len(self._windows)
+        statistics.decode_bytes += self._runner.weight_bytes + round(self._runner.kv_bytes_per_token * held)
 
     def _grammars_of_tokenizer(self) -> Grammars:
         if self._grammars is None:
