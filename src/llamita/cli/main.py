@@ -44,6 +44,7 @@ VERBS: Mapping[str, Verb] = {
     "tokenizer train": Verb("llamita.cli.tokenizer", "train", "Train a tokenizer on text files."),
     "prepare": Verb("llamita.cli.prepare", "run", "Turn text into the token files that training reads."),
     "data show": Verb("llamita.cli.data", "show", "Look at prepared data as a model will see it."),
+    "data meadow-tasks": Verb("llamita.cli.data", "meadow_tasks", "Write questions, preferences or labels to tune on."),
     "train": Verb("llamita.cli.train", "run", "Train a model from nothing, or carry on an interrupted run."),
     "generate": Verb("llamita.cli.generate", "run", "Continue a prompt with a trained model."),
     "chat": Verb("llamita.cli.chat", "run", "Talk with a trained model in the terminal."),
