@@ -46,6 +46,7 @@ VERBS: Mapping[str, Verb] = {
     "data show": Verb("llamita.cli.data", "show", "Look at prepared data as a model will see it."),
     "data meadow-tasks": Verb("llamita.cli.data", "meadow_tasks", "Write questions, preferences or labels to tune on."),
     "train": Verb("llamita.cli.train", "run", "Train a model from nothing, or carry on an interrupted run."),
+    "sft": Verb("llamita.cli.sft", "run", "Tune a trained model on conversations."),
     "generate": Verb("llamita.cli.generate", "run", "Continue a prompt with a trained model."),
     "chat": Verb("llamita.cli.chat", "run", "Talk with a trained model in the terminal."),
     "evaluate": Verb("llamita.cli.evaluate", "run", "Measure a model's loss over prepared text."),

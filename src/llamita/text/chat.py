@@ -23,26 +23,8 @@ from llamita.text.chat_messages import (
     without_marks,
 )
 from llamita.text.chat_sandbox import TemplateError, compile_template
+from llamita.text.chat_templates import BUILT_IN
 from llamita.text.tokenizer import ROLES, Tokenizer
-
-BUILT_IN = {
-    "chatml": (
-        "{{ bos_token }}{% for message in messages %}"
-        "{{ '<|im_start|>' ~ message.role ~ '\n' ~ message.content ~ '<|im_end|>\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-    "r0": (
-        "{{ bos_token }}{% for message in messages %}"
-        "{{ '<r0>' ~ message.role ~ '<r1>' ~ message.content ~ '<r2>' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<r0>assistant<r1>' }}{% endif %}"
-    ),
-    "plain": (
-        "{{ bos_token }}{% for message in messages %}"
-        "{{ message.role | capitalize ~ ': ' ~ message.content ~ '\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-    ),
-}
-"""Templates for models without one. `chatml` and `r0` are meant for vocabularies in which their marks are tokens."""
 
 LOOP_OVER_CONTENT = re.compile(r"\{%-?\s*for\s+\w+\s+in\s+[^%]*\bcontent\b")
 
