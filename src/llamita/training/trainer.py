@@ -9,7 +9,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -42,11 +42,14 @@ class Trainer:
         *,
         tokenizer_directory: Path | None = None,
         on_evaluation: OnEvaluation | None = None,
+        measure: Callable[[], Mapping[str, float]] | None = None,
         floor: float | None = None,
         best_measure: str | None = None,
         display: Display | None = None,
     ) -> None:
-        """`floor` is the lowest loss that the data allows, in nats per character; it is drawn into the plot.
+        """`measure` gives what else an evaluation is to hold, of the weights as they are: scores of what they write.
+
+        `floor` is the lowest loss that the data allows, in nats per character; it is drawn into the plot.
 
         The best checkpoint is that of the lowest loss, or of the highest `best_measure` where one is named.
         """
@@ -57,6 +60,7 @@ class Trainer:
         self.run_directory = run
         self.tokenizer_directory = tokenizer_directory
         self.on_evaluation = on_evaluation
+        self.measure = measure
         self.floor = floor
         self.best_measure = best_measure
         self._display = display
@@ -170,6 +174,8 @@ class Trainer:
         self._checkpoint_step = -1  # one that was written before, on an interruption, lacks this evaluation
         if totals.targets == 0:
             return
+        if self.measure is not None:
+            totals = replace(totals, measures={**totals.measures, **self.measure()})
         evaluation = Evaluation(step=self._done, best=False, **asdict(totals))
         best = math.isfinite(totals.loss) and (self._best is None or self._rank(evaluation) > self._rank(self._best))
         self._evaluation = replace(evaluation, best=best)
