@@ -1,8 +1,8 @@
 """Under which circumstances a run was made: code, environment, command, when it began and how it ended.
 
 A run is made in one session or in several, for it may be interrupted and resumed; run.json has an entry for each under
-`sessions`. None of this decides the result, so nothing here is compared when a run is resumed. Looks packages up without
-importing them; knows nothing of what is trained.
+`sessions`. None of this decides the result, so nothing here is compared when a run is resumed. Packages are looked up
+without being imported; what is trained is not known here.
 """
 
 import importlib.metadata
