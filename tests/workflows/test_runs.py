@@ -102,9 +102,10 @@ def test_the_verbs(made, tmp_path, capsys):
     (root / "broken").mkdir()
     (root / "broken/run.json").write_text("{")
     assert main(["runs", "list", str(root)]) == 0
-    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert rows.keys() == {"run", "broken", "first", "group/second", "old", "note:"}
-    assert "run.json is not valid JSON" in rows["note:"]
+    shown, _, note = capsys.readouterr().out.partition("note: ")
+    rows = {line.split()[0]: line for line in shown.splitlines()}
+    assert rows.keys() == {"run", "broken", "first", "group/second", "old"}
+    assert "run.json is not valid JSON" in note
     assert "unreadable" in rows["broken"]
     assert "12/12" in rows["first"]
     assert rows["first"].rstrip().endswith("finished")

@@ -50,6 +50,7 @@ VERBS: Mapping[str, Verb] = {
     "runs list": Verb("llamita.cli.runs", "list_runs", "List the training runs under a directory."),
     "runs show": Verb("llamita.cli.runs", "show", "Show all that is known of a run."),
     "runs diff": Verb("llamita.cli.runs", "diff", "List what two runs differ in."),
+    "report": Verb("llamita.cli.report", "run", "Write a run as one HTML page."),
     "evaluate": Verb("llamita.cli.evaluate", "run", "Measure a model's loss over prepared text."),
     "convert": Verb("llamita.cli.convert", "run", "Bring other people's models here, and ours to them."),
     "quantize": Verb("llamita.cli.quantize", "run", "Write a model with its matrices in int8 or int4."),

@@ -1,7 +1,7 @@
 """What evaluations of a run's checkpoints found, as files in the run: RUN/evaluations/NAME.json.
 
-    {"name": "perplexity", "metrics": {"perplexity": 1.37, ...}, "command": "llamita evaluate ...", "time": 1767225600.0,
-     "model": "checkpoints/step-00004000", "pictures": ["confusion.png"]}
+    {"name": "perplexity", "metrics": {"perplexity": 1.37, ...}, "command": "llamita evaluate ...",
+     "time": 1767225600.0, "model": "checkpoints/step-00004000", "pictures": ["confusion.png"]}
 
 `metrics` are numbers by name; `NAME_stderr` is the standard error of NAME, and objects in it group names. `time` is in
 seconds since 1970, `model` lies in the run, `pictures` are files beside the record. Whoever evaluates writes one,

@@ -1,7 +1,7 @@
 """Runs as they lie on disk: found under a directory, read, summed up, held against one another.
 
-Reads run.json, metrics.jsonl and evaluations/; writes nothing, and takes no lock for longer than a moment. Runs of older
-versions, which lack some of it, open as well. How any of it is shown is not known here.
+Reads run.json, metrics.jsonl and evaluations/; writes nothing, and takes no lock for longer than a moment. Runs of
+older versions, which lack some of it, open as well. How any of it is shown is not known here.
 """
 
 import dataclasses
