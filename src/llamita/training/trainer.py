@@ -18,12 +18,14 @@ from typing import Any
 from llamita import architecture
 from llamita.config import ModelConfig
 from llamita.data.batches import Batch
+from llamita.text.tokenizer import Tokenizer
 from llamita.training import metrics
 from llamita.training.config import TrainingConfig
 from llamita.training.display import Display, make_display
 from llamita.training.evaluation import evaluate
 from llamita.training.interfaces import Evaluation, Examples, OnEvaluation, StepMetrics, TrainingResult, TrainStep
 from llamita.training.loggers import Logger, make_loggers
+from llamita.training.record import INTERRUPTED, ended
 from llamita.training.run_directory import BEST, Checkpoint, RunDirectory
 
 PLOT_SECONDS = 30.0  # between two drawings of the loss while training
@@ -99,6 +101,7 @@ class Trainer:
             self._metrics.close()
             for logger in self._loggers:
                 logger.close()
+        self.run_directory.update_session({"last_step": self._done} | (ended(INTERRUPTED) if stopped else {}))
         path = self.run_directory.checkpoint_path(self._done) if self._done else None
         return TrainingResult(self._done, loss, self._evaluation, self._best, path, stopped)
 
@@ -235,7 +238,10 @@ class Trainer:
                 f"{key} was {before.get(key)!r} and is now {conditions[key]!r}: the run goes on, but its weights "
                 "may differ in the last bits from those of a run under the same conditions"
             )
-        run.update_manifest({"conditions": conditions})
+        tokenizer = self.tokenizer_directory and Tokenizer.load(self.tokenizer_directory).hash
+        known = {"floor": self.floor, "best_measure": self.best_measure, "tokenizer": tokenizer}
+        run.update_manifest({"conditions": conditions} | {key: value for key, value in known.items() if value})
+        run.update_session({"first_step": step})
         records = metrics.rewind(run.file("metrics.jsonl"), step)
         metrics.rewind_samples(run.file("samples.txt"), step)
         for record in records:
