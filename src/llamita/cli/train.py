@@ -17,10 +17,12 @@ def run(config: PretrainConfig) -> int:
 
     Ctrl-C finishes the update, saves and ends; a second Ctrl-C ends at once.
     """
-    from llamita.torch_backend.train_step import build_train_step
-    from llamita.workflows.pretrain import pretrain
+    from llamita.backends import load_backend
+    from llamita.workflows.pretrain import pretrain, taken_over
 
-    result = pretrain(config, build_train_step)
+    config = taken_over(config)
+    backend = load_backend(config.backend, device=config.device, threads=config.threads)
+    result = pretrain(config, backend.build_train_step)
     if result.interrupted:
         print(f"stopped after {result.step} updates" + (f" and saved {result.checkpoint}" if result.checkpoint else ""))
         print(f"go on with: llamita train --output {config.output} --resume")

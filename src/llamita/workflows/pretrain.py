@@ -89,8 +89,7 @@ def pretrain(
     `floor` is the least possible loss in nats per character, for the plot. `on_evaluation` is called after each
     evaluation, after the sample was written. ValueError or OSError, in one line, for options that cannot be met.
     """
-    if config.resume:
-        config = take_over(config, run_directory.read_manifest(config.output)["arguments"])
+    config = taken_over(config)
     run_directory.check(config.output, config.resume)
     loggers.require(config.log)
     if config.data is None:
@@ -148,6 +147,13 @@ def pretrain(
             display=display,
         )
         return trainer.run()
+
+
+def taken_over(config: PretrainConfig) -> PretrainConfig:
+    """`config`, or where it goes on with a run, that run's options in the place of those that were left out."""
+    if not config.resume:
+        return config
+    return take_over(config, run_directory.read_manifest(config.output)["arguments"])
 
 
 def model_config(config: PretrainConfig, tokenizer: Tokenizer) -> ModelConfig:
