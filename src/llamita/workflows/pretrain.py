@@ -38,6 +38,8 @@ DEFAULT_SEQUENCE_LENGTH = 256
 class PretrainConfig(TrainingConfig):
     """What `llamita train` takes."""
 
+    recipe: str = ""
+    """Take every option that is not given from a recipe; llamita recipe lists them."""
     data: Path | None = None
     """Prepared data (llamita prepare). Needed, but when resuming."""
     preset: str = "tiny"
