@@ -8,10 +8,12 @@ tensor, a tokenizer, or why a token was scheduled.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+BackendName = Literal["auto", "torch", "mlx"]
+"""The backends there are; which one "auto" stands for, `backends.choose` says."""
 MAX_SEED = 2**64 - 1
 MAX_CONTINUATIONS = 128
 MAX_TOP_LOGPROBS = 100

@@ -16,10 +16,13 @@ def run(config: SftConfig) -> int:
 
     Ctrl-C finishes the update, saves and ends; a second Ctrl-C ends at once.
     """
-    from llamita.torch_backend.train_step import build_train_step
+    from llamita.backends import load_backend
+    from llamita.workflows.finetune import resumed
     from llamita.workflows.sft import sft
 
-    result = sft(config, build_train_step)
+    config = resumed(config)
+    backend = load_backend(config.backend, device=config.device, threads=config.threads)
+    result = sft(config, backend.build_train_step)
     if result.interrupted:
         print(f"stopped after {result.step} updates" + (f" and saved {result.checkpoint}" if result.checkpoint else ""))
         print(f"go on with: llamita sft --output {config.output} --resume")
