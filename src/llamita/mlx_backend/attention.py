@@ -8,13 +8,28 @@ import math
 import mlx.core as mx
 
 
+class Dropout:
+    """Zeroes each number with this probability, divides the others by 1 - probability (Srivastava et al. 2014).
+
+    What is drawn is a function of the key and of how often it was called before; no generator is shared with others.
+    """
+
+    def __init__(self, probability: float, key: mx.array) -> None:
+        self.probability, self._key = probability, key
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self._key, key = mx.random.split(self._key)
+        kept = mx.random.bernoulli(1 - self.probability, x.shape, key)
+        return mx.where(kept, x * (1 / (1 - self.probability)), mx.zeros((), x.dtype))
+
+
 def attention(
     query: mx.array,
     key: mx.array,
     value: mx.array,
     mask: mx.array | None = None,
     causal: bool = False,
-    dropout: float = 0.0,
+    dropout: Dropout | None = None,
 ) -> mx.array:
     """softmax(Q K^T / sqrt(H)) V (Vaswani et al. 2017), each group of query heads sharing a key/value head.
 
@@ -34,7 +49,7 @@ def attention(
         scores = mx.where(mask, scores, -math.inf)
     weights = softmax(scores).astype(value.dtype)
     if dropout:
-        weights = drop(weights, dropout)
+        weights = dropout(weights)
     mixed = weights.reshape(*leading, K, N // K, T, S) @ mx.expand_dims(value, -3)
     return mixed.reshape(*leading, N, T, H)
 
@@ -45,7 +60,7 @@ def attention_fused(
     value: mx.array,
     mask: mx.array | None = None,
     causal: bool = False,
-    dropout: float = 0.0,
+    dropout: Dropout | None = None,
 ) -> mx.array:
     """`attention` by MLX's kernel, which takes one mask and has no dropout; with dropout, the plain form."""
     if dropout:
@@ -70,15 +85,6 @@ def softmax(x: mx.array) -> mx.array:
     """Exponentials that sum to one over the last dimension; the maximum is subtracted first so that none overflows."""
     exponentials = mx.exp(x - mx.max(x, axis=-1, keepdims=True))
     return exponentials / mx.sum(exponentials, axis=-1, keepdims=True)
-
-
-def drop(x: mx.array, probability: float) -> mx.array:
-    """Dropout: zero each number with this probability, divide the others by 1 - probability (Srivastava et al. 2014).
-
-    Draws from MLX's generator, which a training step seeds.
-    """
-    kept = mx.random.bernoulli(1 - probability, x.shape)
-    return mx.where(kept, x * (1 / (1 - probability)), mx.zeros((), x.dtype))
 
 
 def causal_mask(T: int, S: int) -> mx.array:

@@ -86,6 +86,7 @@ class Context:
     causal: bool = True
     window_mask: mx.array | None = None
     cache: Cache | None = None
+    dropout: masks.Dropout | None = None
 
 
 class Attention(nn.Module):
@@ -99,7 +100,6 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.H, config, operations) if config.query_key_norm else None
         self.k_norm = RMSNorm(self.H, config, operations) if config.query_key_norm else None
         self.windowed = config.window(layer) > 0
-        self.dropout = config.dropout
         self.attend, self.rotate = operations.attention, operations.rotate
 
     def __call__(self, x_BTD: mx.array, context: Context) -> mx.array:
@@ -117,11 +117,10 @@ class Attention(nn.Module):
         q_BNTH = rotated_BTGH[..., :N, :].swapaxes(1, 2)
         k_BKTH = rotated_BTGH[..., N:, :].swapaxes(1, 2)
         v_BKTH = heads_BTGH[..., N + K :, :].swapaxes(1, 2)
-        dropout = self.dropout if self.training else 0.0
         mask, causal = context.mask, context.causal
         if self.windowed and context.window_mask is not None:
             mask, causal = context.window_mask, False
-        mixed_BNTH = self.attend(q_BNTH, k_BKTH, v_BKTH, mask, causal, dropout)
+        mixed_BNTH = self.attend(q_BNTH, k_BKTH, v_BKTH, mask, causal, context.dropout)
         return self.o_proj(mixed_BNTH.swapaxes(1, 2).flatten(-2))
 
 
@@ -144,14 +143,11 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer, operations)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config, operations)
         self.mlp = FeedForward(config, operations)
-        self.dropout = config.dropout
 
     def __call__(self, x_BTD: mx.array, context: Context) -> mx.array:
-        x_BTD = x_BTD + self.drop(self.self_attn(self.input_layernorm(x_BTD), context))
-        return x_BTD + self.drop(self.mlp(self.post_attention_layernorm(x_BTD)))
-
-    def drop(self, x_BTD: mx.array) -> mx.array:
-        return masks.drop(x_BTD, self.dropout) if self.dropout and self.training else x_BTD
+        drop = context.dropout or (lambda x: x)
+        x_BTD = x_BTD + drop(self.self_attn(self.input_layernorm(x_BTD), context))
+        return x_BTD + drop(self.mlp(self.post_attention_layernorm(x_BTD)))
 
 
 class Body(nn.Module):
@@ -221,17 +217,18 @@ class Llama(nn.Module):
         segments_BT: mx.array | None = None,
         cache: Cache | None = None,
         trace: Trace | None = None,
+        dropout: masks.Dropout | None = None,
     ) -> mx.array:
-        """The hidden states of `__call__`, without the product with the output head."""
+        """The hidden states of `__call__`, without the product with the output head; with `dropout`, for training."""
         if cache is None:
-            context = self.context(tokens_BT, positions_BT, segments_BT)
+            context = self.context(tokens_BT, positions_BT, segments_BT, dropout)
         else:
             assert positions_BT is None, "the cache knows the positions"
             assert segments_BT is None, "the cache keeps sequences apart"
             context = Context(mx.array(self._frequencies), self.rope_scale, cache.positions_1T, cache=cache)
         x_BTD = self.model.embed_tokens(tokens_BT)
-        if self.config.dropout and self.training:
-            x_BTD = masks.drop(x_BTD, self.config.dropout)
+        if dropout:
+            x_BTD = dropout(x_BTD)
         if trace:
             trace("embedding", x_BTD)
         for i, block in enumerate(self.model.layers):
@@ -243,7 +240,13 @@ class Llama(nn.Module):
             trace("norm", x_BTD)
         return x_BTD
 
-    def context(self, tokens_BT: mx.array, positions_BT: mx.array | None, segments_BT: mx.array | None) -> Context:
+    def context(
+        self,
+        tokens_BT: mx.array,
+        positions_BT: mx.array | None,
+        segments_BT: mx.array | None,
+        dropout: masks.Dropout | None = None,
+    ) -> Context:
         """Rotations and masks, computed once for all layers."""
         T = tokens_BT.shape[1]
         mask = None if segments_BT is None else masks.segment_mask(segments_BT)
@@ -251,8 +254,8 @@ class Llama(nn.Module):
         if window and window < T:
             window_mask = masks.window_mask(T, window)
             window_mask = window_mask if mask is None else mask & window_mask
-        frequencies_E = mx.array(self._frequencies)
-        return Context(frequencies_E, self.rope_scale, positions_BT, mask, mask is None, window_mask)
+        frequencies_E, causal = mx.array(self._frequencies), mask is None
+        return Context(frequencies_E, self.rope_scale, positions_BT, mask, causal, window_mask, dropout=dropout)
 
     # --- names and values ---
 
