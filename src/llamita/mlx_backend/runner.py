@@ -173,7 +173,9 @@ def load_runner(
     for `threads` and no `exact` mode, so either is refused.
     """
     if exact:
-        raise ValueError("the exact mode is PyTorch's: MLX's kernels round a row by what runs beside it; use --backend torch")
+        raise ValueError(
+            "the exact mode is PyTorch's: MLX's kernels round a row by what runs beside it; use --backend torch"
+        )
     if threads:
         raise ValueError(f"threads={threads} cannot be set: MLX chooses its threads itself; leave it at 0")
     if dtype != "auto" and dtype not in DTYPES:
