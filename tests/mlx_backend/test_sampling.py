@@ -47,7 +47,7 @@ def assert_alike(found: list[SampledToken], expected: list[SampledToken]) -> Non
         np.testing.assert_allclose([p for _, p in ours.top], [p for _, p in theirs.top], atol=1e-5)
 
 
-# --- the noise ---------------------------------------------------------------------------------------------------------
+# --- the noise ------------------------------------------------------------
 
 
 def test_noise_is_that_of_pytorch() -> None:
@@ -75,7 +75,7 @@ def test_noise_in_float32_is_as_fine_in_both_tails() -> None:
     np.testing.assert_allclose(narrow_RV, wide_RV, rtol=1e-6, atol=1e-6)
 
 
-# --- whole rows --------------------------------------------------------------------------------------------------------
+# --- whole rows ------------------------------------------------------------
 
 
 @given(asked=st.lists(rows(), min_size=1, max_size=6), seed=st.integers(0, 2**32 - 1))
@@ -171,7 +171,7 @@ def test_in_float32_nearly_every_draw_is_that_of_float64() -> None:
     assert sum(wide.token_id != other.token_id for wide, other in pairs) <= 2
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

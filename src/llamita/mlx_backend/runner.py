@@ -200,7 +200,7 @@ def _arranged(
 ) -> MlxRunner:
     """A runner over a model of its own, whose matrices lie as its device multiplies them fastest."""
     with mx.stream(device):
-        model = build_model(config, arrays, dtype=dtype)
+        model = build_model(config, arrays, dtype=dtype).eval()
         if device == mx.cpu and dtype == mx.float32:
             lay_columns_together(model)
     return MlxRunner(model, device)
