@@ -54,7 +54,7 @@ VERBS: Mapping[str, Verb] = {
     "runs show": Verb("llamita.cli.runs", "show", "Show all that is known of a run."),
     "runs diff": Verb("llamita.cli.runs", "diff", "List what two runs differ in."),
     "report": Verb("llamita.cli.report", "run", "Write a run as one HTML page."),
-    "evaluate": Verb("llamita.cli.evaluate", "run", "Measure a model's loss over prepared text."),
+    "evaluate": Verb("llamita.cli.evaluate", "run", "Measure a model: loss, stories, multiple choice, lm_eval."),
     "convert": Verb("llamita.cli.convert", "run", "Bring other people's models here, and ours to them."),
     "quantize": Verb("llamita.cli.quantize", "run", "Write a model with its matrices in int8 or int4."),
     "verify": Verb("llamita.cli.verify", "run", "Hold a model to a reference, layer by layer."),

@@ -17,7 +17,7 @@ import jinja2
 
 import llamita
 from llamita import files
-from llamita.evaluation.records import DIRECTORY, EvaluationRecord
+from llamita.evaluation.records import DIRECTORY, EvaluationRecord, with_errors
 from llamita.training import record
 from llamita.training.display import duration, printable
 from llamita.training.run_directory import flatten
@@ -163,13 +163,8 @@ def samples(file: Path) -> list[tuple[int, str]]:
 
 def evaluation(run: Path, found: EvaluationRecord) -> dict[str, Any]:
     """A record with its standard errors beside what they belong to, its pictures as data."""
-    rows = [
-        (name, value, found.metrics.get(f"{name}_stderr"))
-        for name, value in found.metrics.items()
-        if not (name.endswith("_stderr") and name.removesuffix("_stderr") in found.metrics)
-    ]
     pictures = [(name, picture(run / DIRECTORY, name)) for name in found.pictures]
-    return {"record": found, "rows": rows, "pictures": pictures}
+    return {"record": found, "rows": with_errors(found.metrics), "pictures": pictures}
 
 
 def picture(directory: Path, name: str) -> str | None:
