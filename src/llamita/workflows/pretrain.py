@@ -118,7 +118,7 @@ def pretrain(
         precision=config.precision,
         device=config.device,
         threads=config.threads,
-        compile=config.compile,
+        **({"compile": True} if config.compile else {}),
         max_grad_norm=config.max_grad_norm,
         beta1=config.beta1,
         beta2=config.beta2,
