@@ -17,6 +17,7 @@ from llamita.config import ModelConfig
 from llamita.mlx_backend import attention as masks
 from llamita.mlx_backend.layers import FUSED, Operations
 from llamita.mlx_backend.packed import PackedParameter
+from llamita.mlx_backend.quantized import QuantizedEmbedding, QuantizedLinear
 from llamita.rope import rotary_frequencies
 
 Trace = Callable[[str, mx.array], None]
@@ -177,6 +178,18 @@ class Llama(nn.Module):
             self.score = Linear(config.num_labels, config.hidden_size, False, operations)
         elif not config.tie_word_embeddings:
             self.lm_head = Linear(config.vocab_size, config.hidden_size, False, operations)
+        if config.quantization:
+            self._take_twins(operations, 8 if config.quantization == "int8" else 4)
+
+    def _take_twins(self, operations: Operations, bits: int) -> None:
+        """Put the quantised twin of each linear map and of the embedding in its place, but for a classifier's head."""
+        for _, parent in self.named_modules():
+            for name, child in list(parent.items()):
+                if isinstance(child, Embedding):
+                    parent[name] = QuantizedEmbedding(child.weight.shape, operations)
+                elif isinstance(child, Linear) and name != "score":
+                    has_bias, its_bits = child.bias is not None, 8 if name == "lm_head" else bits
+                    parent[name] = QuantizedLinear(child.weight.shape, has_bias, operations, its_bits)
 
     @property
     def output_weight_VD(self) -> mx.array:
@@ -207,6 +220,9 @@ class Llama(nn.Module):
         return ModelOutput(self.logits(hidden_BTD), hidden_BTD)
 
     def logits(self, hidden_BTD: mx.array) -> mx.array:
+        if self.config.quantization and not self.config.num_labels:
+            head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+            return head.multiply(hidden_BTD)
         return self.product(hidden_BTD, self.output_weight_VD)
 
     def hidden(
@@ -279,5 +295,8 @@ class Llama(nn.Module):
         """The parameters under their canonical names, rows of packed ones cut apart."""
         result: dict[str, mx.array] = {}
         for packed in self.packed_parameters():
-            result |= zip(packed.parts, packed.split(packed.parameter), strict=True)
+            values, owner = packed.parameter, packed.owner
+            if isinstance(owner, QuantizedLinear) and packed.key == "weight":
+                values = owner.plain_weight()
+            result |= zip(packed.parts, packed.split(values), strict=True)
         return result

@@ -67,7 +67,7 @@ class MlxTrainStep:
         max_grad_norm: float = 0.0,
         precision: Literal["bf16", "fp32"] = "fp32",
         seed: int = 0,
-        compile: bool = True,
+        compile: bool = False,
         device: mx.DeviceType = mx.cpu,
     ) -> None:
         if model.config.quantization:
@@ -231,12 +231,14 @@ def build_train_step(
     precision: Precision = "auto",
     device: str = "auto",
     threads: int = 0,
-    compile: bool = True,
+    compile: bool | None = None,
     **settings: Any,
 ) -> MlxTrainStep:
     """A freshly initialised model and its optimiser; `settings` are the fields of AdamWSettings.
 
     device "auto" is the GPU where there is one, Metal's on a Mac; precision "auto" is bf16 there and fp32 on a CPU.
+    `compile` None is true there too: a CPU's kernels take a C++ compiler half a minute at their first use, and updates
+    were no faster then.
     """
     optimizer = AdamWSettings(**settings)
     devices = {"cpu": mx.cpu} | ({"gpu": mx.gpu} if mx.is_available(mx.gpu) else {})
@@ -255,6 +257,6 @@ def build_train_step(
         max_grad_norm=max_grad_norm,
         precision=precision,
         seed=seed,
-        compile=compile,
+        compile=device == "gpu" if compile is None else compile,
         device=devices[device],
     )

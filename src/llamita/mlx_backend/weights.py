@@ -3,7 +3,7 @@
 The only place where canonical names and packed parameters meet; knows nothing of files.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import mlx.core as mx
 import numpy as np
@@ -12,8 +12,10 @@ from llamita import architecture
 from llamita.architecture import InitializationName
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
+from llamita.mlx_backend import quantize
 from llamita.mlx_backend.layers import FUSED, Operations
 from llamita.mlx_backend.model import Llama
+from llamita.mlx_backend.quantized import QuantizedLinear
 
 
 def build_model(
@@ -34,11 +36,35 @@ def build_model(
         architecture.check_arrays(config, arrays)
     model = Llama(config, operations)
     if arrays is None:
-        fresh = dict(architecture.initialize(config, seed, initialization))
-        _copy_values(model, lambda name: HostArray.from_numpy(fresh.pop(name)), dtype)
+        fresh = architecture.initialize(config, seed, initialization)
+        host = ((name, HostArray.from_numpy(array)) for name, array in fresh)
+        _copy_values(model, dict(quantize_arrays(config, host) if config.quantization else host).pop, dtype)
     else:
         _copy_values(model, arrays.__getitem__, dtype)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.arrange(dtype)
     return model
+
+
+def quantize_arrays(config: ModelConfig, arrays: Iterable[tuple[str, HostArray]]) -> Iterator[tuple[str, HostArray]]:
+    """The arrays of a model without quantisation as one of `config`, which has it, stores them; one by one.
+
+    What is not quantised becomes bfloat16, the type that activations have beside such weights. ValueError for NaN.
+    """
+    table = {row.name: row for row in architecture.parameters(config)}
+    for name, array in arrays:
+        bits = architecture.weight_bits(config, table[name])
+        weight = array_from_host(array)
+        if not bits:
+            yield name, host_from_array(weight.astype(mx.bfloat16))
+            continue
+        try:
+            values, scale = quantize.quantize(weight, bits)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+        yield name, host_from_array(values)
+        yield name + architecture.SCALE, host_from_array(scale)
 
 
 def load_host_arrays(model: Llama, arrays: Mapping[str, HostArray]) -> None:
@@ -58,7 +84,8 @@ def _copy_values(model: Llama, array_of: Callable[[str], HostArray], dtype: mx.D
             if mx.issubdtype(piece.dtype, mx.floating):
                 if not mx.all(mx.isfinite(piece)).item():
                     raise ValueError(f"{name} holds NaN or infinite values; the weights are damaged")
-                piece = piece.astype(dtype)
+                if packed.parameter.dtype == mx.float32:  # the scales of quantised weights keep their type
+                    piece = piece.astype(dtype)
             pieces.append(piece)
             array.forget(0, array.data.nbytes)
         values = mx.concatenate(pieces) if len(pieces) > 1 else pieces[0]
