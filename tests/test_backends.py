@@ -117,6 +117,7 @@ def test_a_verb_that_lacks_its_framework_says_in_one_line_what_to_install(hidden
         ("evaluate", tmp_path / "run", "--data", data),
         ("verify", tmp_path / "run", "--against", tmp_path / "run"),
         ("quickstart", "--output", tmp_path / "quick"),
+        ("quantize", tmp_path / "run", tmp_path / "int8", "--to", "int8"),
     ]
     for verb in verbs:
         status, out, errors = run_without((hidden,), *verb, "--backend", hidden)

@@ -21,7 +21,7 @@ PACKAGES = {"torch": "torch", "mlx": "'mlx[cpu]'" if sys.platform == "linux" els
 
 @dataclass(frozen=True)
 class Backend:
-    """A framework's face: a training step, and runners over a model directory and over host arrays.
+    """A framework's face: a training step, runners over a model directory and over host arrays, rounded weights.
 
     `device` is where it computes when that is left to it: "cpu", "cuda" (PyTorch) or "gpu" (MLX).
     """
@@ -31,6 +31,7 @@ class Backend:
     build_train_step: Callable[..., Any]
     load_runner: Callable[..., Any]
     runner_over: Callable[..., Any]
+    quantize_arrays: Callable[..., Any]
 
 
 def load_backend(name: BackendName = "auto", *, device: str = "auto", threads: int = 0, exact: bool = False) -> Backend:
@@ -44,9 +45,16 @@ def load_backend(name: BackendName = "auto", *, device: str = "auto", threads: i
     with importing(chosen):
         train_step = importlib.import_module(f"llamita.{chosen}_backend.train_step")
         runner = importlib.import_module(f"llamita.{chosen}_backend.runner")
+        weights = importlib.import_module(f"llamita.{chosen}_backend.weights")
     where = runner.choose_device("auto")
-    device_name = where if isinstance(where, str) else where.name  # MLX's are of a type of their own
-    return Backend(chosen, device_name, train_step.build_train_step, runner.load_runner, runner.runner_over)
+    return Backend(
+        chosen,
+        where if isinstance(where, str) else where.name,  # MLX's devices are of a type of their own
+        train_step.build_train_step,
+        runner.load_runner,
+        runner.runner_over,
+        weights.quantize_arrays,
+    )
 
 
 def choose(

@@ -315,7 +315,7 @@ def draw(framework, row, params, count):
 
 @pytest.mark.parametrize("size", [2, 61, 1000])
 def test_greedy(framework, size):
-    """At temperature 0, the token of the largest logit. Beside it come the log-probabilities of the likeliest, which are
+    """At temperature 0, the token of the largest logit. Beside it come the log-probabilities of the likeliest, the
     logarithms of the softmax."""
     for seed in range(5):
         row = normal(size, seed=seed, scale=2)

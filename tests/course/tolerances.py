@@ -2,7 +2,7 @@
 
 A tolerance is a share of the largest magnitude of the expected result. Neighbouring numbers of a precision are apart by
 2^-23 (fp32), 2^-10 (fp16) or 2^-7 (bf16) of their size; rounding once is off by half of that, and an operation of
-several steps rounds in between. So OPERATION is a few such distances. BLOCK is for some twenty operations, one after the other.
+several steps rounds in between. So OPERATION is a few such distances. BLOCK is for some twenty operations in a row.
 """
 
 import numpy as np
