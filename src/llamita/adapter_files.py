@@ -121,6 +121,31 @@ def open_adapter(directory: Path, base: Path | None = None) -> Opened:
     return Opened(directory, base, Adapter(config, factors, arrays, f"the adapter in {directory}"))
 
 
+def is_adapter(directory: Path) -> bool:
+    return (directory / ADAPTER_CONFIG).is_file()
+
+
+def open_beside(paths: Mapping[str, Path], base: Path, arrays: Mapping[str, HostArray]) -> dict[str, Adapter]:
+    """Several adapters, directories or training runs, by name, all over one base whose arrays are given.
+
+    ValueError for one that another base, a classification head or a whole parameter of its own keeps from being served
+    beside others.
+    """
+    found = {}
+    for name, path in paths.items():
+        if not name or ":" in name:
+            raise ValueError(f"an adapter cannot be called {name!r}; give it a name without a colon")
+        directory = checkpoint.resolve_model_directory(path)
+        if not is_adapter(directory):
+            raise ValueError(f"{path} holds no adapter ({ADAPTER_CONFIG} is missing), but a whole model")
+        adapter = open_adapter(directory, base).adapter
+        for key, array in adapter.replaced.items():
+            if key not in arrays or array.dtype != arrays[key].dtype or array.data != arrays[key].data:
+                raise ValueError(f"{path} replaces {key} whole, so it cannot be served beside others; load it alone")
+        found[name] = adapter
+    return found
+
+
 def base_directory(directory: Path) -> Path:
     """The model that an adapter names as its base: a directory, or a model of the hub's."""
     settings = files.read_json(directory / ADAPTER_CONFIG)

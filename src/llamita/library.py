@@ -1,5 +1,6 @@
 """The Python face of the library: `llamita.load` and `llamita.save`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -37,6 +38,7 @@ def load(
     exact: bool = False,
     engine: EngineConfig | None = None,
     draft: str = "",
+    adapters: Mapping[str, Path | str] | None = None,
 ) -> LLM:
     """Load a language model: a Hugging Face model directory, a training run, or a name on the hub (`owner/name`).
 
@@ -44,7 +46,8 @@ def load(
     there is one; `threads` 0 leaves PyTorch's choice. `exact` gives logits that are the same bits alone and in any
     batch (float32 on the CPU, slower). `engine` says how much runs at once. `draft` has tokens guessed ahead, which
     changes the speed and no token: "lookup" looks for the last few tokens earlier in the text; else it is the directory
-    of a smaller model of the same vocabulary.
+    of a smaller model of the same vocabulary. `adapters` (a name: its directory) are served over the model in one
+    batch with it, each to the requests that name it; the directory of an adapter may also be the model.
 
     The result generates (`generate`, `stream`), gives logits and residual streams (`runner.forward`), and is saved by
     `save`. FileNotFoundError or ValueError, in one line, where the model is missing, broken, or of a kind that Llamita
@@ -57,7 +60,11 @@ def load(
     if draft and drafter is None:
         drafter = DraftModel(load_runner(draft, dtype, device, threads))
     return LLM.load(
-        model, lambda directory: load_runner(directory, dtype, device, threads, exact), config=engine, drafter=drafter
+        model,
+        lambda directory, **more: load_runner(directory, dtype, device, threads, exact, **more),
+        config=engine,
+        drafter=drafter,
+        adapters=adapters,
     )
 
 

@@ -36,16 +36,22 @@ class Part:
 class Change:
     """What one adapter does to the output of one packed matrix; `sizes` are the widths of the maps that it packs."""
 
-    def __init__(self, parts: list[Part], sizes: tuple[int, ...], dropout: float = 0.0) -> None:
-        self.parts, self.sizes, self.dropout = parts, sizes, dropout
+    def __init__(
+        self,
+        parts: list[Part],
+        sizes: tuple[int, ...],
+        dropout: float = 0.0,
+        linear: Callable[[Tensor, Tensor], Tensor] = F.linear,
+    ) -> None:
+        self.parts, self.sizes, self.dropout, self.linear = parts, sizes, dropout, linear
 
     def __call__(self, x_D: Tensor, y_C: Tensor, training: bool) -> Tensor:
         """y + scale * B A x for every part; (..., D) and (..., C) to (..., C)."""
         x_D = self.dropped(x_D, training)
         pieces = list(y_C.split(self.sizes, dim=-1))
         for part in self.parts:
-            delta = F.linear(F.linear(x_D.to(part.down_RD.dtype), part.down_RD), part.up_CR) * part.scale
-            pieces[part.index] = pieces[part.index] + delta.to(y_C.dtype)
+            low_R = self.linear(x_D.to(part.down_RD.dtype), part.down_RD)
+            pieces[part.index] = pieces[part.index] + (self.linear(low_R, part.up_CR) * part.scale).to(y_C.dtype)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
     def dropped(self, x_D: Tensor, training: bool) -> Tensor:
