@@ -146,7 +146,7 @@ def _() -> Planted:
     right = BlockManager.find
 
     def find(self: BlockManager, tokens: Sequence[int], adapter: str | None) -> tuple[list[Prefix], int]:
-        found, count = right(self, tokens)
+        found, count = right(self, tokens, adapter)
         return found, count + (count > 0 and len(tokens) > (count + 1) * self.block_size)
 
     return BlockManager, "find", find

@@ -4,6 +4,8 @@ What is learned (examples, objective) is the caller's. The backend is passed in.
 """
 
 import hashlib
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -106,6 +108,7 @@ def finetune(
     model: ModelConfig | None = None,
     objective: Objective | None = None,
     on_evaluation: OnEvaluation | None = None,
+    measure: Callable[[], Mapping[str, float]] | None = None,
     best_measure: str | None = None,
     display: Display | None = None,
 ) -> TrainingResult:
@@ -144,6 +147,7 @@ def finetune(
             run,
             tokenizer_directory=tokenizer,
             on_evaluation=on_evaluation,
+            measure=measure,
             best_measure=best_measure,
             display=display,
         )
@@ -158,7 +162,12 @@ def make_step(
     objective: Objective,
     **more: Any,
 ) -> TrainableStep:
-    """The backend's training step over a model with values."""
+    """The backend's training step over a model with values, all of which are trained or what config.tuning says."""
+    if config.tuning == "head" and not model.num_labels:
+        raise ValueError("--tuning head trains a classifier's head, and a language model has none; use lora or full")
+    lacking = tuning_options(config).keys() - inspect.signature(backend).parameters.keys()
+    if lacking:
+        raise ValueError(f"this backend has no --tuning {config.tuning}; use --backend torch, or --tuning full")
     return backend(model, arrays, objective=objective, **step_options(config), **tuning_options(config), **more)
 
 
@@ -170,9 +179,7 @@ def tuning_options(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def _check_tuning(config: FinetuneConfig, model: ModelConfig, base: Base) -> None:
-    """Refuse, in one line, what cannot be tuned so."""
-    if config.tuning == "head" and not model.num_labels:
-        raise ValueError("--tuning head trains a classifier's head, and a language model has none; use lora or full")
+    """Refuse, in one line, an adapter for a model that is not its base."""
     if config.tuning != "lora":
         return
     config.lora().factors(model)
