@@ -35,6 +35,7 @@ SHORTER: dict[str, list[str]] = {
     "train": ["--steps", "4", "--batch-size", "4", "--evaluation-rows", "8", "--sample-tokens", "8"],
     "generate": ["--max-tokens", "8"],
     "chat": ["--max-tokens", "8"],
+    "sft": ["--steps", "2", "--batch-size", "2", "--evaluation-rows", "4", "--conversations", "40", "--answers", "2"],
     "quickstart": ["--steps", "3", "--stories", "600", "--scored-stories", "8"],
 }
 
