@@ -56,6 +56,7 @@ VERBS: Mapping[str, Verb] = {
     "report": Verb("llamita.cli.report", "run", "Write a run as one HTML page."),
     "evaluate": Verb("llamita.cli.evaluate", "run", "Measure a model: loss, stories, multiple choice, lm_eval."),
     "convert": Verb("llamita.cli.convert", "run", "Bring other people's models here, and ours to them."),
+    "merge": Verb("llamita.cli.merge", "run", "Write an adapter and its base as one model."),
     "quantize": Verb("llamita.cli.quantize", "run", "Write a model with its matrices in int8 or int4."),
     "verify": Verb("llamita.cli.verify", "run", "Hold a model to a reference, layer by layer."),
     "info": Verb("llamita.cli.info", "run", "Count a model's parameters, operations and bytes; list the presets."),
