@@ -141,6 +141,8 @@ class MeadowTasksConfig:
     """How many."""
     split: Literal["train", "validation"] = "train"
     """Stories that pre-training may know, or those held out of it."""
+    turns: int = 1
+    """sft: how many questions a conversation asks about its story."""
     seed: int = 0
     """Chooses the stories; that of `llamita prepare --source meadow` gives the same ones."""
     overwrite: bool = False
@@ -156,5 +158,6 @@ def meadow_tasks(config: MeadowTasksConfig) -> None:
     """
     from llamita.data import meadow_tasks as tasks
 
-    tasks.write(config.output, config.kind, config.seed, config.count, config.split, config.overwrite)
-    print(f"wrote {config.output}: {config.count:,} records of the kind {config.kind}, {config.split} split")
+    kind, split = config.kind, config.split
+    tasks.write(config.output, kind, config.seed, config.count, split, config.turns, config.overwrite)
+    print(f"wrote {config.output}: {config.count:,} records of the kind {kind}, {split} split")

@@ -40,8 +40,9 @@ class ConversationSource:
     meadow: meadow_tasks.Split | None = None
     limit: int | None = None
     """At most this many; Meadow needs it."""
+    turns: int = 1
     seed: int = 0
-    """Of Meadow."""
+    """Both of Meadow."""
 
     def check(self) -> None:
         """Raise for what can be known to fail before anything is read."""
@@ -57,7 +58,7 @@ def conversations(source: ConversationSource) -> Iterator[Conversation]:
     source.check()
     if source.meadow is not None:
         assert source.limit is not None
-        made = meadow_tasks.conversations(source.seed, source.limit, source.meadow)
+        made = meadow_tasks.conversations(source.seed, source.limit, source.meadow, source.turns)
         records: Iterator[tuple[Any, str]] = ((record, f"{MEADOW}, number {i}") for i, record in enumerate(made))
     elif source.dataset:
         records = sources.hub_records(source.dataset, source.dataset_config, source.dataset_split)
@@ -98,9 +99,9 @@ def split(all_of: Iterator[Conversation], share: float, seed: int) -> tuple[list
 
 
 def for_validation(source: ConversationSource, share: float) -> ConversationSource:
-    """Meadow's held-out conversations, `share` of as many as there are to train on, but at least one."""
+    """Meadow's held-out questions, `share` of as many as there are conversations to train on, but at least one."""
     assert source.meadow is not None and source.limit is not None  # noqa: PT018
-    return replace(source, meadow="validation", limit=max(1, round(source.limit * share)))
+    return replace(source, meadow="validation", turns=1, limit=max(1, round(source.limit * share)))
 
 
 def _check_message(message: Any, where: str) -> None:

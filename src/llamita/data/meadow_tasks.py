@@ -61,19 +61,23 @@ def prompt(story: str, question: str) -> str:
     return f"{story}\n{question}"
 
 
-def records(kind: Kind, seed: int, count: int, split: Split) -> Iterator[dict[str, Any]]:
-    """The tasks of a kind; ValueError for one that there is not, and for a count below 1."""
-    makers = {"sft": conversations, "preferences": preferences, "labels": labels}
-    if kind not in makers:
+def records(kind: Kind, seed: int, count: int, split: Split, turns: int = 1) -> Iterator[dict[str, Any]]:
+    """The tasks of a kind; ValueError for one that there is not, for a count below 1, and for more turns of one that
+    has none."""
+    if kind not in get_args(Kind):
         raise ValueError(f"kind={kind!r} is not known; use {', '.join(get_args(Kind))}")
     if count < 1:
         raise ValueError(f"count={count} must be at least 1")
-    return makers[kind](seed, count, split)
+    if kind == "sft":
+        return conversations(seed, count, split, turns)
+    if turns != 1:
+        raise ValueError(f"turns={turns} is for conversations; leave it out for {kind}")
+    return preferences(seed, count, split) if kind == "preferences" else labels(seed, count, split)
 
 
-def write(path: Path, kind: Kind, seed: int, count: int, split: Split, overwrite: bool = False) -> None:
+def write(path: Path, kind: Kind, seed: int, count: int, split: Split, turns: int = 1, overwrite: bool = False) -> None:
     """Write tasks as JSON lines, all or none; FileExistsError where there is such a file, unless `overwrite`."""
-    made = records(kind, seed, count, split)
+    made = records(kind, seed, count, split, turns)
     with files.atomic_file(path, overwrite=overwrite) as temporary, temporary.open("w", encoding="utf-8") as file:
         for record in made:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -29,7 +29,9 @@ from llamita.workflows.finetune import Base, FinetuneConfig, finetune, load_base
 from llamita.workflows.pretrain import Backend, TrainableStep
 
 MEADOW_CONVERSATIONS = 16000
+MEADOW_TURNS = 3  # questions about a story, of which each costs a fraction of reading it
 MEADOW_ANSWERS = 200
+PACKED_LENGTH = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,8 @@ class SftConfig(FinetuneConfig):
     mode: Literal["pack", "pad"] = "pack"
     """pack: several conversations in a row, which do not see each other; pad: one a row."""
     sequence_length: int = 0
-    """Tokens in a row; 0: as many as the longest conversation has, and the model positions for."""
+    """Tokens in a row. 0: as many as the longest conversation has that fits the model's positions; packed, at least
+    512, where the model has as many."""
     too_long: TooLong = "drop"
     """What happens to a conversation longer than a row: it is dropped, or loses its end."""
     epochs: float = 0.0
@@ -114,7 +117,7 @@ def sft(
     config, chat = learn_template(config, base)
     train, held_out = read(config, train_source, validation_source)
     encoded = [encode(chat, each, _longest(config, base.config), config.too_long) for each in (train, held_out)]
-    rows = make_rows(config, encoded, base.tokenizer.pad_id)
+    rows = make_rows(config, encoded, base)
     report(f"training: {encoded[0].counts}, in {len(rows[0]):,} rows of {rows[0].block - 1} tokens")
     report(f"validation: {encoded[1].counts}, in {len(rows[1]):,} rows")
     if config.epochs:
@@ -159,7 +162,10 @@ def data_sources(config: SftConfig) -> tuple[ConversationSource, ConversationSou
         raise ValueError("--data is missing: give files of conversations, or the word meadow")
     if config.on_meadow:
         source = ConversationSource(
-            meadow="train", limit=config.conversations or MEADOW_CONVERSATIONS, seed=config.seed
+            meadow="train",
+            limit=config.conversations or MEADOW_CONVERSATIONS,
+            turns=MEADOW_TURNS,
+            seed=config.seed,
         )
         return source, talks.for_validation(source, config.validation_share) if config.validation_share else None
     source = ConversationSource(
@@ -216,14 +222,16 @@ def read(
     return talks.split(talks.conversations(source), config.validation_share, config.seed)
 
 
-def make_rows(config: SftConfig, encoded: Sequence[EncodedConversations], pad_id: int | None) -> list[ConversationRows]:
+def make_rows(config: SftConfig, encoded: Sequence[EncodedConversations], base: Base) -> list[ConversationRows]:
     """Rows over the conversations to train on, then over those to validate on, all of one length."""
     if not len(encoded[0]):
         counts = encoded[0].counts
         raise ValueError(f"there is nothing to train on: {counts}; a longer --sequence-length may help")
-    longest = max(int(each.lengths.max(initial=0)) for each in encoded)
-    layout = RowsConfig(config.mode, config.sequence_length or longest - 1, within_documents=config.mode == "pack")
-    return [ConversationRows(each, layout, pad_id) for each in encoded]
+    length = max(int(each.lengths.max(initial=0)) for each in encoded) - 1
+    if config.mode == "pack":
+        length = max(length, min(PACKED_LENGTH, base.config.max_position_embeddings))
+    layout = RowsConfig(config.mode, config.sequence_length or length, within_documents=config.mode == "pack")
+    return [ConversationRows(each, layout, base.tokenizer.pad_id) for each in encoded]
 
 
 class Examination:
