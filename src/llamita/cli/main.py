@@ -47,6 +47,8 @@ VERBS: Mapping[str, Verb] = {
     "data meadow-tasks": Verb("llamita.cli.data", "meadow_tasks", "Write questions, preferences or labels to tune on."),
     "train": Verb("llamita.cli.train", "run", "Train a model from nothing, or carry on an interrupted run."),
     "sft": Verb("llamita.cli.sft", "run", "Tune a trained model on conversations."),
+    "dpo": Verb("llamita.cli.dpo", "run", "Tune a model on pairs of answers, one preferred to the other."),
+    "rl": Verb("llamita.cli.rl", "run", "Tune a model on its own answers, by a reward for each."),
     "generate": Verb("llamita.cli.generate", "run", "Continue a prompt with a trained model."),
     "chat": Verb("llamita.cli.chat", "run", "Talk with a trained model in the terminal."),
     "evaluate": Verb("llamita.cli.evaluate", "run", "Measure a model's loss over prepared text."),
