@@ -7,6 +7,7 @@ Deliberately knows no tensor and no framework: the runner is passed in, and so i
 
 import secrets
 import time
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -60,7 +61,8 @@ class Engine:
     """Generates for many requests at once.
 
     `tokenizer` gives text for ids; without one, events carry ids alone, and stop strings and structured output are
-    refused. `eos_token_ids` end a continuation, by default those of the model's config.
+    refused. `eos_token_ids` end a continuation, by default those of the model's config. `adapters` are the names of
+    those that the runner has.
     """
 
     def __init__(
@@ -70,12 +72,15 @@ class Engine:
         eos_token_ids: Collection[int] | None = None,
         config: EngineConfig | None = None,
         drafter: Drafter | None = None,
+        adapters: Collection[str] = (),
     ) -> None:
         if runner.config.num_labels:
             raise ValueError("this model has a classification head and cannot generate text; give a language model")
         self.config = config or EngineConfig()
         self._runner, self._tokenizer, self._drafter = runner, tokenizer, drafter
+        self.adapters = frozenset(adapters)
         self._eos = frozenset(runner.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
+        self._windows = [runner.config.window(layer) for layer in range(runner.config.num_hidden_layers)]
         layout = cache_layout(runner, self.config)
         self._memory = runner.allocate(layout)
         if drafter is not None:
@@ -94,6 +99,9 @@ class Engine:
         """Raise ValueError where this model cannot serve the request."""
         vocabulary, positions = self._runner.config.vocab_size, self._runner.config.max_position_embeddings
         length, params = len(request.prompt), request.params
+        if request.adapter is not None and request.adapter not in self.adapters:
+            known = ", ".join(sorted(self.adapters)) or "none"
+            raise ValueError(f"there is no adapter {request.adapter!r}; loaded are: {known}")
         if not length:
             raise ValueError("the prompt is empty; give at least one token")
         if length >= positions:
@@ -120,6 +128,8 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request, once checked. Generation that would pass the model's positions ends there, with "length"."""
+        if self.scheduler.select(request.id):
+            raise ValueError(f"a request with the id {request.id} is being served; give this one another")
         self.check(request)
         params = request.params
         grammars = self._grammars_of_tokenizer() if params.is_constrained else None
@@ -196,10 +206,16 @@ class Engine:
         """What the runner is to run: known tokens, guesses, and what may come after them."""
         drafts: dict[int, list[int]] = {}
         if self._drafter is not None:
-            self._drafter.prepare(copies, [one.sequence.chunk(one.count) for one in scheduled if not one.is_decoding])
             wanted = [(one.sequence, one.drafts) for one in scheduled if one.drafts]
-            proposed = self._drafter.propose(wanted) if wanted else []
-            drafts = {sequence.id: tokens for (sequence, _), tokens in zip(wanted, proposed, strict=True)}
+            try:
+                reading = [one.sequence.chunk(one.count) for one in scheduled if not one.is_decoding]
+                self._drafter.prepare(copies, reading)
+                proposed = self._drafter.propose(wanted) if wanted else []
+                drafts = {sequence.id: tokens for (sequence, _), tokens in zip(wanted, proposed, strict=True)}
+            except Exception as error:  # guesses are for speed alone
+                self._drafter = None
+                self.scheduler.draft_tokens = 0
+                warnings.warn(f"guessing ahead failed and is switched off: {_line(error)}", stacklevel=2)
         return [
             one.sequence.chunk(one.count, drafts.get(one.sequence.id, ()), allowed.get(one.sequence.id))
             for one in scheduled
@@ -236,8 +252,10 @@ class Engine:
             self._advance(sequence)
 
     def _take_one(self, sequence: Continuation, token: SampledToken) -> TokenEvent:
-        """Take in a token; where its grammar can be followed no further, the continuation ends, and it alone."""
+        """Take in a token; where there is none, or its grammar can be followed no further, the continuation ends."""
         try:
+            if token.error:
+                raise ValueError(token.error)
             event = sequence.take(token)
         except Exception as error:
             event = sequence.end("error", _line(error))
@@ -251,7 +269,9 @@ class Engine:
             yield one.end("error", _line(error))
 
     def _advance(self, sequence: Continuation) -> None:
-        self.manager.advance(sequence.tables, sequence.prefixes, sequence.tokens, sequence.computed)
+        self.manager.advance(
+            sequence.tables, sequence.prefixes, sequence.tokens, sequence.computed, sequence.request.adapter
+        )
 
     def _count(self, sequence: Continuation, chunk: ScheduledChunk, seconds: float) -> None:
         """Book the time of a step: as decoding once a token has been generated, else as prefill."""
@@ -260,7 +280,8 @@ class Engine:
             statistics.prefill_seconds += seconds
             return
         statistics.decode_seconds += seconds
-        statistics.decode_bytes += self._runner.weight_bytes + self._runner.kv_bytes_per_token * chunk.end
+        held = sum(min(chunk.end, window or chunk.end) for window in self._windows) / len(self._windows)
+        statistics.decode_bytes += self._runner.weight_bytes + round(self._runner.kv_bytes_per_token * held)
 
     def _grammars_of_tokenizer(self) -> Grammars:
         if self._grammars is None:

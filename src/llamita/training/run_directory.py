@@ -1,7 +1,8 @@
 """A training run on disk: its lock, its manifest, its checkpoints, and the links to the last and the best of them.
 
-    RUN/run.json               what the run is: model, data, training; compared when it is resumed
+    RUN/run.json               what the run is: model, data, training, compared when it is resumed; its sessions
     RUN/checkpoints/step-00000100/   a Hugging Face model directory + optimizer.safetensors + train_state.json
+                               (of an adapter: PEFT's files in place of the model's)
     RUN/last, RUN/best         relative links into checkpoints/
     RUN/metrics.jsonl, loss.png, samples.txt    written by others
 
@@ -10,7 +11,6 @@ passed over. Knows nothing of frameworks or of how a run goes on.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -18,14 +18,15 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from llamita import checkpoint, files
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
+from llamita.training import record, run_lock
 
 FORMAT = 1
-MANIFEST, STATE, LOCK = "run.json", "train_state.json", ".lock"
+MANIFEST, STATE = "run.json", "train_state.json"
 LAST, BEST = "last", "best"
 
 
@@ -40,11 +41,30 @@ class Checkpoint:
     optimizer: Mapping[str, HostArray]
 
 
+class WeightFiles(Protocol):
+    """How the weights of a checkpoint become files in its directory, and how they are found there again."""
+
+    def save(self, directory: Path, config: ModelConfig, weights: Mapping[str, HostArray]) -> None: ...
+    def load(self, directory: Path) -> dict[str, HostArray]: ...
+
+
+class ModelFiles:
+    """A Hugging Face model directory."""
+
+    def save(self, directory: Path, config: ModelConfig, weights: Mapping[str, HostArray]) -> None:
+        checkpoint.save_config(directory, config)
+        checkpoint.save_tensors(directory, weights)
+
+    def load(self, directory: Path) -> dict[str, HostArray]:
+        return checkpoint.load_tensors(directory)
+
+
 class RunDirectory:
     """The directory of one run, held by one process at a time. Made by `open_run`."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: dict[str, Any], weight_files: WeightFiles | None = None) -> None:
         self.path = path
+        self.weight_files = weight_files or ModelFiles()
         self.manifest = manifest
         self.checkpoints = path / "checkpoints"
 
@@ -54,6 +74,11 @@ class RunDirectory:
     def update_manifest(self, changes: Mapping[str, Any]) -> None:
         self.manifest |= changes
         files.atomic_write(self.file(MANIFEST), json.dumps(self.manifest, indent=2, sort_keys=True) + "\n")
+
+    def update_session(self, changes: Mapping[str, Any]) -> None:
+        """Add to what run.json says of the session that goes on: the last of its list."""
+        sessions = self.manifest["sessions"]
+        self.update_manifest({"sessions": [*sessions[:-1], sessions[-1] | changes]})
 
     def checkpoint_path(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
@@ -80,8 +105,7 @@ class RunDirectory:
             with files.atomic_directory(path, overwrite=True) as directory:
                 if tokenizer_directory is not None:
                     shutil.copytree(tokenizer_directory, directory, dirs_exist_ok=True)
-                checkpoint.save_config(directory, config)
-                checkpoint.save_tensors(directory, weights)
+                self.weight_files.save(directory, config, weights)
                 checkpoint.save_tensors(directory, optimizer, name="optimizer")
                 content = {"format": FORMAT, "step": step, **state, "files": _hashes(directory)}
                 (directory / STATE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
@@ -141,12 +165,16 @@ class RunDirectory:
             if _sha256(path / name) != digest:
                 raise ValueError(f"{name} is not what was written (its SHA-256 differs)")
         optimizer = checkpoint.load_tensors(path, name="optimizer")
-        return Checkpoint(step, path, state, checkpoint.load_tensors(path), optimizer)
+        return Checkpoint(step, path, state, self.weight_files.load(path), optimizer)
 
 
 @contextlib.contextmanager
 def open_run(
-    path: Path | str, identity: Mapping[str, Any], arguments: Mapping[str, Any], resume: bool
+    path: Path | str,
+    identity: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    resume: bool,
+    weight_files: WeightFiles | None = None,
 ) -> Iterator[RunDirectory]:
     """Hold a run's directory for this process: a new one, or with `resume` one of the same identity.
 
@@ -157,19 +185,38 @@ def open_run(
     path = Path(path)
     identity = json.loads(json.dumps(identity))
     check(path, resume)
-    manifest = read_manifest(path) if resume else {}
     if resume:
-        compare(manifest["identity"], identity)
+        compare(read_manifest(path)["identity"], identity)
     path.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
+    with run_lock.locked(path):
         check(path, resume)  # again, now that nobody else can begin one
-        run = RunDirectory(path, manifest)
+        manifest = read_manifest(path) if resume else {}  # another process may have gone on with it since
+        run = RunDirectory(path, manifest, weight_files)
         _remove_leftovers(path)
         # The manifest comes first: a directory without one is no run, and would be refused from then on.
-        run.update_manifest({"format": FORMAT, "identity": identity, "arguments": dict(arguments)})
+        sessions = [*manifest.get("sessions", []), record.session()]
+        content = {"format": FORMAT, "identity": identity, "arguments": dict(arguments), "sessions": sessions}
+        run.update_manifest(content)
         run.checkpoints.mkdir(exist_ok=True)
         _remove_leftovers(run.checkpoints)
-        yield run
+        with _ending(run):
+            yield run
+
+
+@contextlib.contextmanager
+def _ending(run: RunDirectory) -> Iterator[None]:
+    """Write down how the session ends; one that ends otherwise than by its own code stays `running` there."""
+    try:
+        yield
+    except GeneratorExit:  # nobody left the block: the process is about to end
+        raise
+    except BaseException as error:
+        state = record.INTERRUPTED if isinstance(error, KeyboardInterrupt) else record.FAILED
+        with contextlib.suppress(OSError):  # on a full disk the first error is the one to tell
+            run.update_session(record.ended(state, error))
+        raise
+    if run.manifest["sessions"][-1]["state"] == record.RUNNING:  # the trainer may have said something else
+        run.update_session(record.ended(record.FINISHED))
 
 
 def check(path: Path, resume: bool) -> None:
@@ -198,7 +245,7 @@ def read_manifest(path: Path | str) -> dict[str, Any]:
 
 def compare(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise ValueError naming every key in which two identities differ."""
-    before, now = flatten(saved), flatten(given)
+    before, now = flatten(saved), flatten(json.loads(json.dumps(given)))
     faults = [
         f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -221,26 +268,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             result[f"{prefix}{key}"] = value
     return result
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold RUN/.lock; the system lets go of it when the process ends, however it ends."""
-    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(descriptor, 32).decode(errors="replace").strip()
-            raise ValueError(
-                f"{path} is in use by another training run (process {holder or 'unknown'}); "
-                "wait for it to end, or choose another --output"
-            ) from None
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _remove_leftovers(directory: Path) -> None:

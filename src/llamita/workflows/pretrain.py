@@ -5,7 +5,6 @@ The backend is passed in. Everything that can be wrong with the options is found
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -109,23 +108,9 @@ def pretrain(
         "training": config.identity(),
     }
     if config.resume:  # a changed option is named before the weights are made
-        run_directory.compare(run_directory.read_manifest(config.output)["identity"], json.loads(json.dumps(identity)))
+        run_directory.compare(run_directory.read_manifest(config.output)["identity"], identity)
     examples = make_examples(config, tokenizer, rows)
-    step = backend(
-        model,
-        seed=config.seed,
-        initialization=config.initialization,
-        precision=config.precision,
-        device=config.device,
-        threads=config.threads,
-        **({"compile": True} if config.compile else {}),
-        max_grad_norm=config.max_grad_norm,
-        beta1=config.beta1,
-        beta2=config.beta2,
-        epsilon=config.epsilon,
-        weight_decay=config.weight_decay,
-        bias_correction=config.bias_correction,
-    )
+    step = backend(model, initialization=config.initialization, **step_options(config))
     prompt = sample_prompt(config, tokenizer, examples)
 
     def after_evaluation(evaluation: Evaluation) -> str | None:
@@ -149,6 +134,14 @@ def pretrain(
             display=display,
         )
         return trainer.run()
+
+
+def step_options(config: TrainingConfig) -> dict[str, Any]:
+    """What a backend's `build_train_step` takes of the options that every kind of training has."""
+    names = ("seed", "precision", "device", "threads", "max_grad_norm")
+    adamw = ("beta1", "beta2", "epsilon", "weight_decay", "bias_correction")
+    compiled = ("compile",) if config.compile else ()  # left out, a backend does what is usual with it
+    return {name: getattr(config, name) for name in names + adamw + compiled}
 
 
 def taken_over(config: PretrainConfig) -> PretrainConfig:

@@ -4,6 +4,7 @@ Every part is the one that a user's own run takes; only the choices are made her
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from llamita.checkpoint import load_config
 from llamita.data import meadow
 from llamita.data.prepare import PrepareConfig, prepare
 from llamita.data.shards import Manifest
-from llamita.evaluation import meadow_score
+from llamita.evaluation import meadow_score, records
 from llamita.evaluation.perplexity import Forward, score_sequences
 from llamita.files import atomic_directory, atomic_write
 from llamita.inference.engine import Runner
@@ -27,6 +28,7 @@ from llamita.inference.llm import LLM
 from llamita.plan import BackendName, SamplingParams
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.tokenizer import Tokenizer
+from llamita.training.record import command_line
 from llamita.training.run_directory import LAST
 from llamita.workflows.pretrain import Backend, PretrainConfig, pretrain
 
@@ -148,6 +150,7 @@ def quickstart(config: QuickstartConfig, backend: Backend, load_runner: LoadRunn
             return 130
     report = evaluate(config, run / LAST, load_runner, floor, console)
     atomic_write(config.output / "report.json", json.dumps(asdict(report), indent=2) + "\n")
+    records.write(run, "meadow", asdict(report), command_line(sys.argv), run / LAST)
     show(report, config, run, load_runner, console)
     return 0
 
@@ -259,6 +262,7 @@ def show(report: Report, config: QuickstartConfig, run: Path, load_runner: LoadR
         f'llamita generate {run} "One rainy morning,"',
         f"llamita data show {config.output / 'data'}",
         f"llamita info {run}",
+        f"llamita report {run}",
         "llamita train --help",
     ):
         console.print(f"  {command}")

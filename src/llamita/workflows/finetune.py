@@ -1,0 +1,215 @@
+"""What every kind of tuning after pre-training shares: a trained model to begin from, and a run of the one trainer.
+
+What is learned (examples, objective) is the caller's. The backend is passed in.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from llamita import checkpoint, files
+from llamita.adapter_files import AdapterFiles, BaseModel
+from llamita.adapters import ALL, LoraSettings
+from llamita.architecture import CLASSIFIER
+from llamita.checkpoint import HostArray
+from llamita.config import ModelConfig
+from llamita.objective import Objective
+from llamita.text.tokenizer import Tokenizer
+from llamita.training import loggers, run_directory
+from llamita.training.config import Config, TrainingConfig, take_over
+from llamita.training.display import Display
+from llamita.training.interfaces import Examples, OnEvaluation, TrainingResult
+from llamita.training.run_directory import WeightFiles
+from llamita.training.trainer import Trainer
+from llamita.workflows.pretrain import Backend, TrainableStep, step_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainingConfig):
+    """The options that every kind of tuning shares."""
+
+    model: Path | None = None
+    """The model to begin from: a directory, a training run, a name on the hub. Needed, but when resuming."""
+    dropout: float = 0.0
+    """On embeddings, attention weights and the output of each sublayer."""
+    tuning: Literal["full", "lora", "head"] = "full"
+    """What is trained: all of the model, a low-rank adapter over it (and a classifier's head), or that head alone."""
+    lora_rank: int = 8
+    """Rank of the adapter's matrices."""
+    lora_alpha: float = 16.0
+    """The adapter's output is multiplied by alpha / rank."""
+    lora_dropout: float = 0.0
+    """On the adapter's input."""
+    lora_targets: tuple[str, ...] = (ALL,)
+    """The linear maps to adapt: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head; all: those of
+    the blocks."""
+    lora_rank_stabilized: bool = False
+    """Multiply by alpha / sqrt(rank) instead (rsLoRA), for high ranks."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.lora()
+
+    def lora(self) -> LoraSettings:
+        """What the adapter is trained with."""
+        return LoraSettings(
+            self.lora_rank, self.lora_alpha, self.lora_dropout, tuple(self.lora_targets), self.lora_rank_stabilized
+        )
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that a run begins from; arrays are mapped, not read."""
+
+    directory: Path
+    config: ModelConfig
+    arrays: dict[str, HostArray]
+    tokenizer: Tokenizer
+
+    def digest(self) -> str:
+        """One hash over the files that the model's values and its tokens depend on."""
+        total = hashlib.sha256(self.tokenizer.hash.encode())
+        for file in sorted([self.directory / "config.json", *self.directory.glob("model*.safetensors")]):
+            with file.open("rb") as stream:
+                total.update(hashlib.file_digest(stream, "sha256").digest())
+        return total.hexdigest()
+
+
+def resumed(config: Config) -> Config:
+    """The options of a run, those of an earlier call taken over where it goes on; checked before anything is read."""
+    if config.resume:
+        config = take_over(config, run_directory.read_manifest(config.output)["arguments"])
+    run_directory.check(config.output, config.resume)
+    loggers.require(config.log)
+    return config
+
+
+def load_base(config: FinetuneConfig, flag: str = "--model") -> Base:
+    """The model to begin from; ValueError or FileNotFoundError, in one line, where there is none."""
+    if config.model is None:
+        raise ValueError(f"{flag} is missing: give the model to begin from")
+    directory = checkpoint.resolve_model_directory(config.model)
+    model = replace(checkpoint.load_config(directory), dropout=config.dropout)
+    return Base(directory, model, checkpoint.load_tensors(directory), Tokenizer.load(directory))
+
+
+def finetune(
+    config: FinetuneConfig,
+    base: Base,
+    backend: Backend,
+    *,
+    kind: str,
+    identity: dict[str, Any],
+    examples: Examples,
+    step: TrainableStep | None = None,
+    model: ModelConfig | None = None,
+    objective: Objective | None = None,
+    on_evaluation: OnEvaluation | None = None,
+    measure: Callable[[], Mapping[str, float]] | None = None,
+    best_measure: str | None = None,
+    display: Display | None = None,
+) -> TrainingResult:
+    """Train from `base` on `examples`, or go on with the run in config.output.
+
+    `identity` is what decides the result besides the base and the options of training (hashes of data, for one).
+    `model` is the base's config with what the kind changes (labels, special tokens). The tokenizer, chat template
+    included, is written beside every checkpoint. `step` is made from base and objective where it is not given.
+    """
+    model = model or base.config
+    _check_tuning(config, model, base)
+    whole = {
+        "kind": kind,
+        "model": asdict(model),
+        "base": base.digest(),
+        **identity,
+        "training": config.identity(),
+        **_tuning_identity(config),
+    }
+    if config.resume:  # a changed option is named before the weights are made
+        run_directory.compare(run_directory.read_manifest(config.output)["identity"], whole)
+    if step is None:
+        assert objective is not None
+        step = make_step(config, backend, model, base.arrays, objective)
+    with run_directory.open_run(
+        config.output, whole, config.arguments(), config.resume, _weight_files(config, base)
+    ) as run:
+        tokenizer = run.file("tokenizer")
+        with files.atomic_directory(tokenizer, overwrite=True) as temporary:
+            base.tokenizer.save(temporary)
+        trainer = Trainer(
+            config,
+            model,
+            step,
+            examples,
+            run,
+            tokenizer_directory=tokenizer,
+            on_evaluation=on_evaluation,
+            measure=measure,
+            best_measure=best_measure,
+            display=display,
+        )
+        return trainer.run()
+
+
+def make_step(
+    config: FinetuneConfig,
+    backend: Backend,
+    model: ModelConfig,
+    arrays: dict[str, HostArray],
+    objective: Objective,
+    **more: Any,
+) -> TrainableStep:
+    """The backend's training step over a model with values, all of which are trained or what config.tuning says."""
+    if config.tuning == "head" and not model.num_labels:
+        raise ValueError("--tuning head trains a classifier's head, and a language model has none; use lora or full")
+    lacking = tuning_options(config).keys() - inspect.signature(backend).parameters.keys()
+    if lacking:
+        raise ValueError(f"this backend has no --tuning {config.tuning}; use --backend torch, or --tuning full")
+    return backend(model, arrays, objective=objective, **step_options(config), **tuning_options(config), **more)
+
+
+def tuning_options(config: FinetuneConfig) -> dict[str, Any]:
+    """What a backend's `build_train_step` takes of what is to be trained."""
+    if config.tuning == "lora":
+        return {"adapter": config.lora()}
+    return {"trainable": CLASSIFIER.__eq__} if config.tuning == "head" else {}
+
+
+def _check_tuning(config: FinetuneConfig, model: ModelConfig, base: Base) -> None:
+    """Refuse, in one line, an adapter for a model that is not its base."""
+    if config.tuning != "lora":
+        return
+    config.lora().factors(model)
+    changed = [
+        f.name
+        for f in fields(model)
+        if f.name not in OF_THE_ADAPTED and getattr(model, f.name) != getattr(base.config, f.name)
+    ]
+    if changed:
+        raise ValueError(
+            f"--tuning lora leaves the model as it is, but here its {changed[0]} would change from "
+            f"{getattr(base.config, changed[0])} to {getattr(model, changed[0])}; use --tuning full"
+        )
+
+
+OF_THE_ADAPTED = ("num_labels", "tie_word_embeddings", "dropout", "bos_token_id", "eos_token_id", "pad_token_id")
+"""What may differ between a model and its base without another set of weights below the head."""
+
+
+def _tuning_identity(config: FinetuneConfig) -> dict[str, Any]:
+    """What of it decides a run's result."""
+    settings = asdict(config.lora()) if config.tuning == "lora" else {}
+    return {} if config.tuning == "full" else {"tuning": {"what": config.tuning, **settings}}
+
+
+def _weight_files(config: FinetuneConfig, base: Base) -> WeightFiles | None:
+    """How checkpoints are written: an adapter's as the adapter alone."""
+    if config.tuning != "lora":
+        return None
+    assert config.model is not None
+    on_hub = not config.model.exists()
+    name = str(config.model) if on_hub else str(base.directory.resolve())
+    return AdapterFiles(config.lora(), BaseModel(name, checkpoint.digest(base.directory)))
