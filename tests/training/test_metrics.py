@@ -30,6 +30,8 @@ EVALUATION = {
     "bits_per_byte": 0.7,
     "targets": 10,
     "best": True,
+    "target": "token",
+    "measures": {},
 }
 
 

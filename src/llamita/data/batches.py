@@ -6,13 +6,13 @@ resuming needs only the number of the step. This file knows nothing about what i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
-from llamita.data.packing import Row, Rows
+from llamita.data.packing import Row, RowsConfig
 
 NOT_SCORED = -100
 """The label of a position whose prediction is not scored (what PyTorch calls ignore_index)."""
@@ -24,18 +24,38 @@ class Batch:
 
     tokens_BT: int32. labels_BT: int32, NOT_SCORED (-100) where nothing is scored. segments_BT: int32 of the inputs, or
     None where every row is one causal sequence (padding, if any, behind it); 0 is padding. row_ids: int64 [B], the
-    rows' numbers.
+    rows' numbers. extras: what an objective needs besides, arrays of B rows each (see llamita/objective.py).
+    row_is_target: the loss is a mean over rows, not over scored positions.
     """
 
     tokens_BT: np.ndarray
     labels_BT: np.ndarray
     segments_BT: np.ndarray | None
     row_ids: np.ndarray
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict)
+    row_is_target: bool = False
 
     @property
     def num_targets(self) -> int:
-        """Scored positions."""
-        return int((self.labels_BT != NOT_SCORED).sum())
+        """What the loss is a mean over: scored positions, or rows."""
+        return len(self.row_ids) if self.row_is_target else int((self.labels_BT != NOT_SCORED).sum())
+
+    def rows(self, part: slice) -> Batch:
+        """Some of the rows."""
+        segments_BT = None if self.segments_BT is None else self.segments_BT[part]
+        extras = {name: array[part] for name, array in self.extras.items()}
+        return Batch(
+            self.tokens_BT[part], self.labels_BT[part], segments_BT, self.row_ids[part], extras, self.row_is_target
+        )
+
+
+class RowSource(Protocol):
+    """Rows by number, all of one length: `packing.Rows`, or `examples.ConversationRows`."""
+
+    config: RowsConfig
+
+    def __len__(self) -> int: ...
+    def row(self, index: int) -> Row: ...
 
 
 class BatchIterator:
@@ -48,7 +68,7 @@ class BatchIterator:
     """
 
     def __init__(
-        self, rows: Rows, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, shuffle: bool = True
+        self, rows: RowSource, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, shuffle: bool = True
     ) -> None:
         if len(rows) == 0:
             raise ValueError("there are no rows to iterate over; prepare a split with at least one document")
@@ -138,7 +158,7 @@ class BatchIterator:
         return self._order
 
 
-def evaluation_batches(rows: Rows, batch_size: int, limit: int = 0) -> Iterator[Batch]:
+def evaluation_batches(rows: RowSource, batch_size: int, limit: int = 0) -> Iterator[Batch]:
     """At most `limit` rows (0: all), evenly spaced and in order, each once; the last batch may be smaller."""
     count = min(limit, len(rows)) or len(rows)
     row_ids = np.arange(count, dtype=np.int64) * len(rows) // count

@@ -280,9 +280,7 @@ class Llama(nn.Module):
         table = {array.name: array for array in architecture.stored_arrays(self.config)}
         found = {}
         for module_name, owner in self.named_modules():
-            for key, parameter in owner.items():
-                if not isinstance(parameter, mx.array):
-                    continue
+            for key, parameter in ((key, value) for key, value in owner.items() if isinstance(value, mx.array)):
                 name = f"{module_name}.{key}"
                 rows = [table[part] for part in architecture.canonical_names(name)]
                 sizes = tuple(row.shape[0] for row in rows)

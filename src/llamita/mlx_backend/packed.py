@@ -29,7 +29,7 @@ class PackedParameter:
     def replace(self, values: mx.array) -> None:
         self.owner[self.key] = values
 
-    def split(self, array: mx.array) -> Sequence[mx.array]:
-        """The rows of `array`, shaped like the parameter, that belong to each part."""
+    def split(self, tensor: mx.array) -> Sequence[mx.array]:
+        """The rows of `tensor`, shaped like the parameter, that belong to each part."""
         ends = list(accumulate(self.sizes))
-        return [array[end - size : end] for size, end in zip(self.sizes, ends, strict=True)]
+        return [tensor[end - size : end] for size, end in zip(self.sizes, ends, strict=True)]

@@ -28,6 +28,7 @@ from llamita.mlx_backend.adamw import AdamW, AdamWSettings, clipping_scale, glob
 from llamita.mlx_backend.attention import Dropout
 from llamita.mlx_backend.losses import chunked_cross_entropy
 from llamita.mlx_backend.model import Linear, Llama
+from llamita.mlx_backend.runner import MlxRunner, choose_device
 from llamita.optimization import StepMetrics as StepMetrics
 
 Precision = Literal["auto", "bf16", "fp32"]
@@ -67,7 +68,7 @@ class MlxTrainStep:
         max_grad_norm: float = 0.0,
         precision: Literal["bf16", "fp32"] = "fp32",
         seed: int = 0,
-        compile: bool = True,
+        compile: bool = False,
         device: mx.DeviceType = mx.cpu,
     ) -> None:
         if model.config.quantization:
@@ -118,6 +119,10 @@ class MlxTrainStep:
         """Go on from what weights() and state() gave; ValueError lists what is missing or misshapen."""
         weights.load_host_arrays(self.model, arrays)
         self.optimizer.load_state(state)
+
+    def runner(self) -> MlxRunner:
+        """Generates with the weights as they are now."""
+        return MlxRunner(self.model, self.device)
 
     def conditions(self) -> dict[str, Any]:
         """What the last bits of the result depend on besides the configuration and the data."""
@@ -231,30 +236,30 @@ def build_train_step(
     precision: Precision = "auto",
     device: str = "auto",
     threads: int = 0,
-    compile: bool = True,
+    compile: bool | None = None,
     **settings: Any,
 ) -> MlxTrainStep:
     """A freshly initialised model and its optimiser; `settings` are the fields of AdamWSettings.
 
     device "auto" is the GPU where there is one, Metal's on a Mac; precision "auto" is bf16 there and fp32 on a CPU.
+    `compile` None is true there too: a CPU's kernels take a C++ compiler half a minute at their first use, and updates
+    were no faster then.
     """
     optimizer = AdamWSettings(**settings)
-    devices = {"cpu": mx.cpu} | ({"gpu": mx.gpu} if mx.is_available(mx.gpu) else {})
-    if device == "auto":
-        device = "gpu" if "gpu" in devices else "cpu"
-    if device not in devices:
-        raise ValueError(f"device={device!r} is not here; use {' or '.join(sorted(devices, reverse=True))}")
+    where = choose_device(device)
     if threads > 0:
-        raise ValueError(f"threads={threads}, but MLX chooses them itself; leave it at 0")
+        raise ValueError(f"threads={threads} cannot be set: MLX chooses its threads itself; leave it at 0")
     if precision == "auto":
-        precision = "bf16" if device == "gpu" else "fp32"
-    return MlxTrainStep(
-        weights.build_model(config, seed=seed, initialization=initialization),
-        optimizer,
-        loss=loss,
-        max_grad_norm=max_grad_norm,
-        precision=precision,
-        seed=seed,
-        compile=compile,
-        device=devices[device],
-    )
+        precision = "bf16" if where == mx.gpu else "fp32"
+    with mx.stream(where):
+        model = weights.build_model(config, seed=seed, initialization=initialization)
+        return MlxTrainStep(
+            model,
+            optimizer,
+            loss=loss,
+            max_grad_norm=max_grad_norm,
+            precision=precision,
+            seed=seed,
+            compile=where == mx.gpu if compile is None else compile,
+            device=where,
+        )

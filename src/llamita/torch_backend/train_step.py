@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -21,34 +21,14 @@ from llamita.architecture import InitializationName
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
 from llamita.data.batches import Batch
-from llamita.torch_backend import weights
+from llamita.objective import LossSums, NextToken, Objective
+from llamita.torch_backend import objectives, weights
 from llamita.torch_backend.adamw import AdamW, AdamWSettings, clipping_scale, global_norm
-from llamita.torch_backend.losses import chunked_cross_entropy
 from llamita.torch_backend.model import Llama
+from llamita.torch_backend.objectives import Hidden, TensorBatch
 from llamita.torch_backend.runner import TorchRunner
 
 Precision = Literal["auto", "bf16", "fp32"]
-Hidden = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class TensorBatch:
-    """A `Batch` on the device of the model."""
-
-    tokens_BT: Tensor
-    labels_BT: Tensor
-    segments_BT: Tensor | None
-
-
-LossFunction = Callable[[Hidden, Tensor, TensorBatch], Tensor]
-"""(hidden, output_weight_VD, batch) -> the loss summed over the batch's targets, a float32 scalar in nats. `hidden` is
-`Llama.hidden`, compiled where that was asked for."""
-
-
-def next_token_loss(hidden: Hidden, output_weight_VD: Tensor, batch: TensorBatch) -> Tensor:
-    """-log p of every label that is scored, in nats: pre-training and instruction tuning."""
-    hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
-    return chunked_cross_entropy(hidden_BTD, output_weight_VD, batch.labels_BT)
 
 
 @dataclass(frozen=True)
@@ -63,6 +43,8 @@ class StepMetrics:
     grad_norm: float
     targets: int
     faulty_micro_batches: tuple[int, ...] = ()
+    measures: Mapping[str, float] = field(default_factory=dict)
+    """Means over the targets of what else the objective measures."""
 
 
 class TorchTrainStep:
@@ -73,25 +55,34 @@ class TorchTrainStep:
         model: Llama,
         settings: AdamWSettings | None = None,
         *,
-        loss: LossFunction = next_token_loss,
+        objective: Objective = NextToken(),  # noqa: B008 - it is frozen
+        trainable: Callable[[str], bool] = lambda name: True,
         max_grad_norm: float = 0.0,
         precision: Literal["bf16", "fp32"] = "fp32",
         seed: int = 0,
         compile: bool = False,
     ) -> None:
+        """Of the model's parameters those are trained whose canonical name is `trainable`."""
         if model.config.quantization:
             raise ValueError(
                 f"the model is quantised ({model.config.quantization}) and cannot be trained; train the model that it "
                 "was made from, then quantise that"
             )
         self.model = model
-        self.optimizer = AdamW(model.packed_parameters(), settings)
-        self.loss = loss
+        packed = [each for each in model.packed_parameters() if all(map(trainable, each.parts))]
+        if not packed:
+            raise ValueError("no parameter of the model is to be trained")
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for each in packed:
+            each.parameter.requires_grad_(True)
+        self.optimizer = AdamW(packed, settings)
+        self.objective = objective
         self.max_grad_norm = max_grad_norm
         self.precision = precision
         self.seed = seed
         self.compiled = compile
-        self.parameters = list(model.parameters())
+        self.parameters = [each.parameter for each in packed]
         self.device = self.parameters[0].device
         # Evaluation runs uncompiled: its batches have other shapes, and each would be compiled anew.
         self._hidden: Hidden = torch.compile(model.hidden, dynamic=False) if compile else model.hidden
@@ -104,28 +95,35 @@ class TorchTrainStep:
             raise ValueError(f"rows {rows} have no target to learn from; use longer documents or mode=pack")
         self.model.train()
         self._forget_gradients()
-        losses = []
+        loss_function = objectives.loss_function(self.objective, training=True)
+        outputs = []
         with self._random_numbers_of_step():
             for batch in micro_batches:
                 with self._autocast():
-                    loss = self.loss(self._hidden, self.model.output_weight_VD, self._to_device(batch))
-                (loss / targets).backward()
-                losses.append(loss.detach())
+                    output = loss_function(self._hidden, self.model.output_weight_VD, self._to_device(batch))
+                (output.nats / targets).backward()
+                outputs.append({"": output.nats.detach(), **output.measures})
         norm = global_norm([p.grad for p in self.parameters if p.grad is not None])
-        *sums, grad_norm = torch.stack([*losses, norm]).tolist()  # the one place that waits for the device
+        found = torch.stack([value for output in outputs for value in output.values()] + [norm]).tolist()
+        *flat, grad_norm = found  # the one place that waits for the device
+        width = len(outputs[0])
+        sums = flat[::width]
+        measures = {name: sum(flat[i::width]) / targets for i, name in enumerate(outputs[0]) if name}
         faulty = tuple(i for i, nats in enumerate(sums) if not math.isfinite(nats))
         if not faulty and math.isfinite(grad_norm):
             self.optimizer.step(learning_rate, clipping_scale(grad_norm, self.max_grad_norm))
         self._forget_gradients()
-        return StepMetrics(sum(sums) / targets, grad_norm, targets, faulty)
+        return StepMetrics(sum(sums) / targets, grad_norm, targets, faulty, measures)
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> tuple[float, int]:
-        """The loss summed over the batch's targets, in nats, and their number; without dropout."""
+    def evaluate(self, batch: Batch) -> LossSums:
+        """The loss and the measures summed over the batch's targets; without dropout."""
         self.model.eval()
+        loss_function = objectives.loss_function(self.objective, training=False)
         with self._autocast():
-            nats = self.loss(self.model.hidden, self.model.output_weight_VD, self._to_device(batch))
-        return float(nats), batch.num_targets
+            output = loss_function(self.model.hidden, self.model.output_weight_VD, self._to_device(batch))
+        measures = {name: float(value) for name, value in output.measures.items()}
+        return LossSums(float(output.nats), batch.num_targets, measures)
 
     def weights(self) -> dict[str, HostArray]:
         """The float32 weights under canonical names."""
@@ -198,15 +196,21 @@ class TorchTrainStep:
             return torch.from_numpy(array).to(self.device, dtype=torch.int64, non_blocking=True)
 
         segments_BT = None if batch.segments_BT is None else move(batch.segments_BT)
-        return TensorBatch(move(batch.tokens_BT), move(batch.labels_BT), segments_BT)
+        extras = {
+            name: move(array) if array.dtype.kind in "iu" else torch.from_numpy(array).to(self.device)
+            for name, array in batch.extras.items()
+        }
+        return TensorBatch(move(batch.tokens_BT), move(batch.labels_BT), segments_BT, extras)
 
 
 def build_train_step(
     config: ModelConfig,
+    arrays: Mapping[str, HostArray] | None = None,
     *,
     seed: int = 0,
     initialization: InitializationName = "fan-in",
-    loss: LossFunction = next_token_loss,
+    objective: Objective = NextToken(),  # noqa: B008 - it is frozen
+    trainable: Callable[[str], bool] = lambda name: True,
     max_grad_norm: float = 0.0,
     precision: Precision = "auto",
     device: str = "auto",
@@ -214,7 +218,8 @@ def build_train_step(
     compile: bool = False,
     **settings: Any,
 ) -> TorchTrainStep:
-    """A freshly initialised model and its optimiser; `settings` are the fields of AdamWSettings.
+    """A model of the values in `arrays`, or a freshly initialised one, and its optimiser; `settings` are the fields of
+    AdamWSettings.
 
     `threads` 0 leaves PyTorch's own choice; precision "auto" is bf16 where the processor multiplies it.
     """
@@ -228,9 +233,10 @@ def build_train_step(
     if precision == "auto":
         precision = "bf16" if device == "cuda" or cpu_multiplies_bf16() else "fp32"
     return TorchTrainStep(
-        weights.build_model(config, seed=seed, initialization=initialization, device=device),
+        weights.build_model(config, arrays, seed=seed, initialization=initialization, device=device),
         optimizer,
-        loss=loss,
+        objective=objective,
+        trainable=trainable,
         max_grad_norm=max_grad_norm,
         precision=precision,
         seed=seed,

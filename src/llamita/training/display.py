@@ -123,9 +123,12 @@ def _figures(record: Mapping[str, Any]) -> list[str]:
 
 def evaluation_text(record: Mapping[str, Any]) -> str:
     """An evaluation record in words."""
-    parts = [f"validation loss {record['loss']:.4f} nats/token", f"perplexity {record['perplexity']:.2f}"]
+    parts = [f"validation loss {record['loss']:.4f} nats/{record['target']}"]
+    if record.get("perplexity") is not None:
+        parts.append(f"perplexity {record['perplexity']:.2f}")
     if record.get("nats_per_character") is not None:
         parts += [f"{record['nats_per_character']:.4f} nats/character", f"{record['bits_per_byte']:.4f} bits/byte"]
+    parts += [f"{name.replace('_', ' ')} {value:.4f}" for name, value in record["measures"].items()]
     return ", ".join(parts) + (" (best so far)" if record.get("best") else "")
 
 

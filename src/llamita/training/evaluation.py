@@ -1,7 +1,7 @@
 """The loss over validation rows, per token, character and byte. Knows nothing of when it is taken or where it goes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from llamita.data.batches import NOT_SCORED
@@ -10,13 +10,15 @@ from llamita.training.interfaces import Examples, TrainStep
 
 @dataclass(frozen=True)
 class Totals:
-    """Nats per token, per character where the text is known, and how many tokens were scored."""
+    """Nats per target, per character where the text is known, and how many targets were scored; see `Evaluation`."""
 
     loss: float
-    perplexity: float
+    perplexity: float | None
     nats_per_character: float | None
     bits_per_byte: float | None
     targets: int
+    target: str
+    measures: Mapping[str, float]
 
 
 def evaluate(step: TrainStep, examples: Examples, stop: Callable[[], bool] = lambda: False) -> Totals | None:
@@ -25,21 +27,27 @@ def evaluate(step: TrainStep, examples: Examples, stop: Callable[[], bool] = lam
     Characters and bytes are those of the scored tokens themselves, so they fit whatever rows are scored.
     """
     nats, targets, characters, size = 0.0, 0, 0, 0
+    sums: dict[str, float] = {}
     for batch in examples.validation():
         if stop():
             return None
-        batch_nats, batch_targets = step.evaluate(batch)
-        nats += batch_nats
-        targets += batch_targets
+        found = step.evaluate(batch)
+        nats += found.nats
+        targets += found.targets
+        for name, value in found.measures.items():
+            sums[name] = sums.get(name, 0.0) + value
         if examples.text is not None:
             labels = batch.labels_BT[batch.labels_BT != NOT_SCORED]
             characters += int(examples.text.characters_V[labels].sum())
             size += int(examples.text.bytes_V[labels].sum())
     loss = nats / targets if targets else math.nan
+    perplexity = math.exp(loss) if loss < 700 else math.inf
     return Totals(
         loss=loss,
-        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        perplexity=perplexity if examples.target == "token" else None,
         nats_per_character=nats / characters if characters else None,
         bits_per_byte=nats / size / math.log(2) if size else None,
         targets=targets,
+        target=examples.target,
+        measures={name: value / targets for name, value in sums.items()},
     )

@@ -4,7 +4,7 @@ Only types; knows nothing of how any of it is done.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from llamita.checkpoint import HostArray
 from llamita.data.batches import Batch
+from llamita.objective import LossSums
 
 
 class StepMetrics(Protocol):
@@ -24,6 +25,8 @@ class StepMetrics(Protocol):
     @property
     def targets(self) -> int: ...
     @property
+    def measures(self) -> Mapping[str, float]: ...
+    @property
     def faulty_micro_batches(self) -> tuple[int, ...]: ...
 
 
@@ -32,7 +35,7 @@ class TrainStep(Protocol):
     or gradient is not finite."""
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepMetrics: ...
-    def evaluate(self, batch: Batch) -> tuple[float, int]: ...
+    def evaluate(self, batch: Batch) -> LossSums: ...
     def weights(self) -> dict[str, HostArray]: ...
     def state(self) -> dict[str, HostArray]: ...
     def load_state(self, arrays: Mapping[str, HostArray], state: Mapping[str, HostArray]) -> None: ...
@@ -59,24 +62,33 @@ class TokenText:
 
 @dataclass(frozen=True)
 class Examples:
-    """What a model learns from and is judged by. `validation` starts anew at each call and may yield nothing."""
+    """What a model learns from and is judged by. `validation` starts anew at each call and may yield nothing.
+
+    `target` is what the loss is a mean over; only of tokens is there a perplexity.
+    """
 
     batches: Batches
     validation: Callable[[], Iterable[Batch]] = tuple
     text: TokenText | None = None
+    target: str = "token"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A pass over the validation rows after `step` updates: nats per token, and per character where that is known."""
+    """A pass over the validation rows after `step` updates: nats per target, and per character where that is known.
+
+    `perplexity` is None where a target is no token. `measures` are means over the targets.
+    """
 
     step: int
     loss: float
-    perplexity: float
+    perplexity: float | None
     nats_per_character: float | None
     bits_per_byte: float | None
     targets: int
     best: bool
+    target: str = "token"
+    measures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

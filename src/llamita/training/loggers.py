@@ -39,9 +39,10 @@ def make_loggers(names: Sequence[LoggerName], directory: Path, identity: Mapping
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a record as `train/loss`, `evaluation/perplexity` and so on."""
+    flat = {key: value for key, value in record.items() if key != "measures"} | record.get("measures", {})
     return {
         f"{record['kind']}/{key}": float(value)
-        for key, value in record.items()
+        for key, value in flat.items()
         if key != "step" and isinstance(value, int | float) and not isinstance(value, bool)
     }
 

@@ -29,8 +29,7 @@ class MetricsFile:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one line; numbers that are not finite, which JSON lacks, become null."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
@@ -39,6 +38,13 @@ class MetricsFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    """The same without the numbers that JSON lacks."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -132,7 +138,7 @@ def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, floor: float |
         axes.axhline(floor, color="#555555", linestyle="--", linewidth=1.2, label=f"floor {floor:.3f}")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
-    _scale(axes, [loss for _, loss in train + validation], floor)
+    scale_losses(axes, [loss for _, loss in train + validation], floor)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if train or validation:
@@ -142,7 +148,7 @@ def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, floor: float |
     os.replace(temporary, path)
 
 
-def _scale(axes: Any, losses: Sequence[float], floor: float | None) -> None:
+def scale_losses(axes: Any, losses: Sequence[float], floor: float | None) -> None:
     """Leave a spike off the top, and take logarithms where the first losses would press the rest of the curve flat."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 

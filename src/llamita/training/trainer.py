@@ -9,21 +9,23 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from llamita import architecture
 from llamita.config import ModelConfig
 from llamita.data.batches import Batch
+from llamita.text.tokenizer import Tokenizer
 from llamita.training import metrics
 from llamita.training.config import TrainingConfig
 from llamita.training.display import Display, make_display
 from llamita.training.evaluation import evaluate
 from llamita.training.interfaces import Evaluation, Examples, OnEvaluation, StepMetrics, TrainingResult, TrainStep
 from llamita.training.loggers import Logger, make_loggers
+from llamita.training.record import INTERRUPTED, ended
 from llamita.training.run_directory import BEST, Checkpoint, RunDirectory
 
 PLOT_SECONDS = 30.0  # between two drawings of the loss while training
@@ -42,10 +44,17 @@ class Trainer:
         *,
         tokenizer_directory: Path | None = None,
         on_evaluation: OnEvaluation | None = None,
+        measure: Callable[[], Mapping[str, float]] | None = None,
         floor: float | None = None,
+        best_measure: str | None = None,
         display: Display | None = None,
     ) -> None:
-        """`floor` is the lowest loss that the data allows, in nats per character; it is drawn into the plot."""
+        """`measure` gives what else an evaluation is to hold, of the weights as they are: scores of what they write.
+
+        `floor` is the lowest loss that the data allows, in nats per character; it is drawn into the plot.
+
+        The best checkpoint is that of the lowest loss, or of the highest `best_measure` where one is named.
+        """
         self.config = config.resolved()
         self.model = model
         self.step = step
@@ -53,7 +62,9 @@ class Trainer:
         self.run_directory = run
         self.tokenizer_directory = tokenizer_directory
         self.on_evaluation = on_evaluation
+        self.measure = measure
         self.floor = floor
+        self.best_measure = best_measure
         self._display = display
         self._rates = self.config.learning_rates()
         self._done = 0
@@ -90,6 +101,7 @@ class Trainer:
             self._metrics.close()
             for logger in self._loggers:
                 logger.close()
+        self.run_directory.update_session({"last_step": self._done} | (ended(INTERRUPTED) if stopped else {}))
         path = self.run_directory.checkpoint_path(self._done) if self._done else None
         return TrainingResult(self._done, loss, self._evaluation, self._best, path, stopped)
 
@@ -127,6 +139,7 @@ class Trainer:
             "learning_rate": rate,
             "grad_norm": result.grad_norm,
             "targets": result.targets,
+            **result.measures,
             "tokens_per_second": round(speed, 1),
             "utilization": round(flops / self._peak, 4),
             "memory_bytes": self.step.memory_bytes(),
@@ -164,8 +177,11 @@ class Trainer:
         self._checkpoint_step = -1  # one that was written before, on an interruption, lacks this evaluation
         if totals.targets == 0:
             return
-        best = math.isfinite(totals.loss) and (self._best is None or totals.loss < self._best.loss)
-        self._evaluation = Evaluation(step=self._done, best=best, **asdict(totals))
+        if self.measure is not None:
+            totals = replace(totals, measures={**totals.measures, **self.measure()})
+        evaluation = Evaluation(step=self._done, best=False, **asdict(totals))
+        best = math.isfinite(totals.loss) and (self._best is None or self._rank(evaluation) > self._rank(self._best))
+        self._evaluation = replace(evaluation, best=best)
         if best:
             self._best = self._evaluation
         record = {"kind": "evaluation", **asdict(self._evaluation)}
@@ -177,6 +193,11 @@ class Trainer:
             self.display.message(text)
         if time.monotonic() - self._plotted > PLOT_SECONDS:
             self._plot()
+
+    def _rank(self, evaluation: Evaluation) -> tuple[float, ...]:
+        """What makes one checkpoint better than another; the loss decides where a measure is equal."""
+        measured = () if self.best_measure is None else (evaluation.measures[self.best_measure],)
+        return (*measured, -evaluation.loss)
 
     def _record(self, record: dict[str, Any]) -> None:
         self._metrics.append(record)
@@ -217,7 +238,10 @@ class Trainer:
                 f"{key} was {before.get(key)!r} and is now {conditions[key]!r}: the run goes on, but its weights "
                 "may differ in the last bits from those of a run under the same conditions"
             )
-        run.update_manifest({"conditions": conditions})
+        tokenizer = self.tokenizer_directory and Tokenizer.load(self.tokenizer_directory).hash
+        known = {"floor": self.floor, "best_measure": self.best_measure, "tokenizer": tokenizer}
+        run.update_manifest({"conditions": conditions} | {key: value for key, value in known.items() if value})
+        run.update_session({"first_step": step})
         records = metrics.rewind(run.file("metrics.jsonl"), step)
         metrics.rewind_samples(run.file("samples.txt"), step)
         for record in records:
@@ -238,16 +262,7 @@ class Trainer:
 
 def split(batch: Batch, size: int) -> list[Batch]:
     """Consecutive groups of at most `size` rows."""
-    parts = [slice(start, start + size) for start in range(0, len(batch.row_ids), size)]
-    return [
-        Batch(
-            batch.tokens_BT[part],
-            batch.labels_BT[part],
-            None if batch.segments_BT is None else batch.segments_BT[part],
-            batch.row_ids[part],
-        )
-        for part in parts
-    ]
+    return [batch.rows(slice(start, start + size)) for start in range(0, len(batch.row_ids), size)]
 
 
 @contextmanager

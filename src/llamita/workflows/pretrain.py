@@ -5,7 +5,6 @@ The backend is passed in. Everything that can be wrong with the options is found
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -38,6 +37,8 @@ DEFAULT_SEQUENCE_LENGTH = 256
 class PretrainConfig(TrainingConfig):
     """What `llamita train` takes."""
 
+    recipe: str = ""
+    """Take every option that is not given from a recipe; llamita recipe lists them."""
     data: Path | None = None
     """Prepared data (llamita prepare). Needed, but when resuming."""
     preset: str = "tiny"
@@ -89,8 +90,7 @@ def pretrain(
     `floor` is the least possible loss in nats per character, for the plot. `on_evaluation` is called after each
     evaluation, after the sample was written. ValueError or OSError, in one line, for options that cannot be met.
     """
-    if config.resume:
-        config = take_over(config, run_directory.read_manifest(config.output)["arguments"])
+    config = taken_over(config)
     run_directory.check(config.output, config.resume)
     loggers.require(config.log)
     if config.data is None:
@@ -108,23 +108,9 @@ def pretrain(
         "training": config.identity(),
     }
     if config.resume:  # a changed option is named before the weights are made
-        run_directory.compare(run_directory.read_manifest(config.output)["identity"], json.loads(json.dumps(identity)))
+        run_directory.compare(run_directory.read_manifest(config.output)["identity"], identity)
     examples = make_examples(config, tokenizer, rows)
-    step = backend(
-        model,
-        seed=config.seed,
-        initialization=config.initialization,
-        precision=config.precision,
-        device=config.device,
-        threads=config.threads,
-        compile=config.compile,
-        max_grad_norm=config.max_grad_norm,
-        beta1=config.beta1,
-        beta2=config.beta2,
-        epsilon=config.epsilon,
-        weight_decay=config.weight_decay,
-        bias_correction=config.bias_correction,
-    )
+    step = backend(model, initialization=config.initialization, **step_options(config))
     prompt = sample_prompt(config, tokenizer, examples)
 
     def after_evaluation(evaluation: Evaluation) -> str | None:
@@ -148,6 +134,20 @@ def pretrain(
             display=display,
         )
         return trainer.run()
+
+
+def step_options(config: TrainingConfig) -> dict[str, Any]:
+    """What a backend's `build_train_step` takes of the options that every kind of training has."""
+    names = ("seed", "precision", "device", "threads", "compile", "max_grad_norm")
+    adamw = ("beta1", "beta2", "epsilon", "weight_decay", "bias_correction")
+    return {name: getattr(config, name) for name in names + adamw}
+
+
+def taken_over(config: PretrainConfig) -> PretrainConfig:
+    """`config`, or where it goes on with a run, that run's options in the place of those that were left out."""
+    if not config.resume:
+        return config
+    return take_over(config, run_directory.read_manifest(config.output)["arguments"])
 
 
 def model_config(config: PretrainConfig, tokenizer: Tokenizer) -> ModelConfig:

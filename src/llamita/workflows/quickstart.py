@@ -4,6 +4,7 @@ Every part is the one that a user's own run takes; only the choices are made her
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,14 +20,15 @@ from llamita.checkpoint import load_config
 from llamita.data import meadow
 from llamita.data.prepare import PrepareConfig, prepare
 from llamita.data.shards import Manifest
-from llamita.evaluation import meadow_score
+from llamita.evaluation import meadow_score, records
 from llamita.evaluation.perplexity import Forward, score_sequences
 from llamita.files import atomic_directory, atomic_write
 from llamita.inference.engine import Runner
 from llamita.inference.llm import LLM
-from llamita.plan import SamplingParams
+from llamita.plan import BackendName, SamplingParams
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.tokenizer import Tokenizer
+from llamita.training.record import command_line
 from llamita.training.run_directory import LAST
 from llamita.workflows.pretrain import Backend, PretrainConfig, pretrain
 
@@ -56,6 +58,8 @@ class QuickstartConfig:
     """Size of the tokenizer's vocabulary."""
     scored_stories: int = 1000
     """Stories to sample and to check; as many validation stories are predicted."""
+    backend: BackendName = "auto"
+    """The framework that computes; auto: MLX on Apple silicon where it is installed, else PyTorch."""
     seed: int = 0
     """Decides the stories, the initial weights, their order, and what is sampled."""
 
@@ -106,6 +110,7 @@ def quickstart(config: QuickstartConfig, backend: Backend, load_runner: LoadRunn
             return 130
     report = evaluate(config, run / LAST, load_runner, floor, console)
     atomic_write(config.output / "report.json", json.dumps(asdict(report), indent=2) + "\n")
+    records.write(run, "meadow", asdict(report), command_line(sys.argv), run / LAST)
     show(report, config, run, load_runner, console)
     return 0
 
@@ -133,6 +138,7 @@ def training_options(config: QuickstartConfig, data: Path, run: Path) -> Pretrai
         evaluate_every=max(1, config.steps // 8),
         evaluation_rows=256,
         sample_tokens=200,
+        backend=config.backend,
         seed=config.seed,
     )
 
@@ -215,6 +221,7 @@ def show(report: Report, config: QuickstartConfig, run: Path, load_runner: LoadR
         f'llamita generate {run} "One rainy morning,"',
         f"llamita data show {config.output / 'data'}",
         f"llamita info {run}",
+        f"llamita report {run}",
         "llamita train --help",
     ):
         console.print(f"  {command}")

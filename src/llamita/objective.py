@@ -1,0 +1,74 @@
+"""What a model is trained for, named so that either backend can compute it.
+
+An objective is data: a training step turns it into a function of hidden states. It lies left of the backends, which
+compute it, and of the workflows, which choose it. Knows no tensor.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+
+class LossSums(NamedTuple):
+    """A loss summed over the targets of a batch, in nats, their number, and sums of whatever else was measured."""
+
+    nats: float
+    targets: int
+    measures: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """-log p of every label that is scored: pre-training and instruction tuning."""
+
+
+@dataclass(frozen=True)
+class Classification:
+    """-log p of the label of each text, read from the state of its last token; measures `accuracy`.
+
+    A batch's label stands at that token and nowhere else in its row, so padding on either side changes nothing.
+    """
+
+    dropout: float = 0.0
+    """On that state, before the linear head."""
+    class_weights: tuple[float, ...] = ()
+    """The loss of a text is multiplied by the weight of its label; empty: by 1."""
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) and its relatives, from pairs of answers.
+
+    A row is a pair: the batch's own tokens and labels are the chosen answer, `extras` hold `rejected_tokens_BT`,
+    `rejected_labels_BT`, and `reference_B2`, the summed log-probabilities that the model before tuning gave to the two
+    (with `normalize_lengths`: the means over their tokens). Measures `accuracy`, `margin`, `chosen_reward` and
+    `rejected_reward`; a reward is beta times the log-ratio to the reference.
+    """
+
+    form: Literal["dpo", "ipo"] = "dpo"
+    """dpo: -log sigmoid(beta * margin). ipo: (margin - 1 / (2 beta))^2 (Azar et al. 2023, arXiv:2310.12036)."""
+    beta: float = 0.1
+    """How strongly the model is held to the reference."""
+    normalize_lengths: bool = False
+    """Compare means over the tokens of an answer instead of sums."""
+    label_smoothing: float = 0.0
+    """The share of pairs taken to be labelled the wrong way round (conservative DPO); dpo alone."""
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """Group-relative policy optimisation (Shao et al. 2024, arXiv:2402.03300) from sampled answers.
+
+    A row is an answer; its labels are its tokens. `extras` hold `advantages_B`, `old_log_probs_BT`, and
+    `reference_log_probs_BT` where `kl_weight` is not 0. Measures `clipped`, `ratio` and `kl`.
+    """
+
+    clip: float = 0.2
+    """The ratio of probabilities to those at sampling counts between 1 - clip and 1 + clip."""
+    kl_weight: float = 0.0
+    """Of the divergence from the reference."""
+    normalization: Literal["answer", "token"] = "answer"
+    """answer: the mean over answers of each one's mean over its tokens. token: the mean over all tokens."""
+
+
+Objective = NextToken | Classification | Preference | PolicyGradient
