@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "llamita"
 
 # From left to right: a room may import from rooms to its left, never from those beside it or to its right.
 ORDER = (
-    ("rope", "files", "labels"),
+    ("rope", "files", "labels", "optimization"),
     ("config",),
     ("presets",),
     ("architecture",),
@@ -23,12 +23,15 @@ ORDER = (
     ("training", "inference"),
     ("formats", "evaluation"),
     ("workflows", "server"),
+    ("backends",),
     ("library",),
     ("cli",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 FRAMEWORKS = {"torch": "torch_backend", "mlx": "mlx_backend", "mlx_lm": "mlx_backend"}
-LAZY_ROOMS = ("cli", "library")  # what a user calls first; library is the package's own face, found when asked for
+# What a user calls first: library is the package's own face, found when asked for; backends chooses a framework, and
+# so must not load one before it has chosen.
+LAZY_ROOMS = ("cli", "library", "backends")
 
 
 def faults(module: str, source: str, is_package: bool = False) -> list[str]:

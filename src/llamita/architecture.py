@@ -46,6 +46,8 @@ CLASSIFIER = "score.weight"
 FLOATING = ("F32", "BF16", "F16", "F64")  # types that weights have, by their safetensors names
 SCALE = "_scale"  # at the end of the name of a quantised weight's scales
 QUANTIZATION_GROUP = 32  # numbers along the input that share a scale in int4
+# Which linear maps lie in one matrix inside a model, one below the other, since one large product is faster than three.
+PACKING = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def parameters(config: ModelConfig, initialization: InitializationName = "fan-in") -> tuple[Parameter, ...]:
@@ -151,6 +153,15 @@ def stored_arrays(config: ModelConfig) -> tuple[StoredArray, ...]:
         arrays.append(StoredArray(row.name, shape, ("I8" if bits == 8 else "U8",), False))
         arrays.append(StoredArray(row.name + SCALE, scales, ("BF16",), False))
     return tuple(arrays)
+
+
+def canonical_names(name: str) -> tuple[str, ...]:
+    """The parameters of a checkpoint that a parameter of a backend's model holds."""
+    for packed, parts in PACKING.items():
+        if f".{packed}." in name:
+            module = packed.rpartition(".")[0]
+            return tuple(name.replace(packed, f"{module}.{part}") for part in parts)
+    return (name,)
 
 
 class Array(Protocol):

@@ -6,9 +6,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from llamita.backends import load_backend
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Drafter
 from llamita.inference.llm import LLM
+from llamita.plan import BackendName
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,14 @@ class RunOptions:
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and cache; auto is that of the file."""
-    device: Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda")] = "auto"
-    """Where to run; auto takes a GPU if there is one."""
+    backend: BackendName = "auto"
+    """Which framework computes; auto is MLX on Apple silicon where it is installed, else PyTorch."""
+    device: Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|gpu")] = "auto"
+    """Where to run: cpu or cuda with PyTorch, cpu or gpu with MLX; auto takes a GPU if there is one."""
     threads: int = 0
-    """Threads on a CPU; 0 leaves PyTorch's choice."""
+    """Threads on a CPU (PyTorch alone); 0 leaves the framework's choice."""
     exact: bool = False
-    """The same bits whatever else runs: float32 on the CPU, slower."""
+    """The same bits whatever else runs: PyTorch in float32 on the CPU, slower."""
     draft: str = ""
     """Guess tokens ahead, which changes the speed and no token: lookup, or a smaller model of the same vocabulary."""
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
@@ -32,6 +36,7 @@ def load(
     model: Path | str,
     *,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    backend: BackendName = "auto",
     device: str = "auto",
     threads: int = 0,
     exact: bool = False,
@@ -40,19 +45,20 @@ def load(
 ) -> LLM:
     """Load a language model: a Hugging Face model directory, a training run, or a name on the hub (`owner/name`).
 
-    `dtype` is that of weights and cache, "auto" that of the file; `device` is "cpu", "cuda", or "auto" for a GPU where
-    there is one; `threads` 0 leaves PyTorch's choice. `exact` gives logits that are the same bits alone and in any
-    batch (float32 on the CPU, slower). `engine` says how much runs at once. `draft` has tokens guessed ahead, which
-    changes the speed and no token: "lookup" looks for the last few tokens earlier in the text; else it is the directory
-    of a smaller model of the same vocabulary.
+    `dtype` is that of weights and cache, "auto" that of the file. `backend` is "torch", "mlx", or "auto" for MLX on
+    Apple silicon where it is installed, else PyTorch; `device` is "cpu", "cuda" (PyTorch), "gpu" (MLX), or "auto" for a
+    GPU where there is one. PyTorch alone has `threads` (0 leaves its choice) and `exact`: logits that are the same bits
+    alone and in any batch (float32 on the CPU, slower). `engine` says how much runs at once. `draft` has tokens guessed
+    ahead, which changes the speed and no token: "lookup" looks for the last few tokens earlier in the text; else it is
+    the directory of a smaller model of the same vocabulary.
 
     The result generates (`generate`, `stream`), gives logits and residual streams (`runner.forward`), and is saved by
     `save`. FileNotFoundError or ValueError, in one line, where the model is missing, broken, or of a kind that Llamita
-    does not have.
+    does not have; ModuleNotFoundError where the framework is not installed.
     """
     from llamita.inference.drafting import DraftModel, PromptLookup
-    from llamita.torch_backend.runner import load_runner
 
+    load_runner = load_backend(backend, device=device, threads=threads, exact=exact).load_runner
     drafter: Drafter | None = PromptLookup() if draft == "lookup" else None
     if draft and drafter is None:
         drafter = DraftModel(load_runner(draft, dtype, device, threads))

@@ -8,10 +8,12 @@ tensor, a tokenizer, or why a token was scheduled.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+BackendName = Literal["auto", "torch", "mlx"]
+"""The backends there are; which one "auto" stands for, `backends.choose` says."""
 MAX_SEED = 2**64 - 1
 MAX_CONTINUATIONS = 128
 MAX_TOP_LOGPROBS = 100
@@ -182,12 +184,14 @@ class Plan:
 class SampledToken:
     """A token and its natural log-probability under the model itself, before temperature, penalty and truncation.
 
-    `top` are the most probable tokens with theirs, as many as were asked for, the likeliest first.
+    `top` are the most probable tokens with theirs, as many as were asked for, the likeliest first. Where no token could
+    be picked, `error` says why in a line, and the rest means nothing.
     """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    error: str = ""
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def test_a_dataset_with_named_labels(tmp_path, monkeypatch):
     ("a.txt", "\n", r"there is no text"),
     ("a.csv", "text,label\none,1\ntwo\n", r"a\.csv, line 3 has not the 2 columns"),
     ("a.csv", 'text,label\n"one"x,1\n', r"a\.csv, line 2 is not CSV"),
-    ("a.csv", "body,label\none,1\n", r"a\.csv, line 2 has no field 'text', only \['body', 'label'\]; --text-field"),
+    ("a.csv", "body,label\none,1\n", r"a\.csv, line 2 has no field 'text', only \['body', 'label'\]; pass"),
     ("a.jsonl", '{"text": "x", "label": 1}\n{"text"\n', r"a\.jsonl, line 2 is not JSON"),
     ("a.jsonl", '{"text": "x"}\n', r"a\.jsonl, line 1 has no field 'label', .*--label-field"),
     ("a.jsonl", '{"text": "x", "label": 0.5}\n', r"line 1: field 'label' is float"),

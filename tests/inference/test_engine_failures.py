@@ -1,13 +1,18 @@
 """A step that fails, is interrupted, or meets a grammar that gives up: whom it ends, and that all else goes on."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from llamita.inference.config import EngineConfig
+from llamita.inference.drafting import DraftModel, PromptLookup
 from llamita.inference.engine import Engine
 from llamita.inference.request import Request, SamplingParams
+from llamita.plan import Plan, SampledToken, StepResult
 from llamita.text.tokenizer import Tokenizer
-from tests.inference.hash_model import HashRunner, check_invariants, expected, serve, shape
+from tests.inference.hash_model import HashRunner, Memory, check_invariants, expected, serve, shape
 
 PROMPT = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3)
 
@@ -78,3 +83,52 @@ def test_a_grammar_that_gives_up_ends_its_continuations_alone(
         answer = answers[1, index]
         assert (answer.reason, answer.error, len(answer.said)) == ("error", "too expensive", left)
         assert answer.events[-1].statistics.generated_tokens == left
+
+
+class Overflowing(HashRunner):
+    """Has no token for the sequence with id 1 at position 12, as where the logits of one row are not finite."""
+
+    def run(self, plan: Plan, memory: Memory) -> StepResult:
+        result = super().run(plan, memory)
+        broken = SampledToken(0, math.nan, error="not finite")
+        sampled = [
+            tuple(
+                broken if (chunk.sequence_id, sample.position) == (1, 12) else token
+                for sample, token in zip(chunk.samples, tokens, strict=True)
+            )
+            for chunk, tokens in zip(plan.chunks, result.sampled, strict=True)
+        ]
+        return replace(result, sampled=tuple(sampled))
+
+
+@pytest.mark.parametrize("drafter", [None, PromptLookup()])
+def test_a_row_without_a_token_ends_its_request_alone(drafter: PromptLookup | None) -> None:
+    engine = Engine(Overflowing(script=[7, 8] * 20), drafter=drafter)
+    params = SamplingParams(seed=1, max_tokens=8)
+    answers = serve(engine, [Request(i, PROMPT, params) for i in range(3)])
+    assert [(answers[i, 0].reason, len(answers[i, 0].said)) for i in range(3)] == [
+        ("length", 8), ("error", 2), ("length", 8)
+    ]  # fmt: skip
+    assert answers[1, 0].error == "not finite"
+    assert answers[0, 0].said == answers[2, 0].said
+    check_invariants(engine)
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 4])
+def test_a_drafter_that_fails_is_switched_off_and_no_token_is_lost(fails_at: int) -> None:
+    engine = Engine(HashRunner(), drafter=DraftModel(HashRunner(fails_at={fails_at}, agreement=70, salt=1)))
+    params = SamplingParams(seed=1, max_tokens=12)
+    with pytest.warns(UserWarning, match="guessing ahead failed and is switched off: out of memory"):
+        answers = serve(engine, [Request(i, PROMPT, params) for i in range(2)])
+    assert [answers[i, 0].said for i in range(2)] == [expected(PROMPT, params, shape())] * 2
+    check_invariants(engine)
+
+
+def test_an_id_is_given_to_one_request_at_a_time() -> None:
+    engine = Engine(HashRunner())
+    request = Request(3, PROMPT, SamplingParams(max_tokens=2))
+    engine.add(request)
+    with pytest.raises(ValueError, match="a request with the id 3 is being served"):
+        engine.add(request)
+    serve(engine)
+    assert serve(engine, [request])[3, 0].reason == "length"

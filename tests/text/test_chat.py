@@ -238,6 +238,22 @@ def test_the_mask_is_what_the_assistant_wrote_and_the_end_of_its_turn(tokenizer:
     assert sum(token in tokenizer.special_ids for token in written) == 1
 
 
+@pytest.mark.parametrize("name", ["chatml", "llama3", "mistral", "r0", "plain-eos"])
+def test_the_mask_begins_where_the_beginning_of_an_answer_ends(tokenizer: Tokenizer, name: str) -> None:
+    """In a vocabulary of bytes: what a model is asked with, and what it has to write, make up the text."""
+    bytes_alone = train_bpe_from_iterator(["a"], 259)
+    backend = tokenizers.Tokenizer.from_str(json.dumps(bytes_alone.codec.spec))
+    backend.add_special_tokens(CONTROL.split())
+    plain = chat(Tokenizer.from_codec(HuggingFaceCodec(backend)), name)
+    found = plain.encode(TURNS[:2], add_generation_prompt=False)
+    asked = plain.encode(TURNS[:1]).tokens
+    assert found.assistant_mask is not None
+    assert found.tokens[: len(asked)] == asked
+    scored = [i for i, mine in enumerate(found.assistant_mask) if mine]
+    assert scored == list(range(len(asked), scored[-1] + 1))
+    assert found.tokens[scored[-1]] == plain.end_of_turn[0][0]
+
+
 def test_no_mask_where_the_template_changes_what_was_said(tokenizer: Tokenizer) -> None:
     messages = [TURNS[0], {"role": "assistant", "content": "hm</think>Here."}]
     assert chat(tokenizer, "thinking").encode(messages).assistant_mask is None

@@ -387,11 +387,16 @@ def test_as_many_likeliest_tokens_as_each_row_asks_for_and_no_more_than_there_ar
     "params", [SamplingParams(temperature=0), SamplingParams(), SamplingParams(top_p=0.5)], ids=str
 )
 @pytest.mark.parametrize("banned", [(), (3,)])
-def test_logits_that_are_not_finite_are_refused(bad: float, params: SamplingParams, banned: tuple[int, ...]) -> None:
+def test_logits_that_are_not_finite_are_an_error_of_their_row(
+    bad: float, params: SamplingParams, banned: tuple[int, ...]
+) -> None:
     logits_RV = torch.zeros(2, 5)
     logits_RV[1, 3] = bad
-    with pytest.raises(ValueError, match="logits are not finite"):
-        Sampler(5).sample(logits_RV, [SampleSpec(params, 1, 1, banned=banned)] * 2, [0, 1])
+    specs = [SampleSpec(params, 1, 1, banned=banned)] * 2
+    good, broken = Sampler(5).sample(logits_RV, specs, [0, 1])
+    assert good == Sampler(5).sample(logits_RV[:1], specs[:1], [0])[0]
+    assert not good.error
+    assert broken.error.startswith("the model's logits are not finite")
 
 
 @pytest.mark.parametrize("params", [SamplingParams(temperature=0), SamplingParams(top_k=2, top_p=0.5)], ids=str)
@@ -400,8 +405,8 @@ def test_no_token_left_is_an_error_in_a_line(
     params: SamplingParams, banned: tuple[int, ...], allowed: set[int] | None
 ) -> None:
     mask = None if allowed is None else mask_of(allowed, 5)
-    with pytest.raises(ValueError, match=r"^no token may come next: the banned tokens and the grammar leave none$"):
-        Sampler(5).sample(torch.zeros(1, 5), [SampleSpec(params, 1, 1, banned=banned, allowed=mask)], [0])
+    (token,) = Sampler(5).sample(torch.zeros(1, 5), [SampleSpec(params, 1, 1, banned=banned, allowed=mask)], [0])
+    assert token.error == "no token may come next: the banned tokens and the grammar leave none"
 
 
 def test_a_bias_outside_the_vocabulary_is_refused() -> None:

@@ -110,10 +110,10 @@ def test_the_verb_prints_each_layer_and_its_status_tells(tmp_path, capsys):
     ("plant", "place"),
     [(rotated_otherwise, "layers.2"), (swapped, "layers.1"), (other_epsilon, "layers.0"), (other_head, "logits")],
 )
-@pytest.mark.parametrize("against", ["mlx", "transformers"])
+@pytest.mark.parametrize("against", ["mlx-lm", "transformers"])
 def test_a_planted_error_is_found_by_another_library(against, plant, place, tmp_path, capsys, monkeypatch):
     """The port is wrong, not the file: arrays and config are changed on their way into Llamita's model."""
-    pytest.importorskip({"mlx": "mlx_lm"}.get(against, against))
+    pytest.importorskip(against.replace("-", "_"))
     arrays = model_arrays()
     save(tmp_path / "m", CONFIG, arrays)
     assert main(["verify", str(tmp_path / "m"), "--against", against]) == 0
@@ -138,9 +138,15 @@ def test_what_is_not_installed_is_named_as_pip_names_it(missing, package, tmp_pa
     if missing == "mlx_lm":
         pytest.importorskip("mlx.core")
     monkeypatch.setitem(sys.modules, missing, None)
-    against = str(tmp_path / "m.gguf") if missing == "llama_cpp" else "mlx"
+    against = str(tmp_path / "m.gguf") if missing == "llama_cpp" else "mlx-lm"
     assert main(["verify", str(tmp_path / "m"), "--against", against]) == 2
     assert re.fullmatch(
         f"error: the package '({package})' is not installed; install it with: pip install '?({package})'?\n",
         capsys.readouterr().err,
     )
+
+
+def test_a_backend_is_not_held_to_itself(tmp_path, capsys):
+    for name, other in (("torch", "mlx"), ("mlx", "torch")):
+        assert main(["verify", str(tmp_path), "--backend", name, "--against", name]) == 2
+        assert capsys.readouterr().err == f"error: {name} would be held to itself; give --against {other}\n"

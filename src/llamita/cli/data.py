@@ -1,4 +1,7 @@
-"""`llamita data show`: rows as a model will see them, and counts over them. The counting lies in data/inspect.py."""
+"""`llamita data`: rows as a model will see them, with counts over them, and tasks over Meadow's stories as files.
+
+The counting lies in data/inspect.py, the tasks in data/meadow_tasks.py.
+"""
 
 from __future__ import annotations
 
@@ -123,3 +126,38 @@ def legend(colours: bool) -> Text:
 def visible(text: str) -> str:
     """Control characters other than line ends and tabs as symbols: a corpus does not steer the terminal."""
     return "".join(chr(0x2400 + ord(c)) if c < " " and c not in "\n\t" else "␡" if c == "\x7f" else c for c in text)
+
+
+@dataclass(frozen=True)
+class MeadowTasksConfig:
+    """What `llamita data meadow-tasks` takes."""
+
+    output: Path
+    """The file to write: JSON lines."""
+    kind: Literal["sft", "preferences", "labels"] = "sft"
+    """sft: conversations about a story; preferences: a question with a right and a wrong answer; labels: stories that
+    end happy or sad."""
+    count: int = 1000
+    """How many."""
+    split: Literal["train", "validation"] = "train"
+    """Stories that pre-training may know, or those held out of it."""
+    turns: int = 1
+    """sft: how many questions a conversation asks about its story."""
+    seed: int = 0
+    """Chooses the stories; that of `llamita prepare --source meadow` gives the same ones."""
+    overwrite: bool = False
+    """Replace a file that exists."""
+
+
+def meadow_tasks(config: MeadowTasksConfig) -> None:
+    """Write tasks over the stories of Meadow, as the JSON lines that tuning reads.
+
+    Examples:
+      llamita data meadow-tasks --kind sft --count 8000 --output train.jsonl
+      llamita data meadow-tasks --kind labels --count 500 --split validation --output validation.jsonl
+    """
+    from llamita.data import meadow_tasks as tasks
+
+    kind, split = config.kind, config.split
+    tasks.write(config.output, kind, config.seed, config.count, split, config.turns, config.overwrite)
+    print(f"wrote {config.output}: {config.count:,} records of the kind {kind}, {split} split")

@@ -6,6 +6,8 @@ from typing import Literal
 
 import tyro
 
+from llamita.plan import BackendName
+
 
 @dataclass(frozen=True)
 class EvaluateOptions:
@@ -25,6 +27,10 @@ class EvaluateOptions:
     """How far the window moves; a smaller stride gives each target more context. 0: the sequence length."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights, and of the activations beside quantised ones; auto is that of the file."""
+    backend: BackendName = "auto"
+    """Which framework computes; auto is MLX on Apple silicon where it is installed, else PyTorch."""
+    device: str = "auto"
+    """cpu or cuda with PyTorch, cpu or gpu with MLX; auto takes a GPU if there is one."""
 
 
 def run(options: EvaluateOptions) -> int:
@@ -32,10 +38,10 @@ def run(options: EvaluateOptions) -> int:
     from rich.console import Console
 
     from llamita import checkpoint
+    from llamita.backends import load_backend
     from llamita.data.shards import TokenShards
     from llamita.evaluation.perplexity import strided_perplexity
     from llamita.text.tokenizer import Tokenizer
-    from llamita.torch_backend.runner import load_runner
 
     directory = checkpoint.resolve_model_directory(options.model)
     positions = checkpoint.load_config(directory).max_position_embeddings
@@ -51,7 +57,8 @@ def run(options: EvaluateOptions) -> int:
             f"{options.data} was prepared with another tokenizer than {directory} has; prepare the text again with "
             f"--tokenizer {directory}"
         )
-    runner = load_runner(directory, options.dtype)
+    backend = load_backend(options.backend, device=options.device)
+    runner = backend.load_runner(directory, options.dtype, options.device)
     tokens = np.concatenate([shards.document(i) for i in range(shards.num_documents)])
     result = strided_perplexity(
         runner, tokens, runner.config.vocab_size, length, stride, shards.num_characters, shards.num_bytes

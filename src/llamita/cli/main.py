@@ -44,13 +44,20 @@ VERBS: Mapping[str, Verb] = {
     "tokenizer train": Verb("llamita.cli.tokenizer", "train", "Train a tokenizer on text files."),
     "prepare": Verb("llamita.cli.prepare", "run", "Turn text into the token files that training reads."),
     "data show": Verb("llamita.cli.data", "show", "Look at prepared data as a model will see it."),
+    "data meadow-tasks": Verb("llamita.cli.data", "meadow_tasks", "Write questions, preferences or labels to tune on."),
     "train": Verb("llamita.cli.train", "run", "Train a model from nothing, or carry on an interrupted run."),
+    "sft": Verb("llamita.cli.sft", "run", "Tune a trained model on conversations."),
     "classify train": Verb("llamita.cli.classify", "train", "Tune a model to label texts."),
     "classify evaluate": Verb("llamita.cli.classify", "evaluate", "Measure how well a tuned model labels texts."),
     "classify predict": Verb("llamita.cli.classify", "predict", "Label texts with a tuned model."),
     "classify zero-shot": Verb("llamita.cli.classify", "zero_shot", "Label texts with a model that was never tuned."),
+    "recipe": Verb("llamita.cli.recipe", "run", "List the recipes for training, or print one in full."),
     "generate": Verb("llamita.cli.generate", "run", "Continue a prompt with a trained model."),
     "chat": Verb("llamita.cli.chat", "run", "Talk with a trained model in the terminal."),
+    "runs list": Verb("llamita.cli.runs", "list_runs", "List the training runs under a directory."),
+    "runs show": Verb("llamita.cli.runs", "show", "Show all that is known of a run."),
+    "runs diff": Verb("llamita.cli.runs", "diff", "List what two runs differ in."),
+    "report": Verb("llamita.cli.report", "run", "Write a run as one HTML page."),
     "evaluate": Verb("llamita.cli.evaluate", "run", "Measure a model's loss over prepared text."),
     "convert": Verb("llamita.cli.convert", "run", "Bring other people's models here, and ours to them."),
     "quantize": Verb("llamita.cli.quantize", "run", "Write a model with its matrices in int8 or int4."),
@@ -117,11 +124,15 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
 
 def _call(name: str, arguments: Sequence[str]) -> int:
-    """Import the verb's module, parse its arguments, and call it; what it returns is the exit status, None being 0."""
+    """Import the verb's module, parse its arguments, and call it; what it returns is the exit status, None being 0.
+
+    A module's `defaults(arguments)`, where it has one, gives what stands where a flag is left out.
+    """
     verb = VERBS[name]
-    function = getattr(importlib.import_module(verb.module), verb.function)
+    module = importlib.import_module(verb.module)
+    defaults = module.defaults(arguments) if hasattr(module, "defaults") else None
     try:
-        result = parse_and_call(function, f"llamita {name}", arguments, verb.help)
+        result = parse_and_call(getattr(module, verb.function), f"llamita {name}", arguments, verb.help, defaults)
     except SystemExit as stop:  # tyro has printed its help or what is wrong with the flags
         if not isinstance(stop.code, int):
             raise
@@ -129,11 +140,13 @@ def _call(name: str, arguments: Sequence[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def parse_and_call(function: Callable[..., Any], program: str, arguments: Sequence[str], description: str) -> Any:
+def parse_and_call(
+    function: Callable[..., Any], program: str, arguments: Sequence[str], description: str, defaults: Any = None
+) -> Any:
     """Call `function` with what `arguments` say.
 
-    A function of one dataclass gets flags named as the fields (`--steps`, not `--config.steps`); any other gets flags
-    named as its parameters.
+    A function of one dataclass gets flags named as the fields (`--steps`, not `--config.steps`), left out as in the
+    dataclass or in `defaults`, one of its kind; any other gets flags named as its parameters.
     """
     import tyro
 
@@ -148,6 +161,8 @@ def parse_and_call(function: Callable[..., Any], program: str, arguments: Sequen
     text = inspect.getdoc(taken) or ""
     if text.startswith(f"{taken.__name__}("):  # the signature that dataclasses write where there is no docstring
         text = ""
+    if defaults is not None:
+        shown["default"] = defaults
     with _unchecked(taken):
         given = tyro.cli(taken, description=inspect.getdoc(function) or text or description, **shown)
     _check(given)

@@ -10,8 +10,8 @@ def run(config: QuickstartConfig) -> int:
 
     Interrupted, it goes on where it was when called again.
     """
-    from llamita.torch_backend.runner import load_runner
-    from llamita.torch_backend.train_step import build_train_step
+    from llamita.backends import load_backend
     from llamita.workflows.quickstart import quickstart
 
-    return quickstart(config, build_train_step, load_runner)
+    backend = load_backend(config.backend)
+    return quickstart(config, backend.build_train_step, backend.load_runner)

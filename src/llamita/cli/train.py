@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+from typing import TYPE_CHECKING
+
 from llamita.workflows.pretrain import PretrainConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 INTERRUPTED = 130  # the exit status of shells for Ctrl-C
 
@@ -14,13 +20,17 @@ def run(config: PretrainConfig) -> int:
       llamita train --preset tiny --data DATA --output RUN
       llamita train --preset stories-15m --set num_hidden_layers=4 --data DATA --output RUN --steps 5000 --compile
       llamita train --output RUN --resume
+      llamita train --recipe scratch-shakespeare --steps 500
 
     Ctrl-C finishes the update, saves and ends; a second Ctrl-C ends at once.
     """
-    from llamita.torch_backend.train_step import build_train_step
-    from llamita.workflows.pretrain import pretrain
+    from llamita.backends import load_backend
+    from llamita.workflows.pretrain import pretrain, taken_over
+    from llamita.workflows.recipes import with_recipe
 
-    result = pretrain(config, build_train_step)
+    config = taken_over(with_recipe(config))
+    backend = load_backend(config.backend, device=config.device, threads=config.threads)
+    result = pretrain(config, backend.build_train_step)
     if result.interrupted:
         print(f"stopped after {result.step} updates" + (f" and saved {result.checkpoint}" if result.checkpoint else ""))
         print(f"go on with: llamita train --output {config.output} --resume")
@@ -30,3 +40,17 @@ def run(config: PretrainConfig) -> int:
         print(f"best validation loss {result.best.loss:.4f} nats/token at step {result.best.step}")
     print(f"try it with: llamita generate {config.output}")
     return 0
+
+
+def defaults(arguments: Sequence[str]) -> PretrainConfig | None:
+    """What stands where an option is not given: those of the recipe that `arguments` name. A run that is gone on with
+    has its options already, the recipe's among them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", nargs="?", default="")
+    parser.add_argument("--resume", action="store_true")
+    given, _ = parser.parse_known_args(list(arguments))
+    if not given.recipe or given.resume:
+        return None
+    from llamita.workflows.recipes import recipe
+
+    return recipe(given.recipe).train

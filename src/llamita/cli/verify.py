@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import tyro
+
+if TYPE_CHECKING:
+    from llamita.workflows.verify import Tracing
 
 
 @dataclass(frozen=True)
@@ -13,8 +17,11 @@ class VerifyOptions:
     model: tyro.conf.Positional[Path]
     """A model directory, a training run, or a name on the hub."""
     against: str = "transformers"
-    """transformers: the same directory as transformers runs it; mlx: the same as mlx-lm runs it; another directory, run
-    here; or a GGUF file, as llama.cpp runs it (needs llama-cpp-python; it shows logits alone)."""
+    """transformers, mlx-lm: the same directory as that library runs it; mlx, torch: as the other of Llamita's backends
+    runs it; another directory, run here; or a GGUF file, as llama.cpp runs it (needs llama-cpp-python; it shows logits
+    alone)."""
+    backend: Literal["torch", "mlx"] = "torch"
+    """The backend that is verified, and that runs another directory."""
     tokens: tuple[int, ...] = ()
     """Token ids to run; fixed random ones where none are given."""
     tolerance: float | None = None
@@ -26,38 +33,20 @@ def run(options: VerifyOptions) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from llamita.torch_backend.runner import load_runner
-    from llamita.workflows.verify import TOLERANCE, Tracing, verify
+    from llamita.backends import load_backend
+    from llamita.workflows.verify import TOLERANCE, verify
 
-    model = load_runner(options.model, "float32", "cpu")
+    if options.against == options.backend:
+        other = "mlx" if options.backend == "torch" else "torch"
+        raise ValueError(f"{options.backend} would be held to itself; give --against {other}")
+    model = load_backend(options.backend).load_runner(options.model, "float32", "cpu")
     if options.against == "transformers" and model.config.quantization:
         raise ValueError(
             f"{options.model} is quantised ({model.config.quantization}), which transformers cannot read; give "
             "--against the directory of the model that it was made from, and a --tolerance"
         )
-    reference: Tracing
-    tolerance = TOLERANCE
-    if options.against == "transformers":
-        from llamita.torch_backend.peers import TransformersRunner
-
-        reference = TransformersRunner(options.model)
-    elif options.against == "mlx":
-        try:
-            from llamita.mlx_backend.peers import MlxLmRunner
-        except ModuleNotFoundError:
-            raise
-        except ImportError as error:
-            raise ValueError(
-                f"MLX is not whole here ({error}); on Linux it needs its CPU form: pip install 'mlx[cpu]'"
-            ) from None
-        reference = MlxLmRunner(options.model)
-    elif Path(options.against).is_file():
-        from llamita.formats.llama_cpp import LlamaCppRunner
-
-        reference = LlamaCppRunner(options.against)
-        tolerance = 1e-2
-    else:
-        reference = load_runner(options.against, "float32", "cpu")
+    reference = load_reference(options)
+    tolerance = 1e-2 if Path(options.against).is_file() else TOLERANCE
     tolerance = tolerance if options.tolerance is None else options.tolerance
     result = verify(model, reference, model.config, options.tokens or None, tolerance)
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -78,3 +67,27 @@ def run(options: VerifyOptions) -> int:
     where = "in the likeliest tokens" if fault is None else f"at {fault.name}"
     console.print(f"[red]different[/]: the two part {where}; what comes before agrees within {tolerance:g}")
     return 1
+
+
+def load_reference(options: VerifyOptions) -> "Tracing":
+    """What the model is held to. ValueError, OSError or ModuleNotFoundError in one line where that cannot be run."""
+    from llamita import backends
+
+    if options.against == "transformers":
+        from llamita.torch_backend.peers import TransformersRunner
+
+        return TransformersRunner(options.model)
+    if options.against == "mlx-lm":
+        with backends.importing("mlx"):
+            from llamita.mlx_backend.peers import MlxLmRunner
+        return MlxLmRunner(options.model)
+    if options.against in ("mlx", "torch"):
+        other: Literal["mlx", "torch"] = "mlx" if options.against == "mlx" else "torch"
+        found: Tracing = backends.load_backend(other).load_runner(options.model, "float32", "cpu")
+        return found
+    if Path(options.against).is_file():
+        from llamita.formats.llama_cpp import LlamaCppRunner
+
+        return LlamaCppRunner(options.against)
+    same: Tracing = backends.load_backend(options.backend).load_runner(options.against, "float32", "cpu")
+    return same

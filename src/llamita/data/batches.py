@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from llamita.data.packing import Row, Rows
+from llamita.data.packing import Row, RowsConfig
 
 NOT_SCORED = -100
 """The label of a position whose prediction is not scored (what PyTorch calls ignore_index)."""
@@ -49,6 +49,15 @@ class Batch:
         )
 
 
+class RowSource(Protocol):
+    """Rows by number, all of one length: `packing.Rows`, or `examples.ConversationRows`."""
+
+    config: RowsConfig
+
+    def __len__(self) -> int: ...
+    def row(self, index: int) -> Row: ...
+
+
 class BatchIterator:
     """Batches without end: epochs follow each other, and a batch may hold the end of one and the start of the next.
 
@@ -59,7 +68,7 @@ class BatchIterator:
     """
 
     def __init__(
-        self, rows: Rows, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, shuffle: bool = True
+        self, rows: RowSource, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, shuffle: bool = True
     ) -> None:
         if len(rows) == 0:
             raise ValueError("there are no rows to iterate over; prepare a split with at least one document")
@@ -149,7 +158,7 @@ class BatchIterator:
         return self._order
 
 
-def evaluation_batches(rows: Rows, batch_size: int, limit: int = 0) -> Iterator[Batch]:
+def evaluation_batches(rows: RowSource, batch_size: int, limit: int = 0) -> Iterator[Batch]:
     """At most `limit` rows (0: all), evenly spaced and in order, each once; the last batch may be smaller."""
     count = min(limit, len(rows)) or len(rows)
     row_ids = np.arange(count, dtype=np.int64) * len(rows) // count

@@ -80,9 +80,11 @@ def _all_documents(source: Source) -> Iterator[str]:
     if source.kind == "wikitext":
         return chain.from_iterable(wikitext.articles(textfiles.lines(path)) for path in source.files)
     if source.kind == "jsonl":
-        return chain.from_iterable(_json_lines(path, source.text_field) for path in source.files)
+        records = chain.from_iterable(json_records(path) for path in source.files)
+        return (_text_of(record, source.text_field, where) for record, where in records)
     if source.kind == "hub":
-        rows = _hub_rows(source)
+        found = hub_records(source.dataset, source.dataset_config, source.dataset_split)
+        rows = (_text_of(record, source.text_field, where) for record, where in found)
         return wikitext.articles(rows) if source.rows_are_lines else rows
     if source.kind == "meadow":
         assert source.limit is not None
@@ -90,31 +92,31 @@ def _all_documents(source: Source) -> Iterator[str]:
     raise ValueError(f"source={source.kind!r} is not known; use text, wikitext, jsonl, hub or meadow")
 
 
-def _json_lines(path: Path, field: str) -> Iterator[str]:
+def json_records(path: Path) -> Iterator[tuple[Any, str]]:
+    """The value of each line that is not blank, and where it stands, as errors name it; ValueError for one that is no
+    JSON."""
     for number, line in enumerate(textfiles.lines(path), start=1):
         if not line or line.isspace():
             continue
         where = f"{path}, line {number}"
         try:
-            record = json.loads(line)
-        except ValueError as error:
+            yield json.loads(line), where
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON: {error}") from None
-        yield _text_of(record, field, where)
 
 
-def _hub_rows(source: Source) -> Iterator[str]:
+def hub_records(dataset: str, config: str | None, split: str) -> Iterator[tuple[Any, str]]:
+    """The rows of a Hugging Face dataset, by its name or its local directory, and where each stands."""
     import datasets
 
     try:
-        rows: Iterable[Any] = datasets.load_dataset(
-            source.dataset, source.dataset_config, split=source.dataset_split, streaming=True
-        )
+        rows: Iterable[Any] = datasets.load_dataset(dataset, config, split=split, streaming=True)
     except (ValueError, OSError):
         raise
     except Exception as error:  # the library and its HTTP client have many kinds
-        raise OSError(f"dataset {source.dataset!r} could not be opened: {type(error).__name__}: {error}") from error
+        raise OSError(f"dataset {dataset!r} could not be opened: {type(error).__name__}: {error}") from error
     for number, row in enumerate(rows):
-        yield _text_of(row, source.text_field, f"{source.dataset} ({source.dataset_split}), row {number}")
+        yield row, f"{dataset} ({split}), row {number}"
 
 
 def _text_of(record: Any, field: str, where: str) -> str:

@@ -105,7 +105,9 @@ class DraftModel:
         """Draw the next tokens of all sequences together, one step of the draft model after the other."""
         guesses: list[list[int]] = [[] for _ in wanted]
         for number in range(max(count for _, count in wanted)):
-            active = [place for place, (_, count) in enumerate(wanted) if count > number]
+            active = [place for place, (_, count) in enumerate(wanted) if count > number == len(guesses[place])]
+            if not active:
+                break
             chunks = []
             for place in active:
                 sequence = wanted[place][0]
@@ -119,8 +121,8 @@ class DraftModel:
                 chunks.append(ScheduledChunk(sequence.id, tuple(known), start, tables, (sample,)))
                 self._held[sequence] = end
             result = self._runner.run(Plan(tuple(chunks)), self._memory)
-            for place, tokens in zip(active, result.sampled, strict=True):
-                guesses[place].append(tokens[0].token_id)
+            for place, (token,) in zip(active, result.sampled, strict=True):
+                guesses[place] += [] if token.error else [token.token_id]
         return guesses
 
     def _start(self, sequence: Continuation) -> int:

@@ -7,6 +7,7 @@ Deliberately knows no tensor and no framework: the runner is passed in, and so i
 
 import secrets
 import time
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -76,6 +77,7 @@ class Engine:
         self.config = config or EngineConfig()
         self._runner, self._tokenizer, self._drafter = runner, tokenizer, drafter
         self._eos = frozenset(runner.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
+        self._windows = [runner.config.window(layer) for layer in range(runner.config.num_hidden_layers)]
         layout = cache_layout(runner, self.config)
         self._memory = runner.allocate(layout)
         if drafter is not None:
@@ -120,6 +122,8 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request, once checked. Generation that would pass the model's positions ends there, with "length"."""
+        if self.scheduler.select(request.id):
+            raise ValueError(f"a request with the id {request.id} is being served; give this one another")
         self.check(request)
         params = request.params
         grammars = self._grammars_of_tokenizer() if params.is_constrained else None
@@ -196,10 +200,16 @@ class Engine:
         """What the runner is to run: known tokens, guesses, and what may come after them."""
         drafts: dict[int, list[int]] = {}
         if self._drafter is not None:
-            self._drafter.prepare(copies, [one.sequence.chunk(one.count) for one in scheduled if not one.is_decoding])
             wanted = [(one.sequence, one.drafts) for one in scheduled if one.drafts]
-            proposed = self._drafter.propose(wanted) if wanted else []
-            drafts = {sequence.id: tokens for (sequence, _), tokens in zip(wanted, proposed, strict=True)}
+            try:
+                reading = [one.sequence.chunk(one.count) for one in scheduled if not one.is_decoding]
+                self._drafter.prepare(copies, reading)
+                proposed = self._drafter.propose(wanted) if wanted else []
+                drafts = {sequence.id: tokens for (sequence, _), tokens in zip(wanted, proposed, strict=True)}
+            except Exception as error:  # guesses are for speed alone
+                self._drafter = None
+                self.scheduler.draft_tokens = 0
+                warnings.warn(f"guessing ahead failed and is switched off: {_line(error)}", stacklevel=2)
         return [
             one.sequence.chunk(one.count, drafts.get(one.sequence.id, ()), allowed.get(one.sequence.id))
             for one in scheduled
@@ -236,8 +246,10 @@ class Engine:
             self._advance(sequence)
 
     def _take_one(self, sequence: Continuation, token: SampledToken) -> TokenEvent:
-        """Take in a token; where its grammar can be followed no further, the continuation ends, and it alone."""
+        """Take in a token; where there is none, or its grammar can be followed no further, the continuation ends."""
         try:
+            if token.error:
+                raise ValueError(token.error)
             event = sequence.take(token)
         except Exception as error:
             event = sequence.end("error", _line(error))
@@ -260,7 +272,8 @@ class Engine:
             statistics.prefill_seconds += seconds
             return
         statistics.decode_seconds += seconds
-        statistics.decode_bytes += self._runner.weight_bytes + self._runner.kv_bytes_per_token * chunk.end
+        held = sum(min(chunk.end, window or chunk.end) for window in self._windows) / len(self._windows)
+        statistics.decode_bytes += self._runner.weight_bytes + round(self._runner.kv_bytes_per_token * held)
 
     def _grammars_of_tokenizer(self) -> Grammars:
         if self._grammars is None:

@@ -23,34 +23,20 @@ from llamita.text.chat_messages import (
     without_marks,
 )
 from llamita.text.chat_sandbox import TemplateError, compile_template
+from llamita.text.chat_templates import BUILT_IN
 from llamita.text.tokenizer import ROLES, Tokenizer
-
-BUILT_IN = {
-    "chatml": (
-        "{{ bos_token }}{% for message in messages %}"
-        "{{ '<|im_start|>' ~ message.role ~ '\n' ~ message.content ~ '<|im_end|>\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-    "r0": (
-        "{{ bos_token }}{% for message in messages %}"
-        "{{ '<r0>' ~ message.role ~ '<r1>' ~ message.content ~ '<r2>' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<r0>assistant<r1>' }}{% endif %}"
-    ),
-    "plain": (
-        "{{ bos_token }}{% for message in messages %}"
-        "{{ message.role | capitalize ~ ': ' ~ message.content ~ '\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-    ),
-}
-"""Templates for models without one. `chatml` and `r0` are meant for vocabularies in which their marks are tokens."""
 
 LOOP_OVER_CONTENT = re.compile(r"\{%-?\s*for\s+\w+\s+in\s+[^%]*\bcontent\b")
 
 
 @dataclass(frozen=True)
 class ChatTokens:
-    """A conversation as token ids. `assistant_mask` is true for the tokens that the assistant wrote, with the control
-    token that ends its turn; None where the template changes the messages so that they cannot be found in its text."""
+    """A conversation as token ids.
+
+    `assistant_mask` is true for the tokens that the assistant wrote, with the spaces that lead to them from where the
+    template begins an answer, and the control token that ends its turn; None where the template changes the messages so
+    that they cannot be found in its text.
+    """
 
     tokens: tuple[int, ...]
     text: str
@@ -130,6 +116,17 @@ class Chat:
             return (self._control[control[1]],), ()
         found = re.match(r"\s*\S+", layout.text[end:])
         return (), ((found[0],) if found else ())
+
+    @functools.cached_property
+    def _spaces_given(self) -> int | None:
+        """How many spaces end the beginning of an answer that the template gives; those that follow before its text are
+        the assistant's to write. None where answers do not begin as the template begins one."""
+        messages = [{"role": role, "content": letter} for role, letter in (("user", "a"), ("assistant", "b"))]
+        given = self._layout(messages[:1], True, False, None, {}, find=False).text
+        whole = self._layout(messages, False, False, None, {}, find=True)
+        if not whole.by_assistant or not whole.text.startswith(given) or len(given) > whole.by_assistant[-1][0]:
+            return None
+        return len(given) - len(given.rstrip())
 
     # --- laying out ---------------------------------------------------------------------------------------------
 
@@ -258,6 +255,8 @@ class Chat:
         written = bytearray(len(text.encode()))
         for start, end in spans:
             control = self._control_after(text, end)
+            if self._spaces_given is not None:
+                start = min(start, len(text[:start].rstrip()) + self._spaces_given)
             first, last = len(text[:start].encode()), len(text[: control[0] if control else end].encode())
             written[first:last] = b"\1" * (last - first)
         return tuple(any(written[start:end]) for start, end in places)

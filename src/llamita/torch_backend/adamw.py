@@ -7,40 +7,17 @@ of models, losses or schedules: the learning rate is an argument of each step.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from llamita.checkpoint import HostArray
+from llamita.optimization import AdamWSettings as AdamWSettings
+from llamita.optimization import clipping_scale as clipping_scale
 from llamita.torch_backend.packed import PackedParameter
 from llamita.torch_backend.weights import host_from_tensor, tensor_from_host
 
 BUCKET_NUMBERS = 256 * 1024
 """Numbers per array that one pass works on, on a CPU: few enough to stay in its caches between operations."""
-
-
-@dataclass(frozen=True)
-class AdamWSettings:
-    """The constants of AdamW. `weight_decay` is multiplied by the learning rate of the step."""
-
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    bias_correction: Literal["textbook", "efficient"] = "textbook"
-    """textbook: m-hat / (sqrt(v-hat) + epsilon). efficient: the end of section 2 of Kingma & Ba (2015,
-    arXiv:1412.6980), alpha_t m / (sqrt(v) + epsilon-hat), where `epsilon` is epsilon-hat."""
-
-    def __post_init__(self) -> None:
-        for name in ("beta1", "beta2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must lie in [0, 1)")
-        if not self.epsilon > 0.0:
-            raise ValueError(f"epsilon={self.epsilon!r} must be above 0; 1e-8 is usual")
-        if not self.weight_decay >= 0.0:
-            raise ValueError(f"weight_decay={self.weight_decay!r} must be 0 or more")
-        if self.bias_correction not in ("textbook", "efficient"):
-            raise ValueError(f"bias_correction={self.bias_correction!r} must be 'textbook' or 'efficient'")
 
 
 def adamw_update(
@@ -184,8 +161,3 @@ class _Bucket:
 def global_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """The Euclidean norm of all gradients laid end to end: a float32 scalar on their device."""
     return torch.linalg.vector_norm(torch.stack(list(torch._foreach_norm(list(gradients), 2.0, dtype=torch.float32))))
-
-
-def clipping_scale(norm: float, max_norm: float) -> float:
-    """What gradients of this norm must be multiplied by to have at most `max_norm` (0 stands for no limit)."""
-    return max_norm / norm if 0.0 < max_norm < norm else 1.0

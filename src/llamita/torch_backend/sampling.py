@@ -20,6 +20,7 @@ from llamita.torch_backend.noise import GumbelNoise, stream_keys
 from llamita.torch_backend.token_counts import CountedRow, TokenCounts, to_device
 
 DROPPED = -math.inf
+NOT_FINITE = "the model's logits are not finite; its weights hold NaN or infinity, or overflow this dtype"
 CPU_BLOCK = 1 << 16
 """Float64 scores taken at a time on a CPU, so that they stay in its cache. A device takes BLOCK of them."""
 BLOCK = 1 << 25
@@ -78,8 +79,9 @@ class Sampler:
         """Pick a token for each row as its spec says, with its natural log-probability under `softmax(logits)`.
 
         A row's token depends on its own logits and spec alone. Rows of one sequence have the same id; the counts of
-        sequences that are not in a call are forgotten. Raises ValueError where a row holds NaN or infinity, as the
-        logits of broken weights do, where banned ids and mask leave no token, and for a bias outside the vocabulary.
+        sequences that are not in a call are forgotten. A row that holds NaN or infinity, as the logits of broken
+        weights do, gets an error in its token's place, as does one of which banned ids and mask leave no token.
+        ValueError for a bias outside the vocabulary.
         """
         assert logits_RV.shape == (len(specs), self.vocab_size), (logits_RV.shape, len(specs), self.vocab_size)
         assert len(specs) == len(sequence_ids)
@@ -183,9 +185,9 @@ class Sampler:
 def _unpack(values: list[float], top_logprobs: int) -> SampledToken:
     token_id, logprob, score, *likeliest = values
     if score == DROPPED and not math.isnan(logprob):
-        raise ValueError("no token may come next: the banned tokens and the grammar leave none")
+        return SampledToken(0, logprob, error="no token may come next: the banned tokens and the grammar leave none")
     if not math.isfinite(logprob):
-        raise ValueError("the model's logits are not finite; its weights hold NaN or infinity, or overflow this dtype")
+        return SampledToken(0, logprob, error=NOT_FINITE)
     pairs = zip(map(int, likeliest[::2]), likeliest[1::2], strict=True)
     return SampledToken(int(token_id), logprob, tuple(pairs)[:top_logprobs])
 

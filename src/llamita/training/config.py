@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
+from llamita.plan import BackendName
 from llamita.training.loggers import LoggerName
 from llamita.training.schedule import Schedule, ScheduleName
 
@@ -57,10 +58,12 @@ class TrainingConfig:
     """Decides initialisation, the order of rows and dropout."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Type of the products; weights stay float32. auto: bf16 where the processor multiplies it, else fp32."""
+    backend: BackendName = "auto"
+    """The framework that computes; auto: MLX on Apple silicon where it is installed, else PyTorch."""
     device: str = "auto"
-    """cpu or cuda; auto: cuda where there is one."""
+    """cpu or cuda with PyTorch, cpu or gpu with MLX; auto: a GPU where there is one."""
     threads: int = 0
-    """CPU threads; 0: as many as PyTorch takes."""
+    """CPU threads, with PyTorch alone; 0: as many as it takes."""
     compile: bool = False
     """Compile the model with torch.compile: a slow first update, then faster ones."""
     log: tuple[LoggerName, ...] = ()
@@ -131,9 +134,9 @@ class TrainingConfig:
 
 
 INCIDENTAL_OPTIONS = frozenset(
-    {"output", "resume", "checkpoint_every", "keep_checkpoints", "device", "threads", "compile", "log"}
+    {"output", "resume", "checkpoint_every", "keep_checkpoints", "backend", "device", "threads", "compile", "log"}
 )
-"""Options that a resumed run may change; device, threads and compile are conditions, whose change is announced."""
+"""Options that a resumed run may change; backend, device, threads and compile are conditions: a change is announced."""
 
 
 Config = TypeVar("Config", bound=TrainingConfig)

@@ -139,7 +139,7 @@ def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, floor: float |
         axes.axhline(floor, color="#555555", linestyle="--", linewidth=1.2, label=f"floor {floor:.3f}")
     axes.set_xlabel("step")
     axes.set_ylabel(f"loss (nats per {target})")
-    _scale(axes, [loss for _, loss in train + validation], floor)
+    scale_losses(axes, [loss for _, loss in train + validation], floor)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if train or validation:
@@ -149,7 +149,7 @@ def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, floor: float |
     os.replace(temporary, path)
 
 
-def _scale(axes: Any, losses: Sequence[float], floor: float | None) -> None:
+def scale_losses(axes: Any, losses: Sequence[float], floor: float | None) -> None:
     """Leave a spike off the top, and take logarithms where the first losses would press the rest of the curve flat."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 

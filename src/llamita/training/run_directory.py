@@ -1,6 +1,6 @@
 """A training run on disk: its lock, its manifest, its checkpoints, and the links to the last and the best of them.
 
-    RUN/run.json               what the run is: model, data, training; compared when it is resumed
+    RUN/run.json               what the run is: model, data, training, compared when it is resumed; its sessions
     RUN/checkpoints/step-00000100/   a Hugging Face model directory + optimizer.safetensors + train_state.json
     RUN/last, RUN/best         relative links into checkpoints/
     RUN/metrics.jsonl, loss.png, samples.txt    written by others
@@ -10,7 +10,6 @@ passed over. Knows nothing of frameworks or of how a run goes on.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -23,9 +22,10 @@ from typing import Any
 from llamita import checkpoint, files
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
+from llamita.training import record, run_lock
 
 FORMAT = 1
-MANIFEST, STATE, LOCK = "run.json", "train_state.json", ".lock"
+MANIFEST, STATE = "run.json", "train_state.json"
 LAST, BEST = "last", "best"
 
 
@@ -54,6 +54,11 @@ class RunDirectory:
     def update_manifest(self, changes: Mapping[str, Any]) -> None:
         self.manifest |= changes
         files.atomic_write(self.file(MANIFEST), json.dumps(self.manifest, indent=2, sort_keys=True) + "\n")
+
+    def update_session(self, changes: Mapping[str, Any]) -> None:
+        """Add to what run.json says of the session that goes on: the last of its list."""
+        sessions = self.manifest["sessions"]
+        self.update_manifest({"sessions": [*sessions[:-1], sessions[-1] | changes]})
 
     def checkpoint_path(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
@@ -157,19 +162,38 @@ def open_run(
     path = Path(path)
     identity = json.loads(json.dumps(identity))
     check(path, resume)
-    manifest = read_manifest(path) if resume else {}
     if resume:
-        compare(manifest["identity"], identity)
+        compare(read_manifest(path)["identity"], identity)
     path.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
+    with run_lock.locked(path):
         check(path, resume)  # again, now that nobody else can begin one
+        manifest = read_manifest(path) if resume else {}  # another process may have gone on with it since
         run = RunDirectory(path, manifest)
         _remove_leftovers(path)
         # The manifest comes first: a directory without one is no run, and would be refused from then on.
-        run.update_manifest({"format": FORMAT, "identity": identity, "arguments": dict(arguments)})
+        sessions = [*manifest.get("sessions", []), record.session()]
+        content = {"format": FORMAT, "identity": identity, "arguments": dict(arguments), "sessions": sessions}
+        run.update_manifest(content)
         run.checkpoints.mkdir(exist_ok=True)
         _remove_leftovers(run.checkpoints)
-        yield run
+        with _ending(run):
+            yield run
+
+
+@contextlib.contextmanager
+def _ending(run: RunDirectory) -> Iterator[None]:
+    """Write down how the session ends; one that ends otherwise than by its own code stays `running` there."""
+    try:
+        yield
+    except GeneratorExit:  # nobody left the block: the process is about to end
+        raise
+    except BaseException as error:
+        state = record.INTERRUPTED if isinstance(error, KeyboardInterrupt) else record.FAILED
+        with contextlib.suppress(OSError):  # on a full disk the first error is the one to tell
+            run.update_session(record.ended(state, error))
+        raise
+    if run.manifest["sessions"][-1]["state"] == record.RUNNING:  # the trainer may have said something else
+        run.update_session(record.ended(record.FINISHED))
 
 
 def check(path: Path, resume: bool) -> None:
@@ -221,26 +245,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             result[f"{prefix}{key}"] = value
     return result
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold RUN/.lock; the system lets go of it when the process ends, however it ends."""
-    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(descriptor, 32).decode(errors="replace").strip()
-            raise ValueError(
-                f"{path} is in use by another training run (process {holder or 'unknown'}); "
-                "wait for it to end, or choose another --output"
-            ) from None
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _remove_leftovers(directory: Path) -> None:

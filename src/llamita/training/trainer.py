@@ -9,7 +9,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,12 +18,14 @@ from typing import Any
 from llamita import architecture
 from llamita.config import ModelConfig
 from llamita.data.batches import Batch
+from llamita.text.tokenizer import Tokenizer
 from llamita.training import metrics
 from llamita.training.config import TrainingConfig
 from llamita.training.display import Display, make_display
 from llamita.training.evaluation import evaluate
 from llamita.training.interfaces import Evaluation, Examples, OnEvaluation, StepMetrics, TrainingResult, TrainStep
 from llamita.training.loggers import Logger, make_loggers
+from llamita.training.record import INTERRUPTED, ended
 from llamita.training.run_directory import BEST, Checkpoint, RunDirectory
 
 PLOT_SECONDS = 30.0  # between two drawings of the loss while training
@@ -42,11 +44,14 @@ class Trainer:
         *,
         tokenizer_directory: Path | None = None,
         on_evaluation: OnEvaluation | None = None,
+        measure: Callable[[], Mapping[str, float]] | None = None,
         floor: float | None = None,
         best_measure: str | None = None,
         display: Display | None = None,
     ) -> None:
-        """`floor` is the lowest loss that the data allows, in nats per character; it is drawn into the plot.
+        """`measure` gives what else an evaluation is to hold, of the weights as they are: scores of what they write.
+
+        `floor` is the lowest loss that the data allows, in nats per character; it is drawn into the plot.
 
         The best checkpoint is that of the lowest loss, or of the highest `best_measure` where one is named.
         """
@@ -57,6 +62,7 @@ class Trainer:
         self.run_directory = run
         self.tokenizer_directory = tokenizer_directory
         self.on_evaluation = on_evaluation
+        self.measure = measure
         self.floor = floor
         self.best_measure = best_measure
         self._display = display
@@ -95,6 +101,7 @@ class Trainer:
             self._metrics.close()
             for logger in self._loggers:
                 logger.close()
+        self.run_directory.update_session({"last_step": self._done} | (ended(INTERRUPTED) if stopped else {}))
         path = self.run_directory.checkpoint_path(self._done) if self._done else None
         return TrainingResult(self._done, loss, self._evaluation, self._best, path, stopped)
 
@@ -170,6 +177,8 @@ class Trainer:
         self._checkpoint_step = -1  # one that was written before, on an interruption, lacks this evaluation
         if totals.targets == 0:
             return
+        if self.measure is not None:
+            totals = replace(totals, measures={**totals.measures, **self.measure()})
         evaluation = Evaluation(step=self._done, best=False, **asdict(totals))
         best = math.isfinite(totals.loss) and (self._best is None or self._rank(evaluation) > self._rank(self._best))
         self._evaluation = replace(evaluation, best=best)
@@ -229,7 +238,10 @@ class Trainer:
                 f"{key} was {before.get(key)!r} and is now {conditions[key]!r}: the run goes on, but its weights "
                 "may differ in the last bits from those of a run under the same conditions"
             )
-        run.update_manifest({"conditions": conditions})
+        tokenizer = self.tokenizer_directory and Tokenizer.load(self.tokenizer_directory).hash
+        known = {"floor": self.floor, "best_measure": self.best_measure, "tokenizer": tokenizer}
+        run.update_manifest({"conditions": conditions} | {key: value for key, value in known.items() if value})
+        run.update_session({"first_step": step})
         records = metrics.rewind(run.file("metrics.jsonl"), step)
         metrics.rewind_samples(run.file("samples.txt"), step)
         for record in records:

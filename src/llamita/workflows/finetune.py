@@ -4,6 +4,7 @@ What is learned (examples, objective) is the caller's. The backend is passed in.
 """
 
 import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def finetune(
     model: ModelConfig | None = None,
     objective: Objective | None = None,
     on_evaluation: OnEvaluation | None = None,
+    measure: Callable[[], Mapping[str, float]] | None = None,
     best_measure: str | None = None,
     display: Display | None = None,
 ) -> TrainingResult:
@@ -113,6 +115,7 @@ def finetune(
             run,
             tokenizer_directory=tokenizer,
             on_evaluation=on_evaluation,
+            measure=measure,
             best_measure=best_measure,
             display=display,
         )

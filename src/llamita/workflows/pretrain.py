@@ -37,6 +37,8 @@ DEFAULT_SEQUENCE_LENGTH = 256
 class PretrainConfig(TrainingConfig):
     """What `llamita train` takes."""
 
+    recipe: str = ""
+    """Take every option that is not given from a recipe; llamita recipe lists them."""
     data: Path | None = None
     """Prepared data (llamita prepare). Needed, but when resuming."""
     preset: str = "tiny"
@@ -88,8 +90,7 @@ def pretrain(
     `floor` is the least possible loss in nats per character, for the plot. `on_evaluation` is called after each
     evaluation, after the sample was written. ValueError or OSError, in one line, for options that cannot be met.
     """
-    if config.resume:
-        config = take_over(config, run_directory.read_manifest(config.output)["arguments"])
+    config = taken_over(config)
     run_directory.check(config.output, config.resume)
     loggers.require(config.log)
     if config.data is None:
@@ -140,6 +141,13 @@ def step_options(config: TrainingConfig) -> dict[str, Any]:
     names = ("seed", "precision", "device", "threads", "compile", "max_grad_norm")
     adamw = ("beta1", "beta2", "epsilon", "weight_decay", "bias_correction")
     return {name: getattr(config, name) for name in names + adamw}
+
+
+def taken_over(config: PretrainConfig) -> PretrainConfig:
+    """`config`, or where it goes on with a run, that run's options in the place of those that were left out."""
+    if not config.resume:
+        return config
+    return take_over(config, run_directory.read_manifest(config.output)["arguments"])
 
 
 def model_config(config: PretrainConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -24,7 +24,7 @@ from llamita.evaluation.perplexity import Forward, score_sequences
 from llamita.files import atomic_directory, atomic_write
 from llamita.inference.engine import Runner
 from llamita.inference.llm import LLM
-from llamita.plan import SamplingParams
+from llamita.plan import BackendName, SamplingParams
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.tokenizer import Tokenizer
 from llamita.training.run_directory import LAST
@@ -56,6 +56,8 @@ class QuickstartConfig:
     """Size of the tokenizer's vocabulary."""
     scored_stories: int = 1000
     """Stories to sample and to check; as many validation stories are predicted."""
+    backend: BackendName = "auto"
+    """The framework that computes; auto: MLX on Apple silicon where it is installed, else PyTorch."""
     seed: int = 0
     """Decides the stories, the initial weights, their order, and what is sampled."""
 
@@ -133,6 +135,7 @@ def training_options(config: QuickstartConfig, data: Path, run: Path) -> Pretrai
         evaluate_every=max(1, config.steps // 8),
         evaluation_rows=256,
         sample_tokens=200,
+        backend=config.backend,
         seed=config.seed,
     )
 

@@ -1,0 +1,80 @@
+"""`llamita recipe`: lists the recipes, or prints one in full: its source, what it comes to, the commands.
+
+What a recipe says lies in workflows/recipes.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import shlex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+if TYPE_CHECKING:
+    from llamita.training.config import TrainingConfig
+    from llamita.workflows.recipes import Recipe
+
+OF_THE_MACHINE = {"backend", "device", "threads", "compile", "log", "resume"}
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """List the recipes, or print one in full: its function, every option that it comes to, the commands for it."""
+
+    name: tyro.conf.Positional[str] = ""
+    """A recipe; nothing lists them."""
+
+
+def run(options: RecipeOptions) -> None:
+    from llamita.workflows.recipes import RECIPES, recipe
+
+    if not options.name:
+        width = max(map(len, RECIPES))
+        for name, function in RECIPES.items():
+            print(f"{name:<{width}}  {(inspect.getdoc(function) or '').splitlines()[0]}")
+        print("\nllamita recipe NAME prints one in full; llamita train --recipe NAME trains with it")
+        return
+    found = recipe(options.name)
+    print(inspect.getsource(RECIPES[options.name]))
+    print("# Every option of the training (llamita train --help explains them); the machine's own are left out")
+    for name, value in resolved(found.train).items():
+        print(f"{name:<22} {value}")
+    print("\n# The commands")
+    print("\n".join(commands(found)))
+
+
+def resolved(config: TrainingConfig) -> dict[str, Any]:
+    """Every option but the machine's, with what follows from others filled in."""
+    values = {name: value for name, value in config.arguments().items() if name not in OF_THE_MACHINE}
+    return values | {"data": getattr(config, "data", None), "output": config.output}
+
+
+def commands(recipe: Recipe) -> list[str]:
+    """The commands that do a recipe, in their order."""
+    return [
+        f"llamita tokenizer train {flags(recipe.tokenizer, positional='files')}",
+        f"llamita prepare {flags(recipe.prepare)}",
+        f"llamita train --recipe {recipe.train.recipe}",
+        *recipe.afterwards,
+    ]
+
+
+def flags(config: Any, positional: str = "") -> str:
+    """The options of a configuration that are not its defaults, as on a command line."""
+    words: list[str] = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value == field.default:
+            continue
+        values = [str(each) for each in value] if isinstance(value, tuple) else [str(value)]
+        name = field.name.replace("_", "-")
+        if field.name == positional:
+            words = [*values, *words]
+        elif isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", *values]
+    return shlex.join(words)

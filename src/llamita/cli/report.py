@@ -1,0 +1,23 @@
+"""`llamita report`: a run as one HTML page. What it says lies in workflows/report.py."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Write a run as one HTML page that needs nothing else: curves, samples, evaluations, how to make it again."""
+
+    run: tyro.conf.Positional[Path]
+    """Directory of a training run; one that goes on will do."""
+    output: Path | None = None
+    """The file to write. Left out: report.html in the run. An earlier report there is replaced."""
+
+
+def run(options: ReportOptions) -> int:
+    from llamita.workflows import report
+
+    print(f"wrote {report.write(options.run, options.output)}")
+    return 0

@@ -1,0 +1,113 @@
+"""Conversations to learn from, and where they come from: JSON lines, a Hugging Face dataset, or Meadow.
+
+A record has `messages`, or a `prompt` with a `response`; its place in its file goes along, so that whatever is wrong
+with it can be told. Knows nothing of tokens or templates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from llamita.data import meadow_tasks, sources
+
+MEADOW = "meadow"
+FORMS = '{"messages": [...]} or {"prompt": ..., "response": ...}'
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages as a chat template takes them, with the tools it may be told of, and where they stand."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: Any
+    where: str
+
+
+@dataclass(frozen=True)
+class ConversationSource:
+    """A stream of conversations that can be read again from its start: one of files, dataset and Meadow."""
+
+    files: tuple[Path, ...] = ()
+    dataset: str = ""
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    meadow: meadow_tasks.Split | None = None
+    limit: int | None = None
+    """At most this many; Meadow needs it."""
+    turns: int = 1
+    seed: int = 0
+    """Both of Meadow."""
+
+    def check(self) -> None:
+        """Raise for what can be known to fail before anything is read."""
+        for path in self.files:
+            if not path.exists():
+                raise FileNotFoundError(f"there is no file {path}")
+            if path.is_dir():
+                raise IsADirectoryError(f"{path} is a directory; give the files in it")
+
+
+def conversations(source: ConversationSource) -> Iterator[Conversation]:
+    """The conversations of a source, in order; ValueError or OSError, in one line, that names the place."""
+    source.check()
+    if source.meadow is not None:
+        assert source.limit is not None
+        made = meadow_tasks.conversations(source.seed, source.limit, source.meadow, source.turns)
+        records: Iterator[tuple[Any, str]] = ((record, f"{MEADOW}, number {i}") for i, record in enumerate(made))
+    elif source.dataset:
+        records = sources.hub_records(source.dataset, source.dataset_config, source.dataset_split)
+    else:
+        records = chain.from_iterable(sources.json_records(path) for path in source.files)
+    return (conversation(record, where) for record, where in islice(records, source.limit))
+
+
+def conversation(record: Any, where: str) -> Conversation:
+    """The conversation that a record holds; ValueError that says what was expected there."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is {type(record).__name__}, not an object; expected {FORMS}")
+    if "messages" in record:
+        messages = record["messages"]
+        if not isinstance(messages, list) or not messages:
+            raise ValueError(f"{where}: messages must be a list of at least one message")
+        for number, message in enumerate(messages):
+            _check_message(message, f"{where}: message {number}")
+        return Conversation(tuple(messages), record.get("tools") or None, where)
+    answer = "response" if "response" in record else "completion"
+    if "prompt" not in record or answer not in record:
+        raise ValueError(f"{where} has the fields {sorted(record)}; expected {FORMS}")
+    said = [("user", record["prompt"]), ("assistant", record[answer])]
+    for name in ("prompt", answer):
+        if not isinstance(record[name], str):
+            raise ValueError(f"{where}: {name} is {type(record[name]).__name__}, not text")
+    return Conversation(tuple({"role": role, "content": content} for role, content in said), None, where)
+
+
+def split(all_of: Iterator[Conversation], share: float, seed: int) -> tuple[list[Conversation], list[Conversation]]:
+    """Those to train on, and a share to validate on: by a hash of what is said, so equal ones lie on one side."""
+    sides: tuple[list[Conversation], list[Conversation]] = ([], [])
+    for each in all_of:
+        said = json.dumps(each.messages, sort_keys=True, default=str).encode()
+        digest = hashlib.blake2b(said, digest_size=8, key=str(seed).encode()).digest()
+        sides[int.from_bytes(digest, "little") < share * 2**64].append(each)
+    return sides
+
+
+def for_validation(source: ConversationSource, share: float) -> ConversationSource:
+    """Meadow's held-out questions, `share` of as many as there are conversations to train on, but at least one."""
+    assert source.meadow is not None and source.limit is not None  # noqa: PT018
+    return replace(source, meadow="validation", turns=1, limit=max(1, round(source.limit * share)))
+
+
+def _check_message(message: Any, where: str) -> None:
+    """What a template would stumble over, told with the place."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(f"{where} must be an object with a role and a content, got {message!r:.100}")
+    content = message.get("content")
+    if not (content is None or isinstance(content, str | list)):
+        raise ValueError(f"{where} has a content that is {type(content).__name__}; expected a text or text parts")

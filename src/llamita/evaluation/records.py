@@ -1,0 +1,109 @@
+"""What evaluations of a run's checkpoints found, as files in the run: RUN/evaluations/NAME.json.
+
+    {"name": "perplexity", "metrics": {"perplexity": 1.37, ...}, "command": "llamita evaluate ...",
+     "time": 1767225600.0, "model": "checkpoints/step-00004000", "pictures": ["confusion.png"]}
+
+`metrics` are numbers by name; `NAME_stderr` is the standard error of NAME, and objects in it group names. `time` is in
+seconds since 1970, `model` lies in the run, `pictures` are files beside the record. Whoever evaluates writes one,
+`llamita runs` and `llamita report` read them. Knows nothing of how anything is measured.
+"""
+
+import json
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llamita import files
+
+DIRECTORY = "evaluations"
+MANIFEST = "run.json"
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """An evaluation of a model; `metrics` are flat, with dots between the names of groups."""
+
+    name: str
+    metrics: Mapping[str, float | None]
+    command: str = ""
+    time: float = 0.0
+    model: str = ""
+    pictures: tuple[str, ...] = ()
+
+
+def run_of(model: Path) -> Path | None:
+    """The run that a model belongs to: a run itself, its `best` or `last`, one of its checkpoints; None for others."""
+    path = model.absolute()
+    for candidate in (path, path.parent, path.resolve().parent.parent):
+        if (candidate / MANIFEST).is_file():
+            return candidate
+    return None
+
+
+def write(
+    run: Path,
+    name: str,
+    metrics: Mapping[str, Any],
+    command: str,
+    model: Path | None = None,
+    pictures: Sequence[str] = (),
+) -> Path:
+    """Leave a record in a run, in place of an earlier one of that name; numbers that are not finite become null.
+
+    `pictures` are names of files that lie in RUN/evaluations already.
+    """
+    resolved = model.resolve() if model else None
+    inside = resolved is not None and resolved.is_relative_to(run.resolve())
+    where = str(resolved.relative_to(run.resolve())) if inside and resolved else ""
+    record = EvaluationRecord(name, flat(metrics), command, round(time.time(), 3), where, tuple(pictures))
+    file = run / DIRECTORY / f"{file_name(name)}.json"
+    file.parent.mkdir(exist_ok=True)
+    files.atomic_write(file, json.dumps(asdict(record), indent=2, allow_nan=False) + "\n")
+    return file
+
+
+def read(run: Path) -> tuple[list[EvaluationRecord], list[str]]:
+    """The records of a run, oldest first, and a line for each file that is none."""
+    found, faults = [], []
+    for file in sorted((run / DIRECTORY).glob("*.json")):
+        try:
+            found.append(_record(file))
+        except (ValueError, OSError) as error:
+            faults.append(f"{file.name} is no record of an evaluation: {error}")
+    return sorted(found, key=lambda record: record.time), faults
+
+
+def file_name(name: str) -> str:
+    """A name with nothing in it but what any file system takes."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:120] or "evaluation"
+
+
+def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float | None]:
+    """Groups taken apart; what is no number is left out, one that is not finite becomes None."""
+    result: dict[str, float | None] = {}
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            result |= flat(value, f"{prefix}{name}.")
+        elif value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+            result[f"{prefix}{name}"] = value if value is not None and math.isfinite(value) else None
+    return result
+
+
+def _record(file: Path) -> EvaluationRecord:
+    content = files.read_json(file)
+    metrics, name = content.get("metrics"), content.get("name", file.stem)
+    if not isinstance(metrics, dict) or not isinstance(name, str):
+        raise ValueError("it must have an object `metrics`, and a text for a `name`")
+    when, pictures = content.get("time"), content.get("pictures") or []
+    return EvaluationRecord(
+        name,
+        flat(metrics),
+        str(content.get("command") or ""),
+        float(when) if isinstance(when, int | float) and math.isfinite(when) else 0.0,
+        str(content.get("model") or ""),
+        tuple(picture for picture in pictures if isinstance(picture, str)) if isinstance(pictures, list) else (),
+    )

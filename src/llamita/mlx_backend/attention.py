@@ -1,0 +1,106 @@
+"""Scaled dot-product attention with grouped heads, and the masks it takes.
+
+Knows nothing of projections, positions or caches: queries, keys and values come ready.
+"""
+
+import math
+
+import mlx.core as mx
+
+
+class Dropout:
+    """Zeroes each number with this probability, divides the others by 1 - probability (Srivastava et al. 2014).
+
+    What is drawn is a function of the key and of how often it was called before; no generator is shared with others.
+    """
+
+    def __init__(self, probability: float, key: mx.array) -> None:
+        self.probability, self._key = probability, key
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self._key, key = mx.random.split(self._key)
+        kept = mx.random.bernoulli(1 - self.probability, x.shape, key)
+        return mx.where(kept, x * (1 / (1 - self.probability)), mx.zeros((), x.dtype))
+
+
+def attention(
+    query: mx.array,
+    key: mx.array,
+    value: mx.array,
+    mask: mx.array | None = None,
+    causal: bool = False,
+    dropout: Dropout | None = None,
+) -> mx.array:
+    """softmax(Q K^T / sqrt(H)) V (Vaswani et al. 2017), each group of query heads sharing a key/value head.
+
+    query (..., N, T, H), key and value (..., K, S, H) with N a multiple of K: multi-head for K = N, multi-query for
+    K = 1, grouped-query between (Ainslie et al. 2023, arXiv:2305.13245). Any number of leading dimensions. mask is
+    boolean, True where a query may look, and broadcasts to (..., N, T, S); `causal` lets query t see keys 0..t + S - T.
+    The softmax is taken in float32. Returns (..., N, T, H).
+    """
+    *leading, N, T, H = query.shape
+    K, S = key.shape[-3:-1]
+    grouped = query.reshape(*leading, K, N // K, T, H)
+    scores = grouped @ mx.expand_dims(key, -3).swapaxes(-1, -2) / math.sqrt(H)  # (..., K, N/K, T, S)
+    scores = scores.reshape(*leading, N, T, S).astype(mx.float32)
+    if causal:
+        scores = mx.where(causal_mask(T, S), scores, -math.inf)
+    if mask is not None:
+        scores = mx.where(mask, scores, -math.inf)
+    weights = softmax(scores).astype(value.dtype)
+    if dropout:
+        weights = dropout(weights)
+    mixed = weights.reshape(*leading, K, N // K, T, S) @ mx.expand_dims(value, -3)
+    return mixed.reshape(*leading, N, T, H)
+
+
+def attention_fused(
+    query: mx.array,
+    key: mx.array,
+    value: mx.array,
+    mask: mx.array | None = None,
+    causal: bool = False,
+    dropout: Dropout | None = None,
+) -> mx.array:
+    """`attention` by MLX's kernel, which takes one mask and has no dropout; with dropout, the plain form."""
+    if dropout:
+        return attention(query, key, value, mask, causal, dropout)
+    *leading, N, T, H = query.shape
+    K, S = key.shape[-3:-1]
+    if causal and mask is not None:
+        mask = mask & causal_mask(T, S)
+    if mask is not None and len(leading) > 1:  # the kernel has one leading dimension, and no more in a mask
+        mask = mx.broadcast_to(mask, (*leading, N, T, S)).reshape(-1, N, T, S)
+    mixed = mx.fast.scaled_dot_product_attention(
+        query.reshape(-1, N, T, H),
+        key.reshape(-1, K, S, H),
+        value.reshape(-1, K, S, H),
+        scale=1 / math.sqrt(H),
+        mask="causal" if causal and mask is None else mask,
+    )
+    return mixed.reshape(query.shape)
+
+
+def softmax(x: mx.array) -> mx.array:
+    """Exponentials that sum to one over the last dimension; the maximum is subtracted first so that none overflows."""
+    exponentials = mx.exp(x - mx.max(x, axis=-1, keepdims=True))
+    return exponentials / mx.sum(exponentials, axis=-1, keepdims=True)
+
+
+def causal_mask(T: int, S: int) -> mx.array:
+    """Boolean (T, S): query t is the position S - T + t, and sees the keys up to its own."""
+    return mx.arange(S)[None] <= mx.arange(S - T, S)[:, None]
+
+
+def segment_mask(segments_BT: mx.array) -> mx.array:
+    """Boolean (B, 1, T, T): causal, and only within a segment (a document of a packed row).
+
+    Segment 0 is padding: it sees only itself, so that no softmax is empty, and no real token sees it.
+    """
+    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    return (same_BTT & causal_mask(segments_BT.shape[1], segments_BT.shape[1]))[:, None]
+
+
+def window_mask(T: int, window: int) -> mx.array:
+    """Boolean (T, T): query t sees the `window` keys up to its own."""
+    return causal_mask(T, T) & (mx.arange(T)[None] > mx.arange(T)[:, None] - window)

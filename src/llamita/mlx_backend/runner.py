@@ -1,0 +1,251 @@
+"""Runs the plans of an inference engine on an MLX model, over a paged key/value memory.
+
+The engine decides which tokens run and where their keys and values lie; here they are run, all chunks of a step packed
+into one row. A step is one graph, from the tokens to the draws, and is waited for once. `hidden_states` holds all that
+happens between tokens and the states that logits are made of. Deliberately knows nothing of requests, text, or when to
+stop.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import psutil
+
+from llamita import architecture, checkpoint
+from llamita.checkpoint import HostArray
+from llamita.config import ModelConfig
+from llamita.mlx_backend.kv_cache import PagedKVCache, PagedStep
+from llamita.mlx_backend.model import Llama
+from llamita.mlx_backend.sampling import Sampler
+from llamita.mlx_backend.weights import build_model, to_host_arrays
+from llamita.plan import CacheLayout, Plan, SampledToken, SampleSpec, ScheduledChunk, StepResult
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+DEVICES = {"cpu": mx.cpu, "gpu": mx.gpu}
+CACHE_SHARE = 0.25
+"""Of the memory that is free once the weights are loaded, what keys and values may take: others need the rest."""
+SCORED_ROWS = 64
+"""Logits of so many positions at a time, where those of a prompt are asked for: bounds the memory they take."""
+
+
+@dataclass
+class MlxMemory:
+    """What one engine's sequences left behind for their next step: keys and values, and counts of tokens."""
+
+    cache: PagedKVCache
+    sampler: Sampler
+
+
+class MlxRunner:
+    """Does an engine's plans with `model`, which it neither copies nor changes; dropout is off meanwhile."""
+
+    def __init__(self, model: Llama, device: mx.DeviceType = mx.cpu) -> None:
+        self.model, self.device = model, device
+        self.config: ModelConfig = model.config
+        self.dtype = model.model.norm.weight.dtype  # never quantised: that of the activations and of the cache
+        read = dict(named_arrays(model))
+        if self.config.num_labels or not self.config.tie_word_embeddings:  # of an embedding alone, one row is read
+            read = {name: array for name, array in read.items() if "embed_tokens" not in name}
+        self.weight_bytes = sum(array.nbytes for array in read.values())
+        """Bytes of weights that decoding one token reads."""
+        self.kv_bytes_per_token = architecture.kv_bytes_per_token(self.config, self.dtype.size)
+        """Bytes of keys and values that one earlier position adds to what decoding a token reads."""
+
+    @property
+    def cache_budget(self) -> int:
+        """Bytes that keys and values may take where nothing else is said."""
+        return int(psutil.virtual_memory().available * CACHE_SHARE)
+
+    def weights(self) -> dict[str, HostArray]:
+        """The values under canonical names, in the type they have here."""
+        return to_host_arrays(self.model)
+
+    def allocate(self, layout: CacheLayout) -> MlxMemory:
+        """Memory for the sequences of one engine."""
+        with mx.stream(self.device):
+            return MlxMemory(
+                PagedKVCache(self.config, layout, self.dtype), Sampler(self.config.vocab_size, self.device)
+            )
+
+    def run(self, plan: Plan, memory: MlxMemory) -> StepResult:
+        """Run every chunk at once, sample the tokens and score the targets that they ask for."""
+        with mx.stream(self.device), evaluation(self.model):
+            memory.cache.copy(plan.copies)
+            if not plan.chunks:
+                mx.eval(memory.cache.keys, memory.cache.values)
+                return StepResult(())
+            # Single tokens first, those of similar context beside each other.
+            order = sorted(range(len(plan.chunks)), key=lambda i: (len(plan.chunks[i].tokens) > 1, plan.chunks[i].end))
+            chunks = [plan.chunks[i] for i in order]
+            tokens_1T = mx.array([[token for chunk in chunks for token in chunk.tokens]])
+            hidden_TD = hidden_states(self.model, tokens_1T, memory.cache.step(chunks))
+            # What the memory has become is part of the step: left to a later one, graphs and memory would pile up.
+            mx.async_eval(hidden_TD, memory.cache.keys, memory.cache.values)
+            sampled = self._sample(chunks, hidden_TD, memory.sampler)
+            scores = self._score(chunks, hidden_TD)
+        places = {number: place for place, number in enumerate(order)}
+        return StepResult(
+            tuple(sampled[places[number]] for number in range(len(order))),
+            tuple(scores[places[number]] for number in range(len(order))) if scores else (),
+        )
+
+    def _sample(
+        self, chunks: Sequence[ScheduledChunk], hidden_TD: mx.array, sampler: Sampler
+    ) -> list[tuple[SampledToken, ...]]:
+        """The tokens that each chunk asks for, all drawn in one pass."""
+        rows: list[int] = []
+        specs: list[SampleSpec] = []
+        ids: list[int] = []
+        begin = 0
+        for chunk in chunks:
+            rows += [begin + sample.position - 1 - chunk.start for sample in chunk.samples]
+            specs += chunk.samples
+            ids += [chunk.sequence_id] * len(chunk.samples)
+            begin += len(chunk.tokens)
+        tokens = iter(sampler.sample(self._logits(hidden_TD, rows), specs, ids) if rows else ())
+        return [tuple(next(tokens) for _ in chunk.samples) for chunk in chunks]
+
+    def _score(self, chunks: Sequence[ScheduledChunk], hidden_TD: mx.array) -> list[tuple[float, ...]]:
+        """The log-probabilities of each chunk's targets."""
+        if not any(chunk.targets for chunk in chunks):
+            return []
+        found, begin = [], 0
+        for chunk in chunks:
+            scores: list[float] = []
+            for first in range(0, len(chunk.targets), SCORED_ROWS):
+                targets_R1 = mx.array(chunk.targets[first : first + SCORED_ROWS])[:, None]
+                rows = range(begin + first, begin + first + len(targets_R1))
+                logits_RV = self._logits(hidden_TD, rows).astype(mx.float32)
+                scores_R = mx.take_along_axis(logits_RV, targets_R1, axis=-1)[:, 0] - mx.logsumexp(logits_RV, axis=-1)
+                scores += scores_R.tolist()
+            found.append(tuple(scores))
+            begin += len(chunk.tokens)
+        return found
+
+    def _logits(self, hidden_TD: mx.array, rows: Sequence[int]) -> mx.array:
+        """Logits (R, V) of some rows."""
+        if list(rows) != list(range(len(hidden_TD))):
+            hidden_TD = hidden_TD[mx.array(list(rows))]
+        return self.model.logits(hidden_TD)
+
+    def forward(
+        self, tokens_BT: Sequence[Sequence[int]] | np.ndarray, capture: Sequence[str] = ()
+    ) -> dict[str, np.ndarray]:
+        """Logits of every position, and the residual stream at named places, as float32 arrays.
+
+        Returns `logits` (B, T, V) and each name in `capture` (B, T, D): `embedding`, `layers.0`, `layers.1`, ...,
+        `norm`. Nothing is cached. Raises ValueError for an unknown name.
+        """
+        captured: dict[str, mx.array] = {}
+
+        def trace(name: str, x_BTD: mx.array) -> None:
+            if name in capture:
+                captured[name] = x_BTD
+
+        with mx.stream(self.device), evaluation(self.model):
+            tokens = mx.array(np.asarray(tokens_BT, dtype=np.int32))
+            logits_BTV = self.model(tokens, trace=trace).logits_BTV
+            unknown = [name for name in capture if name not in captured]
+            if unknown:
+                raise ValueError(
+                    f"capture={unknown[0]!r} is unknown; there are embedding, layers.0, layers.1, ... and norm"
+                )
+            return {name: np.array(x.astype(mx.float32)) for name, x in {**captured, "logits": logits_BTV}.items()}
+
+
+def hidden_states(model: Llama, tokens_1T: mx.array, step: PagedStep) -> mx.array:
+    """The states (T, D) after the final norm of one packed row of tokens; their keys and values go into the memory."""
+    return model.hidden(tokens_1T, cache=step)[0]
+
+
+def load_runner(
+    model: Path | str, dtype: str = "auto", device: str = "auto", threads: int = 0, exact: bool = False
+) -> MlxRunner:
+    """A runner over a model directory, or over the best checkpoint of a run directory.
+
+    `dtype` is that of weights and cache: a name in DTYPES, or "auto" for that of the file (bfloat16 for the activations
+    of a quantised one). `device` is "cpu", "gpu", or "auto" for MLX's own default: the GPU of a Mac. MLX has no setting
+    for `threads` and no `exact` mode, so either is refused.
+    """
+    if exact:
+        raise ValueError(
+            "the exact mode is PyTorch's: MLX's kernels round a row by what runs beside it; use --backend torch"
+        )
+    if threads:
+        raise ValueError(f"threads={threads} cannot be set: MLX chooses its threads itself; leave it at 0")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not supported; give auto or one of {', '.join(DTYPES)}")
+    where = choose_device(device)
+    directory = checkpoint.resolve_model_directory(model)
+    arrays = checkpoint.load_tensors(directory)
+    config = checkpoint.load_config(directory)
+    if dtype == "auto":
+        stored = "BF16" if config.quantization else next((array.dtype for array in arrays.values()), "F32")
+        dtype = checkpoint.DTYPE_NAMES.get(stored, "float32")
+    return _arranged(config, arrays, DTYPES.get(dtype, mx.float32), where)
+
+
+def runner_over(config: ModelConfig, arrays: Mapping[str, HostArray], dtype: str = "float32") -> MlxRunner:
+    """A runner over host arrays, on the CPU."""
+    return _arranged(config, arrays, DTYPES[dtype], mx.cpu)
+
+
+def _arranged(
+    config: ModelConfig, arrays: Mapping[str, HostArray], dtype: mx.Dtype, device: mx.DeviceType
+) -> MlxRunner:
+    """A runner over a model of its own, whose matrices lie as its device multiplies them fastest."""
+    with mx.stream(device):
+        model = build_model(config, arrays, dtype=dtype).eval()
+        if device == mx.cpu and dtype == mx.float32:
+            lay_columns_together(model)
+    return MlxRunner(model, device)
+
+
+def lay_columns_together(model: Llama) -> None:
+    """Store each float32 matrix column by column, with the face of one stored row by row.
+
+    x W^T then reads W^T row by row, for which a CPU's BLAS takes three quarters to half of the time.
+    """
+    for packed in model.packed_parameters():
+        weight = packed.parameter
+        if weight.ndim == 2 and weight.dtype == mx.float32:
+            columns = mx.contiguous(weight.T)
+            mx.eval(columns)
+            packed.replace(columns.T)
+
+
+def choose_device(name: str) -> mx.DeviceType:
+    """A device of MLX by name, its default one for "auto"; ValueError where it cannot be used."""
+    if name == "auto":
+        return mx.default_device().type
+    if name not in DEVICES:
+        raise ValueError(f"device={name!r} is not one of MLX's; give auto, cpu or gpu")
+    if not mx.is_available(mx.Device(DEVICES[name])):
+        raise ValueError(f"device={name!r} cannot be used: this MLX has no {name.upper()}; give auto or cpu")
+    return DEVICES[name]
+
+
+def named_arrays(model: nn.Module) -> Iterator[tuple[str, mx.array]]:
+    """Every array that the model holds, by the name of its module and its own."""
+    for module_name, module in model.named_modules():
+        for key, value in module.items():
+            if isinstance(value, mx.array):
+                yield f"{module_name}.{key}", value
+
+
+@contextlib.contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off for a while."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()

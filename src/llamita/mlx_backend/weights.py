@@ -1,0 +1,122 @@
+"""Values of a model: built from host arrays or freshly initialised, and given back as host arrays.
+
+The only place where canonical names and packed parameters meet; knows nothing of files.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import mlx.core as mx
+import numpy as np
+
+from llamita import architecture
+from llamita.architecture import InitializationName
+from llamita.checkpoint import HostArray
+from llamita.config import ModelConfig
+from llamita.mlx_backend import quantize
+from llamita.mlx_backend.layers import FUSED, Operations
+from llamita.mlx_backend.model import Llama
+from llamita.mlx_backend.quantized import QuantizedLinear
+
+
+def build_model(
+    config: ModelConfig,
+    arrays: Mapping[str, HostArray] | None = None,
+    *,
+    seed: int = 0,
+    initialization: InitializationName = "fan-in",
+    dtype: mx.Dtype = mx.float32,
+    operations: Operations = FUSED,
+) -> Llama:
+    """A model with the values of `arrays` (canonical names), or freshly initialised from `seed` without them.
+
+    Memory is allocated once the arrays are known to fit; of mapped ones one packed parameter is read at a time. The
+    numbers that `seed` gives are those of every backend.
+    """
+    if arrays is not None:
+        architecture.check_arrays(config, arrays)
+    model = Llama(config, operations)
+    if arrays is None:
+        fresh = architecture.initialize(config, seed, initialization)
+        host = ((name, HostArray.from_numpy(array)) for name, array in fresh)
+        _copy_values(model, dict(quantize_arrays(config, host) if config.quantization else host).pop, dtype)
+    else:
+        _copy_values(model, arrays.__getitem__, dtype)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.arrange(dtype)
+    return model
+
+
+def quantize_arrays(config: ModelConfig, arrays: Iterable[tuple[str, HostArray]]) -> Iterator[tuple[str, HostArray]]:
+    """The arrays of a model without quantisation as one of `config`, which has it, stores them; one by one.
+
+    What is not quantised becomes bfloat16, the type that activations have beside such weights. ValueError for NaN.
+    """
+    table = {row.name: row for row in architecture.parameters(config)}
+    for name, array in arrays:
+        bits = architecture.weight_bits(config, table[name])
+        weight = array_from_host(array)
+        if not bits:
+            yield name, host_from_array(weight.astype(mx.bfloat16))
+            continue
+        try:
+            values, scale = quantize.quantize(weight, bits)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+        yield name, host_from_array(values)
+        yield name + architecture.SCALE, host_from_array(scale)
+
+
+def load_host_arrays(model: Llama, arrays: Mapping[str, HostArray]) -> None:
+    """Give the parameters the values of `arrays`; ValueError lists all that is missing, extra or misshapen."""
+    assert not model.config.quantization, "quantised weights may lie in a kernel's order; build the model anew"
+    architecture.check_arrays(model.config, arrays)
+    _copy_values(model, arrays.__getitem__, model.model.norm.weight.dtype)
+
+
+def _copy_values(model: Llama, array_of: Callable[[str], HostArray], dtype: mx.Dtype) -> None:
+    """Put values in place one packed parameter after the other; ValueError for NaN or infinity."""
+    for packed in model.packed_parameters():
+        pieces = []
+        for name in packed.parts:
+            array = array_of(name)
+            piece = array_from_host(array)
+            if mx.issubdtype(piece.dtype, mx.floating):
+                if not mx.all(mx.isfinite(piece)).item():
+                    raise ValueError(f"{name} holds NaN or infinite values; the weights are damaged")
+                if packed.parameter.dtype == mx.float32:  # the scales of quantised weights keep their type
+                    piece = piece.astype(dtype)
+            pieces.append(piece)
+            array.forget(0, array.data.nbytes)
+        values = mx.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+        mx.eval(values)
+        packed.replace(values)
+
+
+MLX_DTYPES = {
+    "F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16,
+    "I64": mx.int64, "I32": mx.int32, "I16": mx.int16, "I8": mx.int8, "U8": mx.uint8,
+}  # fmt: skip
+
+
+def array_from_host(array: HostArray) -> mx.array:
+    """An array of MLX with these values, copied. Float64, which no GPU of MLX has, becomes float32."""
+    if array.dtype == "BF16":
+        bits = np.frombuffer(array.data, dtype="<u2").reshape(array.shape)
+        return mx.array(bits).view(mx.bfloat16)
+    values = array.to_numpy()
+    return mx.array(values.astype(np.float32) if array.dtype == "F64" else values)
+
+
+def host_from_array(array: mx.array) -> HostArray:
+    """The values of an array in host memory."""
+    names = {dtype: name for name, dtype in MLX_DTYPES.items()}
+    if array.dtype == mx.bfloat16:
+        return HostArray.from_bf16_bits(np.array(array.view(mx.uint16)))
+    return HostArray(names[array.dtype], tuple(array.shape), HostArray.from_numpy(np.array(array)).data)
+
+
+def to_host_arrays(model: Llama) -> dict[str, HostArray]:
+    """The parameters under canonical names, in the order of the table, ready for `checkpoint.save_tensors`."""
+    state = model.canonical_state()
+    return {array.name: host_from_array(state[array.name]) for array in architecture.stored_arrays(model.config)}

@@ -1,0 +1,71 @@
+"""Held-out questions answered by a model under training, greedily, and compared with the right answers.
+
+The engine answers, with the chat template that the model learns. Knows nothing of where the questions come from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llamita.data.conversations import Conversation
+from llamita.inference.conversation import with_end_of_turn
+from llamita.inference.llm import LLM
+from llamita.plan import SamplingParams
+from llamita.text.chat import Chat
+
+MORE_TOKENS = 16  # an answer may be so much longer than the right one before it is cut off
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation up to an answer: what the user said last, the tokens of all of it, and what is right."""
+
+    said: str
+    tokens: tuple[int, ...]
+    right: str
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered; `exact` where it said what is right and nothing else, and ended by itself."""
+
+    question: Question
+    text: str
+    exact: bool
+
+
+def questions(chat: Chat, conversations: Sequence[Conversation], count: int, positions: int) -> list[Question]:
+    """At most `count`, evenly spaced, of the conversations that end in a text of the assistant and fit with it into the
+    model's positions."""
+    found = []
+    for each in conversations:
+        *before, last = each.messages
+        if not before or last["role"] != "assistant" or not isinstance(last.get("content"), str):
+            continue
+        right = last["content"].strip()
+        tokens = chat.encode(before, tools=each.tools).tokens
+        room = len(chat.tokenizer.encode(right)) + MORE_TOKENS
+        if len(tokens) + room <= positions:
+            found.append(Question(str(before[-1].get("content")), tokens, right, room))
+    count = min(count, len(found))
+    return [found[i * len(found) // count] for i in range(count)]
+
+
+def answer(llm: LLM, chat: Chat, asked: Sequence[Question]) -> list[Answer]:
+    """The likeliest answer to each question."""
+    params = [with_end_of_turn(SamplingParams(temperature=0, max_tokens=each.max_tokens), chat) for each in asked]
+    given = llm.generate([each.tokens for each in asked], params)
+    return [
+        Answer(question, each.text.strip(), each.text.strip() == question.right and each.finish_reason == "stop")
+        for question, each in zip(asked, given, strict=True)
+    ]
+
+
+def shown(answers: Sequence[Answer]) -> str:
+    """A few of them as text, wrong ones first."""
+    first = sorted(answers, key=lambda each: each.exact)[:SHOWN]
+    return "\n\n".join(
+        f"{each.question.said}\n-> {each.text}" + ("" if each.exact else f"\n   right: {each.question.right}")
+        for each in first
+    )

@@ -1,0 +1,28 @@
+"""How far a result may be from the exact one: the one place that maps a precision to its tolerance.
+
+A tolerance is a share of the largest magnitude of the expected result. Numbers of a precision are apart by its epsilon
+(2^-23, 2^-10 and 2^-7 of their size for fp32, fp16 and bf16), an operation of one step is off by half of that, and one of
+several rounds in between: so a tolerance is a few epsilons. A whole block, or a model, is some twenty operations.
+"""
+
+import numpy as np
+
+EPSILON = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}
+OPERATION = {"fp32": 2e-6, "fp16": 3e-3, "bf16": 2e-2}
+BLOCK = {"fp32": 5e-6, "fp16": 6e-3, "bf16": 4e-2}
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+    """Fails with the element that differs most, and both its values."""
+    found, expected = (np.atleast_1d(np.asarray(each, dtype=np.float64)) for each in (found, expected))
+    assert found.shape == expected.shape, f"the result has shape {found.shape}, PyTorch's has {expected.shape}"
+    difference = np.abs(found - expected)
+    difference[np.isnan(difference)] = np.inf
+    scale = np.abs(expected).max() or 1.0
+    worst = np.unravel_index(int(difference.argmax()), difference.shape)
+    place = ", ".join(map(str, worst))
+    assert difference[worst] <= tolerance * scale, (
+        f"element [{place}] differs most: {found[worst]:.8g} here, {expected[worst]:.8g} from PyTorch; that is "
+        f"{difference[worst] / scale:.1e} of the largest magnitude, and {tolerance:.1e} is allowed; "
+        f"{int((difference > tolerance * scale).sum())} of {difference.size} elements are past it"
+    )

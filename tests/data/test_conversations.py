@@ -1,0 +1,91 @@
+"""Conversations from files, datasets and Meadow: what is read, how it is split, and a place for every mistake."""
+
+import json
+
+import pytest
+
+from llamita.data import meadow
+from llamita.data.conversations import ConversationSource, conversation, conversations, for_validation, split
+
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+def write(path, *records):
+    path.write_text("".join((each if isinstance(each, str) else json.dumps(each)) + "\n" for each in records))
+    return path
+
+
+def test_both_forms_and_their_places(tmp_path):
+    pair = {"prompt": "Hi", "response": "Hello", "id": 3}
+    first = write(tmp_path / "a.jsonl", {"messages": TURNS, "tools": [{"name": "look"}]}, "", pair)
+    second = write(tmp_path / "b.jsonl", {"prompt": "Hi", "completion": "Hello"})
+    found = list(conversations(ConversationSource(files=(first, second))))
+    assert [list(each.messages) for each in found] == [TURNS] * 3
+    assert [each.where for each in found] == [f"{first}, line 1", f"{first}, line 3", f"{second}, line 1"]
+    assert [each.tools for each in found] == [[{"name": "look"}], None, None]
+    limited = list(conversations(ConversationSource(files=(first, second), limit=1)))
+    assert [each.where for each in limited] == [f"{first}, line 1"]
+
+
+def test_a_dataset(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    for name, record in (("set", {"messages": TURNS}), ("other", {"text": "Hi"})):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "train.jsonl", record)
+    (found,) = conversations(ConversationSource(dataset=str(tmp_path / "set")))
+    assert [dict(each) for each in found.messages] == TURNS
+    with pytest.raises(ValueError, match=r"other \(train\), row 0 has the fields \['text'\]"):
+        list(conversations(ConversationSource(dataset=str(tmp_path / "other"))))
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("{broken", "line 2 is not JSON"),
+        ([1], "line 2 is list, not an object; expected"),
+        ({"text": "Hi"}, r"line 2 has the fields \['text'\]; expected .*messages.*prompt"),
+        ({"prompt": "Hi"}, r"line 2 has the fields \['prompt'\]"),
+        ({"prompt": "Hi", "response": None}, "line 2: response is NoneType, not text"),
+        ({"messages": []}, "line 2: messages must be a list of at least one"),
+        ({"messages": "Hi"}, "line 2: messages must be a list"),
+        ({"messages": [TURNS[0], "Hello"]}, "line 2: message 1 must be an object with a role and a content"),
+        ({"messages": [{"content": "Hi"}]}, "line 2: message 0 must be an object with a role"),
+        ({"messages": [{"role": "user", "content": 5}]}, "line 2: message 0 has a content that is int"),
+    ],
+)
+def test_a_mistake_is_told_with_file_and_line(tmp_path, record, message):
+    file = write(tmp_path / "a.jsonl", {"messages": TURNS}, record)
+    with pytest.raises(ValueError, match=message) as found:
+        list(conversations(ConversationSource(files=(file,))))
+    assert str(found.value).startswith(str(file))
+    assert "\n" not in str(found.value)
+
+
+def test_files_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*none\.jsonl"):
+        conversations(ConversationSource(files=(tmp_path / "none.jsonl",)))
+    with pytest.raises(IsADirectoryError, match="is a directory"):
+        conversations(ConversationSource(files=(tmp_path,)))
+
+
+def test_equal_conversations_lie_on_one_side():
+    made = [conversation({"prompt": f"number {i % 300}", "response": "yes"}, f"line {i}") for i in range(900)]
+    train, validation = split(iter(made), 0.2, seed=1)
+    assert len(train) + len(validation) == 900
+    assert 0.1 < len(validation) / 900 < 0.3
+    said = [{each.messages[0]["content"] for each in side} for side in (train, validation)]
+    assert not said[0] & said[1]
+    assert split(iter(made), 0.0, seed=1) == (made, [])
+    other = split(iter(made), 0.2, seed=2)[1]
+    assert {each.messages[0]["content"] for each in other} != said[1]
+
+
+def test_meadow_validates_on_stories_of_its_other_split():
+    source = ConversationSource(meadow="train", limit=40, seed=2)
+    sides = {"train": source, "validation": for_validation(source, 0.1)}
+    for name, side in sides.items():
+        found = list(conversations(side))
+        assert len(found) == {"train": 40, "validation": 4}[name]
+        stories = [each.messages[0]["content"].rpartition("\n")[0] for each in found]
+        assert {meadow.split_of(story) for story in stories} == {name}
