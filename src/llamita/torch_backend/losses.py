@@ -41,17 +41,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, chunk_size: int, dtype: torch.dtype
     ) -> Tensor:
         with torch.autocast(hidden_MD.device.type, enabled=False):
-            wants_gradients = any(ctx.needs_input_grad)
+            wants_hidden, wants_weight = ctx.needs_input_grad[:2]  # a frozen head has no gradient, nor its memory
+            wants_gradients = wants_hidden or wants_weight
             low_hidden_MD, low_weight_VD = hidden_MD.to(dtype), weight_VD.to(dtype)
-            grad_hidden_MD = torch.empty_like(hidden_MD) if wants_gradients else None
-            grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_gradients else None
+            grad_hidden_MD = torch.empty_like(hidden_MD) if wants_hidden else None
+            grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
             total = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
             for start in range(0, hidden_MD.shape[0], chunk_size):
                 rows = slice(start, start + chunk_size)
                 logits_MV = low_hidden_MD[rows] @ low_weight_VD.mT
                 total += _loss_and_gradient_(logits_MV, labels_M[rows, None], wants_gradients)
-                if grad_hidden_MD is not None and grad_weight_VD is not None:
+                if grad_hidden_MD is not None:
                     grad_hidden_MD[rows] = logits_MV @ low_weight_VD
+                if grad_weight_VD is not None:
                     grad_weight_VD += logits_MV.mT @ low_hidden_MD[rows]
         ctx.save_for_backward(grad_hidden_MD, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
@@ -61,7 +63,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grad_outputs
         grad_hidden_MD, grad_weight_VD = ctx.saved_tensors
-        return grad_hidden_MD * grad_output, (grad_weight_VD * grad_output).to(ctx.weight_dtype), None, None, None
+        return (
+            None if grad_hidden_MD is None else grad_hidden_MD * grad_output,
+            None if grad_weight_VD is None else (grad_weight_VD * grad_output).to(ctx.weight_dtype),
+            *(None, None, None),
+        )
 
 
 def _loss_and_gradient_(logits_MV: Tensor, labels_M1: Tensor, wants_gradients: bool) -> Tensor:

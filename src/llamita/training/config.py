@@ -130,7 +130,9 @@ class TrainingConfig:
         resolved = self.resolved()
         values = {field.name: getattr(resolved, field.name) for field in fields(self)}
         del values["output"], values["resume"]
-        return {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in values.items()}
+        # A path that is none is the name of a model on the hub.
+        paths = {name: value for name, value in values.items() if isinstance(value, Path)}
+        return values | {name: str(path.resolve() if path.exists() else path) for name, path in paths.items()}
 
 
 INCIDENTAL_OPTIONS = frozenset(
