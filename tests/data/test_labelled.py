@@ -93,7 +93,7 @@ def test_a_dataset_with_named_labels(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("a.txt", "1 ||| fine\nno\n", r"a\.txt, line 2 is not of the form 'label \|\|\| sentence': 'no'"),
     ("a.txt", "1 ||| fine\n ||| none\n", r"a\.txt, line 2 has no label"),
-    ("a.txt", "1 ||| fine\n2 ||| high\n", r"a\.txt, line 2: label '2' is none of bad, good, or a number from 0 to 1"),
+    ("a.txt", "1 ||| fine\n2 ||| high\n", r"line 2: the label '2' is none of bad, good, or a number from 0 to 1"),
     ("a.txt", "ok ||| fine\n", r"a\.txt, line 1: the label 'ok' is none of bad, good"),
     ("a.txt", "0 ||| one\n0 ||| two\n", r"all 2 texts have the label 'bad'; .*placeholders.*predict"),
     ("a.txt", "\n", r"there is no text"),

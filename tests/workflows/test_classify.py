@@ -1,6 +1,7 @@
 """Tuning a classifier: the same logits in transformers, padding, class weights, heads, resuming, seeds, refusals."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def files(tmp_path_factory):
     return directory
 
 
+@functools.wraps(build_train_step)
 def backend(*arguments, **options):
     step = build_train_step(*arguments, **options)
     step.peak_flops = lambda: 1e11
@@ -96,6 +98,7 @@ def trained(tmp_path_factory, base, files):
     return output, result, told
 
 
+@pytest.mark.medium
 def test_a_checkpoint_gives_the_same_logits_in_transformers(trained, files):
     transformers = pytest.importorskip("transformers")
     directory = trained[0] / "best"
@@ -211,17 +214,36 @@ def test_a_new_head_is_the_tables_and_follows_the_seed(base, files, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.medium
 def test_head_only_leaves_the_rest_and_resumes(base, files, tmp_path):
-    run(settings(tmp_path / "run", base, files, head_only=True))
+    run(settings(tmp_path / "run", base, files, tuning="head"))
     before, after = (checkpoint.load_tensors(path) for path in (base, tmp_path / "run" / "last"))
     same = [name for name in after if name in before and bytes(after[name].data) == bytes(before[name].data)]
     assert set(after) - set(same) == {"score.weight"}
     optimizer = checkpoint.load_tensors(tmp_path / "run" / "last", name="optimizer")
     assert not [name for name in optimizer if "layers" in name]
-    run(settings(tmp_path / "half", base, files, head_only=True, steps=6, schedule="constant"))
-    run(settings(tmp_path / "half", base, files, head_only=True, steps=12, schedule="constant", resume=True))
-    run(settings(tmp_path / "whole", base, files, head_only=True, steps=12, schedule="constant"))
+    run(settings(tmp_path / "half", base, files, tuning="head", steps=6, schedule="constant"))
+    run(settings(tmp_path / "half", base, files, tuning="head", steps=12, schedule="constant", resume=True))
+    run(settings(tmp_path / "whole", base, files, tuning="head", steps=12, schedule="constant"))
     assert weights_of(tmp_path / "half" / "last") == weights_of(tmp_path / "whole" / "last")
+
+
+@pytest.mark.medium
+def test_an_adapter_with_its_head_opens_as_a_model_and_in_transformers(base, files, tmp_path):
+    run(settings(tmp_path / "run", base, files, tuning="lora", lora_rank=4))
+    assert not list((tmp_path / "run").rglob("model.safetensors"))
+    model = Classifier.load(tmp_path / "run", load_runner)
+    assert model.config.labels == ("bad", "average", "good")
+    assert (model.context, model.keep) == (64, "end")
+    texts = [meadow.story(0, 3), "A fox."]
+    ours = model.log_probabilities(model.encode(texts))
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    whole = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(whole, tmp_path / "run" / "best").eval()
+    for row, ids in zip(ours, model.encode(texts).tokens, strict=True):
+        with torch.inference_mode():
+            logits = theirs(torch.from_numpy(ids).long()[None]).logits[0]
+        np.testing.assert_allclose(row, logits.log_softmax(-1).numpy(), atol=1e-5)
 
 
 def test_a_tuned_model_goes_on_with_its_head_for_the_same_labels_alone(trained, files, tmp_path):
@@ -240,6 +262,7 @@ def test_a_run_that_is_stopped_resumes_to_the_same_bytes(trained, base, files, t
     class StopError(Exception):
         pass
 
+    @functools.wraps(build_train_step)
     def failing(*arguments, **options):
         step = backend(*arguments, **options)
         update = step.step
@@ -257,10 +280,11 @@ def test_a_run_that_is_stopped_resumes_to_the_same_bytes(trained, base, files, t
     train_classifier(ClassifyConfig(output=tmp_path / "run", resume=True), backend, lambda text: None)
     assert weights_of(tmp_path / "run" / "last") == weights_of(trained[0] / "last")
     assert timeless(tmp_path / "run") == timeless(trained[0])
-    with pytest.raises(ValueError, match=r"head_only was False and is now True"):
-        run(settings(tmp_path / "run", base, files, head_only=True, resume=True))
+    with pytest.raises(ValueError, match=r"tuning\.what was None and is now 'head'"):
+        run(settings(tmp_path / "run", base, files, tuning="head", resume=True))
 
 
+@pytest.mark.medium
 def test_seeds_run_one_after_another_and_go_on(base, files, tmp_path):
     config = settings(tmp_path / "all", base, files, seeds=(3, 1), steps=6)
     found = classify_seeds.train_seeds(config, backend, lambda text: None)

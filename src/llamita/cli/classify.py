@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from llamita.cli.train import INTERRUPTED
+from llamita.plan import BackendName
 from llamita.workflows.classify import ClassifyConfig
 
 if TYPE_CHECKING:
     from llamita.evaluation.classification import Report
 
-INTERRUPTED = 130  # the exit status of shells for Ctrl-C
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
@@ -29,19 +30,21 @@ def train(config: ClassifyConfig) -> int:
 
     Ctrl-C finishes the update, saves and ends; a second Ctrl-C ends at once.
     """
-    from llamita.torch_backend.train_step import build_train_step
+    from llamita.backends import load_backend
     from llamita.workflows.classify import ACCURACY, train_classifier
-    from llamita.workflows.classify_seeds import over_seeds, train_seeds
+    from llamita.workflows.classify_seeds import over_seeds, train_seeds, with_options_of_run
 
+    config = with_options_of_run(config)
+    backend = load_backend(config.backend, device=config.device, threads=config.threads)
     if over_seeds(config):
-        found = train_seeds(config, build_train_step)
+        found = train_seeds(config, backend.build_train_step)
         if found.interrupted:
             return _go_on(config.output)
         each = ", ".join(f"{value:.4f}" for value in found.accuracies)
         print(f"validation accuracy of {len(found.accuracies)} seeds: {each}")
         print(f"mean {found.mean:.4f}, standard deviation {found.deviation:.4f}; in {config.output / 'seeds.json'}")
         return 0
-    result = train_classifier(config, build_train_step)
+    result = train_classifier(config, backend.build_train_step)
     if result.interrupted:
         return _go_on(config.output)
     print(f"trained {result.step} updates, smoothed training loss {result.loss:.4f}; saved {result.checkpoint}")
@@ -74,16 +77,21 @@ class EvaluateOptions:
     """That of its label."""
     dtype: Dtype = "auto"
     """Type of the weights; auto is that of the file."""
+    backend: BackendName = "auto"
+    """Which framework computes; auto is MLX on Apple silicon where it is installed, else PyTorch."""
+    device: str = "auto"
+    """cpu or cuda with PyTorch, cpu or gpu with MLX; auto takes a GPU if there is one."""
 
 
 def evaluate(options: EvaluateOptions) -> None:
+    from llamita.backends import load_backend
     from llamita.data.labelled import Fields, read_labelled
     from llamita.evaluation.classification import classification_report
-    from llamita.torch_backend.runner import load_runner
     from llamita.workflows.classify import Classifier
 
     _check_output(options.output)
-    model = Classifier.load(options.model, load_runner, options.dtype)
+    backend = load_backend(options.backend, device=options.device)
+    model = Classifier.load(options.model, backend.load_runner, options.dtype, options.device)
     fields = Fields(options.text_field, options.label_field)
     texts = read_labelled(options.data, "validation", model.config.labels, fields)
     encoded = model.encode(texts.texts, texts.source)
@@ -113,6 +121,10 @@ class PredictOptions:
     """The column or field of a text in CSV, JSON lines and hub datasets."""
     dtype: Dtype = "auto"
     """Type of the weights; auto is that of the file."""
+    backend: BackendName = "auto"
+    """Which framework computes; auto is MLX on Apple silicon where it is installed, else PyTorch."""
+    device: str = "auto"
+    """cpu or cuda with PyTorch, cpu or gpu with MLX; auto takes a GPU if there is one."""
 
 
 def predict(options: PredictOptions) -> None:
@@ -120,15 +132,16 @@ def predict(options: PredictOptions) -> None:
     import sys
 
     from llamita import files
+    from llamita.backends import load_backend
     from llamita.data.labelled import SEPARATOR, Fields, read_records
-    from llamita.torch_backend.runner import load_runner
     from llamita.workflows.classify import Classifier
 
     if (options.text is None) == (not options.data):
         raise ValueError("give either --data, texts to label, or --text, one text")
     if options.output and options.output.exists() and not options.overwrite:
         raise FileExistsError(f"{options.output} exists already; choose another name, or pass --overwrite")
-    model = Classifier.load(options.model, load_runner, options.dtype)
+    backend = load_backend(options.backend, device=options.device)
+    model = Classifier.load(options.model, backend.load_runner, options.dtype, options.device)
     labels = model.config.labels
     if options.text is not None:
         (log_p,) = model.log_probabilities(model.encode([options.text], "--text"))
@@ -185,18 +198,23 @@ class ZeroShotOptions:
     """That of its label."""
     dtype: Dtype = "auto"
     """Type of the weights; auto is that of the file."""
+    backend: BackendName = "auto"
+    """Which framework computes; auto is MLX on Apple silicon where it is installed, else PyTorch."""
+    device: str = "auto"
+    """cpu or cuda with PyTorch, cpu or gpu with MLX; auto takes a GPU if there is one."""
 
 
 def zero_shot(options: ZeroShotOptions) -> None:
     from llamita import checkpoint
+    from llamita.backends import load_backend
     from llamita.data.labelled import Fields, read_labelled, read_mapping
     from llamita.evaluation import zero_shot as asking
     from llamita.evaluation.classification import classification_report
     from llamita.text.tokenizer import Tokenizer
-    from llamita.torch_backend.runner import load_runner
     from llamita.workflows.classify import context_length
 
     _check_output(options.output)
+    backend = load_backend(options.backend, device=options.device)
     directory = checkpoint.resolve_model_directory(options.model)
     config = checkpoint.load_config(directory)
     if config.num_labels:
@@ -210,7 +228,7 @@ def zero_shot(options: ZeroShotOptions) -> None:
     suffix = asking.default_suffix(words) if options.suffix is None else options.suffix
     print(f"question: {suffix.rstrip()} {'|'.join(words)}")
     found = asking.zero_shot(
-        load_runner(directory, options.dtype),
+        backend.load_runner(directory, options.dtype, options.device),
         Tokenizer.load(directory),
         texts.texts,
         words,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from llamita.evaluation.perplexity import Forward
 from llamita.objective import Classification
 from llamita.text.tokenizer import Tokenizer
 from llamita.training.interfaces import Examples, TrainingResult
-from llamita.workflows.finetune import Base, FinetuneConfig, finetune, load_base, make_step, resumed
+from llamita.workflows.finetune import Base, FinetuneConfig, finetune, load_base, resumed
 from llamita.workflows.pretrain import Backend
 
 ACCURACY = "accuracy"
@@ -59,8 +59,6 @@ class ClassifyConfig(FinetuneConfig):
     """Tokens of a text that are read, its context; 0: as many as the model has positions."""
     keep: Keep = "end"
     """Which side of a longer text is kept."""
-    head_only: bool = False
-    """Train the head alone, over the states that the model has already."""
     head_dropout: float = 0.1
     """On the state that the head reads."""
     class_weights: tuple[str, ...] = ()
@@ -103,7 +101,6 @@ def train_classifier(config: ClassifyConfig, backend: Backend, report: Report = 
     """
     config = resumed(config)
     task = read_task(config, report)
-    more = {"trainable": lambda name: name == architecture.CLASSIFIER} if config.head_only else {}
     return finetune(
         config,
         task.base,
@@ -112,7 +109,7 @@ def train_classifier(config: ClassifyConfig, backend: Backend, report: Report = 
         model=task.model,
         identity=task.identity,
         examples=task.examples,
-        step=make_step(config, backend, task.model, task.base.arrays, task.objective, **more),
+        objective=task.objective,
         best_measure=ACCURACY if task.validated else None,
     )
 
@@ -160,7 +157,6 @@ def read_task(config: ClassifyConfig, report: Report) -> Task:
         "data": {"train": train.digest(), "validation": validation and validation.digest()},
         "objective": asdict(objective),
         "context": {"length": context, "keep": config.keep},
-        "head_only": config.head_only,
     }
     return Task(base, model, examples, objective, identity, validation is not None)
 
@@ -240,6 +236,13 @@ def _described(what: str, texts: LabelledTexts, encoded: EncodedTexts, keep: Kee
 # --- a tuned model ---------------------------------------------------------------------------------------------------
 
 
+class LabelRunner(Forward, Protocol):
+    """A backend's runner."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+
 @dataclass(frozen=True)
 class Classifier:
     """A tuned model that labels texts, cut as its tokenizer's files say."""
@@ -247,19 +250,19 @@ class Classifier:
     directory: Path
     config: ModelConfig
     tokenizer: Tokenizer
-    runner: Forward
+    runner: LabelRunner
 
     @classmethod
-    def load(cls, model: Path, load_runner: Callable[..., Forward], dtype: str = "auto") -> Classifier:
-        """Open a model directory or a run; ValueError where it has no head."""
+    def load(cls, model: Path, load_runner: Callable[..., LabelRunner], *options: Any) -> Classifier:
+        """Open a model, a run or an adapter; `options` are those of load_runner. ValueError where it has no head."""
         directory = checkpoint.resolve_model_directory(model)
-        config = checkpoint.load_config(directory)
-        if not config.num_labels:
+        runner = load_runner(directory, *options)
+        if not runner.config.num_labels:
             raise ValueError(
                 f"{directory} is a language model without a classification head; tune it with llamita classify train, "
                 "or ask it with llamita classify zero-shot"
             )
-        return cls(directory, config, Tokenizer.load(directory), load_runner(directory, dtype))
+        return cls(directory, runner.config, Tokenizer.load(directory), runner)
 
     @property
     def context(self) -> int:

@@ -40,6 +40,15 @@ def over_seeds(config: ClassifyConfig) -> bool:
     return bool(config.seeds) or (config.resume and (config.output / SEEDS).is_file())
 
 
+def with_options_of_run(config: ClassifyConfig) -> ClassifyConfig:
+    """The options of the run, or runs, that a call goes on with; others as they are."""
+    if not config.resume:
+        return config
+    file = config.output / SEEDS
+    manifest = files.read_json(file) if file.is_file() else run_directory.read_manifest(config.output)
+    return take_over(config, manifest["arguments"])
+
+
 def train_seeds(config: ClassifyConfig, backend: Backend, report: Report = print) -> SeedsResult:
     """Train once with each of the seeds; resuming leaves finished ones alone, goes on with the one that was stopped,
     and trains the rest, which may be more than there were."""
@@ -47,7 +56,7 @@ def train_seeds(config: ClassifyConfig, backend: Backend, report: Report = print
     if config.resume:
         if not file.is_file():
             raise FileNotFoundError(f"{config.output} holds no runs over seeds to resume; leave --resume out to begin")
-        config = take_over(config, files.read_json(file)["arguments"])
+        config = with_options_of_run(config)
     else:
         run_directory.check(config.output, resume=False)
     if not read_task(config, lambda text: None).validated:
