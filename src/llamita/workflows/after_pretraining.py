@@ -131,7 +131,7 @@ def parts(
     ]
 
 
-def measure_classifier(run: Path, load_runner: Callable[..., LabelRunner]) -> None:
+def measure_classifier(run: Path, load_runner: LoadLabelRunner, count: int) -> None:
     """Leave accuracy, confusion and calibration over held-out stories in the run."""
     model = Classifier.load(run / BEST, load_runner)
     texts = read_labelled((f"meadow:{count}",), "validation", model.config.labels, Fields())
