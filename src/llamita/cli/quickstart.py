@@ -10,8 +10,12 @@ def run(config: QuickstartConfig) -> int:
 
     Interrupted, it goes on where it was when called again.
     """
+    from dataclasses import replace
+
     from llamita.backends import load_backend
     from llamita.workflows.quickstart import quickstart
 
     backend = load_backend(config.backend)
+    if config.size == "auto" and backend.name == "mlx" and backend.device == "cpu":
+        config = replace(config, size="small")
     return quickstart(config, backend.build_train_step, backend.load_runner)
