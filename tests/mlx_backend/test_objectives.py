@@ -6,12 +6,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("mlx.core", reason="mlx is not installed")
-import mlx.core as mx
-
 from llamita.data.batches import NOT_SCORED, Batch
-from llamita.mlx_backend import objectives
 from llamita.mlx_backend.train_step import build_train_step
-from llamita.objective import Classification
+from llamita.objective import Classification, PolicyGradient, Preference
 from llamita.torch_backend.train_step import build_train_step as build_torch
 from tests.mlx_backend.test_train_step import OPTIONS, largest_difference
 from tests.torch_backend.test_train_step import CONFIG, batch, same, split
@@ -90,6 +87,57 @@ def test_training_goes_on_from_given_arrays():
     assert same(build_train_step(CONFIG, arrays, **OPTIONS).weights(), arrays)
 
 
-def test_an_objective_without_a_loss_is_named():
-    with pytest.raises(NotImplementedError, match="str has no loss here"):
-        objectives.loss_function("sum", mx.random.key(0))
+def answers(objective, seed=0, rows=6, T=10) -> Batch:
+    """Pairs of answers for a preference, or sampled answers with advantages, of which some are clipped."""
+    random = np.random.default_rng(seed)
+
+    def drawn():
+        block = random.integers(0, CONFIG.vocab_size, (rows, T + 1), dtype=np.int32)
+        labels = np.where(np.arange(T) < random.integers(1, 6, (rows, 1)), NOT_SCORED, block[:, 1:])
+        return block[:, :-1], labels.astype(np.int32)
+
+    (tokens, labels), (other_tokens, other_labels) = drawn(), drawn()
+    if isinstance(objective, Preference):
+        reference = (-30 + 3 * random.standard_normal((rows, 2))).astype(np.float32)
+        extras = {"rejected_tokens_BT": other_tokens, "rejected_labels_BT": other_labels, "reference_B2": reference}
+    else:
+        old, further = (-4 + random.standard_normal((2, rows, T))).astype(np.float32)
+        extras = {"advantages_B": random.standard_normal(rows).astype(np.float32)}
+        extras |= {"old_log_probs_BT": old, "reference_log_probs_BT": further}
+    return Batch(tokens, labels, None, np.arange(rows, dtype=np.int64), extras, row_is_target=True)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Preference(),
+        Preference(beta=0.5, label_smoothing=0.2, normalize_lengths=True),
+        Preference(form="ipo"),
+        PolicyGradient(),
+        PolicyGradient(clip=0.5, kl_weight=0.1, normalization="token"),
+    ],
+    ids=["dpo", "dpo by length", "ipo", "policy", "policy held to a reference"],
+)
+def test_answers_are_learned_from_as_in_pytorch(objective):
+    options = OPTIONS | {"objective": objective, "epsilon": 1e-6}
+    ours, theirs = build_train_step(CONFIG, **options), build_torch(CONFIG, **options)
+    for i in range(4):
+        data = [answers(objective, i).rows(slice(0, 2)), answers(objective, i).rows(slice(2, 6))]
+        a, b = ours.step(data, 3e-3), theirs.step(data, 3e-3)
+        assert a.loss == pytest.approx(b.loss, rel=1e-4, abs=1e-5)
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-4)
+        assert a.measures.keys() == b.measures.keys()
+        assert dict(a.measures) == pytest.approx(dict(b.measures), rel=1e-4, abs=1e-4)
+    assert ours.evaluate(answers(objective, 9)).nats == pytest.approx(
+        theirs.evaluate(answers(objective, 9)).nats, rel=1e-4, abs=1e-4
+    )
+    assert largest_difference(ours.weights(), theirs.weights()) < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_log_probabilities_are_pytorch_s(precision):
+    options, data = OPTIONS | {"precision": precision}, batch(segments=True)
+    ours, theirs = (build(CONFIG, **options).log_probs(data) for build in (build_train_step, build_torch))
+    assert ours.dtype == theirs.dtype == np.float32
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 if precision == "fp32" else 0.1)
+    assert ((ours == 0) == (data.labels_BT == NOT_SCORED)).all()

@@ -26,7 +26,7 @@ from llamita.mlx_backend import weights
 from llamita.mlx_backend.adamw import AdamW, AdamWSettings, clipping_scale, global_norm
 from llamita.mlx_backend.attention import Dropout
 from llamita.mlx_backend.model import Linear, Llama
-from llamita.mlx_backend.objectives import LossOutput, TensorBatch, loss_function
+from llamita.mlx_backend.objectives import LossOutput, TensorBatch, log_probs, loss_function
 from llamita.mlx_backend.runner import MlxRunner, choose_device
 from llamita.objective import LossSums, NextToken, Objective
 from llamita.optimization import StepMetrics as StepMetrics
@@ -98,6 +98,12 @@ class MlxTrainStep:
             measures = {name: float(np.array(value)) for name, value in output.measures.items()}
             return LossSums(float(np.array(output.nats)), batch.num_targets, measures)
 
+    def log_probs(self, batch: Batch) -> np.ndarray:
+        """The log-probability of every label that is scored, float32 (B, T), 0 elsewhere; without dropout."""
+        with mx.stream(self.device), self._parameters_kept() as parameters:
+            output_weight_VD = self._take(*parameters)
+            return np.array(log_probs(self.model.hidden, output_weight_VD, TensorBatch(**_arrays(batch))))
+
     def weights(self) -> dict[str, HostArray]:
         """The float32 weights under canonical names."""
         return weights.to_host_arrays(self.model)
@@ -168,23 +174,26 @@ class MlxTrainStep:
         arrays: Mapping[str, Any],
         key: mx.array | None = None,
     ) -> LossOutput:
-        """The loss as a function of the parameters and of a batch's arrays; with a key for dropout, while training.
-
-        The model holds the parameters it was called with last; `_parameters_kept` gives it its own again.
-        """
-        for item, values in zip([*self.optimizer.packed, *self.frozen], [*trained, *frozen], strict=True):
-            low = self.precision == "bf16" and isinstance(item.owner, Linear)
-            item.replace(values.astype(mx.bfloat16) if low else values)
-        output_weight_VD = self.model.output_weight_VD
-        if self.precision == "bf16":
-            output_weight_VD = output_weight_VD.astype(mx.bfloat16)
+        """The loss as a function of the parameters and of a batch's arrays; with a key for dropout, while training."""
+        output_weight_VD = self._take(trained, frozen)
         hidden, own_key = self.model.hidden, None
         if key is not None:
             key, own_key = mx.random.split(key)
             probability = self.model.config.dropout
             hidden = functools.partial(hidden, dropout=Dropout(probability, key) if probability else None)
         loss = loss_function(self.objective, own_key)
-        return loss(hidden, output_weight_VD, TensorBatch(**{"segments_BT": None, **arrays}))
+        return loss(hidden, output_weight_VD, TensorBatch(**arrays))
+
+    def _take(self, trained: Sequence[mx.array], frozen: Sequence[mx.array]) -> mx.array:
+        """Put parameters into the model, in bf16 those of linear maps rounded; returns its output weight, as rounded.
+
+        The model holds what it was given last; `_parameters_kept` gives it its own again.
+        """
+        for item, values in zip([*self.optimizer.packed, *self.frozen], [*trained, *frozen], strict=True):
+            low = self.precision == "bf16" and isinstance(item.owner, Linear)
+            item.replace(values.astype(mx.bfloat16) if low else values)
+        output_weight_VD = self.model.output_weight_VD
+        return output_weight_VD.astype(mx.bfloat16) if self.precision == "bf16" else output_weight_VD
 
     def _loss_and_gradients(self) -> Callable[..., Any]:
         """(trained, frozen, arrays, share, key) -> ((loss x share, loss, measures), gradients of loss x share by the
@@ -217,10 +226,11 @@ class MlxTrainStep:
 
 
 def _arrays(batch: Batch) -> dict[str, Any]:
-    """The fields of a `TensorBatch` that the batch has."""
-    fields = {"tokens_BT": batch.tokens_BT, "labels_BT": batch.labels_BT, "segments_BT": batch.segments_BT}
+    """The fields of a `TensorBatch`, in types that `mx.compile` takes."""
+    segments_BT = None if batch.segments_BT is None else mx.array(batch.segments_BT)
     extras = {name: mx.array(values) for name, values in batch.extras.items()}
-    return {name: mx.array(values) for name, values in fields.items() if values is not None} | {"extras": extras}
+    tokens_BT, labels_BT = mx.array(batch.tokens_BT), mx.array(batch.labels_BT)
+    return {"tokens_BT": tokens_BT, "labels_BT": labels_BT, "segments_BT": segments_BT, "extras": extras}
 
 
 def build_train_step(
