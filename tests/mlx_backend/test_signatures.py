@@ -59,7 +59,6 @@ PARAMETERS_DIFFERING = {
     "runner.MlxRunner.__init__": "the device it runs on; no adapters",
     "runner.MlxRunner.forward": "no adapters",
     "runner.load_runner": "no adapters",
-    "train_step.build_train_step": "no adapters",
     "sampling.Columns.__init__": "the type of the logits",
     "token_counts.CountedRow.__init__": "counts lie elsewhere",
     "train_step.MlxTrainStep.__init__": "the device it runs on",

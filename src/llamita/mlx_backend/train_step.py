@@ -18,6 +18,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
+from llamita.adapters import LoraSettings
 from llamita.architecture import InitializationName
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
@@ -241,6 +242,7 @@ def build_train_step(
     initialization: InitializationName = "fan-in",
     objective: Objective = NextToken(),  # noqa: B008 - it is frozen
     trainable: Callable[[str], bool] = lambda name: True,
+    adapter: LoraSettings | None = None,
     max_grad_norm: float = 0.0,
     precision: Precision = "auto",
     device: str = "auto",
@@ -257,6 +259,8 @@ def build_train_step(
     """
     optimizer = AdamWSettings(**settings)
     where = choose_device(device)
+    if adapter is not None:
+        raise ValueError("adapters are trained by PyTorch alone; use --backend torch")
     if threads > 0:
         raise ValueError(f"threads={threads} cannot be set: MLX chooses its threads itself; leave it at 0")
     if precision == "auto":
