@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llamita.cli.train import INTERRUPTED
+from llamita.cli.tuning import stopped, training_backend
 from llamita.workflows.dpo import DpoConfig
 
 
@@ -16,14 +16,11 @@ def run(config: DpoConfig) -> int:
 
     Ctrl-C finishes the update, saves and ends; a second Ctrl-C ends at once.
     """
-    from llamita.torch_backend.train_step import build_train_step
     from llamita.workflows.dpo import dpo
 
-    result = dpo(config, build_train_step)
+    result = dpo(config, training_backend(config))
     if result.interrupted:
-        print(f"stopped after {result.step} updates" + (f" and saved {result.checkpoint}" if result.checkpoint else ""))
-        print(f"go on with: llamita dpo --output {config.output} --resume")
-        return INTERRUPTED
+        return stopped("dpo", config, result)
     print(f"tuned in {result.step} updates, smoothed training loss {result.loss:.4f}; saved {result.checkpoint}")
     if result.best is not None:
         accuracy = result.best.measures["accuracy"]

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from llamita.cli.train import INTERRUPTED
+from llamita.cli.tuning import stopped, training_backend
 from llamita.workflows.reinforcement import RlConfig
 from llamita.workflows.rewards import BUILT_IN, Reward
 
@@ -27,14 +27,11 @@ def run(config: RlConfig) -> int:
     `ended`, false where the answer was cut off; it returns a number.
     Ctrl-C finishes the update, saves and ends; a second Ctrl-C ends at once.
     """
-    from llamita.torch_backend.train_step import build_train_step
     from llamita.workflows.reinforcement import reinforce
 
-    result = reinforce(config, build_train_step, load_reward)
+    result = reinforce(config, training_backend(config), load_reward)
     if result.interrupted:
-        print(f"stopped after {result.step} updates" + (f" and saved {result.checkpoint}" if result.checkpoint else ""))
-        print(f"go on with: llamita rl --output {config.output} --resume")
-        return INTERRUPTED
+        return stopped("rl", config, result)
     print(f"tuned in {result.step} updates; saved {result.checkpoint}")
     if result.best is not None:
         print(f"best at step {result.best.step}: mean reward {result.best.measures['reward']:.4f} on held-out prompts")
