@@ -66,7 +66,7 @@ class TrainingConfig:
     threads: int = 0
     """CPU threads, with PyTorch alone; 0: as many as it takes."""
     compile: bool = False
-    """Compile the model with torch.compile: a slow first update, then faster ones. MLX always compiles."""
+    """Compile the model with torch.compile: a slow first update, then faster ones. MLX does by itself on a GPU."""
     log: tuple[LoggerName, ...] = ()
     """Log to tensorboard and/or wandb too (WANDB_MODE=offline works)."""
 
