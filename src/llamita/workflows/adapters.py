@@ -1,4 +1,4 @@
-"""An adapter and its base as one model directory, tensor by tensor; the backend that computes is passed in."""
+"""An adapter and its base into an ordinary model directory, tensor by tensor; the backend that computes is given."""
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
