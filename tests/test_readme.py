@@ -33,6 +33,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Flags that are added to a verb's command so that it ends within seconds.
 SHORTER: dict[str, list[str]] = {
     "train": ["--steps", "4", "--batch-size", "4", "--evaluation-rows", "8", "--sample-tokens", "8"],
+    "dpo": ["--steps", "3", "--batch-size", "4", "--evaluation-rows", "8"],
+    "rl": ["--steps", "2", "--batch-size", "4", "--group", "2", "--max-tokens", "8", "--evaluation-rows", "4"],
     "generate": ["--max-tokens", "8"],
     "chat": ["--max-tokens", "8"],
     "quickstart": ["--steps", "3", "--stories", "600", "--scored-stories", "8"],

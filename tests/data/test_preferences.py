@@ -81,6 +81,7 @@ def test_files_are_read_in_order_and_faults_named(tmp_path):
         list(preferences.preferences(source))
 
 
+@pytest.mark.medium  # importing datasets takes seconds
 def test_a_dataset_of_the_hub_is_read_row_by_row(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = [{"prompt": f"p{i}", "chosen": "y", "rejected": "n"} for i in range(6)]
