@@ -149,6 +149,7 @@ def pair_batch(case, reference_B2):
     return TensorBatch(case.tokens_RT[:half], case.labels_RT[:half], None, extras)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("objective", "loss_type"),
     [
@@ -176,6 +177,7 @@ def test_preferences_equal_those_of_trl(objective, loss_type):
             assert ours.measures[name].item() / B == pytest.approx(measured[f"rewards/{their_name}"], abs=1e-5)
 
 
+@pytest.mark.medium
 def test_label_smoothing_equals_that_of_trl():
     """trl smooths in its loss for sorted differences, which for a single pair is that of the pair."""
     case = Case(2 * B)
@@ -227,6 +229,7 @@ def trl_policy(objective, log_probs_RT, labels_RT, extras):
     return loss, {name: values[-1] for name, values in itself._metrics["train"].items()}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("normalization", ["answer", "token"])
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3])
 def test_policy_gradients_equal_those_of_trl(normalization, kl_weight):

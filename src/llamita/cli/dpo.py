@@ -16,6 +16,7 @@ def run(config: DpoConfig) -> int:
 
     Ctrl-C finishes the update, saves and ends; a second Ctrl-C ends at once.
     """
+    from llamita.text.tokenizer import Tokenizer
     from llamita.workflows.dpo import dpo
 
     result = dpo(config, training_backend(config))
@@ -28,5 +29,6 @@ def run(config: DpoConfig) -> int:
             f"best at step {result.best.step}: validation loss {result.best.loss:.4f} nats/pair, "
             f"the chosen answer gained more than the rejected one in {accuracy:.1%} of pairs"
         )
-    print(f"try it with: llamita chat {config.output}")
+    talks = Tokenizer.load(config.output / "tokenizer").chat_template is not None
+    print(f"try it with: llamita {'chat' if talks else 'generate'} {config.output}")
     return 0

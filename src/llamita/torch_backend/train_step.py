@@ -11,7 +11,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +23,7 @@ from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
 from llamita.data.batches import Batch
 from llamita.objective import LossSums, NextToken, Objective
+from llamita.optimization import StepMetrics as StepMetrics
 from llamita.torch_backend import lora, objectives, weights
 from llamita.torch_backend.adamw import AdamW, AdamWSettings, clipping_scale, global_norm
 from llamita.torch_backend.model import Llama
@@ -31,22 +31,6 @@ from llamita.torch_backend.objectives import Hidden, TensorBatch
 from llamita.torch_backend.runner import TorchRunner
 
 Precision = Literal["auto", "bf16", "fp32"]
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """What an update did. `loss` is nats per target before it, `grad_norm` that of the mean gradient before clipping.
-
-    Where either is not finite the update was not made: the weights are as before, and `faulty_micro_batches` numbers
-    those whose own loss was not finite (none, where only the gradient was not).
-    """
-
-    loss: float
-    grad_norm: float
-    targets: int
-    faulty_micro_batches: tuple[int, ...] = ()
-    measures: Mapping[str, float] = field(default_factory=dict)
-    """Means over the targets of what else the objective measures."""
 
 
 class TorchTrainStep:

@@ -90,7 +90,7 @@ class Answerer:
                 prompt, ended = prompts[number], each.finish_reason == "stop"
                 content = prompt.said[-1]["content"]
                 said = content if isinstance(content, str) else str(content)
-                where = f"answer {index} to {prompt.where} (seed {seed + index}): {each.text:.60!r}"
+                where = f"answer {index} to {prompt.where} (seed {seed + index}): {each.text[:60]!r}"
                 value = self.reward(Sample(said, each.text, prompt.record, ended), where)
                 found.append(Answer(number, each.token_ids, each.text, ended, value))
         llm.close()
