@@ -37,6 +37,8 @@ class EvaluateOptions:
     """perplexity: length of a window in tokens; 0: as many as the model has positions."""
     stride: int = 0
     """perplexity: how far the window moves; a smaller stride gives each target more context. 0: the sequence length."""
+    within_documents: bool = False
+    """perplexity: predict each document from its own beginning, as a model expects that was trained on one a row."""
     limit: int = 0
     """Questions to ask, or stories to predict and to write; 0: all, or a thousand stories."""
     few_shot: int | None = None
@@ -114,12 +116,14 @@ def _perplexity(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
             f"--tokenizer {directory}"
         )
     runner = _load_runner(options)(directory)
-    tokens = np.concatenate([shards.document(i) for i in range(shards.num_documents)])
+    documents = [shards.document(i) for i in range(shards.num_documents)]
+    text = documents if options.within_documents else np.concatenate(documents)
     result = strided_perplexity(
-        runner, tokens, runner.config.vocab_size, length, stride, shards.num_characters, shards.num_bytes
+        runner, text, runner.config.vocab_size, length, stride, shards.num_characters, shards.num_bytes
     )
+    over = f"{options.split} documents" if options.within_documents else options.split
     return {
-        f"perplexity {options.split}": {
+        f"perplexity {over}": {
             "nats_per_token": result.nats_per_token,
             "perplexity": result.perplexity,
             "nats_per_character": result.nats_per_character,
@@ -127,6 +131,7 @@ def _perplexity(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
             "targets": result.targets,
             "window": length,
             "stride": stride,
+            **({"documents": len(documents)} if options.within_documents else {}),
         }
     }
 

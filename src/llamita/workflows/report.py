@@ -127,9 +127,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
         last = run.checks[-1]
         shown = (("perplexity", "perplexity", ".2f"), ("bits_per_byte", "bits per byte", ".4f"))
         found += [(title, f"{last[key]:{form}}") for key, title, form in shown if last.get(key) is not None]
-        floor = run.manifest.get("floor")
-        if floor and last.get("nats_per_character"):
-            found.append(("of the least possible loss", f"{last['nats_per_character'] / floor:.3f} times"))
+        floor = report_curves.floor_per_target(run)
+        found += [("least possible loss, about", f"{floor:.4f}")] if floor else []  # it is that of other documents
     if run.parameters:
         found.append(("parameters", f"{run.parameters:,}"))
     if run.updates:
