@@ -165,7 +165,9 @@ ASKED = {
     "stop": SamplingParams(seed=1, max_tokens=60, stop=("e", "xq")),
     "choices": SamplingParams(seed=2, max_tokens=20, choices=("yes", "no", "née")),
     "regex": SamplingParams(seed=3, max_tokens=60, regex=r"[A-Z][a-z]{2,5} sat by the (river|road)\."),
-    "schema": SamplingParams(seed=4, max_tokens=60, json_schema='{"type": "array", "items": {"type": "boolean"}}'),
+    "schema": SamplingParams(
+        seed=4, max_tokens=60, json_schema='{"type": "array", "items": {"type": "boolean"}, "maxItems": 2}'
+    ),
     "bias": SamplingParams(seed=5, max_tokens=15, logit_bias={40: 5.0, 41: -100.0}, repetition_penalty=1.2),
     "least": SamplingParams(seed=6, max_tokens=30, min_tokens=20, stop=("t",), min_p=0.02),
 }

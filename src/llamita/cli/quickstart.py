@@ -18,4 +18,19 @@ def run(config: QuickstartConfig) -> int:
     backend = load_backend(config.backend)
     if config.size == "auto" and backend.name == "mlx" and backend.device == "cpu":
         config = replace(config, size="small")
-    return quickstart(config, backend.build_train_step, backend.load_runner)
+    status = quickstart(config, backend.build_train_step, backend.load_runner)
+    if status or not config.full:
+        return status
+    from rich.console import Console
+
+    from llamita.workflows.after_pretraining import SMALL, Amounts, tune_and_report
+
+    return tune_and_report(
+        config.output,
+        config.output / "run",
+        config.seed,
+        backend.build_train_step,
+        backend.load_runner,
+        Console(highlight=False),
+        SMALL if config.size == "small" else Amounts(),
+    )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -130,6 +131,14 @@ class TorchTrainStep:
             output = loss_function(*self._output(self.model.hidden), self._to_device(batch))
         measures = {name: float(value) for name, value in output.measures.items()}
         return LossSums(float(output.nats), batch.num_targets, measures)
+
+    @torch.no_grad()
+    def log_probs(self, batch: Batch) -> np.ndarray:
+        """The log-probability of every label that is scored, float32 (B, T), 0 elsewhere; without dropout."""
+        self.model.eval()
+        with self._autocast():
+            found_BT = objectives.log_probs(self.model.hidden, self.model.output_weight_VD, self._to_device(batch))
+        return found_BT.cpu().numpy()
 
     def weights(self) -> dict[str, HostArray]:
         """The float32 weights under canonical names; with an adapter, only what is trained."""

@@ -22,7 +22,7 @@ from llamita.training import loggers, run_directory
 from llamita.training.config import Config, TrainingConfig, take_over
 from llamita.training.display import Display
 from llamita.training.interfaces import Examples, OnEvaluation, TrainingResult
-from llamita.training.run_directory import WeightFiles
+from llamita.training.run_directory import RunDirectory, WeightFiles
 from llamita.training.trainer import Trainer
 from llamita.workflows.pretrain import Backend, TrainableStep, step_options
 
@@ -110,13 +110,15 @@ def finetune(
     on_evaluation: OnEvaluation | None = None,
     measure: Callable[[], Mapping[str, float]] | None = None,
     best_measure: str | None = None,
+    before: Callable[[RunDirectory], None] | None = None,
     display: Display | None = None,
 ) -> TrainingResult:
     """Train from `base` on `examples`, or go on with the run in config.output.
 
     `identity` is what decides the result besides the base and the options of training (hashes of data, for one).
     `model` is the base's config with what the kind changes (labels, special tokens). The tokenizer, chat template
-    included, is written beside every checkpoint. `step` is made from base and objective where it is not given.
+    included, is written beside every checkpoint. `step` is made from base and objective where it is not given. `before`
+    is called with the run held and the weights still those of the base, also where a run goes on.
     """
     model = model or base.config
     _check_tuning(config, model, base)
@@ -139,6 +141,8 @@ def finetune(
         tokenizer = run.file("tokenizer")
         with files.atomic_directory(tokenizer, overwrite=True) as temporary:
             base.tokenizer.save(temporary)
+        if before is not None:
+            before(run)
         trainer = Trainer(
             config,
             model,
@@ -195,7 +199,10 @@ def _check_tuning(config: FinetuneConfig, model: ModelConfig, base: Base) -> Non
         )
 
 
-OF_THE_ADAPTED = ("num_labels", "tie_word_embeddings", "dropout", "bos_token_id", "eos_token_id", "pad_token_id")
+OF_THE_ADAPTED = (
+    *("num_labels", "label_names", "tie_word_embeddings", "dropout"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
 """What may differ between a model and its base without another set of weights below the head."""
 
 

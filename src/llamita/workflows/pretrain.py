@@ -68,9 +68,10 @@ class PretrainConfig(TrainingConfig):
 
 
 class TrainableStep(TrainStep, Protocol):
-    """A `TrainStep` whose model can also generate."""
+    """A `TrainStep` whose model can also generate, and score what others wrote."""
 
     def runner(self) -> Runner: ...
+    def log_probs(self, batch: Batch) -> np.ndarray: ...
 
 
 Backend = Callable[..., TrainableStep]

@@ -76,6 +76,9 @@ class QuickstartConfig:
 
     output: Path = Path("runs/quickstart")
     """Directory for all of it: tokenizer, data, the training run, the report. An unfinished one is gone on with."""
+    full: bool = False
+    """Then tune the model too: to answer questions, to prefer right answers to wrong ones, to tell happy stories from
+    sad ones; and write a report of each run."""
     size: Literal["auto", "full", "small"] = "auto"
     """full: a model of a million parameters that learns Meadow well; small: one of 180,000 that begins to, for where
     even the other takes long. auto: small with MLX on a CPU, which MLX is not made for, else full."""
