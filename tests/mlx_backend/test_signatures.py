@@ -53,6 +53,8 @@ PARAMETERS_DIFFERING = {
     "model.Llama.context": "dropout is passed, not drawn from a global generator",
     "model.Llama.hidden": "the same",
     "noise.GumbelNoise.__init__": "the type of the logits, since Metal has no float64",
+    "objectives.loss_function": "a key to draw from while training, since nothing is drawn from a global generator",
+    "objectives.classification_loss": "the same",
     "packed.PackedParameter.__init__": "owner and key: where a new array is put, since arrays do not change",
     "runner.MlxRunner.__init__": "the device it runs on; no adapters",
     "runner.MlxRunner.forward": "no adapters",
