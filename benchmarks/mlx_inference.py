@@ -165,7 +165,7 @@ def show_parts(runner: MlxRunner, batch: int, step: float, passes: int) -> None:
         context = Context(mx.array(model._frequencies), model.rope_scale, use.positions_1T, cache=use)
         x = clock("embedding", lambda: model.model.embed_tokens(mx.array([[chunk.tokens[0] for chunk in chunks]])))
         for block in model.model.layers:
-            x = clock("attention", lambda b=block, x=x: x + b.self_attn(b.input_layernorm(x), context))
+            x = clock("attention", lambda b=block, x=x, c=context: x + b.self_attn(b.input_layernorm(x), c))
             x = clock("feed-forward", lambda b=block, x=x: x + b.mlp(b.post_attention_layernorm(x)))
         logits = clock("head", lambda x=x: model.logits(model.model.norm(x)))
         clock("sampling", lambda logits=logits: memory.sampler.sample(logits[0], specs, range(batch)))

@@ -100,7 +100,7 @@ class Sampler:
             mx.eval(packed)  # the one wait for the device
         values_of: dict[int, list[float]] = {}
         for rows, block in zip(groups.values(), packed, strict=True):
-            values_of |= zip(rows, block.tolist(), strict=True)
+            values_of |= zip(rows, np.array(block).tolist(), strict=True)
         return [_unpack(values_of[row], spec.params.top_logprobs) for row, spec in enumerate(specs)]
 
     def _sample_block(
