@@ -19,7 +19,8 @@ from llamita import checkpoint, files  # noqa: E402
 from llamita.config import ModelConfig  # noqa: E402
 from llamita.inference.config import EngineConfig  # noqa: E402
 from llamita.inference.drafting import DraftModel, PromptLookup  # noqa: E402
-from llamita.inference.engine import Drafter, Engine, Runner  # noqa: E402
+from llamita.inference.engine import Engine  # noqa: E402
+from llamita.inference.interfaces import Drafter, Runner  # noqa: E402
 from llamita.inference.llm import LLM  # noqa: E402
 from llamita.inference.request import Request, TokenEvent  # noqa: E402
 from llamita.mlx_backend.runner import MlxRunner, load_runner, runner_over  # noqa: E402

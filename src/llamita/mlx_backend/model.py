@@ -7,7 +7,7 @@ arrays and no more. Knows nothing of training or requests.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,21 +15,13 @@ import mlx.nn as nn
 from llamita import architecture
 from llamita.config import ModelConfig
 from llamita.mlx_backend import attention as masks
+from llamita.mlx_backend.kv_cache import PagedStep
 from llamita.mlx_backend.layers import FUSED, Operations
 from llamita.mlx_backend.packed import PackedParameter
 from llamita.mlx_backend.quantized import QuantizedEmbedding, QuantizedLinear
 from llamita.rope import rotary_frequencies
 
 Trace = Callable[[str, mx.array], None]
-
-
-class Cache(Protocol):
-    """Earlier keys and values of the sequences whose chunks lie in one row of tokens, and the tokens' positions."""
-
-    positions_1T: mx.array
-    longest: int
-
-    def attend(self, layer: int, q_TNH: mx.array, k_TKH: mx.array, v_TKH: mx.array) -> mx.array: ...
 
 
 class ModelOutput(NamedTuple):
@@ -86,7 +78,7 @@ class Context:
     mask: mx.array | None = None
     causal: bool = True
     window_mask: mx.array | None = None
-    cache: Cache | None = None
+    cache: PagedStep | None = None
     dropout: masks.Dropout | None = None
 
 
@@ -206,7 +198,7 @@ class Llama(nn.Module):
         *,
         positions_BT: mx.array | None = None,
         segments_BT: mx.array | None = None,
-        cache: Cache | None = None,
+        cache: PagedStep | None = None,
         trace: Trace | None = None,
     ) -> ModelOutput:
         """Logits (B, T, V) and hidden states (B, T, D) after the final norm, for tokens (B, T) of whole numbers.
@@ -232,7 +224,7 @@ class Llama(nn.Module):
         *,
         positions_BT: mx.array | None = None,
         segments_BT: mx.array | None = None,
-        cache: Cache | None = None,
+        cache: PagedStep | None = None,
         trace: Trace | None = None,
         dropout: masks.Dropout | None = None,
         rows_R: mx.array | None = None,
@@ -241,7 +233,8 @@ class Llama(nn.Module):
         if cache is None:
             context = self.context(tokens_BT, positions_BT, segments_BT, dropout)
         else:
-            assert positions_BT is None and segments_BT is None, "the cache knows positions and sequences"
+            assert positions_BT is None, "the cache knows the positions"
+            assert segments_BT is None, "the cache keeps sequences apart"
             context = Context(mx.array(self._frequencies), self.rope_scale, cache.positions_1T, cache=cache)
         x_BTD = self.model.embed_tokens(tokens_BT)
         if dropout:

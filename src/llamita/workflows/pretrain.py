@@ -18,7 +18,7 @@ from llamita.config import ModelConfig
 from llamita.data.batches import Batch, BatchIterator, evaluation_batches
 from llamita.data.packing import Rows, RowsConfig
 from llamita.data.shards import Manifest, TokenShards, load_tokenizer
-from llamita.inference.engine import Runner
+from llamita.inference.interfaces import Runner
 from llamita.inference.llm import LLM
 from llamita.plan import SamplingParams
 from llamita.presets import preset

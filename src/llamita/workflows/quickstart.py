@@ -23,7 +23,7 @@ from llamita.data.shards import Manifest
 from llamita.evaluation import meadow_score, records
 from llamita.evaluation.perplexity import Forward, score_sequences
 from llamita.files import atomic_directory, atomic_write
-from llamita.inference.engine import Runner
+from llamita.inference.interfaces import Runner
 from llamita.inference.llm import LLM
 from llamita.plan import BackendName, SamplingParams
 from llamita.text.bpe import train_bpe_from_iterator
