@@ -16,6 +16,7 @@ pytest.importorskip("mlx.core", reason="mlx is not installed")
 PACKAGE = Path(llamita.__file__).parent
 
 FILES_LACKING = {
+    "devices": "PyTorch has more kinds of them, and settings; MLX has two, named in its runner",
     "exact": "bits that do not depend on the batch: MLX does not say how its kernels sum",
     "lora": "adapters are trained and served by PyTorch; MLX opens them merged",
     "peers": "each wraps another library to verify against: transformers there, mlx-lm here",
@@ -35,7 +36,6 @@ NAMES_LACKING = {
     "quantize.int4_product": "product: one kernel of MLX takes both",
     "quantize.int8_product": "product",
     "quantize.kernel_fits": "packs",
-    "runner.fast_few_rows": "a setting of PyTorch's threads",
     "sampling.nucleus": "most_probable",
     "sampling.nucleus_candidates": "most_probable",
     "token_counts.to_device": "memory is unified",

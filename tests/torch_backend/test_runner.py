@@ -11,7 +11,7 @@ import torch
 from llamita import checkpoint, files
 from llamita.config import ModelConfig
 from llamita.plan import BlockCopy, CacheLayout, Plan, SampledToken, SampleSpec, SamplingParams, ScheduledChunk
-from llamita.torch_backend import runner as runner_module
+from llamita.torch_backend.devices import fast_few_rows
 from llamita.torch_backend.runner import TorchRunner, load_runner
 from llamita.torch_backend.weights import build_model, to_host_arrays
 from tests.torch_backend.paged import shuffled_tables
@@ -320,13 +320,13 @@ def test_wrong_names_are_refused_in_one_line(runner: TorchRunner, tmp_path: Path
 def test_the_fast_setting_is_for_bfloat16_on_a_cpu_alone() -> None:
     cpu = torch.device("cpu")
     on = torch.backends.mkldnn.enabled
-    with runner_module.fast_few_rows(cpu, torch.float32, 1):
+    with fast_few_rows(cpu, torch.float32, 1):
         assert torch.backends.mkldnn.enabled == on
-    with runner_module.fast_few_rows(cpu, torch.bfloat16, 1):
+    with fast_few_rows(cpu, torch.bfloat16, 1):
         assert not torch.backends.mkldnn.enabled
     assert torch.backends.mkldnn.enabled == on
-    with runner_module.fast_few_rows(cpu, torch.bfloat16, 2):
+    with fast_few_rows(cpu, torch.bfloat16, 2):
         assert torch.backends.mkldnn.enabled == on
-    with pytest.raises(ZeroDivisionError), runner_module.fast_few_rows(cpu, torch.bfloat16, 1):
+    with pytest.raises(ZeroDivisionError), fast_few_rows(cpu, torch.bfloat16, 1):
         _ = 1 / 0
     assert torch.backends.mkldnn.enabled == on

@@ -22,7 +22,7 @@ from llamita.mlx_backend.kv_cache import PagedKVCache, PagedStep
 from llamita.mlx_backend.model import Llama
 from llamita.mlx_backend.sampling import Sampler
 from llamita.mlx_backend.weights import build_model, to_host_arrays
-from llamita.plan import CacheLayout, Plan, SampledToken, SampleSpec, ScheduledChunk, StepResult
+from llamita.plan import CacheLayout, Plan, SampledToken, SampleSpec, ScheduledChunk, StepResult, rows_wanted
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 DEVICES = {"cpu": mx.cpu, "gpu": mx.gpu}
@@ -166,17 +166,6 @@ class States:
 
     hidden_RD: mx.array
     place_of_row: Mapping[int, int]
-
-
-def rows_wanted(chunks: Sequence[ScheduledChunk]) -> list[int]:
-    """The rows of a step, its chunks lying one after the other, after which a token is drawn or scored."""
-    wanted: set[int] = set()
-    begin = 0
-    for chunk in chunks:
-        wanted |= {begin + sample.position - 1 - chunk.start for sample in chunk.samples}
-        wanted |= set(range(begin, begin + len(chunk.targets)))
-        begin += len(chunk.tokens)
-    return sorted(wanted)
 
 
 def hidden_states(model: Llama, tokens_1T: mx.array, step: PagedStep, rows: Sequence[int]) -> mx.array:

@@ -142,8 +142,10 @@ class Block(nn.Module):
         self.mlp = FeedForward(config, operations)
         self.dropout = config.dropout
 
-    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+    def forward(self, x_BTD: Tensor, context: Context, rows_R: Tensor | None = None) -> Tensor:
+        """`rows_R` are the positions that are wanted, None for all; the others are spared the feed-forward layer."""
         x_BTD = x_BTD + self.drop(self.self_attn(self.input_layernorm(x_BTD), context))
+        x_BTD = x_BTD if rows_R is None else x_BTD[:, rows_R]
         return x_BTD + self.drop(self.mlp(self.post_attention_layernorm(x_BTD)))
 
     def drop(self, x_BTD: Tensor) -> Tensor:
@@ -238,8 +240,9 @@ class Llama(nn.Module):
         segments_BT: Tensor | None = None,
         cache: PagedStep | None = None,
         trace: Trace | None = None,
+        rows_R: Tensor | None = None,
     ) -> Tensor:
-        """The hidden states of `forward`, without the product with the output head."""
+        """The hidden states of `forward`, or of some rows, without the product with the output head."""
         if cache is None:
             context = self.context(tokens_BT, positions_BT, segments_BT)
         else:
@@ -252,7 +255,7 @@ class Llama(nn.Module):
         if trace:
             trace("embedding", x_BTD)
         for i, block in enumerate(self.model.layers):
-            x_BTD = block(x_BTD, context)
+            x_BTD = block(x_BTD, context, rows_R if i == len(self.model.layers) - 1 else None)
             if trace:
                 trace(f"layers.{i}", x_BTD)
         x_BTD = self.model.norm(x_BTD)

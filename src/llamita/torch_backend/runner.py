@@ -5,8 +5,7 @@ into one row. `hidden_states` holds all that happens between tokens and the stat
 unit to compile or to replace by faster kernels. Deliberately knows nothing of requests, text, or when to stop.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +19,9 @@ from llamita import adapter_files, architecture, checkpoint
 from llamita.adapters import Adapter
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
-from llamita.plan import CacheLayout, Plan, SampledToken, SampleSpec, ScheduledChunk, StepResult
+from llamita.plan import CacheLayout, Plan, SampledToken, SampleSpec, ScheduledChunk, StepResult, rows_wanted
 from llamita.torch_backend import lora
+from llamita.torch_backend.devices import choose_device, evaluation, fast_few_rows
 from llamita.torch_backend.exact import exact_model
 from llamita.torch_backend.kv_cache import EXACT_ROWS, PagedKVCache, PagedStep
 from llamita.torch_backend.model import Llama
@@ -122,9 +122,13 @@ class TorchRunner:
         self._names = names + [None] * (step.padded - step.tokens)
         with evaluation(self._running), fast_few_rows(self.device, self.dtype, step.padded):
             with self.serving.rows(self._names, self.device):
-                hidden_TD = hidden_states(self._running, tokens_1T, step)
-            sampled = self._sample(chunks, hidden_TD, memory.sampler)
-        scores = self._score(chunks, hidden_TD)
+                # The exact mode has its own count of rows, and adapters are told apart by rows of the whole step.
+                every = self.exact or any(names)
+                wanted = list(range(step.padded)) if every else rows_wanted(chunks)
+                hidden_RD = hidden_states(self._running, tokens_1T, step, wanted)
+            states = States(hidden_RD, {row: place for place, row in enumerate(wanted)})
+            sampled = self._sample(chunks, states, memory.sampler)
+        scores = self._score(chunks, states)
         places = {number: place for place, number in enumerate(order)}
         return StepResult(
             tuple(sampled[places[number]] for number in range(len(order))),
@@ -132,7 +136,7 @@ class TorchRunner:
         )
 
     def _sample(
-        self, chunks: Sequence[ScheduledChunk], hidden_TD: Tensor, sampler: Sampler
+        self, chunks: Sequence[ScheduledChunk], states: "States", sampler: Sampler
     ) -> list[tuple[SampledToken, ...]]:
         """The tokens that each chunk asks for, all drawn in one pass."""
         rows: list[int] = []
@@ -144,10 +148,10 @@ class TorchRunner:
             specs += chunk.samples
             ids += [chunk.sequence_id] * len(chunk.samples)
             begin += len(chunk.tokens)
-        tokens = iter(sampler.sample(self._logits(hidden_TD, rows), specs, ids) if rows else ())
+        tokens = iter(sampler.sample(self._logits(states, rows), specs, ids) if rows else ())
         return [tuple(next(tokens) for _ in chunk.samples) for chunk in chunks]
 
-    def _score(self, chunks: Sequence[ScheduledChunk], hidden_TD: Tensor) -> list[tuple[float, ...]]:
+    def _score(self, chunks: Sequence[ScheduledChunk], states: "States") -> list[tuple[float, ...]]:
         """The log-probabilities of each chunk's targets."""
         if not any(chunk.targets for chunk in chunks):
             return []
@@ -156,18 +160,17 @@ class TorchRunner:
             scores: list[float] = []
             for first in range(0, len(chunk.targets), SCORED_ROWS):
                 targets_R1 = torch.tensor(chunk.targets[first : first + SCORED_ROWS], device=self.device)[:, None]
-                logits_RV = self._logits(hidden_TD, range(begin + first, begin + first + len(targets_R1))).float()
+                logits_RV = self._logits(states, range(begin + first, begin + first + len(targets_R1))).float()
                 scores += (logits_RV.gather(1, targets_R1)[:, 0] - logits_RV.logsumexp(-1)).tolist()
             found.append(tuple(scores))
             begin += len(chunk.tokens)
         return found
 
-    def _logits(self, hidden_TD: Tensor, rows: Sequence[int]) -> Tensor:
-        """Logits (R, V) of some rows."""
-        if list(rows) == list(range(len(hidden_TD))):
-            hidden_RD = hidden_TD
-        else:
-            hidden_RD = hidden_TD[torch.tensor(rows, device=self.device)]
+    def _logits(self, states: "States", rows: Sequence[int]) -> Tensor:
+        """Logits (R, V) of some rows of the step."""
+        places, hidden_RD = [states.place_of_row[row] for row in rows], states.hidden_RD
+        if places != list(range(len(hidden_RD))):
+            hidden_RD = hidden_RD[torch.tensor(places, device=self.device)]
         if self.exact:
             hidden_RD = F.pad(hidden_RD, (0, 0, 0, -len(rows) % EXACT_ROWS))
         names = [self._names[row] for row in rows] + [None] * (len(hidden_RD) - len(rows))
@@ -204,9 +207,20 @@ class TorchRunner:
         return {name: x.float().cpu().numpy() for name, x in {**captured, "logits": logits_BTV}.items()}
 
 
-def hidden_states(model: Llama, tokens_1T: Tensor, step: PagedStep) -> Tensor:
-    """The states (T, D) after the final norm of one packed row of tokens; their keys and values go into the memory."""
-    return model.hidden(tokens_1T, cache=step)[0]
+@dataclass(frozen=True)
+class States:
+    """The states after the final norm of those rows of a step that logits are made of, and where each row is."""
+
+    hidden_RD: Tensor
+    place_of_row: Mapping[int, int]
+
+
+def hidden_states(model: Llama, tokens_1T: Tensor, step: PagedStep, rows: Sequence[int]) -> Tensor:
+    """The states (R, D) after the final norm of some rows of one packed row of tokens; all keys and values go into the
+    memory."""
+    every = len(rows) == tokens_1T.shape[1]
+    rows_R = None if every else torch.tensor(rows, dtype=torch.int64, device=tokens_1T.device)
+    return model.hidden(tokens_1T, cache=step, rows_R=rows_R)[0]
 
 
 def load_runner(
@@ -250,44 +264,3 @@ def load_runner(
 def runner_over(config: ModelConfig, arrays: Mapping[str, HostArray], dtype: str = "float32") -> TorchRunner:
     """A runner over host arrays, on the CPU."""
     return TorchRunner(build_model(config, arrays, dtype=DTYPES[dtype]).eval())
-
-
-def choose_device(name: str) -> str:
-    """A PyTorch device by name, or a GPU if there is one for "auto"; ValueError where it cannot be used."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={name!r} cannot be used ({reason}); give auto, cpu, or cuda on a GPU") from None
-    return name
-
-
-@contextlib.contextmanager
-def evaluation(model: torch.nn.Module) -> Iterator[None]:
-    """Switch dropout off for a while."""
-    training = model.training
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if training:
-            model.train()
-
-
-@contextlib.contextmanager
-def fast_few_rows(device: torch.device, dtype: torch.dtype, rows: int) -> Iterator[None]:
-    """The settings under which PyTorch multiplies so many rows fastest.
-
-    On a CPU, oneDNN reads bfloat16 weights for one row at half the speed of PyTorch's own matrix-vector product.
-    """
-    if device.type != "cpu" or dtype != torch.bfloat16 or rows > 1:
-        yield
-        return
-    enabled, *_ = torch.backends.mkldnn.set_flags(_enabled=False, _fp32_precision=None)
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.set_flags(_enabled=enabled, _fp32_precision=None)
