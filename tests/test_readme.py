@@ -46,6 +46,7 @@ SHORTER: dict[str, list[str]] = {
     ],
     "generate": ["--max-tokens", "8"],
     "chat": ["--max-tokens", "8"],
+    "sft": ["--steps", "4", "--batch-size", "4", "--conversations", "200", "--evaluation-rows", "8", "--answers", "0"],
     "quickstart": ["--steps", "3", "--stories", "600", "--scored-stories", "8"],
 }
 
