@@ -8,6 +8,7 @@
 What PEFT writes is read as far as it is LoRA on linear maps; anything else is refused in one line. Never pickle.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -104,7 +105,7 @@ def open_adapter(directory: Path, base: Path | None = None) -> Opened:
     base = base or base_directory(directory)
     if (directory / BASE).is_file():
         sha256 = files.read_json(directory / BASE).get("sha256")
-        if sha256 and sha256 != checkpoint.digest(base):
+        if sha256 and sha256 != digest(base):
             raise ValueError(
                 f"{directory} was trained over other weights than those in {base} (their SHA-256 differs); give the "
                 "model that it was trained over"
@@ -119,6 +120,15 @@ def open_adapter(directory: Path, base: Path | None = None) -> Opened:
     except ValueError as error:
         raise ValueError(f"{directory / ADAPTER_CONFIG}: {error}") from None
     return Opened(directory, base, Adapter(config, factors, arrays, f"the adapter in {directory}"))
+
+
+def digest(directory: Path | str) -> str:
+    """One SHA-256 over the weights of a model directory."""
+    total = hashlib.sha256()
+    for file in sorted(Path(directory).glob("model*.safetensors")):
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
 
 
 def is_adapter(directory: Path) -> bool:

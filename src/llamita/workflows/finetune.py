@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from llamita import checkpoint, files
+from llamita import adapter_files, checkpoint, files
 from llamita.adapter_files import AdapterFiles, BaseModel
 from llamita.adapters import ALL, LoraSettings
 from llamita.architecture import CLASSIFIER
@@ -212,4 +212,4 @@ def _weight_files(config: FinetuneConfig, base: Base) -> WeightFiles | None:
     assert config.model is not None
     on_hub = not config.model.exists()
     name = str(config.model) if on_hub else str(base.directory.resolve())
-    return AdapterFiles(config.lora(), BaseModel(name, checkpoint.digest(base.directory)))
+    return AdapterFiles(config.lora(), BaseModel(name, adapter_files.digest(base.directory)))
