@@ -186,6 +186,9 @@ def test_a_classifier_trains_its_head_beside_the_adapter_or_alone(tmp_path, tuni
     with torch.no_grad():
         states = adapted(directory)(TOKENS).logits_BTV
         close(states, step.model.eval()(TOKENS).logits_BTV)
+        opened = open_adapter(directory)
+        merged = dict(lora.merged_arrays(checkpoint.load_tensors(base), opened.adapter))
+        close(build_model(config, merged).eval()(TOKENS).logits_BTV, states)
         close(states[:, -1], theirs(TOKENS, attention_mask=torch.ones_like(TOKENS)).logits)
 
 
@@ -215,6 +218,8 @@ def test_an_adapter_over_quantised_weights_trains_as_over_the_same_weights_dequa
         np.testing.assert_allclose(array.to_numpy(), expected[name].to_numpy(), atol=1e-5)
     with pytest.raises(ValueError, match="train an adapter over it"):
         make(config, quantised)
+    with pytest.raises(ValueError, match="are not compiled"):
+        make(config, quantised, adapter=settings, compile=True)
 
 
 def test_what_a_quantised_product_keeps_for_its_backward_pass_is_not_the_dequantised_weight():
@@ -252,6 +257,25 @@ def test_dropout_is_drawn_in_training_alone():
     plain = shake(make(adapter=LoraSettings(4, 8, 0.0, ("all", "lm_head"))))
     assert step.evaluate(batch()) == step.evaluate(batch()) == plain.evaluate(batch())
     assert step.step([batch()], 0.0).loss != plain.step([batch()], 0.0).loss
+
+
+@pytest.mark.parametrize("scheme", ["", "int4"])
+def test_products_in_bfloat16_train_an_adapter_about_as_float32_does(scheme):
+    config = replace(CONFIG, quantization=scheme)
+    plain = to_host_arrays(build_model(CONFIG, seed=1))
+    arrays = dict(quantize_arrays(config, plain.items())) if scheme else plain
+    settings = LoraSettings(4, 8, 0.1, ("all", "lm_head"))
+    low, high = (shake(make(config, arrays, adapter=settings, precision=one)) for one in ("bf16", "fp32"))
+    for i in range(3):
+        a, b = low.step([batch(i)], 1e-3), high.step([batch(i)], 1e-3)
+        assert a.loss == pytest.approx(b.loss, rel=0.02)
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=0.05)
+    assert all(each.parameter.dtype == torch.float32 for each in low.optimizer.packed)
+
+
+def test_an_output_head_that_is_the_embedding_is_not_adapted_alone():
+    with pytest.raises(ValueError, match="no lm_head of its own"):
+        make(replace(CONFIG, tie_word_embeddings=True), adapter=LoraSettings(targets=("lm_head",)))
 
 
 @pytest.mark.medium

@@ -59,6 +59,8 @@ class TorchTrainStep:
                 f"the model is quantised ({model.config.quantization}) and cannot be trained; train an adapter over it "
                 "(lora), or train the model that it was made from, then quantise that"
             )
+        if compile and model.config.quantization:
+            raise ValueError("products with quantised weights are not compiled; leave --compile out")
         self.adapter = lora.attach_new(model, adapter, seed) if adapter else None
         packed += self.adapter.packed() if self.adapter else []
         if not packed:
