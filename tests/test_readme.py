@@ -44,6 +44,7 @@ SHORTER: dict[str, list[str]] = {
         "--sample-tokens",
         "8",
     ],
+    "classify train": ["--steps", "2", "--batch-size", "4", "--evaluation-rows", "8"],
     "generate": ["--max-tokens", "8"],
     "chat": ["--max-tokens", "8"],
     "quickstart": ["--steps", "3", "--stories", "600", "--scored-stories", "8"],
