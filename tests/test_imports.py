@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "llamita"
 
 # From left to right: a room may import from rooms to its left, never from those beside it or to its right.
 ORDER = (
-    ("rope", "files", "labels", "optimization"),
+    ("rope", "files", "labels", "optimization", "config_values"),
     ("config",),
     ("presets",),
     ("architecture",),

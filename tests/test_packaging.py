@@ -135,6 +135,14 @@ def test_files_stay_readable_in_one_sitting() -> None:
     assert long == [], "split these files: 300 lines at most"
 
 
+def test_every_file_that_is_no_module_is_carried_too() -> None:
+    package = ROOT / "src" / "llamita"
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["llamita"]
+    carried = {path for pattern in patterns for path in package.glob(pattern)}
+    others = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert others <= carried
+
+
 def test_every_folder_of_the_source_is_a_package() -> None:
     """setuptools carries only folders with an `__init__.py`."""
     folders = {path.parent for path in (ROOT / "src" / "llamita").rglob("*.py")}

@@ -8,6 +8,7 @@
 What PEFT writes is read as far as it is LoRA on linear maps; anything else is refused in one line. Never pickle.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -104,7 +105,7 @@ def open_adapter(directory: Path, base: Path | None = None) -> Opened:
     base = base or base_directory(directory)
     if (directory / BASE).is_file():
         sha256 = files.read_json(directory / BASE).get("sha256")
-        if sha256 and sha256 != checkpoint.digest(base):
+        if sha256 and sha256 != weights_digest(base):
             raise ValueError(
                 f"{directory} was trained over other weights than those in {base} (their SHA-256 differs); give the "
                 "model that it was trained over"
@@ -237,3 +238,12 @@ def _matches(module: str, names: str | list[str]) -> bool:
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first pattern that the end of a name matches."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def weights_digest(directory: Path | str) -> str:
+    """One SHA-256 over the weights of a model directory."""
+    total = hashlib.sha256()
+    for file in sorted(Path(directory).glob("model*.safetensors")):
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()

@@ -5,7 +5,6 @@ format (https://github.com/huggingface/safetensors) is read and written here rat
 that maps files only into a framework's tensors.
 """
 
-import hashlib
 import json
 import math
 import mmap
@@ -269,15 +268,6 @@ def load_config(directory: Path | str) -> ModelConfig:
     if unknown:
         warnings.warn(f"{file} has keys that Llamita does not know, and ignores: {', '.join(unknown)}", stacklevel=2)
     return config
-
-
-def digest(directory: Path | str) -> str:
-    """One SHA-256 over the weights of a model directory."""
-    total = hashlib.sha256()
-    for file in sorted(Path(directory).glob("model*.safetensors")):
-        with file.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()
 
 
 def resolve_model_directory(path: Path | str) -> Path:

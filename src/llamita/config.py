@@ -3,11 +3,11 @@
 Field names are the keys of a Hugging Face `config.json`. Knows nothing of tensors, frameworks or files.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from llamita.config_values import HARMLESS_KEYS, nearest_divisor, token_ids
 from llamita.labels import default_labels, read_id2label
 from llamita.rope import RopeScaling, check_count, check_number
 
@@ -74,14 +74,14 @@ class ModelConfig:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
                     f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads="
-                    f"{self.num_attention_heads}; try {_nearest_divisor(self.hidden_size, self.num_attention_heads)}"
+                    f"{self.num_attention_heads}; try {nearest_divisor(self.hidden_size, self.num_attention_heads)}"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}; "
-                f"try {_nearest_divisor(self.num_attention_heads, self.num_key_value_heads)}"
+                f"try {nearest_divisor(self.num_attention_heads, self.num_key_value_heads)}"
             )
         if self.head_dim <= 0 or self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be positive and even: RoPE rotates pairs of numbers")
@@ -195,7 +195,7 @@ class ModelConfig:
         scheme = values.get("quantization_config")
         known["quantization"] = next((name for name, its in _QUANTIZATION_CONFIGS.items() if its == scheme), "")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            known[name] = _token_ids(name, values.get(name), values["vocab_size"])
+            known[name] = token_ids(name, values.get(name), values["vocab_size"])
         known["num_labels"] = 0
         if "SequenceClassification" in str(values.get("architectures")):
             known["num_labels"] = len(values.get("id2label") or ()) or 2  # transformers writes no id2label for two
@@ -227,24 +227,11 @@ _FOREIGN_TO: Mapping[Family, tuple[str, ...]] = {
     "qwen3": ("query_key_value_bias", "mlp_bias"),
 }
 _MARKS = {"mistral": "a sliding_window", "qwen2": "query_key_value_bias", "qwen3": "query_key_norm", "llama": ""}
-# Keys of a `config.json` that change no logit here, besides those that are read.
-_HARMLESS = frozenset(
-    (
-        *("_name_or_path", "add_cross_attention", "architectures", "attention_dropout", "auto_map"),
-        *("chunk_size_feed_forward", "classifier_dropout", "cross_attention_hidden_size", "decoder_start_token_id"),
-        *("dtype", "finetuning_task", "hidden_act", "id2label", "initializer_range", "is_decoder"),
-        *("is_encoder_decoder", "label2id", "layer_types", "max_window_layers", "model_type", "name_or_path"),
-        *("num_labels", "output_attentions", "output_hidden_states", "partial_rotary_factor", "pretraining_tp"),
-        *("problem_type", "quantization_config", "return_dict", "rope_parameters", "sep_token_id"),
-        *("tie_encoder_decoder", "torch_dtype", "transformers.js_config", "transformers_version", "unsloth_version"),
-        *("use_cache", "use_mrope", "use_sliding_window"),
-    )
-)
 
 
 def unknown_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
     """Keys of a `config.json` that are neither read nor known to change nothing."""
-    known = {field.name for field in fields(ModelConfig)} | _HARMLESS
+    known = {field.name for field in fields(ModelConfig)} | HARMLESS_KEYS
     return tuple(sorted(key for key in values if key not in known))
 
 
@@ -293,18 +280,3 @@ def _window(values: Mapping[str, Any]) -> dict[str, int]:
     if not window or full >= layers:
         return {}
     return {"sliding_window": window, "full_attention_layers": full}
-
-
-def _token_ids(name: str, value: Any, vocab_size: int) -> Any:
-    """The id, or ids, of a special token; old configs say -1 for none."""
-    if value is None or value == -1:
-        return None
-    ids = value if isinstance(value, list) else [value]
-    if not all(type(token_id) is int and 0 <= token_id < vocab_size for token_id in ids):
-        raise ValueError(f"{name}={value!r} in config.json must be an id from 0 to {vocab_size - 1}")
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _nearest_divisor(number: int, near: int) -> int:
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]  # a broken config's number is large
-    return min((*small, *(number // d for d in small)), key=lambda d: (abs(d - near), d))

@@ -9,7 +9,7 @@ import tyro
 
 from llamita.backends import load_backend
 from llamita.inference.config import EngineConfig
-from llamita.inference.engine import Drafter
+from llamita.inference.interfaces import Drafter
 from llamita.inference.llm import LLM
 from llamita.plan import BackendName
 

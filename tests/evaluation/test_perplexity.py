@@ -67,6 +67,14 @@ def test_every_target_counts_once_with_the_context_that_the_stride_gives(runner,
     assert result.bits_per_byte == pytest.approx(expected / 100 / math.log(2), rel=1e-5)
 
 
+def test_documents_are_scored_each_from_its_own_beginning(runner, log_probabilities):
+    texts = sequences(7, 1, 12, 2)
+    expected = -sum(log_probabilities(tokens)[0].sum() for tokens in texts if len(tokens) > 1)
+    result = perplexity.strided_perplexity(runner, texts, CONFIG.vocab_size, 16, 16, characters=1, size=1)
+    assert result.targets == 6 + 11 + 1
+    assert result.nats == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_text_without_a_target_is_refused(runner):
-    with pytest.raises(ValueError, match="the text has 1 tokens; at least 2 are needed"):
+    with pytest.raises(ValueError, match="fewer than 2 tokens"):
         perplexity.strided_perplexity(runner, np.array([4]), CONFIG.vocab_size, 8, 8, 1, 1)

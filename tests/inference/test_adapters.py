@@ -9,7 +9,7 @@ import torch
 
 import llamita
 from llamita import adapters, checkpoint
-from llamita.adapter_files import AdapterFiles, BaseModel
+from llamita.adapter_files import AdapterFiles, BaseModel, weights_digest
 from llamita.adapters import Adapter, LoraSettings
 from llamita.checkpoint import HostArray
 from llamita.cli.main import main
@@ -140,7 +140,7 @@ def test_no_block_is_shared_between_adapters():
 def saved(model_directory, tmp_path_factory):
     """Two adapters of the tiny model on disk."""
     config = checkpoint.load_config(model_directory)
-    base = BaseModel(str(model_directory), checkpoint.digest(model_directory))
+    base = BaseModel(str(model_directory), weights_digest(model_directory))
     found = {}
     for number, name in enumerate(("a", "b")):
         settings = LoraSettings(4, 16.0)

@@ -6,10 +6,11 @@ import tracemalloc
 
 import pytest
 
-from llamita.inference.block_manager import Prefix
 from llamita.inference.config import EngineConfig
 from llamita.inference.drafting import PromptLookup
-from llamita.inference.engine import Drafter, Engine
+from llamita.inference.engine import Engine
+from llamita.inference.interfaces import Drafter
+from llamita.inference.prefixes import Prefix
 from llamita.inference.request import Request, SamplingParams
 from llamita.inference.sequence import Continuation
 from tests.inference.hash_model import Answer, Answers, HashRunner, check_invariants, expected, shape

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from llamita.config import ModelConfig
 from llamita.inference.config import EngineConfig
 from llamita.inference.drafting import DraftModel, PromptLookup
-from llamita.inference.engine import Drafter, Engine
+from llamita.inference.engine import Engine
+from llamita.inference.interfaces import Drafter
 from llamita.inference.request import Request, SamplingParams
 from llamita.inference.sequence import Continuation
 from llamita.plan import BlockCopy, CacheLayout, ScheduledChunk

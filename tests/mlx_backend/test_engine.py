@@ -19,7 +19,8 @@ from llamita import checkpoint, files  # noqa: E402
 from llamita.config import ModelConfig  # noqa: E402
 from llamita.inference.config import EngineConfig  # noqa: E402
 from llamita.inference.drafting import DraftModel, PromptLookup  # noqa: E402
-from llamita.inference.engine import Drafter, Engine, Runner  # noqa: E402
+from llamita.inference.engine import Engine  # noqa: E402
+from llamita.inference.interfaces import Drafter, Runner  # noqa: E402
 from llamita.inference.llm import LLM  # noqa: E402
 from llamita.inference.request import Request, TokenEvent  # noqa: E402
 from llamita.mlx_backend.runner import MlxRunner, load_runner, runner_over  # noqa: E402
@@ -165,7 +166,9 @@ ASKED = {
     "stop": SamplingParams(seed=1, max_tokens=60, stop=("e", "xq")),
     "choices": SamplingParams(seed=2, max_tokens=20, choices=("yes", "no", "née")),
     "regex": SamplingParams(seed=3, max_tokens=60, regex=r"[A-Z][a-z]{2,5} sat by the (river|road)\."),
-    "schema": SamplingParams(seed=4, max_tokens=60, json_schema='{"type": "array", "items": {"type": "boolean"}}'),
+    "schema": SamplingParams(
+        seed=4, max_tokens=60, json_schema='{"type": "array", "items": {"type": "boolean"}, "maxItems": 2}'
+    ),
     "bias": SamplingParams(seed=5, max_tokens=15, logit_bias={40: 5.0, 41: -100.0}, repetition_penalty=1.2),
     "least": SamplingParams(seed=6, max_tokens=30, min_tokens=20, stop=("t",), min_p=0.02),
 }

@@ -112,7 +112,7 @@ def test_every_layer_follows_the_oracle_and_every_gradient_pytorch(variant, oper
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_the_same_model_in_both_backends(name):
     config = shrunk(name)
-    arrays, tokens_BT, labels_BT = perturbed(config), random_tokens(config, 2, 24), random_labels(config, 2, 24)
+    arrays, tokens_BT, labels_BT = perturbed(config), random_tokens(config, 2, 12), random_labels(config, 2, 12)
     model, seen = weights.build_model(config, arrays), {}
     ours = forward(model, tokens_BT)
     with torch.inference_mode():

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from llamita import adapters, checkpoint
-from llamita.adapter_files import AdapterFiles, BaseModel, open_adapter
+from llamita.adapter_files import AdapterFiles, BaseModel, open_adapter, weights_digest
 from llamita.adapters import LoraSettings
 from llamita.config import ModelConfig
 from llamita.data.batches import Batch
@@ -74,7 +74,7 @@ def labelled(rows=4, T=12):
 
 def save_adapter(directory, step, settings, base):
     directory.mkdir()
-    named = BaseModel(str(base), checkpoint.digest(base))
+    named = BaseModel(str(base), weights_digest(base))
     AdapterFiles(settings, named).save(directory, step.model.config, step.weights())
     return directory
 

@@ -108,6 +108,8 @@ def test_the_commit_is_named_only_where_the_package_is_a_part_of_it(tmp_path):
 
 def test_commands_and_processors_are_read(tmp_path):
     assert record.command_line(["/usr/bin/llamita", "train", "--output", "my run"]) == "llamita train --output 'my run'"
+    module = str(record.PACKAGE / "cli/main.py")
+    assert record.command_line([module, "train"]) == "python -m llamita.cli.main train"
     file = tmp_path / "cpuinfo"
     file.write_text("processor\t: 0\nmodel name\t: Fast 9000 @ 2: 3\n")
     assert record.processor_name(file) == "Fast 9000 @ 2: 3"

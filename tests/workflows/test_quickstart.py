@@ -14,6 +14,7 @@ from llamita.text.bpe import train_bpe_from_iterator
 from llamita.torch_backend.runner import load_runner
 from llamita.torch_backend.train_step import build_train_step
 from llamita.workflows import quickstart
+from llamita.workflows.after_pretraining import Amounts, tune_and_report
 from llamita.workflows.quickstart import QuickstartConfig
 
 
@@ -88,3 +89,34 @@ def test_the_quickstart_reaches_its_scores(tmp_path):
     assert report["nats_per_story"] <= report["floor_per_story"] + 3
     assert report["grammatical"] >= 0.98
     assert report["consistent"] >= 0.85
+
+
+@pytest.mark.medium
+def test_after_pretraining_everything_is_tuned_reported_and_not_done_twice(tmp_path, capsys):
+    config = QuickstartConfig(output=tmp_path / "quick", steps=6, stories=400, vocab_size=500, scored_stories=4)
+    assert quickstart.quickstart(config, build_train_step, load_runner) == 0
+    amounts = Amounts(
+        answer_steps=3, conversations=30, pair_steps=2, pairs=40, label_steps=4, texts=40, asked=2, labelled=10
+    )
+
+    def tune():
+        console = Console(highlight=False)
+        run = config.output / "run"
+        return tune_and_report(config.output, run, 0, build_train_step, load_runner, console, amounts)
+
+    capsys.readouterr()
+    assert tune() == 0
+    output = capsys.readouterr().out
+    for text in ("answers right to the letter", "right answers preferred", "happy or sad", "llamita chat"):
+        assert text in output
+    times = {}
+    for name in ("answers", "preferences", "happy-or-sad"):
+        run = config.output / name
+        assert (run / "report.html").is_file()
+        times[name] = (run / "metrics.jsonl").stat().st_mtime_ns
+    found = json.loads((config.output / "happy-or-sad/evaluations/happy-or-sad.json").read_text())
+    assert found["metrics"]["texts"] == 10
+    assert all((config.output / "happy-or-sad/evaluations" / name).is_file() for name in found["pictures"])
+    assert load_runner(config.output / "happy-or-sad").config.num_labels == 2
+    assert tune() == 0
+    assert times == {name: (config.output / name / "metrics.jsonl").stat().st_mtime_ns for name in times}

@@ -1,6 +1,7 @@
 """Recipes: what each comes to, as a table; the printed commands, run small; the rows that mini-llama's way gives."""
 
 import io
+import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -78,6 +79,10 @@ def write_texts(directory, shared=None):
     """The files that recipes name: WikiText and Tiny Shakespeare as they are where they lie here, else made-up ones."""
     stories = list(meadow.corpus(0, 400, "train"))
     (directory / "corpus.txt").write_text("\n\n".join(stories))
+    talk = [{"role": "user", "content": "Tell me a story."}, {"role": "assistant", "content": "Once."}]
+    (directory / "conversations.jsonl").write_text("".join(
+        json.dumps({"messages": [*talk, {"role": "user", "content": f"And {i}?"}, talk[1]]}) + "\n" for i in range(60)
+    ))  # fmt: skip
     articles = [f" \n = Story {i} = \n \n {' '.join(stories[3 * i : 3 * i + 3])} \n" for i in range(60)]
     play = "\n\n".join(f"THE FOX:\n{story}" for story in stories)
     texts = {
@@ -97,6 +102,7 @@ SHORT = {
     "tokenizer": ["--vocab-size", "600"],
     "train": shlex.split("--steps 2 --batch-size 4 --micro-batch-size 2 --sample-tokens 4 --evaluation-rows 8"),
     "generate": ["--max-tokens", "4"],
+    "sft": shlex.split("--steps 2 --epochs 0 --batch-size 4 --evaluation-rows 8"),
     "chat": ["--max-tokens", "4"],
 }
 

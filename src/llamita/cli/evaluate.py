@@ -1,30 +1,57 @@
-"""`llamita evaluate`: a model's loss over a split of prepared data, every target scored once."""
+"""`llamita evaluate`: what a model is worth, by one of four measures; the figures are left in the run that it is of."""
 
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from llamita.plan import BackendName
 
+TASKS = ("perplexity", "meadow", "multiple-choice")
+HARNESS = "lm-eval:"
+SCORED_STORIES = 1000
+
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Measure a model's loss over prepared text: nats per token, perplexity, nats per character, bits per byte."""
+    """Measure a model: its loss over prepared text, the stories it writes, multiple choice, or a task of lm_eval.
+
+    perplexity: nats per token, perplexity, nats per character and bits per byte over --data, prepared text.
+    meadow: stories of the embedded world, predicted and written.
+    multiple-choice: questions of --data, JSON lines with "question" or "context", "choices" and "answer".
+    lm-eval:NAME: a task of the package lm_eval; --data is a directory of task files of your own.
+    """
 
     model: tyro.conf.Positional[Path]
     """A model directory, or the directory of a training run (then its best checkpoint)."""
-    data: Path
-    """Prepared data (llamita prepare), made with the model's tokenizer."""
-    task: Literal["perplexity"] = "perplexity"
-    """What to measure."""
+    data: Path | None = None
+    """What to measure on; see the tasks."""
+    task: str = "perplexity"
+    """perplexity, meadow, multiple-choice, or lm-eval:NAME (lm-eval:NAME,NAME for several)."""
     split: Literal["train", "validation"] = "validation"
-    """Which part of the data."""
+    """perplexity: which part of the data."""
     sequence_length: int = 0
-    """Length of a window in tokens; 0: as many as the model has positions."""
+    """perplexity: length of a window in tokens; 0: as many as the model has positions."""
     stride: int = 0
-    """How far the window moves; a smaller stride gives each target more context. 0: the sequence length."""
+    """perplexity: how far the window moves; a smaller stride gives each target more context. 0: the sequence length."""
+    within_documents: bool = False
+    """perplexity: predict each document from its own beginning, as a model expects that was trained on one a row."""
+    limit: int = 0
+    """Questions to ask, or stories to predict and to write; 0: all, or a thousand stories."""
+    few_shot: int | None = None
+    """lm-eval: solved examples before each question. Left out: as many as the task says."""
+    max_tokens: int = 0
+    """lm-eval: tokens to generate at most; 0: as many as the task says."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """The token that begins a text before each question. auto: where the tokenizer has one; of lm-eval, where the
+    tokenizer's files ask transformers for it."""
+    seed: int = 0
+    """meadow: decides the stories."""
+    name: str = ""
+    """Under which the figures are left in RUN/evaluations. Left out: the task and the data."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights, and of the activations beside quantised ones; auto is that of the file."""
     backend: BackendName = "auto"
@@ -32,18 +59,49 @@ class EvaluateOptions:
     device: str = "auto"
     """cpu or cuda with PyTorch, cpu or gpu with MLX; auto takes a GPU if there is one."""
 
+    def __post_init__(self) -> None:
+        if self.task not in TASKS and not self.task.removeprefix(HARNESS).strip(", ").strip():
+            raise ValueError(f"task={self.task!r} names no task of lm_eval; give one, as in {HARNESS}hellaswag")
+        if self.task not in TASKS and not self.task.startswith(HARNESS):
+            raise ValueError(f"task={self.task!r} is unknown; choose from {', '.join(TASKS)}, {HARNESS}NAME")
+        for name in ("limit", "max_tokens", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.data is None and self.task in ("perplexity", "multiple-choice"):
+            what = "prepared text (llamita prepare)" if self.task == "perplexity" else "a file of questions"
+            raise ValueError(f"--data is missing: {self.task} needs {what}")
+
 
 def run(options: EvaluateOptions) -> int:
+    from llamita.evaluation import records
+    from llamita.training.record import command_line
+
+    measure = {"perplexity": _perplexity, "meadow": _meadow, "multiple-choice": _multiple_choice}
+    found = measure.get(options.task, _harness)(options)
+    for name, metrics in found.items():
+        _show(name, metrics)
+        run_directory = records.run_of(options.model)
+        if run_directory is not None:
+            label = "-".join(filter(None, (options.name, name if len(found) > 1 or not options.name else "")))
+            try:
+                file = records.write(run_directory, label, metrics, command_line(sys.argv), _model(options.model))
+            except OSError as error:
+                print(f"note: the figures could not be left in {run_directory}: {error}", file=sys.stderr)
+            else:
+                print(f"left in {file}")
+    return 0
+
+
+def _perplexity(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     import numpy as np
-    from rich.console import Console
 
     from llamita import checkpoint
-    from llamita.backends import load_backend
     from llamita.data.shards import TokenShards
     from llamita.evaluation.perplexity import strided_perplexity
     from llamita.text.tokenizer import Tokenizer
 
-    directory = checkpoint.resolve_model_directory(options.model)
+    assert options.data is not None
+    directory = _model(options.model)
     positions = checkpoint.load_config(directory).max_position_embeddings
     length = options.sequence_length or positions
     stride = options.stride or length
@@ -57,18 +115,107 @@ def run(options: EvaluateOptions) -> int:
             f"{options.data} was prepared with another tokenizer than {directory} has; prepare the text again with "
             f"--tokenizer {directory}"
         )
-    backend = load_backend(options.backend, device=options.device)
-    runner = backend.load_runner(directory, options.dtype, options.device)
-    tokens = np.concatenate([shards.document(i) for i in range(shards.num_documents)])
+    runner = _load_runner(options)(directory)
+    documents = [shards.document(i) for i in range(shards.num_documents)]
+    text = documents if options.within_documents else np.concatenate(documents)
     result = strided_perplexity(
-        runner, tokens, runner.config.vocab_size, length, stride, shards.num_characters, shards.num_bytes
+        runner, text, runner.config.vocab_size, length, stride, shards.num_characters, shards.num_bytes
     )
-    console = Console(highlight=False)
-    console.print(
-        f"{options.split}: {result.targets} targets in windows of {length}, stride {stride}\n"
-        f"loss       {result.nats_per_token:.4f} nats per token\n"
-        f"perplexity {result.perplexity:.2f}\n"
-        f"loss       {result.nats_per_character:.4f} nats per character\n"
-        f"           {result.bits_per_byte:.4f} bits per byte"
+    over = f"{options.split} documents" if options.within_documents else options.split
+    return {
+        f"perplexity {over}": {
+            "nats_per_token": result.nats_per_token,
+            "perplexity": result.perplexity,
+            "nats_per_character": result.nats_per_character,
+            "bits_per_byte": result.bits_per_byte,
+            "targets": result.targets,
+            "window": length,
+            "stride": stride,
+            **({"documents": len(documents)} if options.within_documents else {}),
+        }
+    }
+
+
+def _meadow(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from llamita.data import meadow
+    from llamita.workflows import quickstart
+
+    settings = quickstart.QuickstartConfig(scored_stories=options.limit or SCORED_STORIES, seed=options.seed)
+    floor = meadow.floor(meadow.corpus(options.seed, settings.scored_stories, "validation"))
+    load_runner = _load_runner(options)
+    report = quickstart.evaluate(settings, _model(options.model), load_runner, floor, Console(stderr=True))
+    return {"meadow": asdict(report)}
+
+
+def _multiple_choice(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
+    from llamita.evaluation import multiple_choice
+    from llamita.text.tokenizer import Tokenizer
+
+    assert options.data is not None
+    questions = multiple_choice.read_questions(options.data, options.limit)
+    directory = _model(options.model)
+    tokenizer = Tokenizer.load(directory)
+    if options.bos == "always" and tokenizer.bos_id is None:
+        raise ValueError(f"bos=always: the tokenizer of {directory} has no token that begins a text")
+    bos = tokenizer.bos_id is not None and options.bos != "never"
+    runner = _load_runner(options)(directory)
+    result = multiple_choice.evaluate(
+        runner,
+        lambda text: tokenizer.encode(text, bos=bos),
+        questions,
+        runner.config.vocab_size,
+        runner.config.max_position_embeddings,
     )
-    return 0
+    return {f"multiple-choice {options.data.stem}": result.metrics()}
+
+
+def _harness(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
+    import llamita
+    from llamita.evaluation import lm_eval_adapter
+
+    names = [name.strip() for name in options.task.removeprefix(HARNESS).split(",") if name.strip()]
+    llm = llamita.load(_model(options.model), dtype=options.dtype, backend=options.backend, device=options.device)
+    add_bos = {"auto": None, "always": True, "never": False}[options.bos]
+    model = lm_eval_adapter.LlamitaLM(llm, add_bos)
+    more = {"gen_kwargs": {"max_gen_toks": options.max_tokens}} if options.max_tokens else {}
+    results = lm_eval_adapter.run(
+        model, names, options.data, num_fewshot=options.few_shot, limit=options.limit or None, **more
+    )
+    return {f"{HARNESS}{task}": values for task, values in lm_eval_adapter.figures(results).items()}
+
+
+def _load_runner(options: EvaluateOptions) -> Callable[[Path], Any]:
+    """The backend's `load_runner`, given what the options say."""
+    from functools import partial
+
+    from llamita.backends import load_backend
+
+    backend = load_backend(options.backend, device=options.device)
+    return partial(backend.load_runner, dtype=options.dtype, device=options.device)
+
+
+def _model(model: Path) -> Path:
+    from llamita import checkpoint
+
+    return checkpoint.resolve_model_directory(model)
+
+
+def _show(name: str, metrics: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from llamita.evaluation.records import with_errors
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    for key, value, error in with_errors(metrics):
+        shown = "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+        table.add_row(f"  {key.replace('_', ' ')}", shown + (f" ± {error:.4f}" if error is not None else ""))
+    console = Console(highlight=False, markup=False)
+    console.print(name, style="bold")
+    console.print(table)

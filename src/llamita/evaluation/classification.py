@@ -15,6 +15,7 @@ import numpy as np
 
 from llamita import files
 from llamita.data.labelled_batches import by_length
+from llamita.evaluation import records
 from llamita.evaluation.perplexity import Forward
 
 BINS = 15
@@ -149,6 +150,18 @@ def write_report(directory: Path, report: Report, about: Mapping[str, Any]) -> N
         (temporary / "evaluation.json").write_text(json.dumps({**about, **report.to_dict()}, indent=2) + "\n")
         plot_confusion(np.array(report.confusion), names, temporary / "confusion.png")
         plot_reliability(report, temporary / "reliability.png")
+
+
+def record(run: Path, name: str, report: Report, command: str, model: Path) -> Path:
+    """Leave the figures and both pictures in RUN/evaluations, where reports and lists of runs find them."""
+    directory = run / records.DIRECTORY
+    directory.mkdir(exist_ok=True)
+    pictures = [f"{records.file_name(name)}-{kind}.png" for kind in ("confusion", "reliability")]
+    plot_confusion(np.array(report.confusion), [each.label for each in report.labels], directory / pictures[0])
+    plot_reliability(report, directory / pictures[1])
+    figures = {"accuracy": report.accuracy, "accuracy_stderr": report.standard_error, "macro_f1": report.macro_f1}
+    figures |= {"loss": report.loss, "calibration_error": report.calibration_error, "texts": report.texts}
+    return records.write(run, name, figures, command, model, pictures)
 
 
 def plot_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> None:

@@ -92,7 +92,7 @@ def _score_batch(runner: Forward, sequences: list[np.ndarray]) -> Iterator[Token
 
 def strided_perplexity(
     runner: Forward,
-    tokens: np.ndarray,
+    tokens: np.ndarray | Iterable[np.ndarray],
     vocab_size: int,
     sequence_length: int,
     stride: int,
@@ -101,20 +101,23 @@ def strided_perplexity(
 ) -> Perplexity:
     """The loss over one stream of tokens, every target scored once, in windows of sequence_length moved by `stride`.
 
-    A stride below sequence_length gives each target more context, at the cost of computing it more often. `characters`
-    and `size` (bytes) are those of the text.
+    Several streams, such as documents, are scored each from its own beginning. A stride below sequence_length gives
+    each target more context, at the cost of computing it more often. `characters` and `size` (bytes) are those of the
+    text.
     """
+    streams = [tokens] if isinstance(tokens, np.ndarray) else tokens
     scored = []
 
     def windows() -> Iterator[np.ndarray]:
-        for row in strided_windows(tokens, sequence_length, stride):
-            scored.append(row.label_mask[1:])
-            yield row.tokens
+        for stream in streams:
+            for row in strided_windows(stream, sequence_length, stride):
+                scored.append(row.label_mask[1:])
+                yield row.tokens
 
     nats, targets = 0.0, 0
     for number, scores in enumerate(score_sequences(runner, windows(), vocab_size)):
         nats -= float(scores.log_probabilities_T[scored[number]].sum())
         targets += int(scored[number].sum())
     if targets == 0:
-        raise ValueError(f"the text has {len(tokens)} tokens; at least 2 are needed to predict one from another")
+        raise ValueError("the text has fewer than 2 tokens; that many are needed to predict one from another")
     return Perplexity(nats, targets, characters, size)

@@ -93,6 +93,15 @@ def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float | None
     return result
 
 
+def with_errors(metrics: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Each figure with its standard error, None where it has none."""
+    return [
+        (name, value, metrics.get(f"{name}_stderr"))
+        for name, value in metrics.items()
+        if not (name.endswith("_stderr") and name.removesuffix("_stderr") in metrics)
+    ]
+
+
 def _record(file: Path) -> EvaluationRecord:
     content = files.read_json(file)
     metrics, name = content.get("metrics"), content.get("name", file.stem)

@@ -12,7 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from llamita.config import ModelConfig
-from llamita.inference.engine import Runner
+from llamita.inference.interfaces import Runner
 from llamita.inference.sequence import Continuation
 from llamita.plan import BlockCopy, CacheLayout, Plan, SampleSpec, ScheduledChunk
 

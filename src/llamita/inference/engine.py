@@ -9,52 +9,18 @@ import secrets
 import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, Protocol
 
 import numpy as np
 
-from llamita.checkpoint import HostArray
-from llamita.config import ModelConfig
 from llamita.inference.block_manager import BlockManager
 from llamita.inference.config import EngineConfig
+from llamita.inference.interfaces import Drafter, Runner
 from llamita.inference.request import Request, TokenEvent
 from llamita.inference.scheduler import Scheduled, Scheduler
 from llamita.inference.sequence import Continuation
 from llamita.inference.structured import Grammars, fill
-from llamita.plan import BlockCopy, CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult
+from llamita.plan import BlockCopy, CacheLayout, Plan, SampledToken, ScheduledChunk
 from llamita.text.tokenizer import Tokenizer
-
-
-class Runner(Protocol):
-    """What the engine needs of a backend."""
-
-    config: ModelConfig
-    weight_bytes: int  # read to decode one token
-    kv_bytes_per_token: int  # read for every earlier position to decode one token
-
-    @property
-    def cache_budget(self) -> int:
-        """Bytes that keys and values may take where nothing else is said."""
-
-    def weights(self) -> Mapping[str, HostArray]: ...
-
-    def allocate(self, layout: CacheLayout) -> Any:
-        """Memory for the sequences of one engine, to be given with each of its plans."""
-
-    def run(self, plan: Plan, memory: Any) -> StepResult: ...
-
-
-class Drafter(Protocol):
-    """Guesses what comes next, cheaply; a wrong guess costs time, never a token."""
-
-    def start(self, config: ModelConfig, layout: CacheLayout) -> None:
-        """Get ready for an engine over this model and memory; ValueError where it cannot draft for it."""
-
-    def propose(self, wanted: Sequence[tuple[Continuation, int]]) -> list[list[int]]:
-        """At most so many tokens for each sequence."""
-
-    def prepare(self, copies: Sequence[BlockCopy], reading: Sequence[ScheduledChunk]) -> None:
-        """Be shown what is about to be copied and read of prompts, before `propose`."""
 
 
 class Engine:

@@ -23,8 +23,9 @@ from llamita import adapter_files, checkpoint, files
 from llamita.config import ModelConfig
 from llamita.inference import async_llm, many
 from llamita.inference.config import EngineConfig
-from llamita.inference.engine import Drafter, Engine, Runner
+from llamita.inference.engine import Engine
 from llamita.inference.generation import Generation
+from llamita.inference.interfaces import Drafter, Runner
 from llamita.inference.request import Request, SamplingParams, TokenEvent
 from llamita.inference.shared_engine import SharedEngine
 from llamita.text.tokenizer import Tokenizer

@@ -8,8 +8,9 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from llamita.inference.block_manager import Prefix, Tables
+from llamita.inference.block_manager import Tables
 from llamita.inference.detokenizer import IncrementalDetokenizer, StopMatcher, TokenBytes
+from llamita.inference.prefixes import Prefix
 from llamita.inference.request import FinishReason, Request, Statistics, TokenEvent
 from llamita.inference.structured import Matcher
 from llamita.plan import MAX_SEED, SampledToken, SampleSpec, ScheduledChunk

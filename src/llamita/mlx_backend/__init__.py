@@ -1,1 +1,1 @@
-"""What Llamita does with MLX."""
+"""The model, its training step and its inference in MLX."""

@@ -7,7 +7,7 @@ arrays and no more. Knows nothing of training or requests.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,21 +15,13 @@ import mlx.nn as nn
 from llamita import architecture
 from llamita.config import ModelConfig
 from llamita.mlx_backend import attention as masks
+from llamita.mlx_backend.kv_cache import PagedStep
 from llamita.mlx_backend.layers import FUSED, Operations
 from llamita.mlx_backend.packed import PackedParameter
 from llamita.mlx_backend.quantized import QuantizedEmbedding, QuantizedLinear
 from llamita.rope import rotary_frequencies
 
 Trace = Callable[[str, mx.array], None]
-
-
-class Cache(Protocol):
-    """Earlier keys and values of the sequences whose chunks lie in one row of tokens, and the tokens' positions."""
-
-    positions_1T: mx.array
-    longest: int
-
-    def attend(self, layer: int, q_TNH: mx.array, k_TKH: mx.array, v_TKH: mx.array) -> mx.array: ...
 
 
 class ModelOutput(NamedTuple):
@@ -86,7 +78,7 @@ class Context:
     mask: mx.array | None = None
     causal: bool = True
     window_mask: mx.array | None = None
-    cache: Cache | None = None
+    cache: PagedStep | None = None
     dropout: masks.Dropout | None = None
 
 
@@ -145,9 +137,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config, operations)
         self.mlp = FeedForward(config, operations)
 
-    def __call__(self, x_BTD: mx.array, context: Context) -> mx.array:
+    def __call__(self, x_BTD: mx.array, context: Context, rows_R: mx.array | None = None) -> mx.array:
+        """`rows_R` are the positions that are wanted, None for all; the others are spared the feed-forward layer."""
         drop = context.dropout or (lambda x: x)
         x_BTD = x_BTD + drop(self.self_attn(self.input_layernorm(x_BTD), context))
+        x_BTD = x_BTD if rows_R is None else x_BTD[:, rows_R]
         return x_BTD + drop(self.mlp(self.post_attention_layernorm(x_BTD)))
 
 
@@ -188,8 +182,8 @@ class Llama(nn.Module):
                 if isinstance(child, Embedding):
                     parent[name] = QuantizedEmbedding(child.weight.shape, operations)
                 elif isinstance(child, Linear) and name != "score":
-                    has_bias, its_bits = child.bias is not None, 8 if name == "lm_head" else bits
-                    parent[name] = QuantizedLinear(child.weight.shape, has_bias, operations, its_bits)
+                    its_bits = 8 if name == "lm_head" else bits
+                    parent[name] = QuantizedLinear(child.weight.shape, child.bias is not None, operations, its_bits)
 
     @property
     def output_weight_VD(self) -> mx.array:
@@ -204,7 +198,7 @@ class Llama(nn.Module):
         *,
         positions_BT: mx.array | None = None,
         segments_BT: mx.array | None = None,
-        cache: Cache | None = None,
+        cache: PagedStep | None = None,
         trace: Trace | None = None,
     ) -> ModelOutput:
         """Logits (B, T, V) and hidden states (B, T, D) after the final norm, for tokens (B, T) of whole numbers.
@@ -221,8 +215,7 @@ class Llama(nn.Module):
 
     def logits(self, hidden_BTD: mx.array) -> mx.array:
         if self.config.quantization and not self.config.num_labels:
-            head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-            return head.multiply(hidden_BTD)
+            return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).multiply(hidden_BTD)
         return self.product(hidden_BTD, self.output_weight_VD)
 
     def hidden(
@@ -231,11 +224,12 @@ class Llama(nn.Module):
         *,
         positions_BT: mx.array | None = None,
         segments_BT: mx.array | None = None,
-        cache: Cache | None = None,
+        cache: PagedStep | None = None,
         trace: Trace | None = None,
         dropout: masks.Dropout | None = None,
+        rows_R: mx.array | None = None,
     ) -> mx.array:
-        """The hidden states of `__call__`, without the product with the output head; with `dropout`, for training."""
+        """The hidden states of `__call__`, or of some rows, before the output head; with `dropout`, for training."""
         if cache is None:
             context = self.context(tokens_BT, positions_BT, segments_BT, dropout)
         else:
@@ -248,7 +242,7 @@ class Llama(nn.Module):
         if trace:
             trace("embedding", x_BTD)
         for i, block in enumerate(self.model.layers):
-            x_BTD = block(x_BTD, context)
+            x_BTD = block(x_BTD, context, rows_R if i == len(self.model.layers) - 1 else None)
             if trace:
                 trace(f"layers.{i}", x_BTD)
         x_BTD = self.model.norm(x_BTD)
@@ -293,8 +287,7 @@ class Llama(nn.Module):
         """The parameters under their canonical names, rows of packed ones cut apart."""
         result: dict[str, mx.array] = {}
         for packed in self.packed_parameters():
-            values, owner = packed.parameter, packed.owner
-            if isinstance(owner, QuantizedLinear) and packed.key == "weight":
-                values = owner.plain_weight()
+            of_twin = isinstance(packed.owner, QuantizedLinear) and packed.key == "weight"
+            values = packed.owner.plain_weight() if of_twin else packed.parameter
             result |= zip(packed.parts, packed.split(values), strict=True)
         return result

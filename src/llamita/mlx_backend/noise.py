@@ -26,7 +26,7 @@ class GumbelNoise:
     def __init__(self, size: int, dtype: mx.Dtype = mx.float64) -> None:
         self.dtype = dtype  # float64, or float32 where a device has no wider one
         self._codes_V = mx.array(mix(np.arange(1, size + 1, dtype=np.uint64) * GOLDEN))
-        self._first, self._sign = mx.array(FIRST), mx.array(SIGN)
+        self._first, self._sign = mx.array(np.array(FIRST)), mx.array(np.array(SIGN))
 
     def rows(self, keys_R2: mx.array, ids_C: mx.array | None = None) -> mx.array:
         """Noise [R, V] for the `stream_keys` of the rows, or [R, C] for some ids alone."""

@@ -6,7 +6,6 @@ happens between tokens and the states that logits are made of. Deliberately know
 stop.
 """
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,7 @@ class MlxMemory:
 
 
 class MlxRunner:
-    """Does an engine's plans with `model`, which it neither copies nor changes; dropout is off meanwhile."""
+    """Does an engine's plans with `model`, which it neither copies nor changes."""
 
     def __init__(self, model: Llama, device: mx.DeviceType = mx.cpu) -> None:
         self.model, self.device = model, device
@@ -74,7 +73,7 @@ class MlxRunner:
 
     def run(self, plan: Plan, memory: MlxMemory) -> StepResult:
         """Run every chunk at once, sample the tokens and score the targets that they ask for."""
-        with mx.stream(self.device), evaluation(self.model):
+        with mx.stream(self.device):
             memory.cache.copy(plan.copies)
             if not plan.chunks:
                 mx.eval(memory.cache.keys, memory.cache.values)
@@ -83,11 +82,13 @@ class MlxRunner:
             order = sorted(range(len(plan.chunks)), key=lambda i: (len(plan.chunks[i].tokens) > 1, plan.chunks[i].end))
             chunks = [plan.chunks[i] for i in order]
             tokens_1T = mx.array([[token for chunk in chunks for token in chunk.tokens]])
-            hidden_TD = hidden_states(self.model, tokens_1T, memory.cache.step(chunks))
+            wanted = rows_wanted(chunks)
+            hidden_RD = hidden_states(self.model, tokens_1T, memory.cache.step(chunks), wanted)
             # What the memory has become is part of the step: left to a later one, graphs and memory would pile up.
-            mx.async_eval(hidden_TD, memory.cache.keys, memory.cache.values)
-            sampled = self._sample(chunks, hidden_TD, memory.sampler)
-            scores = self._score(chunks, hidden_TD)
+            mx.async_eval(memory.cache.keys, memory.cache.values)
+            states = States(hidden_RD, {row: place for place, row in enumerate(wanted)})
+            sampled = self._sample(chunks, states, memory.sampler)
+            scores = self._score(chunks, states)
         places = {number: place for place, number in enumerate(order)}
         return StepResult(
             tuple(sampled[places[number]] for number in range(len(order))),
@@ -95,7 +96,7 @@ class MlxRunner:
         )
 
     def _sample(
-        self, chunks: Sequence[ScheduledChunk], hidden_TD: mx.array, sampler: Sampler
+        self, chunks: Sequence[ScheduledChunk], states: "States", sampler: Sampler
     ) -> list[tuple[SampledToken, ...]]:
         """The tokens that each chunk asks for, all drawn in one pass."""
         rows: list[int] = []
@@ -107,10 +108,10 @@ class MlxRunner:
             specs += chunk.samples
             ids += [chunk.sequence_id] * len(chunk.samples)
             begin += len(chunk.tokens)
-        tokens = iter(sampler.sample(self._logits(hidden_TD, rows), specs, ids) if rows else ())
+        tokens = iter(sampler.sample(self._logits(states, rows), specs, ids) if rows else ())
         return [tuple(next(tokens) for _ in chunk.samples) for chunk in chunks]
 
-    def _score(self, chunks: Sequence[ScheduledChunk], hidden_TD: mx.array) -> list[tuple[float, ...]]:
+    def _score(self, chunks: Sequence[ScheduledChunk], states: "States") -> list[tuple[float, ...]]:
         """The log-probabilities of each chunk's targets."""
         if not any(chunk.targets for chunk in chunks):
             return []
@@ -120,18 +121,19 @@ class MlxRunner:
             for first in range(0, len(chunk.targets), SCORED_ROWS):
                 targets_R1 = mx.array(chunk.targets[first : first + SCORED_ROWS])[:, None]
                 rows = range(begin + first, begin + first + len(targets_R1))
-                logits_RV = self._logits(hidden_TD, rows).astype(mx.float32)
+                logits_RV = self._logits(states, rows).astype(mx.float32)
                 scores_R = mx.take_along_axis(logits_RV, targets_R1, axis=-1)[:, 0] - mx.logsumexp(logits_RV, axis=-1)
-                scores += scores_R.tolist()
+                scores += np.array(scores_R).tolist()
             found.append(tuple(scores))
             begin += len(chunk.tokens)
         return found
 
-    def _logits(self, hidden_TD: mx.array, rows: Sequence[int]) -> mx.array:
-        """Logits (R, V) of some rows."""
-        if list(rows) != list(range(len(hidden_TD))):
-            hidden_TD = hidden_TD[mx.array(list(rows))]
-        return self.model.logits(hidden_TD)
+    def _logits(self, states: "States", rows: Sequence[int]) -> mx.array:
+        """Logits (R, V) of some rows of the step."""
+        places, hidden_RD = [states.place_of_row[row] for row in rows], states.hidden_RD
+        if places != list(range(len(hidden_RD))):
+            hidden_RD = hidden_RD[mx.array(places)]
+        return self.model.logits(hidden_RD)
 
     def forward(
         self, tokens_BT: Sequence[Sequence[int]] | np.ndarray, capture: Sequence[str] = ()
@@ -147,7 +149,7 @@ class MlxRunner:
             if name in capture:
                 captured[name] = x_BTD
 
-        with mx.stream(self.device), evaluation(self.model):
+        with mx.stream(self.device):
             tokens = mx.array(np.asarray(tokens_BT, dtype=np.int32))
             logits_BTV = self.model(tokens, trace=trace).logits_BTV
             unknown = [name for name in capture if name not in captured]
@@ -158,9 +160,30 @@ class MlxRunner:
             return {name: np.array(x.astype(mx.float32)) for name, x in {**captured, "logits": logits_BTV}.items()}
 
 
-def hidden_states(model: Llama, tokens_1T: mx.array, step: PagedStep) -> mx.array:
-    """The states (T, D) after the final norm of one packed row of tokens; their keys and values go into the memory."""
-    return model.hidden(tokens_1T, cache=step)[0]
+@dataclass(frozen=True)
+class States:
+    """The states after the final norm of those rows of a step that logits are made of, and where each row is."""
+
+    hidden_RD: mx.array
+    place_of_row: Mapping[int, int]
+
+
+def rows_wanted(chunks: Sequence[ScheduledChunk]) -> list[int]:
+    """The rows of a step, its chunks lying one after the other, after which a token is drawn or scored."""
+    wanted: set[int] = set()
+    begin = 0
+    for chunk in chunks:
+        wanted |= {begin + sample.position - 1 - chunk.start for sample in chunk.samples}
+        wanted |= set(range(begin, begin + len(chunk.targets)))
+        begin += len(chunk.tokens)
+    return sorted(wanted)
+
+
+def hidden_states(model: Llama, tokens_1T: mx.array, step: PagedStep, rows: Sequence[int]) -> mx.array:
+    """The states (R, D) after the final norm of some rows of one packed row of tokens; all keys and values go into the
+    memory."""
+    every = len(rows) == tokens_1T.shape[1]
+    return model.hidden(tokens_1T, cache=step, rows_R=None if every else mx.array(list(rows), mx.int32))[0]
 
 
 def load_runner(
@@ -174,7 +197,7 @@ def load_runner(
     """
     if exact:
         raise ValueError(
-            "the exact mode is PyTorch's: MLX's kernels round a row by what runs beside it; use --backend torch"
+            "the exact mode is PyTorch's: MLX's kernels round a row by what runs beside it; leave exact out"
         )
     if threads:
         raise ValueError(f"threads={threads} cannot be set: MLX chooses its threads itself; leave it at 0")
@@ -200,7 +223,7 @@ def _arranged(
 ) -> MlxRunner:
     """A runner over a model of its own, whose matrices lie as its device multiplies them fastest."""
     with mx.stream(device):
-        model = build_model(config, arrays, dtype=dtype).eval()
+        model = build_model(config, arrays, dtype=dtype)
         if device == mx.cpu and dtype == mx.float32:
             lay_columns_together(model)
     return MlxRunner(model, device)
@@ -236,16 +259,3 @@ def named_arrays(model: nn.Module) -> Iterator[tuple[str, mx.array]]:
         for key, value in module.items():
             if isinstance(value, mx.array):
                 yield f"{module_name}.{key}", value
-
-
-@contextlib.contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off for a while."""
-    training = model.training
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if training:
-            model.train()

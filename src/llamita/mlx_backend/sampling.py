@@ -100,7 +100,7 @@ class Sampler:
             mx.eval(packed)  # the one wait for the device
         values_of: dict[int, list[float]] = {}
         for rows, block in zip(groups.values(), packed, strict=True):
-            values_of |= zip(rows, block.tolist(), strict=True)
+            values_of |= zip(rows, np.array(block).tolist(), strict=True)
         return [_unpack(values_of[row], spec.params.top_logprobs) for row, spec in enumerate(specs)]
 
     def _sample_block(
@@ -110,7 +110,7 @@ class Sampler:
         wide_RV = logits_RV.astype(self.dtype)
         total_R1 = logsumexp(wide_RV)
         if steps.plain_greedy:
-            ids_R1 = mx.argmax(logits_RV, axis=-1, keepdims=True)
+            ids_R1 = mx.argmax(wide_RV, axis=-1, keepdims=True)
             best_R1 = mx.take_along_axis(wide_RV, ids_R1, axis=-1)
         else:
             columns = Columns([spec.params for spec in specs], self.dtype)

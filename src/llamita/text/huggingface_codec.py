@@ -82,6 +82,10 @@ class HuggingFaceCodec:
     def encode_with_special(self, text: str) -> list[int]:
         return self._with_special.encode(text, add_special_tokens=False).ids
 
+    def ids_around_nothing(self) -> list[int]:
+        """What the file's post-processor puts around an empty text; `encode` leaves it out."""
+        return self._tokenizer.encode("", add_special_tokens=True).ids
+
     def fingerprint(self) -> str:
         """sha256 over what decides ids: not over how a text is decoded or how a pair of texts is joined."""
         decisive = {key: self.spec.get(key) for key in ("normalizer", "pre_tokenizer", "added_tokens")}

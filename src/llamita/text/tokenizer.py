@@ -83,6 +83,15 @@ class Tokenizer:
         """sha256 of what decides ids; the same after a save and a load."""
         return hashlib.sha256(f"{self.codec.fingerprint()} {self.bos_id} {self.eos_id}".encode()).hexdigest()
 
+    @functools.cached_property
+    def adds_bos(self) -> bool:
+        """Whether transformers, unless told otherwise, puts the BOS token before a text that this tokenizer encodes."""
+        if self.bos_id is None:
+            return False
+        if isinstance(self.codec, HuggingFaceCodec):  # its post-processor decides, whatever the settings beside it say
+            return self.codec.ids_around_nothing()[:1] == [self.bos_id]
+        return bool(self._config.get("add_bos_token", True))
+
     @property
     def chat_template(self) -> str | None:
         """The Jinja template that lays a conversation out as text (chat.py reads it); `save` keeps it."""

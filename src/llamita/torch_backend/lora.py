@@ -202,6 +202,7 @@ def merged_arrays(arrays: Mapping[str, HostArray], adapter: Adapter) -> Iterator
         quantised = row.name not in adapter.replaced and architecture.weight_bits(adapter.config, row) > 0
         if module not in adapter.factors and not quantised:
             yield row.name, array
+            array.forget(0, len(array.data))
             continue
         weight = tensor_from_host(array)
         dtype = torch.bfloat16 if quantised else weight.dtype

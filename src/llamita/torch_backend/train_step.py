@@ -11,9 +11,9 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
 from llamita.data.batches import Batch
 from llamita.objective import LossSums, NextToken, Objective
+from llamita.optimization import StepMetrics as StepMetrics
 from llamita.torch_backend import lora, objectives, weights
 from llamita.torch_backend.adamw import AdamW, AdamWSettings, clipping_scale, global_norm
 from llamita.torch_backend.model import Llama
@@ -30,22 +31,6 @@ from llamita.torch_backend.objectives import Hidden, TensorBatch
 from llamita.torch_backend.runner import TorchRunner
 
 Precision = Literal["auto", "bf16", "fp32"]
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """What an update did. `loss` is nats per target before it, `grad_norm` that of the mean gradient before clipping.
-
-    Where either is not finite the update was not made: the weights are as before, and `faulty_micro_batches` numbers
-    those whose own loss was not finite (none, where only the gradient was not).
-    """
-
-    loss: float
-    grad_norm: float
-    targets: int
-    faulty_micro_batches: tuple[int, ...] = ()
-    measures: Mapping[str, float] = field(default_factory=dict)
-    """Means over the targets of what else the objective measures."""
 
 
 class TorchTrainStep:
@@ -130,6 +115,14 @@ class TorchTrainStep:
             output = loss_function(*self._output(self.model.hidden), self._to_device(batch))
         measures = {name: float(value) for name, value in output.measures.items()}
         return LossSums(float(output.nats), batch.num_targets, measures)
+
+    @torch.no_grad()
+    def log_probs(self, batch: Batch) -> np.ndarray:
+        """The log-probability of every label that is scored, float32 (B, T), 0 elsewhere; without dropout."""
+        self.model.eval()
+        with self._autocast():
+            found_BT = objectives.log_probs(self.model.hidden, self.model.output_weight_VD, self._to_device(batch))
+        return found_BT.cpu().numpy()
 
     def weights(self) -> dict[str, HostArray]:
         """The float32 weights under canonical names; with an adapter, only what is trained."""

@@ -53,8 +53,11 @@ def ended(state: str, error: BaseException | None = None) -> dict[str, Any]:
 
 def command_line(arguments: Sequence[str]) -> str:
     """The command as a shell takes it; the program by its name alone, as it is found in an environment."""
-    program = Path(arguments[0] or "python").name if arguments else "python"
-    return shlex.join([program, *arguments[1:]])
+    first = Path(arguments[0] if arguments else "")
+    program = [first.name or "python"]
+    if first.is_relative_to(PACKAGE):  # run as a module
+        program = ["python", "-m", ".".join(first.relative_to(PACKAGE.parent).with_suffix("").parts)]
+    return shlex.join([*program, *arguments[1:]])
 
 
 def code_version(package: Path) -> dict[str, Any]:

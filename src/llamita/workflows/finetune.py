@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llamita import checkpoint, files
-from llamita.adapter_files import AdapterFiles, BaseModel
+from llamita.adapter_files import AdapterFiles, BaseModel, weights_digest
 from llamita.adapters import ALL, LoraSettings
 from llamita.architecture import CLASSIFIER
 from llamita.checkpoint import HostArray
@@ -22,7 +22,7 @@ from llamita.training import loggers, run_directory
 from llamita.training.config import Config, TrainingConfig, take_over
 from llamita.training.display import Display
 from llamita.training.interfaces import Examples, OnEvaluation, TrainingResult
-from llamita.training.run_directory import WeightFiles
+from llamita.training.run_directory import RunDirectory, WeightFiles
 from llamita.training.trainer import Trainer
 from llamita.workflows.pretrain import Backend, TrainableStep, step_options
 
@@ -110,13 +110,15 @@ def finetune(
     on_evaluation: OnEvaluation | None = None,
     measure: Callable[[], Mapping[str, float]] | None = None,
     best_measure: str | None = None,
+    before: Callable[[RunDirectory], None] | None = None,
     display: Display | None = None,
 ) -> TrainingResult:
     """Train from `base` on `examples`, or go on with the run in config.output.
 
     `identity` is what decides the result besides the base and the options of training (hashes of data, for one).
     `model` is the base's config with what the kind changes (labels, special tokens). The tokenizer, chat template
-    included, is written beside every checkpoint. `step` is made from base and objective where it is not given.
+    included, is written beside every checkpoint. `step` is made from base and objective where it is not given. `before`
+    is called with the run held and the weights still those of the base, also where a run goes on.
     """
     model = model or base.config
     _check_tuning(config, model, base)
@@ -139,6 +141,8 @@ def finetune(
         tokenizer = run.file("tokenizer")
         with files.atomic_directory(tokenizer, overwrite=True) as temporary:
             base.tokenizer.save(temporary)
+        if before is not None:
+            before(run)
         trainer = Trainer(
             config,
             model,
@@ -215,4 +219,4 @@ def _weight_files(config: FinetuneConfig, base: Base) -> WeightFiles | None:
     assert config.model is not None
     on_hub = not config.model.exists()
     name = str(config.model) if on_hub else str(base.directory.resolve())
-    return AdapterFiles(config.lora(), BaseModel(name, checkpoint.digest(base.directory)))
+    return AdapterFiles(config.lora(), BaseModel(name, weights_digest(base.directory)))

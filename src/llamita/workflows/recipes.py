@@ -89,7 +89,7 @@ def scratch_shakespeare() -> Recipe:
 
 
 def lillm_39m() -> Recipe:
-    """A Llama 3 of 39 million parameters with a tokenizer of its own, to be taught to answer afterwards.
+    """A Llama 3 of 39 million parameters with a tokenizer of its own, then taught to answer.
 
     Known: the shape (12 layers, width 512, 16 heads on 8 key/value heads, 8,192 tokens, 512 positions, embedding and
     head one matrix), training under torchrun, and instructions in turns of `<r0>user<r1>...<r2>`. This runs on one
@@ -112,7 +112,12 @@ def lillm_39m() -> Recipe:
             steps=24_000,
             evaluate_every=500,
         ),
-        afterwards=(*common.afterwards, "llamita chat runs/lillm-39m --template r0"),
+        afterwards=(
+            *common.afterwards,
+            "llamita sft --model runs/lillm-39m --data conversations.jsonl --template r0 --epochs 3 "
+            "--output runs/lillm-39m-chat",
+            "llamita chat runs/lillm-39m-chat",
+        ),
     )
 
 

@@ -17,7 +17,7 @@ import jinja2
 
 import llamita
 from llamita import files
-from llamita.evaluation.records import DIRECTORY, EvaluationRecord
+from llamita.evaluation.records import DIRECTORY, EvaluationRecord, with_errors
 from llamita.training import record
 from llamita.training.display import duration, printable
 from llamita.training.run_directory import flatten
@@ -127,9 +127,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
         last = run.checks[-1]
         shown = (("perplexity", "perplexity", ".2f"), ("bits_per_byte", "bits per byte", ".4f"))
         found += [(title, f"{last[key]:{form}}") for key, title, form in shown if last.get(key) is not None]
-        floor = run.manifest.get("floor")
-        if floor and last.get("nats_per_character"):
-            found.append(("of the least possible loss", f"{last['nats_per_character'] / floor:.3f} times"))
+        floor = report_curves.floor_per_target(run)
+        found += [("least possible loss, about", f"{floor:.4f}")] if floor else []  # it is that of other documents
     if run.parameters:
         found.append(("parameters", f"{run.parameters:,}"))
     if run.updates:
@@ -163,13 +162,8 @@ def samples(file: Path) -> list[tuple[int, str]]:
 
 def evaluation(run: Path, found: EvaluationRecord) -> dict[str, Any]:
     """A record with its standard errors beside what they belong to, its pictures as data."""
-    rows = [
-        (name, value, found.metrics.get(f"{name}_stderr"))
-        for name, value in found.metrics.items()
-        if not (name.endswith("_stderr") and name.removesuffix("_stderr") in found.metrics)
-    ]
     pictures = [(name, picture(run / DIRECTORY, name)) for name in found.pictures]
-    return {"record": found, "rows": rows, "pictures": pictures}
+    return {"record": found, "rows": with_errors(found.metrics), "pictures": pictures}
 
 
 def picture(directory: Path, name: str) -> str | None:
