@@ -44,6 +44,7 @@ SHORTER: dict[str, list[str]] = {
         "--sample-tokens",
         "8",
     ],
+    "classify train": ["--steps", "2", "--batch-size", "4", "--evaluation-rows", "8"],
     "dpo": ["--steps", "3", "--batch-size", "4", "--evaluation-rows", "8"],
     "rl": ["--steps", "2", "--batch-size", "4", "--group", "2", "--max-tokens", "8", "--evaluation-rows", "4"],
     "generate": ["--max-tokens", "8"],

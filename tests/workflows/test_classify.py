@@ -258,25 +258,32 @@ def test_a_tuned_model_goes_on_with_its_head_for_the_same_labels_alone(trained, 
     assert any("for bad, average, good is left out" in text for text in told)
 
 
-def test_a_run_that_is_stopped_resumes_to_the_same_bytes(trained, base, files, tmp_path):
-    class StopError(Exception):
-        pass
+class StopError(Exception):
+    pass
+
+
+def stopping_at(update):
+    """A backend whose runs break off before that update."""
 
     @functools.wraps(build_train_step)
-    def failing(*arguments, **options):
+    def build(*arguments, **options):
         step = backend(*arguments, **options)
-        update = step.step
+        go_on = step.step
 
         def step_until(micro_batches, rate):
-            if step.optimizer.t == 8:
+            if step.optimizer.t == update:
                 raise StopError
-            return update(micro_batches, rate)
+            return go_on(micro_batches, rate)
 
         step.step = step_until
         return step
 
+    return build
+
+
+def test_a_run_that_is_stopped_resumes_to_the_same_bytes(trained, base, files, tmp_path):
     with pytest.raises(StopError):
-        run(settings(tmp_path / "run", base, files), failing)
+        run(settings(tmp_path / "run", base, files), stopping_at(8))
     train_classifier(ClassifyConfig(output=tmp_path / "run", resume=True), backend, lambda text: None)
     assert weights_of(tmp_path / "run" / "last") == weights_of(trained[0] / "last")
     assert timeless(tmp_path / "run") == timeless(trained[0])
@@ -287,7 +294,10 @@ def test_a_run_that_is_stopped_resumes_to_the_same_bytes(trained, base, files, t
 @pytest.mark.medium
 def test_seeds_run_one_after_another_and_go_on(base, files, tmp_path):
     config = settings(tmp_path / "all", base, files, seeds=(3, 1), steps=6)
-    found = classify_seeds.train_seeds(config, backend, lambda text: None)
+    with pytest.raises(StopError):
+        classify_seeds.train_seeds(config, stopping_at(4), lambda text: None)
+    begun = ClassifyConfig(output=tmp_path / "all", resume=True)
+    found = classify_seeds.train_seeds(begun, backend, lambda text: None)
     record = json.loads((tmp_path / "all" / "seeds.json").read_text())
     assert record["accuracy"] == list(found.accuracies)
     assert record["mean"] == pytest.approx(np.mean(found.accuracies))

@@ -150,7 +150,7 @@ def read_task(config: ClassifyConfig, report: Report) -> Task:
         evaluation = partial(labelled_evaluation, held_out, batch_size, config.evaluation_rows)
         examples = replace(examples, validation=evaluation)
         if shared := len(set(train.texts) & set(validation.texts)):
-            report(f"note: {shared} of the validation texts are among the training texts too")
+            report(f"note: the training texts hold {shared} of the validation texts too")
     epochs = config.steps * config.batch_size / len(train)
     report(f"{config.steps} updates of {config.batch_size} texts are {epochs:.1f} epochs")
     identity = {
