@@ -37,6 +37,7 @@ SHORTER: dict[str, list[str]] = {
     "rl": ["--steps", "2", "--batch-size", "4", "--group", "2", "--max-tokens", "8", "--evaluation-rows", "4"],
     "generate": ["--max-tokens", "8"],
     "chat": ["--max-tokens", "8"],
+    "sft": ["--steps", "2", "--batch-size", "2", "--evaluation-rows", "4", "--conversations", "40", "--answers", "2"],
     "quickstart": ["--steps", "3", "--stories", "600", "--scored-stories", "8"],
 }
 

@@ -70,4 +70,8 @@ def test_the_verb_writes_the_records_as_json_lines(kind, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
     assert main([*arguments, "--overwrite", "--count", "0"]) == 2
     assert "count=0 must be at least 1" in capsys.readouterr().err
-    assert file.read_text().splitlines() == lines
+    status = main([*arguments, "--overwrite", "--turns", "2"])
+    assert status == (0 if kind == "sft" else 2)
+    assert kind == "sft" or "turns=2 is for conversations" in capsys.readouterr().err
+    changed = [json.dumps(each) for each in meadow_tasks.conversations(0, 5, "validation", 2)]
+    assert file.read_text().splitlines() == (changed if kind == "sft" else lines)
