@@ -119,10 +119,21 @@ def test_live_display_on_a_terminal():
     shown.update(RECORD)
     shown.evaluation(EVALUATION)
     shown.message("a sample [with brackets]")
-    shown.update(RECORD | {"step": 4})
+    shown.update(RECORD | {"step": 4, "chosen_reward": 0.25})
     shown.close()
     text = stream.getvalue()
-    for part in ("2.500", "4/100", "1.00e-03", "12,346", "2.50 GB", "43%", "a sample [with brackets]", "perplexity"):
+    for part in (
+        "chosen-reward",
+        "0.250",
+        "2.500",
+        "4/100",
+        "1.00e-03",
+        "12,346",
+        "2.50 GB",
+        "43%",
+        "a sample [with brackets]",
+        "perplexity",
+    ):
         assert part in text
     assert isinstance(display.make_display(100, 0, io.StringIO()), display.PlainDisplay)
 

@@ -8,6 +8,7 @@ import pytest
 
 from llamita import checkpoint
 from llamita.data import meadow_tasks
+from llamita.text.chat_templates import BUILT_IN
 from llamita.text.tokenizer import Tokenizer
 from llamita.torch_backend.runner import load_runner
 from llamita.torch_backend.train_step import build_train_step
@@ -177,8 +178,20 @@ def test_right_answers_of_meadow_with_a_named_template(given, tmp_path):
     assert reported[1] == "validation: 6 of 6 pairs"
     assert set(result.best.measures) == {"accuracy", "margin", "chosen_reward", "rejected_reward", "exact"}
     assert Tokenizer.load(tmp_path / "run/best").chat_template is not None
+    again, _ = tune(DpoConfig(output=tmp_path / "run", resume=True))  # by the template's source, not its name
+    assert again.step == 2
     first = next(meadow_tasks.preferences(0, 1, "validation"))
     assert first["prompt"].splitlines()[-1] in (tmp_path / "run/samples.txt").read_text()
+
+
+def test_a_template_of_a_file_is_kept_in_the_run(given, tmp_path):
+    file = tmp_path / "template.jinja"
+    source = "{# " + "long " * 100 + "#}" + BUILT_IN["plain-eos"]
+    file.write_text(source)
+    tune(config(given, tmp_path / "run", template=str(file), steps=1))
+    file.unlink()
+    assert tune(DpoConfig(output=tmp_path / "run", resume=True))[0].step == 1
+    assert Tokenizer.load(tmp_path / "run/last").chat_template == source
 
 
 def test_other_data_or_another_loss_is_refused_when_resuming(given, tmp_path):

@@ -11,6 +11,7 @@ from llamita.cli.rl import load_reward
 from llamita.data.batches import NOT_SCORED
 from llamita.data.preferences import Layout
 from llamita.data.prompts import Prompt
+from llamita.text.chat import Chat
 from llamita.text.tokenizer import Tokenizer
 from llamita.torch_backend.train_step import build_train_step
 from llamita.training import metrics
@@ -178,6 +179,21 @@ def test_an_answer_holds_the_token_that_ends_it(given):
     ended = [each for each in answers if each.ended]
     assert ended
     assert all(each.tokens[-1] == asker.layout.tokenizer.eos_id for each in ended)
+
+
+def test_answers_to_messages_end_with_the_turn(given):
+    """The model's end of a turn, not one that the template spells, and what was said goes through the template."""
+    asker = answerer(given, reward=rewards.exact, max_tokens=100)
+    chat = Chat(asker.layout.tokenizer, "plain-eos")
+    asker.layout = Layout(asker.layout.tokenizer, chat)
+    said = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"})
+    answers = asker.answer([Prompt(said, {"answer": "never so"}, "x")], [0], [4], 12)
+    batch = asker.batch([Prompt(said, {}, "x")], answers, [0.0] * 12)
+    tokens = chat.encode(said).tokens
+    assert all(tuple(row[: len(tokens)]) == tokens for row in batch.tokens_BT)
+    assert {each.reward for each in answers} == {0.0}
+    assert any(each.ended for each in answers)
+    assert all(each.ended == (each.tokens[-1] == chat.end_of_turn[0][0]) for each in answers)
 
 
 def test_prompts_and_seeds_are_a_function_of_seed_and_round():

@@ -18,7 +18,9 @@ TEXT = "text"
 
 def source_of(template: str) -> str:
     """A template's source or name; of a file, what it holds, so that a run can be resumed without it."""
-    return Path(template).read_text("utf-8") if template and Path(template).is_file() else template
+    if template and "{" not in template and Path(template).is_file():
+        return Path(template).read_text("utf-8")
+    return template
 
 
 def layout_of(base: Base, template: str) -> tuple[Layout, ModelConfig]:

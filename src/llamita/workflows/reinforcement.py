@@ -51,7 +51,7 @@ class RlConfig(FinetuneConfig):
     group: int = 8
     """Answers to each prompt, which are measured against each other."""
     batch_size: int = 64
-    """Answers in an update: so many prompts times --group."""
+    """Answers in an update: so many prompts times the size of a group."""
     updates: int = 1
     """Updates from the same answers before new ones are drawn."""
     max_tokens: int = 128
