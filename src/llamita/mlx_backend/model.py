@@ -241,7 +241,7 @@ class Llama(nn.Module):
         if cache is None:
             context = self.context(tokens_BT, positions_BT, segments_BT, dropout)
         else:
-            assert positions_BT is None and segments_BT is None, "the cache knows positions and sequences"
+            assert positions_BT is segments_BT is None, "the cache knows positions and sequences"
             context = Context(mx.array(self._frequencies), self.rope_scale, cache.positions_1T, cache=cache)
         x_BTD = self.model.embed_tokens(tokens_BT)
         if dropout:
