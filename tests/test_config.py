@@ -28,6 +28,15 @@ def test_config_json_round_trip():
     assert ModelConfig.from_dict(config.to_dict()) == config
     classifier = dataclasses.replace(config, num_labels=5)
     assert ModelConfig.from_dict(classifier.to_dict()) == classifier
+    named = dataclasses.replace(config, num_labels=2, label_names=("bad", "good"))
+    assert ModelConfig.from_dict(named.to_dict()) == named
+    assert named.to_dict()["label2id"] == {"bad": 0, "good": 1}
+    assert (named.labels, classifier.labels[4], config.labels) == (("bad", "good"), "LABEL_4", ())
+    for id2label in ({"0": "a", "2": "b"}, {"0": "a", "1": "a"}, {"0": "a", "1": 3}):
+        read = ModelConfig.from_dict(named.to_dict() | {"id2label": id2label})
+        assert (read.num_labels, read.label_names) == (2, ())
+    with pytest.raises(ValueError, match="must be num_labels=2 different names"):
+        dataclasses.replace(named, label_names=("bad",))
 
 
 SWITCHES = {

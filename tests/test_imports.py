@@ -11,12 +11,13 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "llamita"
 
 # From left to right: a room may import from rooms to its left, never from those beside it or to its right.
 ORDER = (
-    ("rope", "files", "optimization"),
+    ("rope", "files", "labels", "optimization"),
     ("config",),
     ("presets",),
     ("architecture",),
     ("checkpoint",),
-    ("plan", "objective"),
+    ("plan", "objective", "adapters"),
+    ("adapter_files",),
     ("text",),
     ("data",),
     ("torch_backend", "mlx_backend"),

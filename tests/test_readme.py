@@ -46,6 +46,7 @@ SHORTER: dict[str, list[str]] = {
     ],
     "generate": ["--max-tokens", "8"],
     "chat": ["--max-tokens", "8"],
+    "sft": ["--steps", "2", "--batch-size", "2", "--evaluation-rows", "4", "--conversations", "40", "--answers", "2"],
     "quickstart": ["--steps", "3", "--stories", "600", "--scored-stories", "8"],
 }
 
@@ -124,6 +125,8 @@ def problem(command: str) -> str | None:
         named = [extra for group in re.findall(r"\[([\w,-]+)\]", command) for extra in group.split(",")]
         unknown = [extra for extra in named if extra not in extras]
         return f"pyproject.toml has no extra {unknown[0]!r}" if unknown else None
+    if words[0] == "pytest":
+        return None if (ROOT / words[1]).exists() else f"there is no {words[1]}"
     if words[0] == "python" and words[1].startswith("benchmarks/"):
         return None if (ROOT / words[1]).is_file() else "no such benchmark"
     if words[0].startswith("scripts/") or words[:2] == ["bash", ".ci/run"]:

@@ -208,15 +208,18 @@ def initialize(
     numbers and a tensor does not depend on which others exist.
     """
     for row in parameters(config, initialization):
-        kind = row.initialization.kind
-        if kind == "normal":
-            key = int.from_bytes(hashlib.sha256(f"{seed}/{row.name}".encode()).digest()[:16], "little")
-            stream = np.random.Generator(np.random.Philox(key=key))
-            array = stream.standard_normal(row.shape, dtype=np.float32)
-            array *= np.float32(row.initialization.std)
-            yield row.name, array
-        else:
-            yield row.name, np.full(row.shape, 1.0 if kind == "ones" else 0.0, dtype=np.float32)
+        yield row.name, initial_values(row, seed)
+
+
+def initial_values(row: Parameter, seed: int) -> np.ndarray:
+    """The float32 array that a row of the table starts from; see `initialize`."""
+    kind = row.initialization.kind
+    if kind != "normal":
+        return np.full(row.shape, 1.0 if kind == "ones" else 0.0, dtype=np.float32)
+    key = int.from_bytes(hashlib.sha256(f"{seed}/{row.name}".encode()).digest()[:16], "little")
+    array = np.random.Generator(np.random.Philox(key=key)).standard_normal(row.shape, dtype=np.float32)
+    array *= np.float32(row.initialization.std)
+    return array
 
 
 @dataclass(frozen=True)

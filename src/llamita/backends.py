@@ -1,4 +1,4 @@
-"""Which framework computes: chooses between PyTorch and MLX, refuses what the chosen one lacks, and imports it.
+"""Which framework computes: chooses between PyTorch and MLX, and imports the one chosen.
 
 The one place that does: verbs and `llamita.load` ask here and pass on what they get. Importing this file loads neither
 framework. Knows nothing of models; what a backend has is the same names in either folder.
@@ -17,31 +17,44 @@ from llamita.plan import BackendName
 
 PACKAGES = {"torch": "torch", "mlx": "'mlx[cpu]'" if sys.platform == "linux" else "mlx"}
 """What pip is to install for each."""
-DEVICES = {"torch": "cpu or cuda", "mlx": "cpu or gpu"}
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A framework's face: a training step, and runners over a model directory and over host arrays."""
+    """A framework's face: a training step, runners over a model directory and over host arrays, rounded weights.
+
+    `device` is where it computes when that is left to it: "cpu", "cuda" (PyTorch) or "gpu" (MLX).
+    """
 
     name: Literal["torch", "mlx"]
+    device: str
     build_train_step: Callable[..., Any]
     load_runner: Callable[..., Any]
     runner_over: Callable[..., Any]
+    quantize_arrays: Callable[..., Any]
 
 
 def load_backend(name: BackendName = "auto", *, device: str = "auto", threads: int = 0, exact: bool = False) -> Backend:
     """The backend of that name, imported; "auto" is MLX on Apple silicon where it is installed, else PyTorch.
 
-    The options are those that a backend may lack: with "auto" they decide (`exact` and "cuda" are PyTorch's, "gpu" is
-    MLX's), else ValueError in one line. ModuleNotFoundError says what to install.
+    The options are those that one of them lacks, so that with "auto" they decide: `exact`, `threads` and "cuda" are
+    PyTorch's, "gpu" is MLX's. (A backend that is given what it lacks refuses it.) ModuleNotFoundError says what to
+    install.
     """
     chosen = choose(name, device, exact, threads)
-    _refuse(chosen, device, threads, exact)
     with importing(chosen):
         train_step = importlib.import_module(f"llamita.{chosen}_backend.train_step")
         runner = importlib.import_module(f"llamita.{chosen}_backend.runner")
-    return Backend(chosen, train_step.build_train_step, runner.load_runner, runner.runner_over)
+        weights = importlib.import_module(f"llamita.{chosen}_backend.weights")
+    where = runner.choose_device("auto")
+    return Backend(
+        chosen,
+        where if isinstance(where, str) else where.name,  # MLX's devices are of a type of their own
+        train_step.build_train_step,
+        runner.load_runner,
+        runner.runner_over,
+        weights.quantize_arrays,
+    )
 
 
 def choose(
@@ -63,20 +76,6 @@ def choose(
 def is_installed(name: Literal["torch", "mlx"]) -> bool:
     """Whether a framework can be imported; it is not."""
     return importlib.util.find_spec(name) is not None
-
-
-def _refuse(chosen: Literal["torch", "mlx"], device: str, threads: int, exact: bool) -> None:
-    """Name the option that this backend does not have, and what to do about it."""
-    if chosen == "torch":
-        if device == "gpu":
-            raise ValueError(f"device='gpu' is MLX's; with backend=torch give {DEVICES['torch']}, or backend=mlx")
-        return
-    if exact:
-        raise ValueError("exact is PyTorch's alone; leave it out, or give backend=torch")
-    if threads:
-        raise ValueError(f"threads={threads} is PyTorch's option; MLX takes its own number, so leave threads at 0")
-    if device not in ("auto", "cpu", "gpu"):
-        raise ValueError(f"device={device!r} is not MLX's; with backend=mlx give {DEVICES['mlx']}, or backend=torch")
 
 
 @contextlib.contextmanager

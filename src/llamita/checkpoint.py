@@ -5,6 +5,7 @@ format (https://github.com/huggingface/safetensors) is read and written here rat
 that maps files only into a framework's tensors.
 """
 
+import hashlib
 import json
 import math
 import mmap
@@ -24,6 +25,7 @@ from llamita.files import MAX_JSON_BYTES, parse_json, read_json
 
 MAX_SHARD_BYTES = 5_000_000_000
 HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+ADAPTER_CONFIG = "adapter_config.json"  # a directory that has it holds an adapter over another model
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 NUMPY_TYPES = {
@@ -158,6 +160,11 @@ def load_tensors(directory: Path | str, name: str = "model") -> dict[str, HostAr
     if single.is_file():
         return read_safetensors(single)
     if not index_file.is_file():
+        if name == "model" and (directory / ADAPTER_CONFIG).is_file():
+            raise ValueError(
+                f"{directory} holds an adapter, and a whole model is needed; make one with: llamita merge {directory} "
+                "--output DIR"
+            )
         pickled = sorted(file.name for file in directory.glob("*.bin")) or sorted(
             file.name for file in directory.glob("*.pt*")
         )
@@ -264,6 +271,15 @@ def load_config(directory: Path | str) -> ModelConfig:
     return config
 
 
+def digest(directory: Path | str) -> str:
+    """One SHA-256 over the weights of a model directory."""
+    total = hashlib.sha256()
+    for file in sorted(Path(directory).glob("model*.safetensors")):
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
+
+
 def resolve_model_directory(path: Path | str) -> Path:
     """The model directory that a user means: a path, the best (else last) checkpoint of a training run, or a model's
     name on the Hugging Face hub (`owner/name` or `owner/name@revision`), which is fetched into the hub's cache.
@@ -273,7 +289,7 @@ def resolve_model_directory(path: Path | str) -> Path:
     on_hub = HUB_NAME.fullmatch(str(path))
     path = Path(path)
     for candidate in (path, path / "best", path / "last"):
-        if (candidate / "config.json").is_file():
+        if any((candidate / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
             return candidate
     if path.exists():
         raise FileNotFoundError(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from llamita.labels import default_labels, read_id2label
 from llamita.rope import RopeScaling, check_count, check_number
 
 TOO_MANY_LAYERS = 10_000
@@ -51,6 +52,8 @@ class ModelConfig:
     """On embeddings, attention weights and the output of each sublayer, while training."""
     num_labels: int = 0
     """0 is a language model; otherwise a linear classification head over the hidden states."""
+    label_names: tuple[str, ...] = ()
+    """What the labels are called, in the order of the head's rows; empty: LABEL_0, LABEL_1, ...."""
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
     pad_token_id: int | None = None
@@ -101,6 +104,8 @@ class ModelConfig:
             raise ValueError(f"dropout={self.dropout!r} must lie in [0, 1)")
         if self.num_labels < 0:
             raise ValueError(f"num_labels={self.num_labels!r} must be 0 (a language model) or more")
+        if self.label_names and not len(self.label_names) == len(set(self.label_names)) == self.num_labels:
+            raise ValueError(f"label_names={self.label_names!r} must be num_labels={self.num_labels} different names")
         if self.quantization not in get_args(Quantization):
             raise ValueError(f"quantization={self.quantization!r} must be int8, int4, or empty for none")
 
@@ -129,6 +134,11 @@ class ModelConfig:
             return ()
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the labels, those of Hugging Face where they were given none."""
+        return self.label_names or default_labels(self.num_labels)
+
     def to_dict(self, dtype: str = "float32") -> dict[str, Any]:
         """The `config.json` of a Hugging Face model of this family; `dtype` is that of the weights beside it."""
         eos = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
@@ -136,7 +146,7 @@ class ModelConfig:
         result: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("query_key_value_bias", "query_key_norm", "full_attention_layers", "num_labels", "sliding_window"):
             del result[name]
-        del result["quantization"]
+        del result["quantization"], result["label_names"]
         if self.quantization:
             result["quantization_config"] = dict(_QUANTIZATION_CONFIGS[self.quantization])
         head = "SequenceClassification" if self.num_labels else "CausalLM"
@@ -158,8 +168,8 @@ class ModelConfig:
             result["use_sliding_window"] = bool(self.sliding_window)
             result["max_window_layers"] = self.full_attention_layers if self.sliding_window else self.num_hidden_layers
         if self.num_labels:
-            result["id2label"] = {str(i): f"LABEL_{i}" for i in range(self.num_labels)}
-            result["label2id"] = {f"LABEL_{i}": i for i in range(self.num_labels)}
+            result["id2label"] = {str(i): name for i, name in enumerate(self.labels)}
+            result["label2id"] = {name: i for i, name in enumerate(self.labels)}
         return result
 
     @classmethod
@@ -189,6 +199,7 @@ class ModelConfig:
         known["num_labels"] = 0
         if "SequenceClassification" in str(values.get("architectures")):
             known["num_labels"] = len(values.get("id2label") or ()) or 2  # transformers writes no id2label for two
+            known["label_names"] = read_id2label(values.get("id2label") or {})
         return cls(**known)
 
 
@@ -201,7 +212,7 @@ _REQUIRED = tuple(name for name in _COUNTS if name != "num_key_value_heads")  # 
 # Fields that are not read under their own name.
 _DERIVED = (
     *("rope_scaling", "query_key_value_bias", "query_key_norm", "sliding_window", "full_attention_layers"),
-    "quantization",
+    *("quantization", "label_names"),
 )
 # What `config.json` says of a quantised model; -1 is a whole row.
 _QUANTIZATION_CONFIGS: Mapping[str, Mapping[str, Any]] = {

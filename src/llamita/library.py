@@ -1,5 +1,6 @@
 """The Python face of the library: `llamita.load` and `llamita.save`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -42,6 +43,7 @@ def load(
     exact: bool = False,
     engine: EngineConfig | None = None,
     draft: str = "",
+    adapters: Mapping[str, Path | str] | None = None,
 ) -> LLM:
     """Load a language model: a Hugging Face model directory, a training run, or a name on the hub (`owner/name`).
 
@@ -50,7 +52,8 @@ def load(
     GPU where there is one. PyTorch alone has `threads` (0 leaves its choice) and `exact`: logits that are the same bits
     alone and in any batch (float32 on the CPU, slower). `engine` says how much runs at once. `draft` has tokens guessed
     ahead, which changes the speed and no token: "lookup" looks for the last few tokens earlier in the text; else it is
-    the directory of a smaller model of the same vocabulary.
+    the directory of a smaller model of the same vocabulary. `adapters` (a name: its directory; PyTorch) are served over
+    the model in one batch with it, each to the requests that name it; an adapter's directory may also be the model.
 
     The result generates (`generate`, `stream`), gives logits and residual streams (`runner.forward`), and is saved by
     `save`. FileNotFoundError or ValueError, in one line, where the model is missing, broken, or of a kind that Llamita
@@ -58,12 +61,19 @@ def load(
     """
     from llamita.inference.drafting import DraftModel, PromptLookup
 
-    load_runner = load_backend(backend, device=device, threads=threads, exact=exact).load_runner
+    chosen = load_backend(backend, device=device, threads=threads, exact=exact)
+    if adapters and chosen.name != "torch":
+        raise ValueError("adapters are served by PyTorch alone; give backend=torch, or merge one with llamita merge")
+    load_runner = chosen.load_runner
     drafter: Drafter | None = PromptLookup() if draft == "lookup" else None
     if draft and drafter is None:
         drafter = DraftModel(load_runner(draft, dtype, device, threads))
     return LLM.load(
-        model, lambda directory: load_runner(directory, dtype, device, threads, exact), config=engine, drafter=drafter
+        model,
+        lambda directory, **more: load_runner(directory, dtype, device, threads, exact, **more),
+        config=engine,
+        drafter=drafter,
+        adapters=adapters,
     )
 
 

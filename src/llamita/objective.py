@@ -4,6 +4,7 @@ An objective is data: a training step turns it into a function of hidden states.
 compute it, and of the workflows, which choose it. Knows no tensor.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -54,13 +55,22 @@ class Preference:
     label_smoothing: float = 0.0
     """The share of pairs taken to be labelled the wrong way round (conservative DPO); dpo alone."""
 
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta={self.beta} must be above 0; 0.1 is usual")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing={self.label_smoothing} must be at least 0 and below 0.5")
+        if self.label_smoothing and self.form != "dpo":
+            raise ValueError(f"label_smoothing={self.label_smoothing} has a meaning for form=dpo alone; leave it out")
+
 
 @dataclass(frozen=True)
 class PolicyGradient:
     """Group-relative policy optimisation (Shao et al. 2024, arXiv:2402.03300) from sampled answers.
 
-    A row is an answer; its labels are its tokens. `extras` hold `advantages_B`, `old_log_probs_BT`, and
-    `reference_log_probs_BT` where `kl_weight` is not 0. Measures `clipped`, `ratio` and `kl`.
+    A row is an answer; its labels are its tokens. It is the unit too (`row_is_target`) where `normalization` is answer.
+    `extras` hold `advantages_B`, `old_log_probs_BT`, and `reference_log_probs_BT` where `kl_weight` is not 0. Measures
+    `clipped`, `ratio` and `kl`.
     """
 
     clip: float = 0.2
@@ -69,6 +79,12 @@ class PolicyGradient:
     """Of the divergence from the reference."""
     normalization: Literal["answer", "token"] = "answer"
     """answer: the mean over answers of each one's mean over its tokens. token: the mean over all tokens."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.clip < 1:
+            raise ValueError(f"clip={self.clip} must be above 0 and below 1; 0.2 is usual")
+        if not 0 <= self.kl_weight < math.inf:
+            raise ValueError(f"kl_weight={self.kl_weight} must not be negative; 0 leaves the reference out")
 
 
 Objective = NextToken | Classification | Preference | PolicyGradient

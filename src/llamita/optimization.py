@@ -3,7 +3,8 @@
 Numbers alone; knows nothing of frameworks, models or schedules.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -43,6 +44,8 @@ class StepMetrics:
     grad_norm: float
     targets: int
     faulty_micro_batches: tuple[int, ...] = ()
+    measures: Mapping[str, float] = field(default_factory=dict)
+    """Means over the targets of what else the objective measures."""
 
 
 def clipping_scale(norm: float, max_norm: float) -> float:

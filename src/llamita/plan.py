@@ -137,6 +137,7 @@ class ScheduledChunk:
     tables: tuple[np.ndarray, ...] = ()  # int32, a group each
     samples: tuple[SampleSpec, ...] = ()  # tokens to draw, at positions start + 1 .. end; none: fill the cache only
     targets: tuple[int, ...] = ()  # what follows tokens[0], tokens[1], ...: their log-probabilities are asked for
+    adapter: str | None = None  # the adapter that it goes through, by the runner's name for it
 
     def __post_init__(self) -> None:
         assert self.tokens, "a chunk holds at least one token"

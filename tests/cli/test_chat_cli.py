@@ -124,9 +124,8 @@ def test_a_model_without_a_template_says_so_and_takes_a_named_one(
 ) -> None:
     bare = save_model(tmp_path / "bare", None)
     assert talk(bare, "Hello\n", monkeypatch=monkeypatch) == 2
-    expected = (
-        "error: this model has no chat template; choose one of the built-in ones: chatml, r0, plain with --template\n"
-    )
+    names = "chatml, r0, plain, plain-eos"
+    expected = f"error: this model has no chat template; choose one of the built-in ones: {names} with --template\n"
     assert capsys.readouterr().err == expected
     assert talk(bare, "Hello\n", "--template", "plain", "--max-tokens", 3, monkeypatch=monkeypatch) == 0
     assert talk(bare, "Hello\n", "--template", "palin", monkeypatch=monkeypatch) == 2

@@ -315,8 +315,8 @@ def draw(framework, row, params, count):
 
 @pytest.mark.parametrize("size", [2, 61, 1000])
 def test_greedy(framework, size):
-    """At temperature 0, the token of the largest logit. Beside it comes the log-probability of each of the likeliest, the
-    logarithm of the softmax."""
+    """At temperature 0, the token of the largest logit. Beside it come the log-probabilities of the likeliest, the
+    logarithms of the softmax."""
     for seed in range(5):
         row = normal(size, seed=seed, scale=2)
         found = draw(framework, row, SamplingParams(temperature=0, top_logprobs=min(size, 50)), 1)[0]

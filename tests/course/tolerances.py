@@ -1,13 +1,12 @@
 """How far a result may be from the exact one: the one place that maps a precision to its tolerance.
 
-A tolerance is a share of the largest magnitude of the expected result. Numbers of a precision are apart by its epsilon
-(2^-23, 2^-10 and 2^-7 of their size for fp32, fp16 and bf16), an operation of one step is off by half of that, and one of
-several rounds in between: so a tolerance is a few epsilons. A whole block, or a model, is some twenty operations.
+A tolerance is a share of the largest magnitude of the expected result. Neighbouring numbers of a precision are apart by
+2^-23 (fp32), 2^-10 (fp16) or 2^-7 (bf16) of their size; rounding once is off by half of that, and an operation of
+several steps rounds in between. So OPERATION is a few such distances. BLOCK is for some twenty operations in a row.
 """
 
 import numpy as np
 
-EPSILON = {"fp32": 2.0**-23, "fp16": 2.0**-10, "bf16": 2.0**-7}
 OPERATION = {"fp32": 2e-6, "fp16": 3e-3, "bf16": 2e-2}
 BLOCK = {"fp32": 5e-6, "fp16": 6e-3, "bf16": 4e-2}
 

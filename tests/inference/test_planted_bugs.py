@@ -130,7 +130,7 @@ def _() -> Planted:
 @planted("a hit that includes the last prompt token")
 def _() -> Planted:
     right = BlockManager.find
-    return BlockManager, "find", lambda self, tokens: right(self, [*tokens, 0])
+    return BlockManager, "find", lambda self, tokens, adapter: right(self, [*tokens, 0], adapter)
 
 
 @planted("a block that keeps its prefix when it is reused")
@@ -145,8 +145,8 @@ def _() -> Planted:
 def _() -> Planted:
     right = BlockManager.find
 
-    def find(self: BlockManager, tokens: Sequence[int]) -> tuple[list[Prefix], int]:
-        found, count = right(self, tokens)
+    def find(self: BlockManager, tokens: Sequence[int], adapter: str | None) -> tuple[list[Prefix], int]:
+        found, count = right(self, tokens, adapter)
         return found, count + (count > 0 and len(tokens) > (count + 1) * self.block_size)
 
     return BlockManager, "find", find

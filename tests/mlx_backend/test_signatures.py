@@ -17,7 +17,9 @@ PACKAGE = Path(llamita.__file__).parent
 
 FILES_LACKING = {
     "exact": "bits that do not depend on the batch: MLX does not say how its kernels sum",
+    "lora": "adapters are trained and served by PyTorch; MLX opens them merged",
     "peers": "each wraps another library to verify against: transformers there, mlx-lm here",
+    "serving": "the same",
     "pickles": "PyTorch's own files, converted once for every backend",
 }
 NAMES_LACKING = {
@@ -38,6 +40,7 @@ NAMES_LACKING = {
     "sampling.nucleus_candidates": "most_probable",
     "token_counts.to_device": "memory is unified",
     "train_step.cpu_multiplies_bf16": "MLX's CPU kernels are no faster in bfloat16",
+    "weights.copy_host_arrays": "of a part of the parameters: an adapter's",
     "weights.host_from_tensor": "host_from_array",
     "weights.tensor_from_host": "array_from_host",
 }
@@ -50,8 +53,12 @@ PARAMETERS_DIFFERING = {
     "model.Llama.context": "dropout is passed, not drawn from a global generator",
     "model.Llama.hidden": "the same",
     "noise.GumbelNoise.__init__": "the type of the logits, since Metal has no float64",
+    "objectives.loss_function": "a key to draw from while training, since nothing is drawn from a global generator",
+    "objectives.classification_loss": "the same",
     "packed.PackedParameter.__init__": "owner and key: where a new array is put, since arrays do not change",
-    "runner.MlxRunner.__init__": "the device it runs on",
+    "runner.MlxRunner.__init__": "the device it runs on; no adapters",
+    "runner.MlxRunner.forward": "no adapters",
+    "runner.load_runner": "no adapters",
     "sampling.Columns.__init__": "the type of the logits",
     "token_counts.CountedRow.__init__": "counts lie elsewhere",
     "train_step.MlxTrainStep.__init__": "the device it runs on",

@@ -10,10 +10,11 @@ import pytest
 pytest.importorskip("mlx.core", reason="mlx is not installed")
 import mlx.core as mx
 
+from llamita.adapters import LoraSettings
 from llamita.config import ModelConfig
 from llamita.data import meadow
 from llamita.data.batches import NOT_SCORED, Batch
-from llamita.mlx_backend import losses
+from llamita.mlx_backend import losses, objectives, train_step
 from llamita.mlx_backend.train_step import MlxTrainStep, build_train_step
 from llamita.mlx_backend.weights import build_model
 from llamita.torch_backend.train_step import build_train_step as build_torch
@@ -62,7 +63,7 @@ def test_loss_is_nats_per_target_and_matches_the_plain_loss():
     step, data = make(), batch()
     logits = step.model(mx.array(data.tokens_BT)).logits_BTV
     plain = losses.cross_entropy(logits, mx.array(data.labels_BT)).item()
-    nats, targets = step.evaluate(data)
+    nats, targets = step.evaluate(data).nats, step.evaluate(data).targets
     assert targets == data.num_targets
     assert nats == pytest.approx(plain, rel=1e-5)
     assert step.step([data], 1e-3).loss == pytest.approx(plain / targets, rel=1e-5)
@@ -86,7 +87,7 @@ def test_the_same_run_twice_and_resumed_gives_the_same_bytes(config, precision):
         assert same(first.state(), other.state())
 
 
-def test_dropout_differs_between_steps_rows_and_micro_batches_and_leaves_the_generator_alone():
+def test_dropout_differs_between_steps_rows_and_micro_batches_and_leaves_the_generator_alone(monkeypatch):
     step, row = make(dataclasses.replace(CONFIG, dropout=0.5)), batch(rows=1)
     mx.random.seed(5)
     expected = mx.random.normal((3,))
@@ -94,13 +95,13 @@ def test_dropout_differs_between_steps_rows_and_micro_batches_and_leaves_the_gen
     assert len({step.step([row], 0.0).loss for _ in range(3)}) == 3
     assert mx.array_equal(mx.random.normal((3,)), expected)
     assert step.evaluate(row) == step.evaluate(row)
-    seen, loss = [], step.loss
+    seen = []
 
     def watched(hidden, output_weight_VD, tensors):
         seen.append(mx.stop_gradient(hidden(tensors.tokens_BT)))
-        return loss(hidden, output_weight_VD, tensors)
+        return objectives.next_token_loss(hidden, output_weight_VD, tensors)
 
-    step.loss = watched
+    monkeypatch.setattr(train_step, "loss_function", lambda *_: watched)
     step.step([row, row], 0.0)
     assert len(seen) == 2
     assert not mx.allclose(*seen)
@@ -159,13 +160,14 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone():
     assert step.optimizer.t == 1
 
 
-def test_a_gradient_that_is_not_finite_leaves_the_weights_alone():
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(monkeypatch):
     """A loss without fault whose slope at 0 is infinite."""
 
     def rooted(hidden, output_weight_VD, tensors):
-        return mx.sum(mx.sqrt(mx.abs(0.0 * output_weight_VD)))
+        return objectives.LossOutput(mx.sum(mx.sqrt(mx.abs(0.0 * output_weight_VD))), {})
 
-    step = make(loss=rooted)
+    monkeypatch.setattr(train_step, "loss_function", lambda *_: rooted)
+    step = make()
     before = step.weights()
     metrics = step.step([batch()], 1e-2)
     assert (metrics.loss, metrics.faulty_micro_batches) == (0.0, ())
@@ -194,6 +196,8 @@ def test_build_refuses_what_it_cannot_do():
         make(device="tpu")
     with pytest.raises(ValueError, match="threads=2 cannot be set"):
         make(threads=2)
+    with pytest.raises(ValueError, match="adapters are trained by PyTorch alone"):
+        make(adapter=LoraSettings())
     with pytest.raises(ValueError, match="beta1"):
         make(beta1=1.5)
     quantised = build_model(CONFIG)
@@ -230,7 +234,7 @@ def test_compiled_follows_eager():
         assert b.loss == pytest.approx(a.loss, rel=1e-5)
     assert compiled.weights().keys() == eager.weights().keys()
     assert largest_difference(compiled.weights(), eager.weights()) < 1e-5
-    assert compiled.evaluate(data[0])[0] == pytest.approx(eager.evaluate(data[0])[0], rel=1e-5)
+    assert compiled.evaluate(data[0]).nats == pytest.approx(eager.evaluate(data[0]).nats, rel=1e-5)
 
 
 @pytest.mark.medium

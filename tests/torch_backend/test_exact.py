@@ -65,7 +65,8 @@ class Served:
 
     def __init__(self, runner: TorchRunner, waves: Sequence[Sequence[Request]], drafter=None, **limits) -> None:
         """Each wave is added five steps after the one before."""
-        self.engine = Engine(runner, config=EngineConfig(**limits), drafter=drafter)
+        names = tuple(runner.serving.adapters)
+        self.engine = Engine(runner, config=EngineConfig(**limits), drafter=drafter, adapters=names)
         self.texts = {(request.id, i): list(request.prompt)
                       for wave in waves for request in wave for i in range(request.params.n)}  # fmt: skip
         self.statistics, self.rows = {}, []
@@ -121,7 +122,8 @@ def alone(runner: TorchRunner, each: Sequence[Request]) -> Alone:
     for request in each:
         for index in range(request.params.n):
             params = dataclasses.replace(request.params, n=1, seed=request.params.seed + index)
-            one = Served(runner, [[Request(0, request.prompt, params)]], blocks=200, prefix_caching=False)
+            own = dataclasses.replace(request, id=0, params=params)
+            one = Served(runner, [[own]], blocks=200, prefix_caching=False)
             found[request.id, index] = one.texts[0, 0], one.logits_of((0, 0))
     return found
 

@@ -199,5 +199,5 @@ def test_a_step_of_decoding_reads_the_bytes_that_are_stored() -> None:
 
 def test_training_is_refused() -> None:
     quantized, arrays, _ = both(CONFIG, "int8")
-    with pytest.raises(ValueError, match=r"quantised \(int8\) and cannot be trained; train the model that it"):
+    with pytest.raises(ValueError, match=r"quantised \(int8\) and cannot be trained; train an adapter over it"):
         TorchTrainStep(weights.build_model(quantized, arrays))

@@ -47,7 +47,8 @@ class ChatOptions:
     model: tyro.conf.Positional[Path]
     """A model directory, or the directory of a training run (then its best checkpoint)."""
     template: str | None = None
-    """The chat template for a model without one, or instead of its own: chatml, r0, plain, or a file of Jinja."""
+    """The chat template for a model without one, or instead of its own: chatml, r0, plain, plain-eos, or a file of
+    Jinja."""
     system: str = ""
     """A system message, read before all else."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingParams] = field(default_factory=lambda: SamplingParams(max_tokens=512))

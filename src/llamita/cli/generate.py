@@ -49,6 +49,8 @@ class GenerateOptions:
     """The file of answers for --input, a line each as they end; the same command goes on with one that was cut off."""
     template: str | None = None
     """The chat template for messages in --input, where the model has none: chatml, r0 or plain."""
+    adapter: tuple[str, ...] = ()
+    """Adapters to load over the model, NAME=PATH each. One alone continues the prompt; lines of --input name theirs."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
     echo: bool = True
     """Print the prompt before its continuation."""
@@ -64,10 +66,14 @@ def run(options: GenerateOptions) -> int:
     if options.prompt is not None and options.prompt_tokens:
         raise ValueError("both a prompt and --prompt-tokens were given; give one of them")
     prompt: str | tuple[int, ...] = options.prompt_tokens or read_prompt(options.prompt, sys.stdin)
-    llm = load(options.model, **vars(options.running))
+    adapters = named_paths(options.adapter)
+    if len(adapters) > 1:
+        raise ValueError(f"{len(adapters)} adapters were given for one prompt; give one, or a file with --input")
+    llm = load(options.model, adapters=adapters, **vars(options.running))
+    adapter = next(iter(adapters), None)
     if options.sampling.n > 1:
-        return _run_several(llm, prompt, options)
-    events = llm.events(prompt, options.sampling)
+        return _run_several(llm, prompt, adapter, options)
+    events = llm.events(prompt, options.sampling, adapter=adapter)
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows a question mark
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -100,13 +106,16 @@ def _run_file(options: GenerateOptions) -> int:
         raise ValueError("both --input and a prompt were given; give one of them")
     if not source.is_file():
         raise FileNotFoundError(f"there is no file {source}")
-    llm = load(options.model, **vars(options.running))
+    adapters = named_paths(options.adapter)
+    llm = load(options.model, adapters=adapters, **vars(options.running))
     items = batch.read_items(llm, source, options.sampling, options.template)
     made_from = {
         "model": str(options.model.resolve()) if options.model.exists() else str(options.model),
         "input": batch.digest(source),
         "options": asdict(options.sampling) | {"template": options.template},
     }
+    if adapters:
+        made_from["adapters"] = {name: str(Path(path).resolve()) for name, path in adapters.items()}
     kept, outcomes = batch.run_batch(llm, items, output, made_from)
     if kept:
         print(f"{kept} of {len(items)} are in {output} already", file=sys.stderr)
@@ -140,11 +149,22 @@ def _with_bar(outcomes: Iterator["Outcome"], total: int) -> tuple["Totals", floa
     return totals, time.perf_counter() - started
 
 
-def _run_several(llm: "LLM", prompt: str | tuple[int, ...], options: GenerateOptions) -> int:
+def named_paths(given: tuple[str, ...]) -> dict[str, str]:
+    """NAME=PATH, several of them, as a dict; ValueError for another form."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not name or not equals or not path or name in found:
+            raise ValueError(f"--adapter {text!r} must have the form NAME=PATH, each name once")
+        found[name] = path
+    return found
+
+
+def _run_several(llm: "LLM", prompt: str | tuple[int, ...], adapter: str | None, options: GenerateOptions) -> int:
     """Print `n` continuations, one after the other with an empty line between."""
     shape = harmless if sys.stdout.isatty() else str
     start = (prompt if isinstance(prompt, str) else shown(prompt, llm.tokenizer)) if options.echo else ""
-    found = llm.generate(prompt, options.sampling).continuations
+    found = llm.generate(prompt, options.sampling, adapter=adapter).continuations
     texts = [each.text if llm.tokenizer else " " + " ".join(map(str, each.token_ids)) for each in found]
     print("\n\n".join(start + shape(text) for text in texts), flush=True)
     if options.statistics:

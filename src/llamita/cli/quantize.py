@@ -6,6 +6,8 @@ from typing import Literal
 
 import tyro
 
+from llamita.plan import BackendName
+
 
 @dataclass(frozen=True)
 class QuantizeOptions:
@@ -17,15 +19,19 @@ class QuantizeOptions:
     """The directory to write."""
     to: Literal["int8", "int4"]
     """int8: a scale a row. int4: a scale for 32 numbers along the input; the embedding and the output head in int8."""
+    backend: BackendName = "auto"
+    """Which framework rounds; what is written is the same form. auto is MLX on Apple silicon where it is installed,
+    else PyTorch."""
     overwrite: bool = False
     """Replace a destination that exists."""
 
 
 def run(options: QuantizeOptions) -> None:
+    from llamita.backends import load_backend
     from llamita.cli.info import short_bytes
-    from llamita.torch_backend.weights import quantize_arrays
     from llamita.workflows.quantize import quantize
 
+    quantize_arrays = load_backend(options.backend).quantize_arrays
     done = quantize(options.model, options.output, options.to, options.overwrite, quantize_arrays)
     share = done.bytes_after / done.bytes_before
     print(f"{options.model}: {short_bytes(done.bytes_before)}")

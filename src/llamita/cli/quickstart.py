@@ -10,8 +10,27 @@ def run(config: QuickstartConfig) -> int:
 
     Interrupted, it goes on where it was when called again.
     """
+    from dataclasses import replace
+
     from llamita.backends import load_backend
     from llamita.workflows.quickstart import quickstart
 
     backend = load_backend(config.backend)
-    return quickstart(config, backend.build_train_step, backend.load_runner)
+    if config.size == "auto" and backend.name == "mlx" and backend.device == "cpu":
+        config = replace(config, size="small")
+    status = quickstart(config, backend.build_train_step, backend.load_runner)
+    if status or not config.full:
+        return status
+    from rich.console import Console
+
+    from llamita.workflows.after_pretraining import SMALL, Amounts, tune_and_report
+
+    return tune_and_report(
+        config.output,
+        config.output / "run",
+        config.seed,
+        backend.build_train_step,
+        backend.load_runner,
+        Console(highlight=False),
+        SMALL if config.size == "small" else Amounts(),
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llamita.cli.train import INTERRUPTED
+from llamita.cli.tuning import stopped, training_backend
 from llamita.workflows.sft import SftConfig
 
 
@@ -16,17 +16,11 @@ def run(config: SftConfig) -> int:
 
     Ctrl-C finishes the update, saves and ends; a second Ctrl-C ends at once.
     """
-    from llamita.backends import load_backend
-    from llamita.workflows.finetune import resumed
     from llamita.workflows.sft import sft
 
-    config = resumed(config)
-    backend = load_backend(config.backend, device=config.device, threads=config.threads)
-    result = sft(config, backend.build_train_step)
+    result = sft(config, training_backend(config))
     if result.interrupted:
-        print(f"stopped after {result.step} updates" + (f" and saved {result.checkpoint}" if result.checkpoint else ""))
-        print(f"go on with: llamita sft --output {config.output} --resume")
-        return INTERRUPTED
+        return stopped("sft", config, result)
     print(f"tuned in {result.step} updates, smoothed training loss {result.loss:.4f}; saved {result.checkpoint}")
     if result.best is not None:
         exact = result.best.measures.get("exact")

@@ -25,7 +25,8 @@ class Batch:
     tokens_BT: int32. labels_BT: int32, NOT_SCORED (-100) where nothing is scored. segments_BT: int32 of the inputs, or
     None where every row is one causal sequence (padding, if any, behind it); 0 is padding. row_ids: int64 [B], the
     rows' numbers. extras: what an objective needs besides, arrays of B rows each (see llamita/objective.py).
-    row_is_target: the loss is a mean over rows, not over scored positions.
+    row_is_target: the loss is a mean over rows, not over scored positions. figures: what the record of an update is to
+    say of the whole batch.
     """
 
     tokens_BT: np.ndarray
@@ -34,6 +35,7 @@ class Batch:
     row_ids: np.ndarray
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
     row_is_target: bool = False
+    figures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_targets(self) -> int:

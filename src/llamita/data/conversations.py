@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -88,7 +88,7 @@ def conversation(record: Any, where: str) -> Conversation:
     return Conversation(tuple({"role": role, "content": content} for role, content in said), None, where)
 
 
-def split(all_of: Iterator[Conversation], share: float, seed: int) -> tuple[list[Conversation], list[Conversation]]:
+def split(all_of: Iterable[Conversation], share: float, seed: int) -> tuple[list[Conversation], list[Conversation]]:
     """Those to train on, and a share to validate on: by a hash of what is said, so equal ones lie on one side."""
     sides: tuple[list[Conversation], list[Conversation]] = ([], [])
     for each in all_of:

@@ -1,9 +1,9 @@
 """A file of prompts through a model into a file of answers, which goes on where it was cut off.
 
-Each line of the input is an object with `prompt` (text), `prompt_tokens` or `messages`, optionally an `id` and fields
-of `SamplingParams`; each line of the output an object with the same and what was written, in the order in which they
-end. Beside the output lies a record of what it was made from, so that another input or other options are not mixed
-into it. Knows nothing of progress bars or of flags.
+Each line of the input is an object with `prompt` (text), `prompt_tokens` or `messages`, optionally an `id`, an
+`adapter` (or a `model` of the form `base:adapter`) and fields of `SamplingParams`; each line of the output an object
+with the same and what was written, in the order in which they end. Beside the output lies a record of what it was made
+from, so that another input or other options are not mixed into it. Knows nothing of progress bars or of flags.
 """
 
 import contextlib
@@ -146,7 +146,7 @@ def _parse(
     kinds = [name for name in PROMPTS if name in given]
     if len(kinds) != 1:
         raise ValueError(f"expected one of prompt, prompt_tokens and messages, got {', '.join(kinds) or 'none'}")
-    unknown = given.keys() - FIELDS.keys() - {"id", *PROMPTS}
+    unknown = given.keys() - FIELDS.keys() - {"id", "adapter", "model", *PROMPTS}
     if unknown:
         raise ValueError(f"there is no field {min(unknown)!r}")
     if "id" in given and (isinstance(given["id"], bool) or not isinstance(given["id"], str | int)):
@@ -166,7 +166,19 @@ def _parse(
         prompt = value
     else:
         raise ValueError(f"prompt={value!r:.40} must be a text")
-    return {name: given[name] for name in ("id", *kinds) if name in given}, llm.request(prompt, params)
+    repeated = {name: given[name] for name in ("id", "adapter", "model", *kinds) if name in given}
+    return repeated, llm.request(prompt, params, _adapter(given))
+
+
+def _adapter(given: dict[str, Any]) -> str | None:
+    """The adapter that a line asks for: by `adapter`, or by `model` after a colon."""
+    for name in ("adapter", "model"):
+        if not isinstance(given.get(name), str | None):
+            raise ValueError(f"{name}={given[name]!r:.40} must be a text")
+    after_colon = (given.get("model") or "").rpartition(":")[2] if ":" in (given.get("model") or "") else None
+    if "adapter" in given and after_colon is not None and after_colon != given["adapter"]:
+        raise ValueError(f"adapter={given['adapter']!r} and model={given['model']!r} name two adapters")
+    return given.get("adapter") or after_colon
 
 
 def _value(name: str, value: Any) -> Any:

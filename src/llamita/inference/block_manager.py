@@ -37,6 +37,7 @@ class Prefixes:
 
     def __init__(self, key: Callable[[bytes, Sequence[int]], bytes] = chained_key) -> None:
         self._key = key
+        self._roots: dict[str, Prefix] = {}
         self._known: weakref.WeakValueDictionary[bytes, Prefix] = weakref.WeakValueDictionary()
 
     def known(self, parent: Prefix | None, tokens: Sequence[int]) -> Prefix | None:
@@ -51,6 +52,13 @@ class Prefixes:
             found = Prefix(self._key(b"" if parent is None else parent.key, tokens), parent, tuple(tokens))
             self._known.setdefault(found.key, found)
         return found
+
+    def root(self, adapter: str | None) -> Prefix | None:
+        """What the prefixes of an adapter's texts begin with, so that they are never those of another's."""
+        if adapter is None:
+            return None
+        key = hashlib.sha256(b"adapter " + adapter.encode()).digest()
+        return self._roots.setdefault(adapter, Prefix(key, None, ()))
 
 
 class BlockPool:
@@ -157,13 +165,14 @@ class BlockManager:
         """Blocks that can be had in every group."""
         return min(len(pool.free) for pool in self.pools)
 
-    def find(self, tokens: Sequence[int]) -> tuple[list[Prefix], int]:
+    def find(self, tokens: Sequence[int], adapter: str | None = None) -> tuple[list[Prefix], int]:
         """The cached prefixes of a text, and how many blocks of it can be shared, its last token never among them."""
         found: list[Prefix] = []
         if not self._caching:
             return found, 0
+        root = self.prefixes.root(adapter)
         for start in range(0, len(tokens) - self.block_size, self.block_size):
-            prefix = self.prefixes.known(found[-1] if found else None, tokens[start : start + self.block_size])
+            prefix = self.prefixes.known(found[-1] if found else root, tokens[start : start + self.block_size])
             if prefix is None:  # else it may have lost its own block, but a window sees only later ones
                 break
             found.append(prefix)
@@ -255,14 +264,16 @@ class BlockManager:
         copies, self._copies = tuple(self._copies), []
         return copies
 
-    def advance(self, tables: Tables, prefixes: list[Prefix], tokens: Sequence[int], computed: int) -> None:
+    def advance(
+        self, tables: Tables, prefixes: list[Prefix], tokens: Sequence[int], computed: int, adapter: str | None = None
+    ) -> None:
         """Take note that positions before `computed` are filled: full blocks become findable, unseen ones free."""
         if self._caching:
+            root = self.prefixes.root(adapter)
             while (len(prefixes) + 1) * self.block_size <= computed:
                 start = len(prefixes) * self.block_size
-                prefix = self.prefixes.extend(
-                    prefixes[-1] if prefixes else None, tokens[start : start + self.block_size]
-                )
+                parent = prefixes[-1] if prefixes else root
+                prefix = self.prefixes.extend(parent, tokens[start : start + self.block_size])
                 for pool, table in zip(self.pools, tables, strict=True):
                     if len(prefixes) >= table.released:
                         pool.remember(int(table.blocks[len(prefixes)]), prefix)

@@ -97,7 +97,7 @@ class DraftModel:
 
     def prepare(self, copies: Sequence[BlockCopy], reading: Sequence[ScheduledChunk]) -> None:
         """Copy what the engine copies, and read what it reads of prompts."""
-        chunks = tuple(replace(chunk, samples=(), targets=()) for chunk in reading)
+        chunks = tuple(replace(chunk, samples=(), targets=(), adapter=None) for chunk in reading)
         if chunks or copies:
             self._runner.run(Plan(chunks, tuple(copies)), self._memory)
 

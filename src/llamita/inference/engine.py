@@ -61,7 +61,8 @@ class Engine:
     """Generates for many requests at once.
 
     `tokenizer` gives text for ids; without one, events carry ids alone, and stop strings and structured output are
-    refused. `eos_token_ids` end a continuation, by default those of the model's config.
+    refused. `eos_token_ids` end a continuation, by default those of the model's config. `adapters` are the names of
+    those that the runner has.
     """
 
     def __init__(
@@ -71,11 +72,13 @@ class Engine:
         eos_token_ids: Collection[int] | None = None,
         config: EngineConfig | None = None,
         drafter: Drafter | None = None,
+        adapters: Collection[str] = (),
     ) -> None:
         if runner.config.num_labels:
             raise ValueError("this model has a classification head and cannot generate text; give a language model")
         self.config = config or EngineConfig()
         self._runner, self._tokenizer, self._drafter = runner, tokenizer, drafter
+        self.adapters = frozenset(adapters)
         self._eos = frozenset(runner.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
         self._windows = [runner.config.window(layer) for layer in range(runner.config.num_hidden_layers)]
         layout = cache_layout(runner, self.config)
@@ -96,6 +99,9 @@ class Engine:
         """Raise ValueError where this model cannot serve the request."""
         vocabulary, positions = self._runner.config.vocab_size, self._runner.config.max_position_embeddings
         length, params = len(request.prompt), request.params
+        if request.adapter is not None and request.adapter not in self.adapters:
+            known = ", ".join(sorted(self.adapters)) or "none"
+            raise ValueError(f"there is no adapter {request.adapter!r}; loaded are: {known}")
         if not length:
             raise ValueError("the prompt is empty; give at least one token")
         if length >= positions:
@@ -263,7 +269,9 @@ class Engine:
             yield one.end("error", _line(error))
 
     def _advance(self, sequence: Continuation) -> None:
-        self.manager.advance(sequence.tables, sequence.prefixes, sequence.tokens, sequence.computed)
+        self.manager.advance(
+            sequence.tables, sequence.prefixes, sequence.tokens, sequence.computed, sequence.request.adapter
+        )
 
     def _count(self, sequence: Continuation, chunk: ScheduledChunk, seconds: float) -> None:
         """Book the time of a step: as decoding once a token has been generated, else as prefill."""

@@ -15,11 +15,11 @@ through the same engine, which serves them together.
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast, overload
 
-from llamita import checkpoint, files
+from llamita import adapter_files, checkpoint, files
 from llamita.config import ModelConfig
 from llamita.inference import async_llm, many
 from llamita.inference.config import EngineConfig
@@ -35,6 +35,7 @@ VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
 
 Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams] | None
+Adapters = str | Sequence[str | None] | None
 
 
 class LLM:
@@ -47,10 +48,11 @@ class LLM:
         eos_token_ids: Collection[int] | None = None,
         config: EngineConfig | None = None,
         drafter: Drafter | None = None,
+        adapters: Collection[str] = (),
     ) -> None:
         self.runner = runner
         self.tokenizer = tokenizer
-        self.engine = Engine(runner, tokenizer, eos_token_ids, config, drafter)
+        self.engine = Engine(runner, tokenizer, eos_token_ids, config, drafter, adapters)
         self.shared = SharedEngine(self.engine)
         self._ids = itertools.count()
 
@@ -58,21 +60,29 @@ class LLM:
     def load(
         cls,
         model: Path | str,
-        load_runner: Callable[[Path], Runner],
+        load_runner: Callable[..., Runner],
         config: EngineConfig | None = None,
         drafter: Drafter | None = None,
+        adapters: Mapping[str, Path | str] | None = None,
     ) -> "LLM":
-        """Load a model directory, or the best checkpoint of a run directory, with the backend that `load_runner` is."""
+        """Load a model directory, or the best checkpoint of a run directory, with the backend that `load_runner` is.
+
+        `adapters` are served over it, each to the requests that name it.
+        """
         directory = checkpoint.resolve_model_directory(model)
-        runner = load_runner(directory)
-        found = any((directory / name).is_file() for name in VOCABULARY_FILES)
-        tokenizer = Tokenizer.load(directory) if found else None
+        runner = load_runner(directory, adapters=adapters) if adapters else load_runner(directory)
+        places = [directory]
+        if adapter_files.is_adapter(directory):  # one that others wrote may have come without a tokenizer
+            places.append(adapter_files.base_directory(directory))
+        found = [place for place in places for name in VOCABULARY_FILES if (place / name).is_file()]
+        tokenizer = Tokenizer.load(found[0]) if found else None
         if tokenizer is not None and tokenizer.vocab_size > runner.config.vocab_size:
             raise ValueError(
                 f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens and the model embeddings for "
                 f"{runner.config.vocab_size}; one of them is another model's"
             )
-        return cls(runner, tokenizer, _end_tokens(directory), config, drafter)
+        ends = _end_tokens(directory, runner.config)
+        return cls(runner, tokenizer, ends, config, drafter, tuple(adapters or ()))
 
     @property
     def config(self) -> ModelConfig:
@@ -104,25 +114,33 @@ class LLM:
 
     @overload
     def generate(  # type: ignore[overload-overlap]
-        self, prompts: str, params: Params = None, *, progress: bool = False
+        self, prompts: str, params: Params = None, *, adapter: Adapters = None, progress: bool = False
     ) -> Generation: ...
     @overload
-    def generate(self, prompts: Sequence[int], params: Params = None, *, progress: bool = False) -> Generation: ...
+    def generate(
+        self, prompts: Sequence[int], params: Params = None, *, adapter: Adapters = None, progress: bool = False
+    ) -> Generation: ...
     @overload
     def generate(
-        self, prompts: Sequence[Prompt], params: Params = None, *, progress: bool = False
+        self, prompts: Sequence[Prompt], params: Params = None, *, adapter: Adapters = None, progress: bool = False
     ) -> list[Generation]: ...
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: Params = None, *, progress: bool = False
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: Params = None,
+        *,
+        adapter: Adapters = None,
+        progress: bool = False,
     ) -> Generation | list[Generation]:
         """Continue a prompt to its end and return all of it, or do so for many at once.
 
         A text or a sequence of token ids is one prompt and gives one `Generation`; a sequence of those is many and
         gives a list in their order. With `n` above 1, a prompt's `Generation` is its first continuation and has all
-        under `continuations`. `params` are for all, or one for each; `progress` shows a bar. A prompt that cannot be
+        under `continuations`. `params` are for all, or one for each, and so is `adapter`, a name of those that were
+        loaded (None: the model itself); `progress` shows a bar. A prompt that cannot be
         served raises ValueError before any is begun; one that fails under way RuntimeError, which ends the others.
         """
-        requests = self._requests(prompts, params)
+        requests = self._requests(prompts, params, adapter)
         if many.is_one(prompts):
             return next(many.as_finished(self.shared, requests))[1]
         found: list[Generation | None] = [None] * len(requests)
@@ -131,14 +149,21 @@ class LLM:
             found[index] = generation
         return [generation for generation in found if generation is not None]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> Iterator[str]:
         """Continue the prompt and yield text as it becomes certain; RuntimeError where that fails under way."""
         if params is not None and params.n > 1:
             raise ValueError(f"n={params.n} texts cannot be one stream; read events(), which carry an index")
-        return _texts(self.events(prompt, params))
+        return _texts(self.events(prompt, params, adapter=adapter))
 
     def events(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, background: bool = False
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        background: bool = False,
     ) -> Iterator[TokenEvent]:
         """Continue the prompt and yield an event for every token. Closing the iterator ends the request.
 
@@ -146,33 +171,42 @@ class LLM:
         fails under way ends with an event whose finish reason is "error". `background` has a worker thread do the
         steps, so that Ctrl-C ends the waiting at once and never a step in its midst.
         """
-        [request] = self._requests([prompt], params)
+        [request] = self._requests([prompt], params, adapter)
         return (many.follow_in_background if background else many.follow)(self.shared, request)
 
     @overload
     async def generate_async(  # type: ignore[overload-overlap]
-        self, prompts: str, params: Params = None
+        self, prompts: str, params: Params = None, *, adapter: Adapters = None
     ) -> Generation: ...
     @overload
-    async def generate_async(self, prompts: Sequence[int], params: Params = None) -> Generation: ...
-    @overload
-    async def generate_async(self, prompts: Sequence[Prompt], params: Params = None) -> list[Generation]: ...
     async def generate_async(
-        self, prompts: Prompt | Sequence[Prompt], params: Params = None
+        self, prompts: Sequence[int], params: Params = None, *, adapter: Adapters = None
+    ) -> Generation: ...
+    @overload
+    async def generate_async(
+        self, prompts: Sequence[Prompt], params: Params = None, *, adapter: Adapters = None
+    ) -> list[Generation]: ...
+    async def generate_async(
+        self, prompts: Prompt | Sequence[Prompt], params: Params = None, *, adapter: Adapters = None
     ) -> Generation | list[Generation]:
         """`generate` for asyncio: what many tasks ask for at once is served together."""
-        requests = await asyncio.to_thread(self._requests, prompts, params)
+        requests = await asyncio.to_thread(self._requests, prompts, params, adapter)
         found = await async_llm.gather(self.shared, requests)
         return found[0] if many.is_one(prompts) else found
 
     async def stream_async(
-        self, prompt: Prompt, params: SamplingParams | None = None, buffer: int | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        buffer: int | None = None,
+        *,
+        adapter: str | None = None,
     ) -> AsyncGenerator[TokenEvent]:
         """`events` for asyncio. Leaving the iterator, or cancelling the task that reads it, ends the request.
 
         A reader that is more than `buffer` events behind is given up with RuntimeError, so that it cannot fill memory.
         """
-        [request] = await asyncio.to_thread(self._requests, [prompt], params)
+        [request] = await asyncio.to_thread(self._requests, [prompt], params, adapter)
         async with contextlib.aclosing(async_llm.follow(self.shared, request, buffer)) as events:
             async for event in events:
                 yield event
@@ -181,32 +215,34 @@ class LLM:
         """End what is open, and the thread that serves asyncio. A model that is let go of needs no closing."""
         self.shared.close()
 
-    def request(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+    def request(self, prompt: Prompt, params: SamplingParams | None = None, adapter: str | None = None) -> Request:
         """A request of the engine for a prompt, checked: ValueError where this model cannot serve it."""
-        request = Request(next(self._ids), self.encode(prompt), params or SamplingParams())
+        request = Request(next(self._ids), self.encode(prompt), params or SamplingParams(), adapter=adapter)
         self.engine.check(request)
         return request
 
-    def _requests(self, prompts: Prompt | Sequence[Prompt], params: Params) -> list[Request]:
+    def _requests(self, prompts: Prompt | Sequence[Prompt], params: Params, adapter: Adapters = None) -> list[Request]:
         """The requests of one prompt or of many, all checked before any is begun."""
         listed = cast(list[Prompt], [prompts] if many.is_one(prompts) else list(prompts))
         each = [params] * len(listed) if params is None or isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(listed):
-            raise ValueError(f"{len(listed)} prompts came with {len(each)} sampling parameters; give one, or one each")
+        names = [adapter] * len(listed) if adapter is None or isinstance(adapter, str) else list(adapter)
+        for what, given in (("sampling parameters", len(each)), ("adapters", len(names))):
+            if given != len(listed):
+                raise ValueError(f"{len(listed)} prompts came with {given} {what}; give one, or one each")
         if len(listed) == 1:
-            return [self.request(listed[0], each[0])]
+            return [self.request(listed[0], each[0], names[0])]
         requests = []
-        for index, (prompt, chosen) in enumerate(zip(listed, each, strict=True)):
+        for index, (prompt, chosen, name) in enumerate(zip(listed, each, names, strict=True)):
             try:
-                requests.append(self.request(prompt, chosen))
+                requests.append(self.request(prompt, chosen, name))
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}") from None
         return requests
 
 
-def _end_tokens(directory: Path) -> tuple[int, ...]:
+def _end_tokens(directory: Path, config: ModelConfig) -> tuple[int, ...]:
     """The ids that end a text: `generation_config.json` may name more of them than `config.json`, never fewer."""
-    ends = dict.fromkeys(checkpoint.load_config(directory).eos_token_ids)
+    ends = dict.fromkeys(config.eos_token_ids)
     file = directory / "generation_config.json"
     if file.is_file():
         value = files.read_json(file).get("eos_token_id")

@@ -29,6 +29,8 @@ class Request:
     prompt: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0
+    adapter: str | None = None
+    """The adapter over the model that it goes through; None: the model as it was loaded."""
 
 
 @dataclass

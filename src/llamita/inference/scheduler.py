@@ -139,7 +139,8 @@ class Scheduler:
         places = self.limits.max_sequences - sum(one.width for one in self.running)
         if self.running and sequence.width > places:
             return False
-        prefixes, shared = ([], 0) if sequence.params.prompt_logprobs else self.manager.find(sequence.tokens)
+        request, reread = sequence.request, sequence.params.prompt_logprobs
+        prefixes, shared = ([], 0) if reread else self.manager.find(sequence.tokens, request.adapter)
         tables = self.manager.open(prefixes)
         needed = self.manager.blocks_to_read(tables, len(sequence.tokens), self.limits.prefill_tokens)
         if self.running and needed + len(self.running) > self.manager.available:

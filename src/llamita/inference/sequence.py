@@ -89,6 +89,7 @@ class Continuation:
             tuple(table.blocks for table in self.tables),
             tuple(samples),
             targets,
+            self.request.adapter,
         )
 
     def _sample(self, position: int, allowed: np.ndarray | None) -> SampleSpec:

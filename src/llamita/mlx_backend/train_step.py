@@ -12,13 +12,13 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 
+from llamita.adapters import LoraSettings
 from llamita.architecture import InitializationName
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
@@ -26,34 +26,13 @@ from llamita.data.batches import Batch
 from llamita.mlx_backend import weights
 from llamita.mlx_backend.adamw import AdamW, AdamWSettings, clipping_scale, global_norm
 from llamita.mlx_backend.attention import Dropout
-from llamita.mlx_backend.losses import chunked_cross_entropy
 from llamita.mlx_backend.model import Linear, Llama
+from llamita.mlx_backend.objectives import LossOutput, TensorBatch, log_probs, loss_function
 from llamita.mlx_backend.runner import MlxRunner, choose_device
+from llamita.objective import LossSums, NextToken, Objective
 from llamita.optimization import StepMetrics as StepMetrics
 
 Precision = Literal["auto", "bf16", "fp32"]
-Hidden = Callable[..., mx.array]
-
-
-@dataclass(frozen=True)
-class TensorBatch:
-    """A `Batch` in arrays of MLX."""
-
-    tokens_BT: mx.array
-    labels_BT: mx.array
-    segments_BT: mx.array | None
-
-
-LossFunction = Callable[[Hidden, mx.array, TensorBatch], mx.array]
-"""(hidden, output_weight_VD, batch) -> the loss summed over the batch's targets, a float32 scalar in nats. `hidden` is
-`Llama.hidden`, with dropout where the model has it. Loss and gradient are compiled as one, so a loss is a function of
-these alone, and asks for no values while it is computed."""
-
-
-def next_token_loss(hidden: Hidden, output_weight_VD: mx.array, batch: TensorBatch) -> mx.array:
-    """-log p of every label that is scored, in nats: pre-training and instruction tuning."""
-    hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
-    return chunked_cross_entropy(hidden_BTD, output_weight_VD, batch.labels_BT)
 
 
 class MlxTrainStep:
@@ -64,21 +43,28 @@ class MlxTrainStep:
         model: Llama,
         settings: AdamWSettings | None = None,
         *,
-        loss: LossFunction = next_token_loss,
+        objective: Objective = NextToken(),  # noqa: B008 - it is frozen
+        trainable: Callable[[str], bool] = lambda name: True,
         max_grad_norm: float = 0.0,
         precision: Literal["bf16", "fp32"] = "fp32",
         seed: int = 0,
         compile: bool = False,
         device: mx.DeviceType = mx.cpu,
     ) -> None:
+        """Of the model's parameters those are trained whose canonical name is `trainable`."""
         if model.config.quantization:
             raise ValueError(
                 f"the model is quantised ({model.config.quantization}) and cannot be trained; train the model that it "
                 "was made from, then quantise that"
             )
         self.model = model
-        self.optimizer = AdamW(model.packed_parameters(), settings)
-        self.loss = loss
+        every = list(model.packed_parameters())
+        trained = [each for each in every if all(map(trainable, each.parts))]
+        if not trained:
+            raise ValueError("no parameter of the model is to be trained")
+        self.frozen = [each for each in every if not all(map(trainable, each.parts))]
+        self.optimizer = AdamW(trained, settings)
+        self.objective = objective
         self.max_grad_norm = max_grad_norm
         self.precision = precision
         self.seed = seed
@@ -93,19 +79,31 @@ class MlxTrainStep:
             rows = [int(row) for batch in micro_batches for row in batch.row_ids]
             raise ValueError(f"rows {rows} have no target to learn from; use longer documents or mode=pack")
         with mx.stream(self.device):
-            losses, gradients = self._accumulated(micro_batches, targets)
-            *sums, grad_norm = np.array(mx.stack([*losses, global_norm(gradients)])).tolist()  # here it waits
+            outputs, gradients = self._accumulated(micro_batches, targets)
+            flat = [value for output in outputs for value in (output.nats, *output.measures.values())]
+            *flat, grad_norm = np.array(mx.stack([*flat, global_norm(gradients)])).tolist()  # here it waits
+        names = list(outputs[0].measures)
+        sums = flat[:: len(names) + 1]
+        measures = {name: sum(flat[i :: len(names) + 1]) / targets for i, name in enumerate(names, 1)}
         faulty = tuple(i for i, nats in enumerate(sums) if not math.isfinite(nats))
         if not faulty and math.isfinite(grad_norm):
             with mx.stream(self.device):
                 self.optimizer.step(gradients, learning_rate, clipping_scale(grad_norm, self.max_grad_norm))
-        return StepMetrics(sum(sums) / targets, grad_norm, targets, faulty)
+        return StepMetrics(sum(sums) / targets, grad_norm, targets, faulty, measures)
 
-    def evaluate(self, batch: Batch) -> tuple[float, int]:
-        """The loss summed over the batch's targets, in nats, and their number; without dropout."""
+    def evaluate(self, batch: Batch) -> LossSums:
+        """The loss and the measures summed over the batch's targets; without dropout."""
         with mx.stream(self.device), self._parameters_kept() as parameters:
-            nats = self._loss(parameters, _arrays(batch))
-            return float(np.array(nats)), batch.num_targets
+            output = self._loss(*parameters, _arrays(batch))
+            mx.eval(output.nats, list(output.measures.values()))
+            measures = {name: float(np.array(value)) for name, value in output.measures.items()}
+            return LossSums(float(np.array(output.nats)), batch.num_targets, measures)
+
+    def log_probs(self, batch: Batch) -> np.ndarray:
+        """The log-probability of every label that is scored, float32 (B, T), 0 elsewhere; without dropout."""
+        with mx.stream(self.device), self._parameters_kept() as parameters:
+            output_weight_VD = self._take(*parameters)
+            return np.array(log_probs(self.model.hidden, output_weight_VD, TensorBatch(**_arrays(batch))))
 
     def weights(self) -> dict[str, HostArray]:
         """The float32 weights under canonical names."""
@@ -156,82 +154,95 @@ class MlxTrainStep:
                 products += 1
         return 2 * size**3 / best
 
-    def _accumulated(self, micro_batches: Sequence[Batch], targets: int) -> tuple[list[mx.array], list[mx.array]]:
-        """Each micro-batch's summed loss, and the gradients of the mean over all targets; begun, not waited for."""
-        losses: list[mx.array] = []
+    def _accumulated(self, micro_batches: Sequence[Batch], targets: int) -> tuple[list[LossOutput], list[mx.array]]:
+        """What each micro-batch gave, and the gradients of the mean over all targets; begun, not waited for."""
+        outputs: list[LossOutput] = []
         gradients: list[mx.array] = []
         with self._parameters_kept() as parameters:
-            share, key, drawn = mx.array(1 / targets, dtype=mx.float32), self._key_of_step(), None
+            share, key = mx.array(1 / targets, dtype=mx.float32), self._key_of_step()
             for batch in micro_batches:
-                if key is not None:
-                    key, drawn = mx.random.split(key)
-                (_, nats), found = self._differentiated(parameters, _arrays(batch), share, drawn)
+                key, drawn = mx.random.split(key)
+                (_, nats, measures), found = self._differentiated(*parameters, _arrays(batch), share, drawn)
                 gradients = [a + b for a, b in zip(gradients, found, strict=True)] if gradients else found
-                losses.append(nats)
+                outputs.append(LossOutput(nats, measures))
                 mx.async_eval(nats, gradients)  # begun now, so that what a micro-batch holds is soon let go
-        return losses, gradients
+        return outputs, gradients
 
     def _loss(
-        self, parameters: Sequence[mx.array], arrays: Mapping[str, mx.array], key: mx.array | None = None
-    ) -> mx.array:
-        """The loss as a function of the parameters, in the order of `optimizer.packed`, and of the batch's arrays.
+        self,
+        trained: Sequence[mx.array],
+        frozen: Sequence[mx.array],
+        arrays: Mapping[str, Any],
+        key: mx.array | None = None,
+    ) -> LossOutput:
+        """The loss as a function of the parameters and of a batch's arrays; with a key for dropout, while training."""
+        output_weight_VD = self._take(trained, frozen)
+        hidden, own_key = self.model.hidden, None
+        if key is not None:
+            key, own_key = mx.random.split(key)
+            probability = self.model.config.dropout
+            hidden = functools.partial(hidden, dropout=Dropout(probability, key) if probability else None)
+        loss = loss_function(self.objective, own_key)
+        return loss(hidden, output_weight_VD, TensorBatch(**arrays))
 
-        The model holds the parameters it was called with last; `_parameters_kept` gives it its own again.
+    def _take(self, trained: Sequence[mx.array], frozen: Sequence[mx.array]) -> mx.array:
+        """Put parameters into the model, in bf16 those of linear maps rounded; returns its output weight, as rounded.
+
+        The model holds what it was given last; `_parameters_kept` gives it its own again.
         """
-        for item, values in zip(self.optimizer.packed, parameters, strict=True):
+        for item, values in zip([*self.optimizer.packed, *self.frozen], [*trained, *frozen], strict=True):
             low = self.precision == "bf16" and isinstance(item.owner, Linear)
             item.replace(values.astype(mx.bfloat16) if low else values)
         output_weight_VD = self.model.output_weight_VD
-        if self.precision == "bf16":
-            output_weight_VD = output_weight_VD.astype(mx.bfloat16)
-        hidden: Hidden = self.model.hidden
-        if key is not None:
-            hidden = functools.partial(hidden, dropout=Dropout(self.model.config.dropout, key))
-        batch = TensorBatch(arrays["tokens_BT"], arrays["labels_BT"], arrays.get("segments_BT"))
-        return self.loss(hidden, output_weight_VD, batch)
+        return output_weight_VD.astype(mx.bfloat16) if self.precision == "bf16" else output_weight_VD
 
     def _loss_and_gradients(self) -> Callable[..., Any]:
-        """(parameters, arrays, share, key) -> ((loss x share, loss), gradients of loss x share); perhaps compiled."""
+        """(trained, frozen, arrays, share, key) -> ((loss x share, loss, measures), gradients of loss x share by the
+        trained parameters); perhaps compiled."""
 
         def weighted(
-            parameters: list[mx.array], arrays: Mapping[str, mx.array], share: mx.array, key: mx.array | None
-        ) -> tuple[mx.array, mx.array]:
-            nats = self._loss(parameters, arrays, key)
-            return nats * share, nats
+            trained: list[mx.array], frozen: list[mx.array], arrays: Mapping[str, Any], share: mx.array, key: mx.array
+        ) -> tuple[mx.array, mx.array, Mapping[str, mx.array]]:
+            output = self._loss(trained, frozen, arrays, key)
+            return output.nats * share, output.nats, output.measures
 
         function = mx.value_and_grad(weighted)
         return mx.compile(function) if self.compiled else function
 
     @contextlib.contextmanager
-    def _parameters_kept(self) -> Iterator[list[mx.array]]:
-        """The model's parameters, in the order of `optimizer.packed`; afterwards it has them again."""
-        parameters = [item.parameter for item in self.optimizer.packed]
+    def _parameters_kept(self) -> Iterator[tuple[list[mx.array], list[mx.array]]]:
+        """The model's parameters, trained and frozen; afterwards it has them again."""
+        items = [*self.optimizer.packed, *self.frozen]
+        parameters, trained = [item.parameter for item in items], len(self.optimizer.packed)
         try:
-            yield parameters
+            yield parameters[:trained], parameters[trained:]
         finally:
-            for item, values in zip(self.optimizer.packed, parameters, strict=True):
+            for item, values in zip(items, parameters, strict=True):
                 item.replace(values)
 
-    def _key_of_step(self) -> mx.array | None:
+    def _key_of_step(self) -> mx.array:
         """What dropout draws from: a function of (seed, step)."""
-        if not self.model.config.dropout:
-            return None
         digest = hashlib.sha256(f"{self.seed}/{self.optimizer.t}".encode()).digest()
         return mx.random.key(int.from_bytes(digest[:4], "little"))
 
 
-def _arrays(batch: Batch) -> dict[str, mx.array]:
-    """The fields of a `TensorBatch` that the batch has."""
-    fields = {"tokens_BT": batch.tokens_BT, "labels_BT": batch.labels_BT, "segments_BT": batch.segments_BT}
-    return {name: mx.array(values) for name, values in fields.items() if values is not None}
+def _arrays(batch: Batch) -> dict[str, Any]:
+    """The fields of a `TensorBatch`, in types that `mx.compile` takes."""
+    segments_BT = None if batch.segments_BT is None else mx.array(batch.segments_BT)
+    extras = {name: mx.array(values) for name, values in batch.extras.items()}
+    tokens_BT, labels_BT = mx.array(batch.tokens_BT), mx.array(batch.labels_BT)
+    return {"tokens_BT": tokens_BT, "labels_BT": labels_BT, "segments_BT": segments_BT, "extras": extras}
 
 
 def build_train_step(
     config: ModelConfig,
+    arrays: Mapping[str, HostArray] | None = None,
     *,
     seed: int = 0,
     initialization: InitializationName = "fan-in",
-    loss: LossFunction = next_token_loss,
+    objective: Objective = NextToken(),  # noqa: B008 - it is frozen
+    trainable: Callable[[str], bool] = lambda name: True,
+    adapter: LoraSettings | None = None,
     max_grad_norm: float = 0.0,
     precision: Precision = "auto",
     device: str = "auto",
@@ -239,7 +250,8 @@ def build_train_step(
     compile: bool | None = None,
     **settings: Any,
 ) -> MlxTrainStep:
-    """A freshly initialised model and its optimiser; `settings` are the fields of AdamWSettings.
+    """A model of the values in `arrays`, or a freshly initialised one, and its optimiser; `settings` are the fields of
+    AdamWSettings.
 
     device "auto" is the GPU where there is one, Metal's on a Mac; precision "auto" is bf16 there and fp32 on a CPU.
     `compile` None is true there too: a CPU's kernels take a C++ compiler half a minute at their first use, and updates
@@ -247,16 +259,19 @@ def build_train_step(
     """
     optimizer = AdamWSettings(**settings)
     where = choose_device(device)
+    if adapter is not None:
+        raise ValueError("adapters are trained by PyTorch alone; use --backend torch")
     if threads > 0:
         raise ValueError(f"threads={threads} cannot be set: MLX chooses its threads itself; leave it at 0")
     if precision == "auto":
         precision = "bf16" if where == mx.gpu else "fp32"
     with mx.stream(where):
-        model = weights.build_model(config, seed=seed, initialization=initialization)
+        model = weights.build_model(config, arrays, seed=seed, initialization=initialization)
         return MlxTrainStep(
             model,
             optimizer,
-            loss=loss,
+            objective=objective,
+            trainable=trainable,
             max_grad_norm=max_grad_norm,
             precision=precision,
             seed=seed,

@@ -20,6 +20,8 @@ from llamita.text.sentencepiece_codec import SentencePieceCodec
 UNKNOWN, BOS, EOS = "<unk>", "<s>", "</s>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")  # all that `save` writes
 ROLES = ("bos", "eos", "unk", "pad")
+OWN_SETTINGS = {"add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False}
+"""The tokenizer_config.json of a tokenizer trained here."""
 
 
 class Tokenizer:
@@ -99,6 +101,30 @@ class Tokenizer:
     def chat_template(self, source: str) -> None:
         self.chat_templates["default"] = source
 
+    def for_classification(self, pad_id: int | None, max_length: int, keeps_end: bool) -> "Tokenizer":
+        """The same tokenizer whose files tell how a classifier's texts are laid out: what pads them, how many tokens
+        they may have, and which side of a longer one is kept."""
+        names = {token_id: name for name, token_id in self.codec.special_tokens.items()}
+        config = {**(self._config or OWN_SETTINGS), "model_max_length": max_length}
+        config["truncation_side"] = "left" if keeps_end else "right"
+        roles = {role: getattr(self, f"{role}_id") for role in ROLES}
+        if pad_id in names:
+            config, roles = {**config, "pad_token": names[pad_id]}, {**roles, "pad": pad_id}
+        changed = Tokenizer(self.codec, config, roles)
+        changed.chat_templates = dict(self.chat_templates)
+        return changed
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that a text may have, special ones counted, where the files say so."""
+        value = self._config.get("model_max_length")
+        return value if isinstance(value, int) and value > 0 else None
+
+    @property
+    def keeps_end(self) -> bool:
+        """Which side of a text that is too long is kept: its end, or its start (as where the files do not say)."""
+        return self._config.get("truncation_side") == "left"
+
     def encode(self, text: str, bos: bool = False, eos: bool = False, allow_special: bool = False) -> list[int]:
         """The ids of a text, with the token that begins or ends a text where asked.
 
@@ -146,11 +172,7 @@ class Tokenizer:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.codec.write(directory)
-        config = dict(self._config) or {
-            "add_bos_token": False,
-            "add_eos_token": False,
-            "clean_up_tokenization_spaces": False,
-        }
+        config = dict(self._config or OWN_SETTINGS)
         if self.chat_templates.keys() == {"default"}:
             config["chat_template"] = self.chat_template
         elif self.chat_templates:

@@ -27,12 +27,27 @@ def chunked_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tens
     The logits of `chunk_size` positions exist at a time, and the gradients with respect to hidden states and head are
     taken at once, while they do: memory is chunk_size x V instead of B x T x V, and nothing is computed twice.
     """
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_BTD.dtype
-    if hidden_BTD.device.type != "cpu" and torch.is_autocast_enabled(hidden_BTD.device.type):
-        dtype = torch.get_autocast_dtype(hidden_BTD.device.type)
     labels_M = labels_BT.reshape(-1).long()
     hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    return _ChunkedCrossEntropy.apply(hidden_MD, weight_VD, labels_M, chunk_size, dtype)
+    return _ChunkedCrossEntropy.apply(hidden_MD, weight_VD, labels_M, chunk_size, _product_dtype(hidden_BTD))
+
+
+def chunked_log_probs(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, chunk_size: int = 1024) -> Tensor:
+    """log softmax(logits)[label] of each scored position, float32 (B, T), 0 elsewhere; never all logits are held.
+
+    Unlike those of a sum, the gradients of each depend on what is done with it, so the logits of a chunk are computed a
+    second time on the way back. Positions that are not scored cost nothing.
+    """
+    scored_BT = labels_BT != IGNORED
+    hidden_MD, labels_M = hidden_BTD[scored_BT], labels_BT[scored_BT].long()
+    found_M = _ChunkedLogProbs.apply(hidden_MD, weight_VD, labels_M, chunk_size, _product_dtype(hidden_BTD))
+    return torch.zeros(labels_BT.shape, dtype=torch.float32, device=found_M.device).masked_scatter(scored_BT, found_M)
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """The type in which autocast, where it is on, has matrix products computed."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -41,17 +56,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, chunk_size: int, dtype: torch.dtype
     ) -> Tensor:
         with torch.autocast(hidden_MD.device.type, enabled=False):
-            wants_gradients = any(ctx.needs_input_grad)
+            wants_hidden, wants_weight = ctx.needs_input_grad[:2]  # a frozen head has no gradient, nor its memory
+            wants_gradients = wants_hidden or wants_weight
             low_hidden_MD, low_weight_VD = hidden_MD.to(dtype), weight_VD.to(dtype)
-            grad_hidden_MD = torch.empty_like(hidden_MD) if wants_gradients else None
-            grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_gradients else None
+            grad_hidden_MD = torch.empty_like(hidden_MD) if wants_hidden else None
+            grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
             total = torch.zeros((), dtype=torch.float32, device=hidden_MD.device)
             for start in range(0, hidden_MD.shape[0], chunk_size):
                 rows = slice(start, start + chunk_size)
                 logits_MV = low_hidden_MD[rows] @ low_weight_VD.mT
                 total += _loss_and_gradient_(logits_MV, labels_M[rows, None], wants_gradients)
-                if grad_hidden_MD is not None and grad_weight_VD is not None:
+                if grad_hidden_MD is not None:
                     grad_hidden_MD[rows] = logits_MV @ low_weight_VD
+                if grad_weight_VD is not None:
                     grad_weight_VD += logits_MV.mT @ low_hidden_MD[rows]
         ctx.save_for_backward(grad_hidden_MD, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
@@ -61,7 +78,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grad_outputs
         grad_hidden_MD, grad_weight_VD = ctx.saved_tensors
-        return grad_hidden_MD * grad_output, (grad_weight_VD * grad_output).to(ctx.weight_dtype), None, None, None
+        return (
+            None if grad_hidden_MD is None else grad_hidden_MD * grad_output,
+            None if grad_weight_VD is None else (grad_weight_VD * grad_output).to(ctx.weight_dtype),
+            *(None, None, None),
+        )
 
 
 def _loss_and_gradient_(logits_MV: Tensor, labels_M1: Tensor, wants_gradients: bool) -> Tensor:
@@ -82,3 +103,41 @@ def _loss_and_gradient_(logits_MV: Tensor, labels_M1: Tensor, wants_gradients: b
             gradient.scatter_add_(-1, targets, torch.full_like(targets, -1, dtype=torch.float32))
             logits.copy_(gradient.mul_(scored))
     return total
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, chunk_size: int, dtype: torch.dtype
+    ) -> Tensor:
+        found_M = torch.empty(len(labels_M), dtype=torch.float32, device=hidden_MD.device)
+        normalizers_M = torch.empty_like(found_M)
+        with torch.autocast(hidden_MD.device.type, enabled=False):
+            low_weight_VD = weight_VD.to(dtype)
+            for start in range(0, len(labels_M), chunk_size):
+                rows = slice(start, start + chunk_size)
+                logits_MV = (hidden_MD[rows].to(dtype) @ low_weight_VD.mT).float()
+                normalizers_M[rows] = logits_MV.logsumexp(-1)
+                found_M[rows] = logits_MV.gather(-1, labels_M[rows, None])[:, 0] - normalizers_M[rows]
+        ctx.save_for_backward(hidden_MD, weight_VD, labels_M, normalizers_M)
+        ctx.chunk_size, ctx.dtype = chunk_size, dtype
+        return found_M
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient with respect to the logits of a position is grad_output * (one-hot - softmax)."""
+        (grad_M,) = grad_outputs
+        hidden_MD, weight_VD, labels_M, normalizers_M = ctx.saved_tensors
+        grad_hidden_MD = torch.empty_like(hidden_MD)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        low_weight_VD = weight_VD.to(ctx.dtype)
+        for start in range(0, len(labels_M), ctx.chunk_size):
+            rows = slice(start, start + ctx.chunk_size)
+            low_hidden_MD = hidden_MD[rows].to(ctx.dtype)
+            logits_MV = (low_hidden_MD @ low_weight_VD.mT).float()
+            gradient_MV = logits_MV.sub_(normalizers_M[rows, None]).exp_().neg_()
+            gradient_MV.scatter_add_(-1, labels_M[rows, None], torch.ones_like(grad_M[rows, None]))
+            low_gradient_MV = gradient_MV.mul_(grad_M[rows, None]).to(ctx.dtype)
+            grad_hidden_MD[rows] = (low_gradient_MV @ low_weight_VD).to(grad_hidden_MD.dtype)
+            grad_weight_VD += low_gradient_MV.mT @ low_hidden_MD
+        return grad_hidden_MD, grad_weight_VD.to(weight_VD.dtype), None, None, None

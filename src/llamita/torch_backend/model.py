@@ -23,6 +23,8 @@ from llamita.torch_backend.packed import PackedParameter, canonical_names
 from llamita.torch_backend.quantized import QuantizedEmbedding, QuantizedLinear
 
 Trace = Callable[[str, Tensor], None]
+Change = Callable[[Tensor, Tensor, bool], Tensor]
+"""(input, output, whether training) of a linear map -> its output changed by an adapter; see lora.py."""
 
 
 class ModelOutput(NamedTuple):
@@ -40,9 +42,11 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
         self.product = operations.linear
+        self.change: Change | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.weight, self.bias)
+        y = self.product(x, self.weight, self.bias)
+        return y if self.change is None else self.change(x, y, self.training)
 
 
 class Embedding(nn.Module):
@@ -193,7 +197,8 @@ class Llama(nn.Module):
         """The matrix that turns hidden states into logits: the output head's, or the embedding's where tied."""
         if self.config.num_labels:
             return self.score.weight
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return head.dequantized(head.dtype) if isinstance(head, QuantizedLinear) else head.weight
 
     def forward(
         self,
@@ -217,10 +222,12 @@ class Llama(nn.Module):
         return ModelOutput(self.logits(hidden_BTD), hidden_BTD)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
-        if self.config.quantization and not self.config.num_labels:
-            head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-            assert isinstance(head, QuantizedLinear)
-            return head.multiply(hidden_BTD)
+        if self.config.num_labels:
+            return self.score(hidden_BTD)
+        if not self.config.tie_word_embeddings:
+            return self.lm_head(hidden_BTD)
+        if isinstance(self.model.embed_tokens, QuantizedLinear):
+            return self.model.embed_tokens.multiply(hidden_BTD)
         return self.product(hidden_BTD, self.output_weight_VD)
 
     def hidden(

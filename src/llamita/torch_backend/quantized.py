@@ -1,8 +1,12 @@
 """The twins of the model's linear map and embedding whose weights are int8 or int4, with the same face.
 
-Weight and scales have their names in a checkpoint, are not trained, and keep their types whatever that of the model is.
+Weight and scales have their names in a checkpoint, are not trained, and keep their types whatever that of the model is;
+what goes in has a gradient, so that an adapter can be trained over them.
 Knows nothing of how numbers are rounded or multiplied: `quantize.py` does.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +34,7 @@ class QuantizedLinear(nn.Module):
         self.weight_scale = nn.Parameter(torch.empty(scales, dtype=torch.bfloat16), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
         self.product = operations.linear
+        self.change: Callable[[Tensor, Tensor, bool], Tensor] | None = None
         self.dtype = torch.float32
         self.kernel = False
         self.kernel_scale: Tensor | None = None  # where the weight lies in the order of the int4 kernel
@@ -55,10 +60,14 @@ class QuantizedLinear(nn.Module):
         return quantize.dequantize(self.weight, self.weight_scale, self.n_in, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(x)
+        y = self.multiply(x)
+        return y if self.change is None else self.change(x, y, self.training)
 
     def multiply(self, x: Tensor) -> Tensor:
         """(..., n_in) to (..., n_out)."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            y = _Product.apply(x.to(_autocast_dtype(x)), self)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
         rows = x.numel() // self.n_in
         if not self.kernel or rows > quantize.KERNEL_ROWS or x.dtype != self.dtype:
             return self.product(x, self.dequantized(x.dtype), self.bias)
@@ -69,6 +78,27 @@ class QuantizedLinear(nn.Module):
             y_MC = quantize.int4_product(x_MD, self.weight, self.kernel_scale)
         y = y_MC.view(*x.shape[:-1], self.n_out)
         return y if self.bias is None else y + self.bias
+
+
+class _Product(torch.autograd.Function):
+    """The product with a dequantised weight, which is made again for the backward pass rather than kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, layer.dequantized(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grad_outputs
+        return grad @ ctx.layer.dequantized(grad.dtype), None
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """The type in which a product of `x` is computed."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class QuantizedEmbedding(QuantizedLinear):

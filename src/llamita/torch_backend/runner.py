@@ -16,19 +16,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llamita import architecture, checkpoint
+from llamita import adapter_files, architecture, checkpoint
+from llamita.adapters import Adapter
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
 from llamita.plan import CacheLayout, Plan, SampledToken, SampleSpec, ScheduledChunk, StepResult
+from llamita.torch_backend import lora
 from llamita.torch_backend.exact import exact_model
 from llamita.torch_backend.kv_cache import EXACT_ROWS, PagedKVCache, PagedStep
 from llamita.torch_backend.model import Llama
 from llamita.torch_backend.sampling import Sampler
+from llamita.torch_backend.serving import Serving
 from llamita.torch_backend.weights import build_model, to_host_arrays
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CACHE_SHARE = {"cpu": 0.25, "cuda": 0.8}
 """Of the memory that is free once the weights are loaded, what keys and values may take."""
+OWN = ""  # the name of the adapter that was loaded as a model
 SCORED_ROWS = 64
 """Logits of so many positions at a time, where those of a prompt are asked for: bounds the memory they take."""
 
@@ -46,9 +50,17 @@ class TorchRunner:
 
     With `exact`, on a CPU in float32, the logits after a text are the same bits however it came there: alone or with
     others, whole or in chunks, computed again or found in the prefix cache. It is slower.
+
+    `adapters` are put on the model by name; a chunk that names none goes through `default`, or the model alone.
     """
 
-    def __init__(self, model: Llama, exact: bool = False) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        exact: bool = False,
+        adapters: Mapping[str, Adapter] | None = None,
+        default: str | None = None,
+    ) -> None:
         self.model = model
         self.config: ModelConfig = model.config
         weight = model.model.norm.weight  # never quantised: its type is that of the activations and of the cache
@@ -58,6 +70,11 @@ class TorchRunner:
             raise ValueError(f"the exact mode runs on a CPU in float32, not on {self.device.type} in {form}")
         self.exact = exact
         self._running = exact_model(model) if exact else model
+        self.serving, self.default = Serving(adapters or {}), default
+        self.serving.attach(model)
+        if exact:
+            self.serving.attach(self._running, exactly=True)
+        self._names: list[str | None] = []  # the adapters of a step's rows
         read = list(model.parameters())
         if self.config.num_labels or not self.config.tie_word_embeddings:  # of an embedding alone, one row is read
             read = [parameter for name, parameter in model.named_parameters() if "embed_tokens" not in name]
@@ -75,8 +92,13 @@ class TorchRunner:
         return int(free * CACHE_SHARE.get(self.device.type, CACHE_SHARE["cpu"]))
 
     def weights(self) -> dict[str, HostArray]:
-        """The values under canonical names, in the type they have here."""
-        return to_host_arrays(self.model)
+        """The values under canonical names, in the type they have here; those of the default adapter merged in."""
+        arrays = to_host_arrays(self.model)
+        if self.default is None:
+            return arrays
+        if self.config.quantization:
+            raise ValueError(f"an adapter over {self.config.quantization} weights is no one model; use llamita merge")
+        return dict(lora.merged_arrays(arrays, self.serving.adapters[self.default]))
 
     def allocate(self, layout: CacheLayout) -> TorchMemory:
         """Memory for the sequences of one engine."""
@@ -96,8 +118,11 @@ class TorchRunner:
         step = memory.cache.step(chunks, self.exact)
         tokens = [token for chunk in chunks for token in chunk.tokens]
         tokens_1T = torch.tensor([tokens + [0] * (step.padded - step.tokens)], device=self.device)
+        names = [self.default if chunk.adapter is None else chunk.adapter for chunk in chunks for _ in chunk.tokens]
+        self._names = names + [None] * (step.padded - step.tokens)
         with evaluation(self._running), fast_few_rows(self.device, self.dtype, step.padded):
-            hidden_TD = hidden_states(self._running, tokens_1T, step)
+            with self.serving.rows(self._names, self.device):
+                hidden_TD = hidden_states(self._running, tokens_1T, step)
             sampled = self._sample(chunks, hidden_TD, memory.sampler)
         scores = self._score(chunks, hidden_TD)
         places = {number: place for place, number in enumerate(order)}
@@ -145,11 +170,16 @@ class TorchRunner:
             hidden_RD = hidden_TD[torch.tensor(rows, device=self.device)]
         if self.exact:
             hidden_RD = F.pad(hidden_RD, (0, 0, 0, -len(rows) % EXACT_ROWS))
-        return self._running.logits(hidden_RD)[: len(rows)]
+        names = [self._names[row] for row in rows] + [None] * (len(hidden_RD) - len(rows))
+        with self.serving.rows(names, self.device):
+            return self._running.logits(hidden_RD)[: len(rows)]
 
     @torch.inference_mode()
     def forward(
-        self, tokens_BT: Sequence[Sequence[int]] | np.ndarray, capture: Sequence[str] = ()
+        self,
+        tokens_BT: Sequence[Sequence[int]] | np.ndarray,
+        capture: Sequence[str] = (),
+        adapter: str | None = None,
     ) -> dict[str, np.ndarray]:
         """Logits of every position, and the residual stream at named places, as float32 arrays.
 
@@ -163,7 +193,8 @@ class TorchRunner:
                 captured[name] = x_BTD
 
         tokens = torch.as_tensor(np.asarray(tokens_BT, dtype=np.int64), device=self.device)
-        with evaluation(self.model):
+        names = [self.default if adapter is None else adapter] * tokens.numel()
+        with evaluation(self.model), self.serving.rows(names, self.device):
             logits_BTV = self.model(tokens, trace=trace).logits_BTV
         unknown = [name for name in capture if name not in captured]
         if unknown:
@@ -179,9 +210,15 @@ def hidden_states(model: Llama, tokens_1T: Tensor, step: PagedStep) -> Tensor:
 
 
 def load_runner(
-    model: Path | str, dtype: str = "auto", device: str = "auto", threads: int = 0, exact: bool = False
+    model: Path | str,
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int = 0,
+    exact: bool = False,
+    adapters: Mapping[str, Path] | None = None,
 ) -> TorchRunner:
-    """A runner over a model directory, or over the best checkpoint of a run directory.
+    """A runner over a model directory, or over the best checkpoint of a run directory; of an adapter's, over its base
+    with that adapter. `adapters` are further ones over the same base, each for the chunks that name it.
 
     `dtype` is that of weights and cache: a name in DTYPES, or "auto" for that of the file (bfloat16 for the activations
     of a quantised one, whose kernels take no other). `device` is PyTorch's, or "auto" for a GPU where there is one.
@@ -195,13 +232,19 @@ def load_runner(
         raise ValueError(f"dtype={dtype!r} is not supported; give auto or one of {', '.join(DTYPES)}")
     device = choose_device(device)
     directory = checkpoint.resolve_model_directory(model)
-    arrays = checkpoint.load_tensors(directory)
-    config = checkpoint.load_config(directory)
+    own = adapter_files.open_adapter(directory) if adapter_files.is_adapter(directory) else None
+    base = own.base if own else directory
+    arrays = checkpoint.load_tensors(base)
+    named = adapter_files.open_beside(adapters or {}, base, arrays)
+    if own is not None:
+        arrays = own.adapter.over(arrays)
+        named[OWN] = own.adapter
+    config = own.adapter.config if own else checkpoint.load_config(directory)
     if dtype == "auto":
         stored = "BF16" if config.quantization else next((array.dtype for array in arrays.values()), "F32")
         dtype = checkpoint.DTYPE_NAMES.get(stored, "float32")
     built = build_model(config, arrays, dtype=DTYPES.get(dtype, torch.float32), device=device).eval()
-    return TorchRunner(built, exact)
+    return TorchRunner(built, exact, named, OWN if own else None)
 
 
 def runner_over(config: ModelConfig, arrays: Mapping[str, HostArray], dtype: str = "float32") -> TorchRunner:

@@ -14,15 +14,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from llamita.architecture import InitializationName
+from llamita.adapters import LoraSettings
+from llamita.architecture import CLASSIFIER, InitializationName
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
 from llamita.data.batches import Batch
 from llamita.objective import LossSums, NextToken, Objective
-from llamita.torch_backend import objectives, weights
+from llamita.torch_backend import lora, objectives, weights
 from llamita.torch_backend.adamw import AdamW, AdamWSettings, clipping_scale, global_norm
 from llamita.torch_backend.model import Llama
 from llamita.torch_backend.objectives import Hidden, TensorBatch
@@ -56,20 +58,25 @@ class TorchTrainStep:
         settings: AdamWSettings | None = None,
         *,
         objective: Objective = NextToken(),  # noqa: B008 - it is frozen
-        trainable: Callable[[str], bool] = lambda name: True,
+        trainable: Callable[[str], bool] | None = None,
+        adapter: LoraSettings | None = None,
         max_grad_norm: float = 0.0,
         precision: Literal["bf16", "fp32"] = "fp32",
         seed: int = 0,
         compile: bool = False,
     ) -> None:
-        """Of the model's parameters those are trained whose canonical name is `trainable`."""
-        if model.config.quantization:
-            raise ValueError(
-                f"the model is quantised ({model.config.quantization}) and cannot be trained; train the model that it "
-                "was made from, then quantise that"
-            )
+        """Of the model's parameters those are trained whose canonical name is `trainable`: all, or with a fresh
+        `adapter` over them a classifier's head alone. What is not trained has neither gradients nor moments."""
         self.model = model
+        trainable = trainable or (lambda name: adapter is None or name == CLASSIFIER)
         packed = [each for each in model.packed_parameters() if all(map(trainable, each.parts))]
+        if any(not each.parameter.is_floating_point() for each in packed):
+            raise ValueError(
+                f"the model is quantised ({model.config.quantization}) and cannot be trained; train an adapter over it "
+                "(lora), or train the model that it was made from, then quantise that"
+            )
+        self.adapter = lora.attach_new(model, adapter, seed) if adapter else None
+        packed += self.adapter.packed() if self.adapter else []
         if not packed:
             raise ValueError("no parameter of the model is to be trained")
         for parameter in model.parameters():
@@ -100,7 +107,7 @@ class TorchTrainStep:
         with self._random_numbers_of_step():
             for batch in micro_batches:
                 with self._autocast():
-                    output = loss_function(self._hidden, self.model.output_weight_VD, self._to_device(batch))
+                    output = loss_function(*self._output(self._hidden), self._to_device(batch))
                 (output.nats / targets).backward()
                 outputs.append({"": output.nats.detach(), **output.measures})
         norm = global_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -121,13 +128,23 @@ class TorchTrainStep:
         self.model.eval()
         loss_function = objectives.loss_function(self.objective, training=False)
         with self._autocast():
-            output = loss_function(self.model.hidden, self.model.output_weight_VD, self._to_device(batch))
+            output = loss_function(*self._output(self.model.hidden), self._to_device(batch))
         measures = {name: float(value) for name, value in output.measures.items()}
         return LossSums(float(output.nats), batch.num_targets, measures)
 
+    @torch.no_grad()
+    def log_probs(self, batch: Batch) -> np.ndarray:
+        """The log-probability of every label that is scored, float32 (B, T), 0 elsewhere; without dropout."""
+        self.model.eval()
+        with self._autocast():
+            found_BT = objectives.log_probs(self.model.hidden, self.model.output_weight_VD, self._to_device(batch))
+        return found_BT.cpu().numpy()
+
     def weights(self) -> dict[str, HostArray]:
-        """The float32 weights under canonical names."""
-        return weights.to_host_arrays(self.model)
+        """The float32 weights under canonical names; with an adapter, only what is trained."""
+        if self.adapter is None:
+            return weights.to_host_arrays(self.model)
+        return {name: weights.host_from_tensor(value) for name, value in self._trained().items()}
 
     def state(self) -> dict[str, HostArray]:
         """What the next update depends on besides the weights: AdamW's moments and the number of updates made."""
@@ -135,7 +152,10 @@ class TorchTrainStep:
 
     def load_state(self, arrays: Mapping[str, HostArray], state: Mapping[str, HostArray]) -> None:
         """Go on from what weights() and state() gave; ValueError lists what is missing or misshapen."""
-        weights.load_host_arrays(self.model, arrays)
+        if self.adapter is None and not self.model.config.quantization:
+            weights.load_host_arrays(self.model, arrays)
+        else:
+            weights.copy_host_arrays(self._trained(), arrays)
         self.optimizer.load_state(state)
 
     def runner(self) -> TorchRunner:
@@ -176,6 +196,19 @@ class TorchTrainStep:
             products += 1
         return 2 * size**3 / best
 
+    def _trained(self) -> dict[str, Tensor]:
+        """What is trained, under canonical names."""
+        return {
+            part: view
+            for each in self.optimizer.packed
+            for part, view in zip(each.parts, each.split(each.parameter.detach()), strict=True)
+        }
+
+    def _output(self, hidden: Hidden) -> tuple[Hidden, Tensor]:
+        """Hidden states and the output matrix, as losses take them."""
+        weight_VD = self.model.output_weight_VD
+        return self.adapter.output(hidden, weight_VD, self.model.training) if self.adapter else (hidden, weight_VD)
+
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
@@ -210,7 +243,8 @@ def build_train_step(
     seed: int = 0,
     initialization: InitializationName = "fan-in",
     objective: Objective = NextToken(),  # noqa: B008 - it is frozen
-    trainable: Callable[[str], bool] = lambda name: True,
+    trainable: Callable[[str], bool] | None = None,
+    adapter: LoraSettings | None = None,
     max_grad_norm: float = 0.0,
     precision: Precision = "auto",
     device: str = "auto",
@@ -237,6 +271,7 @@ def build_train_step(
         optimizer,
         objective=objective,
         trainable=trainable,
+        adapter=adapter,
         max_grad_norm=max_grad_norm,
         precision=precision,
         seed=seed,

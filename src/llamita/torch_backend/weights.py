@@ -46,9 +46,10 @@ def build_model(
     if arrays is None:
         fresh = architecture.initialize(config, seed, initialization)
         host = ((name, HostArray.from_numpy(array)) for name, array in fresh)
-        _copy_values(model, quantize_arrays(config, host) if config.quantization else host)
+        _copy_values(model.canonical_state(), quantize_arrays(config, host) if config.quantization else host)
     else:
-        _copy_values(model, ((name, arrays[name]) for name in model.canonical_state()))
+        state = model.canonical_state()
+        _copy_values(state, ((name, arrays[name]) for name in state))
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.arrange(dtype)
@@ -79,12 +80,20 @@ def load_host_arrays(model: Llama, arrays: Mapping[str, HostArray]) -> None:
     """Give the parameters the values of `arrays`; ValueError lists all that is missing, extra or misshapen."""
     assert not model.config.quantization, "quantised weights may lie in a kernel's order; build the model anew"
     architecture.check_arrays(model.config, arrays)
-    _copy_values(model, ((name, arrays[name]) for name in model.canonical_state()))
-
-
-def _copy_values(model: Llama, arrays: Iterable[tuple[str, HostArray]]) -> None:
-    """Copy piece by piece, so that of a mapped file little is in memory at a time; ValueError for NaN or infinity."""
     state = model.canonical_state()
+    _copy_values(state, ((name, arrays[name]) for name in state))
+
+
+def copy_host_arrays(state: Mapping[str, Tensor], arrays: Mapping[str, HostArray]) -> None:
+    """Give some parameters the values of `arrays`; ValueError, naming them, for those missing or misshapen."""
+    faults = [name for name in state if name not in arrays or arrays[name].shape != tuple(state[name].shape)]
+    if faults:
+        raise ValueError(f"the weights lack {', '.join(faults[:5])}, or have another shape there")
+    _copy_values(state, ((name, arrays[name]) for name in state))
+
+
+def _copy_values(state: Mapping[str, Tensor], arrays: Iterable[tuple[str, HostArray]]) -> None:
+    """Copy piece by piece, so that of a mapped file little is in memory at a time; ValueError for NaN or infinity."""
     with torch.no_grad():
         for name, array in arrays:
             item = checkpoint.ITEM_BYTES[array.dtype]

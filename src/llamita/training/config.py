@@ -57,7 +57,8 @@ class TrainingConfig:
     seed: int = 0
     """Decides initialisation, the order of rows and dropout."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Type of the products; weights stay float32. auto: bf16 where the processor multiplies it, else fp32."""
+    """Type of the products; weights stay float32. auto: bf16 on a GPU, and on a CPU that multiplies it (PyTorch alone),
+    else fp32."""
     backend: BackendName = "auto"
     """The framework that computes; auto: MLX on Apple silicon where it is installed, else PyTorch."""
     device: str = "auto"
@@ -65,7 +66,7 @@ class TrainingConfig:
     threads: int = 0
     """CPU threads, with PyTorch alone; 0: as many as it takes."""
     compile: bool = False
-    """Compile the model with torch.compile: a slow first update, then faster ones."""
+    """Compile the model with torch.compile: a slow first update, then faster ones. MLX does by itself on a GPU."""
     log: tuple[LoggerName, ...] = ()
     """Log to tensorboard and/or wandb too (WANDB_MODE=offline works)."""
 
@@ -130,7 +131,9 @@ class TrainingConfig:
         resolved = self.resolved()
         values = {field.name: getattr(resolved, field.name) for field in fields(self)}
         del values["output"], values["resume"]
-        return {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in values.items()}
+        # A path that is none is the name of a model on the hub.
+        paths = {name: value for name, value in values.items() if isinstance(value, Path)}
+        return values | {name: str(path.resolve() if path.exists() else path) for name, path in paths.items()}
 
 
 INCIDENTAL_OPTIONS = frozenset(

@@ -14,8 +14,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from llamita.training import metrics
+
 PLAIN_SECONDS = 10.0
 """Between two lines of the plain display."""
+
+
+OWN = ("kind", "step", "loss", "smoothed", "learning_rate", "grad_norm", "targets")
+"""What every train record holds besides the times; the rest is what its objective measures."""
 
 
 class Display(Protocol):
@@ -116,6 +122,8 @@ def _figures(record: Mapping[str, Any]) -> list[str]:
         f"gradient {record['grad_norm']:.2f}",
         f"tokens/s {record['tokens_per_second']:,.0f}",
     ]
+    measured = [name for name in record if name not in (*OWN, *metrics.TIMES)]
+    figures += [f"{name.replace('_', '-')} {record[name]:.3f}" for name in measured]
     if record.get("utilization"):
         figures.append(f"of-peak {record['utilization']:.0%}")
     return [*figures, f"memory {record['memory_bytes'] / 1e9:.2f} GB"]

@@ -116,7 +116,7 @@ def smoothed(values: Iterable[float]) -> list[float]:
 
 
 def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, floor: float | None = None) -> None:
-    """Draw train, smoothed and validation loss over the steps as a PNG; `floor` is nats per token, a dashed line."""
+    """Draw train, smoothed and validation loss over the steps as a PNG; `floor` is nats per target, a dashed line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -124,6 +124,7 @@ def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, floor: float |
     validation = [
         (r["step"], r["loss"]) for r in records if r.get("kind") == "evaluation" and r.get("loss") is not None
     ]
+    target = next((r["target"] for r in records if "target" in r), "token")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -137,7 +138,7 @@ def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, floor: float |
     if floor is not None:
         axes.axhline(floor, color="#555555", linestyle="--", linewidth=1.2, label=f"floor {floor:.3f}")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(f"loss (nats per {target})")
     scale_losses(axes, [loss for _, loss in train + validation], floor)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -2,6 +2,7 @@
 
     RUN/run.json               what the run is: model, data, training, compared when it is resumed; its sessions
     RUN/checkpoints/step-00000100/   a Hugging Face model directory + optimizer.safetensors + train_state.json
+                               (of an adapter: PEFT's files in place of the model's)
     RUN/last, RUN/best         relative links into checkpoints/
     RUN/metrics.jsonl, loss.png, samples.txt    written by others
 
@@ -17,7 +18,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from llamita import checkpoint, files
 from llamita.checkpoint import HostArray
@@ -40,11 +41,30 @@ class Checkpoint:
     optimizer: Mapping[str, HostArray]
 
 
+class WeightFiles(Protocol):
+    """How the weights of a checkpoint become files in its directory, and how they are found there again."""
+
+    def save(self, directory: Path, config: ModelConfig, weights: Mapping[str, HostArray]) -> None: ...
+    def load(self, directory: Path) -> dict[str, HostArray]: ...
+
+
+class ModelFiles:
+    """A Hugging Face model directory."""
+
+    def save(self, directory: Path, config: ModelConfig, weights: Mapping[str, HostArray]) -> None:
+        checkpoint.save_config(directory, config)
+        checkpoint.save_tensors(directory, weights)
+
+    def load(self, directory: Path) -> dict[str, HostArray]:
+        return checkpoint.load_tensors(directory)
+
+
 class RunDirectory:
     """The directory of one run, held by one process at a time. Made by `open_run`."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: dict[str, Any], weight_files: WeightFiles | None = None) -> None:
         self.path = path
+        self.weight_files = weight_files or ModelFiles()
         self.manifest = manifest
         self.checkpoints = path / "checkpoints"
 
@@ -85,8 +105,7 @@ class RunDirectory:
             with files.atomic_directory(path, overwrite=True) as directory:
                 if tokenizer_directory is not None:
                     shutil.copytree(tokenizer_directory, directory, dirs_exist_ok=True)
-                checkpoint.save_config(directory, config)
-                checkpoint.save_tensors(directory, weights)
+                self.weight_files.save(directory, config, weights)
                 checkpoint.save_tensors(directory, optimizer, name="optimizer")
                 content = {"format": FORMAT, "step": step, **state, "files": _hashes(directory)}
                 (directory / STATE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
@@ -146,12 +165,16 @@ class RunDirectory:
             if _sha256(path / name) != digest:
                 raise ValueError(f"{name} is not what was written (its SHA-256 differs)")
         optimizer = checkpoint.load_tensors(path, name="optimizer")
-        return Checkpoint(step, path, state, checkpoint.load_tensors(path), optimizer)
+        return Checkpoint(step, path, state, self.weight_files.load(path), optimizer)
 
 
 @contextlib.contextmanager
 def open_run(
-    path: Path | str, identity: Mapping[str, Any], arguments: Mapping[str, Any], resume: bool
+    path: Path | str,
+    identity: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    resume: bool,
+    weight_files: WeightFiles | None = None,
 ) -> Iterator[RunDirectory]:
     """Hold a run's directory for this process: a new one, or with `resume` one of the same identity.
 
@@ -168,7 +191,7 @@ def open_run(
     with run_lock.locked(path):
         check(path, resume)  # again, now that nobody else can begin one
         manifest = read_manifest(path) if resume else {}  # another process may have gone on with it since
-        run = RunDirectory(path, manifest)
+        run = RunDirectory(path, manifest, weight_files)
         _remove_leftovers(path)
         # The manifest comes first: a directory without one is no run, and would be refused from then on.
         sessions = [*manifest.get("sessions", []), record.session()]

@@ -4,12 +4,16 @@ What is learned (examples, objective) is the caller's. The backend is passed in.
 """
 
 import hashlib
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llamita import checkpoint, files
+from llamita.adapter_files import AdapterFiles, BaseModel
+from llamita.adapters import ALL, LoraSettings
+from llamita.architecture import CLASSIFIER
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
 from llamita.objective import Objective
@@ -18,6 +22,7 @@ from llamita.training import loggers, run_directory
 from llamita.training.config import Config, TrainingConfig, take_over
 from llamita.training.display import Display
 from llamita.training.interfaces import Examples, OnEvaluation, TrainingResult
+from llamita.training.run_directory import RunDirectory, WeightFiles
 from llamita.training.trainer import Trainer
 from llamita.workflows.pretrain import Backend, TrainableStep, step_options
 
@@ -30,6 +35,29 @@ class FinetuneConfig(TrainingConfig):
     """The model to begin from: a directory, a training run, a name on the hub. Needed, but when resuming."""
     dropout: float = 0.0
     """On embeddings, attention weights and the output of each sublayer."""
+    tuning: Literal["full", "lora", "head"] = "full"
+    """What is trained: all of the model, a low-rank adapter over it (and a classifier's head), or that head alone."""
+    lora_rank: int = 8
+    """Rank of the adapter's matrices."""
+    lora_alpha: float = 16.0
+    """The adapter's output is multiplied by alpha / rank."""
+    lora_dropout: float = 0.0
+    """On the adapter's input."""
+    lora_targets: tuple[str, ...] = (ALL,)
+    """The linear maps to adapt: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head; all: those of
+    the blocks."""
+    lora_rank_stabilized: bool = False
+    """Multiply by alpha / sqrt(rank) instead (rsLoRA), for high ranks."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.lora()
+
+    def lora(self) -> LoraSettings:
+        """What the adapter is trained with."""
+        return LoraSettings(
+            self.lora_rank, self.lora_alpha, self.lora_dropout, tuple(self.lora_targets), self.lora_rank_stabilized
+        )
 
 
 @dataclass(frozen=True)
@@ -82,31 +110,39 @@ def finetune(
     on_evaluation: OnEvaluation | None = None,
     measure: Callable[[], Mapping[str, float]] | None = None,
     best_measure: str | None = None,
+    before: Callable[[RunDirectory], None] | None = None,
     display: Display | None = None,
 ) -> TrainingResult:
     """Train from `base` on `examples`, or go on with the run in config.output.
 
     `identity` is what decides the result besides the base and the options of training (hashes of data, for one).
     `model` is the base's config with what the kind changes (labels, special tokens). The tokenizer, chat template
-    included, is written beside every checkpoint. `step` is made from base and objective where it is not given.
+    included, is written beside every checkpoint. `step` is made from base and objective where it is not given. `before`
+    is called with the run held and the weights still those of the base, also where a run goes on.
     """
     model = model or base.config
+    _check_tuning(config, model, base)
     whole = {
         "kind": kind,
         "model": asdict(model),
         "base": base.digest(),
         **identity,
         "training": config.identity(),
+        **_tuning_identity(config),
     }
     if config.resume:  # a changed option is named before the weights are made
         run_directory.compare(run_directory.read_manifest(config.output)["identity"], whole)
     if step is None:
         assert objective is not None
         step = make_step(config, backend, model, base.arrays, objective)
-    with run_directory.open_run(config.output, whole, config.arguments(), config.resume) as run:
+    with run_directory.open_run(
+        config.output, whole, config.arguments(), config.resume, _weight_files(config, base)
+    ) as run:
         tokenizer = run.file("tokenizer")
         with files.atomic_directory(tokenizer, overwrite=True) as temporary:
             base.tokenizer.save(temporary)
+        if before is not None:
+            before(run)
         trainer = Trainer(
             config,
             model,
@@ -130,5 +166,57 @@ def make_step(
     objective: Objective,
     **more: Any,
 ) -> TrainableStep:
-    """The backend's training step over a model with values."""
-    return backend(model, arrays, objective=objective, **step_options(config), **more)
+    """The backend's training step over a model with values, all of which are trained or what config.tuning says."""
+    if config.tuning == "head" and not model.num_labels:
+        raise ValueError("--tuning head trains a classifier's head, and a language model has none; use lora or full")
+    lacking = tuning_options(config).keys() - inspect.signature(backend).parameters.keys()
+    if lacking:
+        raise ValueError(f"this backend has no --tuning {config.tuning}; use --backend torch, or --tuning full")
+    return backend(model, arrays, objective=objective, **step_options(config), **tuning_options(config), **more)
+
+
+def tuning_options(config: FinetuneConfig) -> dict[str, Any]:
+    """What a backend's `build_train_step` takes of what is to be trained."""
+    if config.tuning == "lora":
+        return {"adapter": config.lora()}
+    return {"trainable": CLASSIFIER.__eq__} if config.tuning == "head" else {}
+
+
+def _check_tuning(config: FinetuneConfig, model: ModelConfig, base: Base) -> None:
+    """Refuse, in one line, an adapter for a model that is not its base."""
+    if config.tuning != "lora":
+        return
+    config.lora().factors(model)
+    changed = [
+        f.name
+        for f in fields(model)
+        if f.name not in OF_THE_ADAPTED and getattr(model, f.name) != getattr(base.config, f.name)
+    ]
+    if changed:
+        raise ValueError(
+            f"--tuning lora leaves the model as it is, but here its {changed[0]} would change from "
+            f"{getattr(base.config, changed[0])} to {getattr(model, changed[0])}; use --tuning full"
+        )
+
+
+OF_THE_ADAPTED = (
+    *("num_labels", "label_names", "tie_word_embeddings", "dropout"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
+"""What may differ between a model and its base without another set of weights below the head."""
+
+
+def _tuning_identity(config: FinetuneConfig) -> dict[str, Any]:
+    """What of it decides a run's result."""
+    settings = asdict(config.lora()) if config.tuning == "lora" else {}
+    return {} if config.tuning == "full" else {"tuning": {"what": config.tuning, **settings}}
+
+
+def _weight_files(config: FinetuneConfig, base: Base) -> WeightFiles | None:
+    """How checkpoints are written: an adapter's as the adapter alone."""
+    if config.tuning != "lora":
+        return None
+    assert config.model is not None
+    on_hub = not config.model.exists()
+    name = str(config.model) if on_hub else str(base.directory.resolve())
+    return AdapterFiles(config.lora(), BaseModel(name, checkpoint.digest(base.directory)))

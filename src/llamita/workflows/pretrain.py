@@ -68,9 +68,10 @@ class PretrainConfig(TrainingConfig):
 
 
 class TrainableStep(TrainStep, Protocol):
-    """A `TrainStep` whose model can also generate."""
+    """A `TrainStep` whose model can also generate, and score what others wrote."""
 
     def runner(self) -> Runner: ...
+    def log_probs(self, batch: Batch) -> np.ndarray: ...
 
 
 Backend = Callable[..., TrainableStep]
@@ -138,9 +139,10 @@ def pretrain(
 
 def step_options(config: TrainingConfig) -> dict[str, Any]:
     """What a backend's `build_train_step` takes of the options that every kind of training has."""
-    names = ("seed", "precision", "device", "threads", "compile", "max_grad_norm")
+    names = ("seed", "precision", "device", "threads", "max_grad_norm")
     adamw = ("beta1", "beta2", "epsilon", "weight_decay", "bias_correction")
-    return {name: getattr(config, name) for name in names + adamw}
+    compiled = ("compile",) if config.compile else ()  # left out, a backend does what is usual with it
+    return {name: getattr(config, name) for name in names + adamw + compiled}
 
 
 def taken_over(config: PretrainConfig) -> PretrainConfig:

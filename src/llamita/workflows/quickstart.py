@@ -6,9 +6,9 @@ Every part is the one that a user's own run takes; only the choices are made her
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from rich.console import Console
@@ -44,24 +44,63 @@ class ScoringRunner(Runner, Forward, Protocol):
 LoadRunner = Callable[..., ScoringRunner]
 
 
+@dataclass(frozen=True)
+class Size:
+    """How much there is to learn, and how large a model learns it for how long."""
+
+    steps: int
+    stories: int
+    vocab_size: int
+    scored_stories: int
+    batch_size: int
+    shape: tuple[str, ...] = ()
+    """Changes to the preset `tiny`."""
+
+
+SIZES = {
+    "full": Size(steps=4000, stories=64_000, vocab_size=688, scored_stories=1000, batch_size=16),
+    "small": Size(
+        steps=400,
+        stories=4000,
+        vocab_size=400,
+        scored_stories=100,
+        batch_size=8,
+        shape=("hidden_size=64", "intermediate_size=256", "num_hidden_layers=2"),
+    ),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuickstartConfig:
     """What `llamita quickstart` takes."""
 
     output: Path = Path("runs/quickstart")
     """Directory for all of it: tokenizer, data, the training run, the report. An unfinished one is gone on with."""
-    steps: int = 4000
-    """Updates. Fewer for a quick look; the scores need all of them."""
-    stories: int = 64000
-    """Training stories to generate; a validation share more."""
-    vocab_size: int = 688
-    """Size of the tokenizer's vocabulary."""
-    scored_stories: int = 1000
-    """Stories to sample and to check; as many validation stories are predicted."""
+    full: bool = False
+    """Then tune the model too: to answer questions, to prefer right answers to wrong ones, to tell happy stories from
+    sad ones; and write a report of each run."""
+    size: Literal["auto", "full", "small"] = "auto"
+    """full: a model of a million parameters that learns Meadow well; small: one of 180,000 that begins to, for where
+    even the other takes long. auto: small with MLX on a CPU, which MLX is not made for, else full."""
+    steps: int = 0
+    """Updates; 0: as many as the size has, 4,000 or 400. Fewer for a quick look; the scores need all of them."""
+    stories: int = 0
+    """Training stories to generate, and a validation share more; 0: as the size has, 64,000 or 4,000."""
+    vocab_size: int = 0
+    """Size of the tokenizer's vocabulary; 0: as the size has, 688 or 400."""
+    scored_stories: int = 0
+    """Stories to sample and to check, and as many validation stories to predict; 0: as the size has, 1,000 or 100."""
     backend: BackendName = "auto"
     """The framework that computes; auto: MLX on Apple silicon where it is installed, else PyTorch."""
     seed: int = 0
     """Decides the stories, the initial weights, their order, and what is sampled."""
+
+    def resolved(self) -> "QuickstartConfig":
+        """The same with what the size decides filled in; "auto" is full unless somebody has said otherwise."""
+        size: Literal["full", "small"] = "small" if self.size == "small" else "full"
+        names = ("steps", "stories", "vocab_size", "scored_stories")
+        values = {name: getattr(self, name) or getattr(SIZES[size], name) for name in names}
+        return replace(self, size=size, **values)
 
 
 @dataclass(frozen=True)
@@ -81,7 +120,10 @@ class Report:
 
 def quickstart(config: QuickstartConfig, backend: Backend, load_runner: LoadRunner) -> int:
     """Run all parts, those of an earlier call excepted, and print what came out; the exit status."""
+    config = config.resolved()
     console = Console(highlight=False)
+    if config.size == "small":
+        console.print("The small size: a model that begins to learn, in a few minutes; --size full is the whole")
     tokenizer, data, run = config.output / "tokenizer", config.output / "data", config.output / "run"
     if not tokenizer.exists():
         console.print(f"[bold]1. A tokenizer[/] of {config.vocab_size} tokens, from {TOKENIZER_STORIES:,} stories")
@@ -102,7 +144,8 @@ def quickstart(config: QuickstartConfig, backend: Backend, load_runner: LoadRunn
         )
     floor = meadow.floor(meadow.corpus(config.seed, config.scored_stories, "validation"))
     if not (run / "run.json").exists() or _steps_done(run) < config.steps:
-        console.print("[bold]3. A model[/] of about a million parameters; no model can have a loss below ", end="")
+        parameters = "180,000" if config.size == "small" else "a million"
+        console.print(f"[bold]3. A model[/] of about {parameters} parameters; no model can have a loss below ", end="")
         console.print(f"{floor.nats_per_character:.4f} nats a character here")
         result = pretrain(training_options(config, data, run), backend, floor=floor.nats_per_character)
         if result.interrupted:
@@ -123,10 +166,11 @@ def training_options(config: QuickstartConfig, data: Path, run: Path) -> Pretrai
         output=run,
         resume=(run / "run.json").exists(),
         preset="tiny",
+        set=SIZES[config.size].shape,
         mode="pad",
         sequence_length=max(split.longest_document for split in splits) - 1,
         steps=config.steps,
-        batch_size=16,
+        batch_size=SIZES[config.size].batch_size,
         learning_rate=6e-3,
         minimum_learning_rate=0.0,
         # The sum of the rates, more than anything, decides how little probability is left on words that cannot come;

@@ -6,7 +6,7 @@ where lies in data/conversations.py, what becomes a row in data/examples.py. The
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -115,8 +115,8 @@ def sft(
     train_source, validation_source = data_sources(config)
     base = load_base(config)
     config, chat = learn_template(config, base)
-    train, held_out = read(config, train_source, validation_source)
-    encoded = [encode(chat, each, _longest(config, base.config), config.too_long) for each in (train, held_out)]
+    longest = _longest(config, base.config)
+    encoded, held_out = read(config, chat, longest, train_source, validation_source)
     rows = make_rows(config, encoded, base)
     report(f"training: {encoded[0].counts}, in {len(rows[0]):,} rows of {rows[0].block - 1} tokens")
     report(f"validation: {encoded[1].counts}, in {len(rows[1]):,} rows")
@@ -214,12 +214,15 @@ def learn_template(config: SftConfig, base: Base) -> tuple[SftConfig, Chat]:
 
 
 def read(
-    config: SftConfig, source: ConversationSource, validation: ConversationSource | None
-) -> tuple[list[Conversation], list[Conversation]]:
-    """All conversations: those to train on, those to validate on."""
-    if validation is not None:
-        return list(talks.conversations(source)), list(talks.conversations(validation))
-    return talks.split(talks.conversations(source), config.validation_share, config.seed)
+    config: SftConfig, chat: Chat, longest: int, source: ConversationSource, validation: ConversationSource | None
+) -> tuple[list[EncodedConversations], list[Conversation]]:
+    """What to train on and what to validate on, as tokens; and the latter as they were said."""
+    train: Iterable[Conversation] = talks.conversations(source)
+    if validation is None:
+        train, held_out = talks.split(train, config.validation_share, config.seed)
+    else:
+        held_out = list(talks.conversations(validation))
+    return [encode(chat, each, longest, config.too_long) for each in (train, held_out)], held_out
 
 
 def make_rows(config: SftConfig, encoded: Sequence[EncodedConversations], base: Base) -> list[ConversationRows]:

@@ -1,0 +1,283 @@
+"""`llamita classify train|evaluate|predict|zero-shot`: flags and what is printed; the work lies in workflows/ and
+evaluation/."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from llamita.cli.train import INTERRUPTED
+from llamita.plan import BackendName
+from llamita.workflows.classify import ClassifyConfig
+
+if TYPE_CHECKING:
+    from llamita.evaluation.classification import Report
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+def train(config: ClassifyConfig) -> int:
+    """Tune a language model to label texts, or carry on an interrupted run.
+
+    Examples:
+      llamita classify train --model RUN --data meadow --output CLASSIFIER
+      llamita classify train --model RUN --data train.txt --validation dev.txt --label-mapping labels.json \\
+        --output CLASSIFIER --seeds 0 1 2 3 4
+      llamita classify train --output CLASSIFIER --resume
+
+    Ctrl-C finishes the update, saves and ends; a second Ctrl-C ends at once.
+    """
+    from llamita.backends import load_backend
+    from llamita.workflows.classify import ACCURACY, train_classifier
+    from llamita.workflows.classify_seeds import over_seeds, train_seeds, with_options_of_run
+
+    config = with_options_of_run(config)
+    backend = load_backend(config.backend, device=config.device, threads=config.threads)
+    if over_seeds(config):
+        found = train_seeds(config, backend.build_train_step)
+        if found.interrupted:
+            return _go_on(config.output)
+        each = ", ".join(f"{value:.4f}" for value in found.accuracies)
+        print(f"validation accuracy of {len(found.accuracies)} seeds: {each}")
+        print(f"mean {found.mean:.4f}, standard deviation {found.deviation:.4f}; in {config.output / 'seeds.json'}")
+        return 0
+    result = train_classifier(config, backend.build_train_step)
+    if result.interrupted:
+        return _go_on(config.output)
+    print(f"trained {result.step} updates, smoothed training loss {result.loss:.4f}; saved {result.checkpoint}")
+    if result.best is not None:
+        accuracy = result.best.measures[ACCURACY]
+        print(f"best validation accuracy {accuracy:.4f} at step {result.best.step}: {config.output / 'best'}")
+    print(f"measure it with: llamita classify evaluate {config.output} --data FILE --output DIRECTORY")
+    return 0
+
+
+def _go_on(output: Path) -> int:
+    print(f"stopped; go on with: llamita classify train --output {output} --resume")
+    return INTERRUPTED
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Measure a tuned model: accuracy, F1, the confusion of labels, calibration."""
+
+    model: tyro.conf.Positional[Path]
+    """A model directory, or a training run (then its best checkpoint)."""
+    data: tuple[str, ...]
+    """Labelled texts: files (label ||| sentence, .csv, .jsonl), meadow[:COUNT] (its validation stories),
+    hub:NAME[:CONFIG][@SPLIT]."""
+    output: Path | None = None
+    """A new directory for evaluation.json, confusion.png and reliability.png. Left out: they are not kept."""
+    text_field: str = "text"
+    """The column or field of a text in CSV, JSON lines and hub datasets."""
+    label_field: str = "label"
+    """That of its label."""
+    dtype: Dtype = "auto"
+    """Type of the weights; auto is that of the file."""
+    backend: BackendName = "auto"
+    """Which framework computes; auto is MLX on Apple silicon where it is installed, else PyTorch."""
+    device: str = "auto"
+    """cpu or cuda with PyTorch, cpu or gpu with MLX; auto takes a GPU if there is one."""
+
+
+def evaluate(options: EvaluateOptions) -> None:
+    from llamita.backends import load_backend
+    from llamita.data.labelled import Fields, read_labelled
+    from llamita.evaluation.classification import classification_report
+    from llamita.workflows.classify import Classifier
+
+    _check_output(options.output)
+    backend = load_backend(options.backend, device=options.device)
+    model = Classifier.load(options.model, backend.load_runner, options.dtype, options.device)
+    fields = Fields(options.text_field, options.label_field)
+    texts = read_labelled(options.data, "validation", model.config.labels, fields)
+    encoded = model.encode(texts.texts, texts.source)
+    print(_context(len(texts), encoded.truncated, encoded.context, model.keep))
+    report = classification_report(model.log_probabilities(encoded), texts.labels, texts.names)
+    about = {"model": str(model.directory), "data": list(options.data), "context": encoded.context}
+    _show(report, options.output, about | {"truncated": encoded.truncated, "keep": model.keep})
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Label texts with a tuned model. Labels that the texts have already are not looked at."""
+
+    model: tyro.conf.Positional[Path]
+    """A model directory, or a training run (then its best checkpoint)."""
+    data: tuple[str, ...] = ()
+    """Texts: files (a text a line, or label ||| sentence; .csv, .jsonl), meadow[:COUNT], hub:NAME[:CONFIG][@SPLIT]."""
+    text: str | None = None
+    """One text, in place of data; the probability of each label is printed."""
+    output: Path | None = None
+    """The file to write, a line `label ||| sentence` for each text. Left out: they are printed."""
+    names: bool = False
+    """Write the labels' names in place of their numbers."""
+    overwrite: bool = False
+    """Replace a file that exists."""
+    text_field: str = "text"
+    """The column or field of a text in CSV, JSON lines and hub datasets."""
+    dtype: Dtype = "auto"
+    """Type of the weights; auto is that of the file."""
+    backend: BackendName = "auto"
+    """Which framework computes; auto is MLX on Apple silicon where it is installed, else PyTorch."""
+    device: str = "auto"
+    """cpu or cuda with PyTorch, cpu or gpu with MLX; auto takes a GPU if there is one."""
+
+
+def predict(options: PredictOptions) -> None:
+    import math
+    import sys
+
+    from llamita import files
+    from llamita.backends import load_backend
+    from llamita.data.labelled import SEPARATOR, Fields, read_records
+    from llamita.workflows.classify import Classifier
+
+    if (options.text is None) == (not options.data):
+        raise ValueError("give either --data, texts to label, or --text, one text")
+    if options.output and options.output.exists() and not options.overwrite:
+        raise FileExistsError(f"{options.output} exists already; choose another name, or pass --overwrite")
+    backend = load_backend(options.backend, device=options.device)
+    model = Classifier.load(options.model, backend.load_runner, options.dtype, options.device)
+    labels = model.config.labels
+    if options.text is not None:
+        (log_p,) = model.log_probabilities(model.encode([options.text], "--text"))
+        for number in (-log_p).argsort(kind="stable"):
+            print(f"{labels[number]}  {math.exp(log_p[number]):.4f}")
+        return
+    fields = Fields(options.text_field)
+    records = [record for each in options.data for record in read_records(each, "validation", fields, labelled=False)]
+    encoded = model.encode([record.text for record in records], ", ".join(options.data))
+    predicted = model.log_probabilities(encoded).argmax(axis=1)
+    lines = [
+        f"{labels[label] if options.names else label} {SEPARATOR} {' '.join(record.text.split())}\n"
+        for label, record in zip(predicted, records, strict=True)
+    ]
+    print(_context(len(records), encoded.truncated, encoded.context, model.keep), file=sys.stderr)
+    if any(record.label is not None for record in records):
+        print("the labels in the data were not looked at; llamita classify evaluate scores them", file=sys.stderr)
+    if options.output is None:
+        print("".join(lines), end="")
+        return
+    with files.atomic_file(options.output, options.overwrite) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
+    print(f"wrote {len(lines)} lines to {options.output}")
+
+
+@dataclass(frozen=True)
+class ZeroShotOptions:
+    """Label texts with a language model as it is, by which label it finds likeliest after a question."""
+
+    model: tyro.conf.Positional[Path]
+    """A model directory, or a training run (then its best checkpoint)."""
+    data: tuple[str, ...]
+    """Labelled texts: files (label ||| sentence, .csv, .jsonl), meadow[:COUNT] (its validation stories),
+    hub:NAME[:CONFIG][@SPLIT]."""
+    label_mapping: Path | None = None
+    """A JSON list of the labels' names in the order of their numbers, or an object of their numbers."""
+    labels: tuple[str, ...] = ()
+    """The words that stand for the labels in their order. Left out: the labels' names."""
+    suffix: str | None = None
+    """What follows a text; the label follows after a space. Left out: Is this movie LABELS? This movie is"""
+    score: Literal["sum", "mean"] = "sum"
+    """Of the log-probabilities of a label's tokens."""
+    calibrate: bool = False
+    """Divide by the probabilities that texts without content get (Zhao et al. 2021)."""
+    sequence_length: int = 0
+    """Tokens of text, question and label together; 0: as many as the model has positions."""
+    keep: Literal["end", "start"] = "end"
+    """Which side of a longer text is kept; its question is kept whole."""
+    output: Path | None = None
+    """A new directory for evaluation.json, confusion.png and reliability.png. Left out: they are not kept."""
+    text_field: str = "text"
+    """The column or field of a text in CSV, JSON lines and hub datasets."""
+    label_field: str = "label"
+    """That of its label."""
+    dtype: Dtype = "auto"
+    """Type of the weights; auto is that of the file."""
+    backend: BackendName = "auto"
+    """Which framework computes; auto is MLX on Apple silicon where it is installed, else PyTorch."""
+    device: str = "auto"
+    """cpu or cuda with PyTorch, cpu or gpu with MLX; auto takes a GPU if there is one."""
+
+
+def zero_shot(options: ZeroShotOptions) -> None:
+    from llamita import checkpoint
+    from llamita.backends import load_backend
+    from llamita.data.labelled import Fields, read_labelled, read_mapping
+    from llamita.evaluation import zero_shot as asking
+    from llamita.evaluation.classification import classification_report
+    from llamita.text.tokenizer import Tokenizer
+    from llamita.workflows.classify import context_length
+
+    _check_output(options.output)
+    backend = load_backend(options.backend, device=options.device)
+    directory = checkpoint.resolve_model_directory(options.model)
+    config = checkpoint.load_config(directory)
+    if config.num_labels:
+        raise ValueError(f"{directory} has a classification head: llamita classify evaluate measures it")
+    length = context_length(options.sequence_length, config)
+    names = read_mapping(options.label_mapping) if options.label_mapping else options.labels
+    texts = read_labelled(options.data, "validation", names, Fields(options.text_field, options.label_field))
+    words = options.labels or texts.names
+    if len(words) != len(texts.names):
+        raise ValueError(f"--labels has {len(words)} words, but there are {len(texts.names)} labels")
+    suffix = asking.default_suffix(words) if options.suffix is None else options.suffix
+    print(f"question: {suffix.rstrip()} {'|'.join(words)}")
+    found = asking.zero_shot(
+        backend.load_runner(directory, options.dtype, options.device),
+        Tokenizer.load(directory),
+        texts.texts,
+        words,
+        suffix=suffix,
+        length=length,
+        vocab_size=config.vocab_size,
+        keep=options.keep,
+        reduction=options.score,
+        calibrate=options.calibrate,
+    )
+    print(_context(len(texts), found.truncated, length, options.keep))
+    report = classification_report(found.log_probabilities, texts.labels, texts.names)
+    about = {"model": str(directory), "data": list(options.data), "context": length, "truncated": found.truncated}
+    about |= {"suffix": suffix, "words": list(words), "score": options.score, "calibrated": options.calibrate}
+    _show(report, options.output, about)
+
+
+def _check_output(output: Path | None) -> None:
+    """Refuse before the work is done, not after."""
+    if output is not None and output.exists():
+        raise FileExistsError(f"{output} exists already; choose another --output")
+
+
+def _context(texts: int, truncated: int, context: int, keep: str) -> str:
+    cut = f"{truncated} cut, their {keep} kept" if truncated else "none is cut"
+    return f"{texts} texts, context of {context} tokens: {cut}"
+
+
+def _show(report: Report, output: Path | None, about: dict[str, object]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from llamita.evaluation.classification import write_report
+
+    table = Table(box=None, pad_edge=False)
+
+    for name in ("label", "texts", "predicted", "precision", "recall", "F1"):
+        table.add_column(name, justify="left" if name == "label" else "right")
+    for each in report.labels:
+        figures = (each.precision, each.recall, each.f1)
+        table.add_row(each.label, str(each.texts), str(each.predicted), *(f"{figure:.4f}" for figure in figures))
+    Console(highlight=False, markup=False).print(table)
+    print(
+        f"accuracy          {report.accuracy:.4f} (standard error {report.standard_error:.4f}; "
+        f"the most frequent label alone {report.majority:.4f})\n"
+        f"macro F1          {report.macro_f1:.4f}\n"
+        f"loss              {report.loss:.4f} nats per text\n"
+        f"calibration error {report.calibration_error:.4f}"
+    )
+    if output is not None:
+        write_report(output, report, about)
+        print(f"wrote {output}: evaluation.json, confusion.png, reliability.png")

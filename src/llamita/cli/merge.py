@@ -1,0 +1,32 @@
+"""`llamita merge`: an adapter merged into its base, as a model directory of its own."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """Write an adapter and the model that it was trained over as one ordinary model."""
+
+    adapter: tyro.conf.Positional[Path]
+    """An adapter's directory, or the training run of one (then its best checkpoint)."""
+    output: Path
+    """The directory to write."""
+    base: Path | None = None
+    """A copy of the model that it was trained over, where that has been moved."""
+    overwrite: bool = False
+    """Replace a destination that exists."""
+
+
+def run(options: MergeOptions) -> None:
+    from llamita.torch_backend.lora import merged_arrays
+    from llamita.workflows.adapters import merge
+
+    opened = merge(options.adapter, options.output, options.overwrite, merged_arrays, options.base)
+    ranks = sorted({one.rank for one in opened.adapter.factors.values()})
+    print(
+        f"{options.output}: {opened.base} with {len(opened.adapter.factors)} linear maps changed, "
+        f"rank {', '.join(map(str, ranks))}"
+    )

@@ -1,0 +1,28 @@
+"""What the verbs that tune a model share: the backend of a run, and what is said of one that was stopped."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llamita.cli.train import INTERRUPTED
+
+if TYPE_CHECKING:
+    from llamita.training.config import TrainingConfig
+    from llamita.training.interfaces import TrainingResult
+    from llamita.workflows.pretrain import Backend
+
+
+def training_backend(config: TrainingConfig) -> Backend:
+    """The `build_train_step` that a run takes; one that is resumed takes over what it was begun with."""
+    from llamita.backends import load_backend
+    from llamita.workflows.finetune import resumed
+
+    config = resumed(config)
+    return load_backend(config.backend, device=config.device, threads=config.threads).build_train_step
+
+
+def stopped(verb: str, config: TrainingConfig, result: TrainingResult) -> int:
+    """Say how a run that Ctrl-C stopped goes on; the exit status."""
+    print(f"stopped after {result.step} updates" + (f" and saved {result.checkpoint}" if result.checkpoint else ""))
+    print(f"go on with: llamita {verb} --output {config.output} --resume")
+    return INTERRUPTED

@@ -1,0 +1,276 @@
+"""Pairs of answers, one preferred to the other: where they come from, and how they become rows of one length.
+
+A record has `prompt`, `chosen` and `rejected`, each a text or messages, or `chosen` and `rejected` as two conversations
+that begin alike. Laid out by a chat template or as plain text, the two answers of a pair are rows of their own, in
+which the answer alone is scored. Knows nothing of models, and of what the reference thinks of an answer only the name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+
+from llamita.data import meadow_tasks, sources
+from llamita.data.batches import Batch, BatchIterator, collate
+from llamita.data.conversations import MEADOW, ConversationSource
+from llamita.data.packing import Row, RowsConfig
+from llamita.text.chat import Chat
+from llamita.text.tokenizer import Tokenizer
+
+FORMS = '{"prompt": ..., "chosen": ..., "rejected": ...}, each a text or a list of messages'
+
+Messages = tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Preference:
+    """What was said, two ways to go on of which the first is preferred, and where that stands."""
+
+    prompt: Messages
+    chosen: Messages
+    rejected: Messages
+    where: str
+
+
+def preferences(source: ConversationSource) -> Iterator[Preference]:
+    """The pairs of a source, in order; ValueError or OSError, in one line, that names the place."""
+    source.check()
+    if source.meadow is not None:
+        assert source.limit is not None
+        made = meadow_tasks.preferences(source.seed, source.limit, source.meadow)
+        records: Iterator[tuple[Any, str]] = ((record, f"{MEADOW}, number {i}") for i, record in enumerate(made))
+    elif source.dataset:
+        records = sources.hub_records(source.dataset, source.dataset_config, source.dataset_split)
+    else:
+        records = chain.from_iterable(sources.json_records(path) for path in source.files)
+    return (preference(record, where) for record, where in islice(records, source.limit))
+
+
+def preference(record: Any, where: str) -> Preference:
+    """The pair that a record holds; ValueError that says what was expected there."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is {type(record).__name__}, not an object; expected {FORMS}")
+    if "chosen" not in record or "rejected" not in record:
+        raise ValueError(f"{where} has the fields {sorted(record)}; expected {FORMS}")
+    chosen, rejected = (messages(record[name], "assistant", f"{where}: {name}") for name in ("chosen", "rejected"))
+    if "prompt" in record:
+        prompt = messages(record["prompt"], "user", f"{where}: prompt")
+        chosen, rejected = (
+            each[len(prompt) :] if each[: len(prompt)] == prompt else each for each in (chosen, rejected)
+        )
+    else:
+        alike = [one == other for one, other in zip(chosen, rejected, strict=False)]
+        shared = alike.index(False) if False in alike else len(alike)
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        if not prompt:
+            raise ValueError(f"{where} has no prompt, and chosen and rejected do not begin alike; expected {FORMS}")
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if not answer or answer[0]["role"] != "assistant":
+            raise ValueError(f"{where}: {name} must go on from the prompt with a message of the assistant")
+    return Preference(prompt, chosen, rejected, where)
+
+
+def messages(value: Any, role: str, where: str) -> Messages:
+    """A text as a message of `role`, or messages as they are; ValueError for anything else."""
+    if isinstance(value, str):
+        return ({"role": role, "content": value},)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{where} is {type(value).__name__}; expected a text or a list of messages")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"{where} holds {message!r:.100}; a message is an object with a role and a content")
+        if not isinstance(message.get("content"), str | list):
+            raise ValueError(
+                f"{where} has a message whose content is {type(message.get('content')).__name__}, not text"
+            )
+    return tuple(value)
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How what was said becomes tokens: by a chat template, or, where there is none, as one text after the other."""
+
+    tokenizer: Tokenizer
+    chat: Chat | None
+
+    def prompt(self, said: Messages) -> tuple[int, ...]:
+        """The tokens that an answer goes on from."""
+        if self.chat is not None:
+            return self.chat.encode(said).tokens
+        return tuple(self.tokenizer.encode(plain(said), bos=self.tokenizer.bos_id is not None))
+
+    def answered(self, said: Messages, answer: Messages) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of a prompt and its answer, int32, and which of them the answer is, its end included: bool."""
+        if self.chat is None:
+            before = self.prompt(said)
+            ids = [*before, *self.tokenizer.encode(plain(answer), eos=self.tokenizer.eos_id is not None)]
+            return np.array(ids, dtype=np.int32), np.arange(len(ids)) >= len(before)
+        before = self.chat.encode(said, add_generation_prompt=False).tokens
+        whole = self.chat.encode([*said, *answer], add_generation_prompt=False)
+        if whole.assistant_mask is None or whole.tokens[: len(before)] != before:
+            raise ValueError(
+                "the chat template changes this so that the answer cannot be told from the rest; use another"
+            )
+        mask = np.array(whole.assistant_mask, dtype=bool)
+        mask[: len(before)] = False
+        return np.array(whole.tokens, dtype=np.int32), mask
+
+
+def plain(said: Messages) -> str:
+    """What messages say, without who said it; ValueError where that is not text."""
+    for message in said:
+        if not isinstance(message["content"], str):
+            raise ValueError("a message has parts; without a chat template there can be text alone")
+    return "".join(message["content"] for message in said)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the pairs that were read: kept + too_long + without_preference of them."""
+
+    read: int
+    kept: int
+    too_long: int
+    without_preference: int
+    """Both answers the same tokens, or one of them none."""
+
+    def __str__(self) -> str:
+        parts = [f"{self.kept:,} of {self.read:,} pairs"]
+        parts += [f"{self.too_long:,} dropped for their length"] * bool(self.too_long)
+        parts += [f"{self.without_preference:,} skipped, nothing to choose between"] * bool(self.without_preference)
+        return ", ".join(parts)
+
+
+Side = tuple[np.ndarray, np.ndarray]
+"""Token ids and which of them are scored."""
+
+
+@dataclass
+class Pairs:
+    """Pairs as token ids, and what the reference thinks of them once that is known."""
+
+    chosen: list[Side]
+    rejected: list[Side]
+    counts: Counts
+    reference_N2: np.ndarray | None = field(default=None, repr=False)
+    """The log-probabilities that the reference gives to the two answers of each pair, float32: sums, or means."""
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest of all rows."""
+        return max((len(tokens) for tokens, _ in chain(self.chosen, self.rejected)), default=0)
+
+    @property
+    def lengths_N2(self) -> np.ndarray:
+        """How many tokens of the two answers of each pair are scored, float32."""
+        sides = [[scored[1:].sum() for _, scored in side] for side in (self.chosen, self.rejected)]
+        return np.array(sides, dtype=np.float32).T
+
+    def digest(self) -> str:
+        """sha256 over all that a model will see of them."""
+        total = hashlib.sha256()
+        for tokens, scored in chain(self.chosen, self.rejected):
+            total.update(np.int64(len(tokens)).tobytes() + tokens.tobytes() + scored.tobytes())
+        return total.hexdigest()
+
+
+def encode(layout: Layout, pairs: Iterable[Preference], longest: int) -> Pairs:
+    """Lay pairs out; those of which one row has more than `longest` tokens are dropped.
+
+    ValueError, naming the place of the pair, where the template refuses it.
+    """
+    chosen: list[Side] = []
+    rejected: list[Side] = []
+    read = too_long = same = 0
+    for each in pairs:
+        read += 1
+        try:
+            one, other = (layout.answered(each.prompt, answer) for answer in (each.chosen, each.rejected))
+        except ValueError as error:
+            raise ValueError(f"{each.where}: {error}") from None
+        if max(len(one[0]), len(other[0])) > longest:
+            too_long += 1
+        elif not (one[1][1:].any() and other[1][1:].any()) or one[0].tolist() == other[0].tolist():
+            same += 1
+        else:
+            chosen.append(one)
+            rejected.append(other)
+    return Pairs(chosen, rejected, Counts(read, len(chosen), too_long, same))
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+class PairRows:
+    """Pairs as rows of `sequence_length` + 1 tokens, each answer with its prompt and padding behind."""
+
+    def __init__(self, pairs: Pairs, sequence_length: int, pad_id: int | None = None) -> None:
+        assert pairs.longest <= sequence_length + 1, "a row is longer than sequence_length"
+        self.pairs = pairs
+        self.config = RowsConfig("pad", sequence_length)
+        self._pad_id = pad_id or 0  # never scored, and behind all that is: any id will do
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def row(self, index: int) -> Row:
+        """The chosen answer of a pair."""
+        return self._padded(self.pairs.chosen[index])
+
+    def batch(self, row_ids: np.ndarray) -> Batch:
+        """Pairs as `objective.Preference` takes them; `reference_B2` is there once it is known."""
+        chosen = collate([self.row(i) for i in row_ids.tolist()], row_ids)
+        rejected = collate([self._padded(self.pairs.rejected[i]) for i in row_ids.tolist()], row_ids)
+        extras = {"rejected_tokens_BT": rejected.tokens_BT, "rejected_labels_BT": rejected.labels_BT}
+        if self.pairs.reference_N2 is not None:
+            extras["reference_B2"] = self.pairs.reference_N2[row_ids]
+        return Batch(chosen.tokens_BT, chosen.labels_BT, None, chosen.row_ids, extras, row_is_target=True)
+
+    def _padded(self, side: Side) -> Row:
+        tokens, scored = side
+        room = self.config.sequence_length + 1 - len(tokens)
+        label_mask = np.pad(scored, (0, room))
+        label_mask[0] = False
+        return Row(np.pad(tokens, (0, room), constant_values=self._pad_id), label_mask, None)
+
+
+class PairBatches(BatchIterator):
+    """`BatchIterator` over pairs."""
+
+    def __init__(self, rows: PairRows, batch_size: int, seed: int) -> None:
+        super().__init__(rows, batch_size, seed)
+        self.pair_rows = rows
+
+    def batch(self, step: int) -> Batch:
+        return self.pair_rows.batch(self.row_ids(step)[self.rank :: self.world_size])
+
+
+def pair_batches(rows: PairRows, batch_size: int, limit: int = 0) -> Iterator[Batch]:
+    """At most `limit` pairs (0: all), evenly spaced and in order, each once; the last batch may be smaller."""
+    count = min(limit, len(rows)) or len(rows)
+    row_ids = np.arange(count, dtype=np.int64) * len(rows) // max(count, 1)
+    for start in range(0, count, batch_size):
+        yield rows.batch(row_ids[start : start + batch_size])
+
+
+def split(
+    pairs: Sequence[Preference] | Iterator[Preference], share: float, seed: int
+) -> tuple[list[Preference], list[Preference]]:
+    """Those to train on, and a share to validate on: by a hash of the prompt, so equal prompts lie on one side."""
+    sides: tuple[list[Preference], list[Preference]] = ([], [])
+    for each in pairs:
+        said = repr([sorted(message.items()) for message in each.prompt]).encode()
+        digest = hashlib.blake2b(said, digest_size=8, key=str(seed).encode()).digest()
+        sides[int.from_bytes(digest, "little") < share * 2**64].append(each)
+    return sides

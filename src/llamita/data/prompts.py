@@ -1,0 +1,73 @@
+"""Prompts for a model to answer, with whatever else a record holds for whoever judges the answer.
+
+A record has a `prompt`, a text or messages, or `messages`, of which an answer at the end becomes the field `answer`.
+Knows nothing of tokens, models or rewards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+from llamita.data import sources
+from llamita.data.conversations import ConversationSource
+from llamita.data.preferences import Messages, messages
+
+FORMS = '{"prompt": a text or messages, ...} or {"messages": [...]}'
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What was said, the whole record, and where that stands."""
+
+    said: Messages
+    record: Mapping[str, Any]
+    where: str
+
+
+def prompts(source: ConversationSource) -> Iterator[Prompt]:
+    """The prompts of a source other than Meadow, in order; ValueError or OSError, in one line, that names the place."""
+    source.check()
+    if source.dataset:
+        records = sources.hub_records(source.dataset, source.dataset_config, source.dataset_split)
+    else:
+        records = chain.from_iterable(sources.json_records(path) for path in source.files)
+    return (prompt(record, where) for record, where in islice(records, source.limit))
+
+
+def prompt(record: Any, where: str) -> Prompt:
+    """The prompt that a record holds; ValueError that says what was expected there."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is {type(record).__name__}, not an object; expected {FORMS}")
+    if "prompt" in record:
+        return Prompt(messages(record["prompt"], "user", f"{where}: prompt"), record, where)
+    if "messages" not in record:
+        raise ValueError(f"{where} has the fields {sorted(record)}; expected {FORMS}")
+    said = messages(record["messages"], "user", f"{where}: messages")
+    if said[-1]["role"] == "assistant":
+        said, record = said[:-1], {"answer": said[-1]["content"], **record}
+    if not said:
+        raise ValueError(f"{where} has an answer alone and nothing that it answers")
+    return Prompt(said, record, where)
+
+
+def split(all_of: Iterator[Prompt], share: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Those to train on, and a share to validate on: by a hash of what is said, so equal ones lie on one side."""
+    sides: tuple[list[Prompt], list[Prompt]] = ([], [])
+    for each in all_of:
+        said = json.dumps(each.said, sort_keys=True, default=str).encode()
+        value = hashlib.blake2b(said, digest_size=8, key=str(seed).encode()).digest()
+        sides[int.from_bytes(value, "little") < share * 2**64].append(each)
+    return sides
+
+
+def digest(all_of: Sequence[Prompt]) -> str:
+    """sha256 over the prompts and what their records hold."""
+    total = hashlib.sha256()
+    for each in all_of:
+        total.update(json.dumps([each.said, each.record], sort_keys=True, default=str).encode() + b"\n")
+    return total.hexdigest()

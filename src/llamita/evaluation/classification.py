@@ -1,0 +1,229 @@
+"""How well labels are predicted: their probabilities from a runner, accuracy, F1, confusion, calibration, pictures.
+
+Works in numpy on log-probabilities of labels, whether a classifier's head gave them or a language model's likelihoods
+did. Knows nothing of frameworks, of training, or of where texts come from.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamita import files
+from llamita.data.labelled_batches import by_length
+from llamita.evaluation import records
+from llamita.evaluation.perplexity import Forward
+
+BINS = 15
+BATCH = 64
+
+
+def label_log_probabilities(
+    runner: Forward, tokens: Sequence[np.ndarray], num_labels: int, batch_size: int = BATCH
+) -> np.ndarray:
+    """log p of each label (float64 [n, labels]) from a classifier's logits at the last token of each text.
+
+    Texts run together padded on the right, which attention, being causal, does not see.
+    """
+    result = np.empty((len(tokens), num_labels))
+    for ids in by_length(tokens, batch_size):
+        lengths = np.array([len(tokens[i]) for i in ids])
+        tokens_BT = np.zeros((len(ids), lengths.max()), dtype=np.int64)
+        for b, i in enumerate(ids):
+            tokens_BT[b, : lengths[b]] = tokens[i]
+        logits_BTV = runner.forward(tokens_BT)["logits"]
+        result[ids] = log_softmax(logits_BTV[np.arange(len(ids)), lengths - 1].astype(np.float64))
+    return result
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    """Over the last axis; a row of scores may hold -inf beside finite ones."""
+    shifted = x - x.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+@dataclass(frozen=True)
+class LabelScores:
+    """How one label fares: `texts` have it, `predicted` were given it."""
+
+    label: str
+    texts: int
+    predicted: int
+    precision: float
+    recall: float
+    f1: float
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The texts whose confidence lies above `above`, up to `up_to`."""
+
+    above: float
+    up_to: float
+    texts: int
+    confidence: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `classification_report` measures; `to_dict` is the JSON that is written."""
+
+    texts: int
+    accuracy: float
+    standard_error: float
+    """Of the accuracy: sqrt(a (1 - a) / n), the texts taken for independent draws."""
+    majority: float
+    """The accuracy of always giving the label that most of these texts have."""
+    macro_f1: float
+    """The mean F1 over the labels that occur among the true or the predicted ones."""
+    loss: float
+    """The mean -log p of the true labels, in nats."""
+    calibration_error: float
+    """Expected calibration error: the mean over texts of the gap between confidence and accuracy in their bin."""
+    labels: tuple[LabelScores, ...]
+    confusion: tuple[tuple[int, ...], ...]
+    """Row: the true label. Column: the predicted one."""
+    bins: tuple[Bin, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def classification_report(log_probabilities: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Report:
+    """Measure predictions, the likeliest label of each text: log p (n, labels) beside the true labels (n,).
+
+    Calibration after Guo et al. 2017 (arXiv:1706.04599): 15 bins of equal width over the confidence, which is the
+    probability of the predicted label.
+    """
+    n, C = log_probabilities.shape
+    predicted = log_probabilities.argmax(axis=1)
+    confusion = np.zeros((C, C), dtype=np.int64)
+    np.add.at(confusion, (labels, predicted), 1)
+    hits, true, given = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    precision, recall, f1 = _ratio(hits, given), _ratio(hits, true), _ratio(2 * hits, true + given)
+    accuracy = float(hits.sum() / n)
+    bins = _bins(np.exp(log_probabilities.max(axis=1)), predicted == labels)
+    return Report(
+        texts=n,
+        accuracy=accuracy,
+        standard_error=math.sqrt(accuracy * (1 - accuracy) / n),
+        majority=float(true.max() / n),
+        macro_f1=float(f1[(true + given) > 0].mean()),
+        loss=float(-log_probabilities[np.arange(n), labels].mean()),
+        calibration_error=sum(each.texts / n * abs(each.confidence - each.accuracy) for each in bins),
+        labels=tuple(
+            LabelScores(name, int(true[i]), int(given[i]), float(precision[i]), float(recall[i]), float(f1[i]))
+            for i, name in enumerate(names)
+        ),
+        confusion=tuple(tuple(row) for row in confusion.tolist()),
+        bins=bins,
+    )
+
+
+def _ratio(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
+    """parts / wholes, 0 where there is no whole."""
+    return np.divide(parts, wholes, out=np.zeros(len(parts)), where=wholes > 0)
+
+
+def _bins(confidence: np.ndarray, right: np.ndarray) -> tuple[Bin, ...]:
+    place = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    found = []
+    for i in range(BINS):
+        inside = place == i
+        mean = [float(values[inside].mean()) if inside.any() else 0.0 for values in (confidence, right)]
+        found.append(Bin(i / BINS, (i + 1) / BINS, int(inside.sum()), *mean))
+    return tuple(found)
+
+
+# --- what is kept of it ----------------------------------------------------------------------------------------------
+
+
+def write_report(directory: Path, report: Report, about: Mapping[str, Any]) -> None:
+    """Write evaluation.json (`about` and the report), confusion.png and reliability.png; all or none."""
+    names = [each.label for each in report.labels]
+    with files.atomic_directory(directory) as temporary:
+        (temporary / "evaluation.json").write_text(json.dumps({**about, **report.to_dict()}, indent=2) + "\n")
+        plot_confusion(np.array(report.confusion), names, temporary / "confusion.png")
+        plot_reliability(report, temporary / "reliability.png")
+
+
+def record(run: Path, name: str, report: Report, command: str, model: Path) -> Path:
+    """Leave the figures and both pictures in RUN/evaluations, where reports and lists of runs find them."""
+    directory = run / records.DIRECTORY
+    directory.mkdir(exist_ok=True)
+    pictures = [f"{records.file_name(name)}-{kind}.png" for kind in ("confusion", "reliability")]
+    plot_confusion(np.array(report.confusion), [each.label for each in report.labels], directory / pictures[0])
+    plot_reliability(report, directory / pictures[1])
+    figures = {"accuracy": report.accuracy, "accuracy_stderr": report.standard_error, "macro_f1": report.macro_f1}
+    figures |= {"loss": report.loss, "calibration_error": report.calibration_error, "texts": report.texts}
+    return records.write(run, name, figures, command, model, pictures)
+
+
+def plot_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> None:
+    """Draw the counts; a cell is the darker, the larger its share of its row (the texts of one true label)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    C = len(names)
+    side = min(12.0, 2.2 + 0.75 * C)
+    figure = Figure(figsize=(side + 0.6, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    if C <= 20:
+        for i, j in np.ndindex(C, C):
+            color = "white" if share[i, j] > 0.55 else "#222222"
+            axes.text(j, i, f"{confusion[i, j]}", ha="center", va="center", color=color)
+    axes.set_xticks(range(C), names, rotation=30 if sum(map(len, names)) > 8 * C else 0)
+    axes.set_yticks(range(C), names)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true label's texts")
+    figure.savefig(path, format="png", dpi=120)
+
+
+def plot_reliability(report: Report, path: Path) -> None:
+    """Draw the accuracy of each bin of confidence beside the diagonal of a calibrated model, and the bins' sizes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 5.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    filled = [each for each in report.bins if each.texts]
+    width = 1 / BINS
+    above.plot([0, 1], [0, 1], color="#555555", linestyle="--", linewidth=1.2, label="calibrated")
+    above.bar(
+        [each.above + width / 2 for each in filled],
+        [each.accuracy for each in filled],
+        width * 0.92,
+        color="#9ecae1",
+        label="accuracy",
+    )
+    above.plot(
+        [each.confidence for each in filled],
+        [each.accuracy for each in filled],
+        color="#d94801",
+        marker="o",
+        markersize=4,
+        linewidth=0,
+        clip_on=False,
+        label="at its mean confidence",
+    )
+    above.set_ylabel("accuracy")
+    above.set_ylim(0, 1)
+    above.set_title(f"expected calibration error {report.calibration_error:.3f}", fontsize=10)
+    above.legend(frameon=False, loc="upper left")
+    below.bar([each.above + width / 2 for each in report.bins], [each.texts for each in report.bins], width * 0.92)
+    below.set_ylabel("texts")
+    below.set_xlabel("confidence (probability of the predicted label)")
+    below.set_xlim(0, 1)
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="png", dpi=120)

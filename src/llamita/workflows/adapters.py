@@ -1,0 +1,48 @@
+"""An adapter and its base as one model directory, tensor by tensor; the backend that computes is passed in."""
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from llamita import adapter_files, architecture, checkpoint, files
+from llamita.adapter_files import Opened
+from llamita.adapters import Adapter
+from llamita.checkpoint import HostArray
+from llamita.workflows.quantize import CARRIED
+
+MergedArrays = Callable[[Mapping[str, HostArray], Adapter], Iterable[tuple[str, HostArray]]]
+"""(arrays of the base, adapter) -> arrays of a model without quantisation, one by one in the table's order."""
+
+
+def merge(
+    adapter: Path, output: Path, overwrite: bool, merged_arrays: MergedArrays, base: Path | None = None
+) -> Opened:
+    """Write `adapter` (a directory or a training run), merged into its base, to `output`.
+
+    `base` is a copy of the base, where that which the adapter names is gone. ValueError or OSError in one line.
+    """
+    directory = checkpoint.resolve_model_directory(adapter)
+    if not adapter_files.is_adapter(directory):
+        raise ValueError(f"{adapter} holds no adapter but a whole model; there is nothing to merge")
+    opened = adapter_files.open_adapter(directory, base and checkpoint.resolve_model_directory(base))
+    config = replace(opened.adapter.config, quantization="")
+    arrays = checkpoint.load_tensors(opened.base)
+    present = opened.adapter.over(arrays)
+    architecture.check_arrays(opened.adapter.config, present)
+    quantised = bool(opened.adapter.config.quantization)
+    layout = {
+        row.name: (
+            "BF16" if quantised and row.name not in opened.adapter.replaced else present[row.name].dtype,
+            row.shape,
+        )
+        for row in architecture.parameters(config)
+    }
+    with files.atomic_directory(output, overwrite) as temporary:
+        checkpoint.save_config(temporary, config, next(iter(layout.values()))[0])
+        for name in CARRIED:
+            found = [place / name for place in (opened.directory, opened.base) if (place / name).is_file()]
+            if found:
+                shutil.copyfile(found[0], temporary / name)
+        checkpoint.stream_tensors(temporary, layout, merged_arrays(arrays, opened.adapter))
+    return opened

@@ -1,0 +1,164 @@
+"""What `llamita quickstart --full` does with the model that it trained: questions, preferences, happy or sad, reports.
+
+Each part is a run of its own that a user could begin with the verb named beside it; only the choices are made here. The
+backend is passed in.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from llamita.data.labelled import Fields, read_labelled
+from llamita.evaluation import classification
+from llamita.training.config import TrainingConfig
+from llamita.training.interfaces import TrainingResult
+from llamita.training.record import FINISHED, command_line
+from llamita.training.run_directory import BEST, MANIFEST
+from llamita.workflows import report
+from llamita.workflows.classify import Classifier, ClassifyConfig, LabelRunner, train_classifier
+from llamita.workflows.dpo import DpoConfig, dpo
+from llamita.workflows.pretrain import Backend
+from llamita.workflows.runs import open_run
+from llamita.workflows.sft import SftConfig, sft
+
+LoadLabelRunner = Callable[..., LabelRunner]
+NAMES = ("answers", "preferences", "happy-or-sad")
+"""Directories of the runs, in their order."""
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much is learned: updates, and what they are taken from."""
+
+    answer_steps: int = 1500
+    conversations: int = 16_000
+    pair_steps: int = 100
+    pairs: int = 1600
+    label_steps: int = 200
+    texts: int = 3200
+    asked: int = 200  # held-out questions at each evaluation
+    labelled: int = 1000  # held-out stories to label in the end
+
+
+SMALL = Amounts(100, 1000, 20, 200, 50, 800, 50, 200)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run: what it is called, the verb that does the same, its options, and what does it."""
+
+    title: str
+    verb: str
+    config: TrainingConfig
+    run: Callable[[], TrainingResult]
+
+
+def tune_and_report(
+    output: Path,
+    pretrained: Path,
+    seed: int,
+    backend: Backend,
+    load_runner: LoadLabelRunner,
+    console: Console,
+    amounts: Amounts = Amounts(),
+) -> int:
+    """Run all parts, those of an earlier call excepted, and print what came out; the exit status."""
+    for number, part in enumerate(parts(output, pretrained, seed, backend, console, amounts), start=4):
+        begun = (part.config.output / MANIFEST).is_file()
+        if begun and open_run(part.config.output).state == FINISHED:
+            continue
+        console.print(f"[bold]{number}. {part.title}[/], as llamita {part.verb} does it")
+        if part.run().interrupted:
+            console.print("stopped and saved; the same command goes on from here")
+            return 130
+    measure_classifier(output / "happy-or-sad", load_runner, amounts.labelled)
+    console.print("[bold]7. Reports[/]")
+    for run in (pretrained, *(output / name for name in NAMES)):
+        console.print(f"  {report.write(run)}")
+    show(output, console)
+    return 0
+
+
+def parts(
+    output: Path, pretrained: Path, seed: int, backend: Backend, console: Console, amounts: Amounts
+) -> list[Part]:
+    """The runs in their order; each begins from what one before it left."""
+    answers, preferences, labels = (output / name for name in NAMES)
+    say = console.print
+    taught = SftConfig(
+        output=answers,
+        resume=(answers / MANIFEST).exists(),
+        model=pretrained,
+        data=("meadow",),
+        conversations=amounts.conversations,
+        answers=amounts.asked,
+        steps=amounts.answer_steps,
+        batch_size=16,
+        learning_rate=3e-3,
+        evaluate_every=max(1, amounts.answer_steps // 3),
+        seed=seed,
+    )
+    preferring = DpoConfig(
+        output=preferences,
+        resume=(preferences / MANIFEST).exists(),
+        model=answers,
+        data=("meadow",),
+        pairs=amounts.pairs,
+        answers=amounts.asked,
+        steps=amounts.pair_steps,
+        batch_size=16,
+        evaluate_every=max(1, amounts.pair_steps // 2),
+        seed=seed,
+    )
+    labelling = ClassifyConfig(
+        output=labels,
+        resume=(labels / MANIFEST).exists(),
+        model=pretrained,
+        data=(f"meadow:{amounts.texts}",),
+        steps=amounts.label_steps,
+        batch_size=16,
+        evaluate_every=max(1, amounts.label_steps // 2),
+        seed=seed,
+    )
+    return [
+        Part("Questions and answers", "sft", taught, lambda: sft(taught, backend, report=say)),
+        Part("Right answers preferred to wrong ones", "dpo", preferring, lambda: dpo(preferring, backend, report=say)),
+        Part("Happy or sad", "classify train", labelling, lambda: train_classifier(labelling, backend, say)),
+    ]
+
+
+def measure_classifier(run: Path, load_runner: Callable[..., LabelRunner]) -> None:
+    """Leave accuracy, confusion and calibration over held-out stories in the run."""
+    model = Classifier.load(run / BEST, load_runner)
+    texts = read_labelled((f"meadow:{count}",), "validation", model.config.labels, Fields())
+    found = classification.classification_report(
+        model.log_probabilities(model.encode(texts.texts, texts.source)), texts.labels, texts.names
+    )
+    classification.record(run, "happy or sad", found, command_line(sys.argv), run / BEST)
+
+
+def show(output: Path, console: Console) -> None:
+    """The figures of all parts, and what to do next."""
+    answers, preferences, labels = (open_run(output / name) for name in NAMES)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("on held-out stories", "reached"):
+        table.add_column(title, justify="right" if title == "reached" else "left")
+    for text, run, key in (
+        ("answers right to the letter", answers, "best.exact"),
+        ("right answers preferred, after", preferences, "validation.accuracy"),
+        ("answers right to the letter, after", preferences, "validation.exact"),
+        ("happy or sad", labels, "evaluation.happy or sad.accuracy"),
+    ):
+        table.add_row(text, f"{run.final_metrics()[key]:.1%}")
+    console.print(table)
+    console.print("[bold]What next[/]")
+    for command in (
+        f"llamita chat {output / 'answers'}",
+        f"llamita runs list {output}",
+        f"llamita classify predict {output / 'happy-or-sad'} --data meadow:5",
+    ):
+        console.print(f"  {command}")

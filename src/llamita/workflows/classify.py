@@ -1,0 +1,282 @@
+"""Tuning a language model to label texts, and a tuned model that labels them.
+
+The state after the last token of a text goes through a linear head, `score.weight`. Checkpoints open in transformers'
+sequence-classification classes with the same logits. The backend is passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from llamita import architecture, checkpoint
+from llamita.checkpoint import HostArray
+from llamita.config import ModelConfig
+from llamita.data.labelled import Fields, LabelledTexts, read_labelled, read_mapping, validation_of
+from llamita.data.labelled_batches import (
+    EncodedTexts,
+    Keep,
+    LabelledBatches,
+    LabelledRows,
+    encode_texts,
+    labelled_evaluation,
+)
+from llamita.evaluation.classification import label_log_probabilities
+from llamita.evaluation.perplexity import Forward
+from llamita.objective import Classification
+from llamita.text.tokenizer import Tokenizer
+from llamita.training.interfaces import Examples, TrainingResult
+from llamita.workflows.finetune import Base, FinetuneConfig, finetune, load_base, resumed
+from llamita.workflows.pretrain import Backend
+
+ACCURACY = "accuracy"
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyConfig(FinetuneConfig):
+    """What `llamita classify train` takes."""
+
+    data: tuple[str, ...] = ()
+    """Labelled texts to learn from: files (label ||| sentence, .csv, .jsonl), meadow[:COUNT], or
+    hub:NAME[:CONFIG][@SPLIT]. Needed, but when resuming."""
+    validation: tuple[str, ...] = ()
+    """Labelled texts to choose the best checkpoint by. Of meadow and hub data left out: their validation split."""
+    label_mapping: Path | None = None
+    """A JSON list of the labels' names in the order of their numbers, or an object of their numbers."""
+    labels: tuple[str, ...] = ()
+    """The same as names. Left out: the labels found in the data."""
+    text_field: str = "text"
+    """The column or field of a text in CSV, JSON lines and hub datasets."""
+    label_field: str = "label"
+    """That of its label."""
+    sequence_length: int = 0
+    """Tokens of a text that are read, its context; 0: as many as the model has positions."""
+    keep: Keep = "end"
+    """Which side of a longer text is kept."""
+    head_dropout: float = 0.1
+    """On the state that the head reads."""
+    class_weights: tuple[str, ...] = ()
+    """The weight of each label's loss, in the order of the labels; or balanced: texts / (labels x texts of it)."""
+    seeds: tuple[int, ...] = ()
+    """Train once with each seed, in OUTPUT/seed-N, and report mean and standard deviation."""
+    steps: int = 1000
+    learning_rate: float = 3e-4
+    """The highest learning rate, reached after the warm-up."""
+    evaluation_rows: int = 0
+    """Validation texts to evaluate on, evenly spaced; 0: all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sequence_length < 0:
+            raise ValueError(f"sequence_length={self.sequence_length} must not be negative")
+        if not 0 <= self.head_dropout < 1:
+            raise ValueError(f"head_dropout={self.head_dropout} must lie in [0, 1)")
+        if self.label_mapping and self.labels:
+            raise ValueError("--label-mapping and --labels both name the labels; give one of them")
+        if len(set(self.seeds)) < len(self.seeds) or any(seed < 0 for seed in self.seeds):
+            raise ValueError(f"seeds={self.seeds} must be different and not negative")
+
+    def arguments(self) -> dict[str, Any]:
+        """As for every run; files by their whole path, so that a run may be resumed from elsewhere."""
+        sources = {name: tuple(map(_absolute, getattr(self, name))) for name in ("data", "validation")}
+        return super().arguments() | sources
+
+
+def _absolute(source: str) -> str:
+    return str(Path(source).resolve()) if Path(source).exists() else source
+
+
+def train_classifier(config: ClassifyConfig, backend: Backend, report: Report = print) -> TrainingResult:
+    """Tune as `config` says, or go on with the run in config.output; the best checkpoint is the most accurate.
+
+    The loss of a batch is the sum of weight x -log p over its texts, divided by the number of texts: with balanced
+    weights these are 1 in the mean over the training texts. ValueError or OSError, in one line, before anything is
+    written.
+    """
+    config = resumed(config)
+    task = read_task(config, report)
+    return finetune(
+        config,
+        task.base,
+        backend,
+        kind="classification",
+        model=task.model,
+        identity=task.identity,
+        examples=task.examples,
+        objective=task.objective,
+        best_measure=ACCURACY if task.validated else None,
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a run needs before it begins: a base with its new head, the texts, the objective."""
+
+    base: Base
+    model: ModelConfig
+    examples: Examples
+    objective: Classification
+    identity: dict[str, Any]
+    validated: bool
+
+
+def read_task(config: ClassifyConfig, report: Report) -> Task:
+    """Read and check what `config` names; `report` is told what was found."""
+    if not config.data:
+        raise ValueError("--data is missing: give the labelled texts to learn from")
+    base = load_base(config)
+    train, validation = read_data(config)
+    context = context_length(config.sequence_length, base.config)
+    objective = Classification(config.head_dropout, class_weights(config.class_weights, train))
+    base, model = with_head(config, base, train.names, context, report)
+    pad_id = model.pad_token_id or 0
+
+    def rows(what: str, texts: LabelledTexts, whole: bool) -> LabelledRows:
+        encoded = encode_texts(base.tokenizer, texts.texts, context, config.keep, texts.source)
+        report(_described(what, texts, encoded, config.keep))
+        return LabelledRows(encoded, texts.labels, pad_id, whole)
+
+    batches = LabelledBatches(rows("training", train, config.compile), config.batch_size, config.seed)
+    examples = Examples(batches, target="text")
+    if validation is not None:
+        held_out = rows("validation", validation, False)
+        batch_size = config.micro_batch_size or config.batch_size
+        evaluation = partial(labelled_evaluation, held_out, batch_size, config.evaluation_rows)
+        examples = replace(examples, validation=evaluation)
+        if shared := len(set(train.texts) & set(validation.texts)):
+            report(f"note: {shared} of the validation texts are among the training texts too")
+    epochs = config.steps * config.batch_size / len(train)
+    report(f"{config.steps} updates of {config.batch_size} texts are {epochs:.1f} epochs")
+    identity = {
+        "data": {"train": train.digest(), "validation": validation and validation.digest()},
+        "objective": asdict(objective),
+        "context": {"length": context, "keep": config.keep},
+    }
+    return Task(base, model, examples, objective, identity, validation is not None)
+
+
+def read_data(config: ClassifyConfig) -> tuple[LabelledTexts, LabelledTexts | None]:
+    """The training texts, and those that choose the best checkpoint, under the same labels."""
+    fields = Fields(config.text_field, config.label_field)
+    names = read_mapping(config.label_mapping) if config.label_mapping else config.labels
+    train = read_labelled(config.data, "train", names, fields)
+    held_out = config.validation or validation_of(config.data)
+    if not held_out:
+        return train, None
+    return train, read_labelled(held_out, "validation", train.names, fields)
+
+
+def context_length(asked: int, model: ModelConfig) -> int:
+    """Tokens of a text that are read."""
+    if asked > model.max_position_embeddings:
+        raise ValueError(f"sequence_length={asked} is more than the model's {model.max_position_embeddings} positions")
+    return asked or model.max_position_embeddings
+
+
+def class_weights(asked: Sequence[str], train: LabelledTexts) -> tuple[float, ...]:
+    """The weight of each label; a label without a training text has 1 where they are balanced."""
+    if tuple(asked) == ("balanced",):
+        counts = train.counts()
+        weights_C = len(train) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+        return tuple(np.where(counts > 0, weights_C, 1.0).tolist())
+    if not asked:
+        return ()
+    try:
+        weights = tuple(float(text) for text in asked)
+    except ValueError:
+        weights = ()
+    if (
+        len(weights) != len(train.names)
+        or not all(0 <= weight < float("inf") for weight in weights)
+        or not any(weights)
+    ):
+        names = ", ".join(train.names)
+        raise ValueError(f"class_weights={' '.join(asked)!r} must be 'balanced', or a number for each of {names}")
+    return weights
+
+
+def with_head(
+    config: ClassifyConfig, base: Base, names: tuple[str, ...], context: int, report: Report
+) -> tuple[Base, ModelConfig]:
+    """The base with a head for these labels in place of its own, and the config of the two.
+
+    A base that has a head for the same labels keeps it; another head is drawn as the architecture's table says. What
+    pads is the tokenizer's pad token, else EOS, else BOS: none of them ends a text here, so that transformers, which
+    looks for the last token that does not pad, finds the one that the label was learned at.
+    """
+    tokenizer = base.tokenizer
+    pads = (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id)
+    pad_id = next((token_id for token_id in pads if token_id is not None), None)
+    model = replace(base.config, num_labels=len(names), label_names=names, pad_token_id=pad_id)
+    rows = {row.name: row for row in architecture.parameters(model)}
+    arrays = {name: array for name, array in base.arrays.items() if name != architecture.OUTPUT_HEAD}
+    if base.config.labels != names:
+        if base.config.num_labels:
+            report(f"the head of {base.directory} for {', '.join(base.config.labels)} is left out; a new one is drawn")
+        head = architecture.initial_values(rows[architecture.CLASSIFIER], config.seed)
+        arrays[architecture.CLASSIFIER] = HostArray.from_numpy(head)
+    laid_out = tokenizer.for_classification(pad_id, context, config.keep == "end")
+    return replace(base, arrays=arrays, tokenizer=laid_out), model
+
+
+def _described(what: str, texts: LabelledTexts, encoded: EncodedTexts, keep: Keep) -> str:
+    counts = ", ".join(f"{name} {count}" for name, count in zip(texts.names, texts.counts(), strict=True))
+    cut = f"{encoded.truncated} of them cut, their {keep} kept" if encoded.truncated else "none is cut"
+    return (
+        f"{what}: {len(texts)} texts ({counts}); longest {encoded.longest} tokens, context of {encoded.context}: {cut}"
+    )
+
+
+# --- a tuned model ---------------------------------------------------------------------------------------------------
+
+
+class LabelRunner(Forward, Protocol):
+    """A backend's runner."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A tuned model that labels texts, cut as its tokenizer's files say."""
+
+    directory: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    runner: LabelRunner
+
+    @classmethod
+    def load(cls, model: Path, load_runner: Callable[..., LabelRunner], *options: Any) -> Classifier:
+        """Open a model, a run or an adapter; `options` are those of load_runner. ValueError where it has no head."""
+        directory = checkpoint.resolve_model_directory(model)
+        runner = load_runner(directory, *options)
+        if not runner.config.num_labels:
+            raise ValueError(
+                f"{directory} is a language model without a classification head; tune it with llamita classify train, "
+                "or ask it with llamita classify zero-shot"
+            )
+        return cls(directory, runner.config, Tokenizer.load(directory), runner)
+
+    @property
+    def context(self) -> int:
+        return min(
+            self.tokenizer.max_length or self.config.max_position_embeddings, self.config.max_position_embeddings
+        )
+
+    @property
+    def keep(self) -> Literal["end", "start"]:
+        return "end" if self.tokenizer.keeps_end else "start"
+
+    def encode(self, texts: Sequence[str], where: str = "") -> EncodedTexts:
+        return encode_texts(self.tokenizer, texts, self.context, self.keep, where)
+
+    def log_probabilities(self, encoded: EncodedTexts) -> np.ndarray:
+        """log p of each label: float64 [n, labels]."""
+        return label_log_probabilities(self.runner, encoded.tokens, self.config.num_labels)

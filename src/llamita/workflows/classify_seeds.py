@@ -1,0 +1,80 @@
+"""One tuning run over several seeds, one after another, and what their accuracies come to.
+
+OUTPUT/seed-0, seed-1, ...   a run each
+OUTPUT/seeds.json            the options; once all are done, the accuracies, their mean and their deviation
+"""
+
+import json
+import statistics
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llamita import files
+from llamita.training import run_directory
+from llamita.training.config import take_over
+from llamita.workflows.classify import ACCURACY, ClassifyConfig, Report, read_task, train_classifier
+from llamita.workflows.pretrain import Backend
+
+SEEDS = "seeds.json"
+
+
+@dataclass(frozen=True)
+class SeedsResult:
+    """The validation accuracy of each seed's best checkpoint; the deviation is that of a sample (n - 1)."""
+
+    seeds: tuple[int, ...]
+    accuracies: tuple[float, ...]
+    interrupted: bool
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def deviation(self) -> float:
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
+
+
+def over_seeds(config: ClassifyConfig) -> bool:
+    """Whether a call is about several seeds: it names some, or goes on with such a directory."""
+    return bool(config.seeds) or (config.resume and (config.output / SEEDS).is_file())
+
+
+def with_options_of_run(config: ClassifyConfig) -> ClassifyConfig:
+    """The options of the run, or runs, that a call goes on with; others as they are."""
+    if not config.resume:
+        return config
+    file = config.output / SEEDS
+    manifest = files.read_json(file) if file.is_file() else run_directory.read_manifest(config.output)
+    return take_over(config, manifest["arguments"])
+
+
+def train_seeds(config: ClassifyConfig, backend: Backend, report: Report = print) -> SeedsResult:
+    """Train once with each of the seeds; resuming leaves finished ones alone, goes on with the one that was stopped,
+    and trains the rest, which may be more than there were."""
+    file = config.output / SEEDS
+    if config.resume:
+        if not file.is_file():
+            raise FileNotFoundError(f"{config.output} holds no runs over seeds to resume; leave --resume out to begin")
+        config = with_options_of_run(config)
+    else:
+        run_directory.check(config.output, resume=False)
+    if not read_task(config, lambda text: None).validated:
+        raise ValueError("--validation is missing: the accuracy on it is what is compared over seeds")
+    record: dict[str, Any] = {"arguments": config.arguments()}
+    config.output.mkdir(parents=True, exist_ok=True)
+    files.atomic_write(file, json.dumps(record, indent=2) + "\n")
+    accuracies: list[float] = []
+    for seed in config.seeds:
+        output = config.output / f"seed-{seed}"
+        report(f"seed {seed}: {output}")
+        begun = (output / run_directory.MANIFEST).is_file()
+        result = train_classifier(replace(config, output=output, seed=seed, seeds=(), resume=begun), backend, report)
+        if result.interrupted:
+            return SeedsResult(config.seeds, tuple(accuracies), True)
+        assert result.best is not None
+        accuracies.append(result.best.measures[ACCURACY])
+    found = SeedsResult(config.seeds, tuple(accuracies), False)
+    record |= {"seeds": config.seeds, ACCURACY: accuracies, "mean": found.mean, "deviation": found.deviation}
+    files.atomic_write(file, json.dumps(record, indent=2) + "\n")
+    return found

@@ -1,0 +1,221 @@
+"""Preference tuning: a trained model learns, from pairs of answers, which of two is the better one.
+
+What is read where lies in data/preferences.py, what a model before tuning thinks of the pairs in reference.py, the loss
+in the backend. The backend is passed in.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from llamita.data import preferences as pairs_data
+from llamita.data.conversations import MEADOW, Conversation, ConversationSource, for_validation
+from llamita.data.preferences import Layout, PairBatches, PairRows, Pairs, encode, pair_batches
+from llamita.data.preferences import Preference as Pair
+from llamita.objective import Preference
+from llamita.training.display import Display
+from llamita.training.interfaces import Examples, TrainingResult
+from llamita.training.run_directory import RunDirectory
+from llamita.workflows import answers, reference
+from llamita.workflows.finetune import FinetuneConfig, finetune, load_base, make_step, resumed
+from llamita.workflows.layouts import layout_of, source_of
+from llamita.workflows.pretrain import Backend
+from llamita.workflows.sft import Examination
+
+MEADOW_PAIRS = 4800
+MEADOW_ANSWERS = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoConfig(FinetuneConfig):
+    """What `llamita dpo` takes."""
+
+    data: tuple[str, ...] = ()
+    """Files of JSON lines, each {"prompt": ..., "chosen": ..., "rejected": ...} of texts or messages; or the word
+    meadow, for right and wrong answers about stories of the embedded corpus."""
+    dataset: str = ""
+    """Instead of files: a dataset on the Hugging Face hub, or a local directory of one, with rows of that form."""
+    dataset_config: str | None = None
+    """The dataset's configuration, where it has several."""
+    dataset_split: str = "train"
+    """The dataset's split to read."""
+    validation_data: tuple[str, ...] = ()
+    """Files to validate on, instead of a share of the others."""
+    validation_dataset_split: str | None = None
+    """The dataset's split to validate on, instead of a share of the other."""
+    validation_share: float = 0.05
+    """The share of pairs to validate on, by a hash of their prompt; 0 for none."""
+    pairs: int | None = None
+    """Read at most this many (meadow: write so many, 4,800 where left out, and a validation share more)."""
+    template: str = ""
+    """The chat template: chatml, r0, plain-eos, a file of Jinja, or text for none, answers following their prompts as
+    they are. Left out: the model's own, else text."""
+    sequence_length: int = 0
+    """Tokens in a row, a prompt with an answer; pairs with a longer one are dropped. 0: as many as the longest that
+    fits the model's positions."""
+    form: Literal["dpo", "ipo"] = "dpo"
+    """The loss: of a logistic model of preferences, or the square that holds the margin at 1 / (2 beta)."""
+    beta: float = 0.1
+    """How strongly the model is held to what it was."""
+    label_smoothing: float = 0.0
+    """The share of pairs taken to be labelled the wrong way round; dpo alone."""
+    normalize_lengths: bool = False
+    """Compare means over the tokens of answers instead of sums, so that length counts for nothing; beta is then to be
+    larger."""
+    epochs: float = 0.0
+    """How often to go through the pairs, instead of --steps; 0: as --steps says."""
+    answers: int | None = None
+    """Held-out prompts to answer at each evaluation, greedily; the share that is the chosen answer to the letter is the
+    measure `exact`. It needs a chat template. Left out: 200 for meadow, elsewhere none."""
+    steps: int = 300
+    """Updates in the whole run."""
+    learning_rate: float = 5e-5
+    """The highest learning rate, reached after the warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, multiplied by the learning rate; not on norms and biases."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.objective()
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(f"validation_share={self.validation_share} must be at least 0 and below 1")
+        for name in ("sequence_length", "epochs", "answers"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.pairs is not None and self.pairs < 1:
+            raise ValueError(f"pairs={self.pairs} must be at least 1")
+        if MEADOW in self.data and len(self.data) > 1:
+            raise ValueError("--data meadow stands alone; give either that word or files")
+        if self.data and self.dataset:
+            raise ValueError("--data and --dataset are both given; choose one")
+
+    @property
+    def on_meadow(self) -> bool:
+        return self.data == (MEADOW,)
+
+    def objective(self) -> Preference:
+        return Preference(self.form, self.beta, self.normalize_lengths, self.label_smoothing)
+
+    def arguments(self) -> dict[str, Any]:
+        """Files by their absolute names, so that the run can be resumed from any directory."""
+        files = {"data": self.data, "validation_data": self.validation_data}
+        absolute = {k: [n if n == MEADOW else str(Path(n).resolve()) for n in names] for k, names in files.items()}
+        return super().arguments() | absolute
+
+
+def dpo(
+    config: DpoConfig,
+    backend: Backend,
+    *,
+    report: Callable[[str], None] = print,
+    display: Display | None = None,
+) -> TrainingResult:
+    """Tune config.model on pairs of answers, or go on with the run in config.output where config.resume is set.
+
+    `report` is told what was read. ValueError or OSError, in one line, for options and data that cannot be met.
+    """
+    config = resumed(config)
+    sources = data_sources(config)
+    base = load_base(config)
+    config = replace(config, template=source_of(config.template))
+    layout, model = layout_of(base, config.template)
+    train, held_out = read(config, *sources)
+    positions = model.max_position_embeddings
+    if config.sequence_length > positions:
+        raise ValueError(f"sequence_length={config.sequence_length} is longer than the model's {positions} positions")
+    encoded = [encode(layout, side, (config.sequence_length or positions) + 1) for side in (train, held_out)]
+    rows = make_rows(config, encoded, base.tokenizer.pad_id)
+    report(f"training: {encoded[0].counts}, in rows of {rows['train'].config.sequence_length} tokens")
+    report(f"validation: {encoded[1].counts}")
+    if config.epochs:
+        config = replace(config, steps=math.ceil(config.epochs * len(rows["train"]) / config.batch_size))
+    objective = config.objective()
+    step = make_step(config, backend, model, base.arrays, objective)
+    asked = questions(config, layout, held_out, positions)
+    examination = Examination(step, layout.chat, asked) if asked and layout.chat else None
+    size = config.micro_batch_size or config.batch_size
+
+    def score_with_base(run: RunDirectory) -> None:
+        reference.attach(run, rows, base.digest(), step.log_probs, size, objective.normalize_lengths, report)
+
+    return finetune(
+        config,
+        base,
+        backend,
+        kind="preference tuning",
+        identity={
+            "data": {name: each.pairs.digest() for name, each in rows.items()},
+            "pairs": {name: asdict(each.pairs.counts) for name, each in rows.items()},
+            "objective": asdict(objective),
+            "sequence_length": rows["train"].config.sequence_length,
+            "answers": len(asked),
+        },
+        examples=Examples(
+            PairBatches(rows["train"], config.batch_size, config.seed),
+            partial(pair_batches, rows["validation"], size, config.evaluation_rows) if encoded[1] else tuple,
+            target="pair",
+        ),
+        step=step,
+        model=model,
+        on_evaluation=examination.shown if examination else None,
+        measure=examination.measure if examination else None,
+        before=score_with_base,
+        display=display,
+    )
+
+
+def data_sources(config: DpoConfig) -> tuple[ConversationSource, ConversationSource | None]:
+    """Where to read what is trained on, and what validates; None for the latter where that is a share of the former."""
+    if not config.data and not config.dataset:
+        raise ValueError("--data is missing: give files of pairs, or the word meadow")
+    if config.on_meadow:
+        source = ConversationSource(meadow="train", limit=config.pairs or MEADOW_PAIRS, seed=config.seed)
+        return source, for_validation(source, config.validation_share) if config.validation_share else None
+    source = ConversationSource(
+        files=tuple(map(Path, config.data)),
+        dataset=config.dataset,
+        dataset_config=config.dataset_config,
+        dataset_split=config.dataset_split,
+        limit=config.pairs,
+    )
+    source.check()
+    if config.validation_data:
+        validation = ConversationSource(files=tuple(map(Path, config.validation_data)))
+        validation.check()
+        return source, validation
+    if config.validation_dataset_split is not None:
+        if not config.dataset:
+            raise ValueError("--validation-dataset-split is a split of the dataset that --dataset names; give that too")
+        return source, replace(source, dataset_split=config.validation_dataset_split, limit=None)
+    return source, None
+
+
+def read(
+    config: DpoConfig, source: ConversationSource, validation: ConversationSource | None
+) -> tuple[list[Pair], list[Pair]]:
+    """All pairs: those to train on, those to validate on."""
+    if validation is not None:
+        return list(pairs_data.preferences(source)), list(pairs_data.preferences(validation))
+    return pairs_data.split(pairs_data.preferences(source), config.validation_share, config.seed)
+
+
+def make_rows(config: DpoConfig, encoded: list[Pairs], pad_id: int | None) -> dict[str, PairRows]:
+    """Rows over the pairs to train on and those to validate on, all of one length."""
+    if not len(encoded[0]):
+        raise ValueError(f"there is nothing to train on: {encoded[0].counts}")
+    length = config.sequence_length or max(each.longest for each in encoded) - 1
+    return {name: PairRows(each, length, pad_id) for name, each in zip(("train", "validation"), encoded, strict=True)}
+
+
+def questions(config: DpoConfig, layout: Layout, held_out: list[Pair], positions: int) -> list[answers.Question]:
+    """Held-out prompts to be answered at each evaluation."""
+    count = (MEADOW_ANSWERS if config.on_meadow else 0) if config.answers is None else config.answers
+    if layout.chat is None:
+        if config.answers:
+            raise ValueError("--answers needs a chat template, and this model has none; name one with --template")
+        return []
+    conversations = [Conversation((*each.prompt, *each.chosen), None, each.where) for each in held_out]
+    return answers.questions(layout.chat, conversations, count, positions)

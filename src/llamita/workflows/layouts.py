@@ -1,0 +1,43 @@
+"""Which chat template a run lays its texts out with: one that is named, the model's own, or none.
+
+Knows nothing of what is learned.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from llamita.config import ModelConfig
+from llamita.data.preferences import Layout
+from llamita.text.chat import Chat
+from llamita.text.chat_templates import template_to_learn
+from llamita.workflows.finetune import Base
+
+TEXT = "text"
+"""Named in the place of a template: prompt and answer as they are, one after the other."""
+
+
+def source_of(template: str) -> str:
+    """A template's source or name; of a file, what it holds, so that a run can be resumed without it."""
+    return Path(template).read_text("utf-8") if template and Path(template).is_file() else template
+
+
+def layout_of(base: Base, template: str) -> tuple[Layout, ModelConfig]:
+    """The layout, the template being the tokenizer's own from then on, and the model's config with what ends an answer
+    among its ends. ValueError, in one line, for a template that cannot be, and for a model that does not write."""
+    tokenizer, model = base.tokenizer, base.config
+    if model.num_labels:
+        raise ValueError(f"{base.directory} is a classifier, which writes no answers; give a language model as --model")
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {base.directory} has {tokenizer.vocab_size} tokens and the model embeddings for "
+            f"{model.vocab_size}; one of them is another model's"
+        )
+    if template == TEXT or not (template or tokenizer.chat_template):
+        return Layout(tokenizer, None), model
+    if template:
+        source = template_to_learn(tokenizer, template)
+        tokenizer.chat_templates.clear()
+        tokenizer.chat_template = source
+    chat = Chat(tokenizer)
+    ends = tuple(dict.fromkeys((*chat.end_of_turn[0], *model.eos_token_ids)))
+    return Layout(tokenizer, chat), replace(model, eos_token_id=ends[0] if len(ends) == 1 else ends or None)

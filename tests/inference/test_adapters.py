@@ -1,0 +1,196 @@
+"""Several adapters over one base in one batch, held to each one merged into a model of its own and served alone."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import llamita
+from llamita import adapters, checkpoint
+from llamita.adapter_files import AdapterFiles, BaseModel
+from llamita.adapters import Adapter, LoraSettings
+from llamita.checkpoint import HostArray
+from llamita.cli.main import main
+from llamita.inference.config import EngineConfig
+from llamita.inference.drafting import PromptLookup
+from llamita.inference.engine import Engine
+from llamita.inference.request import Request
+from llamita.plan import CacheLayout, Plan, SamplingParams, ScheduledChunk
+from llamita.torch_backend import lora
+from llamita.torch_backend.runner import TorchRunner
+from tests.torch_backend.test_exact import Served, alone, model_of, requests
+
+SETTINGS = {
+    "a": LoraSettings(4, 8.0),
+    "b": LoraSettings(3, 9.0, targets=("q_proj", "down_proj", "lm_head"), rank_stabilized=True),
+}
+
+
+def adapter_of(config, settings, seed):
+    """An adapter that changes much."""
+    random = np.random.default_rng(seed)
+    factors = settings.factors(config)
+    shapes = adapters.shapes(config, factors)
+    arrays = {n: HostArray.from_numpy(random.normal(0, 0.15, s).astype(np.float32)) for n, s in shapes.items()}
+    return Adapter(config, factors, arrays)
+
+
+def three(exact=False, dtype=torch.float32, **changes):
+    """A runner with two adapters, and by name runners over models of which one is a part."""
+    changes = {"tie_word_embeddings": False, **changes}
+    config = model_of(**changes).config
+    made = {name: adapter_of(config, settings, i) for i, (name, settings) in enumerate(SETTINGS.items())}
+    merged = {}
+    for name in (None, *made):
+        model = model_of(dtype, **changes).eval()
+        if name:
+            lora.merge(model, made[name])
+        merged[name] = TorchRunner(model)
+    return TorchRunner(model_of(dtype, **changes).eval(), exact, made), merged
+
+
+def mixed(vocabulary, **params):
+    names = (None, "a", "b")
+    return [dataclasses.replace(r, adapter=names[r.id % 3]) for r in requests(vocabulary, **params)]
+
+
+def answers(runner, asked, **limits):
+    engine = Engine(runner, config=EngineConfig(**limits), adapters=tuple(runner.serving.adapters))
+    for request in asked:
+        engine.add(request)
+    found = {request.id: [] for request in asked}
+    while engine.has_work:
+        for event in engine.step():
+            assert not event.error, event.error
+            found[event.request_id].append(event)
+    return found
+
+
+def test_one_batch_of_two_adapters_and_the_base_equals_three_separate_runs():
+    runner, merged = three()
+    asked = mixed(97, temperature=0, top_logprobs=2, prompt_logprobs=True)
+    together = answers(runner, asked, max_sequences=5, blocks=80)
+    compared = 0
+    for name, single in merged.items():
+        mine = [request for request in asked if request.adapter == name]
+        for key, events in answers(single, [dataclasses.replace(r, adapter=None) for r in mine]).items():
+            np.testing.assert_allclose(together[key][0].prompt_logprobs, events[0].prompt_logprobs, atol=1e-4)
+            for ours, theirs in zip(together[key], events, strict=True):
+                best, second = (logprob for _, logprob in theirs.top_logprobs)
+                if ours.token_id != theirs.token_id:
+                    assert best - second < 2e-4
+                    break
+                assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+                compared += 1
+    assert compared > 150
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_the_base_have_the_bits_of_a_run_without_adapters(dtype):
+    runner, merged = three(dtype=dtype)
+    layout = CacheLayout(16, 40)
+    random = np.random.default_rng(2)
+
+    def step(runner, names):
+        chunks = []
+        for number, (name, length) in enumerate(zip(names, (7, 1, 20, 3), strict=True)):
+            tokens = tuple(np.random.default_rng(number).integers(0, 97, length + 1).tolist())
+            table = (np.arange(number * 3, number * 3 + 3, dtype=np.int32),)
+            chunks.append(ScheduledChunk(number, tokens[:-1], 0, table, (), tokens[1:], name))
+        return runner.run(Plan(tuple(chunks)), runner.allocate(layout)).target_logprobs
+
+    names = [None, "a", None, "b"]
+    random.shuffle(names)
+    with_adapters, without = step(runner, names), step(merged[None], [None] * 4)
+    for name, one, other in zip(names, with_adapters, without, strict=True):
+        assert (one == other) is (name is None)
+
+
+@pytest.mark.parametrize("changes", [{}, {"hidden_size": 37, "intermediate_size": 53, "head_dim": 10}], ids=str)
+def test_the_exact_mode_gives_the_same_bits_alone_and_batched(changes):
+    runner, _ = three(exact=True, **changes)
+    asked = mixed(97, count=12)
+    reference = alone(runner, asked)
+    for served in (
+        Served(runner, [asked[:7], asked[7:]], blocks=60),
+        Served(runner, [asked], blocks=24, max_sequences=4, prefill_tokens=50, drafter=PromptLookup()),
+    ):
+        for key, (text, logits) in reference.items():
+            assert served.texts[key] == text
+            for position, rows in served.logits_of(key).items():
+                assert all(row_V.tobytes() == logits[position][0].tobytes() for row_V in rows)
+
+
+def test_no_block_is_shared_between_adapters():
+    runner, _ = three()
+    engine = Engine(runner, config=EngineConfig(block_size=4), adapters=("a", "b"))
+    prompt, greedy = tuple(range(21)), SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    cached = []
+    for number, name in enumerate((None, "a", "b", None, "b", "a")):
+        engine.add(Request(number, prompt, greedy, adapter=name))
+        while engine.has_work:
+            events = engine.step()
+        cached.append(events[-1].statistics.cached_tokens)
+    assert cached == [0, 0, 0, 20, 20, 20]
+
+
+@pytest.fixture(scope="module")
+def saved(model_directory, tmp_path_factory):
+    """Two adapters of the tiny model on disk."""
+    config = checkpoint.load_config(model_directory)
+    base = BaseModel(str(model_directory), checkpoint.digest(model_directory))
+    found = {}
+    for number, name in enumerate(("a", "b")):
+        settings = LoraSettings(4, 16.0)
+        found[name] = tmp_path_factory.mktemp("adapters") / name
+        found[name].mkdir()
+        AdapterFiles(settings, base).save(found[name], config, adapter_of(config, settings, number).arrays)
+    return found
+
+
+def test_the_python_face_and_an_adapter_loaded_as_a_model_agree(model_directory, saved, tmp_path):
+    greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    llm = llamita.load(model_directory, exact=True, adapters=saved)
+    base, a, b = llm.generate(["The fox"] * 3, greedy, adapter=[None, "a", "b"])
+    for name, expected in saved.items():
+        alone = llamita.load(expected, exact=True)
+        assert alone.generate("The fox", greedy).token_ids == {"a": a, "b": b}[name].token_ids
+    assert len({base.token_ids, a.token_ids, b.token_ids}) == 3
+    assert "".join(llm.stream("The fox", greedy, adapter="b")) == b.text
+    llamita.save(llamita.load(saved["a"]), tmp_path / "merged")
+    logits = llm.runner.forward([[1, 5, 9]], adapter="a")["logits"]
+    np.testing.assert_allclose(
+        llamita.load(tmp_path / "merged").runner.forward([[1, 5, 9]])["logits"], logits, atol=1e-5
+    )
+    with pytest.raises(ValueError, match="there is no adapter 'c'; loaded are: a, b"):
+        llm.generate("The fox", greedy, adapter="c")
+    with pytest.raises(ValueError, match="prompt 1: there is no adapter 'd'"):
+        llm.generate(["The fox", "An owl"], adapter=["a", "d"])
+
+
+def test_the_command_serves_adapters_to_prompts_and_to_lines(model_directory, saved, tmp_path, capsys):
+    def lines(*asked):
+        (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"prompt": "The fox", **one}) for one in asked))
+        for file in tmp_path.glob("out*"):
+            file.unlink()
+        named = [f"{name}={path}" for name, path in saved.items()]
+        given = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+        options = ["--temperature", "0", "--max-tokens", "8", "--adapter", *named]
+        status = main(["generate", str(model_directory), *given, *options])
+        return status, capsys.readouterr().err
+
+    assert lines({}, {"adapter": "a"}, {"model": "tiny:b"}, {"model": "tiny"}, {"model": "tiny:a"})[0] == 0
+    found = {r["index"]: r["text"] for r in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
+    assert found[0] == found[3] != found[1] == found[4] != found[2]
+    status, error = lines({"adapter": "c"}, {"adapter": "a", "model": "tiny:b"})
+    assert status == 2
+    assert "line 1: there is no adapter 'c'" in error
+    assert "line 2: adapter='a' and model='tiny:b' name two adapters" in error
+    options = ["--temperature", "0", "--max-tokens", "8", "--no-echo"]
+    assert main(["generate", str(model_directory), "The fox", *options, "--adapter", f"a={saved['a']}"]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == found[1].rstrip("\n")
+    for bad, message in (("a", "must have the form NAME=PATH"), (f"x={model_directory}", "holds no adapter")):
+        assert main(["generate", str(model_directory), "The fox", "--adapter", bad]) == 2
+        assert message in capsys.readouterr().err
