@@ -197,7 +197,7 @@ def load_runner(
     """
     if exact:
         raise ValueError(
-            "the exact mode is PyTorch's: MLX's kernels round a row by what runs beside it; leave exact out"
+            "the exact mode is PyTorch's: MLX's kernels round a row by what runs beside it; use --backend torch"
         )
     if threads:
         raise ValueError(f"threads={threads} cannot be set: MLX chooses its threads itself; leave it at 0")
