@@ -8,7 +8,8 @@ On a Mac, whose GPU is MLX's default device, at sizes that matter there:
 
 Random weights, greedy, no end of sequence. Passes alternate between the contestants, so that a change in the machine's
 speed meets both; ratios are taken pass by pass, medians printed with their spread. The memory bandwidth is what
-`mx.sum` reads at in the same passes. mlx-lm decodes a batch with its own `BatchGenerator`.
+`mx.sum` reads at in the same passes. mlx-lm decodes a batch with its own `BatchGenerator`. On a CPU that others use as
+well, `--processor-time` counts the time that this process had of it, of all threads together, in place of the clock's.
 """
 
 import argparse
@@ -53,10 +54,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prefill")
     parser.add_argument("--device", default="auto", help="auto, cpu or gpu")
+    parser.add_argument("--processor-time", action="store_true", help="of this process, not the clock's; for a CPU")
     arguments = parser.parse_args()
+    arguments.clock = time.process_time if arguments.processor_time else time.perf_counter
     device = choose_device(arguments.device)
     mx.set_default_device(mx.Device(device))
-    print(f"MLX {mx.__version__} on {device.name}, mlx-lm {mlx_lm.__version__}")
+    clock = "processor time" if arguments.processor_time else "time"
+    print(f"MLX {mx.__version__} on {device.name}, mlx-lm {mlx_lm.__version__}, {clock}")
     for name in arguments.presets:
         for dtype in arguments.dtypes:
             with tempfile.TemporaryDirectory() as directory:
@@ -64,12 +68,13 @@ def main() -> None:
 
 
 def measure(name: str, dtype: str, directory: Path, arguments: argparse.Namespace) -> None:
+    clock = arguments.clock
     longest = max(arguments.prompt, PROMPT + arguments.tokens) + 8
     config = preset(name, max_position_embeddings=longest, eos_token_id=None)
     with files.atomic_directory(directory) as temporary:
         checkpoint.save_tensors(temporary, to_host_arrays(build_model(config, dtype=DTYPES[dtype])))
         checkpoint.save_config(temporary, config, FILE_DTYPES[dtype])
-    ours, theirs = Ours(load_runner(directory, device=arguments.device)), Theirs(directory)
+    ours, theirs = Ours(load_runner(directory, device=arguments.device), clock), Theirs(directory, clock)
     data, record = mx.ones(READ_NUMBERS), Record()
     alone, batch, prefill = (
         f"{what}, tokens/s"
@@ -77,7 +82,7 @@ def measure(name: str, dtype: str, directory: Path, arguments: argparse.Namespac
     )
     for number in range(arguments.passes + 1):  # the first warms up
         keep = record if number else Record()
-        bandwidth = data.nbytes / min(seconds(lambda: mx.eval(data.sum())) for _ in range(3))
+        bandwidth = data.nbytes / min(seconds(lambda: mx.eval(data.sum()), clock) for _ in range(3))
         add(keep, "memory read, GB/s", "the machine", bandwidth / 1e9)
         for contestant, model in (("llamita", ours), ("mlx-lm", theirs)):
             speed = model.decode(1, arguments.tokens)
@@ -91,14 +96,14 @@ def measure(name: str, dtype: str, directory: Path, arguments: argparse.Namespac
     show(f"{name}, {dtype}", record)
     for size in (1, arguments.batch):
         step = statistics.median(size / speed for speed in record[alone if size == 1 else batch]["llamita"])
-        show_parts(ours.runner, size, step, arguments.passes)
+        show_parts(ours.runner, size, step, arguments)
 
 
 class Ours:
     """The engine over one runner."""
 
-    def __init__(self, runner: MlxRunner) -> None:
-        self.runner = runner
+    def __init__(self, runner: MlxRunner, clock: Callable[[], float]) -> None:
+        self.runner, self._clock = runner, clock
 
     def decode(self, batch: int, tokens: int) -> float:
         """Tokens a second of a batch of short prompts, the first token of each not counted."""
@@ -107,38 +112,39 @@ class Ours:
             engine.add(Request(number, prompt(number), SamplingParams(temperature=0, max_tokens=tokens + 1)))
         while engine.scheduler.waiting or not all(one.is_decoding for one in engine.scheduler.running):
             engine.step()
-        started, count = time.perf_counter(), 0
+        started, count = self._clock(), 0
         while engine.has_work:
             count += len(engine.step())
-        return count / (time.perf_counter() - started)
+        return count / (self._clock() - started)
 
     def prefill(self, length: int) -> float:
         """Tokens a second until the first is drawn."""
         engine = Engine(self.runner, config=EngineConfig(max_sequences=1, prefix_caching=False))
         engine.add(Request(0, prompt(0, length), SamplingParams(temperature=0, max_tokens=1)))
-        return length / seconds(engine.step)
+        return length / seconds(engine.step, self._clock)
 
 
 class Theirs:
     """mlx-lm's generation over the same files."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, clock: Callable[[], float]) -> None:
         self.model, _ = load_model(directory)
+        self._clock = clock
 
     def decode(self, batch: int, tokens: int) -> float:
         if batch == 1:
             steps = generate_step(mx.array(prompt(0)), self.model, max_tokens=tokens + 1)
             next(steps)
-            return tokens / seconds(lambda: list(steps))
+            return tokens / seconds(lambda: list(steps), self._clock)
         generator = BatchGenerator(self.model, max_tokens=tokens + 1, completion_batch_size=batch,
                                    prefill_batch_size=batch)  # fmt: skip
         generator.insert([list(prompt(number)) for number in range(batch)])
         assert len(generator.next_generated()) == batch
-        return batch * tokens / seconds(lambda: self._exhaust(generator, batch * tokens))
+        return batch * tokens / seconds(lambda: self._exhaust(generator, batch * tokens), self._clock)
 
     def prefill(self, length: int) -> float:
         steps = generate_step(mx.array(prompt(0, length)), self.model, max_tokens=0)
-        return length / seconds(lambda: list(steps))
+        return length / seconds(lambda: list(steps), self._clock)
 
     def _exhaust(self, generator: BatchGenerator, expected: int) -> None:
         count = 0
@@ -147,7 +153,7 @@ class Theirs:
         assert count == expected, (count, expected)
 
 
-def show_parts(runner: MlxRunner, batch: int, step: float, passes: int) -> None:
+def show_parts(runner: MlxRunner, batch: int, step: float, arguments: argparse.Namespace) -> None:
     """Where a decode step's time goes: each part evaluated by itself, medians; the rest is the host's."""
     config, model = runner.config, runner.model
     blocks = -(-(PROMPT + 1) // 16)
@@ -159,8 +165,8 @@ def show_parts(runner: MlxRunner, batch: int, step: float, passes: int) -> None:
     chunks = [ScheduledChunk(n, (n,), PROMPT, tables[n]) for n in range(batch)]
     specs = [SampleSpec(GREEDY, 0, PROMPT + 1)] * batch
     found: dict[str, list[float]] = {}
-    for number in range(passes + 1):
-        clock = Clock(found if number else {})
+    for number in range(arguments.passes + 1):
+        clock = Clock(found if number else {}, arguments.clock)
         use = memory.cache.step(chunks)
         context = Context(mx.array(model._frequencies), model.rope_scale, use.positions_1T, cache=use)
         x = clock("embedding", lambda: model.model.embed_tokens(mx.array([[chunk.tokens[0] for chunk in chunks]])))
@@ -179,14 +185,14 @@ def show_parts(runner: MlxRunner, batch: int, step: float, passes: int) -> None:
 class Clock:
     """Adds up what parts of a pass take, each evaluated before the next begins."""
 
-    def __init__(self, found: dict[str, list[float]]) -> None:
-        self._found, self._now = found, dict[str, float]()
+    def __init__(self, found: dict[str, list[float]], clock: Callable[[], float]) -> None:
+        self._found, self._now, self._clock = found, dict[str, float](), clock
 
     def __call__(self, part: str, work: Callable[[], object]) -> mx.array:
-        started = time.perf_counter()
+        started = self._clock()
         result = work()
         mx.eval(result)
-        self._now[part] = self._now.get(part, 0) + time.perf_counter() - started
+        self._now[part] = self._now.get(part, 0) + self._clock() - started
         return result
 
     def close(self) -> None:
@@ -198,10 +204,10 @@ def prompt(number: int, length: int = PROMPT) -> tuple[int, ...]:
     return tuple(np.random.default_rng(number).integers(1000, size=length).tolist())
 
 
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
+def seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
+    started = clock()
     work()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def add(record: Record, measurement: str, contestant: str, value: float) -> None:

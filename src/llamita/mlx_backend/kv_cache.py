@@ -70,7 +70,7 @@ class PagedStep:
         self.longest = int(positions.max()) + 1
         self.positions_1T = mx.array(positions[None].astype(np.int32))
         size = cache.layout.block_size
-        self._slots: list[mx.array] = []
+        self._slots: list[slice | mx.array] = []
         self._begun: list[mx.array | None] = []
         self._parts: list[list[tuple[slice, Part]]] = []
         for group, window in enumerate(cache.layout.windows):
@@ -83,7 +83,8 @@ class PagedStep:
             )
             spans = [Span.of(chunk, table, size, window) for chunk, table in zip(chunks, tables, strict=True)]
             cache.reserve(group, max(int(span.blocks.max()) for span in spans) + 1)
-            self._slots.append(mx.array(slots.astype(np.int32)))
+            begin, together = int(slots[0]), (np.diff(slots) == 1).all()
+            self._slots.append(slice(begin, begin + len(slots)) if together else mx.array(slots.astype(np.int32)))
             self._begun.append(_begun(chunks, tables, size))
             self._parts.append(list(self._divide(spans)))
 

@@ -186,7 +186,7 @@ def load_runner(
     """
     if exact:
         raise ValueError(
-            "the exact mode is PyTorch's: MLX's kernels round a row by what runs beside it; leave exact out"
+            "the exact mode is PyTorch's: MLX's kernels round a row by what runs beside it; use --backend torch"
         )
     if threads:
         raise ValueError(f"threads={threads} cannot be set: MLX chooses its threads itself; leave it at 0")
@@ -221,7 +221,7 @@ def _arranged(
 def lay_columns_together(model: Llama) -> None:
     """Store each float32 matrix column by column, with the face of one stored row by row.
 
-    x W^T then reads W^T row by row, for which a CPU's BLAS takes three quarters to half of the time.
+    x W^T then reads W^T row by row, for which the BLAS of MLX on Linux takes three quarters to half of the time.
     """
     for packed in model.packed_parameters():
         weight = packed.parameter
