@@ -144,6 +144,12 @@ def test_every_differing_key_is_named():
     compare(IDENTITY, json.loads(json.dumps(IDENTITY)))
 
 
+def test_a_field_that_an_older_version_lacked_stands_at_its_default():
+    compare({"model": {"vocab_size": 8}}, {"model": {"vocab_size": 8, "label_names": (), "quantization": ""}})
+    with pytest.raises(ValueError, match=r"model\.quantization was '' and is now 'int8'"):
+        compare({"model": {"vocab_size": 8}}, {"model": {"vocab_size": 8, "quantization": "int8"}})
+
+
 def test_a_full_disk_leaves_the_earlier_checkpoints(run):
     save(run, 5)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -123,7 +123,7 @@ class TorchTrainStep:
         """The log-probability of every label that is scored, float32 (B, T), 0 elsewhere; without dropout."""
         self.model.eval()
         with self._autocast():
-            found_BT = objectives.log_probs(self.model.hidden, self.model.output_weight_VD, self._to_device(batch))
+            found_BT = objectives.log_probs(*self._output(self.model.hidden), self._to_device(batch))
         return found_BT.cpu().numpy()
 
     def weights(self) -> dict[str, HostArray]:

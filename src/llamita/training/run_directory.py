@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -246,6 +246,9 @@ def read_manifest(path: Path | str) -> dict[str, Any]:
 def compare(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise ValueError naming every key in which two identities differ."""
     before, now = flatten(saved), flatten(json.loads(json.dumps(given)))
+    if "model" in saved:  # by an older version perhaps, which did not have every field
+        known = {field.name: field.default for field in fields(ModelConfig) if field.default is not MISSING}
+        before = flatten(json.loads(json.dumps({"model": known}))) | before
     faults = [
         f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

@@ -26,6 +26,7 @@ from llamita.training.display import Display
 from llamita.training.interfaces import Evaluation, Examples, TrainingResult
 from llamita.workflows import answers
 from llamita.workflows.finetune import Base, FinetuneConfig, finetune, load_base, make_step, resumed
+from llamita.workflows.layouts import source_of
 from llamita.workflows.pretrain import Backend, TrainableStep
 
 MEADOW_CONVERSATIONS = 16000
@@ -189,9 +190,7 @@ def data_sources(config: SftConfig) -> tuple[ConversationSource, ConversationSou
 
 def learn_template(config: SftConfig, base: Base) -> tuple[SftConfig, Chat]:
     """The template that is to be learned, made the tokenizer's own, and the options with its source in them."""
-    given = config.template
-    if given and Path(given).is_file():
-        given = Path(given).read_text("utf-8")
+    given = source_of(config.template)
     if base.config.num_labels:
         raise ValueError(f"{config.model} is a classifier, which writes no answers; give a language model as --model")
     tokenizer = base.tokenizer
