@@ -212,10 +212,6 @@ def test_a_model_of_mlx_is_run_by_either_backend(tmp_path, capsys):
     assert main(["train", "--output", str(run), "--resume", "--backend", "torch"]) == 0  # the run is either's
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="weights and cache, still lazy when they are loaded, belong to another thread's stream than the engine's",
-)
 def test_chat_runs_on_mlx(tmp_path, capsys, monkeypatch):
     pytest.importorskip("mlx.core")
     run = trained(tmp_path)

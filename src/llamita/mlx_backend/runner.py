@@ -67,9 +67,9 @@ class MlxRunner:
     def allocate(self, layout: CacheLayout) -> MlxMemory:
         """Memory for the sequences of one engine."""
         with mx.stream(self.device):
-            return MlxMemory(
-                PagedKVCache(self.config, layout, self.dtype), Sampler(self.config.vocab_size, self.device)
-            )
+            cache = PagedKVCache(self.config, layout, self.dtype)
+            mx.eval(cache.keys, cache.values)  # another thread may do the steps
+            return MlxMemory(cache, Sampler(self.config.vocab_size, self.device))
 
     def run(self, plan: Plan, memory: MlxMemory) -> StepResult:
         """Run every chunk at once, sample the tokens and score the targets that they ask for."""
@@ -215,6 +215,7 @@ def _arranged(
         model = build_model(config, arrays, dtype=dtype)
         if device == mx.cpu and dtype == mx.float32:
             lay_columns_together(model)
+        mx.eval([array for _, array in named_arrays(model)])  # what is lazy belongs to this thread's stream
     return MlxRunner(model, device)
 
 
