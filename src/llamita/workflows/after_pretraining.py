@@ -34,7 +34,7 @@ NAMES = ("answers", "preferences", "happy-or-sad")
 class Amounts:
     """How much is learned: updates, and what they are taken from."""
 
-    answer_steps: int = 1500
+    answer_steps: int = 2000
     conversations: int = 16_000
     pair_steps: int = 100
     pairs: int = 1600
@@ -97,8 +97,9 @@ def parts(
         conversations=amounts.conversations,
         answers=amounts.asked,
         steps=amounts.answer_steps,
+        mode="pad",
         batch_size=16,
-        learning_rate=3e-3,
+        learning_rate=2e-3,
         evaluate_every=max(1, amounts.answer_steps // 3),
         seed=seed,
     )
