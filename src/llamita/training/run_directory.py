@@ -248,7 +248,8 @@ def compare(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     before, now = flatten(saved), flatten(json.loads(json.dumps(given)))
     if "model" in saved:  # by an older version perhaps, which did not have every field
         known = {field.name: field.default for field in fields(ModelConfig) if field.default is not MISSING}
-        before = flatten(json.loads(json.dumps({"model": known}))) | before
+        defaults = flatten(json.loads(json.dumps({"model": known})))
+        before = {key: value for key, value in defaults.items() if key in now} | before
     faults = [
         f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
