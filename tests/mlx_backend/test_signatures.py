@@ -18,9 +18,8 @@ PACKAGE = Path(llamita.__file__).parent
 FILES_LACKING = {
     "devices": "PyTorch has more kinds of them, and settings; MLX has two, named in its runner",
     "exact": "bits that do not depend on the batch: MLX does not say how its kernels sum",
-    "lora": "adapters are trained and served by PyTorch; MLX opens them merged",
     "peers": "each wraps another library to verify against: transformers there, mlx-lm here",
-    "serving": "the same",
+    "serving": "several adapters in one batch are PyTorch's; MLX applies one",
     "pickles": "PyTorch's own files, converted once for every backend",
 }
 NAMES_LACKING = {
@@ -40,7 +39,6 @@ NAMES_LACKING = {
     "sampling.nucleus_candidates": "most_probable",
     "token_counts.to_device": "memory is unified",
     "train_step.cpu_multiplies_bf16": "MLX's CPU kernels are no faster in bfloat16",
-    "weights.copy_host_arrays": "of a part of the parameters: an adapter's",
     "weights.host_from_tensor": "host_from_array",
     "weights.tensor_from_host": "array_from_host",
 }
@@ -49,20 +47,23 @@ PARAMETERS_LACKING = {"device", "exact"}
 PARAMETERS_DIFFERING = {
     "adamw.AdamW.step": "gradients are passed, for an array carries none",
     "layers.Operations.__init__": "rotations have a fused form too",
+    "lora.Attached.output": "whether dropout is drawn is said before, by Attached.drop",
+    "lora.Change.__init__": "no exact mode, which needs a product of its own",
+    "lora.Change.forward": "whether dropout is drawn is said before",
+    "lora.Change.dropped": "the same",
     "model.Context.__init__": "positions and frequencies in place of a table of angles, and dropout",
-    "model.Block.forward": "the rows that are wanted of the last block, for a graph computes no more",
     "model.Llama.context": "dropout is passed, not drawn from a global generator",
     "model.Llama.hidden": "the same",
     "noise.GumbelNoise.__init__": "the type of the logits, since Metal has no float64",
     "objectives.loss_function": "a key to draw from while training, since nothing is drawn from a global generator",
     "objectives.classification_loss": "the same",
     "packed.PackedParameter.__init__": "owner and key: where a new array is put, since arrays do not change",
-    "runner.hidden_states": "the rows that are wanted",
     "runner.MlxRunner.__init__": "the device it runs on; no adapters",
     "runner.MlxRunner.forward": "no adapters",
     "runner.load_runner": "no adapters",
     "sampling.Columns.__init__": "the type of the logits",
     "token_counts.CountedRow.__init__": "counts lie elsewhere",
+    "weights.copy_host_arrays": "where the arrays are put, since they do not change",
     "train_step.MlxTrainStep.__init__": "the device it runs on",
 }
 
