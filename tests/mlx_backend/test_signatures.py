@@ -19,7 +19,6 @@ FILES_LACKING = {
     "devices": "PyTorch has more kinds of them, and settings; MLX has two, named in its runner",
     "exact": "bits that do not depend on the batch: MLX does not say how its kernels sum",
     "peers": "each wraps another library to verify against: transformers there, mlx-lm here",
-    "serving": "several adapters in one batch are PyTorch's; MLX applies one",
     "pickles": "PyTorch's own files, converted once for every backend",
 }
 NAMES_LACKING = {
@@ -58,10 +57,9 @@ PARAMETERS_DIFFERING = {
     "objectives.loss_function": "a key to draw from while training, since nothing is drawn from a global generator",
     "objectives.classification_loss": "the same",
     "packed.PackedParameter.__init__": "owner and key: where a new array is put, since arrays do not change",
-    "runner.MlxRunner.__init__": "the device it runs on; no adapters",
-    "runner.MlxRunner.forward": "no adapters",
-    "runner.load_runner": "no adapters",
+    "runner.MlxRunner.__init__": "the device it runs on",
     "sampling.Columns.__init__": "the type of the logits",
+    "serving.Serving.attach": "no exact mode",
     "token_counts.CountedRow.__init__": "counts lie elsewhere",
     "weights.copy_host_arrays": "where the arrays are put, since they do not change",
     "train_step.MlxTrainStep.__init__": "the device it runs on",

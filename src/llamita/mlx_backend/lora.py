@@ -2,7 +2,7 @@
 
 The model packs several linear maps into one matrix; an adapter has its own A and B for each of them, under its
 canonical name. `Change` is one adapter at one packed matrix. What an adapter is, and its files, are llamita/adapters.py
-and adapter_files.py. Knows nothing of several adapters in one batch.
+and adapter_files.py; serving several at once is serving.py.
 """
 
 from collections.abc import Callable, Iterator, Mapping
