@@ -143,6 +143,22 @@ def test_dropout_is_drawn_in_training_alone_and_a_resumed_run_draws_it_again(pre
     assert same(resumed.weights(), step.weights())
 
 
+def test_dropout_differs_between_steps_micro_batches_and_matrices(monkeypatch):
+    step, row = make(adapter=dataclasses.replace(EVERYTHING, dropout=0.5)), batch(rows=1)
+    step.step([row], 1e-2)  # B is no longer zero
+    assert len({step.step([row], 0.0).loss for _ in range(3)}) == 3
+    seen = []
+
+    def watched(change, x_D):
+        seen.append(change.draw(mx.ones(x_D.shape)))
+        return x_D
+
+    monkeypatch.setattr(lora.Change, "dropped", watched)
+    step.step([row, row], 0.0)
+    drawn = [np.array(mask).tobytes() for mask in seen]
+    assert len(drawn) == len(set(drawn)) == 2 * (2 * 4 + 1)
+
+
 def test_what_dropout_leaves_has_the_mean_of_the_whole():
     """One matrix, no depth: over many draws B A (dropped x) averages to B A x, which grows with 1 / sqrt(draws)."""
     model = build_model(CONFIG, seed=1)
