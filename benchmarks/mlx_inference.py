@@ -31,8 +31,9 @@ from llamita import checkpoint, files
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
 from llamita.inference.request import Request
+from llamita.mlx_backend.devices import choose_device
 from llamita.mlx_backend.model import Context
-from llamita.mlx_backend.runner import DTYPES, MlxRunner, choose_device, load_runner
+from llamita.mlx_backend.runner import DTYPES, MlxRunner, load_runner
 from llamita.mlx_backend.weights import build_model, to_host_arrays
 from llamita.plan import CacheLayout, SampleSpec, SamplingParams, ScheduledChunk
 from llamita.presets import preset

@@ -52,8 +52,8 @@ def load(
     GPU where there is one. PyTorch alone has `threads` (0 leaves its choice) and `exact`: logits that are the same bits
     alone and in any batch (float32 on the CPU, slower). `engine` says how much runs at once. `draft` has tokens guessed
     ahead, which changes the speed and no token: "lookup" looks for the last few tokens earlier in the text; else it is
-    the directory of a smaller model of the same vocabulary. `adapters` (a name: its directory; PyTorch) are served over
-    the model in one batch with it, each to the requests that name it; an adapter's directory may also be the model.
+    the directory of a smaller model of the same vocabulary. `adapters` (a name: its directory) are served over the
+    model in one batch with it, each to the requests that name it; an adapter's directory may also be the model.
 
     The result generates (`generate`, `stream`), gives logits and residual streams (`runner.forward`), and is saved by
     `save`. FileNotFoundError or ValueError, in one line, where the model is missing, broken, or of a kind that Llamita
@@ -62,8 +62,6 @@ def load(
     from llamita.inference.drafting import DraftModel, PromptLookup
 
     chosen = load_backend(backend, device=device, threads=threads, exact=exact)
-    if adapters and chosen.name != "torch":
-        raise ValueError("adapters are served by PyTorch alone; give backend=torch, or merge one with llamita merge")
     load_runner = chosen.load_runner
     drafter: Drafter | None = PromptLookup() if draft == "lookup" else None
     if draft and drafter is None:

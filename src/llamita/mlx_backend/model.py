@@ -22,6 +22,8 @@ from llamita.mlx_backend.quantized import QuantizedEmbedding, QuantizedLinear
 from llamita.rope import rotary_frequencies
 
 Trace = Callable[[str, mx.array], None]
+Change = Callable[[mx.array, mx.array], mx.array]
+"""(input, output) of a linear map -> its output changed by an adapter; see lora.py."""
 
 
 class ModelOutput(NamedTuple):
@@ -39,9 +41,11 @@ class Linear(nn.Module):
         self.weight = mx.zeros((n_out, n_in))
         self.bias = mx.zeros(n_out) if bias else None
         self.product = operations.linear
+        self.change: Change | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.product(x, self.weight, self.bias)
+        y = self.product(x, self.weight, self.bias)
+        return y if self.change is None else self.change(x, y)
 
 
 class Embedding(nn.Module):
@@ -190,7 +194,8 @@ class Llama(nn.Module):
         """The matrix that turns hidden states into logits: the output head's, or the embedding's where tied."""
         if self.config.num_labels:
             return self.score.weight
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return head.dequantized(head.dtype) if isinstance(head, QuantizedLinear) else head.weight
 
     def __call__(
         self,
@@ -214,8 +219,10 @@ class Llama(nn.Module):
         return ModelOutput(self.logits(hidden_BTD), hidden_BTD)
 
     def logits(self, hidden_BTD: mx.array) -> mx.array:
-        if self.config.quantization and not self.config.num_labels:
-            return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).multiply(hidden_BTD)
+        if self.config.num_labels or not self.config.tie_word_embeddings:
+            return (self.score if self.config.num_labels else self.lm_head)(hidden_BTD)
+        if isinstance(self.model.embed_tokens, QuantizedLinear):
+            return self.model.embed_tokens.multiply(hidden_BTD)
         return self.product(hidden_BTD, self.output_weight_VD)
 
     def hidden(
@@ -237,8 +244,7 @@ class Llama(nn.Module):
             assert segments_BT is None, "the cache keeps sequences apart"
             context = Context(mx.array(self._frequencies), self.rope_scale, cache.positions_1T, cache=cache)
         x_BTD = self.model.embed_tokens(tokens_BT)
-        if dropout:
-            x_BTD = dropout(x_BTD)
+        x_BTD = dropout(x_BTD) if dropout else x_BTD
         if trace:
             trace("embedding", x_BTD)
         for i, block in enumerate(self.model.layers):

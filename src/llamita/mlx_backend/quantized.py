@@ -4,6 +4,8 @@ Weight and scales have their names in a checkpoint and keep their types whatever
 how numbers are rounded, packed or multiplied: `quantize.py` does.
 """
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -28,6 +30,7 @@ class QuantizedLinear(nn.Module):
         self.weight_scale = mx.zeros(scales, mx.bfloat16)
         self.bias = mx.zeros(n_out) if bias else None
         self.product = operations.linear
+        self.change: Callable[[mx.array, mx.array], mx.array] | None = None
         self.dtype = mx.float32
         self._packed: quantize.Packed | None = None
 
@@ -37,6 +40,7 @@ class QuantizedLinear(nn.Module):
         if quantize.packs(self.n_in):
             kernel = mx.float32 if mx.default_device() == mx.cpu else dtype  # a CPU's is far slower in bfloat16
             self._packed = quantize.pack(self.plain_weight(), self.weight_scale, kernel)
+            mx.eval(list(vars(self._packed).values()))  # not left to a compiled step, or to another thread
             self.weight = self._packed.words
 
     def plain_weight(self) -> mx.array:
@@ -48,7 +52,8 @@ class QuantizedLinear(nn.Module):
         return quantize.dequantize(self.plain_weight(), self.weight_scale, self.n_in, dtype)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.multiply(x)
+        y = self.multiply(x)
+        return y if self.change is None else self.change(x, y)
 
     def multiply(self, x: mx.array) -> mx.array:
         """(..., n_in) to (..., n_out)."""

@@ -15,17 +15,21 @@ import mlx.nn as nn
 import numpy as np
 import psutil
 
-from llamita import architecture, checkpoint
+from llamita import adapter_files, architecture, checkpoint
+from llamita.adapters import Adapter
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
+from llamita.mlx_backend import lora
+from llamita.mlx_backend.devices import choose_device
 from llamita.mlx_backend.kv_cache import PagedKVCache, PagedStep
 from llamita.mlx_backend.model import Llama
 from llamita.mlx_backend.sampling import Sampler
+from llamita.mlx_backend.serving import Serving
 from llamita.mlx_backend.weights import build_model, to_host_arrays
 from llamita.plan import CacheLayout, Plan, SampledToken, SampleSpec, ScheduledChunk, StepResult, rows_wanted
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-DEVICES = {"cpu": mx.cpu, "gpu": mx.gpu}
+OWN = ""  # the name of the adapter that was loaded as a model
 CACHE_SHARE = 0.25
 """Of the memory that is free once the weights are loaded, what keys and values may take: others need the rest."""
 SCORED_ROWS = 64
@@ -41,12 +45,24 @@ class MlxMemory:
 
 
 class MlxRunner:
-    """Does an engine's plans with `model`, which it neither copies nor changes."""
+    """Does an engine's plans with `model`, which it does not copy.
 
-    def __init__(self, model: Llama, device: mx.DeviceType = mx.cpu) -> None:
+    `adapters` are put on the model by name; a chunk that names none goes through `default`, or the model alone.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        device: mx.DeviceType = mx.cpu,
+        adapters: Mapping[str, Adapter] | None = None,
+        default: str | None = None,
+    ) -> None:
         self.model, self.device = model, device
         self.config: ModelConfig = model.config
         self.dtype = model.model.norm.weight.dtype  # never quantised: that of the activations and of the cache
+        self.serving, self.default = Serving(adapters or {}), default
+        self.serving.attach(model)
+        self._names: list[str | None] = []  # the adapters of a step's rows
         read = dict(named_arrays(model))
         if self.config.num_labels or not self.config.tie_word_embeddings:  # of an embedding alone, one row is read
             read = {name: array for name, array in read.items() if "embed_tokens" not in name}
@@ -61,8 +77,13 @@ class MlxRunner:
         return int(psutil.virtual_memory().available * CACHE_SHARE)
 
     def weights(self) -> dict[str, HostArray]:
-        """The values under canonical names, in the type they have here."""
-        return to_host_arrays(self.model)
+        """The values under canonical names, in the type they have here; those of the default adapter merged in."""
+        arrays = to_host_arrays(self.model)
+        if self.default is None:
+            return arrays
+        if self.config.quantization:
+            raise ValueError(f"an adapter over {self.config.quantization} weights is no one model; use llamita merge")
+        return dict(lora.merged_arrays(arrays, self.serving.adapters[self.default]))
 
     def allocate(self, layout: CacheLayout) -> MlxMemory:
         """Memory for the sequences of one engine."""
@@ -82,8 +103,12 @@ class MlxRunner:
             order = sorted(range(len(plan.chunks)), key=lambda i: (len(plan.chunks[i].tokens) > 1, plan.chunks[i].end))
             chunks = [plan.chunks[i] for i in order]
             tokens_1T = mx.array([[token for chunk in chunks for token in chunk.tokens]])
-            wanted = rows_wanted(chunks)
-            hidden_RD = hidden_states(self.model, tokens_1T, memory.cache.step(chunks), wanted)
+            names = [self.default if chunk.adapter is None else chunk.adapter for chunk in chunks for _ in chunk.tokens]
+            self._names = names
+            # Adapters are told apart by rows of the whole step.
+            wanted = list(range(len(names))) if len(set(names)) > 1 else rows_wanted(chunks)
+            with self.serving.rows(names):
+                hidden_RD = hidden_states(self.model, tokens_1T, memory.cache.step(chunks), wanted)
             # What the memory has become is part of the step: left to a later one, graphs and memory would pile up.
             mx.async_eval(memory.cache.keys, memory.cache.values)
             states = States(hidden_RD, {row: place for place, row in enumerate(wanted)})
@@ -133,10 +158,14 @@ class MlxRunner:
         places, hidden_RD = [states.place_of_row[row] for row in rows], states.hidden_RD
         if places != list(range(len(hidden_RD))):
             hidden_RD = hidden_RD[mx.array(places)]
-        return self.model.logits(hidden_RD)
+        with self.serving.rows([self._names[row] for row in rows]):
+            return self.model.logits(hidden_RD)
 
     def forward(
-        self, tokens_BT: Sequence[Sequence[int]] | np.ndarray, capture: Sequence[str] = ()
+        self,
+        tokens_BT: Sequence[Sequence[int]] | np.ndarray,
+        capture: Sequence[str] = (),
+        adapter: str | None = None,
     ) -> dict[str, np.ndarray]:
         """Logits of every position, and the residual stream at named places, as float32 arrays.
 
@@ -151,7 +180,8 @@ class MlxRunner:
 
         with mx.stream(self.device):
             tokens = mx.array(np.asarray(tokens_BT, dtype=np.int32))
-            logits_BTV = self.model(tokens, trace=trace).logits_BTV
+            with self.serving.rows([self.default if adapter is None else adapter] * tokens.size):
+                logits_BTV = self.model(tokens, trace=trace).logits_BTV
             unknown = [name for name in capture if name not in captured]
             if unknown:
                 raise ValueError(
@@ -176,9 +206,15 @@ def hidden_states(model: Llama, tokens_1T: mx.array, step: PagedStep, rows: Sequ
 
 
 def load_runner(
-    model: Path | str, dtype: str = "auto", device: str = "auto", threads: int = 0, exact: bool = False
+    model: Path | str,
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int = 0,
+    exact: bool = False,
+    adapters: Mapping[str, Path] | None = None,
 ) -> MlxRunner:
-    """A runner over a model directory, or over the best checkpoint of a run directory.
+    """A runner over a model directory, or over the best checkpoint of a run directory; of an adapter's, over its base
+    with that adapter. `adapters` are further ones over the same base, each for the chunks that name it.
 
     `dtype` is that of weights and cache: a name in DTYPES, or "auto" for that of the file (bfloat16 for the activations
     of a quantised one). `device` is "cpu", "gpu", or "auto" for MLX's own default: the GPU of a Mac. MLX has no setting
@@ -194,12 +230,18 @@ def load_runner(
         raise ValueError(f"dtype={dtype!r} is not supported; give auto or one of {', '.join(DTYPES)}")
     where = choose_device(device)
     directory = checkpoint.resolve_model_directory(model)
-    arrays = checkpoint.load_tensors(directory)
-    config = checkpoint.load_config(directory)
+    own = adapter_files.open_adapter(directory) if adapter_files.is_adapter(directory) else None
+    base = own.base if own else directory
+    arrays = checkpoint.load_tensors(base)
+    named = adapter_files.open_beside(adapters or {}, base, arrays)
+    if own is not None:
+        arrays = own.adapter.over(arrays)
+        named[OWN] = own.adapter
+    config = own.adapter.config if own else checkpoint.load_config(directory)
     if dtype == "auto":
         stored = "BF16" if config.quantization else next((array.dtype for array in arrays.values()), "F32")
         dtype = checkpoint.DTYPE_NAMES.get(stored, "float32")
-    return _arranged(config, arrays, DTYPES.get(dtype, mx.float32), where)
+    return _arranged(config, arrays, DTYPES.get(dtype, mx.float32), where, named, OWN if own else None)
 
 
 def runner_over(config: ModelConfig, arrays: Mapping[str, HostArray], dtype: str = "float32") -> MlxRunner:
@@ -208,7 +250,12 @@ def runner_over(config: ModelConfig, arrays: Mapping[str, HostArray], dtype: str
 
 
 def _arranged(
-    config: ModelConfig, arrays: Mapping[str, HostArray], dtype: mx.Dtype, device: mx.DeviceType
+    config: ModelConfig,
+    arrays: Mapping[str, HostArray],
+    dtype: mx.Dtype,
+    device: mx.DeviceType,
+    adapters: Mapping[str, Adapter] | None = None,
+    default: str | None = None,
 ) -> MlxRunner:
     """A runner over a model of its own, whose matrices lie as its device multiplies them fastest."""
     with mx.stream(device):
@@ -216,7 +263,7 @@ def _arranged(
         if device == mx.cpu and dtype == mx.float32:
             lay_columns_together(model)
         mx.eval([array for _, array in named_arrays(model)])  # what is lazy belongs to this thread's stream
-    return MlxRunner(model, device)
+        return MlxRunner(model, device, adapters, default)
 
 
 def lay_columns_together(model: Llama) -> None:
@@ -230,17 +277,6 @@ def lay_columns_together(model: Llama) -> None:
             columns = mx.contiguous(weight.T)
             mx.eval(columns)
             packed.replace(columns.T)
-
-
-def choose_device(name: str) -> mx.DeviceType:
-    """A device of MLX by name, its default one for "auto"; ValueError where it cannot be used."""
-    if name == "auto":
-        return mx.default_device().type
-    if name not in DEVICES:
-        raise ValueError(f"device={name!r} is not one of MLX's; give auto, cpu or gpu")
-    if not mx.is_available(mx.Device(DEVICES[name])):
-        raise ValueError(f"device={name!r} cannot be used: this MLX has no {name.upper()}; give auto or cpu")
-    return DEVICES[name]
 
 
 def named_arrays(model: nn.Module) -> Iterator[tuple[str, mx.array]]:

@@ -19,16 +19,17 @@ import mlx.core as mx
 import numpy as np
 
 from llamita.adapters import LoraSettings
-from llamita.architecture import InitializationName
+from llamita.architecture import CLASSIFIER, InitializationName
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
 from llamita.data.batches import Batch
-from llamita.mlx_backend import weights
+from llamita.mlx_backend import lora, weights
 from llamita.mlx_backend.adamw import AdamW, AdamWSettings, clipping_scale, global_norm
 from llamita.mlx_backend.attention import Dropout
+from llamita.mlx_backend.devices import choose_device
 from llamita.mlx_backend.model import Linear, Llama
-from llamita.mlx_backend.objectives import LossOutput, TensorBatch, log_probs, loss_function
-from llamita.mlx_backend.runner import MlxRunner, choose_device
+from llamita.mlx_backend.objectives import Hidden, LossOutput, TensorBatch, log_probs, loss_function
+from llamita.mlx_backend.runner import MlxRunner
 from llamita.objective import LossSums, NextToken, Objective
 from llamita.optimization import StepMetrics as StepMetrics
 
@@ -44,25 +45,30 @@ class MlxTrainStep:
         settings: AdamWSettings | None = None,
         *,
         objective: Objective = NextToken(),  # noqa: B008 - it is frozen
-        trainable: Callable[[str], bool] = lambda name: True,
+        trainable: Callable[[str], bool] | None = None,
+        adapter: LoraSettings | None = None,
         max_grad_norm: float = 0.0,
         precision: Literal["bf16", "fp32"] = "fp32",
         seed: int = 0,
         compile: bool = False,
         device: mx.DeviceType = mx.cpu,
     ) -> None:
-        """Of the model's parameters those are trained whose canonical name is `trainable`."""
-        if model.config.quantization:
-            raise ValueError(
-                f"the model is quantised ({model.config.quantization}) and cannot be trained; train the model that it "
-                "was made from, then quantise that"
-            )
+        """Of the model's parameters those are trained whose canonical name is `trainable`: all, or with a fresh
+        `adapter` over them a classifier's head alone. What is not trained has neither gradients nor moments."""
         self.model = model
+        trainable = trainable or (lambda name: adapter is None or name == CLASSIFIER)
         every = list(model.packed_parameters())
         trained = [each for each in every if all(map(trainable, each.parts))]
+        if any(not mx.issubdtype(each.parameter.dtype, mx.floating) for each in trained):
+            raise ValueError(
+                f"the model is quantised ({model.config.quantization}) and cannot be trained; train an adapter over it "
+                "(lora), or train the model that it was made from, then quantise that"
+            )
+        self.frozen = [each for each in every if not all(map(trainable, each.parts))]
+        self.adapter = lora.attach_new(model, adapter, seed) if adapter else None
+        trained += self.adapter.packed() if self.adapter else []
         if not trained:
             raise ValueError("no parameter of the model is to be trained")
-        self.frozen = [each for each in every if not all(map(trainable, each.parts))]
         self.optimizer = AdamW(trained, settings)
         self.objective = objective
         self.max_grad_norm = max_grad_norm
@@ -102,12 +108,15 @@ class MlxTrainStep:
     def log_probs(self, batch: Batch) -> np.ndarray:
         """The log-probability of every label that is scored, float32 (B, T), 0 elsewhere; without dropout."""
         with mx.stream(self.device), self._parameters_kept() as parameters:
-            output_weight_VD = self._take(*parameters)
-            return np.array(log_probs(self.model.hidden, output_weight_VD, TensorBatch(**_arrays(batch))))
+            hidden, output_weight_VD = self._output(self.model.hidden, self._take(*parameters))
+            return np.array(log_probs(hidden, output_weight_VD, TensorBatch(**_arrays(batch))))
 
     def weights(self) -> dict[str, HostArray]:
-        """The float32 weights under canonical names."""
-        return weights.to_host_arrays(self.model)
+        """The float32 weights under canonical names; with an adapter, only what is trained."""
+        if self.adapter is None:
+            return weights.to_host_arrays(self.model)
+        pieces = [zip(each.parts, each.split(each.parameter), strict=True) for each in self.optimizer.packed]
+        return {name: weights.host_from_array(piece) for each in pieces for name, piece in each}
 
     def state(self) -> dict[str, HostArray]:
         """What the next update depends on besides the weights: AdamW's moments and the number of updates made."""
@@ -115,7 +124,10 @@ class MlxTrainStep:
 
     def load_state(self, arrays: Mapping[str, HostArray], state: Mapping[str, HostArray]) -> None:
         """Go on from what weights() and state() gave; ValueError lists what is missing or misshapen."""
-        weights.load_host_arrays(self.model, arrays)
+        if self.adapter is None and not self.model.config.quantization:
+            weights.load_host_arrays(self.model, arrays)
+        else:
+            weights.copy_host_arrays(self.optimizer.packed, arrays)
         self.optimizer.load_state(state)
 
     def runner(self) -> MlxRunner:
@@ -182,8 +194,15 @@ class MlxTrainStep:
             key, own_key = mx.random.split(key)
             probability = self.model.config.dropout
             hidden = functools.partial(hidden, dropout=Dropout(probability, key) if probability else None)
+        if key is not None and self.adapter:
+            key, drawn = mx.random.split(key)
+            self.adapter.drop(drawn)
         loss = loss_function(self.objective, own_key)
-        return loss(hidden, output_weight_VD, TensorBatch(**arrays))
+        return loss(*self._output(hidden, output_weight_VD), TensorBatch(**arrays))
+
+    def _output(self, hidden: Hidden, output_weight_VD: mx.array) -> tuple[Hidden, mx.array]:
+        """Hidden states and the output matrix, as losses take them."""
+        return self.adapter.output(hidden, output_weight_VD) if self.adapter else (hidden, output_weight_VD)
 
     def _take(self, trained: Sequence[mx.array], frozen: Sequence[mx.array]) -> mx.array:
         """Put parameters into the model, in bf16 those of linear maps rounded; returns its output weight, as rounded.
@@ -191,7 +210,7 @@ class MlxTrainStep:
         The model holds what it was given last; `_parameters_kept` gives it its own again.
         """
         for item, values in zip([*self.optimizer.packed, *self.frozen], [*trained, *frozen], strict=True):
-            low = self.precision == "bf16" and isinstance(item.owner, Linear)
+            low = self.precision == "bf16" and isinstance(item.owner, Linear | lora.Part)
             item.replace(values.astype(mx.bfloat16) if low else values)
         output_weight_VD = self.model.output_weight_VD
         return output_weight_VD.astype(mx.bfloat16) if self.precision == "bf16" else output_weight_VD
@@ -219,6 +238,8 @@ class MlxTrainStep:
         finally:
             for item, values in zip(items, parameters, strict=True):
                 item.replace(values)
+            if self.adapter:
+                self.adapter.drop(None)
 
     def _key_of_step(self) -> mx.array:
         """What dropout draws from: a function of (seed, step)."""
@@ -241,7 +262,7 @@ def build_train_step(
     seed: int = 0,
     initialization: InitializationName = "fan-in",
     objective: Objective = NextToken(),  # noqa: B008 - it is frozen
-    trainable: Callable[[str], bool] = lambda name: True,
+    trainable: Callable[[str], bool] | None = None,
     adapter: LoraSettings | None = None,
     max_grad_norm: float = 0.0,
     precision: Precision = "auto",
@@ -259,8 +280,6 @@ def build_train_step(
     """
     optimizer = AdamWSettings(**settings)
     where = choose_device(device)
-    if adapter is not None:
-        raise ValueError("adapters are trained by PyTorch alone; use --backend torch")
     if threads > 0:
         raise ValueError(f"threads={threads} cannot be set: MLX chooses its threads itself; leave it at 0")
     if precision == "auto":
@@ -272,6 +291,7 @@ def build_train_step(
             optimizer,
             objective=objective,
             trainable=trainable,
+            adapter=adapter,
             max_grad_norm=max_grad_norm,
             precision=precision,
             seed=seed,

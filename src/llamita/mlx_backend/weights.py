@@ -15,6 +15,7 @@ from llamita.config import ModelConfig
 from llamita.mlx_backend import quantize
 from llamita.mlx_backend.layers import FUSED, Operations
 from llamita.mlx_backend.model import Llama
+from llamita.mlx_backend.packed import PackedParameter
 from llamita.mlx_backend.quantized import QuantizedLinear
 
 
@@ -38,9 +39,10 @@ def build_model(
     if arrays is None:
         fresh = architecture.initialize(config, seed, initialization)
         host = ((name, HostArray.from_numpy(array)) for name, array in fresh)
-        _copy_values(model, dict(quantize_arrays(config, host) if config.quantization else host).pop, dtype)
+        values = dict(quantize_arrays(config, host) if config.quantization else host)
+        _copy_values(model.packed_parameters(), values.pop, dtype)
     else:
-        _copy_values(model, arrays.__getitem__, dtype)
+        _copy_values(model.packed_parameters(), arrays.__getitem__, dtype)
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.arrange(dtype)
@@ -71,12 +73,26 @@ def load_host_arrays(model: Llama, arrays: Mapping[str, HostArray]) -> None:
     """Give the parameters the values of `arrays`; ValueError lists all that is missing, extra or misshapen."""
     assert not model.config.quantization, "quantised weights may lie in a kernel's order; build the model anew"
     architecture.check_arrays(model.config, arrays)
-    _copy_values(model, arrays.__getitem__, model.model.norm.weight.dtype)
+    _copy_values(model.packed_parameters(), arrays.__getitem__, model.model.norm.weight.dtype)
 
 
-def _copy_values(model: Llama, array_of: Callable[[str], HostArray], dtype: mx.Dtype) -> None:
+def copy_host_arrays(parameters: Iterable[PackedParameter], arrays: Mapping[str, HostArray]) -> None:
+    """Give some parameters the values of `arrays`; ValueError, naming them, for those missing or misshapen."""
+    parameters = list(parameters)
+    shapes = {
+        name: (size, *packed.parameter.shape[1:])
+        for packed in parameters
+        for name, size in zip(packed.parts, packed.sizes, strict=True)
+    }
+    faults = [name for name, shape in shapes.items() if name not in arrays or arrays[name].shape != shape]
+    if faults:
+        raise ValueError(f"the weights lack {', '.join(faults[:5])}, or have another shape there")
+    _copy_values(parameters, arrays.__getitem__, mx.float32)
+
+
+def _copy_values(parameters: Iterable[PackedParameter], array_of: Callable[[str], HostArray], dtype: mx.Dtype) -> None:
     """Put values in place one packed parameter after the other; ValueError for NaN or infinity."""
-    for packed in model.packed_parameters():
+    for packed in parameters:
         pieces = []
         for name in packed.parts:
             array = array_of(name)
