@@ -28,6 +28,7 @@ from llamita.mlx_backend.adamw import AdamW, AdamWSettings, clipping_scale, glob
 from llamita.mlx_backend.attention import Dropout
 from llamita.mlx_backend.model import Linear, Llama
 from llamita.mlx_backend.objectives import Hidden, LossOutput, TensorBatch, log_probs, loss_function
+from llamita.mlx_backend.quantized import QuantizedLinear
 from llamita.mlx_backend.runner import MlxRunner, choose_device
 from llamita.objective import LossSums, NextToken, Objective
 from llamita.optimization import StepMetrics as StepMetrics
@@ -63,7 +64,8 @@ class MlxTrainStep:
                 f"the model is quantised ({model.config.quantization}) and cannot be trained; train an adapter over it "
                 "(lora), or train the model that it was made from, then quantise that"
             )
-        self.frozen = [each for each in every if not all(map(trainable, each.parts))]
+        # A quantised weight is read where its twin keeps it, which an input of a compiled function may not be.
+        self.frozen = [e for e in every if not (all(map(trainable, e.parts)) or isinstance(e.owner, QuantizedLinear))]
         self.adapter = lora.attach_new(model, adapter, seed) if adapter else None
         trained += self.adapter.packed() if self.adapter else []
         if not trained:
@@ -73,8 +75,7 @@ class MlxTrainStep:
         self.max_grad_norm = max_grad_norm
         self.precision = precision
         self.seed = seed
-        self.compiled = compile
-        self.device = device
+        self.compiled, self.device = compile, device
         self._differentiated = self._loss_and_gradients()
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepMetrics:
@@ -191,13 +192,13 @@ class MlxTrainStep:
         hidden, own_key = self.model.hidden, None
         if key is not None:
             key, own_key = mx.random.split(key)
+            if self.adapter:
+                key, drawn = mx.random.split(key)
+                self.adapter.drop(drawn)
             probability = self.model.config.dropout
             hidden = functools.partial(hidden, dropout=Dropout(probability, key) if probability else None)
-        if key is not None and self.adapter:
-            key, drawn = mx.random.split(key)
-            self.adapter.drop(drawn)
-        loss = loss_function(self.objective, own_key)
-        return loss(*self._output(hidden, output_weight_VD), TensorBatch(**arrays))
+        hidden, output_weight_VD = self._output(hidden, output_weight_VD)
+        return loss_function(self.objective, own_key)(hidden, output_weight_VD, TensorBatch(**arrays))
 
     def _output(self, hidden: Hidden, output_weight_VD: mx.array) -> tuple[Hidden, mx.array]:
         """Hidden states and the output matrix, as losses take them."""
