@@ -79,14 +79,14 @@ def test_logits_loss_and_gradients_are_pytorch_s(targets, stabilized):
 
 
 def test_ten_updates_of_a_fresh_adapter_follow_pytorch_s_and_leave_the_base_alone():
-    """Micro-batches, clipping and decay included. Epsilon keeps Adam from dividing rounding by rounding."""
-    options = {"adapter": EVERYTHING, "max_grad_norm": 1.0, "weight_decay": 0.1, "epsilon": 1e-4}
+    """Micro-batches, clipping and decay included."""
+    options = {"adapter": EVERYTHING, "max_grad_norm": 1.0, "weight_decay": 0.1}
     ours, theirs = (make(one, **options) for one in ("mlx", "torch"))
     assert same(ours.weights(), theirs.weights()), "the same beginning, bit for bit"
     base = to_host_arrays(ours.model)
     for i in range(10):
         data = [batch(2 * i), batch(2 * i + 1, rows=2)]
-        a, b = ours.step(data, 1e-2), theirs.step(data, 1e-2)
+        a, b = ours.step(data, 3e-3), theirs.step(data, 3e-3)
         assert a.loss == pytest.approx(b.loss, rel=1e-5)
         assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-5)
     assert difference(numpys(ours.weights()), numpys(theirs.weights())) < 1e-5
@@ -105,7 +105,7 @@ def test_a_run_s_adapter_goes_on_in_the_other_backend(tmp_path, begun_on):
         for one, seed in ((begun_on, 3), (({*BUILDERS} - {begun_on}).pop(), 4))
     )
     for i in range(5):
-        first.step([batch(i)], 1e-2)
+        first.step([batch(i)], 3e-3)
     files = AdapterFiles(EVERYTHING, BaseModel(str(base), weights_digest(base)))
     files.save(tmp_path, CONFIG, first.weights())
     checkpoint.save_tensors(tmp_path, first.state(), "optimizer")
@@ -113,7 +113,7 @@ def test_a_run_s_adapter_goes_on_in_the_other_backend(tmp_path, begun_on):
     assert same(second.weights(), first.weights())
     assert same(second.state(), first.state())
     for i in range(5, 10):
-        assert second.step([batch(i)], 1e-2).loss == pytest.approx(first.step([batch(i)], 1e-2).loss, rel=1e-5)
+        assert second.step([batch(i)], 3e-3).loss == pytest.approx(first.step([batch(i)], 3e-3).loss, rel=1e-5)
     assert difference(numpys(second.weights()), numpys(first.weights())) < 1e-5
 
 
@@ -181,10 +181,10 @@ def test_an_adapter_over_quantised_weights_trains_as_pytorch_s(config, scheme):
     ours, theirs = both(quantised, arrays, adapter=EVERYTHING, epsilon=1e-4)
     assert difference(ours.runner().forward(TOKENS), theirs.runner().forward(TOKENS)) < 1e-5
     for i in range(3):
-        a, b = ours.step([batch(i)], 1e-2), theirs.step([batch(i)], 1e-2)
+        a, b = ours.step([batch(i)], 3e-3), theirs.step([batch(i)], 3e-3)
         assert a.loss == pytest.approx(b.loss, rel=1e-5)
         assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-5)
-    assert difference(numpys(ours.weights()), numpys(theirs.weights())) < 3e-5
+    assert difference(numpys(ours.weights()), numpys(theirs.weights())) < 1e-5
     with pytest.raises(ValueError, match="train an adapter over it"):
         make(config=quantised, arrays=arrays)
 

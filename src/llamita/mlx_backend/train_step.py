@@ -29,6 +29,7 @@ from llamita.mlx_backend.attention import Dropout
 from llamita.mlx_backend.devices import choose_device
 from llamita.mlx_backend.model import Linear, Llama
 from llamita.mlx_backend.objectives import Hidden, LossOutput, TensorBatch, log_probs, loss_function
+from llamita.mlx_backend.quantized import QuantizedLinear
 from llamita.mlx_backend.runner import MlxRunner
 from llamita.objective import LossSums, NextToken, Objective
 from llamita.optimization import StepMetrics as StepMetrics
@@ -64,7 +65,8 @@ class MlxTrainStep:
                 f"the model is quantised ({model.config.quantization}) and cannot be trained; train an adapter over it "
                 "(lora), or train the model that it was made from, then quantise that"
             )
-        self.frozen = [each for each in every if not all(map(trainable, each.parts))]
+        # A quantised weight is read where its twin keeps it, which an input of a compiled function may not be.
+        self.frozen = [e for e in every if not (all(map(trainable, e.parts)) or isinstance(e.owner, QuantizedLinear))]
         self.adapter = lora.attach_new(model, adapter, seed) if adapter else None
         trained += self.adapter.packed() if self.adapter else []
         if not trained:
@@ -74,8 +76,7 @@ class MlxTrainStep:
         self.max_grad_norm = max_grad_norm
         self.precision = precision
         self.seed = seed
-        self.compiled = compile
-        self.device = device
+        self.compiled, self.device = compile, device
         self._differentiated = self._loss_and_gradients()
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepMetrics:
@@ -151,8 +152,7 @@ class MlxTrainStep:
         return peak if sys.platform == "darwin" else peak * 1024
 
     def peak_flops(self, seconds: float = 0.3) -> float:
-        """Floating-point operations per second of a large product in this precision: the best of at least 5, and of as
-        many more as `seconds` allow."""
+        """Operations per second of a large product in this precision: the best of 5, and of as many as `seconds` allow."""
         size = 4096 if self.device == mx.gpu else 512
         dtype = mx.bfloat16 if self.precision == "bf16" else mx.float32
         with mx.stream(self.device):
@@ -192,13 +192,13 @@ class MlxTrainStep:
         hidden, own_key = self.model.hidden, None
         if key is not None:
             key, own_key = mx.random.split(key)
+            if self.adapter:
+                key, drawn = mx.random.split(key)
+                self.adapter.drop(drawn)
             probability = self.model.config.dropout
             hidden = functools.partial(hidden, dropout=Dropout(probability, key) if probability else None)
-        if key is not None and self.adapter:
-            key, drawn = mx.random.split(key)
-            self.adapter.drop(drawn)
-        loss = loss_function(self.objective, own_key)
-        return loss(*self._output(hidden, output_weight_VD), TensorBatch(**arrays))
+        hidden, output_weight_VD = self._output(hidden, output_weight_VD)
+        return loss_function(self.objective, own_key)(hidden, output_weight_VD, TensorBatch(**arrays))
 
     def _output(self, hidden: Hidden, output_weight_VD: mx.array) -> tuple[Hidden, mx.array]:
         """Hidden states and the output matrix, as losses take them."""
