@@ -152,7 +152,7 @@ class MlxTrainStep:
         return peak if sys.platform == "darwin" else peak * 1024
 
     def peak_flops(self, seconds: float = 0.3) -> float:
-        """Operations per second of a large product in this precision: the best of 5, and of as many as `seconds` allow."""
+        """Operations a second of large products in this precision: the best of 5, or of as many as `seconds` allow."""
         size = 4096 if self.device == mx.gpu else 512
         dtype = mx.bfloat16 if self.precision == "bf16" else mx.float32
         with mx.stream(self.device):
