@@ -100,7 +100,7 @@ def parts(
         mode="pad",
         batch_size=16,
         learning_rate=2e-3,
-        evaluate_every=max(1, amounts.answer_steps // 3),
+        evaluate_every=-(-amounts.answer_steps // 3),
         seed=seed,
     )
     preferring = DpoConfig(
@@ -109,10 +109,11 @@ def parts(
         model=answers,
         data=("meadow",),
         pairs=amounts.pairs,
+        validation_share=0.15,
         answers=amounts.asked,
         steps=amounts.pair_steps,
         batch_size=16,
-        evaluate_every=max(1, amounts.pair_steps // 2),
+        evaluate_every=-(-amounts.pair_steps // 2),
         seed=seed,
     )
     labelling = ClassifyConfig(
@@ -122,7 +123,7 @@ def parts(
         data=(f"meadow:{amounts.texts}",),
         steps=amounts.label_steps,
         batch_size=16,
-        evaluate_every=max(1, amounts.label_steps // 2),
+        evaluate_every=-(-amounts.label_steps // 2),
         seed=seed,
     )
     return [
@@ -150,8 +151,8 @@ def show(output: Path, console: Console) -> None:
         table.add_column(title, justify="right" if title == "reached" else "left")
     for text, run, key in (
         ("answers right to the letter", answers, "best.exact"),
-        ("right answers preferred, after", preferences, "validation.accuracy"),
-        ("answers right to the letter, after", preferences, "validation.exact"),
+        ("right answers preferred to wrong ones", preferences, "validation.accuracy"),
+        ("answers right to the letter, after that", preferences, "validation.exact"),
         ("happy or sad", labels, "evaluation.happy or sad.accuracy"),
     ):
         table.add_row(text, f"{run.final_metrics()[key]:.1%}")
