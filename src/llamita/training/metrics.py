@@ -161,7 +161,8 @@ def scale_losses(axes: Any, losses: Sequence[float], floor: float | None) -> Non
     if low > 0 and high / low > WIDE_RANGE:
         axes.set_yscale("log")
         axes.set_ylim(low / 1.1, high * 1.1)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+        crowded = high / low > 100 * WIDE_RANGE
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if crowded else (1.0, 2.0, 3.0, 5.0)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         return
