@@ -3,6 +3,7 @@ evaluation/."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -86,7 +87,9 @@ class EvaluateOptions:
 def evaluate(options: EvaluateOptions) -> None:
     from llamita.backends import load_backend
     from llamita.data.labelled import Fields, read_labelled
-    from llamita.evaluation.classification import classification_report
+    from llamita.evaluation import records
+    from llamita.evaluation.classification import classification_report, record
+    from llamita.training.record import command_line
     from llamita.workflows.classify import Classifier
 
     _check_output(options.output)
@@ -99,6 +102,9 @@ def evaluate(options: EvaluateOptions) -> None:
     report = classification_report(model.log_probabilities(encoded), texts.labels, texts.names)
     about = {"model": str(model.directory), "data": list(options.data), "context": encoded.context}
     _show(report, options.output, about | {"truncated": encoded.truncated, "keep": model.keep})
+    if (run := records.run_of(options.model)) is not None:
+        name = f"classification {' '.join(Path(each).stem for each in options.data)}"
+        print(f"left in {record(run, name, report, command_line(sys.argv), model.directory)}")
 
 
 @dataclass(frozen=True)
