@@ -17,6 +17,7 @@ ORDER = (
     ("architecture",),
     ("checkpoint",),
     ("plan", "objective", "adapters"),
+    ("packed_step", "token_choice"),
     ("adapter_files",),
     ("text",),
     ("data",),

@@ -151,17 +151,6 @@ class ScheduledChunk:
         return self.start + len(self.tokens)
 
 
-def rows_wanted(chunks: Sequence[ScheduledChunk]) -> list[int]:
-    """The rows of a step, its chunks lying one after the other, after which a token is drawn or scored."""
-    wanted: set[int] = set()
-    begin = 0
-    for chunk in chunks:
-        wanted |= {begin + sample.position - 1 - chunk.start for sample in chunk.samples}
-        wanted |= set(range(begin, begin + len(chunk.targets)))
-        begin += len(chunk.tokens)
-    return sorted(wanted)
-
-
 @dataclass(frozen=True)
 class CacheLayout:
     """How a runner's key/value memory is cut: blocks of so many positions, and so many of them for each group.

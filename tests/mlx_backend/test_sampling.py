@@ -179,11 +179,16 @@ def test_in_float32_nearly_every_draw_is_that_of_float64() -> None:
     "params", [SamplingParams(temperature=0), SamplingParams(), SamplingParams(top_p=0.5)], ids=str
 )
 @pytest.mark.parametrize("banned", [(), (3,)])
-def test_logits_that_are_not_finite_are_refused(bad: float, params: SamplingParams, banned: tuple[int, ...]) -> None:
+def test_logits_that_are_not_finite_are_an_error_of_their_row(
+    bad: float, params: SamplingParams, banned: tuple[int, ...]
+) -> None:
     logits_RV = np.zeros((2, 5), np.float32)
     logits_RV[1, 3] = bad
-    with pytest.raises(ValueError, match="logits are not finite"):
-        sample(logits_RV, [SampleSpec(params, 1, 1, banned=banned)] * 2)
+    specs = [SampleSpec(params, 1, 1, banned=banned)] * 2
+    good, broken = sample(logits_RV, specs)
+    assert good == sample(logits_RV[:1], specs[:1])[0]
+    assert not good.error
+    assert broken.error.startswith("the model's logits are not finite")
 
 
 @pytest.mark.parametrize("params", [SamplingParams(temperature=0), SamplingParams(top_k=2, top_p=0.5)], ids=str)
@@ -192,8 +197,8 @@ def test_no_token_left_is_an_error_in_a_line(
     params: SamplingParams, banned: tuple[int, ...], allowed: set[int] | None
 ) -> None:
     mask = None if allowed is None else mask_of(allowed, 5)
-    with pytest.raises(ValueError, match=r"^no token may come next: the banned tokens and the grammar leave none$"):
-        sample(np.zeros((1, 5), np.float32), [SampleSpec(params, 1, 1, banned=banned, allowed=mask)])
+    (token,) = sample(np.zeros((1, 5), np.float32), [SampleSpec(params, 1, 1, banned=banned, allowed=mask)])
+    assert token.error == "no token may come next: the banned tokens and the grammar leave none"
 
 
 def test_a_bias_outside_the_vocabulary_is_refused_and_no_rows_give_no_tokens() -> None:

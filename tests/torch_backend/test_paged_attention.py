@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from llamita.packed_step import alike
 from llamita.plan import ScheduledChunk
-from llamita.torch_backend.paged_attention import TILE, ChunkAttention, DecodeAttention, ExactAttention, Span, alike
+from llamita.torch_backend.paged_attention import TILE, ChunkAttention, DecodeAttention, ExactAttention, Span
 from tests import reference
 
 CPU = torch.device("cpu")

@@ -12,7 +12,8 @@ import mlx.core as mx
 import numpy as np
 
 from llamita.config import ModelConfig
-from llamita.mlx_backend.paged_attention import ChunkAttention, DecodeAttention, Part, Span, alike
+from llamita.mlx_backend.paged_attention import ChunkAttention, DecodeAttention, Part, Span
+from llamita.packed_step import alike
 from llamita.plan import BlockCopy, CacheLayout, ScheduledChunk
 
 

@@ -26,7 +26,8 @@ from llamita.mlx_backend.model import Llama
 from llamita.mlx_backend.sampling import Sampler
 from llamita.mlx_backend.serving import Serving
 from llamita.mlx_backend.weights import build_model, to_host_arrays
-from llamita.plan import CacheLayout, Plan, SampledToken, SampleSpec, ScheduledChunk, StepResult, rows_wanted
+from llamita.packed_step import begins, packing_order, rows_drawn, rows_wanted
+from llamita.plan import CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 OWN = ""  # the name of the adapter that was loaded as a model
@@ -99,8 +100,7 @@ class MlxRunner:
             if not plan.chunks:
                 mx.eval(memory.cache.keys, memory.cache.values)
                 return StepResult(())
-            # Single tokens first, those of similar context beside each other.
-            order = sorted(range(len(plan.chunks)), key=lambda i: (len(plan.chunks[i].tokens) > 1, plan.chunks[i].end))
+            order = packing_order(plan.chunks)
             chunks = [plan.chunks[i] for i in order]
             tokens_1T = mx.array([[token for chunk in chunks for token in chunk.tokens]])
             names = [self.default if chunk.adapter is None else chunk.adapter for chunk in chunks for _ in chunk.tokens]
@@ -124,15 +124,7 @@ class MlxRunner:
         self, chunks: Sequence[ScheduledChunk], states: "States", sampler: Sampler
     ) -> list[tuple[SampledToken, ...]]:
         """The tokens that each chunk asks for, all drawn in one pass."""
-        rows: list[int] = []
-        specs: list[SampleSpec] = []
-        ids: list[int] = []
-        begin = 0
-        for chunk in chunks:
-            rows += [begin + sample.position - 1 - chunk.start for sample in chunk.samples]
-            specs += chunk.samples
-            ids += [chunk.sequence_id] * len(chunk.samples)
-            begin += len(chunk.tokens)
+        rows, specs, ids = rows_drawn(chunks)
         tokens = iter(sampler.sample(self._logits(states, rows), specs, ids) if rows else ())
         return [tuple(next(tokens) for _ in chunk.samples) for chunk in chunks]
 
@@ -140,8 +132,8 @@ class MlxRunner:
         """The log-probabilities of each chunk's targets."""
         if not any(chunk.targets for chunk in chunks):
             return []
-        found, begin = [], 0
-        for chunk in chunks:
+        found = []
+        for chunk, begin in begins(chunks):
             scores: list[float] = []
             for first in range(0, len(chunk.targets), SCORED_ROWS):
                 targets_R1 = mx.array(chunk.targets[first : first + SCORED_ROWS])[:, None]
@@ -150,7 +142,6 @@ class MlxRunner:
                 scores_R = mx.take_along_axis(logits_RV, targets_R1, axis=-1)[:, 0] - mx.logsumexp(logits_RV, axis=-1)
                 scores += np.array(scores_R).tolist()
             found.append(tuple(scores))
-            begin += len(chunk.tokens)
         return found
 
     def _logits(self, states: "States", rows: Sequence[int]) -> mx.array:

@@ -9,9 +9,7 @@ parameters, one a row. All results come over in one piece, and nothing waits bef
 caches.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -19,32 +17,10 @@ import numpy as np
 from llamita.mlx_backend.noise import GumbelNoise, stream_keys
 from llamita.mlx_backend.token_counts import CountedRow, TokenCounts
 from llamita.plan import SampledToken, SampleSpec, SamplingParams
+from llamita.token_choice import DROPPED, Steps, sampled_token
 
-DROPPED = -math.inf
 LIKELIEST = 1024
 """On a CPU, top-p looks for its nucleus among so many tokens before it sorts all."""
-
-
-@dataclass(frozen=True)
-class Steps:
-    """Which steps some rows have in common. `changed`: logits are biased or ids excluded."""
-
-    greedy: bool
-    penalized: bool
-    changed: bool
-    truncated: bool
-
-    @classmethod
-    def of(cls, spec: SampleSpec) -> "Steps":
-        params = spec.params
-        greedy = params.temperature == 0
-        truncated = not greedy and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
-        changed = bool(params.logit_bias or spec.banned) or spec.allowed is not None
-        return cls(greedy, params.reads_history, changed, truncated)
-
-    @property
-    def plain_greedy(self) -> bool:
-        return self.greedy and not self.penalized and not self.changed
 
 
 class Columns:
@@ -80,8 +56,9 @@ class Sampler:
         """Pick a token for each row as its spec says, with its natural log-probability under `softmax(logits)`.
 
         A row's token depends on its own logits and spec alone. Rows of one sequence have the same id; the counts of
-        sequences that are not in a call are forgotten. Raises ValueError where a row holds NaN or infinity, as the
-        logits of broken weights do, where banned ids and mask leave no token, and for a bias outside the vocabulary.
+        sequences that are not in a call are forgotten. A row that holds NaN or infinity, as the logits of broken
+        weights do, gets an error in its token's place, as does one of which banned ids and mask leave no token.
+        ValueError for a bias outside the vocabulary.
         """
         assert logits_RV.shape == (len(specs), self.vocab_size), (logits_RV.shape, len(specs), self.vocab_size)
         assert len(specs) == len(sequence_ids)
@@ -101,7 +78,7 @@ class Sampler:
         values_of: dict[int, list[float]] = {}
         for rows, block in zip(groups.values(), packed, strict=True):
             values_of |= zip(rows, np.array(block).tolist(), strict=True)
-        return [_unpack(values_of[row], spec.params.top_logprobs) for row, spec in enumerate(specs)]
+        return [sampled_token(values_of[row], spec.params.top_logprobs) for row, spec in enumerate(specs)]
 
     def _sample_block(
         self, logits_RV: mx.array, steps: Steps, specs: Sequence[SampleSpec], counts: Sequence[CountedRow]
@@ -153,16 +130,6 @@ class Sampler:
             words_RW = np.stack([every if spec.allowed is None else spec.allowed for spec in specs])
             scores_RV = mx.where(unpack_bits(mx.array(words_RW), self.vocab_size), scores_RV, DROPPED)
         return scores_RV
-
-
-def _unpack(values: list[float], top_logprobs: int) -> SampledToken:
-    token_id, logprob, score, *likeliest = values
-    if score == DROPPED and not math.isnan(logprob):
-        raise ValueError("no token may come next: the banned tokens and the grammar leave none")
-    if not math.isfinite(logprob):
-        raise ValueError("the model's logits are not finite; its weights hold NaN or infinity, or overflow this dtype")
-    pairs = zip(map(int, likeliest[::2]), likeliest[1::2], strict=True)
-    return SampledToken(int(token_id), logprob, tuple(pairs)[:top_logprobs])
 
 
 def logsumexp(scores_RV: mx.array) -> mx.array:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llamita.config import ModelConfig
+from llamita.packed_step import alike
 from llamita.plan import BlockCopy, CacheLayout, ScheduledChunk
 from llamita.torch_backend.paged_attention import (
     ChunkAttention,
@@ -20,7 +21,6 @@ from llamita.torch_backend.paged_attention import (
     ExactAttention,
     Part,
     Span,
-    alike,
 )
 
 EXACT_ROWS = 16

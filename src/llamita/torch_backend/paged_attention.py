@@ -5,8 +5,7 @@ depend on what else is computed with it. Each takes the queries (T, N, H) and a 
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Protocol
 
@@ -15,57 +14,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llamita.plan import ScheduledChunk
+from llamita.packed_step import BlockSpan, blocks_side_by_side
 from llamita.torch_backend.attention import attention_fused
 
 TILE = 64
 """Keys that the exact mode takes at a time, counted from position 0."""
 WIDTH = 16
 """Columns of which the exact mode's matrices have a multiple: of others, a row's bits may depend on its place."""
-LEAST_ALIKE = 0.75
-"""Shortest context in a batch of single queries, as a share of its longest: what is computed in vain stays small."""
 LOWEST = -1e30
 """Stands for the maximum of no scores: finite, so that it can be subtracted."""
 
 
-@dataclass(frozen=True)
-class Span:
-    """A chunk's queries and the blocks of all that they see: positions `first` .. stop - 1."""
-
-    start: int
-    stop: int
-    blocks: np.ndarray
-    first: int  # position at which blocks[0] begins
-    block_size: int
-    window: int
-
-    @classmethod
-    def of(cls, chunk: ScheduledChunk, table: np.ndarray, block_size: int, window: int) -> "Span":
-        skipped = max(0, chunk.start - window + 1) // block_size if window else 0
-        blocks = table[skipped : -(-chunk.end // block_size)]
-        return cls(chunk.start, chunk.end, blocks, skipped * block_size, block_size, window)
-
-    @property
-    def queries(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def keys(self) -> int:
-        return self.stop - self.first
-
-    @cached_property
-    def begin(self) -> int | None:
-        """The slot of the first position where the blocks lie one after the other and can be read where they are."""
-        return int(self.blocks[0]) * self.block_size if (np.diff(self.blocks) == 1).all() else None
+class Span(BlockSpan):
+    """A span that reads its blocks out of a memory."""
 
     @cached_property
     def blocks_M(self) -> Tensor:
         return torch.from_numpy(self.blocks.astype(np.int64))
-
-    def seen(self, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Boolean (queries, keys), both given as positions: whether one sees the other."""
-        back = queries[:, None] - keys
-        return (back >= 0) & (back < self.window) if self.window else back >= 0
 
     def gather(self, memory: Tensor) -> Tensor:
         """What the blocks hold, (S, K, H), S being `keys`."""
@@ -81,16 +46,6 @@ class Part(Protocol):
     def attend(self, q_TNH: Tensor, keys: Tensor, values: Tensor) -> Tensor: ...
 
 
-def alike(spans: Sequence[Span]) -> Iterator[Sequence[Span]]:
-    """Cut a run of single queries into batches of similar context, neighbours staying together."""
-    begin = 0
-    for end in range(1, len(spans) + 1):
-        lengths = [len(span.blocks) for span in spans[begin : end + 1]]
-        if end == len(spans) or min(lengths) < LEAST_ALIKE * max(lengths):
-            yield spans[begin:end]
-            begin = end
-
-
 class DecodeAttention:
     """One query each of several sequences, the query heads of a key head taken as its rows."""
 
@@ -100,11 +55,9 @@ class DecodeAttention:
         if len(spans) == 1:
             self.mask = self._mask(spans[0].window > 0, device)
             return
-        longest = max(len(span.blocks) for span in spans)
-        # filled up with a sequence's own last block: it reads nobody else's
-        blocks = np.stack([np.pad(span.blocks, (0, longest - len(span.blocks)), mode="edge") for span in spans])
-        self.blocks = torch.from_numpy(blocks.astype(np.int64).ravel()).to(device)
-        self.mask = self._mask(True, device, longest * self.size)
+        blocks_BM = blocks_side_by_side(spans)
+        self.blocks = torch.from_numpy(blocks_BM.astype(np.int64).ravel()).to(device)
+        self.mask = self._mask(True, device, blocks_BM.shape[1] * self.size)
 
     def _mask(self, needed: bool, device: torch.device, keys: int = 0) -> Tensor | None:
         if not needed:

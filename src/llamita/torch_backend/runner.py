@@ -19,7 +19,8 @@ from llamita import adapter_files, architecture, checkpoint
 from llamita.adapters import Adapter
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
-from llamita.plan import CacheLayout, Plan, SampledToken, SampleSpec, ScheduledChunk, StepResult, rows_wanted
+from llamita.packed_step import begins, packing_order, rows_drawn, rows_wanted
+from llamita.plan import CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult
 from llamita.torch_backend import lora
 from llamita.torch_backend.devices import choose_device, evaluation, fast_few_rows
 from llamita.torch_backend.exact import exact_model
@@ -112,8 +113,7 @@ class TorchRunner:
         memory.cache.copy(plan.copies)
         if not plan.chunks:
             return StepResult(())
-        # Single tokens first, those of similar context beside each other.
-        order = sorted(range(len(plan.chunks)), key=lambda i: (len(plan.chunks[i].tokens) > 1, plan.chunks[i].end))
+        order = packing_order(plan.chunks)
         chunks = [plan.chunks[i] for i in order]
         step = memory.cache.step(chunks, self.exact)
         tokens = [token for chunk in chunks for token in chunk.tokens]
@@ -123,7 +123,7 @@ class TorchRunner:
         with evaluation(self._running), fast_few_rows(self.device, self.dtype, step.padded):
             with self.serving.rows(self._names, self.device):
                 # The exact mode has its own count of rows, and adapters are told apart by rows of the whole step.
-                every = self.exact or any(names)
+                every = self.exact or len(set(names)) > 1
                 wanted = list(range(step.padded)) if every else rows_wanted(chunks)
                 hidden_RD = hidden_states(self._running, tokens_1T, step, wanted)
             states = States(hidden_RD, {row: place for place, row in enumerate(wanted)})
@@ -139,15 +139,7 @@ class TorchRunner:
         self, chunks: Sequence[ScheduledChunk], states: "States", sampler: Sampler
     ) -> list[tuple[SampledToken, ...]]:
         """The tokens that each chunk asks for, all drawn in one pass."""
-        rows: list[int] = []
-        specs: list[SampleSpec] = []
-        ids: list[int] = []
-        begin = 0
-        for chunk in chunks:
-            rows += [begin + sample.position - 1 - chunk.start for sample in chunk.samples]
-            specs += chunk.samples
-            ids += [chunk.sequence_id] * len(chunk.samples)
-            begin += len(chunk.tokens)
+        rows, specs, ids = rows_drawn(chunks)
         tokens = iter(sampler.sample(self._logits(states, rows), specs, ids) if rows else ())
         return [tuple(next(tokens) for _ in chunk.samples) for chunk in chunks]
 
@@ -155,15 +147,14 @@ class TorchRunner:
         """The log-probabilities of each chunk's targets."""
         if not any(chunk.targets for chunk in chunks):
             return []
-        found, begin = [], 0
-        for chunk in chunks:
+        found = []
+        for chunk, begin in begins(chunks):
             scores: list[float] = []
             for first in range(0, len(chunk.targets), SCORED_ROWS):
                 targets_R1 = torch.tensor(chunk.targets[first : first + SCORED_ROWS], device=self.device)[:, None]
                 logits_RV = self._logits(states, range(begin + first, begin + first + len(targets_R1))).float()
                 scores += (logits_RV.gather(1, targets_R1)[:, 0] - logits_RV.logsumexp(-1)).tolist()
             found.append(tuple(scores))
-            begin += len(chunk.tokens)
         return found
 
     def _logits(self, states: "States", rows: Sequence[int]) -> Tensor:

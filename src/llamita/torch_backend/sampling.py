@@ -7,47 +7,22 @@ does not hang on rounding. The functions below `Sampler` take a column of parame
 waits for the host before the results, which come over in one piece. Knows nothing of models or caches.
 """
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llamita.plan import SampledToken, SampleSpec, SamplingParams
+from llamita.token_choice import DROPPED, Steps, sampled_token
 from llamita.torch_backend.noise import GumbelNoise, stream_keys
 from llamita.torch_backend.token_counts import CountedRow, TokenCounts, to_device
 
-DROPPED = -math.inf
-NOT_FINITE = "the model's logits are not finite; its weights hold NaN or infinity, or overflow this dtype"
 CPU_BLOCK = 1 << 16
 """Float64 scores taken at a time on a CPU, so that they stay in its cache. A device takes BLOCK of them."""
 BLOCK = 1 << 25
 LIKELIEST = 1024
 """On a CPU, top-p looks for its nucleus among so many tokens before it sorts many more."""
-
-
-@dataclass(frozen=True)
-class Steps:
-    """Which steps some rows have in common. `changed`: logits are biased or ids excluded."""
-
-    greedy: bool
-    penalized: bool
-    changed: bool
-    truncated: bool
-
-    @classmethod
-    def of(cls, spec: SampleSpec) -> "Steps":
-        params = spec.params
-        greedy = params.temperature == 0
-        truncated = not greedy and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
-        changed = bool(params.logit_bias or spec.banned) or spec.allowed is not None
-        return cls(greedy, params.reads_history, changed, truncated)
-
-    @property
-    def plain_greedy(self) -> bool:
-        return self.greedy and not self.penalized and not self.changed
 
 
 class Columns:
@@ -100,7 +75,7 @@ class Sampler:
         width = max(block.shape[1] for block in packed)
         results = torch.cat([torch.nn.functional.pad(block, (0, width - block.shape[1])) for block in packed])
         values_of = dict(zip(order, results.tolist(), strict=True))  # the one wait for the device
-        return [_unpack(values_of[row], spec.params.top_logprobs) for row, spec in enumerate(specs)]
+        return [sampled_token(values_of[row], spec.params.top_logprobs) for row, spec in enumerate(specs)]
 
     def _blocks(self, specs: Sequence[SampleSpec]) -> Iterator[tuple[Steps, list[int]]]:
         """The rows that have their steps in common, not too many at a time."""
@@ -180,16 +155,6 @@ class Sampler:
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return to_device(array, self.device)
-
-
-def _unpack(values: list[float], top_logprobs: int) -> SampledToken:
-    token_id, logprob, score, *likeliest = values
-    if score == DROPPED and not math.isnan(logprob):
-        return SampledToken(0, logprob, error="no token may come next: the banned tokens and the grammar leave none")
-    if not math.isfinite(logprob):
-        return SampledToken(0, logprob, error=NOT_FINITE)
-    pairs = zip(map(int, likeliest[::2]), likeliest[1::2], strict=True)
-    return SampledToken(int(token_id), logprob, tuple(pairs)[:top_logprobs])
 
 
 def penalize(scores_RV: Tensor, seen_RV: Tensor, outputs_RV: Tensor, columns: Columns) -> Tensor:
