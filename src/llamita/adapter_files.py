@@ -8,7 +8,6 @@
 What PEFT writes is read as far as it is LoRA on linear maps; anything else is refused in one line. Never pickle.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -242,8 +241,9 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 
 def weights_digest(directory: Path | str) -> str:
     """One SHA-256 over the weights of a model directory."""
-    total = hashlib.sha256()
-    for file in sorted(Path(directory).glob("model*.safetensors")):
-        with file.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()
+    return files.combined_sha256(weight_hashes(directory))
+
+
+def weight_hashes(directory: Path | str) -> list[str]:
+    """The SHA-256 of each file of weights of a model directory, in their order."""
+    return [files.sha256(file) for file in sorted(Path(directory).glob("model*.safetensors"))]

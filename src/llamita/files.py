@@ -1,11 +1,12 @@
 """Files that exist whole or not at all, and JSON that is checked as it is read."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,20 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's content, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def combined_sha256(hashes: Iterable[str], beginning: str = "") -> str:
+    """One hash over the hashes of several files, and over a text before them."""
+    total = hashlib.sha256(beginning.encode())
+    for each in hashes:
+        total.update(bytes.fromhex(each))
+    return total.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

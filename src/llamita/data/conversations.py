@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llamita.data import meadow_tasks, sources
 
 MEADOW = "meadow"
+Item = TypeVar("Item")
+MakeRecords = Callable[[int, int, meadow_tasks.Split], Iterable[Any]]
 FORMS = '{"messages": [...]} or {"prompt": ..., "response": ...}'
 
 
@@ -55,16 +58,23 @@ class ConversationSource:
 
 def conversations(source: ConversationSource) -> Iterator[Conversation]:
     """The conversations of a source, in order; ValueError or OSError, in one line, that names the place."""
+    found = records(source, partial(meadow_tasks.conversations, turns=source.turns))
+    return (conversation(record, where) for record, where in found)
+
+
+def records(source: ConversationSource, from_meadow: MakeRecords | None = None) -> Iterator[tuple[Any, str]]:
+    """The records of a source, in order, each with its place; of Meadow those that (seed, count, split) give."""
     source.check()
     if source.meadow is not None:
         assert source.limit is not None
-        made = meadow_tasks.conversations(source.seed, source.limit, source.meadow, source.turns)
-        records: Iterator[tuple[Any, str]] = ((record, f"{MEADOW}, number {i}") for i, record in enumerate(made))
+        assert from_meadow is not None
+        made = from_meadow(source.seed, source.limit, source.meadow)
+        found: Iterator[tuple[Any, str]] = ((record, f"{MEADOW}, number {i}") for i, record in enumerate(made))
     elif source.dataset:
-        records = sources.hub_records(source.dataset, source.dataset_config, source.dataset_split)
+        found = sources.hub_records(source.dataset, source.dataset_config, source.dataset_split)
     else:
-        records = chain.from_iterable(sources.json_records(path) for path in source.files)
-    return (conversation(record, where) for record, where in islice(records, source.limit))
+        found = chain.from_iterable(sources.json_records(path) for path in source.files)
+    return islice(found, source.limit)
 
 
 def conversation(record: Any, where: str) -> Conversation:
@@ -89,13 +99,24 @@ def conversation(record: Any, where: str) -> Conversation:
 
 
 def split(all_of: Iterable[Conversation], share: float, seed: int) -> tuple[list[Conversation], list[Conversation]]:
-    """Those to train on, and a share to validate on: by a hash of what is said, so equal ones lie on one side."""
-    sides: tuple[list[Conversation], list[Conversation]] = ([], [])
+    """Those to train on, and a share to validate on, by a hash of what is said."""
+    return split_by(lambda each: said_in(each.messages), all_of, share, seed)
+
+
+def split_by(
+    said: Callable[[Item], bytes], all_of: Iterable[Item], share: float, seed: int
+) -> tuple[list[Item], list[Item]]:
+    """Two sides, the second a share of the whole: by a hash of what `said` gives, so equal ones lie on one side."""
+    sides: tuple[list[Item], list[Item]] = ([], [])
     for each in all_of:
-        said = json.dumps(each.messages, sort_keys=True, default=str).encode()
-        digest = hashlib.blake2b(said, digest_size=8, key=str(seed).encode()).digest()
+        digest = hashlib.blake2b(said(each), digest_size=8, key=str(seed).encode()).digest()
         sides[int.from_bytes(digest, "little") < share * 2**64].append(each)
     return sides
+
+
+def said_in(messages: Iterable[Mapping[str, Any]]) -> bytes:
+    """Messages as bytes that are equal where they are."""
+    return json.dumps(list(messages), sort_keys=True, default=str).encode()
 
 
 def for_validation(source: ConversationSource, share: float) -> ConversationSource:

@@ -8,16 +8,16 @@ which the answer alone is scored. Knows nothing of models, and of what the refer
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from llamita.data import meadow_tasks, sources
+from llamita.data import meadow_tasks
 from llamita.data.batches import Batch, BatchIterator, collate
-from llamita.data.conversations import MEADOW, ConversationSource
+from llamita.data.conversations import ConversationSource, records, split_by
 from llamita.data.packing import Row, RowsConfig
 from llamita.text.chat import Chat
 from llamita.text.tokenizer import Tokenizer
@@ -39,16 +39,7 @@ class Preference:
 
 def preferences(source: ConversationSource) -> Iterator[Preference]:
     """The pairs of a source, in order; ValueError or OSError, in one line, that names the place."""
-    source.check()
-    if source.meadow is not None:
-        assert source.limit is not None
-        made = meadow_tasks.preferences(source.seed, source.limit, source.meadow)
-        records: Iterator[tuple[Any, str]] = ((record, f"{MEADOW}, number {i}") for i, record in enumerate(made))
-    elif source.dataset:
-        records = sources.hub_records(source.dataset, source.dataset_config, source.dataset_split)
-    else:
-        records = chain.from_iterable(sources.json_records(path) for path in source.files)
-    return (preference(record, where) for record, where in islice(records, source.limit))
+    return (preference(record, where) for record, where in records(source, meadow_tasks.preferences))
 
 
 def preference(record: Any, where: str) -> Preference:
@@ -264,13 +255,6 @@ def pair_batches(rows: PairRows, batch_size: int, limit: int = 0) -> Iterator[Ba
         yield rows.batch(row_ids[start : start + batch_size])
 
 
-def split(
-    pairs: Sequence[Preference] | Iterator[Preference], share: float, seed: int
-) -> tuple[list[Preference], list[Preference]]:
+def split(pairs: Iterable[Preference], share: float, seed: int) -> tuple[list[Preference], list[Preference]]:
     """Those to train on, and a share to validate on: by a hash of the prompt, so equal prompts lie on one side."""
-    sides: tuple[list[Preference], list[Preference]] = ([], [])
-    for each in pairs:
-        said = repr([sorted(message.items()) for message in each.prompt]).encode()
-        digest = hashlib.blake2b(said, digest_size=8, key=str(seed).encode()).digest()
-        sides[int.from_bytes(digest, "little") < share * 2**64].append(each)
-    return sides
+    return split_by(lambda each: repr([sorted(said.items()) for said in each.prompt]).encode(), pairs, share, seed)

@@ -10,11 +10,9 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 from typing import Any
 
-from llamita.data import sources
-from llamita.data.conversations import ConversationSource
+from llamita.data.conversations import ConversationSource, records, said_in, split_by
 from llamita.data.preferences import Messages, messages
 
 FORMS = '{"prompt": a text or messages, ...} or {"messages": [...]}'
@@ -31,12 +29,7 @@ class Prompt:
 
 def prompts(source: ConversationSource) -> Iterator[Prompt]:
     """The prompts of a source other than Meadow, in order; ValueError or OSError, in one line, that names the place."""
-    source.check()
-    if source.dataset:
-        records = sources.hub_records(source.dataset, source.dataset_config, source.dataset_split)
-    else:
-        records = chain.from_iterable(sources.json_records(path) for path in source.files)
-    return (prompt(record, where) for record, where in islice(records, source.limit))
+    return (prompt(record, where) for record, where in records(source))
 
 
 def prompt(record: Any, where: str) -> Prompt:
@@ -56,13 +49,8 @@ def prompt(record: Any, where: str) -> Prompt:
 
 
 def split(all_of: Iterator[Prompt], share: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Those to train on, and a share to validate on: by a hash of what is said, so equal ones lie on one side."""
-    sides: tuple[list[Prompt], list[Prompt]] = ([], [])
-    for each in all_of:
-        said = json.dumps(each.said, sort_keys=True, default=str).encode()
-        value = hashlib.blake2b(said, digest_size=8, key=str(seed).encode()).digest()
-        sides[int.from_bytes(value, "little") < share * 2**64].append(each)
-    return sides
+    """Those to train on, and a share to validate on, by a hash of what is said."""
+    return split_by(lambda each: said_in(each.said), all_of, share, seed)
 
 
 def digest(all_of: Sequence[Prompt]) -> str:

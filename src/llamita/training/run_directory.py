@@ -11,7 +11,6 @@ passed over. Knows nothing of frameworks or of how a run goes on.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -162,7 +161,7 @@ class RunDirectory:
         for name, digest in state["files"].items():
             if not (path / name).is_file():
                 raise ValueError(f"{name} is missing")
-            if _sha256(path / name) != digest:
+            if files.sha256(path / name) != digest:
                 raise ValueError(f"{name} is not what was written (its SHA-256 differs)")
         optimizer = checkpoint.load_tensors(path, name="optimizer")
         return Checkpoint(step, path, state, self.weight_files.load(path), optimizer)
@@ -285,10 +284,5 @@ def _remove_leftovers(directory: Path) -> None:
 
 
 def _hashes(directory: Path) -> dict[str, str]:
-    files = sorted(file for file in directory.rglob("*") if file.is_file())
-    return {str(file.relative_to(directory)): _sha256(file) for file in files}
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    found = sorted(file for file in directory.rglob("*") if file.is_file())
+    return {str(file.relative_to(directory)): files.sha256(file) for file in found}

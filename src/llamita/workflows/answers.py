@@ -11,6 +11,8 @@ from llamita.inference.conversation import with_end_of_turn
 from llamita.inference.llm import LLM
 from llamita.plan import SamplingParams
 from llamita.text.chat import Chat
+from llamita.training.interfaces import Evaluation
+from llamita.workflows.pretrain import TrainableStep
 
 MORE_TOKENS = 16  # an answer may be so much longer than the right one before it is cut off
 SHOWN = 3
@@ -69,3 +71,23 @@ def shown(answers: Sequence[Answer]) -> str:
         f"{each.question.said}\n-> {each.text}" + ("" if each.exact else f"\n   right: {each.question.right}")
         for each in first
     )
+
+
+class Examination:
+    """Questions put to the weights as they are, once for an evaluation: scored by `measure`, then written out."""
+
+    def __init__(self, step: TrainableStep, chat: Chat, asked: Sequence[Question]) -> None:
+        self._step, self._chat, self._asked = step, chat, asked
+        self._answers: list[Answer] = []
+
+    def measure(self) -> dict[str, float]:
+        self._answers = self._ask()
+        return {"exact": sum(each.exact for each in self._answers) / len(self._answers)}
+
+    def shown(self, evaluation: Evaluation) -> str:
+        given = self._answers or self._ask()
+        self._answers = []
+        return shown(given)
+
+    def _ask(self) -> list[Answer]:
+        return answer(LLM(self._step.runner(), self._chat.tokenizer), self._chat, self._asked)

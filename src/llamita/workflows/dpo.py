@@ -8,11 +8,10 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from llamita.data import preferences as pairs_data
-from llamita.data.conversations import MEADOW, Conversation, ConversationSource, for_validation
+from llamita.data.conversations import Conversation, ConversationSource
 from llamita.data.preferences import Layout, PairBatches, PairRows, Pairs, encode, pair_batches
 from llamita.data.preferences import Preference as Pair
 from llamita.objective import Preference
@@ -20,32 +19,22 @@ from llamita.training.display import Display
 from llamita.training.interfaces import Examples, TrainingResult
 from llamita.training.run_directory import RunDirectory
 from llamita.workflows import answers, reference
-from llamita.workflows.finetune import FinetuneConfig, finetune, load_base, make_step, resumed
+from llamita.workflows.finetune import finetune, load_base, make_step, resumed
 from llamita.workflows.layouts import layout_of, source_of
 from llamita.workflows.pretrain import Backend
-from llamita.workflows.sft import Examination
+from llamita.workflows.reading import ValidatedConfig
 
 MEADOW_PAIRS = 4800
 MEADOW_ANSWERS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoConfig(FinetuneConfig):
+class DpoConfig(ValidatedConfig):
     """What `llamita dpo` takes."""
 
     data: tuple[str, ...] = ()
     """Files of JSON lines, each {"prompt": ..., "chosen": ..., "rejected": ...} of texts or messages; or the word
     meadow, for right and wrong answers about stories of the embedded corpus."""
-    dataset: str = ""
-    """Instead of files: a dataset on the Hugging Face hub, or a local directory of one, with rows of that form."""
-    dataset_config: str | None = None
-    """The dataset's configuration, where it has several."""
-    dataset_split: str = "train"
-    """The dataset's split to read."""
-    validation_data: tuple[str, ...] = ()
-    """Files to validate on, instead of a share of the others."""
-    validation_dataset_split: str | None = None
-    """The dataset's split to validate on, instead of a share of the other."""
     validation_share: float = 0.05
     """The share of pairs to validate on, by a hash of their prompt; 0 for none."""
     pairs: int | None = None
@@ -80,30 +69,11 @@ class DpoConfig(FinetuneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.objective()
-        if not 0 <= self.validation_share < 1:
-            raise ValueError(f"validation_share={self.validation_share} must be at least 0 and below 1")
-        for name in ("sequence_length", "epochs", "answers"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.pairs is not None and self.pairs < 1:
             raise ValueError(f"pairs={self.pairs} must be at least 1")
-        if MEADOW in self.data and len(self.data) > 1:
-            raise ValueError("--data meadow stands alone; give either that word or files")
-        if self.data and self.dataset:
-            raise ValueError("--data and --dataset are both given; choose one")
-
-    @property
-    def on_meadow(self) -> bool:
-        return self.data == (MEADOW,)
 
     def objective(self) -> Preference:
         return Preference(self.form, self.beta, self.normalize_lengths, self.label_smoothing)
-
-    def arguments(self) -> dict[str, Any]:
-        """Files by their absolute names, so that the run can be resumed from any directory."""
-        files = {"data": self.data, "validation_data": self.validation_data}
-        absolute = {k: [n if n == MEADOW else str(Path(n).resolve()) for n in names] for k, names in files.items()}
-        return super().arguments() | absolute
 
 
 def dpo(
@@ -118,7 +88,8 @@ def dpo(
     `report` is told what was read. ValueError or OSError, in one line, for options and data that cannot be met.
     """
     config = resumed(config)
-    sources = data_sources(config)
+    made = ConversationSource(meadow="train", limit=config.pairs or MEADOW_PAIRS, seed=config.seed)
+    sources = config.sources(config.pairs, made, "pairs")
     base = load_base(config)
     config = replace(config, template=source_of(config.template))
     layout, model = layout_of(base, config.template)
@@ -135,7 +106,7 @@ def dpo(
     objective = config.objective()
     step = make_step(config, backend, model, base.arrays, objective)
     asked = questions(config, layout, held_out, positions)
-    examination = Examination(step, layout.chat, asked) if asked and layout.chat else None
+    examination = answers.Examination(step, layout.chat, asked) if asked and layout.chat else None
     size = config.micro_batch_size or config.batch_size
 
     def score_with_base(run: RunDirectory) -> None:
@@ -165,32 +136,6 @@ def dpo(
         before=score_with_base,
         display=display,
     )
-
-
-def data_sources(config: DpoConfig) -> tuple[ConversationSource, ConversationSource | None]:
-    """Where to read what is trained on, and what validates; None for the latter where that is a share of the former."""
-    if not config.data and not config.dataset:
-        raise ValueError("--data is missing: give files of pairs, or the word meadow")
-    if config.on_meadow:
-        source = ConversationSource(meadow="train", limit=config.pairs or MEADOW_PAIRS, seed=config.seed)
-        return source, for_validation(source, config.validation_share) if config.validation_share else None
-    source = ConversationSource(
-        files=tuple(map(Path, config.data)),
-        dataset=config.dataset,
-        dataset_config=config.dataset_config,
-        dataset_split=config.dataset_split,
-        limit=config.pairs,
-    )
-    source.check()
-    if config.validation_data:
-        validation = ConversationSource(files=tuple(map(Path, config.validation_data)))
-        validation.check()
-        return source, validation
-    if config.validation_dataset_split is not None:
-        if not config.dataset:
-            raise ValueError("--validation-dataset-split is a split of the dataset that --dataset names; give that too")
-        return source, replace(source, dataset_split=config.validation_dataset_split, limit=None)
-    return source, None
 
 
 def read(

@@ -3,15 +3,15 @@
 What is learned (examples, objective) is the caller's. The backend is passed in.
 """
 
-import hashlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from llamita import checkpoint, files
-from llamita.adapter_files import AdapterFiles, BaseModel, weights_digest
+from llamita.adapter_files import AdapterFiles, BaseModel, weight_hashes
 from llamita.adapters import ALL, LoraSettings
 from llamita.architecture import CLASSIFIER
 from llamita.checkpoint import HostArray
@@ -69,13 +69,15 @@ class Base:
     arrays: dict[str, HostArray]
     tokenizer: Tokenizer
 
+    @cached_property
+    def hashes(self) -> list[str]:
+        """Of the files of weights, which are read for it once."""
+        return weight_hashes(self.directory)
+
     def digest(self) -> str:
         """One hash over the files that the model's values and its tokens depend on."""
-        total = hashlib.sha256(self.tokenizer.hash.encode())
-        for file in sorted([self.directory / "config.json", *self.directory.glob("model*.safetensors")]):
-            with file.open("rb") as stream:
-                total.update(hashlib.file_digest(stream, "sha256").digest())
-        return total.hexdigest()
+        config = files.sha256(self.directory / "config.json")
+        return files.combined_sha256([config, *self.hashes], self.tokenizer.hash)
 
 
 def resumed(config: Config) -> Config:
@@ -219,4 +221,4 @@ def _weight_files(config: FinetuneConfig, base: Base) -> WeightFiles | None:
     assert config.model is not None
     on_hub = not config.model.exists()
     name = str(config.model) if on_hub else str(base.directory.resolve())
-    return AdapterFiles(config.lora(), BaseModel(name, weights_digest(base.directory)))
+    return AdapterFiles(config.lora(), BaseModel(name, files.combined_sha256(base.hashes)))

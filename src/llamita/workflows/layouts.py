@@ -26,20 +26,36 @@ def source_of(template: str) -> str:
 def layout_of(base: Base, template: str) -> tuple[Layout, ModelConfig]:
     """The layout, the template being the tokenizer's own from then on, and the model's config with what ends an answer
     among its ends. ValueError, in one line, for a template that cannot be, and for a model that does not write."""
+    refuse_what_writes_nothing(base)
     tokenizer, model = base.tokenizer, base.config
-    if model.num_labels:
-        raise ValueError(f"{base.directory} is a classifier, which writes no answers; give a language model as --model")
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"the tokenizer of {base.directory} has {tokenizer.vocab_size} tokens and the model embeddings for "
-            f"{model.vocab_size}; one of them is another model's"
-        )
     if template == TEXT or not (template or tokenizer.chat_template):
         return Layout(tokenizer, None), model
+    chat = learn(base, template) if template else Chat(tokenizer)
+    return Layout(tokenizer, chat), ending_answers(model, chat)
+
+
+def learn(base: Base, template: str) -> Chat:
+    """The chat of a template that is to be learned, which becomes the tokenizer's own. "" is the model's, or whichever
+    built-in one its tokens suffice for."""
+    source = template_to_learn(base.tokenizer, template)
     if template:
-        source = template_to_learn(tokenizer, template)
-        tokenizer.chat_templates.clear()
-        tokenizer.chat_template = source
-    chat = Chat(tokenizer)
+        base.tokenizer.chat_templates.clear()
+    base.tokenizer.chat_template = source
+    return Chat(base.tokenizer)
+
+
+def ending_answers(model: ModelConfig, chat: Chat) -> ModelConfig:
+    """The config with what ends an answer before what ended a text already."""
     ends = tuple(dict.fromkeys((*chat.end_of_turn[0], *model.eos_token_ids)))
-    return Layout(tokenizer, chat), replace(model, eos_token_id=ends[0] if len(ends) == 1 else ends or None)
+    return replace(model, eos_token_id=ends[0] if len(ends) == 1 else ends or None)
+
+
+def refuse_what_writes_nothing(base: Base) -> None:
+    """ValueError, in one line, for a model that cannot write what its tokenizer says."""
+    if base.config.num_labels:
+        raise ValueError(f"{base.directory} is a classifier, which writes no answers; give a language model as --model")
+    if base.tokenizer.vocab_size > base.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {base.directory} has {base.tokenizer.vocab_size} tokens and the model embeddings for "
+            f"{base.config.vocab_size}; one of them is another model's"
+        )

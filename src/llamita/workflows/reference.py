@@ -64,7 +64,7 @@ def _write(file: Callable[[str], Path], of: str, sums: Mapping[str, np.ndarray])
     """The numbers first: without the record beside them, or with another's, they are not read."""
     with files.atomic_file(file(f"{NAME}.safetensors"), overwrite=True) as temporary:
         checkpoint.write_safetensors(temporary, {name: HostArray.from_numpy(array) for name, array in sums.items()})
-        digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+        digest = files.sha256(temporary)
     files.atomic_write(file(f"{NAME}.json"), json.dumps({"of": of, "sha256": digest}, indent=2) + "\n")
 
 
@@ -80,7 +80,7 @@ def _read(
         if known.get("of") != of:
             report(f"{numbers} is of another model or other data, and is computed anew")
             return None
-        if hashlib.sha256(numbers.read_bytes()).hexdigest() != known.get("sha256"):
+        if files.sha256(numbers) != known.get("sha256"):
             raise ValueError("its SHA-256 differs")
         found = {name: array.to_numpy() for name, array in checkpoint.read_safetensors(numbers).items()}
         assert {name: array.shape for name, array in found.items()} == {k: (n, 2) for k, n in lengths.items()}

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llamita.data import prompts as prompts_data
-from llamita.data.conversations import MEADOW, ConversationSource
 from llamita.data.preferences import Layout
 from llamita.data.prompts import Prompt
 from llamita.objective import PolicyGradient
 from llamita.training.display import Display
 from llamita.training.interfaces import Examples, TrainingResult
-from llamita.workflows.finetune import Base, FinetuneConfig, finetune, load_base, make_step, resumed
+from llamita.workflows.finetune import Base, finetune, load_base, make_step, resumed
 from llamita.workflows.layouts import TEXT, layout_of, source_of
 from llamita.workflows.pretrain import Backend, step_options
+from llamita.workflows.reading import ReadingConfig
 from llamita.workflows.rewards import BUILT_IN, LoadReward
 from llamita.workflows.sampling import AnswerBatches, Answerer, HeldOut, Rules
 
@@ -26,18 +26,12 @@ MEADOW_ANSWERS = 200  # stories to validate on, where all are asked for
 
 
 @dataclass(frozen=True, kw_only=True)
-class RlConfig(FinetuneConfig):
+class RlConfig(ReadingConfig):
     """What `llamita rl` takes."""
 
     data: tuple[str, ...] = ()
     """Files of JSON lines, each {"prompt": a text or messages, ...} or {"messages": [...]}; or the word meadow, for
     stories from nothing."""
-    dataset: str = ""
-    """Instead of files: a dataset on the Hugging Face hub, or a local directory of one, with rows of that form."""
-    dataset_config: str | None = None
-    """The dataset's configuration, where it has several."""
-    dataset_split: str = "train"
-    """The dataset's split to read."""
     prompts: int | None = None
     """Read at most this many."""
     validation_share: float = 0.05
@@ -91,16 +85,6 @@ class RlConfig(FinetuneConfig):
             raise ValueError(f"prompts={self.prompts} must be at least 1")
         if not self.temperature >= 0.01:
             raise ValueError(f"temperature={self.temperature} must be at least 0.01: answers are to differ")
-        if not 0 <= self.validation_share < 1:
-            raise ValueError(f"validation_share={self.validation_share} must be at least 0 and below 1")
-        if MEADOW in self.data and len(self.data) > 1:
-            raise ValueError("--data meadow stands alone; give either that word or files")
-        if self.data and self.dataset:
-            raise ValueError("--data and --dataset are both given; choose one")
-
-    @property
-    def on_meadow(self) -> bool:
-        return self.data == (MEADOW,)
 
     def objective(self) -> PolicyGradient:
         return PolicyGradient(self.clip, self.kl_weight, self.normalization)
@@ -118,11 +102,9 @@ class RlConfig(FinetuneConfig):
         )
 
     def arguments(self) -> dict[str, Any]:
-        """Files by their absolute names, so that the run can be resumed from any directory."""
         path, colon, function = self.reward.rpartition(":")
         reward = f"{Path(path).resolve()}{colon}{function}" if path.endswith(".py") else self.reward
-        data = [name if name == MEADOW else str(Path(name).resolve()) for name in self.data]
-        return super().arguments() | {"data": data, "reward": reward}
+        return super().arguments() | {"reward": reward}
 
 
 def reinforce(
@@ -182,19 +164,13 @@ def reinforce(
 
 def read(config: RlConfig) -> tuple[list[Prompt], list[Prompt]]:
     """The prompts to train on, and those to validate on."""
-    if not config.data and not config.dataset:
-        raise ValueError("--data is missing: give files of prompts, or the word meadow")
+    config.require_data("prompts")
     if config.on_meadow:
         nothing = Prompt(({"role": "user", "content": ""},), {}, "a story from nothing")
         return [nothing], [nothing] * (config.evaluation_rows or MEADOW_ANSWERS)
-    source = ConversationSource(
-        files=tuple(map(Path, config.data)),
-        dataset=config.dataset,
-        dataset_config=config.dataset_config,
-        dataset_split=config.dataset_split,
-        limit=config.prompts,
+    train, held_out = prompts_data.split(
+        prompts_data.prompts(config.source(config.prompts)), config.validation_share, config.seed
     )
-    train, held_out = prompts_data.split(prompts_data.prompts(source), config.validation_share, config.seed)
     if not train:
         raise ValueError("there are no prompts to train on; give more, or a smaller --validation-share")
     count = min(config.evaluation_rows or len(held_out), len(held_out))
