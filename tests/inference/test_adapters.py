@@ -68,8 +68,8 @@ def answers(runner, asked, **limits):
     return found
 
 
-def test_one_batch_of_two_adapters_and_the_base_equals_three_separate_runs():
-    runner, merged = three()
+def check_that_one_batch_equals_separate_runs(runner, merged):
+    """Of the base and its adapters, `merged` being runners over models that have one of them merged in, or none."""
     asked = mixed(97, temperature=0, top_logprobs=2, prompt_logprobs=True)
     together = answers(runner, asked, max_sequences=5, blocks=80)
     compared = 0
@@ -87,23 +87,27 @@ def test_one_batch_of_two_adapters_and_the_base_equals_three_separate_runs():
     assert compared > 150
 
 
+def scores_of_four(runner, names):
+    """The log-probabilities of the tokens of four chunks in one step, each read by the adapter of its name."""
+    chunks = []
+    for number, (name, length) in enumerate(zip(names, (7, 1, 20, 3), strict=True)):
+        tokens = tuple(np.random.default_rng(number).integers(0, 97, length + 1).tolist())
+        table = (np.arange(number * 3, number * 3 + 3, dtype=np.int32),)
+        chunks.append(ScheduledChunk(number, tokens[:-1], 0, table, (), tokens[1:], name))
+    return runner.run(Plan(tuple(chunks)), runner.allocate(CacheLayout(16, 40))).target_logprobs
+
+
+def test_one_batch_of_two_adapters_and_the_base_equals_three_separate_runs():
+    check_that_one_batch_equals_separate_runs(*three())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_the_base_have_the_bits_of_a_run_without_adapters(dtype):
     runner, merged = three(dtype=dtype)
-    layout = CacheLayout(16, 40)
     random = np.random.default_rng(2)
-
-    def step(runner, names):
-        chunks = []
-        for number, (name, length) in enumerate(zip(names, (7, 1, 20, 3), strict=True)):
-            tokens = tuple(np.random.default_rng(number).integers(0, 97, length + 1).tolist())
-            table = (np.arange(number * 3, number * 3 + 3, dtype=np.int32),)
-            chunks.append(ScheduledChunk(number, tokens[:-1], 0, table, (), tokens[1:], name))
-        return runner.run(Plan(tuple(chunks)), runner.allocate(layout)).target_logprobs
-
     names = [None, "a", None, "b"]
     random.shuffle(names)
-    with_adapters, without = step(runner, names), step(merged[None], [None] * 4)
+    with_adapters, without = scores_of_four(runner, names), scores_of_four(merged[None], [None] * 4)
     for name, one, other in zip(names, with_adapters, without, strict=True):
         assert (one == other) is (name is None)
 

@@ -22,10 +22,15 @@ from llamita.mlx_backend.runner import MlxRunner, load_runner
 from llamita.mlx_backend.train_step import build_train_step
 from llamita.mlx_backend.weights import build_model, quantize_arrays
 from llamita.objective import Classification
-from llamita.plan import CacheLayout, Plan, SamplingParams, ScheduledChunk
+from llamita.plan import SamplingParams
 from llamita.torch_backend.runner import load_runner as load_torch
 from llamita.torch_backend.weights import to_host_arrays
-from tests.inference.test_adapters import SETTINGS, adapter_of, answers, mixed
+from tests.inference.test_adapters import (
+    SETTINGS,
+    adapter_of,
+    check_that_one_batch_equals_separate_runs,
+    scores_of_four,
+)
 from tests.torch_backend.test_exact import model_of
 from tests.torch_backend.test_lora import CONFIG, batch, labelled, save_base
 
@@ -44,38 +49,15 @@ def three(dtype=mx.float32, **changes):
 
 
 def test_one_batch_of_two_adapters_and_the_base_equals_three_separate_runs():
-    runner, merged = three()
-    asked = mixed(97, temperature=0, top_logprobs=2, prompt_logprobs=True)
-    together = answers(runner, asked, max_sequences=5, blocks=80)
-    compared = 0
-    for name, single in merged.items():
-        mine = [request for request in asked if request.adapter == name]
-        for key, events in answers(single, [dataclasses.replace(r, adapter=None) for r in mine]).items():
-            np.testing.assert_allclose(together[key][0].prompt_logprobs, events[0].prompt_logprobs, atol=1e-4)
-            for ours, theirs in zip(together[key], events, strict=True):
-                best, second = (logprob for _, logprob in theirs.top_logprobs)
-                if ours.token_id != theirs.token_id:
-                    assert best - second < 2e-4
-                    break
-                assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
-                compared += 1
-    assert compared > 150
+    check_that_one_batch_equals_separate_runs(*three())
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_rows_of_the_base_have_the_bits_of_a_run_without_adapters(dtype):
     runner, merged = three(dtype)
-
-    def step(runner, names):
-        chunks = []
-        for number, (name, length) in enumerate(zip(names, (7, 1, 20, 3), strict=True)):
-            tokens = tuple(np.random.default_rng(number).integers(0, 97, length + 1).tolist())
-            table = (np.arange(number * 3, number * 3 + 3, dtype=np.int32),)
-            chunks.append(ScheduledChunk(number, tokens[:-1], 0, table, (), tokens[1:], name))
-        return runner.run(Plan(tuple(chunks)), runner.allocate(CacheLayout(16, 40))).target_logprobs
-
     names = [None, "a", None, "b"]
-    for name, one, other in zip(names, step(runner, names), step(merged[None], [None] * 4), strict=True):
+    with_adapters, without = scores_of_four(runner, names), scores_of_four(merged[None], [None] * 4)
+    for name, one, other in zip(names, with_adapters, without, strict=True):
         assert (one == other) is (name is None)
 
 

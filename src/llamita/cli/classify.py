@@ -61,8 +61,22 @@ def _go_on(output: Path) -> int:
     return INTERRUPTED
 
 
-@dataclass(frozen=True)
-class EvaluateOptions:
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """What all verbs share that read texts and run a model on them."""
+
+    text_field: str = "text"
+    """The column or field of a text in CSV, JSON lines and hub datasets."""
+    dtype: Dtype = "auto"
+    """Type of the weights; auto is that of the file."""
+    backend: BackendName = "auto"
+    """Which framework computes; auto is MLX on Apple silicon where it is installed, else PyTorch."""
+    device: str = "auto"
+    """cpu or cuda with PyTorch, cpu or gpu with MLX; auto takes a GPU if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(TextOptions):
     """Measure a tuned model: accuracy, F1, the confusion of labels, calibration."""
 
     model: tyro.conf.Positional[Path]
@@ -72,16 +86,8 @@ class EvaluateOptions:
     hub:NAME[:CONFIG][@SPLIT]."""
     output: Path | None = None
     """A new directory for evaluation.json, confusion.png and reliability.png. Left out: they are not kept."""
-    text_field: str = "text"
-    """The column or field of a text in CSV, JSON lines and hub datasets."""
     label_field: str = "label"
     """That of its label."""
-    dtype: Dtype = "auto"
-    """Type of the weights; auto is that of the file."""
-    backend: BackendName = "auto"
-    """Which framework computes; auto is MLX on Apple silicon where it is installed, else PyTorch."""
-    device: str = "auto"
-    """cpu or cuda with PyTorch, cpu or gpu with MLX; auto takes a GPU if there is one."""
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -107,8 +113,8 @@ def evaluate(options: EvaluateOptions) -> None:
         print(f"left in {record(run, name, report, command_line(sys.argv), model.directory)}")
 
 
-@dataclass(frozen=True)
-class PredictOptions:
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(TextOptions):
     """Label texts with a tuned model. Labels that the texts have already are not looked at."""
 
     model: tyro.conf.Positional[Path]
@@ -123,14 +129,6 @@ class PredictOptions:
     """Write the labels' names in place of their numbers."""
     overwrite: bool = False
     """Replace a file that exists."""
-    text_field: str = "text"
-    """The column or field of a text in CSV, JSON lines and hub datasets."""
-    dtype: Dtype = "auto"
-    """Type of the weights; auto is that of the file."""
-    backend: BackendName = "auto"
-    """Which framework computes; auto is MLX on Apple silicon where it is installed, else PyTorch."""
-    device: str = "auto"
-    """cpu or cuda with PyTorch, cpu or gpu with MLX; auto takes a GPU if there is one."""
 
 
 def predict(options: PredictOptions) -> None:
@@ -173,8 +171,8 @@ def predict(options: PredictOptions) -> None:
     print(f"wrote {len(lines)} lines to {options.output}")
 
 
-@dataclass(frozen=True)
-class ZeroShotOptions:
+@dataclass(frozen=True, kw_only=True)
+class ZeroShotOptions(TextOptions):
     """Label texts with a language model as it is, by which label it finds likeliest after a question."""
 
     model: tyro.conf.Positional[Path]
@@ -198,16 +196,8 @@ class ZeroShotOptions:
     """Which side of a longer text is kept; its question is kept whole."""
     output: Path | None = None
     """A new directory for evaluation.json, confusion.png and reliability.png. Left out: they are not kept."""
-    text_field: str = "text"
-    """The column or field of a text in CSV, JSON lines and hub datasets."""
     label_field: str = "label"
     """That of its label."""
-    dtype: Dtype = "auto"
-    """Type of the weights; auto is that of the file."""
-    backend: BackendName = "auto"
-    """Which framework computes; auto is MLX on Apple silicon where it is installed, else PyTorch."""
-    device: str = "auto"
-    """cpu or cuda with PyTorch, cpu or gpu with MLX; auto takes a GPU if there is one."""
 
 
 def zero_shot(options: ZeroShotOptions) -> None:
