@@ -100,9 +100,7 @@ def test_after_pretraining_everything_is_tuned_reported_and_not_done_twice(tmp_p
     )
 
     def tune():
-        console = Console(highlight=False)
-        run = config.output / "run"
-        return tune_and_report(config.output, run, 0, build_train_step, load_runner, console, amounts)
+        return tune_and_report(config, build_train_step, load_runner, Console(highlight=False), amounts)
 
     capsys.readouterr()
     assert tune() == 0

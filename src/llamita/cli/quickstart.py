@@ -26,9 +26,7 @@ def run(config: QuickstartConfig) -> int:
     from llamita.workflows.after_pretraining import SMALL, Amounts, tune_and_report
 
     return tune_and_report(
-        config.output,
-        config.output / "run",
-        config.seed,
+        config,
         backend.build_train_step,
         backend.load_runner,
         Console(highlight=False),

@@ -6,8 +6,10 @@ backend is passed in.
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -22,12 +24,13 @@ from llamita.workflows import report
 from llamita.workflows.classify import Classifier, ClassifyConfig, LabelRunner, train_classifier
 from llamita.workflows.dpo import DpoConfig, dpo
 from llamita.workflows.pretrain import Backend
+from llamita.workflows.quickstart import QuickstartConfig
 from llamita.workflows.runs import open_run
 from llamita.workflows.sft import SftConfig, sft
 
 LoadLabelRunner = Callable[..., LabelRunner]
-NAMES = ("answers", "preferences", "happy-or-sad")
-"""Directories of the runs, in their order."""
+PRETRAINED, ANSWERS, PREFERENCES, LABELS = "run", "answers", "preferences", "happy-or-sad"
+"""Directories of the runs, the first of them the quickstart's own."""
 
 
 @dataclass(frozen=True)
@@ -54,82 +57,73 @@ class Part:
     title: str
     verb: str
     config: TrainingConfig
-    run: Callable[[], TrainingResult]
+    run: Callable[[Any], TrainingResult]
 
 
 def tune_and_report(
-    output: Path,
-    pretrained: Path,
-    seed: int,
+    config: QuickstartConfig,
     backend: Backend,
     load_runner: LoadLabelRunner,
     console: Console,
     amounts: Amounts = Amounts(),
 ) -> int:
     """Run all parts, those of an earlier call excepted, and print what came out; the exit status."""
-    for number, part in enumerate(parts(output, pretrained, seed, backend, console, amounts), start=4):
+    for number, part in enumerate(parts(config, backend, console, amounts), start=4):
         begun = (part.config.output / MANIFEST).is_file()
         if begun and open_run(part.config.output).state == FINISHED:
             continue
         console.print(f"[bold]{number}. {part.title}[/], as llamita {part.verb} does it")
-        if part.run().interrupted:
+        if part.run(replace(part.config, resume=begun)).interrupted:
             console.print("stopped and saved; the same command goes on from here")
             return 130
-    measure_classifier(output / "happy-or-sad", load_runner, amounts.labelled)
+    measure_classifier(config.output / LABELS, load_runner, amounts.labelled)
     console.print("[bold]7. Reports[/]")
-    for run in (pretrained, *(output / name for name in NAMES)):
-        console.print(f"  {report.write(run)}")
-    show(output, console)
+    for name in (PRETRAINED, ANSWERS, PREFERENCES, LABELS):
+        console.print(f"  {report.write(config.output / name)}")
+    show(config.output, console)
     return 0
 
 
-def parts(
-    output: Path, pretrained: Path, seed: int, backend: Backend, console: Console, amounts: Amounts
-) -> list[Part]:
+def parts(config: QuickstartConfig, backend: Backend, console: Console, amounts: Amounts) -> list[Part]:
     """The runs in their order; each begins from what one before it left."""
-    answers, preferences, labels = (output / name for name in NAMES)
-    say = console.print
+    output = config.output
+    shared: dict[str, Any] = {"batch_size": 16, "seed": config.seed, "backend": config.backend}
     taught = SftConfig(
-        output=answers,
-        resume=(answers / MANIFEST).exists(),
-        model=pretrained,
+        output=output / ANSWERS,
+        model=output / PRETRAINED,
         data=("meadow",),
         conversations=amounts.conversations,
         answers=amounts.asked,
-        steps=amounts.answer_steps,
         mode="pad",
-        batch_size=16,
+        steps=amounts.answer_steps,
         learning_rate=2e-3,
         evaluate_every=-(-amounts.answer_steps // 3),
-        seed=seed,
+        **shared,
     )
     preferring = DpoConfig(
-        output=preferences,
-        resume=(preferences / MANIFEST).exists(),
-        model=answers,
+        output=output / PREFERENCES,
+        model=output / ANSWERS,
         data=("meadow",),
         pairs=amounts.pairs,
         validation_share=0.15,
         answers=amounts.asked,
         steps=amounts.pair_steps,
-        batch_size=16,
         evaluate_every=-(-amounts.pair_steps // 2),
-        seed=seed,
+        **shared,
     )
     labelling = ClassifyConfig(
-        output=labels,
-        resume=(labels / MANIFEST).exists(),
-        model=pretrained,
+        output=output / LABELS,
+        model=output / PRETRAINED,
         data=(f"meadow:{amounts.texts}",),
         steps=amounts.label_steps,
-        batch_size=16,
         evaluate_every=-(-amounts.label_steps // 2),
-        seed=seed,
+        **shared,
     )
+    given: dict[str, Any] = {"backend": backend, "report": console.print}
     return [
-        Part("Questions and answers", "sft", taught, lambda: sft(taught, backend, report=say)),
-        Part("Right answers preferred to wrong ones", "dpo", preferring, lambda: dpo(preferring, backend, report=say)),
-        Part("Happy or sad", "classify train", labelling, lambda: train_classifier(labelling, backend, say)),
+        Part("Questions and answers", "sft", taught, partial(sft, **given)),
+        Part("Right answers preferred to wrong ones", "dpo", preferring, partial(dpo, **given)),
+        Part("Happy or sad", "classify train", labelling, partial(train_classifier, **given)),
     ]
 
 
@@ -145,7 +139,7 @@ def measure_classifier(run: Path, load_runner: LoadLabelRunner, count: int) -> N
 
 def show(output: Path, console: Console) -> None:
     """The figures of all parts, and what to do next."""
-    answers, preferences, labels = (open_run(output / name) for name in NAMES)
+    answers, preferences, labels = (open_run(output / name) for name in (ANSWERS, PREFERENCES, LABELS))
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("on held-out stories", "reached"):
         table.add_column(title, justify="right" if title == "reached" else "left")
@@ -159,8 +153,8 @@ def show(output: Path, console: Console) -> None:
     console.print(table)
     console.print("[bold]What next[/]")
     for command in (
-        f"llamita chat {output / 'answers'}",
+        f"llamita chat {output / ANSWERS}",
         f"llamita runs list {output}",
-        f"llamita classify predict {output / 'happy-or-sad'} --data meadow:5",
+        f"llamita classify predict {output / LABELS} --data meadow:5",
     ):
         console.print(f"  {command}")
