@@ -24,7 +24,8 @@ from llamita.torch_backend.runner import load_runner
 from llamita.torch_backend.train_step import build_train_step
 from llamita.torch_backend.weights import build_model, to_host_arrays
 from llamita.training.interfaces import Examples
-from llamita.workflows.finetune import FinetuneConfig, finetune, load_base, resumed
+from llamita.workflows.finetune import FinetuneConfig, finetune, load_base
+from llamita.workflows.pretrain import resumed
 from tests.training.helpers import MODEL, Silence, documents
 
 

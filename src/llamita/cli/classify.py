@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from llamita.cli.train import INTERRUPTED
+from llamita.cli.tuning import INTERRUPTED
 from llamita.plan import BackendName
 from llamita.workflows.classify import ClassifyConfig
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from llamita.cli.tuning import stopped, training_backend
 from llamita.workflows.pretrain import PretrainConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-INTERRUPTED = 130  # the exit status of shells for Ctrl-C
 
 
 def run(config: PretrainConfig) -> int:
@@ -24,17 +23,13 @@ def run(config: PretrainConfig) -> int:
 
     Ctrl-C finishes the update, saves and ends; a second Ctrl-C ends at once.
     """
-    from llamita.backends import load_backend
-    from llamita.workflows.pretrain import pretrain, taken_over
+    from llamita.workflows.pretrain import pretrain
     from llamita.workflows.recipes import with_recipe
 
-    config = taken_over(with_recipe(config))
-    backend = load_backend(config.backend, device=config.device, threads=config.threads)
-    result = pretrain(config, backend.build_train_step)
+    config = with_recipe(config)
+    result = pretrain(config, training_backend(config))
     if result.interrupted:
-        print(f"stopped after {result.step} updates" + (f" and saved {result.checkpoint}" if result.checkpoint else ""))
-        print(f"go on with: llamita train --output {config.output} --resume")
-        return INTERRUPTED
+        return stopped("train", config, result)
     print(f"trained {result.step} updates, smoothed training loss {result.loss:.4f}; saved {result.checkpoint}")
     if result.best is not None:
         print(f"best validation loss {result.best.loss:.4f} nats/token at step {result.best.step}")

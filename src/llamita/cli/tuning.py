@@ -1,23 +1,23 @@
-"""What the verbs that tune a model share: the backend of a run, and what is said of one that was stopped."""
+"""What the verbs that train a model share: the backend of a run, and what is said of one that was stopped."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-
-from llamita.cli.train import INTERRUPTED
 
 if TYPE_CHECKING:
     from llamita.training.config import TrainingConfig
     from llamita.training.interfaces import TrainingResult
     from llamita.workflows.pretrain import Backend
 
+INTERRUPTED = 130  # the exit status of shells for Ctrl-C
+
 
 def training_backend(config: TrainingConfig) -> Backend:
     """The `build_train_step` that a run takes; one that is resumed takes over what it was begun with."""
     from llamita.backends import load_backend
-    from llamita.workflows.finetune import resumed
+    from llamita.workflows.pretrain import taken_over
 
-    config = resumed(config)
+    config = taken_over(config)
     return load_backend(config.backend, device=config.device, threads=config.threads).build_train_step
 
 

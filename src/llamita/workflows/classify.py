@@ -31,8 +31,8 @@ from llamita.evaluation.perplexity import Forward
 from llamita.objective import Classification
 from llamita.text.tokenizer import Tokenizer
 from llamita.training.interfaces import Examples, TrainingResult
-from llamita.workflows.finetune import Base, FinetuneConfig, finetune, load_base, resumed
-from llamita.workflows.pretrain import Backend
+from llamita.workflows.finetune import Base, FinetuneConfig, finetune, load_base
+from llamita.workflows.pretrain import Backend, resumed
 
 ACCURACY = "accuracy"
 Report = Callable[[str], None]

@@ -13,7 +13,7 @@ from llamita import files
 from llamita.training import run_directory
 from llamita.training.config import take_over
 from llamita.workflows.classify import ACCURACY, ClassifyConfig, Report, read_task, train_classifier
-from llamita.workflows.pretrain import Backend
+from llamita.workflows.pretrain import Backend, taken_over
 
 SEEDS = "seeds.json"
 
@@ -42,11 +42,10 @@ def over_seeds(config: ClassifyConfig) -> bool:
 
 def with_options_of_run(config: ClassifyConfig) -> ClassifyConfig:
     """The options of the run, or runs, that a call goes on with; others as they are."""
-    if not config.resume:
-        return config
     file = config.output / SEEDS
-    manifest = files.read_json(file) if file.is_file() else run_directory.read_manifest(config.output)
-    return take_over(config, manifest["arguments"])
+    if config.resume and file.is_file():
+        return take_over(config, files.read_json(file)["arguments"])
+    return taken_over(config)
 
 
 def train_seeds(config: ClassifyConfig, backend: Backend, report: Report = print) -> SeedsResult:

@@ -19,9 +19,9 @@ from llamita.training.display import Display
 from llamita.training.interfaces import Examples, TrainingResult
 from llamita.training.run_directory import RunDirectory
 from llamita.workflows import answers, reference
-from llamita.workflows.finetune import finetune, load_base, make_step, resumed
+from llamita.workflows.finetune import finetune, load_base, make_step
 from llamita.workflows.layouts import layout_of, source_of
-from llamita.workflows.pretrain import Backend
+from llamita.workflows.pretrain import Backend, resumed
 from llamita.workflows.reading import ValidatedConfig
 
 MEADOW_PAIRS = 4800

@@ -18,8 +18,8 @@ from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
 from llamita.objective import Objective
 from llamita.text.tokenizer import Tokenizer
-from llamita.training import loggers, run_directory
-from llamita.training.config import Config, TrainingConfig, take_over
+from llamita.training import run_directory
+from llamita.training.config import TrainingConfig
 from llamita.training.display import Display
 from llamita.training.interfaces import Examples, OnEvaluation, TrainingResult
 from llamita.training.run_directory import RunDirectory, WeightFiles
@@ -78,15 +78,6 @@ class Base:
         """One hash over the files that the model's values and its tokens depend on."""
         config = files.sha256(self.directory / "config.json")
         return files.combined_sha256([config, *self.hashes], self.tokenizer.hash)
-
-
-def resumed(config: Config) -> Config:
-    """The options of a run, those of an earlier call taken over where it goes on; checked before anything is read."""
-    if config.resume:
-        config = take_over(config, run_directory.read_manifest(config.output)["arguments"])
-    run_directory.check(config.output, config.resume)
-    loggers.require(config.log)
-    return config
 
 
 def load_base(config: FinetuneConfig, flag: str = "--model") -> Base:

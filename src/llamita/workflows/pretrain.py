@@ -24,7 +24,7 @@ from llamita.plan import SamplingParams
 from llamita.presets import preset
 from llamita.text.tokenizer import Tokenizer
 from llamita.training import loggers, run_directory
-from llamita.training.config import TrainingConfig, take_over
+from llamita.training.config import Config, TrainingConfig, take_over
 from llamita.training.display import Display
 from llamita.training.interfaces import Evaluation, Examples, OnEvaluation, TokenText, TrainingResult, TrainStep
 from llamita.training.trainer import Trainer
@@ -91,9 +91,7 @@ def pretrain(
     `floor` is the least possible loss in nats per character, for the plot. `on_evaluation` is called after each
     evaluation, after the sample was written. ValueError or OSError, in one line, for options that cannot be met.
     """
-    config = taken_over(config)
-    run_directory.check(config.output, config.resume)
-    loggers.require(config.log)
+    config = resumed(config)
     if config.data is None:
         raise ValueError("--data is missing: give the directory that llamita prepare wrote")
     tokenizer = load_tokenizer(config.data)
@@ -145,11 +143,19 @@ def step_options(config: TrainingConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names + adamw + compiled}
 
 
-def taken_over(config: PretrainConfig) -> PretrainConfig:
+def taken_over(config: Config) -> Config:
     """`config`, or where it goes on with a run, that run's options in the place of those that were left out."""
     if not config.resume:
         return config
     return take_over(config, run_directory.read_manifest(config.output)["arguments"])
+
+
+def resumed(config: Config) -> Config:
+    """The options of a run, those of an earlier call taken over where it goes on; checked before anything is read."""
+    config = taken_over(config)
+    run_directory.check(config.output, config.resume)
+    loggers.require(config.log)
+    return config
 
 
 def model_config(config: PretrainConfig, tokenizer: Tokenizer) -> ModelConfig:

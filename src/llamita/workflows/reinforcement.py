@@ -15,9 +15,9 @@ from llamita.data.prompts import Prompt
 from llamita.objective import PolicyGradient
 from llamita.training.display import Display
 from llamita.training.interfaces import Examples, TrainingResult
-from llamita.workflows.finetune import Base, finetune, load_base, make_step, resumed
+from llamita.workflows.finetune import Base, finetune, load_base, make_step
 from llamita.workflows.layouts import TEXT, layout_of, source_of
-from llamita.workflows.pretrain import Backend, step_options
+from llamita.workflows.pretrain import Backend, resumed, step_options
 from llamita.workflows.reading import ReadingConfig
 from llamita.workflows.rewards import BUILT_IN, LoadReward
 from llamita.workflows.sampling import AnswerBatches, Answerer, HeldOut, Rules

@@ -22,9 +22,9 @@ from llamita.text.chat import Chat
 from llamita.training.display import Display
 from llamita.training.interfaces import Examples, TrainingResult
 from llamita.workflows import answers
-from llamita.workflows.finetune import Base, finetune, load_base, make_step, resumed
+from llamita.workflows.finetune import Base, finetune, load_base, make_step
 from llamita.workflows.layouts import ending_answers, learn, refuse_what_writes_nothing, source_of
-from llamita.workflows.pretrain import Backend
+from llamita.workflows.pretrain import Backend, resumed
 from llamita.workflows.reading import ValidatedConfig
 
 MEADOW_CONVERSATIONS = 16000
