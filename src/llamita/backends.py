@@ -89,6 +89,6 @@ def importing(framework: Literal["torch", "mlx"]) -> Iterator[None]:
         text = f"the backend {framework} is not installed; install it with: pip install {PACKAGES[framework]}"
         raise ModuleNotFoundError(text, name=framework) from None
     except ImportError as error:  # on Linux, MLX without its CPU form
-        if framework == "torch":
+        if framework == "torch" or (error.name or "").split(".")[0] != "mlx":
             raise
         raise ValueError(f"MLX is not whole here ({error}); install it with: pip install {PACKAGES['mlx']}") from None

@@ -21,6 +21,23 @@ LONGEST_CHUNK = 512
 """Most tokens of a sequence in a step: bounds the memory of a step, and how long it keeps others waiting."""
 
 
+def token_array(tokens_BT: Sequence[Sequence[int]] | np.ndarray, vocab_size: int) -> np.ndarray:
+    """Token ids [B, T] of a model with so many, int64; ValueError for none, ragged rows and ids that it has not.
+
+    An id outside the embedding would read other memory on some devices.
+    """
+    try:
+        array = np.asarray(tokens_BT, dtype=np.int64)
+    except (OverflowError, TypeError, ValueError):
+        array = np.empty(0, np.int64)
+    if array.ndim != 2 or not array.size:
+        raise ValueError("tokens must be rows of one length, at least 1, of whole numbers")
+    outside = array[(array < 0) | (array >= vocab_size)]
+    if outside.size:
+        raise ValueError(f"token id {outside[0]} is not one of this model's, 0 to {vocab_size - 1}")
+    return array
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request picks its tokens and when it ends.

@@ -94,7 +94,9 @@ def test_a_large_vocabulary_gets_pytorchs_tokens(top_p: float, spread: float) ->
     """The nucleus of 0.9 lies among the likeliest thousand for a spread of 3, and beyond them for 0.2."""
     logits_RV = random_logits(6, 20_000) * np.float32(spread / 3)
     params = SamplingParams(top_p=top_p, temperature=0.9, top_logprobs=3)
-    specs = [SampleSpec(dataclasses.replace(params, top_k=k), 3, row) for row, k in enumerate((0, 0, 5000, 50, 1, 0))]
+    specs = [
+        SampleSpec(dataclasses.replace(params, top_k=k), 3, row) for row, k in enumerate((0, 2**63, 5000, 50, 1, 0))
+    ]
     expected = TorchSampler(20_000).sample(torch.from_numpy(logits_RV), specs, range(6))
     assert_alike(sample(logits_RV, specs), expected)
 

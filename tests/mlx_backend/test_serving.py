@@ -4,6 +4,7 @@ one merged into a model of its own."""
 import dataclasses
 import json
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -99,6 +100,16 @@ def test_an_adapter_is_opened_as_a_model_with_pytorch_s_logits(tmp_path, saved, 
     merged = MlxRunner(build_model(CONFIG, ours.weights()))
     np.testing.assert_allclose(merged.forward(TOKENS)["logits"], logits, atol=1e-5 * np.abs(logits).max())
     assert load_runner(directories["a"], "bfloat16").model.lm_head.change is not None
+
+
+def test_an_adapter_of_another_type_than_the_model_runs_in_whatever_thread_asks(saved):
+    base, directories = saved
+    runner = load_runner(base, "bfloat16", adapters=directories)  # the adapters are float32
+    found = []
+    thread = threading.Thread(target=lambda: found.append(runner.forward(TOKENS, adapter="a")["logits"]))
+    thread.start()
+    thread.join()
+    np.testing.assert_array_equal(found[0], runner.forward(TOKENS, adapter="a")["logits"])
 
 
 def test_the_python_face_serves_several_and_opens_one(saved):

@@ -313,6 +313,8 @@ def test_wrong_names_are_refused_in_one_line(runner: TorchRunner, tmp_path: Path
         runner.forward([PROMPT], capture=["layers.9"])
     with pytest.raises(ValueError, match="dtype='int3' is not supported; give auto or one of float32"):
         load_runner(tmp_path, dtype="int3")
+    with pytest.raises(ValueError, match="device='meta' is not one that this backend runs on; give auto, cpu, or cuda"):
+        load_runner(save_model(tmp_path / "model"), device="meta")
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
         load_runner(tmp_path)
 

@@ -67,8 +67,6 @@ class PagedStep:
         self._single = sum(len(chunk.tokens) == 1 for chunk in chunks)
         assert all(len(chunk.tokens) == 1 for chunk in chunks[: self._single]), "single tokens come first"
         positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
-        self.tokens = len(positions)
-        self.longest = int(positions.max()) + 1
         self.positions_1T = mx.array(positions[None].astype(np.int32))
         size = cache.layout.block_size
         self._slots: list[slice | mx.array] = []

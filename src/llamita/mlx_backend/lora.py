@@ -141,7 +141,9 @@ def changes_of(
     def parameter(name: str) -> mx.array:
         if not mx.all(mx.isfinite(values[name])).item():
             raise ValueError(f"{name} of an adapter holds NaN or infinite values; its file is damaged")
-        return values[name].astype(dtype)
+        value = values[name].astype(dtype)
+        mx.eval(value)  # a lazy array belongs to the thread that made it, and another may run the model
+        return value
 
     changes = {}
     for name, module in model.named_modules():

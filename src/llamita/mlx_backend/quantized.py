@@ -43,6 +43,13 @@ class QuantizedLinear(nn.Module):
             mx.eval(list(vars(self._packed).values()))  # not left to a compiled step, or to another thread
             self.weight = self._packed.words
 
+    @property
+    def kernel_bytes(self) -> int:
+        """Bytes that the kernel reads beyond the weight and scales as they are stored: its own form of the scales."""
+        if self._packed is None:
+            return 0
+        return self._packed.scales.nbytes + self._packed.biases.nbytes - self.weight_scale.nbytes
+
     def plain_weight(self) -> mx.array:
         """The values in the order in which they are stored."""
         return self.weight if self._packed is None else quantize.unpack(self._packed)

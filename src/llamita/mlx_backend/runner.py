@@ -23,11 +23,12 @@ from llamita.mlx_backend import lora
 from llamita.mlx_backend.devices import choose_device
 from llamita.mlx_backend.kv_cache import PagedKVCache, PagedStep
 from llamita.mlx_backend.model import Llama
+from llamita.mlx_backend.quantized import QuantizedLinear
 from llamita.mlx_backend.sampling import Sampler
 from llamita.mlx_backend.serving import Serving
 from llamita.mlx_backend.weights import build_model, to_host_arrays
 from llamita.packed_step import begins, packing_order, rows_drawn, rows_wanted
-from llamita.plan import CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult
+from llamita.plan import CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult, token_array
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 OWN = ""  # the name of the adapter that was loaded as a model
@@ -64,10 +65,12 @@ class MlxRunner:
         self.serving, self.default = Serving(adapters or {}), default
         self.serving.attach(model)
         self._names: list[str | None] = []  # the adapters of a step's rows
-        read = dict(named_arrays(model))
-        if self.config.num_labels or not self.config.tie_word_embeddings:  # of an embedding alone, one row is read
-            read = {name: array for name, array in read.items() if "embed_tokens" not in name}
-        self.weight_bytes = sum(array.nbytes for array in read.values())
+        one_row = (
+            self.config.num_labels or not self.config.tie_word_embeddings
+        )  # of an embedding that is no output head
+        read = [(name, array.nbytes) for name, array in named_arrays(model)]
+        read += [(name, each.kernel_bytes) for name, each in model.named_modules() if isinstance(each, QuantizedLinear)]
+        self.weight_bytes = sum(size for name, size in read if not (one_row and "embed_tokens" in name))
         """Bytes of weights that decoding one token reads."""
         self.kv_bytes_per_token = architecture.kv_bytes_per_token(self.config, self.dtype.size)
         """Bytes of keys and values that one earlier position adds to what decoding a token reads."""
@@ -161,7 +164,7 @@ class MlxRunner:
         """Logits of every position, and the residual stream at named places, as float32 arrays.
 
         Returns `logits` (B, T, V) and each name in `capture` (B, T, D): `embedding`, `layers.0`, `layers.1`, ...,
-        `norm`. Nothing is cached. Raises ValueError for an unknown name.
+        `norm`. Nothing is cached. Raises ValueError for an unknown name, and for ids outside the vocabulary.
         """
         captured: dict[str, mx.array] = {}
 
@@ -170,7 +173,7 @@ class MlxRunner:
                 captured[name] = x_BTD
 
         with mx.stream(self.device):
-            tokens = mx.array(np.asarray(tokens_BT, dtype=np.int32))
+            tokens = mx.array(token_array(tokens_BT, self.config.vocab_size).astype(np.int32))
             with self.serving.rows([self.default if adapter is None else adapter] * tokens.size):
                 logits_BTV = self.model(tokens, trace=trace).logits_BTV
             unknown = [name for name in capture if name not in captured]

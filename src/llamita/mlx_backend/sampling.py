@@ -19,6 +19,8 @@ from llamita.mlx_backend.token_counts import CountedRow, TokenCounts
 from llamita.plan import SampledToken, SampleSpec, SamplingParams
 from llamita.token_choice import DROPPED, Steps, sampled_token
 
+LARGEST_K = 2**31 - 1
+"""What top-k is cut to, since MLX counts in 32 bits; a vocabulary is smaller."""
 LIKELIEST = 1024
 """On a CPU, top-p looks for its nucleus among so many tokens before it sorts all."""
 
@@ -34,7 +36,7 @@ class Columns:
         self.repetition_R1 = column("repetition_penalty")
         self.frequency_R1, self.presence_R1 = map(column, ("frequency_penalty", "presence_penalty"))
         self.largest_k = max(each.top_k for each in params)
-        self.top_k_R1 = mx.array([[min(each.top_k, self.largest_k)] for each in params])
+        self.top_k_R1 = mx.array([[min(each.top_k, LARGEST_K)] for each in params])
         self.any_repetition = any(each.repetition_penalty != 1 for each in params)
         self.any_output_penalty = any(each.frequency_penalty or each.presence_penalty for each in params)
         self.any_top_p, self.any_min_p = any(each.top_p < 1 for each in params), any(each.min_p > 0 for each in params)

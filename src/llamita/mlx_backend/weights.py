@@ -100,7 +100,7 @@ def _copy_values(parameters: Iterable[PackedParameter], array_of: Callable[[str]
             if mx.issubdtype(piece.dtype, mx.floating):
                 if not mx.all(mx.isfinite(piece)).item():
                     raise ValueError(f"{name} holds NaN or infinite values; the weights are damaged")
-                if packed.parameter.dtype == mx.float32:  # the scales of quantised weights keep their type
+                if not name.endswith("weight_scale"):  # the scales of quantised weights keep their type
                     piece = piece.astype(dtype)
             pieces.append(piece)
             array.forget(0, array.data.nbytes)

@@ -15,6 +15,8 @@ def choose_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={name!r} cannot be used ({reason}); give auto, cpu, or cuda on a GPU") from None
+    if torch.device(name).type not in ("cpu", "cuda"):
+        raise ValueError(f"device={name!r} is not one that this backend runs on; give auto, cpu, or cuda on a GPU")
     return name
 
 

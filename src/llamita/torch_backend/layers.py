@@ -55,7 +55,7 @@ def rope_table(positions_BT: Tensor, frequencies_E: Tensor, scale: float = 1.0) 
     """Cosines and sines of the rotation angles, float32, each (B, T, H/2), times `scale`.
 
     Pair i of a head turns by position * frequency i (Su et al. 2021, arXiv:2104.09864). Angles are computed in float32,
-    as transformers does; `architecture.rotary_frequencies` gives frequencies and scale.
+    as transformers does; `rope.rotary_frequencies` gives frequencies and scale.
     """
     angles_BTE = positions_BT[..., None].float() * frequencies_E
     return angles_BTE.cos() * scale, angles_BTE.sin() * scale

@@ -49,6 +49,11 @@ class QuantizedLinear(nn.Module):
             self.weight.data = quantize.to_blocks(self.weight.data)
             self.kernel_scale = quantize.scales_and_zeros(self.weight_scale.data)
 
+    @property
+    def kernel_bytes(self) -> int:
+        """Bytes that the kernel reads beyond the weight and scales as they are stored: its own form of the scales."""
+        return 0 if self.kernel_scale is None else self.kernel_scale.nbytes - self.weight_scale.nbytes
+
     def plain_weight(self) -> Tensor:
         """The values in the order in which they are stored."""
         return self.weight.data if self.kernel_scale is None else quantize.from_blocks(self.weight.data)

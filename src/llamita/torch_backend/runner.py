@@ -20,12 +20,13 @@ from llamita.adapters import Adapter
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
 from llamita.packed_step import begins, packing_order, rows_drawn, rows_wanted
-from llamita.plan import CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult
+from llamita.plan import CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult, token_array
 from llamita.torch_backend import lora
 from llamita.torch_backend.devices import choose_device, evaluation, fast_few_rows
 from llamita.torch_backend.exact import exact_model
 from llamita.torch_backend.kv_cache import EXACT_ROWS, PagedKVCache, PagedStep
 from llamita.torch_backend.model import Llama
+from llamita.torch_backend.quantized import QuantizedLinear
 from llamita.torch_backend.sampling import Sampler
 from llamita.torch_backend.serving import Serving
 from llamita.torch_backend.weights import build_model, to_host_arrays
@@ -76,10 +77,12 @@ class TorchRunner:
         if exact:
             self.serving.attach(self._running, exactly=True)
         self._names: list[str | None] = []  # the adapters of a step's rows
-        read = list(model.parameters())
-        if self.config.num_labels or not self.config.tie_word_embeddings:  # of an embedding alone, one row is read
-            read = [parameter for name, parameter in model.named_parameters() if "embed_tokens" not in name]
-        self.weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in read)
+        one_row = (
+            self.config.num_labels or not self.config.tie_word_embeddings
+        )  # of an embedding that is no output head
+        read = [(name, parameter.nbytes) for name, parameter in model.named_parameters()]
+        read += [(name, each.kernel_bytes) for name, each in model.named_modules() if isinstance(each, QuantizedLinear)]
+        self.weight_bytes = sum(size for name, size in read if not (one_row and "embed_tokens" in name))
         """Bytes of weights that decoding one token reads."""
         self.kv_bytes_per_token = architecture.kv_bytes_per_token(self.config, weight.element_size())
         """Bytes of keys and values that one earlier position adds to what decoding a token reads."""
@@ -178,7 +181,7 @@ class TorchRunner:
         """Logits of every position, and the residual stream at named places, as float32 arrays.
 
         Returns `logits` (B, T, V) and each name in `capture` (B, T, D): `embedding`, `layers.0`, `layers.1`, ...,
-        `norm`. Nothing is cached. Raises ValueError for an unknown name.
+        `norm`. Nothing is cached. Raises ValueError for an unknown name, and for ids outside the vocabulary.
         """
         captured: dict[str, Tensor] = {}
 
@@ -186,7 +189,7 @@ class TorchRunner:
             if name in capture:
                 captured[name] = x_BTD
 
-        tokens = torch.as_tensor(np.asarray(tokens_BT, dtype=np.int64), device=self.device)
+        tokens = torch.as_tensor(token_array(tokens_BT, self.config.vocab_size), device=self.device)
         names = [self.default if adapter is None else adapter] * tokens.numel()
         with evaluation(self.model), self.serving.rows(names, self.device):
             logits_BTV = self.model(tokens, trace=trace).logits_BTV
