@@ -179,12 +179,11 @@ def test_a_verb_that_lacks_its_framework_says_in_one_line_what_to_install(hidden
 
 
 def test_only_an_mlx_that_does_not_load_is_called_broken():
-    with pytest.raises(ValueError, match=r"MLX is not whole here \(no libmlx.so\); install it with: pip install"):
-        with backends.importing("mlx"):
-            raise ImportError("no libmlx.so", name="mlx.core")
-    with pytest.raises(ImportError, match="cannot import name"):
-        with backends.importing("mlx"):
-            raise ImportError("cannot import name 'X' from 'transformers'", name="transformers")
+    broken = r"MLX is not whole here \(no libmlx.so\); install it with: pip install"
+    with pytest.raises(ValueError, match=broken), backends.importing("mlx"):
+        raise ImportError("no libmlx.so", name="mlx.core")
+    with pytest.raises(ImportError, match="cannot import name"), backends.importing("mlx"):
+        raise ImportError("cannot import name 'X' from 'transformers'", name="transformers")
 
 
 def test_the_library_says_so_too(tmp_path):
