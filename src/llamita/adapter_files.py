@@ -163,6 +163,17 @@ def base_directory(directory: Path) -> Path:
         ) from None
 
 
+VOCABULARY = ("tokenizer.json", "tokenizer.model")  # either makes a tokenizer's directory
+CONFIG = "config.json"
+
+
+def place_of(directory: Path, *names: str) -> Path:
+    """Where one of these files lies: in a model's directory or, of an adapter that came without it, in its base's."""
+    if is_adapter(directory) and not any((directory / name).is_file() for name in names):
+        return base_directory(directory)
+    return directory
+
+
 def _arrays(directory: Path) -> dict[str, HostArray]:
     """The values under canonical names."""
     if not (directory / f"{VALUES}.safetensors").is_file():

@@ -8,7 +8,7 @@ import pytest
 
 from llamita.data import meadow
 from llamita.data.batches import NOT_SCORED
-from llamita.data.labelled import Fields, read_labelled, read_mapping, read_records, validation_of
+from llamita.data.labelled import Fields, absolute, read_labelled, read_mapping, read_records, validation_of
 from llamita.data.labelled_batches import LabelledBatches, LabelledRows, encode_texts, labelled_evaluation
 from llamita.text.bpe import train_bpe_from_iterator
 
@@ -45,6 +45,28 @@ def test_a_name_comes_before_a_number_and_numbers_sort_as_numbers(tmp_path):
     words = write(tmp_path / "b.txt", "sad ||| a\nhappy ||| b\n")
     assert read_labelled([words], "train").names == ("happy", "sad")
     assert read_labelled([words, words], "train", ["sad", "happy"]).labels.tolist() == [0, 1, 0, 1]
+
+
+def test_a_number_is_no_index_where_numbers_are_names(tmp_path):
+    one, other = (
+        write(tmp_path / name, text) for name, text in (("a", "1 ||| a\n2 ||| b\n"), ("b", "0 ||| a\n1 ||| b\n"))
+    )
+    names = read_labelled([one], "train").names
+    with pytest.raises(ValueError, match=r"b, line 1: the label '0' is none of 1, 2$"):
+        read_labelled([other], "validation", names)
+
+
+def test_what_a_source_is_called_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("meadow", "rows"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "a.txt", "0 ||| a\n")
+    given = ("meadow", "meadow:7", "a.txt", "hub:rows@test", "hub:rows:small@test", "hub:SetFit/sst5", "b.txt")
+    here = str(tmp_path.resolve())
+    assert [absolute(source) for source in given] == [
+        *("meadow", "meadow:7", f"{here}/a.txt", f"hub:{here}/rows@test", f"hub:{here}/rows:small@test"),
+        *("hub:SetFit/sst5", "b.txt"),
+    ]
 
 
 def test_quoted_lines_of_csv_and_other_names_of_fields(tmp_path):

@@ -131,6 +131,14 @@ def test_a_line_that_is_no_question_is_named(line, message, tmp_path):
     assert read_questions(tmp_path / "questions.jsonl", limit=1) == [Question("Question: q\nAnswer:", ("a", "b"), 1)]
 
 
+def test_only_line_ends_end_a_line(tmp_path):
+    question = {"question": "a\u2028b\u0085c", "choices": ["a", "b"], "answer": "b"}
+    (tmp_path / "questions.jsonl").write_text("\ufeff" + json.dumps(question, ensure_ascii=False) + "\n", "utf-8")
+    assert [each.prompt for each in read_questions(tmp_path / "questions.jsonl")] == [
+        "Question: a\u2028b\u0085c\nAnswer:"
+    ]
+
+
 def test_the_command_leaves_its_figures_in_the_run(tmp_path, tokenizer, capsys, arrays):
     from llamita import checkpoint
 

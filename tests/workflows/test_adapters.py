@@ -111,6 +111,26 @@ def test_a_run_of_an_adapter_opens_everywhere_and_merges_into_an_equal_model(tmp
     assert capsys.readouterr().out == ours
 
 
+def test_an_adapter_without_config_and_tokenizer_is_measured_with_its_bases(tmp_path, base, capsys):
+    """As peft leaves it."""
+    tune(tmp_path / "run", base)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "run" / "best" / name, bare)
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question": "Who?", "choices": ["the fox", "the owl"], "answer": 0}\n')
+    (tmp_path / "texts.txt").write_text("0 ||| A sad day.\n1 ||| A glad day.\n")
+    found = []
+    for model in (bare, tmp_path / "run" / "best"):
+        capsys.readouterr()
+        assert main(["evaluate", str(model), "--task", "multiple-choice", "--data", str(questions)]) == 0
+        words = ["--data", str(tmp_path / "texts.txt"), "--labels", "sad", "glad", "--suffix", "It was"]
+        assert main(["classify", "zero-shot", str(model), *words]) == 0
+        found.append([line for line in capsys.readouterr().out.splitlines() if not line.startswith("left in")])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_an_adapter_over_a_quantised_base_runs_and_merges(tmp_path, base, scheme):
     assert main(["quantize", str(base), str(tmp_path / "base"), "--to", scheme]) == 0

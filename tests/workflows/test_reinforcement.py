@@ -279,11 +279,16 @@ def test_the_rewards_that_there_are(given):
 def test_a_reward_is_found_by_its_path(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text("def short(sample):\n    return -len(sample.answer)\n\nnumber = 3\n")
     (tmp_path / "broken.py").write_text("import nowhere_at_all\n")
+    (tmp_path / "classes.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n\n"
+        "@dataclass\nclass Worth:\n    value: float\n\n\ndef three(sample):\n    return Worth(3).value\n"
+    )
     monkeypatch.chdir(tmp_path)
     for name in ("my_rewards:short", "my_rewards.py:short", str(tmp_path / "my_rewards.py:short")):
         found = load_reward(name)
         assert found(Sample("", "four", {}, True), "x") == -4
         assert len(found.digest) == 64
+    assert load_reward("classes.py:three")(Sample("", "", {}, True), "x") == 3
     assert load_reward("meadow") is rewards.BUILT_IN["meadow"]
     for name, message in (
         ("nonsense", "reward='nonsense' is not known; use meadow, exact, module:function or file.py:function"),
@@ -318,7 +323,10 @@ def test_another_reward_is_refused_when_resuming(given, tmp_path):
         ({"model": None}, "--model is missing"),
         ({"group": 1}, "group=1 must be at least 2"),
         ({"group": 3}, "batch_size=8 must be a multiple of group=3"),
+        ({"group": 160, "batch_size": 160}, "group=160 must be at most 128"),
         ({"updates": 0}, "updates=0 must be at least 1"),
+        ({"temperature": float("inf")}, "temperature=inf must be a number"),
+        ({"data": ("meadow",), "template": "chatml"}, "--data meadow writes its own, so that --template would not"),
         ({"temperature": 0.0}, "temperature=0.0 must be at least 0.01"),
         ({"clip": 0.0}, "clip=0.0 must be above 0"),
         ({"max_tokens": 510}, r"line 1 has \d+ tokens, and with max_tokens=510 that is more than the model's 512"),
@@ -330,4 +338,12 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(given, tmp_path, chang
     with pytest.raises((ValueError, OSError), match=message) as caught:
         tune(config(given, tmp_path / "run", **changes))
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_exact_reward_needs_answers_before_anything_is_written(given, tmp_path):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('{"prompt": "Hello", "answer": "Good day."}\n{"prompt": "Hi"}\n')
+    with pytest.raises(ValueError, match=r"prompts\.jsonl, line 2 has no field 'answer' that is a text"):
+        tune(config(given, tmp_path / "run", data=(str(data),), reward="exact", validation_share=0.0))
     assert not (tmp_path / "run").exists()

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -169,6 +170,12 @@ def test_a_model_belongs_to_its_run(made, tmp_path):
     assert records.run_of(tmp_path) is None
     (tmp_path / "link").symlink_to(first / "last")
     assert records.run_of(tmp_path / "link") == first.resolve()
+
+
+def test_a_name_on_the_hub_belongs_to_no_run(made, monkeypatch):
+    monkeypatch.chdir(made / "first")
+    assert records.run_of(Path("someone/model")) is None
+    assert records.run_of(Path("best")) == made / "first"
 
 
 def test_records_of_evaluations(tmp_path):

@@ -194,6 +194,9 @@ def refusals(given, tmp_path):
         ([*model, *data, "--validation-share", "1"], "validation_share=1.0 must be"),
         ([*model, *data, "--conversations", "0"], "conversations=0 must be"),
         ([*model, *data, "--epochs", "-1"], "epochs=-1.0 must not be negative"),
+        ([*model, *data, "--epochs", "inf"], "epochs=inf must be a number"),
+        ([*model, "--data", "meadow", "--validation-data", given.data], "so that --validation-data would not be read"),
+        ([*model, *data, "--validation-data", given.data, "--validation-dataset-split", "x"], "choose one"),
         ([*model, *data, "--resume"], "holds no training run"),
     ]
 

@@ -88,6 +88,8 @@ class EvaluateOptions(TextOptions):
     """A new directory for evaluation.json, confusion.png and reliability.png. Left out: they are not kept."""
     label_field: str = "label"
     """That of its label."""
+    name: str = ""
+    """What the record in the run is called, in place of an earlier one of that name. Left out: the files' names."""
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -109,8 +111,11 @@ def evaluate(options: EvaluateOptions) -> None:
     about = {"model": str(model.directory), "data": list(options.data), "context": encoded.context}
     _show(report, options.output, about | {"truncated": encoded.truncated, "keep": model.keep})
     if (run := records.run_of(options.model)) is not None:
-        name = f"classification {' '.join(Path(each).stem for each in options.data)}"
-        print(f"left in {record(run, name, report, command_line(sys.argv), model.directory)}")
+        name = options.name or f"classification {' '.join(Path(each).stem for each in options.data)}"
+        try:
+            print(f"left in {record(run, name, report, command_line(sys.argv), model.directory)}")
+        except OSError as error:
+            print(f"note: the figures could not be left in {run}: {error}", file=sys.stderr)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +206,7 @@ class ZeroShotOptions(TextOptions):
 
 
 def zero_shot(options: ZeroShotOptions) -> None:
-    from llamita import checkpoint
+    from llamita import adapter_files, checkpoint
     from llamita.backends import load_backend
     from llamita.data.labelled import Fields, read_labelled, read_mapping
     from llamita.evaluation import zero_shot as asking
@@ -212,7 +217,7 @@ def zero_shot(options: ZeroShotOptions) -> None:
     _check_output(options.output)
     backend = load_backend(options.backend, device=options.device)
     directory = checkpoint.resolve_model_directory(options.model)
-    config = checkpoint.load_config(directory)
+    config = checkpoint.load_config(adapter_files.place_of(directory, adapter_files.CONFIG))
     if config.num_labels:
         raise ValueError(f"{directory} has a classification head: llamita classify evaluate measures it")
     length = context_length(options.sequence_length, config)
@@ -225,7 +230,7 @@ def zero_shot(options: ZeroShotOptions) -> None:
     print(f"question: {suffix.rstrip()} {'|'.join(words)}")
     found = asking.zero_shot(
         backend.load_runner(directory, options.dtype, options.device),
-        Tokenizer.load(directory),
+        Tokenizer.load(adapter_files.place_of(directory, *adapter_files.VOCABULARY)),
         texts.texts,
         words,
         suffix=suffix,

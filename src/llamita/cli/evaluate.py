@@ -95,14 +95,14 @@ def run(options: EvaluateOptions) -> int:
 def _perplexity(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     import numpy as np
 
-    from llamita import checkpoint
+    from llamita import adapter_files, checkpoint
     from llamita.data.shards import TokenShards
     from llamita.evaluation.perplexity import strided_perplexity
     from llamita.text.tokenizer import Tokenizer
 
     assert options.data is not None
     directory = _model(options.model)
-    positions = checkpoint.load_config(directory).max_position_embeddings
+    positions = checkpoint.load_config(adapter_files.place_of(directory, adapter_files.CONFIG)).max_position_embeddings
     length = options.sequence_length or positions
     stride = options.stride or length
     if not 1 <= length <= positions:
@@ -110,10 +110,11 @@ def _perplexity(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     if not 1 <= stride <= length:
         raise ValueError(f"stride={stride} must be 1 to sequence_length={length}")
     shards = TokenShards(options.data, options.split)
-    if Tokenizer.load(directory).hash != shards.manifest.tokenizer_hash:
+    vocabulary = adapter_files.place_of(directory, *adapter_files.VOCABULARY)
+    if Tokenizer.load(vocabulary).hash != shards.manifest.tokenizer_hash:
         raise ValueError(
             f"{options.data} was prepared with another tokenizer than {directory} has; prepare the text again with "
-            f"--tokenizer {directory}"
+            f"--tokenizer {vocabulary}"
         )
     runner = _load_runner(options)(directory)
     documents = [shards.document(i) for i in range(shards.num_documents)]
@@ -121,7 +122,8 @@ def _perplexity(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     result = strided_perplexity(
         runner, text, runner.config.vocab_size, length, stride, shards.num_characters, shards.num_bytes
     )
-    over = f"{options.split} documents" if options.within_documents else options.split
+    over = f"{options.data.name} {options.split}"
+    over = f"{over} documents" if options.within_documents else over
     return {
         f"perplexity {over}": {
             "nats_per_token": result.nats_per_token,
@@ -152,13 +154,14 @@ def _meadow(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
 
 
 def _multiple_choice(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
+    from llamita import adapter_files
     from llamita.evaluation import multiple_choice
     from llamita.text.tokenizer import Tokenizer
 
     assert options.data is not None
     questions = multiple_choice.read_questions(options.data, options.limit)
     directory = _model(options.model)
-    tokenizer = Tokenizer.load(directory)
+    tokenizer = Tokenizer.load(adapter_files.place_of(directory, *adapter_files.VOCABULARY))
     if options.bos == "always" and tokenizer.bos_id is None:
         raise ValueError(f"bos=always: the tokenizer of {directory} has no token that begins a text")
     bos = tokenizer.bos_id is not None and options.bos != "never"

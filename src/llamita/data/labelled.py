@@ -81,7 +81,7 @@ def read_labelled(
     for record in records:
         if record.label is None:
             raise ValueError(f"{record.where} has no label; `llamita classify predict` takes texts without labels")
-    numbered = bool(names)  # labels that were read off the texts are names, even where they look like numbers
+    numbered = bool(names) and not any(name.isdecimal() for name in names)  # numbers may be names themselves: 1 to 5
     found = tuple(names) or names_of(records)
     if len(found) < 2:
         raise ValueError(f"{shown}: expected texts of at least two labels, found {list(found)}")
@@ -141,6 +141,17 @@ def validation_of(sources: Sequence[str]) -> tuple[str, ...]:
     ):
         return tuple(dict.fromkeys(source if found else "meadow" for source, found in zip(sources, hub, strict=True)))
     return ()
+
+
+def absolute(source: str) -> str:
+    """What a source is called from anywhere: files, and directories of datasets, by their whole path."""
+    if MEADOW.fullmatch(source):
+        return source
+    found = HUB.fullmatch(source)
+    path = Path(found["name"] if found else source)
+    if not path.exists():
+        return source
+    return f"hub:{path.resolve()}{source[found.end('name') :]}" if found else str(path.resolve())
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from llamita.data import textfiles
 from llamita.evaluation import continuations
 from llamita.evaluation.continuations import Encode, Likelihood
 from llamita.evaluation.perplexity import Forward
@@ -97,7 +98,7 @@ def read_questions(file: Path, limit: int = 0) -> list[Question]:
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}; give one of JSON lines, a question each")
     questions = []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(textfiles.lines(file), 1):
         if not line.strip():
             continue
         try:

@@ -38,7 +38,11 @@ class EvaluationRecord:
 def run_of(model: Path) -> Path | None:
     """The run that a model belongs to: a run itself, its `best` or `last`, one of its checkpoints; None for others."""
     path = model.absolute()
-    for candidate in (path, path.parent, path.resolve().parent.parent):
+    if not path.exists():  # the name of a model on the hub
+        return None
+    whole = path.resolve()
+    checkpoints = (whole.parent.parent,) if whole.parent.name == "checkpoints" else ()
+    for candidate in (path, path.parent, *checkpoints):
         if (candidate / MANIFEST).is_file():
             return candidate
     return None

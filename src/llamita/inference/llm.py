@@ -32,7 +32,6 @@ from llamita.text.tokenizer import Tokenizer
 
 __all__ = ["LLM", "Generation", "Prompt"]
 
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
 
 Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -72,11 +71,10 @@ class LLM:
         """
         directory = checkpoint.resolve_model_directory(model)
         runner = load_runner(directory, adapters=adapters) if adapters else load_runner(directory)
-        places = [directory]
-        if adapter_files.is_adapter(directory):  # one that others wrote may have come without a tokenizer
-            places.append(adapter_files.base_directory(directory))
-        found = [place for place in places for name in VOCABULARY_FILES if (place / name).is_file()]
-        tokenizer = Tokenizer.load(found[0]) if found else None
+        place = adapter_files.place_of(directory, *adapter_files.VOCABULARY)
+        tokenizer = (
+            Tokenizer.load(place) if any((place / name).is_file() for name in adapter_files.VOCABULARY) else None
+        )
         if tokenizer is not None and tokenizer.vocab_size > runner.config.vocab_size:
             raise ValueError(
                 f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens and the model embeddings for "

@@ -38,10 +38,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 
 
 class MlxTrainStep:
-    """A model with its optimiser. `precision` bf16 computes products in bfloat16 from float32 weights.
-
-    Products with int8 and int4 weights stay in float32 all the same.
-    """
+    """A model with its optimiser. `precision` bf16 computes products in bfloat16, but over int8 and int4 weights."""
 
     def __init__(
         self,
@@ -155,8 +152,7 @@ class MlxTrainStep:
         return peak if sys.platform == "darwin" else peak * 1024
 
     def peak_flops(self, seconds: float = 0.3) -> float:
-        """Operations a second of large products in this precision: the best of at least 5, and of as many as `seconds`
-        allow."""
+        """Operations a second of large products in this precision: the best of 5 or more, as `seconds` allow."""
         size = 4096 if self.device == mx.gpu else 512
         dtype = mx.bfloat16 if self.precision == "bf16" else mx.float32
         with mx.stream(self.device):

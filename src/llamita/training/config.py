@@ -17,7 +17,8 @@ class TrainingConfig:
     output: Path
     """Directory of the run: checkpoints, metrics.jsonl, loss.png."""
     resume: bool = False
-    """Go on with the run in --output; its options are taken over, those given must agree."""
+    """Go on with the run in --output; its options stand where one is left out or given as its
+    default, those given otherwise must agree."""
     steps: int = 1000
     """Updates in the whole run."""
     batch_size: int = 16

@@ -14,10 +14,10 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from llamita import architecture, checkpoint
+from llamita import adapter_files, architecture, checkpoint
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
-from llamita.data.labelled import Fields, LabelledTexts, read_labelled, read_mapping, validation_of
+from llamita.data.labelled import Fields, LabelledTexts, absolute, read_labelled, read_mapping, validation_of
 from llamita.data.labelled_batches import (
     EncodedTexts,
     Keep,
@@ -84,12 +84,8 @@ class ClassifyConfig(FinetuneConfig):
 
     def arguments(self) -> dict[str, Any]:
         """As for every run; files by their whole path, so that a run may be resumed from elsewhere."""
-        sources = {name: tuple(map(_absolute, getattr(self, name))) for name in ("data", "validation")}
+        sources = {name: tuple(map(absolute, getattr(self, name))) for name in ("data", "validation")}
         return super().arguments() | sources
-
-
-def _absolute(source: str) -> str:
-    return str(Path(source).resolve()) if Path(source).exists() else source
 
 
 def train_classifier(config: ClassifyConfig, backend: Backend, report: Report = print) -> TrainingResult:
@@ -215,7 +211,8 @@ def with_head(
     pad_id = next((token_id for token_id in pads if token_id is not None), None)
     model = replace(base.config, num_labels=len(names), label_names=names, pad_token_id=pad_id)
     rows = {row.name: row for row in architecture.parameters(model)}
-    arrays = {name: array for name, array in base.arrays.items() if name != architecture.OUTPUT_HEAD}
+    left_out = (architecture.OUTPUT_HEAD, architecture.OUTPUT_HEAD + architecture.SCALE)
+    arrays = {name: array for name, array in base.arrays.items() if name not in left_out}
     if base.config.labels != names:
         if base.config.num_labels:
             report(f"the head of {base.directory} for {', '.join(base.config.labels)} is left out; a new one is drawn")
@@ -262,7 +259,8 @@ class Classifier:
                 f"{directory} is a language model without a classification head; tune it with llamita classify train, "
                 "or ask it with llamita classify zero-shot"
             )
-        return cls(directory, runner.config, Tokenizer.load(directory), runner)
+        tokenizer = Tokenizer.load(adapter_files.place_of(directory, *adapter_files.VOCABULARY))
+        return cls(directory, runner.config, tokenizer, runner)
 
     @property
     def context(self) -> int:

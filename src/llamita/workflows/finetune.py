@@ -86,7 +86,13 @@ def load_base(config: FinetuneConfig, flag: str = "--model") -> Base:
         raise ValueError(f"{flag} is missing: give the model to begin from")
     directory = checkpoint.resolve_model_directory(config.model)
     model = replace(checkpoint.load_config(directory), dropout=config.dropout)
-    return Base(directory, model, checkpoint.load_tensors(directory), Tokenizer.load(directory))
+    tokenizer = Tokenizer.load(directory)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {directory} has {tokenizer.vocab_size} tokens and the model embeddings for "
+            f"{model.vocab_size}; one of them is another model's"
+        )
+    return Base(directory, model, checkpoint.load_tensors(directory), tokenizer)
 
 
 def finetune(

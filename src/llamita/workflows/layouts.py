@@ -54,8 +54,3 @@ def refuse_what_writes_nothing(base: Base) -> None:
     """ValueError, in one line, for a model that cannot write what its tokenizer says."""
     if base.config.num_labels:
         raise ValueError(f"{base.directory} is a classifier, which writes no answers; give a language model as --model")
-    if base.tokenizer.vocab_size > base.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer of {base.directory} has {base.tokenizer.vocab_size} tokens and the model embeddings for "
-            f"{base.config.vocab_size}; one of them is another model's"
-        )

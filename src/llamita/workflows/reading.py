@@ -3,6 +3,7 @@
 Knows nothing of what a record holds.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,14 @@ class ReadingConfig(FinetuneConfig):
             raise ValueError("--data meadow stands alone; give either that word or files")
         if self.data and self.dataset:
             raise ValueError("--data and --dataset are both given; choose one")
+        if MEADOW in self.data and (unread := [name for name in self.unread_on_meadow if getattr(self, name)]):
+            flag = unread[0].replace("_", "-")
+            raise ValueError(f"--data meadow writes its own, so that --{flag} would not be read; leave it out")
+
+    @property
+    def unread_on_meadow(self) -> tuple[str, ...]:
+        """Options that Meadow has no use for."""
+        return ()
 
     @property
     def on_meadow(self) -> bool:
@@ -56,7 +65,7 @@ class ReadingConfig(FinetuneConfig):
 
     def arguments(self) -> dict[str, Any]:
         """Files by their absolute names, so that the run can be resumed from any directory."""
-        return super().arguments() | {"data": absolute(self.data)}
+        return super().arguments() | {"data": absolute(self.data), "dataset": local(self.dataset)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +88,14 @@ class ValidatedConfig(ReadingConfig):
         for name in ("sequence_length", "epochs", "answers"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not math.isfinite(self.epochs):
+            raise ValueError(f"epochs={self.epochs} must be a number; how often to go through the data")
+        if self.validation_data and self.validation_dataset_split is not None:
+            raise ValueError("--validation-data and --validation-dataset-split are both given; choose one")
+
+    @property
+    def unread_on_meadow(self) -> tuple[str, ...]:
+        return ("validation_data", "validation_dataset_split")
 
     def sources(
         self, limit: int | None, meadow: ConversationSource, what: str
@@ -102,6 +119,11 @@ class ValidatedConfig(ReadingConfig):
 
     def arguments(self) -> dict[str, Any]:
         return super().arguments() | {"validation_data": absolute(self.validation_data)}
+
+
+def local(dataset: str) -> str:
+    """The name of a dataset of the hub, or from anywhere that of a directory with one."""
+    return str(Path(dataset).resolve()) if dataset and Path(dataset).exists() else dataset
 
 
 def absolute(files: Sequence[str]) -> list[str]:

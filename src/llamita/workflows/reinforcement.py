@@ -4,6 +4,7 @@ Group-relative policy optimisation over the engine's own samples. How answers ar
 are worth in rewards.py, the loss in the backend. The backend is passed in.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from llamita.data import prompts as prompts_data
 from llamita.data.preferences import Layout
 from llamita.data.prompts import Prompt
 from llamita.objective import PolicyGradient
+from llamita.plan import MAX_CONTINUATIONS
 from llamita.training.display import Display
 from llamita.training.interfaces import Examples, TrainingResult
 from llamita.workflows.finetune import Base, finetune, load_base, make_step
@@ -76,6 +78,8 @@ class RlConfig(ReadingConfig):
         self.objective()
         if self.group < 2:
             raise ValueError(f"group={self.group} must be at least 2: answers are measured against each other")
+        if self.group > MAX_CONTINUATIONS:
+            raise ValueError(f"group={self.group} must be at most {MAX_CONTINUATIONS}")
         if self.batch_size % self.group:
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of group={self.group}")
         for name in ("updates", "max_tokens"):
@@ -85,6 +89,12 @@ class RlConfig(ReadingConfig):
             raise ValueError(f"prompts={self.prompts} must be at least 1")
         if not self.temperature >= 0.01:
             raise ValueError(f"temperature={self.temperature} must be at least 0.01: answers are to differ")
+        if not math.isfinite(self.temperature):
+            raise ValueError(f"temperature={self.temperature} must be a number; 1 samples what is learned")
+
+    @property
+    def unread_on_meadow(self) -> tuple[str, ...]:
+        return ("template", "prompts")
 
     def objective(self) -> PolicyGradient:
         return PolicyGradient(self.clip, self.kl_weight, self.normalization)
@@ -125,6 +135,10 @@ def reinforce(
     if not reward_name:
         raise ValueError("--reward is missing: give meadow, exact, module:function or file.py:function")
     reward = load_reward(reward_name)
+    if reward_name == "exact":
+        for each in (*train, *held_out):
+            if not isinstance(each.record.get("answer"), str):
+                raise ValueError(f"{each.where} has no field 'answer' that is a text, which the reward exact compares")
     base = load_base(config)
     config = replace(config, template=TEXT if config.on_meadow else source_of(config.template))
     layout, model = layout_of(base, config.template)

@@ -161,7 +161,10 @@ def make_rows(config: SftConfig, encoded: Sequence[EncodedConversations], base: 
     """Rows over the conversations to train on, then over those to validate on, all of one length."""
     if not len(encoded[0]):
         counts = encoded[0].counts
-        raise ValueError(f"there is nothing to train on: {counts}; a longer --sequence-length may help")
+        raise ValueError(
+            f"there is nothing to train on: {counts}; a longer --sequence-length or a "
+            "smaller --validation-share may help"
+        )
     length = max(int(each.lengths.max(initial=0)) for each in encoded) - 1
     if config.mode == "pack":
         length = max(length, min(PACKED_LENGTH, base.config.max_position_embeddings))
