@@ -55,9 +55,9 @@ def train_seeds(config: ClassifyConfig, backend: Backend, report: Report = print
     if config.resume:
         if not file.is_file():
             raise FileNotFoundError(f"{config.output} holds no runs over seeds to resume; leave --resume out to begin")
-        begun = tuple(files.read_json(file)["arguments"]["seeds"])
+        earlier = tuple(files.read_json(file)["arguments"]["seeds"])
         config = with_options_of_run(config)
-        config = replace(config, seeds=tuple(dict.fromkeys((*begun, *config.seeds))))
+        config = replace(config, seeds=tuple(dict.fromkeys((*earlier, *config.seeds))))
     else:
         run_directory.check(config.output, resume=False)
     if not read_task(config, lambda text: None).validated:
