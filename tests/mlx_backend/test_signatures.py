@@ -16,6 +16,7 @@ pytest.importorskip("mlx.core", reason="mlx is not installed")
 PACKAGE = Path(llamita.__file__).parent
 
 FILES_LACKING = {
+    "dropout": "attention.Dropout, which holds the key it draws from",
     "exact": "bits that do not depend on the batch: MLX does not say how its kernels sum",
     "peers": "each wraps another library to verify against: transformers there, mlx-lm here",
     "pickles": "PyTorch's own files, converted once for every backend",

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llamita.torch_backend.dropout import drop
+
 MAX_SCORES = 2**26
 """Scores that `attention_by_products` may hold: 128 MB in bfloat16."""
 
@@ -39,7 +41,7 @@ def attention(
         scores = scores.masked_fill(~mask, -math.inf)
     weights = softmax(scores).to(value.dtype)
     if dropout:
-        weights = F.dropout(weights, dropout)
+        weights = drop(weights, dropout)
     mixed = weights.unflatten(-3, (K, N // K)) @ value.unsqueeze(-3)
     return mixed.flatten(-4, -3)
 
@@ -91,7 +93,7 @@ def attention_by_products(
     scores_MRS = torch.baddbmm(bias, rows_MRH, key_MSH.mT, alpha=1 / math.sqrt(H))
     weights_MRS = torch.softmax(scores_MRS, dim=-1)
     if dropout:
-        weights_MRS = F.dropout(weights_MRS, dropout)
+        weights_MRS = drop(weights_MRS, dropout)
     return (weights_MRS @ value_MSH).view(*leading, N, T, H)
 
 

@@ -16,6 +16,7 @@ from llamita import adapters, architecture
 from llamita.adapters import DOWN, HEAD, UP, Adapter, Factors, LoraSettings
 from llamita.checkpoint import HostArray
 from llamita.torch_backend import quantize
+from llamita.torch_backend.dropout import drop
 from llamita.torch_backend.model import Linear, Llama
 from llamita.torch_backend.packed import PackedParameter, canonical_names
 from llamita.torch_backend.quantized import QuantizedLinear
@@ -55,7 +56,7 @@ class Change:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
     def dropped(self, x_D: Tensor, training: bool) -> Tensor:
-        return F.dropout(x_D, self.dropout, training) if self.dropout else x_D
+        return drop(x_D, self.dropout) if self.dropout and training else x_D
 
 
 class Attached:

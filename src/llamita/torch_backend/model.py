@@ -17,6 +17,7 @@ from llamita.config import ModelConfig
 from llamita.rope import rotary_frequencies
 from llamita.torch_backend import attention as masks
 from llamita.torch_backend import layers
+from llamita.torch_backend.dropout import drop
 from llamita.torch_backend.kv_cache import PagedStep
 from llamita.torch_backend.layers import FUSED, Operations
 from llamita.torch_backend.packed import PackedParameter, canonical_names
@@ -149,7 +150,7 @@ class Block(nn.Module):
         return x_BTD + self.drop(self.mlp(self.post_attention_layernorm(x_BTD)))
 
     def drop(self, x_BTD: Tensor) -> Tensor:
-        return F.dropout(x_BTD, self.dropout, self.training) if self.dropout else x_BTD
+        return drop(x_BTD, self.dropout) if self.dropout and self.training else x_BTD
 
 
 class Body(nn.Module):
@@ -250,8 +251,8 @@ class Llama(nn.Module):
             assert segments_BT is None, "the cache keeps sequences apart"
             context = Context(*self.rope.at(cache.positions_1T, cache.longest), cache=cache)
         x_BTD = self.model.embed_tokens(tokens_BT)
-        if self.config.dropout:
-            x_BTD = F.dropout(x_BTD, self.config.dropout, self.training)
+        if self.config.dropout and self.training:
+            x_BTD = drop(x_BTD, self.config.dropout)
         if trace:
             trace("embedding", x_BTD)
         for i, block in enumerate(self.model.layers):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llamita.objective import Classification, NextToken, Objective, PolicyGradient, Preference
+from llamita.torch_backend.dropout import drop
 from llamita.torch_backend.losses import IGNORED, chunked_cross_entropy, chunked_log_probs
 
 Hidden = Callable[..., Tensor]
@@ -63,7 +64,8 @@ def classification_loss(
     hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
     scored_BT = batch.labels_BT != IGNORED
     labels_M = batch.labels_BT[scored_BT]
-    states_MD = F.dropout(hidden_BTD[scored_BT], objective.dropout, training)
+    states_MD = hidden_BTD[scored_BT]
+    states_MD = drop(states_MD, objective.dropout) if objective.dropout and training else states_MD
     logits_MV = F.linear(states_MD, output_weight_VD).float()
     nats_M = -logits_MV.log_softmax(-1).gather(-1, labels_M[:, None])[:, 0]
     if objective.class_weights:
