@@ -1,9 +1,15 @@
 """Fixtures shared by all tests."""
 
+import os
 import signal
 from pathlib import Path
 
 import pytest
+import torch
+
+# Without a GPU, Triton's kernels are interpreted. Triton looks when it is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A shell that starts the tests in the background has Ctrl-C ignored, which every program below would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

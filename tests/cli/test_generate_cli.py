@@ -97,7 +97,7 @@ def test_statistics_go_to_standard_error_and_name_a_seed_that_gives_the_text_aga
     assert generate(model, "The fox", "--max-tokens", 12, "--statistics", "--ignore-eos") == 0
     out, err = capsys.readouterr()
     found = re.fullmatch(
-        r"prefill: (\d+) tokens in [\d.]+ s, [\d.]+ tokens/s; decode: 11 tokens in [\d.]+ s, [\d.]+ tokens/s, "
+        r"warm-up: [\d.]+ s; prefill: (\d+) tokens in [\d.]+ s, [\d.]+ tokens/s; decode: 11 tokens in [\d.]+ s, [\d.]+ tokens/s, "
         r"[\d.]+ GB/s read; 12 generated; seed (\d+); finished: length\n",
         err,
     )
@@ -178,7 +178,7 @@ def test_ctrl_c_and_a_closed_pipe_end_it_quietly(model: Path) -> None:
     assert process.returncode == 130
     assert start.startswith(b"The fox")
     assert rest.endswith(b"\n")
-    assert re.fullmatch(rb"prefill: .*; finished: interrupted\n", err), err
+    assert re.fullmatch(rb"warm-up: [\d.]+ s; prefill: .*; finished: interrupted\n", err), err
 
     with subprocess.Popen(options, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
         os.read(process.stdout.fileno(), 7)

@@ -54,7 +54,7 @@ class HashRunner:
     def weights(self) -> dict[str, Any]:
         return {}
 
-    def allocate(self, layout: CacheLayout) -> Memory:
+    def allocate(self, layout: CacheLayout, sequences: int = 0) -> Memory:
         assert layout.windows == self.config.attention_windows
         self.layout = layout
         return [np.full((layout.blocks * layout.block_size, 3), 10**9, dtype=np.uint64) for _ in layout.windows]

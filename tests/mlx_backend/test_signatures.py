@@ -16,6 +16,8 @@ pytest.importorskip("mlx.core", reason="mlx is not installed")
 PACKAGE = Path(llamita.__file__).parent
 
 FILES_LACKING = {
+    "decode_graphs": "CUDA's graphs",
+    "paged_decode": "kernels of Triton",
     "dropout": "attention.Dropout, which holds the key it draws from",
     "exact": "bits that do not depend on the batch: MLX does not say how its kernels sum",
     "peers": "each wraps another library to verify against: transformers there, mlx-lm here",
@@ -25,7 +27,9 @@ NAMES_LACKING = {
     "attention.attention_by_products": "goes round a kernel of PyTorch's CPU that is slow in bfloat16",
     "layers.RopeTable": "MLX's kernel computes the angles as it goes",
     "model.Block.drop": "attention.Dropout, which holds the key it draws from",
+    "kv_cache.CacheStep": "only CUDA's graphs are another step than PagedStep",
     "paged_attention.ExactAttention": "no exact mode",
+    "paged_attention.TableAttention": "kernels of Triton",
     "paged_attention.Span.gather": "Span.read and gather",
     "quantize.dequantize_blocks": "the order of PyTorch's int4 kernel",
     "quantize.from_blocks": "the same",
@@ -35,6 +39,7 @@ NAMES_LACKING = {
     "quantize.int8_product": "product",
     "quantize.kernel_fits": "packs",
     "devices.evaluation": "dropout is passed, so there is none to switch off",
+    "devices.table_kernel": "Triton's",
     "devices.fast_few_rows": "a setting of PyTorch's threads",
     "sampling.nucleus": "most_probable",
     "sampling.nucleus_candidates": "most_probable",
@@ -59,6 +64,8 @@ PARAMETERS_DIFFERING = {
     "objectives.loss_function": "a key to draw from while training, since nothing is drawn from a global generator",
     "objectives.classification_loss": "the same",
     "packed.PackedParameter.__init__": "owner and key: where a new array is put, since arrays do not change",
+    "kv_cache.PagedKVCache.__init__": "no kernel of Triton",
+    "runner.MlxMemory.__init__": "no graphs",
     "runner.MlxRunner.__init__": "the device it runs on",
     "sampling.Columns.__init__": "the type of the logits",
     "serving.Serving.attach": "no exact mode",

@@ -91,7 +91,8 @@ def run(options: GenerateOptions) -> int:
         status = INTERRUPTED
     print(flush=True)
     if options.statistics and last is not None:
-        print(report(last.statistics, last.finish_reason or "interrupted"), file=sys.stderr)
+        warm_up = llm.engine.warm_up_seconds
+        print(report(last.statistics, last.finish_reason or "interrupted", warm_up), file=sys.stderr)
     return status
 
 
@@ -169,7 +170,7 @@ def _run_several(llm: "LLM", prompt: str | tuple[int, ...], adapter: str | None,
     print("\n\n".join(start + shape(text) for text in texts), flush=True)
     if options.statistics:
         for each in found:
-            print(report(each.statistics, each.finish_reason), file=sys.stderr)
+            print(report(each.statistics, each.finish_reason, llm.engine.warm_up_seconds), file=sys.stderr)
     return 0
 
 
@@ -199,10 +200,10 @@ def harmless(text: str) -> str:
     return "".join("\ufffd" if category(letter) == "Cc" and letter not in "\n\t" else letter for letter in text)
 
 
-def report(statistics: Statistics, ending: str) -> str:
+def report(statistics: Statistics, ending: str, warm_up_seconds: float) -> str:
     """The line of `--statistics`; its bandwidth counts weights and cached keys and values once for a decoded token."""
     return (
-        f"prefill: {statistics.prompt_tokens} tokens in {statistics.prefill_seconds:.3f} s, "
+        f"warm-up: {warm_up_seconds:.2f} s; prefill: {statistics.prompt_tokens} tokens in {statistics.prefill_seconds:.3f} s, "
         f"{statistics.prefill_tokens_per_second:.1f} tokens/s; "
         f"decode: {statistics.decode_tokens} tokens in {statistics.decode_seconds:.3f} s, "
         f"{statistics.decode_tokens_per_second:.1f} tokens/s, "

@@ -48,7 +48,10 @@ class Engine:
         self._eos = frozenset(runner.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
         self._windows = [runner.config.window(layer) for layer in range(runner.config.num_hidden_layers)]
         layout = cache_layout(runner, self.config)
-        self._memory = runner.allocate(layout)
+        begun = time.perf_counter()
+        self._memory = runner.allocate(layout, self.config.max_sequences)
+        self.warm_up_seconds = time.perf_counter() - begun
+        """What it took to have memory, and to make a GPU's steps ready."""
         if drafter is not None:
             drafter.start(runner.config, layout)
         self.manager = BlockManager(layout, self.config.prefix_caching)

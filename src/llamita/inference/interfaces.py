@@ -22,8 +22,11 @@ class Runner(Protocol):
 
     def weights(self) -> Mapping[str, HostArray]: ...
 
-    def allocate(self, layout: CacheLayout) -> Any:
-        """Memory for the sequences of one engine, to be given with each of its plans."""
+    def allocate(self, layout: CacheLayout, sequences: int = 0) -> Any:
+        """Memory for the sequences of one engine, to be given with each of its plans.
+
+        At most so many decode at once; 0: not known.
+        """
 
     def run(self, plan: Plan, memory: Any) -> StepResult: ...
 

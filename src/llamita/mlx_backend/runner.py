@@ -89,8 +89,8 @@ class MlxRunner:
             raise ValueError(f"an adapter over {self.config.quantization} weights is no one model; use llamita merge")
         return dict(lora.merged_arrays(arrays, self.serving.adapters[self.default]))
 
-    def allocate(self, layout: CacheLayout) -> MlxMemory:
-        """Memory for the sequences of one engine."""
+    def allocate(self, layout: CacheLayout, sequences: int = 0) -> MlxMemory:
+        """Memory for the sequences of one engine; how many decode at once makes no difference to it."""
         with mx.stream(self.device):
             cache = PagedKVCache(self.config, layout, self.dtype)
             mx.eval(cache.keys, cache.values)  # another thread may do the steps

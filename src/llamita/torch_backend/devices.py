@@ -5,6 +5,14 @@ from collections.abc import Iterator
 
 import torch
 
+from llamita.torch_backend.paged_attention import TableKernel
+
+attention_over_tables: TableKernel | None
+try:
+    from llamita.torch_backend.paged_decode import attention_over_tables
+except ImportError:  # PyTorch comes with Triton for GPUs alone
+    attention_over_tables = None
+
 
 def choose_device(name: str) -> str:
     """A PyTorch device by name, or a GPU if there is one for "auto"; ValueError where it cannot be used."""
@@ -18,6 +26,11 @@ def choose_device(name: str) -> str:
     if torch.device(name).type not in ("cpu", "cuda"):
         raise ValueError(f"device={name!r} is not one that this backend runs on; give auto, cpu, or cuda on a GPU")
     return name
+
+
+def table_kernel(device: torch.device) -> TableKernel | None:
+    """The kernel that attends through tables of blocks: on a GPU, where there is Triton."""
+    return attention_over_tables if device.type == "cuda" else None
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ what each chunk's queries attend to. Attention needs one verb of it, `attend`. K
 import math
 import mmap
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from llamita.torch_backend.paged_attention import (
     ExactAttention,
     Part,
     Span,
+    TableAttention,
+    TableKernel,
 )
 
 EXACT_ROWS = 16
@@ -30,7 +33,9 @@ EXACT_ROWS = 16
 class PagedKVCache:
     """Keys and values of every layer, (slots, K, H) each; slot `block * block_size + offset` holds one position.
 
-    The layers of one attention window form a group (`CacheLayout.windows`), with tables of its own.
+    The layers of one attention window form a group (`CacheLayout.windows`), with tables of its own. With a
+    `kernel` single queries are attended to by following these tables, and there is a block more, `spare_block`, that no
+    sequence has.
     """
 
     def __init__(
@@ -39,13 +44,21 @@ class PagedKVCache:
         layout: CacheLayout,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        kernel: TableKernel | None = None,
     ) -> None:
         assert layout.windows == config.attention_windows
-        self.layout = layout
+        self.layout, self.kernel = layout, kernel
+        self.positions = config.max_position_embeddings
         self.group_of_layer = [layout.windows.index(config.window(i)) for i in range(config.num_hidden_layers)]
-        shape = (layout.blocks * layout.block_size, config.num_key_value_heads, config.head_dim)
+        blocks = layout.blocks + (kernel is not None)
+        shape = (blocks * layout.block_size, config.num_key_value_heads, config.head_dim)
         self.keys = [_zeros(shape, dtype, device) for _ in self.group_of_layer]
         self.values = [_zeros(shape, dtype, device) for _ in self.group_of_layer]
+
+    @property
+    def spare_block(self) -> int:
+        assert self.kernel is not None
+        return self.layout.blocks
 
     def copy(self, copies: Iterable[BlockCopy]) -> None:
         """Copy whole blocks, in order."""
@@ -60,6 +73,15 @@ class PagedKVCache:
     def step(self, chunks: Sequence[ScheduledChunk], exact: bool = False) -> "PagedStep":
         """The use of this memory by the chunks of one step, whose tokens follow one another in one row."""
         return PagedStep(self, chunks, exact)
+
+
+class CacheStep(Protocol):
+    """What a model needs of a step: positions, and attention to all that came before."""
+
+    positions_1T: Tensor
+    longest: int  # no position reaches it
+
+    def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor: ...
 
 
 class PagedStep:
@@ -98,7 +120,10 @@ class PagedStep:
         """Which rows are attended to together: single tokens of similar context in one batch, each chunk alone."""
         row = 0
         if not exact:
-            for batch in alike(spans[: self._single]):
+            if self._cache.kernel is not None and self._single:
+                yield slice(0, self._single), TableAttention.of(self._cache.kernel, spans[: self._single], device)
+                row = self._single
+            for batch in alike(spans[row : self._single]):
                 yield slice(row, row + len(batch)), DecodeAttention(batch, device)
                 row += len(batch)
             spans = spans[self._single :]

@@ -18,7 +18,7 @@ from llamita.rope import rotary_frequencies
 from llamita.torch_backend import attention as masks
 from llamita.torch_backend import layers
 from llamita.torch_backend.dropout import drop
-from llamita.torch_backend.kv_cache import PagedStep
+from llamita.torch_backend.kv_cache import CacheStep
 from llamita.torch_backend.layers import FUSED, Operations
 from llamita.torch_backend.packed import PackedParameter, canonical_names
 from llamita.torch_backend.quantized import QuantizedEmbedding, QuantizedLinear
@@ -83,7 +83,7 @@ class Context:
     mask: Tensor | None = None
     causal: bool = True
     window_mask: Tensor | None = None
-    cache: PagedStep | None = None
+    cache: CacheStep | None = None
 
 
 class Attention(nn.Module):
@@ -209,7 +209,7 @@ class Llama(nn.Module):
         *,
         positions_BT: Tensor | None = None,
         segments_BT: Tensor | None = None,
-        cache: PagedStep | None = None,
+        cache: CacheStep | None = None,
         trace: Trace | None = None,
     ) -> ModelOutput:
         """Logits (B, T, V) and hidden states (B, T, D) after the final norm, for tokens (B, T) of whole numbers.
@@ -239,7 +239,7 @@ class Llama(nn.Module):
         *,
         positions_BT: Tensor | None = None,
         segments_BT: Tensor | None = None,
-        cache: PagedStep | None = None,
+        cache: CacheStep | None = None,
         trace: Trace | None = None,
         rows_R: Tensor | None = None,
     ) -> Tensor:

@@ -1,13 +1,14 @@
 """Attention of one step's queries over keys and values that lie in blocks.
 
-Three ways: a batch of single queries, a chunk of one sequence, and the exact one, whose result for a query does not
-depend on what else is computed with it. Each takes the queries (T, N, H) and a layer's whole memory (slots, K, H).
+Four ways: a batch of single queries, the same by kernels that follow the tables of blocks, a chunk of one sequence,
+and the exact one, whose result for a query does not depend on what else is computed with it. Each takes the queries
+(T, N, H) and a layer's whole memory (slots, K, H).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -38,6 +39,10 @@ class Span(BlockSpan):
             return memory[self.begin : self.begin + self.keys]
         blocks_M = self.blocks_M.to(memory.device)
         return memory.unflatten(0, (-1, self.block_size)).index_select(0, blocks_M).flatten(0, 1)[: self.keys]
+
+
+TableKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
+"""`paged_decode.attention_over_tables`."""
 
 
 class Part(Protocol):
@@ -82,6 +87,32 @@ class DecodeAttention:
             q_BKGH, k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2), attn_mask=self.mask
         )
         return mixed_BKGH[:, :, : N // K].reshape(B, N, H)
+
+
+class TableAttention:
+    """One query each of several sequences by Triton's kernels, which read keys and values where they lie.
+
+    `tables_BM` and `lengths_B`, int32, are read anew by each call.
+    """
+
+    def __init__(self, kernel: TableKernel, tables_BM: Tensor, lengths_B: Tensor, block_size: int, window: int) -> None:
+        self.kernel, self.block_size, self.window = kernel, block_size, window
+        self.tables_BM, self.lengths_B = tables_BM, lengths_B
+
+    @classmethod
+    def of(cls, kernel: TableKernel, spans: Sequence[Span], device: torch.device) -> Self:
+        """The last positions of these sequences, all of one window."""
+        begins = [span.first // span.block_size for span in spans]
+        width = max(begin + len(span.blocks) for begin, span in zip(begins, spans, strict=True))
+        tables_BM = np.zeros((len(spans), width), dtype=np.int32)
+        for row, (begin, span) in enumerate(zip(begins, spans, strict=True)):
+            tables_BM[row, begin : begin + len(span.blocks)] = span.blocks
+        lengths_B = np.array([span.stop for span in spans], dtype=np.int32)
+        tables, lengths = (torch.from_numpy(x).to(device) for x in (tables_BM, lengths_B))
+        return cls(kernel, tables, lengths, spans[0].block_size, spans[0].window)
+
+    def attend(self, q_TNH: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return self.kernel(q_TNH, keys, values, self.tables_BM, self.lengths_B, self.block_size, self.window)
 
 
 class ChunkAttention:

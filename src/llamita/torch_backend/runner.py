@@ -5,6 +5,7 @@ into one row. `hidden_states` holds all that happens between tokens and the stat
 unit to compile or to replace by faster kernels. Deliberately knows nothing of requests, text, or when to stop.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ from llamita.config import ModelConfig
 from llamita.packed_step import begins, packing_order, rows_drawn, rows_wanted
 from llamita.plan import CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult, token_array
 from llamita.torch_backend import lora
-from llamita.torch_backend.devices import choose_device, evaluation, fast_few_rows
+from llamita.torch_backend.decode_graphs import DecodeGraphs, TableStep, cuda_recorder
+from llamita.torch_backend.devices import choose_device, evaluation, fast_few_rows, table_kernel
 from llamita.torch_backend.exact import exact_model
 from llamita.torch_backend.kv_cache import EXACT_ROWS, PagedKVCache, PagedStep
 from llamita.torch_backend.model import Llama
@@ -45,6 +47,7 @@ class TorchMemory:
 
     cache: PagedKVCache
     sampler: Sampler
+    graphs: DecodeGraphs | None = None
 
 
 class TorchRunner:
@@ -104,11 +107,28 @@ class TorchRunner:
             raise ValueError(f"an adapter over {self.config.quantization} weights is no one model; use llamita merge")
         return dict(lora.merged_arrays(arrays, self.serving.adapters[self.default]))
 
-    def allocate(self, layout: CacheLayout) -> TorchMemory:
-        """Memory for the sequences of one engine."""
-        return TorchMemory(
-            PagedKVCache(self.config, layout, self.dtype, self.device), Sampler(self.config.vocab_size, self.device)
-        )
+    def allocate(self, layout: CacheLayout, sequences: int = 0) -> TorchMemory:
+        """Memory for the sequences of one engine, of which so many decode at once.
+
+        On a GPU the steps that decode up to so many are recorded as graphs, which takes seconds. Where that fails, a
+        warning says so, and attention gathers what it reads as it does on a CPU.
+        """
+        sampler = Sampler(self.config.vocab_size, self.device)
+        kernel = table_kernel(self.device) if sequences else None
+        if kernel is not None:
+            try:
+                cache = PagedKVCache(self.config, layout, self.dtype, self.device, kernel)
+                with torch.inference_mode(), evaluation(self._running):
+                    graphs = DecodeGraphs(self._decode, cache, sequences, cuda_recorder())
+                return TorchMemory(cache, sampler, graphs)
+            except Exception as error:  # of Triton, its compiler, or the driver: all have errors of their own
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                warnings.warn(f"decoding goes on without CUDA graphs: {reason}", stacklevel=2)
+        return TorchMemory(PagedKVCache(self.config, layout, self.dtype, self.device), sampler)
+
+    def _decode(self, tokens_1T: Tensor, step: TableStep) -> Tensor:
+        """The states after the final norm of one token each of several sequences."""
+        return self._running.hidden(tokens_1T, cache=step)[0]
 
     @torch.inference_mode()
     def run(self, plan: Plan, memory: TorchMemory) -> StepResult:
@@ -118,18 +138,9 @@ class TorchRunner:
             return StepResult(())
         order = packing_order(plan.chunks)
         chunks = [plan.chunks[i] for i in order]
-        step = memory.cache.step(chunks, self.exact)
-        tokens = [token for chunk in chunks for token in chunk.tokens]
-        tokens_1T = torch.tensor([tokens + [0] * (step.padded - step.tokens)], device=self.device)
-        names = [self.default if chunk.adapter is None else chunk.adapter for chunk in chunks for _ in chunk.tokens]
-        self._names = names + [None] * (step.padded - step.tokens)
-        with evaluation(self._running), fast_few_rows(self.device, self.dtype, step.padded):
-            with self.serving.rows(self._names, self.device):
-                # The exact mode has its own count of rows, and adapters are told apart by rows of the whole step.
-                every = self.exact or len(set(names)) > 1
-                wanted = list(range(step.padded)) if every else rows_wanted(chunks)
-                hidden_RD = hidden_states(self._running, tokens_1T, step, wanted)
-            states = States(hidden_RD, {row: place for place, row in enumerate(wanted)})
+        rows = sum(len(chunk.tokens) for chunk in chunks)
+        with evaluation(self._running), fast_few_rows(self.device, self.dtype, rows):
+            states = self._recorded(chunks, memory) or self._computed(chunks, memory)
             sampled = self._sample(chunks, states, memory.sampler)
         scores = self._score(chunks, states)
         places = {number: place for place, number in enumerate(order)}
@@ -137,6 +148,27 @@ class TorchRunner:
             tuple(sampled[places[number]] for number in range(len(order))),
             tuple(scores[places[number]] for number in range(len(order))) if scores else (),
         )
+
+    def _recorded(self, chunks: Sequence[ScheduledChunk], memory: TorchMemory) -> "States | None":
+        """The states by replaying a recorded step; None where there is none for these chunks."""
+        plain = self.default is None and all(chunk.adapter is None for chunk in chunks)
+        if memory.graphs is None or not plain or not memory.graphs.fit(chunks):
+            return None
+        self._names = [None] * len(chunks)
+        return States(memory.graphs.run(chunks), {row: row for row in range(len(chunks))})
+
+    def _computed(self, chunks: Sequence[ScheduledChunk], memory: TorchMemory) -> "States":
+        step = memory.cache.step(chunks, self.exact)
+        tokens = [token for chunk in chunks for token in chunk.tokens]
+        tokens_1T = torch.tensor([tokens + [0] * (step.padded - step.tokens)], device=self.device)
+        names = [self.default if chunk.adapter is None else chunk.adapter for chunk in chunks for _ in chunk.tokens]
+        self._names = names + [None] * (step.padded - step.tokens)
+        with self.serving.rows(self._names, self.device):
+            # The exact mode has its own count of rows, and adapters are told apart by rows of the whole step.
+            every = self.exact or len(set(names)) > 1
+            wanted = list(range(step.padded)) if every else rows_wanted(chunks)
+            hidden_RD = hidden_states(self._running, tokens_1T, step, wanted)
+        return States(hidden_RD, {row: place for place, row in enumerate(wanted)})
 
     def _sample(
         self, chunks: Sequence[ScheduledChunk], states: "States", sampler: Sampler
