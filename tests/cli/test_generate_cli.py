@@ -97,7 +97,8 @@ def test_statistics_go_to_standard_error_and_name_a_seed_that_gives_the_text_aga
     assert generate(model, "The fox", "--max-tokens", 12, "--statistics", "--ignore-eos") == 0
     out, err = capsys.readouterr()
     found = re.fullmatch(
-        r"warm-up: [\d.]+ s; prefill: (\d+) tokens in [\d.]+ s, [\d.]+ tokens/s; decode: 11 tokens in [\d.]+ s, [\d.]+ tokens/s, "
+        r"warm-up: [\d.]+ s; "
+        r"prefill: (\d+) tokens in [\d.]+ s, [\d.]+ tokens/s; decode: 11 tokens in [\d.]+ s, [\d.]+ tokens/s, "
         r"[\d.]+ GB/s read; 12 generated; seed (\d+); finished: length\n",
         err,
     )

@@ -203,7 +203,8 @@ def harmless(text: str) -> str:
 def report(statistics: Statistics, ending: str, warm_up_seconds: float) -> str:
     """The line of `--statistics`; its bandwidth counts weights and cached keys and values once for a decoded token."""
     return (
-        f"warm-up: {warm_up_seconds:.2f} s; prefill: {statistics.prompt_tokens} tokens in {statistics.prefill_seconds:.3f} s, "
+        f"warm-up: {warm_up_seconds:.2f} s; "
+        f"prefill: {statistics.prompt_tokens} tokens in {statistics.prefill_seconds:.3f} s, "
         f"{statistics.prefill_tokens_per_second:.1f} tokens/s; "
         f"decode: {statistics.decode_tokens} tokens in {statistics.decode_seconds:.3f} s, "
         f"{statistics.decode_tokens_per_second:.1f} tokens/s, "
