@@ -14,6 +14,7 @@ from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
 from llamita.inference.request import Request, SamplingParams
 from llamita.plan import CacheLayout, Plan, SampleSpec, ScheduledChunk
+from llamita.torch_backend import runner
 from llamita.torch_backend.decode_graphs import DecodeGraphs, sizes_up_to
 from llamita.torch_backend.kv_cache import PagedKVCache
 from llamita.torch_backend.paged_decode import attention_over_tables
@@ -81,15 +82,15 @@ def test_an_engine_over_recorded_steps_says_the_same(config: ModelConfig, blocks
 
 def test_a_recorded_step_touches_no_other_sequence() -> None:
     """Rows that are left over from a fuller step write into the spare block alone."""
-    runner = RecordingRunner(build_model(PLAIN, seed=1))
+    recording = RecordingRunner(build_model(PLAIN, seed=1))
     layout = CacheLayout(4, 12)
-    memory, tables = runner.allocate(layout, 4), shuffled_tables(layout, [16] * 3)
+    memory, tables = recording.allocate(layout, 4), shuffled_tables(layout, [16] * 3)
 
     def decode(position: int, sequences: range) -> None:
         chunks = [
             ScheduledChunk(i, (7 + i,), position, tables[i], (SampleSpec(GREEDY, 0, position + 1),)) for i in sequences
         ]
-        runner.run(Plan(tuple(chunks)), memory)
+        recording.run(Plan(tuple(chunks)), memory)
 
     decode(0, range(3))
     before = [x.clone() for x in (*memory.cache.keys, *memory.cache.values)]
@@ -99,7 +100,7 @@ def test_a_recorded_step_touches_no_other_sequence() -> None:
         changed = (old != new).any(-1).any(-1).nonzero()[:, 0].tolist()
         assert slot in changed
         assert set(changed) - {slot} <= {memory.cache.spare_block * 4}
-    assert runner.used == [3, 1]
+    assert recording.used == [3, 1]
 
 
 def test_a_chunk_a_crowd_or_an_adapter_is_no_recorded_step() -> None:
@@ -113,14 +114,28 @@ def test_a_chunk_a_crowd_or_an_adapter_is_no_recorded_step() -> None:
 
 
 def test_a_replay_that_gives_something_else_is_refused() -> None:
-    runner = RecordingRunner(build_model(PLAIN, seed=1))
+    recording = RecordingRunner(build_model(PLAIN, seed=1))
     cache = PagedKVCache(PLAIN, CacheLayout(4, 12), kernel=attention_over_tables)
 
     def record(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return lambda: compute() * 1.01
 
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"a replayed step is .* from the step itself"):
-        DecodeGraphs(runner._decode, cache, 1, record)
+        DecodeGraphs(recording._decode, cache, 1, record)
+
+
+def test_where_recording_fails_decoding_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU whose driver refuses: here there is none to record on."""
+    monkeypatch.setattr(runner, "table_kernel", lambda device: attention_over_tables)
+    monkeypatch.setattr(runner, "cuda_recorder", lambda: _refuse)
+    with pytest.warns(UserWarning, match="decoding goes on without CUDA graphs: no such thing"):
+        memory = TorchRunner(build_model(PLAIN, seed=1)).allocate(CacheLayout(4, 12), 3)
+    assert memory.graphs is None
+    assert memory.cache.kernel is None
+
+
+def _refuse(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    raise RuntimeError("no such thing\nat all")
 
 
 @pytest.mark.parametrize(
