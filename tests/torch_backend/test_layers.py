@@ -171,8 +171,9 @@ def test_segment_mask_as_a_table():
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 def test_the_exact_operations_give_a_row_the_same_bits_wherever_it_stands(threads):
-    """Sizes and thread counts at which PyTorch's own operations do not: the last assertion holds them to that."""
-    before, fast_differs = torch.get_num_threads(), set()
+    """Sizes and thread counts at which PyTorch's own operations do not on every processor. The last assertion: bits
+    hang on the order of a sum, so that equality is no matter of course."""
+    before, other_order_differs = torch.get_num_threads(), False
     torch.set_num_threads(threads)
     try:
         generator = torch.Generator().manual_seed(0)
@@ -189,9 +190,8 @@ def test_the_exact_operations_give_a_row_the_same_bits_wherever_it_stands(thread
                 for start, count in ((0, 16), (1, 16), (7, 48), (16, 80), (31, 64)):
                     part = rows[start : start + count].clone()
                     assert torch.equal(own(part, *weights), whole[start : start + count]), (name, D, C)
-                    if not torch.equal(fast(part, *weights), fast_whole[start : start + count]):
-                        fast_differs.add(name)
+            other_order = exact.linear(x_TD.flip(1), weight_CD.flip(1))
+            other_order_differs |= not torch.equal(other_order, exact.linear(x_TD, weight_CD))
     finally:
         torch.set_num_threads(before)
-    if torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512":
-        assert fast_differs >= ({"linear", "silu"} if threads == 3 else {"linear"})
+    assert other_order_differs
