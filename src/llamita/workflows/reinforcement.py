@@ -140,8 +140,9 @@ def reinforce(
             if not isinstance(each.record.get("answer"), str):
                 raise ValueError(f"{each.where} has no field 'answer' that is a text, which the reward exact compares")
     base = load_base(config)
-    config = replace(config, template=TEXT if config.on_meadow else source_of(config.template))
-    layout, model = layout_of(base, config.template)
+    if not config.on_meadow:
+        config = replace(config, template=source_of(config.template))
+    layout, model = layout_of(base, TEXT if config.on_meadow else config.template)
     for each in (*train, *held_out):
         check_length(layout, each, config.max_tokens, model.max_position_embeddings)
     report(f"{len(train):,} prompts to train on, {len(held_out):,} to validate on; reward {reward.name}")
