@@ -177,7 +177,18 @@ def test_the_exact_operations_give_a_row_the_same_bits_wherever_it_stands(thread
     torch.set_num_threads(threads)
     try:
         generator = torch.Generator().manual_seed(0)
-        for D, C in ((33, 5), (97, 18), (257, 10), (385, 97), (52, 36), (34, 7), (688, 64), (2816, 10), (8191, 17)):
+        for D, C in (
+            (33, 5),
+            (97, 18),
+            (257, 10),
+            (385, 97),
+            (52, 36),
+            (34, 7),
+            (688, 64),
+            (2816, 10),
+            (2048, 512),
+            (8191, 17),
+        ):
             x_TD, gate_up_TE = (torch.randn(96, width, generator=generator) for width in (D, 2 * D))
             weight_CD = torch.randn(C, D, generator=generator)
             for name, fast, own, rows in (

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llamita.torch_backend.kv_cache import EXACT_ROWS
 from llamita.torch_backend.model import FeedForward, Linear, Llama
 from llamita.torch_backend.paged_attention import WIDTH
 
@@ -20,7 +21,7 @@ SERIAL = 32768
 def exact_model(model: Llama) -> Llama:
     """A model over the same parameters, in evaluation mode, whose rows do not depend on their neighbours.
 
-    Rows must be a multiple of `kv_cache.EXACT_ROWS`.
+    Rows must be a multiple of `EXACT_ROWS`.
     """
     twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     twin.product = linear
@@ -33,12 +34,16 @@ def exact_model(model: Llama) -> Llama:
 
 
 def linear(x_D: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None) -> Tensor:
-    """`layers.linear` over a multiple of 16 columns, zeros added: of others, the last few columns of the result have
-    bits that depend on how the row is aligned in memory."""
+    """`layers.linear`, `EXACT_ROWS` rows at a time and over a multiple of 16 columns, zeros added.
+
+    With more rows, a library may cut the sums in another way. Of other numbers of columns, the last few of the result
+    have bits that depend on how the row is aligned in memory.
+    """
     lacking = -weight_CD.shape[1] % WIDTH
     if lacking:
         x_D, weight_CD = F.pad(x_D, (0, lacking)), F.pad(weight_CD, (0, lacking))
-    return F.linear(x_D, weight_CD, bias_C)
+    pieces = x_D.flatten(0, -2).split(EXACT_ROWS)
+    return torch.cat([F.linear(piece, weight_CD, bias_C) for piece in pieces]).view(*x_D.shape[:-1], -1)
 
 
 def gated_silu(gate_up: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from llamita.torch_backend.paged_attention import (
 )
 
 EXACT_ROWS = 16
-"""In the exact mode every matrix product has a multiple of so many rows."""
+"""In the exact mode every matrix product takes so many rows."""
 
 
 class PagedKVCache:
