@@ -27,6 +27,7 @@ PLAIN = ModelConfig(60, 16, 24, 2, 4, 2, 64, eos_token_id=None)
 WINDOWED = ModelConfig(
     60, 16, 24, 3, 4, 2, 64, eos_token_id=None, sliding_window=9, full_attention_layers=2, query_key_value_bias=True
 )
+NARROW = ModelConfig(60, 16, 24, 2, 4, 2, 64, eos_token_id=None, sliding_window=9)
 GREEDY = SamplingParams(temperature=0, max_tokens=10)
 
 
@@ -69,7 +70,11 @@ def texts(engine: Engine) -> dict[tuple[int, int], list[int | None]]:
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize(("config", "blocks"), [(PLAIN, 60), (WINDOWED, 14)], ids=["plain", "windowed, preempting"])
+@pytest.mark.parametrize(
+    ("config", "blocks"),
+    [(PLAIN, 60), (WINDOWED, 14), (NARROW, 9)],
+    ids=["plain", "windowed, preempting", "less memory than positions"],
+)
 def test_an_engine_over_recorded_steps_says_the_same(config: ModelConfig, blocks: int) -> None:
     limits = EngineConfig(max_sequences=4, block_size=4, blocks=blocks, prefill_tokens=16)
     model = build_model(config, seed=1)
@@ -127,7 +132,7 @@ def test_a_replay_that_gives_something_else_is_refused() -> None:
 def test_where_recording_fails_decoding_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU whose driver refuses: here there is none to record on."""
     monkeypatch.setattr(runner, "table_kernel", lambda device: attention_over_tables)
-    monkeypatch.setattr(runner, "cuda_recorder", lambda: _refuse)
+    monkeypatch.setattr(runner, "cuda_recorder", lambda device: _refuse)
     with pytest.warns(UserWarning, match="decoding goes on without CUDA graphs: no such thing"):
         memory = TorchRunner(build_model(PLAIN, seed=1)).allocate(CacheLayout(4, 12), 3)
     assert memory.graphs is None

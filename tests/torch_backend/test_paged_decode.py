@@ -28,7 +28,7 @@ def check(mixed_BNH: torch.Tensor, sequences: list[Sequence_]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, needs_gpu], ids=str)
-@pytest.mark.parametrize(("heads", "window"), zip(HEADS, (0, 20, 1, 100, 0), strict=True), ids=str)
+@pytest.mark.parametrize(("heads", "window"), [*zip(HEADS, (0, 20, 1, 100, 0), strict=True)], ids=str)
 def test_single_queries_attend_as_by_the_oracle(heads, window, dtype):
     sequences, keys, values = lay_out([(start, 1) for start in STARTS], heads, 4, window, True, dtype)
     attention = TableAttention.of(attention_over_tables, [sequence.span for sequence in sequences], DEVICE)

@@ -24,6 +24,8 @@ class EngineConfig:
     """Bytes of the key/value memory, the model's whole length in any case; 0: a share of what is free."""
     prefix_caching: bool = True
     """Keep what was computed for the beginning of a text, for others that begin alike."""
+    warm_up: bool = True
+    """Make the steps of a GPU ready when the engine is made; it takes seconds, and pays where much is decoded."""
 
     def __post_init__(self) -> None:
         at_least_one = ("max_sequences", "prefill_tokens", "mixed_prefill_tokens", "block_size")

@@ -49,7 +49,7 @@ class Engine:
         self._windows = [runner.config.window(layer) for layer in range(runner.config.num_hidden_layers)]
         layout = cache_layout(runner, self.config)
         begun = time.perf_counter()
-        self._memory = runner.allocate(layout, self.config.max_sequences)
+        self._memory = runner.allocate(layout, self.config.max_sequences if self.config.warm_up else 0)
         self.warm_up_seconds = time.perf_counter() - begun
         """What it took to have memory, and to make a GPU's steps ready."""
         if drafter is not None:

@@ -5,9 +5,11 @@ does them; a graph starts them all at once. It reads its numbers from memory tha
 a step, of a fixed count of rows, and `DecodeGraphs` has one of each size. Knows nothing of requests or sampling.
 """
 
+import threading
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ MOST_ROWS = 256
 """The largest step that is recorded; larger ones keep a GPU busy without."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """How far a replay may be from the step itself, as a share of the largest value."""
+
+ONE_AT_A_TIME = threading.Lock()  # a process can record one graph at once
 
 Compute = Callable[[Tensor, "TableStep"], Tensor]
 """Tokens (1, R) and the step to what is wanted of it, one row for each token."""
@@ -37,17 +41,20 @@ class TableStep:
         self._cache, self.rows, self.longest = cache, rows, cache.positions
         assert cache.kernel is not None
         layout, device = cache.layout, cache.keys[0].device
-        width = min(-(-cache.positions // layout.block_size), layout.blocks)
-        windows = len(layout.windows)
+        width, windows = -(-cache.positions // layout.block_size), len(layout.windows)
+        if 0 in layout.windows:  # a table of windows alone grows past the blocks that it holds
+            width = min(width, layout.blocks)
         # One transfer a step: tokens, positions, and for each window the slots of the new keys and a table a row, whose
         # first blocks come first: what lies beyond the longest in use stays behind.
         self._columns = 2 + windows
         length = (self._columns + windows * width) * rows
         self._host = torch.zeros(length, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._device = self._host.to(device)
-        self._written, numbers = (_Numbers(x, rows, windows) for x in (self._host, self._device))
-        self.tokens_1T, self.positions_1T = numbers.tokens_R[None], numbers.positions_R[None]
-        self._slots_GR, self._tables_GRM = numbers.slots_GR, numbers.tables_GRM
+        self._sent = torch.cuda.Event() if device.type == "cuda" else None
+        self._written, numbers = _Numbers(self._host.numpy(), rows, windows), _Numbers(self._device, rows, windows)
+        self.tokens_1T, self.positions_1T, self._slots_GR = (
+            numbers.tokens_R[None], numbers.positions_R[None], numbers.slots_GR
+        )  # fmt: skip
         self._lengths_R = torch.ones(rows, dtype=torch.int32, device=device)
         self._parts = [
             TableAttention(cache.kernel, numbers.tables_GRM[group], self._lengths_R, layout.block_size, window)
@@ -58,6 +65,8 @@ class TableStep:
     def fill(self, chunks: Sequence[ScheduledChunk]) -> None:
         """Have the next computation be that of these tokens, in this order."""
         assert len(chunks) <= self.rows
+        if self._sent is not None:
+            self._sent.synchronize()  # what was written last has left the host's memory
         size, spare = self._cache.layout.block_size, self._cache.spare_block
         written = self._written
         written.tokens_R[len(chunks) :] = 0
@@ -70,10 +79,12 @@ class TableStep:
             for group, table in enumerate(chunk.tables):
                 block = chunk.start // size
                 written.slots_GR[group, row] = int(table[block]) * size + chunk.start % size
-                written.tables_GRM[group, row, : block + 1] = torch.from_numpy(table[: block + 1])
+                written.tables_GRM[group, row, : block + 1] = table[: block + 1]
         blocks = max((chunk.start // size + 1 for chunk in chunks), default=1)
         used = (self._columns + len(written.slots_GR) * blocks) * self.rows
         self._device[:used].copy_(self._host[:used], non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()
 
     def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         """Store new keys and values, then mix the values that each query sees: (T, N, H)."""
@@ -101,6 +112,7 @@ class DecodeGraphs:
             step = TableStep(cache, rows)
             self._steps.append(step)
             self._replays.append(record(partial(compute, step.tokens_1T, step)))
+            step.tokens_1T.fill_(1)  # another than was recorded
             _compare(self._replays[-1](), compute(step.tokens_1T, step))
 
     def fit(self, chunks: Sequence[ScheduledChunk]) -> bool:
@@ -120,19 +132,23 @@ def sizes_up_to(most: int) -> list[int]:
     return [size for place, size in enumerate(sizes) if place == 0 or sizes[place - 1] < most]
 
 
-def cuda_recorder() -> Record:
-    """Records what functions do on the GPU, all in one pool of memory, since no two are replayed at the same time."""
-    pool = torch.cuda.graph_pool_handle()
+def cuda_recorder(device: torch.device) -> Record:
+    """Records what functions do on a GPU, all in one pool of memory, since no two are replayed at the same time."""
+    with torch.cuda.device(device):
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def record(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # once without recording: kernels are compiled and libraries made ready
-            compute()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            result = compute()
+        # The outer stream is the one to come back to if recording fails.
+        with ONE_AT_A_TIME, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream()):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # once without recording: kernels are compiled and libraries made ready
+                compute()
+            torch.cuda.current_stream().wait_stream(stream)
+            # Else cuBLAS would record a workspace in memory that is not the pool's, and may be given back before it.
+            torch._C._cuda_clearCublasWorkspaces()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                result = compute()
 
         def replay() -> Tensor:
             graph.replay()
@@ -144,12 +160,13 @@ def cuda_recorder() -> Record:
 
 
 class _Numbers:
-    """The parts of a step's one piece of memory."""
+    """The parts of a step's one piece of memory, a tensor or a numpy array."""
 
-    def __init__(self, memory: Tensor, rows: int, windows: int) -> None:
-        self.tokens_R, self.positions_R = memory[: 2 * rows].view(2, rows)
-        self.slots_GR = memory[2 * rows :][: windows * rows].view(windows, rows)
-        self.tables_GRM = memory[(2 + windows) * rows :].view(-1, windows, rows).permute(1, 2, 0)
+    def __init__(self, memory: Any, rows: int, windows: int) -> None:
+        self.tokens_R, self.positions_R = memory[: 2 * rows].reshape(2, rows)
+        self.slots_GR = memory[2 * rows :][: windows * rows].reshape(windows, rows)
+        tables_MGR = memory[(2 + windows) * rows :].reshape(-1, windows, rows)
+        self.tables_GRM = tables_MGR.swapaxes(0, 1).swapaxes(1, 2)
 
 
 def _compare(replayed: Tensor, computed: Tensor) -> None:

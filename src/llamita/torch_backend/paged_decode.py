@@ -5,6 +5,7 @@ so that few sequences still fill a GPU (as in flash decoding, Dao et al. 2023), 
 Needs Triton, and a GPU or its interpreter (TRITON_INTERPRET=1).
 """
 
+import contextlib
 import math
 
 import torch
@@ -44,15 +45,15 @@ def attention_over_tables(
     assert values.is_contiguous()
     mixed_BNPH = torch.empty(B, N, parts, H, dtype=torch.float32, device=q_BNH.device)
     largest_BNP = torch.empty(B, N, parts, dtype=torch.float32, device=q_BNH.device)
-    total_BNP = torch.empty_like(largest_BNP)
-    columns = max(triton.next_power_of_2(H), 16)
-    _attend_to_part[(B, K, parts)](
-        q_BNH, keys, values, tables_BM, lengths_B, mixed_BNPH, largest_BNP, total_BNP,
-        q_BNH.stride(0), *tables_BM.stride(), 1 / math.sqrt(H),
-        K, N // K, max(triton.next_power_of_2(N // K), LEAST_ROWS), H, columns, block_size, window, parts, TILE,
-    )  # fmt: skip
-    joined_BNH = torch.empty(B, N, H, dtype=q_BNH.dtype, device=q_BNH.device)
-    _join_parts[(B * N,)](mixed_BNPH, largest_BNP, total_BNP, joined_BNH, H, columns, parts)
+    total_BNP, joined_BNH = torch.empty_like(largest_BNP), torch.empty(B, N, H, dtype=q_BNH.dtype, device=q_BNH.device)
+    rows, columns = max(triton.next_power_of_2(N // K), LEAST_ROWS), max(triton.next_power_of_2(H), 16)
+    with torch.cuda.device(q_BNH.device) if q_BNH.device.type == "cuda" else contextlib.nullcontext():
+        _attend_to_part[(B, K, parts)](
+            q_BNH, keys, values, tables_BM, lengths_B, mixed_BNPH, largest_BNP, total_BNP,
+            q_BNH.stride(0), *tables_BM.stride(), 1 / math.sqrt(H),
+            K, N // K, rows, H, columns, block_size, window, parts, TILE,
+        )  # fmt: skip
+        _join_parts[(B * N,)](mixed_BNPH, largest_BNP, total_BNP, joined_BNH, H, columns, parts)
     return joined_BNH
 
 
@@ -64,7 +65,8 @@ def parts_for(sequences: int, key_heads: int, device: torch.device) -> int:
     return min(MOST_PARTS, triton.next_power_of_2(max(wanted, 1)))
 
 
-@triton.jit
+# Recorded steps and others differ in strides: compiled once for both.
+@triton.jit(do_not_specialize=["table_stride", "block_stride"], do_not_specialize_on_alignment=["tables"])
 def _attend_to_part(
     q, keys, values, tables, lengths, mixed_out, largest_out, total_out,
     q_stride, table_stride, block_stride, scale,

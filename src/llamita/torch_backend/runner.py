@@ -114,17 +114,19 @@ class TorchRunner:
         warning says so, and attention gathers what it reads as it does on a CPU.
         """
         sampler = Sampler(self.config.vocab_size, self.device)
-        kernel = table_kernel(self.device) if sequences else None
-        if kernel is not None:
+        cache = PagedKVCache(
+            self.config, layout, self.dtype, self.device, table_kernel(self.device) if sequences else None
+        )
+        if cache.kernel is not None:
             try:
-                cache = PagedKVCache(self.config, layout, self.dtype, self.device, kernel)
                 with torch.inference_mode(), evaluation(self._running):
-                    graphs = DecodeGraphs(self._decode, cache, sequences, cuda_recorder())
+                    graphs = DecodeGraphs(self._decode, cache, sequences, cuda_recorder(self.device))
                 return TorchMemory(cache, sampler, graphs)
             except Exception as error:  # of Triton, its compiler, or the driver: all have errors of their own
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 warnings.warn(f"decoding goes on without CUDA graphs: {reason}", stacklevel=2)
-        return TorchMemory(PagedKVCache(self.config, layout, self.dtype, self.device), sampler)
+                cache.kernel = None
+        return TorchMemory(cache, sampler)
 
     def _decode(self, tokens_1T: Tensor, step: TableStep) -> Tensor:
         """The states after the final norm of one token each of several sequences."""

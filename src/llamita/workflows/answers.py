@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llamita.data.conversations import Conversation
+from llamita.inference.config import EngineConfig
 from llamita.inference.conversation import with_end_of_turn
 from llamita.inference.llm import LLM
 from llamita.plan import SamplingParams
@@ -90,4 +91,6 @@ class Examination:
         return shown(given)
 
     def _ask(self) -> list[Answer]:
-        return answer(LLM(self._step.runner(), self._chat.tokenizer), self._chat, self._asked)
+        return answer(
+            LLM(self._step.runner(), self._chat.tokenizer, config=EngineConfig(warm_up=False)), self._chat, self._asked
+        )

@@ -18,6 +18,7 @@ from llamita.config import ModelConfig
 from llamita.data.batches import Batch, BatchIterator, evaluation_batches
 from llamita.data.packing import Rows, RowsConfig
 from llamita.data.shards import Manifest, TokenShards, load_tokenizer
+from llamita.inference.config import EngineConfig
 from llamita.inference.interfaces import Runner
 from llamita.inference.llm import LLM
 from llamita.plan import SamplingParams
@@ -116,7 +117,7 @@ def pretrain(
         texts = []
         if config.sample_tokens:
             params = SamplingParams(max_tokens=config.sample_tokens, seed=config.seed)
-            texts.append(sample(LLM(step.runner(), tokenizer), prompt, params))
+            texts.append(sample(LLM(step.runner(), tokenizer, config=EngineConfig(warm_up=False)), prompt, params))
         more = on_evaluation(evaluation) if on_evaluation else None
         return "\n".join([*texts, *([more] if more else [])]) or None
 

@@ -81,7 +81,8 @@ class Answerer:
         at_once = min(MOST_AT_ONCE, len(numbers) * n)
         longest = max(map(len, tokens.values())) + self.rules.max_tokens
         blocks = (at_once + n) * -(-longest // EngineConfig.block_size)
-        llm = LLM(self.step.runner(), self.layout.tokenizer, config=EngineConfig(max_sequences=at_once, blocks=blocks))
+        limits = EngineConfig(max_sequences=at_once, blocks=blocks, warm_up=False)
+        llm = LLM(self.step.runner(), self.layout.tokenizer, config=limits)
         found = []
         for number, seed, generation in zip(
             numbers, seeds, llm.generate([tokens[number] for number in numbers], params), strict=True
