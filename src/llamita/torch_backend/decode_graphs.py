@@ -84,7 +84,7 @@ class TableStep:
         used = (self._columns + len(written.slots_GR) * blocks) * self.rows
         self._device[:used].copy_(self._host[:used], non_blocking=True)
         if self._sent is not None:
-            self._sent.record()
+            self._sent.record(torch.cuda.current_stream(self._device.device))
 
     def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         """Store new keys and values, then mix the values that each query sees: (T, N, H)."""
