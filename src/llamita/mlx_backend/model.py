@@ -49,12 +49,16 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, operations: Operations) -> None:
         super().__init__()
         self.weight = mx.zeros((config.vocab_size, config.hidden_size))
+        self.product = operations.linear
 
     def __call__(self, tokens_BT: mx.array) -> mx.array:
         return self.weight[tokens_BT]
+
+    def multiply(self, hidden_BTD: mx.array) -> mx.array:
+        return self.product(hidden_BTD, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -154,7 +158,7 @@ class Body(nn.Module):
 
     def __init__(self, config: ModelConfig, operations: Operations) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config)
+        self.embed_tokens = Embedding(config, operations)
         self.layers = [Block(config, i, operations) for i in range(config.num_hidden_layers)]
         self.norm = RMSNorm(config.hidden_size, config, operations)
 
@@ -171,7 +175,6 @@ class Llama(nn.Module):
         self.config = config
         self._frequencies, self.rope_scale = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self.model = Body(config, operations)
-        self.product = operations.linear
         if config.num_labels:
             self.score = Linear(config.num_labels, config.hidden_size, False, operations)
         elif not config.tie_word_embeddings:
@@ -219,11 +222,10 @@ class Llama(nn.Module):
         return ModelOutput(self.logits(hidden_BTD), hidden_BTD)
 
     def logits(self, hidden_BTD: mx.array) -> mx.array:
-        if self.config.num_labels or not self.config.tie_word_embeddings:
-            return (self.score if self.config.num_labels else self.lm_head)(hidden_BTD)
-        if isinstance(self.model.embed_tokens, QuantizedLinear):
-            return self.model.embed_tokens.multiply(hidden_BTD)
-        return self.product(hidden_BTD, self.output_weight_VD)
+        if self.config.num_labels:
+            return self.score(hidden_BTD)
+        head = self.model.embed_tokens.multiply if self.config.tie_word_embeddings else self.lm_head
+        return head(hidden_BTD)
 
     def hidden(
         self,

@@ -13,6 +13,8 @@ from llamita.torch_backend.dropout import drop
 
 MAX_SCORES = 2**26
 """Scores that `attention_by_products` may hold: 128 MB in bfloat16."""
+PIECE = 128
+"""Queries of a piece of `attention_in_pieces`, which is worth its calls from half as many on."""
 
 
 def attention(
@@ -57,17 +59,19 @@ def attention_fused(
     """`attention` by whichever of PyTorch's kernels is fastest for it."""
     N, T = query.shape[-3:-1]
     K, S = key.shape[-3:-1]
-    if causal and (
-        T != S or mask is not None
-    ):  # PyTorch takes one of the two, and aligns its triangle to the first key
-        triangle = causal_mask(T, S, query.device)
-        causal, mask = False, triangle if mask is None else mask & triangle
+    if causal and mask is not None:
+        causal, mask = False, mask & causal_mask(T, S, query.device)
     if query.device.type == "cpu":
         trains_in_bf16 = query.requires_grad and query.dtype == torch.bfloat16
         if trains_in_bf16 and query.shape[:-1].numel() * S <= MAX_SCORES:
             return attention_by_products(query, key, value, causal_mask(T, S) if causal else mask, dropout)
+        plain = query.dtype == torch.bfloat16 and not query.requires_grad and not dropout
+        if plain and T >= PIECE // 2 and (causal or (mask is not None and mask.shape == (T, S))):
+            return attention_in_pieces(query, key, value, mask)
         if K != N:  # the flash kernel of CPUs takes a slow path for grouped heads
             key, value = (x.repeat_interleave(N // K, dim=-3) for x in (key, value))
+    if causal and T != S:  # PyTorch aligns its triangle to the first key
+        causal, mask = False, causal_mask(T, S, query.device)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=key.shape[-3] != N
     )
@@ -95,6 +99,30 @@ def attention_by_products(
     if dropout:
         weights_MRS = drop(weights_MRS, dropout)
     return (weights_MRS @ value_MSH).view(*leading, N, T, H)
+
+
+def attention_in_pieces(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`attention`, causal or under a mask (T, S), as `attention_by_products` does it, for some queries at a time.
+
+    A piece holds the scores of the keys that its last query sees, and masks those beyond the first one's. On a CPU in
+    bfloat16 it takes a third to two thirds of the flash kernel's time. No gradient.
+    """
+    N, T, H = query.shape[-3:]
+    K, S = key.shape[-3:-1]
+    query_MGTH = query.reshape(-1, N // K, T, H)  # M: leading dimensions and key heads; G: the query heads of each
+    key_MSH, value_MSH = key.reshape(-1, S, H), value.reshape(-1, S, H)
+    nothing = torch.zeros((), dtype=query.dtype)
+    pieces = []
+    for start in range(0, T, PIECE):
+        stop = min(start + PIECE, T)
+        known, seen = (S - T + start, S - T + stop) if mask is None else (0, S)  # keys that all and that some may see
+        looks = causal_mask(stop - start, stop - start) if mask is None else mask[start:stop]
+        rows_MRH = query_MGTH[:, :, start:stop].flatten(1, 2)
+        scores_MRS = torch.baddbmm(nothing, rows_MRH, key_MSH[:, :seen].mT, beta=0, alpha=1 / math.sqrt(H))
+        scores_MRS.unflatten(1, (N // K, -1))[..., known:].masked_fill_(~looks, -math.inf)
+        mixed_MRH = torch.softmax(scores_MRS, dim=-1) @ value_MSH[:, :seen]
+        pieces.append(mixed_MRH.unflatten(1, (N // K, -1)))
+    return torch.cat(pieces, dim=-2).view(query.shape)
 
 
 def softmax(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llamita.torch_backend.kv_cache import EXACT_ROWS
-from llamita.torch_backend.model import FeedForward, Linear, Llama
+from llamita.torch_backend.model import Embedding, FeedForward, Linear, Llama
 from llamita.torch_backend.paged_attention import WIDTH
 
 SERIAL = 32768
@@ -24,9 +24,8 @@ def exact_model(model: Llama) -> Llama:
     Rows must be a multiple of `EXACT_ROWS`.
     """
     twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    twin.product = linear
     for module in twin.modules():
-        if isinstance(module, Linear):
+        if isinstance(module, Linear | Embedding):
             module.product = linear
         elif isinstance(module, FeedForward):
             module.gate = gated_silu

@@ -51,12 +51,17 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, operations: Operations) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.product = operations.linear
+        self.head_VD: Tensor | None = None  # a copy in the order of a kernel, where there is one
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         return F.embedding(tokens_BT, self.weight)
+
+    def multiply(self, hidden_BTD: Tensor) -> Tensor:
+        return self.product(hidden_BTD, self.weight if self.head_VD is None else self.head_VD)
 
 
 class RMSNorm(nn.Module):
@@ -158,7 +163,7 @@ class Body(nn.Module):
 
     def __init__(self, config: ModelConfig, operations: Operations) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config)
+        self.embed_tokens = Embedding(config, operations)
         self.layers = nn.ModuleList(Block(config, i, operations) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config, operations)
 
@@ -177,7 +182,6 @@ class Llama(nn.Module):
         self.frequencies_E = torch.from_numpy(frequencies)
         self.rope = layers.RopeTable(self.frequencies_E, self.rope_scale)
         self.model = Body(config, operations)
-        self.product = operations.linear
         if config.num_labels:
             self.score = Linear(config.num_labels, config.hidden_size, False, operations)
         elif not config.tie_word_embeddings:
@@ -227,11 +231,8 @@ class Llama(nn.Module):
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         if self.config.num_labels:
             return self.score(hidden_BTD)
-        if not self.config.tie_word_embeddings:
-            return self.lm_head(hidden_BTD)
-        if isinstance(self.model.embed_tokens, QuantizedLinear):
-            return self.model.embed_tokens.multiply(hidden_BTD)
-        return self.product(hidden_BTD, self.output_weight_VD)
+        head = self.model.embed_tokens.multiply if self.config.tie_word_embeddings else self.lm_head
+        return head(hidden_BTD)
 
     def hidden(
         self,
@@ -247,8 +248,7 @@ class Llama(nn.Module):
         if cache is None:
             context = self.context(tokens_BT, positions_BT, segments_BT)
         else:
-            assert positions_BT is None, "the cache knows the positions"
-            assert segments_BT is None, "the cache keeps sequences apart"
+            assert positions_BT is segments_BT is None, "the cache knows the positions, and keeps sequences apart"
             context = Context(*self.rope.at(cache.positions_1T, cache.longest), cache=cache)
         x_BTD = self.model.embed_tokens(tokens_BT)
         if self.config.dropout and self.training:
@@ -277,8 +277,6 @@ class Llama(nn.Module):
             window_mask = window_mask if mask is None else mask & window_mask
         return Context(cos_BTE, sin_BTE, mask, mask is None, window_mask)
 
-    # --- names and values ---
-
     def packed_parameters(self) -> Iterator[PackedParameter]:
         """Every parameter with the canonical parameters that it holds, in the order of the table."""
         table = {array.name: array for array in architecture.stored_arrays(self.config)}
@@ -296,5 +294,7 @@ class Llama(nn.Module):
             owner, values = self.get_submodule(module), packed.parameter.detach()
             if isinstance(owner, QuantizedLinear) and kind == "weight":
                 values = owner.plain_weight()
+            elif values.is_mkldnn:
+                values = values.to_dense()
             result |= zip(packed.parts, packed.split(values), strict=True)
         return result

@@ -82,7 +82,7 @@ class DecodeAttention:
             )
         q_BKGH = q_TNH.view(B, K, N // K, H)
         if N == K and q_TNH.device.type == "cpu" and q_TNH.dtype != torch.float32:
-            q_BKGH = q_BKGH.repeat(1, 1, 2, 1)  # a CPU's kernel takes twice as long for a single row as for two
+            q_BKGH = q_BKGH.expand(-1, -1, 2, -1)  # a CPU's kernel takes twice as long for a single row as for two
         mixed_BKGH = F.scaled_dot_product_attention(
             q_BKGH, k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2), attn_mask=self.mask
         )
