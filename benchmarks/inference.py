@@ -79,7 +79,7 @@ def main() -> None:
     shape = Shape() if arguments.device == "cpu" else Shape(256, 256, 4096, 256, 100, 1024, 0.0)
     if arguments.memory_of:
         contestant, directory = arguments.memory_of
-        print(batch_megabytes(contestant, Path(directory), shape, arguments))
+        print(*batch_megabytes(contestant, Path(directory), shape, arguments))
         return
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {where}, {arguments.dtype}")
@@ -110,8 +110,9 @@ def measure(name: str, directory: Path, shape: Shape, arguments: argparse.Namesp
             keep.add(f"decode a batch of {shape.batch}, tokens/s", contestant, speed)
             keep.add(f"prefill of {shape.prompt}, tokens/s", contestant, model.prefill(shape.prompt))
     for contestant in ("llamita", "transformers"):
-        what = f"memory for a batch of {shape.batch}, MB above the model"
-        record.add(what, contestant, memory_of(contestant, directory, arguments))
+        whole, above = memory_of(contestant, directory, arguments)
+        record.add(f"memory for the model and a batch of {shape.batch}, MB", contestant, whole)
+        record.add("of which above the loaded model, MB", contestant, above)
     for _ in range(arguments.crowd_passes):
         prompts, outputs, arrivals = crowd(shape, config.vocab_size)
         speed, gaps = ours.serve(prompts, outputs, arrivals)
@@ -221,21 +222,25 @@ class Theirs:
         return time.perf_counter() - started
 
 
-def memory_of(contestant: str, directory: Path, arguments: argparse.Namespace) -> float:
+def memory_of(contestant: str, directory: Path, arguments: argparse.Namespace) -> list[float]:
     """`batch_megabytes` of a process of its own, whose allocator keeps nothing of earlier measurements."""
     words = ["--memory-of", contestant, str(directory), "--dtype", arguments.dtype, "--device", arguments.device]
     done = subprocess.run([sys.executable, __file__, *words], check=True, capture_output=True, text=True)
-    return float(done.stdout.split()[-1])
+    return [float(word) for word in done.stdout.split()[-2:]]
 
 
-def batch_megabytes(contestant: str, directory: Path, shape: Shape, arguments: argparse.Namespace) -> float:
-    """The most memory that decoding a batch takes above what the loaded model takes."""
-    kind = (arguments.dtype, arguments.device)
+def batch_megabytes(
+    contestant: str, directory: Path, shape: Shape, arguments: argparse.Namespace
+) -> tuple[float, float]:
+    """The most memory that the model and decoding a batch take, and how much of it above the loaded model alone."""
+    kind, process = (arguments.dtype, arguments.device), psutil.Process()
+    libraries = process.memory_info().rss
     model = Ours(load_runner(directory, *kind)) if contestant == "llamita" else Theirs(directory, *kind)
     model.decode(1, 2)
+    loaded = process.memory_info().rss
     with PeakMemory() as peak:
         model.decode(shape.batch, shape.decode_tokens)
-    return peak.megabytes
+    return (loaded - libraries) / 1e6 + peak.megabytes, peak.megabytes
 
 
 class PeakMemory:

@@ -124,6 +124,27 @@ def test_attention_against_pytorch(dtype, leading, K, masking):
     close(attention.attention_by_products(q, k, v, None if masking == "none" else allowed), expected, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("leading", [(), (1,), (2, 3)])
+@pytest.mark.parametrize("K", [1, 2, 4])
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (130, 130), (256, 300), (70, 600)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_pieces_against_pytorch(dtype, leading, K, T, S, masked):
+    """Keys and values as the engine has them, heads in between; queries at the end of the keys."""
+    N, H = 4, 24
+    q, k, v = (randn(*leading, n, m, H, dtype=dtype).transpose(-3, -2) for n, m in ((T, N), (S, K), (S, K)))
+    allowed = torch.ones(T, S, dtype=torch.bool).tril(S - T)
+    if masked:
+        allowed = allowed.triu(S - T - 40)
+    wide = [x.double() for x in (q, k, v)]
+    expected = F.scaled_dot_product_attention(
+        wide[0], *(x.repeat_interleave(N // K, dim=-3) for x in wide[1:]), attn_mask=allowed
+    )
+    mask = allowed if masked else None
+    close(attention.attention_in_pieces(q, k, v, mask), expected, dtype)
+    close(attention.attention_fused(q, k, v, mask, causal=not masked), expected, dtype)
+
+
 @pytest.mark.parametrize("form", [attention.attention, attention.attention_fused])
 def test_causal_attention_of_few_queries_over_many_keys(form):
     q, k, v = randn(2, 4, 9, 8), randn(2, 2, 9, 8), randn(2, 2, 9, 8)

@@ -1,7 +1,7 @@
 """A model's weights on a CPU in blocks, the order in which oneDNN's kernels read them.
 
-A plain weight is put into that order anew at each product, which for few rows takes longer than the product itself. Here
-it is done once, for a model that is used and no longer trained. Knows nothing of runners or files.
+A plain weight is put into that order anew at each product, which for few rows takes longer than the product itself.
+Here it is done once, for a model that is used and no longer trained. Knows nothing of runners.
 """
 
 import functools
@@ -44,13 +44,38 @@ def can_block(dtype: torch.dtype) -> bool:
         return False
 
 
+class BlockedEmbedding(Embedding):
+    """A table (V, D) that is the output head too: as it is for looking tokens up, beside a copy in blocks to multiply.
+
+    `array` is where its values came from. If that is a mapped file with numbers of the same type, tokens are looked up
+    there, and memory holds the copy alone.
+    """
+
+    def __init__(self, table: Embedding, array: HostArray | None) -> None:
+        nn.Module.__init__(self)
+        self.head_VD = to_blocks(table.weight)
+        self.weight = table.weight
+        self.array = array
+        if array is None or array.mapping is None or TORCH_DTYPES[array.dtype] != table.weight.dtype:
+            self.array = None
+        else:
+            self.weight = nn.Parameter(tensor_from_host(array), requires_grad=False)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        x_BTD = super().forward(tokens_BT)
+        if self.array is not None:  # a system reads more of a file than was asked for, until all of it is in memory
+            self.array.forget(0, len(self.array.data))
+        return x_BTD
+
+    def multiply(self, hidden_BTD: Tensor) -> Tensor:
+        return linear(hidden_BTD, self.head_VD)
+
+
 @torch.no_grad()
 def block_weights(model: Llama, embedding: HostArray | None = None) -> None:
     """Put the weights of the linear maps into blocks, one after the other; small ones stay as they are.
 
-    An embedding that is the output head too stays as it is for looking tokens up, beside a copy in blocks. `embedding`
-    is where its values came from: in a mapped file of the model's own type, they are looked up there, and memory holds
-    the copy alone.
+    `embedding` are the values of the embedding where they came from, for one that is the output head too.
     """
     for module in model.modules():
         if isinstance(module, Linear) and module.weight.numel() >= SMALLEST:
@@ -58,9 +83,5 @@ def block_weights(model: Llama, embedding: HostArray | None = None) -> None:
             module.product = linear
     table = model.model.embed_tokens
     tied = model.config.tie_word_embeddings and not model.config.num_labels
-    if not tied or not isinstance(table, Embedding) or table.weight.numel() < SMALLEST:
-        return
-    table.product, table.head_VD = linear, to_blocks(table.weight)
-    if embedding is not None and embedding.mapping is not None:
-        if TORCH_DTYPES[embedding.dtype] == table.weight.dtype:
-            table.weight = nn.Parameter(tensor_from_host(embedding), requires_grad=False)
+    if tied and isinstance(table, Embedding) and table.weight.numel() >= SMALLEST:
+        model.model.embed_tokens = BlockedEmbedding(table, embedding)

@@ -55,13 +55,12 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.product = operations.linear
-        self.head_VD: Tensor | None = None  # a copy in the order of a kernel, where there is one
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         return F.embedding(tokens_BT, self.weight)
 
     def multiply(self, hidden_BTD: Tensor) -> Tensor:
-        return self.product(hidden_BTD, self.weight if self.head_VD is None else self.head_VD)
+        return self.product(hidden_BTD, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -248,7 +247,8 @@ class Llama(nn.Module):
         if cache is None:
             context = self.context(tokens_BT, positions_BT, segments_BT)
         else:
-            assert positions_BT is segments_BT is None, "the cache knows the positions, and keeps sequences apart"
+            assert positions_BT is None, "the cache knows the positions"
+            assert segments_BT is None, "the cache keeps sequences apart"
             context = Context(*self.rope.at(cache.positions_1T, cache.longest), cache=cache)
         x_BTD = self.model.embed_tokens(tokens_BT)
         if self.config.dropout and self.training:
