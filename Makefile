@@ -47,7 +47,7 @@ check: $(VENV)/installed-dev
 	scripts/check
 
 benchmarks: $(VENV)/installed-dev
-	@for name in training inference mlx_inference quantized load prepare soak; do \
+	@for name in training inference products mlx_inference quantized load prepare soak; do \
 		echo "== $$name"; $(VENV)/bin/python "benchmarks/$$name.py" || exit 1; done
 
 clean:

@@ -222,10 +222,9 @@ class Llama(nn.Module):
         return ModelOutput(self.logits(hidden_BTD), hidden_BTD)
 
     def logits(self, hidden_BTD: mx.array) -> mx.array:
-        if self.config.num_labels:
-            return self.score(hidden_BTD)
-        head = self.model.embed_tokens.multiply if self.config.tie_word_embeddings else self.lm_head
-        return head(hidden_BTD)
+        if self.config.num_labels or not self.config.tie_word_embeddings:
+            return (self.score if self.config.num_labels else self.lm_head)(hidden_BTD)
+        return self.model.embed_tokens.multiply(hidden_BTD)
 
     def hidden(
         self,
