@@ -53,13 +53,12 @@ class BlockedEmbedding(Embedding):
 
     def __init__(self, table: Embedding, array: HostArray | None) -> None:
         nn.Module.__init__(self)
-        self.head_VD = to_blocks(table.weight)
+        mapped = array is not None and array.mapping is not None and TORCH_DTYPES[array.dtype] == table.weight.dtype
+        self.array = array if mapped else None
+        if self.array is not None:  # in place of what the table had in memory, which is free before the copy is made
+            table.weight = nn.Parameter(tensor_from_host(self.array), requires_grad=False)
         self.weight = table.weight
-        self.array = array
-        if array is None or array.mapping is None or TORCH_DTYPES[array.dtype] != table.weight.dtype:
-            self.array = None
-        else:
-            self.weight = nn.Parameter(tensor_from_host(array), requires_grad=False)
+        self.head_VD = to_blocks(self.weight)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         x_BTD = super().forward(tokens_BT)
