@@ -105,7 +105,7 @@ def mixed_prompts(tokens: Sequence[int], count: int, longest: int, bos: Sequence
 def compare(directory: Path, prompts: Sequence[Text], count: int, blocks: int = 0) -> Equality:
     """Serve the prompts together, fast and exactly, and hold both to what they are held to."""
     runner = load_runner(directory, dtype="float32", device="cpu")
-    exact = TorchRunner(runner.model, exact=True)
+    exact = load_runner(directory, exact=True)
     blocks = blocks or -(-(max(map(len, prompts)) + count) // BLOCK)
     peer = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 

@@ -131,6 +131,8 @@ def test_the_exact_mode_reads_plain_weights(tmp_path) -> None:
     runner = load_runner(save(tmp_path / "model"), exact=True)
     assert not any(module.weight.is_mkldnn for module in runner.model.modules() if isinstance(module, Linear))
     assert not isinstance(runner.model.model.embed_tokens, blocked.BlockedEmbedding)
+    with pytest.raises(ValueError, match="plain weights"):
+        TorchRunner(load_runner(tmp_path / "model").model, exact=True)
 
 
 def test_what_no_kernel_takes_stays_plain() -> None:

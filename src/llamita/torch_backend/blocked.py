@@ -59,11 +59,16 @@ class BlockedEmbedding(Embedding):
             table.weight = nn.Parameter(tensor_from_host(self.array), requires_grad=False)
         self.weight = table.weight
         self.head_VD = to_blocks(self.weight)
+        self._forget()
+
+    def _forget(self) -> None:
+        """A system reads more of a file than was asked for; without this all of it would be in memory in the end."""
+        if self.array is not None:
+            self.array.forget(0, len(self.array.data))
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         x_BTD = super().forward(tokens_BT)
-        if self.array is not None:  # a system reads more of a file than was asked for, until all of it is in memory
-            self.array.forget(0, len(self.array.data))
+        self._forget()
         return x_BTD
 
     def multiply(self, hidden_BTD: Tensor) -> Tensor:
