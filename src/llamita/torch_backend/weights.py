@@ -78,7 +78,8 @@ def quantize_arrays(config: ModelConfig, arrays: Iterable[tuple[str, HostArray]]
 
 def load_host_arrays(model: Llama, arrays: Mapping[str, HostArray]) -> None:
     """Give the parameters the values of `arrays`; ValueError lists all that is missing, extra or misshapen."""
-    assert not model.config.quantization, "quantised weights may lie in a kernel's order; build the model anew"
+    rearranged = model.config.quantization or any(parameter.is_mkldnn for parameter in model.parameters())
+    assert not rearranged, "the weights may lie in a kernel's order; build the model anew"
     architecture.check_arrays(model.config, arrays)
     state = model.canonical_state()
     _copy_values(state, ((name, arrays[name]) for name in state))
