@@ -16,7 +16,7 @@ pytest.importorskip("mlx.core", reason="mlx is not installed")
 PACKAGE = Path(llamita.__file__).parent
 
 FILES_LACKING = {
-    "blocked": "the order of oneDNN's kernels",
+    "prepacked": "the order of oneDNN's kernels",
     "decode_graphs": "CUDA's graphs",
     "paged_decode": "kernels of Triton",
     "dropout": "attention.Dropout, which holds the key it draws from",

@@ -21,7 +21,7 @@ SERIAL = 32768
 def exact_model(model: Llama) -> Llama:
     """A model over the same parameters, in evaluation mode, whose rows do not depend on their neighbours.
 
-    Rows must be a multiple of `EXACT_ROWS`. ValueError for weights in blocks, whose products are another library's.
+    Rows must be a multiple of `EXACT_ROWS`. ValueError for prepacked weights, whose products are another library's.
     """
     if any(parameter.is_mkldnn for parameter in model.parameters()):
         raise ValueError("the exact mode reads plain weights; give load_runner exact=True")

@@ -23,7 +23,7 @@ from llamita.config import ModelConfig
 from llamita.packed_step import begins, packing_order, rows_drawn, rows_wanted
 from llamita.plan import CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult, token_array
 from llamita.torch_backend import lora
-from llamita.torch_backend.blocked import block_weights, can_block
+from llamita.torch_backend.prepacked import prepack_weights, can_prepack
 from llamita.torch_backend.decode_graphs import DecodeGraphs, TableStep, cuda_recorder
 from llamita.torch_backend.devices import choose_device, evaluation, fast_few_rows, table_kernel
 from llamita.torch_backend.exact import exact_model
@@ -287,8 +287,8 @@ def load_runner(
         stored = "BF16" if config.quantization else next((array.dtype for array in arrays.values()), "F32")
         dtype = checkpoint.DTYPE_NAMES.get(stored, "float32")
     built = build_model(config, arrays, dtype=DTYPES.get(dtype, torch.float32), device=device).eval()
-    if device == "cpu" and not exact and can_block(DTYPES.get(dtype, torch.float32)):
-        block_weights(built, arrays.get("model.embed_tokens.weight"))
+    if device == "cpu" and not exact and can_prepack(DTYPES.get(dtype, torch.float32)):
+        prepack_weights(built, arrays.get("model.embed_tokens.weight"))
     return TorchRunner(built, exact, named, OWN if own else None)
 
 

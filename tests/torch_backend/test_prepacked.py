@@ -1,4 +1,4 @@
-"""Weights in blocks give the products of plain ones, and are the same values when they are taken out again."""
+"""Prepacked weights give the products of plain ones, and are the same values when they are taken out again."""
 
 import dataclasses
 from pathlib import Path
@@ -12,12 +12,12 @@ from llamita import adapters, checkpoint, files
 from llamita.adapters import LoraSettings
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
-from llamita.torch_backend import blocked, lora
+from llamita.torch_backend import prepacked, lora
 from llamita.torch_backend.model import Linear
 from llamita.torch_backend.runner import DTYPES, TorchRunner, load_runner
 from llamita.torch_backend.weights import build_model, to_host_arrays
 
-pytestmark = pytest.mark.skipif(not blocked.can_block(torch.float32), reason="oneDNN has no such kernels here")
+pytestmark = pytest.mark.skipif(not prepacked.can_prepack(torch.float32), reason="oneDNN has no such kernels here")
 
 CONFIG = ModelConfig(
     vocab_size=1531,
@@ -41,7 +41,7 @@ def save(directory: Path, config: ModelConfig = CONFIG, dtype: str = "float32") 
     return directory
 
 
-def is_blocked(runner: TorchRunner, name: str) -> bool:
+def is_prepacked(runner: TorchRunner, name: str) -> bool:
     return runner.model.get_submodule(name).weight.is_mkldnn
 
 
@@ -50,16 +50,16 @@ def is_blocked(runner: TorchRunner, name: str) -> bool:
 @pytest.mark.parametrize(("n_out", "n_in"), [(48, 32), (101, 77), (1, 300)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_products_are_those_of_the_plain_weight(dtype, rows, n_out, n_in, bias) -> None:
-    if not blocked.can_block(DTYPES[dtype]):
+    if not prepacked.can_prepack(DTYPES[dtype]):
         pytest.skip("oneDNN multiplies no bfloat16 here")
     generator = torch.Generator().manual_seed(0)
     x, weight, offset = (
         torch.randn(*shape, generator=generator).to(DTYPES[dtype]) for shape in ((*rows, n_in), (n_out, n_in), (n_out,))
     )
     with torch.inference_mode():
-        y = blocked.linear(x, blocked.to_blocks(weight), offset if bias else None)
-        strided = blocked.linear(
-            x.repeat_interleave(2, -1)[..., ::2], blocked.to_blocks(weight), offset if bias else None
+        y = prepacked.linear(x, prepacked.prepack(weight), offset if bias else None)
+        strided = prepacked.linear(
+            x.repeat_interleave(2, -1)[..., ::2], prepacked.prepack(weight), offset if bias else None
         )
     expected = F.linear(x.double(), weight.double(), offset.double() if bias else None)
     assert y.dtype == x.dtype
@@ -73,10 +73,10 @@ def test_a_loaded_model_computes_as_the_plain_one_and_gives_the_same_weights_bac
     config = dataclasses.replace(CONFIG, tie_word_embeddings=tied)
     plain = TorchRunner(build_model(config, seed=1, dtype=DTYPES[dtype]).eval())
     runner = load_runner(save(tmp_path / "model", config, dtype))
-    if blocked.can_block(DTYPES[dtype]):
-        assert is_blocked(runner, "model.layers.1.mlp.gate_up_proj")
-        assert not is_blocked(runner, "model.layers.1.self_attn.o_proj"), "small: faster as it is"
-        assert tied or is_blocked(runner, "lm_head")
+    if prepacked.can_prepack(DTYPES[dtype]):
+        assert is_prepacked(runner, "model.layers.1.mlp.gate_up_proj")
+        assert not is_prepacked(runner, "model.layers.1.self_attn.o_proj"), "small: faster as it is"
+        assert tied or is_prepacked(runner, "lm_head")
     capture = ("embedding", "layers.1", "norm")
     ours, expected = runner.forward(TOKENS, capture), plain.forward(TOKENS, capture)
     for name, values in expected.items():
@@ -93,11 +93,11 @@ def test_a_loaded_model_computes_as_the_plain_one_and_gives_the_same_weights_bac
 
 
 def test_a_tied_embedding_is_looked_up_in_the_file(tmp_path) -> None:
-    """The output head is a copy of it in blocks; where the file has another type, both are in memory."""
+    """The output head is a prepacked copy of it; where the file has another type, both are in memory."""
     model = save(tmp_path / "model")
     runner = load_runner(model)
     table = runner.model.model.embed_tokens
-    assert isinstance(table, blocked.BlockedEmbedding)
+    assert isinstance(table, prepacked.PrepackedEmbedding)
     assert table.array is not None
     for path in sorted(model.iterdir()):
         path.unlink()  # what is mapped stays
@@ -108,7 +108,7 @@ def test_a_tied_embedding_is_looked_up_in_the_file(tmp_path) -> None:
     assert other.model.model.embed_tokens.weight.dtype == torch.float32
 
 
-def test_an_adapter_over_blocks_gives_the_logits_of_the_merged_model() -> None:
+def test_an_adapter_over_prepacked_weights_gives_the_logits_of_the_merged_model() -> None:
     config = dataclasses.replace(CONFIG, tie_word_embeddings=False)
     factors = LoraSettings(4, 8.0).factors(config)
     random = np.random.default_rng(0)
@@ -118,7 +118,7 @@ def test_an_adapter_over_blocks_gives_the_logits_of_the_merged_model() -> None:
     }
     adapter = adapters.Adapter(config, factors, arrays)
     over, merged = build_model(config, seed=1).eval(), build_model(config, seed=1).eval()
-    blocked.block_weights(over)
+    prepacked.prepack_weights(over)
     lora.merge(merged, adapter)
     runner, expected = TorchRunner(over, adapters={"a": adapter}, default="a"), TorchRunner(merged)
     logits = expected.forward(TOKENS)["logits"]
@@ -130,11 +130,11 @@ def test_an_adapter_over_blocks_gives_the_logits_of_the_merged_model() -> None:
 def test_the_exact_mode_reads_plain_weights(tmp_path) -> None:
     runner = load_runner(save(tmp_path / "model"), exact=True)
     assert not any(module.weight.is_mkldnn for module in runner.model.modules() if isinstance(module, Linear))
-    assert not isinstance(runner.model.model.embed_tokens, blocked.BlockedEmbedding)
+    assert not isinstance(runner.model.model.embed_tokens, prepacked.PrepackedEmbedding)
     with pytest.raises(ValueError, match="plain weights"):
         TorchRunner(load_runner(tmp_path / "model").model, exact=True)
 
 
 def test_what_no_kernel_takes_stays_plain() -> None:
-    assert not blocked.can_block(torch.float16)
-    assert not blocked.can_block(torch.float64)
+    assert not prepacked.can_prepack(torch.float16)
+    assert not prepacked.can_prepack(torch.float64)

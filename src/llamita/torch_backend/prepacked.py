@@ -1,6 +1,6 @@
-"""A model's weights on a CPU in blocks, the order in which oneDNN's kernels read them.
+"""A model's weights on a CPU in the order in which oneDNN's kernels read them, which PyTorch calls prepacked.
 
-A plain weight is put into that order anew at each product, which for few rows takes longer than the product itself.
+A plain weight is packed anew at each product, which for few rows takes longer than the product itself.
 Here it is done once, for a model that is used and no longer trained. Knows nothing of runners.
 """
 
@@ -15,37 +15,37 @@ from llamita.torch_backend.model import Embedding, Linear, Llama
 from llamita.torch_backend.weights import TORCH_DTYPES, tensor_from_host
 
 SMALLEST = 2**18
-"""Numbers in a weight from which on blocks are faster: below, what it costs to call their operator is more."""
+"""Numbers in a weight from which on it is faster prepacked: below, what it costs to call the operator is more."""
 
 
 def linear(x_D: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None) -> Tensor:
-    """`layers.linear` over a weight in blocks; it has no gradient.
+    """`layers.linear` over a prepacked weight; it has no gradient.
 
     PyTorch's compiler puts frozen weights through the same operator.
     """
     return torch.ops.mkldnn._linear_pointwise(x_D, weight_CD, bias_C, "none", [], "")
 
 
-def to_blocks(weight_CD: Tensor) -> Tensor:
+def prepack(weight_CD: Tensor) -> Tensor:
     """The same values in an order that is oneDNN's own; `to_dense` gives them back as they were."""
     return torch.ops.mkldnn._reorder_linear_weight(weight_CD)
 
 
 @functools.cache
-def can_block(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies over blocks of this type; PyTorch's kernels differ from system to system."""
+def can_prepack(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies prepacked weights of this type; PyTorch's kernels differ from system to system."""
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
     x_RD, weight_CD = torch.ones(1, 16, dtype=dtype), torch.ones(16, 16, dtype=dtype)
     try:
         with torch.inference_mode():
-            return torch.equal(linear(x_RD, to_blocks(weight_CD)), F.linear(x_RD, weight_CD))
+            return torch.equal(linear(x_RD, prepack(weight_CD)), F.linear(x_RD, weight_CD))
     except (AttributeError, RuntimeError):  # no such operator, or none for this processor
         return False
 
 
-class BlockedEmbedding(Embedding):
-    """A table (V, D) that is the output head too: as it is for looking tokens up, beside a copy in blocks to multiply.
+class PrepackedEmbedding(Embedding):
+    """A table (V, D) that is the output head too: as it is for looking tokens up, beside a prepacked copy.
 
     `array` is where its values came from. If that is a mapped file with numbers of the same type, tokens are looked up
     there, and memory holds the copy alone.
@@ -58,7 +58,7 @@ class BlockedEmbedding(Embedding):
         if self.array is not None:  # in place of what the table had in memory, which is free before the copy is made
             table.weight = nn.Parameter(tensor_from_host(self.array), requires_grad=False)
         self.weight = table.weight
-        self.head_VD = to_blocks(self.weight)
+        self.head_VD = prepack(self.weight)
         self._forget()
 
     def _forget(self) -> None:
@@ -76,16 +76,16 @@ class BlockedEmbedding(Embedding):
 
 
 @torch.no_grad()
-def block_weights(model: Llama, embedding: HostArray | None = None) -> None:
-    """Put the weights of the linear maps into blocks, one after the other; small ones stay as they are.
+def prepack_weights(model: Llama, embedding: HostArray | None = None) -> None:
+    """Prepack the weights of the linear maps, one after the other; small ones stay as they are.
 
     `embedding` are the values of the embedding where they came from, for one that is the output head too.
     """
     for module in model.modules():
         if isinstance(module, Linear) and module.weight.numel() >= SMALLEST:
-            module.weight = nn.Parameter(to_blocks(module.weight), requires_grad=False)
+            module.weight = nn.Parameter(prepack(module.weight), requires_grad=False)
             module.product = linear
     table = model.model.embed_tokens
     tied = model.config.tie_word_embeddings and not model.config.num_labels
     if tied and isinstance(table, Embedding) and table.weight.numel() >= SMALLEST:
-        model.model.embed_tokens = BlockedEmbedding(table, embedding)
+        model.model.embed_tokens = PrepackedEmbedding(table, embedding)
