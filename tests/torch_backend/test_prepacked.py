@@ -12,7 +12,7 @@ from llamita import adapters, checkpoint, files
 from llamita.adapters import LoraSettings
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
-from llamita.torch_backend import prepacked, lora
+from llamita.torch_backend import lora, prepacked
 from llamita.torch_backend.model import Linear
 from llamita.torch_backend.runner import DTYPES, TorchRunner, load_runner
 from llamita.torch_backend.weights import build_model, to_host_arrays

@@ -33,7 +33,7 @@ def prepack(weight_CD: Tensor) -> Tensor:
 
 @functools.cache
 def can_prepack(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies prepacked weights of this type; PyTorch's kernels differ from system to system."""
+    """Whether prepacked weights of this type can be multiplied on this processor by this build of PyTorch."""
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
     x_RD, weight_CD = torch.ones(1, 16, dtype=dtype), torch.ones(16, 16, dtype=dtype)

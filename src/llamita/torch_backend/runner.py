@@ -23,12 +23,12 @@ from llamita.config import ModelConfig
 from llamita.packed_step import begins, packing_order, rows_drawn, rows_wanted
 from llamita.plan import CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult, token_array
 from llamita.torch_backend import lora
-from llamita.torch_backend.prepacked import prepack_weights, can_prepack
 from llamita.torch_backend.decode_graphs import DecodeGraphs, TableStep, cuda_recorder
 from llamita.torch_backend.devices import choose_device, evaluation, fast_few_rows, table_kernel
 from llamita.torch_backend.exact import exact_model
 from llamita.torch_backend.kv_cache import EXACT_ROWS, PagedKVCache, PagedStep
 from llamita.torch_backend.model import Llama
+from llamita.torch_backend.prepacked import can_prepack, prepack_weights
 from llamita.torch_backend.quantized import QuantizedLinear
 from llamita.torch_backend.sampling import Sampler
 from llamita.torch_backend.serving import Serving
