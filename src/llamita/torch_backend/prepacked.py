@@ -77,10 +77,13 @@ class PrepackedEmbedding(Embedding):
 
 @torch.no_grad()
 def prepack_weights(model: Llama, embedding: HostArray | None = None) -> None:
-    """Prepack the weights of the linear maps, one after the other; small ones stay as they are.
+    """Prepack the weights of the linear maps, one after the other, where there are kernels for them; small ones stay.
 
     `embedding` are the values of the embedding where they came from, for one that is the output head too.
     """
+    some = model.model.norm.weight  # never quantised
+    if some.device.type != "cpu" or not can_prepack(some.dtype):
+        return
     for module in model.modules():
         if isinstance(module, Linear) and module.weight.numel() >= SMALLEST:
             module.weight = nn.Parameter(prepack(module.weight), requires_grad=False)
