@@ -47,6 +47,9 @@ NAMES_LACKING = {
     "sampling.nucleus_candidates": "most_probable",
     "token_counts.to_device": "memory is unified",
     "train_step.cpu_multiplies_bf16": "MLX's CPU kernels are no faster in bfloat16",
+    "weights.copy_values": "copies piece by piece, for weights that are prepacked as they are read; see prepacked.py",
+    "weights.finite_pieces": "the same",
+    "weights.model_without_values": "the same",
     "weights.host_from_tensor": "host_from_array",
     "weights.tensor_from_host": "array_from_host",
 }

@@ -1,6 +1,7 @@
 """Prepacked weights give the products of plain ones, and are the same values when they are taken out again."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +58,12 @@ def test_products_are_those_of_the_plain_weight(dtype, rows, n_out, n_in, bias) 
         torch.randn(*shape, generator=generator).to(DTYPES[dtype]) for shape in ((*rows, n_in), (n_out, n_in), (n_out,))
     )
     with torch.inference_mode():
-        y = prepacked.linear(x, prepacked.prepack(weight), offset if bias else None)
-        strided = prepacked.linear(
-            x.repeat_interleave(2, -1)[..., ::2], prepacked.prepack(weight), offset if bias else None
-        )
+        weight_before, packed = weight.clone(), prepacked.prepack(weight)
+        assert torch.equal(packed.to_dense(), weight)
+        weight.fill_(math.nan)  # the packed one has memory of its own
+        y = prepacked.linear(x, packed, offset if bias else None)
+        strided = prepacked.linear(x.repeat_interleave(2, -1)[..., ::2], packed, offset if bias else None)
+    weight = weight_before
     expected = F.linear(x.double(), weight.double(), offset.double() if bias else None)
     assert y.dtype == x.dtype
     torch.testing.assert_close(y.double(), expected, rtol=TOLERANCE[dtype], atol=20 * TOLERANCE[dtype])
@@ -117,8 +120,8 @@ def test_an_adapter_over_prepacked_weights_gives_the_logits_of_the_merged_model(
         for name, shape in adapters.shapes(config, factors).items()
     }
     adapter = adapters.Adapter(config, factors, arrays)
-    over, merged = build_model(config, seed=1).eval(), build_model(config, seed=1).eval()
-    prepacked.prepack_weights(over)
+    merged = build_model(config, seed=1).eval()
+    over = prepacked.build_prepacked(config, to_host_arrays(merged), dtype=torch.float32).eval()
     lora.merge(merged, adapter)
     runner, expected = TorchRunner(over, adapters={"a": adapter}, default="a"), TorchRunner(merged)
     logits = expected.forward(TOKENS)["logits"]

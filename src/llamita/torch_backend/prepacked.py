@@ -5,14 +5,25 @@ Here it is done once, for a model that is used and no longer trained. Knows noth
 """
 
 import functools
+import mmap
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llamita import architecture
 from llamita.checkpoint import HostArray
+from llamita.config import ModelConfig
 from llamita.torch_backend.model import Embedding, Linear, Llama
-from llamita.torch_backend.weights import TORCH_DTYPES, tensor_from_host
+from llamita.torch_backend.weights import (
+    TORCH_DTYPES,
+    build_model,
+    copy_values,
+    finite_pieces,
+    model_without_values,
+    tensor_from_host,
+)
 
 SMALLEST = 2**18
 """Numbers in a weight from which on it is faster prepacked: below, what it costs to call the operator is more."""
@@ -47,18 +58,14 @@ def can_prepack(dtype: torch.dtype) -> bool:
 class PrepackedEmbedding(Embedding):
     """A table (V, D) that is the output head too: as it is for looking tokens up, beside a prepacked copy.
 
-    `array` is where its values came from. If that is a mapped file with numbers of the same type, tokens are looked up
-    there, and memory holds the copy alone.
+    With `array`, the mapped file that `weight_VD` lies in, memory holds the copy alone.
     """
 
-    def __init__(self, table: Embedding, array: HostArray | None) -> None:
-        nn.Module.__init__(self)
-        mapped = array is not None and array.mapping is not None and TORCH_DTYPES[array.dtype] == table.weight.dtype
-        self.array = array if mapped else None
-        if self.array is not None:  # in place of what the table had in memory, which is free before the copy is made
-            table.weight = nn.Parameter(tensor_from_host(self.array), requires_grad=False)
-        self.weight = table.weight
-        self.head_VD = prepack(self.weight)
+    def __init__(self, weight_VD: Tensor, array: HostArray | None) -> None:
+        nn.Module.__init__(self)  # not that of an embedding, which would make room for another table
+        self.weight = nn.Parameter(weight_VD, requires_grad=False)
+        self.array = array
+        self.head_VD = prepack(weight_VD)
         self._forget()
 
     def _forget(self) -> None:
@@ -76,19 +83,45 @@ class PrepackedEmbedding(Embedding):
 
 
 @torch.no_grad()
-def prepack_weights(model: Llama, embedding: HostArray | None = None) -> None:
-    """Prepack the weights of the linear maps, one after the other, where there are kernels for them; small ones stay.
+def build_prepacked(
+    config: ModelConfig, arrays: Mapping[str, HostArray], *, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Llama:
+    """`weights.build_model` of a model that is only used; the weights of linear maps are prepacked, but for small ones.
 
-    `embedding` are the values of the embedding where they came from, for one that is the output head too.
+    Where there are no kernels for that, it is an ordinary one. Each weight is packed as it is read, so that memory
+    holds one plain weight at a time. An embedding that is the output head too, in a mapped file with numbers of this
+    type, stays there.
     """
-    some = model.model.norm.weight  # never quantised
-    if some.device.type != "cpu" or not can_prepack(some.dtype):
-        return
-    for module in model.modules():
-        if isinstance(module, Linear) and module.weight.numel() >= SMALLEST:
-            module.weight = nn.Parameter(prepack(module.weight), requires_grad=False)
-            module.product = linear
-    table = model.model.embed_tokens
-    tied = model.config.tie_word_embeddings and not model.config.num_labels
-    if tied and isinstance(table, Embedding) and table.weight.numel() >= SMALLEST:
-        model.model.embed_tokens = PrepackedEmbedding(table, embedding)
+    if config.quantization or torch.device(device).type != "cpu" or not can_prepack(dtype):
+        return build_model(config, arrays, dtype=dtype, device=device)
+    architecture.check_arrays(config, arrays)
+    model = model_without_values(config, dtype)
+    tied = config.tie_word_embeddings and not config.num_labels
+    largest = max(module.weight.numel() for module in model.modules() if isinstance(module, Linear))
+    # One plain weight after the other, in memory that goes back to the system, not to the allocator, in the end.
+    plain_X = torch.frombuffer(mmap.mmap(-1, largest * dtype.itemsize), dtype=dtype)
+    for packed in list(model.packed_parameters()):
+        module, _, kind = packed.name.rpartition(".")
+        owner, shape = model.get_submodule(module), packed.parameter.shape
+        large = kind == "weight" and shape.numel() >= SMALLEST
+        if large and tied and isinstance(owner, Embedding):
+            model.model.embed_tokens = _tied_embedding(packed.name, arrays[packed.name], dtype)
+            continue
+        packs = large and isinstance(owner, Linear)
+        values = plain_X[: shape.numel()].view(shape) if packs else torch.empty(shape, dtype=dtype)
+        parts = dict(zip(packed.parts, packed.split(values), strict=True))
+        copy_values(parts, ((name, arrays[name]) for name in parts))
+        if packs and isinstance(owner, Linear):
+            owner.product = linear
+        setattr(owner, kind, nn.Parameter(prepack(values) if packs else values, requires_grad=False))
+    return model
+
+
+def _tied_embedding(name: str, array: HostArray, dtype: torch.dtype) -> PrepackedEmbedding:
+    if array.mapping is not None and TORCH_DTYPES[array.dtype] == dtype:
+        for _ in finite_pieces(name, array):
+            pass
+        return PrepackedEmbedding(tensor_from_host(array), array)
+    values_VD = torch.empty(array.shape, dtype=dtype)
+    copy_values({name: values_VD}, [(name, array)])
+    return PrepackedEmbedding(values_VD, None)

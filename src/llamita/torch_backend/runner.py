@@ -28,7 +28,7 @@ from llamita.torch_backend.devices import choose_device, evaluation, fast_few_ro
 from llamita.torch_backend.exact import exact_model
 from llamita.torch_backend.kv_cache import EXACT_ROWS, PagedKVCache, PagedStep
 from llamita.torch_backend.model import Llama
-from llamita.torch_backend.prepacked import prepack_weights
+from llamita.torch_backend.prepacked import build_prepacked
 from llamita.torch_backend.quantized import QuantizedLinear
 from llamita.torch_backend.sampling import Sampler
 from llamita.torch_backend.serving import Serving
@@ -286,14 +286,11 @@ def load_runner(
     if dtype == "auto":
         stored = "BF16" if config.quantization else next((array.dtype for array in arrays.values()), "F32")
         dtype = checkpoint.DTYPE_NAMES.get(stored, "float32")
-    built = build_model(config, arrays, dtype=DTYPES.get(dtype, torch.float32), device=device).eval()
-    if not exact:
-        prepack_weights(built, arrays.get("model.embed_tokens.weight"))
+    build = build_model if exact else build_prepacked
+    built = build(config, arrays, dtype=DTYPES.get(dtype, torch.float32), device=device).eval()
     return TorchRunner(built, exact, named, OWN if own else None)
 
 
 def runner_over(config: ModelConfig, arrays: Mapping[str, HostArray], dtype: str = "float32") -> TorchRunner:
     """A runner over host arrays, on the CPU."""
-    model = build_model(config, arrays, dtype=DTYPES[dtype]).eval()
-    prepack_weights(model)
-    return TorchRunner(model)
+    return TorchRunner(build_prepacked(config, arrays, dtype=DTYPES[dtype]).eval())

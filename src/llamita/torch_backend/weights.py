@@ -18,7 +18,7 @@ from llamita.torch_backend.layers import FUSED, Operations
 from llamita.torch_backend.model import Llama
 from llamita.torch_backend.quantized import QuantizedLinear
 
-COPIED_AT_ONCE = 2**22  # numbers
+COPIED_AT_ONCE = 2**20  # numbers
 
 
 def build_model(
@@ -37,22 +37,27 @@ def build_model(
     """
     if arrays is not None:
         architecture.check_arrays(config, arrays)
+    model = model_without_values(config, dtype, operations).to_empty(device=device)
+    if arrays is None:
+        fresh = architecture.initialize(config, seed, initialization)
+        host = ((name, HostArray.from_numpy(array)) for name, array in fresh)
+        copy_values(model.canonical_state(), quantize_arrays(config, host) if config.quantization else host)
+    else:
+        state = model.canonical_state()
+        copy_values(state, ((name, arrays[name]) for name in state))
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.arrange(dtype)
+    return model
+
+
+def model_without_values(config: ModelConfig, dtype: torch.dtype, operations: Operations = FUSED) -> Llama:
+    """A model whose parameters have shapes and types, but no memory."""
     with torch.device("meta"):
         model = Llama(config, operations)
     for parameter in model.parameters():
         if parameter.dtype == torch.float32:  # the scales of quantised weights keep their type
             parameter.data = parameter.data.to(dtype)
-    model = model.to_empty(device=device)
-    if arrays is None:
-        fresh = architecture.initialize(config, seed, initialization)
-        host = ((name, HostArray.from_numpy(array)) for name, array in fresh)
-        _copy_values(model.canonical_state(), quantize_arrays(config, host) if config.quantization else host)
-    else:
-        state = model.canonical_state()
-        _copy_values(state, ((name, arrays[name]) for name in state))
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            module.arrange(dtype)
     return model
 
 
@@ -82,7 +87,7 @@ def load_host_arrays(model: Llama, arrays: Mapping[str, HostArray]) -> None:
     assert not rearranged, "the weights may lie in a kernel's order; build the model anew"
     architecture.check_arrays(model.config, arrays)
     state = model.canonical_state()
-    _copy_values(state, ((name, arrays[name]) for name in state))
+    copy_values(state, ((name, arrays[name]) for name in state))
 
 
 def copy_host_arrays(state: Mapping[str, Tensor], arrays: Mapping[str, HostArray]) -> None:
@@ -90,21 +95,30 @@ def copy_host_arrays(state: Mapping[str, Tensor], arrays: Mapping[str, HostArray
     faults = [name for name in state if name not in arrays or arrays[name].shape != tuple(state[name].shape)]
     if faults:
         raise ValueError(f"the weights lack {', '.join(faults[:5])}, or have another shape there")
-    _copy_values(state, ((name, arrays[name]) for name in state))
+    copy_values(state, ((name, arrays[name]) for name in state))
 
 
-def _copy_values(state: Mapping[str, Tensor], arrays: Iterable[tuple[str, HostArray]]) -> None:
-    """Copy piece by piece, so that of a mapped file little is in memory at a time; ValueError for NaN or infinity."""
+def copy_values(state: Mapping[str, Tensor], arrays: Iterable[tuple[str, HostArray]]) -> None:
+    """Give each tensor the values of the array of its name; ValueError for NaN or infinity."""
     with torch.no_grad():
         for name, array in arrays:
-            item = checkpoint.ITEM_BYTES[array.dtype]
-            source_X, target_X = tensor_from_host(array).reshape(-1), state[name].reshape(-1)
-            for start in range(0, len(source_X), COPIED_AT_ONCE):
-                piece_X = source_X[start : start + COPIED_AT_ONCE]
-                target_X[start : start + COPIED_AT_ONCE].copy_(piece_X)
-                if piece_X.is_floating_point() and not torch.isfinite(piece_X.sum(dtype=torch.float32)):
-                    raise ValueError(f"{name} holds NaN or infinite values; the weights are damaged")
-                array.forget(start * item, (start + len(piece_X)) * item)
+            target_X = state[name].reshape(-1)
+            for start, piece_X in finite_pieces(name, array):
+                target_X[start : start + len(piece_X)].copy_(piece_X)
+
+
+def finite_pieces(name: str, array: HostArray) -> Iterator[tuple[int, Tensor]]:
+    """The values piece by piece, with where each begins, so that of a mapped file little is in memory at a time.
+
+    ValueError, naming the array, for NaN or infinity.
+    """
+    item, source_X = checkpoint.ITEM_BYTES[array.dtype], tensor_from_host(array).reshape(-1)
+    for start in range(0, len(source_X), COPIED_AT_ONCE):
+        piece_X = source_X[start : start + COPIED_AT_ONCE]
+        if piece_X.is_floating_point() and not torch.isfinite(piece_X.sum(dtype=torch.float32)):
+            raise ValueError(f"{name} holds NaN or infinite values; the weights are damaged")
+        yield start, piece_X
+        array.forget(start * item, (start + len(piece_X)) * item)
 
 
 TORCH_DTYPES = {
