@@ -234,6 +234,7 @@ def batch_megabytes(
 ) -> tuple[float, float]:
     """The most memory that the model and decoding a batch take, and how much of it above the loaded model alone."""
     kind, process = (arguments.dtype, arguments.device), psutil.Process()
+    _ = transformers.LlamaForCausalLM, transformers.Qwen2ForCausalLM  # imported when first named, before memory is read
     libraries = process.memory_info().rss
     model = Ours(load_runner(directory, *kind)) if contestant == "llamita" else Theirs(directory, *kind)
     model.decode(1, 2)

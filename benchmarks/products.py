@@ -4,7 +4,7 @@
 
 All products of one step with weights as they are and prepacked, taking turns with a sum over an array that no cache
 holds: milliseconds, the share of the memory read, and the share of the best product of large square matrices. Then
-attention of a prompt to itself by PyTorch's kernel and in pieces.
+attention of a prompt to itself by PyTorch's kernel and by tiles of queries.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def products(name: str, config: ModelConfig, dtype: torch.dtype, passes: int) ->
 def prompts(name: str, config: ModelConfig, dtype: torch.dtype, passes: int) -> Table:
     """One layer's attention of a prompt to itself, keys and values as the engine has them."""
     table = Table(title=f"{name}: attention of a prompt in one layer", title_justify="left")
-    for column in ("positions", "PyTorch's kernel, ms", "in pieces, ms", "times as fast"):
+    for column in ("positions", "PyTorch's kernel, ms", "by tiles, ms", "times as fast"):
         table.add_column(column, justify="right")
     N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     for length in PROMPTS:
@@ -98,10 +98,10 @@ def prompts(name: str, config: ModelConfig, dtype: torch.dtype, passes: int) -> 
         for _ in range(passes + 1):
             wide = [x.repeat_interleave(N // K, dim=1) for x in (k, v)]
             kernel = seconds(lambda q=q, wide=wide: F.scaled_dot_product_attention(q, *wide, is_causal=True))
-            found.append((kernel, seconds(lambda q=q, k=k, v=v: attention.attention_in_pieces(q, k, v))))
+            found.append((kernel, seconds(lambda q=q, k=k, v=v: attention.attention_by_query_tiles(q, k, v))))
         found = found[1:]
         columns = [statistics.median(each) * 1e3 for each in zip(*found, strict=True)]
-        ratio = statistics.median(kernel / pieces for kernel, pieces in found)
+        ratio = statistics.median(kernel / tiles for kernel, tiles in found)
         table.add_row(str(length), *(f"{value:.2f}" for value in columns), f"{ratio:.2f}")
     return table
 

@@ -22,7 +22,7 @@ from llamita.inference.llm import LLM
 from llamita.inference.request import SamplingParams
 from llamita.presets import preset
 from llamita.torch_backend import quantize
-from llamita.torch_backend.runner import TorchRunner, runner_over
+from llamita.torch_backend.runner import runner_over
 from llamita.torch_backend.weights import build_model, quantize_arrays, to_host_arrays
 
 SCHEMES = ("bfloat16", "int8", "int4")
@@ -47,9 +47,8 @@ def main() -> None:
 
 def decoding(name: str, passes: int, tokens: int) -> None:
     config = preset(name)
-    plain = build_model(config, dtype=torch.bfloat16).eval()
-    arrays = to_host_arrays(plain)
-    engines = {"bfloat16": LLM(TorchRunner(plain))}
+    arrays = to_host_arrays(build_model(config, dtype=torch.bfloat16))
+    engines = {"bfloat16": LLM(runner_over(config, arrays, "bfloat16"))}
     for scheme in SCHEMES[1:]:
         shape = replace(config, quantization=scheme)
         engines[scheme] = LLM(runner_over(shape, dict(quantize_arrays(shape, arrays.items())), "bfloat16"))

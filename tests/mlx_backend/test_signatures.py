@@ -26,7 +26,7 @@ FILES_LACKING = {
 }
 NAMES_LACKING = {
     "attention.attention_by_products": "goes round a kernel of PyTorch's CPU that is slow in bfloat16",
-    "attention.attention_in_pieces": "the same",
+    "attention.attention_by_query_tiles": "the same",
     "layers.RopeTable": "MLX's kernel computes the angles as it goes",
     "model.Block.drop": "attention.Dropout, which holds the key it draws from",
     "kv_cache.CacheStep": "only CUDA's graphs are another step than PagedStep",

@@ -129,7 +129,7 @@ def test_attention_against_pytorch(dtype, leading, K, masking):
 @pytest.mark.parametrize("K", [1, 2, 4])
 @pytest.mark.parametrize(("T", "S"), [(1, 1), (130, 130), (256, 300), (70, 600)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_in_pieces_against_pytorch(dtype, leading, K, T, S, masked):
+def test_attention_by_query_tiles_against_pytorch(dtype, leading, K, T, S, masked):
     """Keys and values as the engine has them, heads in between; queries at the end of the keys."""
     N, H = 4, 24
     q, k, v = (randn(*leading, n, m, H, dtype=dtype).transpose(-3, -2) for n, m in ((T, N), (S, K), (S, K)))
@@ -141,7 +141,7 @@ def test_attention_in_pieces_against_pytorch(dtype, leading, K, T, S, masked):
         wide[0], *(x.repeat_interleave(N // K, dim=-3) for x in wide[1:]), attn_mask=allowed
     )
     mask = allowed if masked else None
-    close(attention.attention_in_pieces(q, k, v, mask), expected, dtype)
+    close(attention.attention_by_query_tiles(q, k, v, mask), expected, dtype)
     close(attention.attention_fused(q, k, v, mask, causal=not masked), expected, dtype)
 
 

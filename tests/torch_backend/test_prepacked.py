@@ -16,17 +16,17 @@ from llamita.config import ModelConfig
 from llamita.torch_backend import lora, prepacked
 from llamita.torch_backend.model import Linear
 from llamita.torch_backend.runner import DTYPES, TorchRunner, load_runner
-from llamita.torch_backend.weights import build_model, to_host_arrays
+from llamita.torch_backend.weights import build_model, load_host_arrays, to_host_arrays
 
 pytestmark = pytest.mark.skipif(not prepacked.can_prepack(torch.float32), reason="oneDNN has no such kernels here")
 
 CONFIG = ModelConfig(
-    vocab_size=1531,
-    hidden_size=192,
+    vocab_size=1031,
+    hidden_size=384,
     intermediate_size=704,
     num_hidden_layers=2,
     num_attention_heads=6,
-    num_key_value_heads=2,
+    num_key_value_heads=3,
     max_position_embeddings=128,
     query_key_value_bias=True,
     tie_word_embeddings=True,
@@ -78,6 +78,7 @@ def test_a_loaded_model_computes_as_the_plain_one_and_gives_the_same_weights_bac
     runner = load_runner(save(tmp_path / "model", config, dtype))
     if prepacked.can_prepack(DTYPES[dtype]):
         assert is_prepacked(runner, "model.layers.1.mlp.gate_up_proj")
+        assert is_prepacked(runner, "model.layers.1.self_attn.qkv_proj"), "with its bias"
         assert not is_prepacked(runner, "model.layers.1.self_attn.o_proj"), "small: faster as it is"
         assert tied or is_prepacked(runner, "lm_head")
     capture = ("embedding", "layers.1", "norm")
@@ -138,6 +139,48 @@ def test_the_exact_mode_reads_plain_weights(tmp_path) -> None:
         TorchRunner(load_runner(tmp_path / "model").model, exact=True)
 
 
-def test_what_no_kernel_takes_stays_plain() -> None:
-    assert not prepacked.can_prepack(torch.float16)
-    assert not prepacked.can_prepack(torch.float64)
+@pytest.mark.parametrize("reason", ["type", "system"])
+def test_what_no_kernel_takes_stays_plain(reason, monkeypatch) -> None:
+    arrays = to_host_arrays(build_model(CONFIG, seed=1))
+    if reason == "system":
+        monkeypatch.setattr(prepacked, "can_prepack", lambda dtype: False)
+    dtype = torch.float16 if reason == "type" else torch.float32
+    model = prepacked.build_prepacked(CONFIG, arrays, dtype=dtype)
+    assert not model.prepacked
+    assert {(parameter.dtype, parameter.is_mkldnn) for parameter in model.parameters()} == {(dtype, False)}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_damaged_weights_are_refused(tied, name, tmp_path) -> None:
+    model = build_model(dataclasses.replace(CONFIG, tie_word_embeddings=tied), seed=1)
+    model.canonical_state()[name][-1, -1] = math.nan
+    with files.atomic_directory(tmp_path / "model") as temporary:
+        checkpoint.save_tensors(temporary, to_host_arrays(model))
+        checkpoint.save_config(temporary, model.config, "F32")
+    with pytest.raises(ValueError, match=f"{name} holds NaN"):
+        load_runner(tmp_path / "model")
+
+
+def test_what_would_change_prepacked_weights_is_refused(tmp_path) -> None:
+    """Where the tied table alone is large, too, of which no parameter tells."""
+    config = dataclasses.replace(CONFIG, vocab_size=4096, hidden_size=96, intermediate_size=96)
+    model = load_runner(save(tmp_path / "model", config)).model
+    assert not any(parameter.is_mkldnn for parameter in model.parameters())
+    with pytest.raises(ValueError, match="plain weights"):
+        TorchRunner(model, exact=True)
+    with pytest.raises(AssertionError, match="kernel's order"):
+        load_host_arrays(model, to_host_arrays(build_model(config)))
+
+
+def test_pages_of_the_file_do_not_stay_in_memory(tmp_path) -> None:
+    config = dataclasses.replace(CONFIG, vocab_size=40_000, hidden_size=384)  # 61 MB
+    runner = load_runner(save(tmp_path / "model", config))
+    status = Path("/proc/self/smaps")
+    if not status.exists():
+        pytest.skip("needs Linux to read what of a file is in memory")
+    for first in range(0, 40_000, 400):
+        runner.model.model.embed_tokens(torch.arange(first, first + 400))
+    (mapped,) = [part for part in status.read_text().split("VmFlags") if "model.safetensors" in part]
+    resident = int(mapped.split("Rss:")[1].split()[0]) * 1024
+    assert resident < 2 * 2**20

@@ -23,7 +23,7 @@ def exact_model(model: Llama) -> Llama:
 
     Rows must be a multiple of `EXACT_ROWS`. ValueError for prepacked weights, whose products are another library's.
     """
-    if any(parameter.is_mkldnn for parameter in model.parameters()):
+    if model.prepacked:
         raise ValueError("the exact mode reads plain weights; give load_runner exact=True")
     twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for module in twin.modules():

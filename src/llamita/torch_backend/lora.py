@@ -177,9 +177,7 @@ def merge(model: Llama, adapter: Adapter, sign: float = 1.0) -> None:
     """
     if model.config.quantization:
         raise ValueError(f"the weights are {model.config.quantization} and take no sums; attach the adapter instead")
-    assert not any(parameter.is_mkldnn for parameter in model.parameters()), (
-        "what is added to prepacked weights would be lost"
-    )
+    assert not model.prepacked, "what is added to prepacked weights would be lost"
     state = model.canonical_state()
     for module, one in adapter.factors.items():
         weight_CD = state[f"{module}.weight"]

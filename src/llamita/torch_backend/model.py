@@ -177,6 +177,7 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig, operations: Operations = FUSED) -> None:
         super().__init__()
         self.config = config
+        self.prepacked = False  # whether weights lie in a kernel's order, to be used and not changed
         frequencies, self.rope_scale = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self.frequencies_E = torch.from_numpy(frequencies)
         self.rope = layers.RopeTable(self.frequencies_E, self.rope_scale)
@@ -230,8 +231,7 @@ class Llama(nn.Module):
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         if self.config.num_labels:
             return self.score(hidden_BTD)
-        head = self.model.embed_tokens.multiply if self.config.tie_word_embeddings else self.lm_head
-        return head(hidden_BTD)
+        return (self.model.embed_tokens.multiply if self.config.tie_word_embeddings else self.lm_head)(hidden_BTD)
 
     def hidden(
         self,

@@ -96,6 +96,7 @@ def build_prepacked(
         return build_model(config, arrays, dtype=dtype, device=device)
     architecture.check_arrays(config, arrays)
     model = model_without_values(config, dtype)
+    model.prepacked = True
     tied = config.tie_word_embeddings and not config.num_labels
     largest = max(module.weight.numel() for module in model.modules() if isinstance(module, Linear))
     # One plain weight after the other, in memory that goes back to the system, not to the allocator, in the end.

@@ -83,7 +83,7 @@ def quantize_arrays(config: ModelConfig, arrays: Iterable[tuple[str, HostArray]]
 
 def load_host_arrays(model: Llama, arrays: Mapping[str, HostArray]) -> None:
     """Give the parameters the values of `arrays`; ValueError lists all that is missing, extra or misshapen."""
-    rearranged = model.config.quantization or any(parameter.is_mkldnn for parameter in model.parameters())
+    rearranged = model.config.quantization or model.prepacked
     assert not rearranged, "the weights may lie in a kernel's order; build the model anew"
     architecture.check_arrays(model.config, arrays)
     state = model.canonical_state()
