@@ -16,6 +16,7 @@ from llamita import architecture
 from llamita.checkpoint import HostArray
 from llamita.config import ModelConfig
 from llamita.torch_backend.model import Embedding, Linear, Llama
+from llamita.torch_backend.packed import PackedParameter
 from llamita.torch_backend.weights import (
     TORCH_DTYPES,
     build_model,
@@ -98,24 +99,37 @@ def build_prepacked(
     model = model_without_values(config, dtype)
     model.prepacked = True
     tied = config.tie_word_embeddings and not config.num_labels
-    largest = max(module.weight.numel() for module in model.modules() if isinstance(module, Linear))
-    # One plain weight after the other, in memory that goes back to the system, not to the allocator, in the end.
-    plain_X = torch.frombuffer(mmap.mmap(-1, largest * dtype.itemsize), dtype=dtype)
-    for packed in list(model.packed_parameters()):
+    plain_X = torch.empty(0, dtype=dtype)  # one plain weight after the other, the largest first
+    for packed in sorted(model.packed_parameters(), key=lambda packed: -packed.parameter.numel()):
         module, _, kind = packed.name.rpartition(".")
-        owner, shape = model.get_submodule(module), packed.parameter.shape
-        large = kind == "weight" and shape.numel() >= SMALLEST
+        owner, size = model.get_submodule(module), packed.parameter.numel()
+        large = kind == "weight" and size >= SMALLEST
         if large and tied and isinstance(owner, Embedding):
             model.model.embed_tokens = _tied_embedding(packed.name, arrays[packed.name], dtype)
             continue
         packs = large and isinstance(owner, Linear)
-        values = plain_X[: shape.numel()].view(shape) if packs else torch.empty(shape, dtype=dtype)
-        parts = dict(zip(packed.parts, packed.split(values), strict=True))
-        copy_values(parts, ((name, arrays[name]) for name in parts))
-        if packs and isinstance(owner, Linear):
+        if packs and not size <= len(plain_X) <= 2 * size:
+            plain_X = _memory_of_its_own(size, dtype)
+        room_X = plain_X if packs else torch.empty(size, dtype=dtype)
+        values = _read(packed, arrays, room_X[:size])
+        if isinstance(owner, Linear) and packs:
             owner.product = linear
         setattr(owner, kind, nn.Parameter(prepack(values) if packs else values, requires_grad=False))
+        del values, room_X  # which would keep memory that is no longer needed
     return model
+
+
+def _memory_of_its_own(size: int, dtype: torch.dtype) -> Tensor:
+    """Room for so many numbers that goes back to the system when it is let go, and not to the allocator."""
+    return torch.frombuffer(mmap.mmap(-1, size * dtype.itemsize), dtype=dtype)
+
+
+def _read(packed: PackedParameter, arrays: Mapping[str, HostArray], room_X: Tensor) -> Tensor:
+    """The values of a parameter in its shape, from the arrays of its parts."""
+    values = room_X.view(packed.parameter.shape)
+    parts = dict(zip(packed.parts, packed.split(values), strict=True))
+    copy_values(parts, ((name, arrays[name]) for name in parts))
+    return values
 
 
 def _tied_embedding(name: str, array: HostArray, dtype: torch.dtype) -> PrepackedEmbedding:
