@@ -9,7 +9,6 @@ attention of a prompt to itself by PyTorch's kernel and by tiles of queries.
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -17,7 +16,6 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from inference import READ_BYTES, read_bandwidth
 from llamita.config import ModelConfig
 from llamita.presets import preset
 from llamita.torch_backend import attention, prepacked
@@ -25,6 +23,7 @@ from llamita.torch_backend.devices import fast_few_rows
 from llamita.torch_backend.model import Linear
 from llamita.torch_backend.runner import DTYPES
 from llamita.torch_backend.weights import build_model
+from quantized import READ_BYTES, read_bandwidth, seconds
 
 ROWS = (1, 2, 4, 8, 16, 32, 128, 512)
 SQUARE = 2048
@@ -64,13 +63,15 @@ def products(name: str, config: ModelConfig, dtype: torch.dtype, passes: int) ->
         count = [rows] * (len(plain) - 1) + [min(rows, 16)]
 
         def step(multiply: Callable[..., torch.Tensor], weights: list[torch.Tensor], count: list[int] = count) -> float:
-            return seconds(lambda: [multiply(inputs[w.shape[1]][:n], w) for n, w in zip(count, weights, strict=True)])
+            return better_of_two(
+                lambda: [multiply(inputs[w.shape[1]][:n], w) for n, w in zip(count, weights, strict=True)]
+            )
 
         found = []
         for _ in range(passes + 1):  # the first warms up
             with fast_few_rows(torch.device("cpu"), dtype, rows):
                 before = step(F.linear, plain)
-            peak = 2 * SQUARE**3 / seconds(lambda: square @ square)
+            peak = 2 * SQUARE**3 / better_of_two(lambda: square @ square)
             found.append((before, step(prepacked.linear, packed), read_bandwidth(data), peak))
         found = found[1:]
         size = sum(weight.nbytes for weight in plain)
@@ -97,8 +98,8 @@ def prompts(name: str, config: ModelConfig, dtype: torch.dtype, passes: int) -> 
         found = []
         for _ in range(passes + 1):
             wide = [x.repeat_interleave(N // K, dim=1) for x in (k, v)]
-            kernel = seconds(lambda q=q, wide=wide: F.scaled_dot_product_attention(q, *wide, is_causal=True))
-            found.append((kernel, seconds(lambda q=q, k=k, v=v: attention.attention_by_query_tiles(q, k, v))))
+            kernel = better_of_two(lambda q=q, wide=wide: F.scaled_dot_product_attention(q, *wide, is_causal=True))
+            found.append((kernel, better_of_two(lambda q=q, k=k, v=v: attention.attention_by_query_tiles(q, k, v))))
         found = found[1:]
         columns = [statistics.median(each) * 1e3 for each in zip(*found, strict=True)]
         ratio = statistics.median(kernel / tiles for kernel, tiles in found)
@@ -106,14 +107,8 @@ def prompts(name: str, config: ModelConfig, dtype: torch.dtype, passes: int) -> 
     return table
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """The better of two runs."""
-    found = []
-    for _ in range(2):
-        started = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - started)
-    return min(found)
+def better_of_two(call: Callable[[], object]) -> float:
+    return min(seconds(call), seconds(call))
 
 
 if __name__ == "__main__":

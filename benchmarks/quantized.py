@@ -101,7 +101,7 @@ def products(passes: int) -> None:
             print(f"{C} x {D}, int{bits}: time of the kernel over the dequantised product, by rows: {', '.join(line)}")
 
 
-def seconds(function: Callable[[], None]) -> float:
+def seconds(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start

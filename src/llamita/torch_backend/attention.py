@@ -114,11 +114,12 @@ def attention_by_query_tiles(query: Tensor, key: Tensor, value: Tensor, mask: Te
     key_MSH, value_MSH = key.reshape(-1, S, H), value.reshape(-1, S, H)
     unused_bias = torch.zeros((), dtype=query.dtype)
     tile = max(1, min(QUERY_TILE, MAX_SCORES // (query.shape[:-2].numel() * S)))
+    triangle = causal_mask(tile, tile)
     tiles = []
     for start in range(0, T, tile):
         stop = min(start + tile, T)
         if mask is None:  # the tile's queries are the positions S - T + start and on
-            end_key, first_masked, allowed = S - T + stop, S - T + start, causal_mask(stop - start, stop - start)
+            end_key, first_masked, allowed = S - T + stop, S - T + start, triangle[: stop - start, : stop - start]
         else:
             end_key, first_masked, allowed = S, 0, mask[start:stop]
         rows_MRH = query_MGTH[:, :, start:stop].flatten(1, 2)

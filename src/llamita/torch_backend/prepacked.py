@@ -104,18 +104,16 @@ def build_prepacked(
         module, _, kind = packed.name.rpartition(".")
         owner, size = model.get_submodule(module), packed.parameter.numel()
         large = kind == "weight" and size >= SMALLEST
-        if large and tied and isinstance(owner, Embedding):
-            model.model.embed_tokens = _tied_embedding(packed.name, arrays[packed.name], dtype)
-            continue
-        packs = large and isinstance(owner, Linear)
-        if packs and not size <= len(plain_X) <= 2 * size:
-            plain_X = _memory_of_its_own(size, dtype)
-        room_X = plain_X if packs else torch.empty(size, dtype=dtype)
-        values = _read(packed, arrays, room_X[:size])
-        if isinstance(owner, Linear) and packs:
+        if large and isinstance(owner, Linear):
+            if not size <= len(plain_X) <= 2 * size:
+                plain_X = _memory_of_its_own(size, dtype)
+            owner.weight = nn.Parameter(prepack(_read(packed, arrays, plain_X[:size])), requires_grad=False)
             owner.product = linear
-        setattr(owner, kind, nn.Parameter(prepack(values) if packs else values, requires_grad=False))
-        del values, room_X  # which would keep memory that is no longer needed
+        elif large and tied and isinstance(owner, Embedding):
+            model.model.embed_tokens = _tied_embedding(packed, arrays, dtype)
+        else:
+            values = _read(packed, arrays, torch.empty(size, dtype=dtype))
+            setattr(owner, kind, nn.Parameter(values, requires_grad=False))
     return model
 
 
@@ -132,11 +130,10 @@ def _read(packed: PackedParameter, arrays: Mapping[str, HostArray], room_X: Tens
     return values
 
 
-def _tied_embedding(name: str, array: HostArray, dtype: torch.dtype) -> PrepackedEmbedding:
-    if array.mapping is not None and TORCH_DTYPES[array.dtype] == dtype:
-        for _ in finite_pieces(name, array):
-            pass
-        return PrepackedEmbedding(tensor_from_host(array), array)
-    values_VD = torch.empty(array.shape, dtype=dtype)
-    copy_values({name: values_VD}, [(name, array)])
-    return PrepackedEmbedding(values_VD, None)
+def _tied_embedding(packed: PackedParameter, arrays: Mapping[str, HostArray], dtype: torch.dtype) -> PrepackedEmbedding:
+    array = arrays[packed.name]
+    if array.mapping is None or TORCH_DTYPES[array.dtype] != dtype:
+        return PrepackedEmbedding(_read(packed, arrays, torch.empty(packed.parameter.numel(), dtype=dtype)), None)
+    for _ in finite_pieces(packed.name, array):
+        pass
+    return PrepackedEmbedding(tensor_from_host(array), array)
