@@ -20,10 +20,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from llamita.backend.torch.infer.runner import load_runner
 from llamita.cli.main import main as llamita
 from llamita.data.labelled import LabelledTexts, read_labelled, read_mapping
 from llamita.evaluation.classification import classification_report
-from llamita.torch_backend.runner import load_runner
 from llamita.workflows.classify import Classifier
 from llamita.workflows.classify_seeds import SEEDS
 

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 import transformers
 
-from llamita import checkpoint
+from llamita.backend.plan import SamplingParams
+from llamita.backend.torch.infer.runner import TorchRunner, load_runner
+from llamita.backend.torch.infer.sampling import Sampler
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
 from llamita.inference.request import Request
-from llamita.plan import SamplingParams
+from llamita.storage import checkpoint
 from llamita.text.tokenizer import Tokenizer
-from llamita.torch_backend.runner import TorchRunner, load_runner
-from llamita.torch_backend.sampling import Sampler
 
 BLOCK = 4  # positions: sequences ask for memory often, and so are often preempted
 

@@ -25,13 +25,13 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from llamita import checkpoint, files
+from llamita.backend.torch.infer.runner import DTYPES, TorchRunner, load_runner
+from llamita.backend.torch.model.weights import build_model, to_host_arrays
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
 from llamita.inference.request import Request, SamplingParams
-from llamita.presets import preset
-from llamita.torch_backend.runner import DTYPES, TorchRunner, load_runner
-from llamita.torch_backend.weights import build_model, to_host_arrays
+from llamita.model.presets import preset
+from llamita.storage import checkpoint, files
 
 POSITIONS = 8192
 READ_BYTES = 512 * 2**20  # far beyond a CPU's caches

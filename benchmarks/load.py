@@ -17,13 +17,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from llamita import checkpoint, files
-from llamita.presets import preset
-from llamita.torch_backend import weights
+from llamita.backend.torch.model import weights
+from llamita.model.presets import preset
+from llamita.storage import checkpoint, files
 
 CONTESTANTS = {
     "llamita": (
-        "from llamita.torch_backend.runner import load_runner",
+        "from llamita.backend.torch.infer.runner import load_runner",
         "model = load_runner(sys.argv[1])",
     ),
     "transformers": (

@@ -27,16 +27,16 @@ from mlx_lm.utils import load_model
 from rich.console import Console
 from rich.table import Table
 
-from llamita import checkpoint, files
+from llamita.backend.mlx.devices import choose_device
+from llamita.backend.mlx.infer.runner import DTYPES, MlxRunner, load_runner
+from llamita.backend.mlx.model.llama import Context
+from llamita.backend.mlx.model.weights import build_model, to_host_arrays
+from llamita.backend.plan import CacheLayout, SampleSpec, SamplingParams, ScheduledChunk
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
 from llamita.inference.request import Request
-from llamita.mlx_backend.devices import choose_device
-from llamita.mlx_backend.model import Context
-from llamita.mlx_backend.runner import DTYPES, MlxRunner, load_runner
-from llamita.mlx_backend.weights import build_model, to_host_arrays
-from llamita.plan import CacheLayout, SampleSpec, SamplingParams, ScheduledChunk
-from llamita.presets import preset
+from llamita.model.presets import preset
+from llamita.storage import checkpoint, files
 
 FILE_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 READ_NUMBERS = 2**26  # float32: 256 MB, far beyond a CPU's caches

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from llamita.config import ModelConfig
-from llamita.presets import preset
-from llamita.torch_backend import attention, prepacked
-from llamita.torch_backend.devices import fast_few_rows
-from llamita.torch_backend.model import Linear
-from llamita.torch_backend.runner import DTYPES
-from llamita.torch_backend.weights import build_model
+from llamita.backend.torch.devices import fast_few_rows
+from llamita.backend.torch.infer.runner import DTYPES
+from llamita.backend.torch.model import attention, reordered
+from llamita.backend.torch.model.llama import Linear
+from llamita.backend.torch.model.weights import build_model
+from llamita.model.config import ModelConfig
+from llamita.model.presets import preset
 from quantized import READ_BYTES, read_bandwidth, seconds
 
 ROWS = (1, 2, 4, 8, 16, 32, 128, 512)
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     arguments = parser.parse_args()
     dtype = DTYPES[arguments.dtype]
-    if not prepacked.can_prepack(dtype):
+    if not reordered.can_prepack(dtype):
         raise SystemExit(f"oneDNN packs no weights of {arguments.dtype} on this processor")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.dtype}")
     console = Console()
@@ -53,7 +53,7 @@ def products(name: str, config: ModelConfig, dtype: torch.dtype, passes: int) ->
     model = build_model(config, dtype=dtype)
     plain = [module.weight for module in model.modules() if isinstance(module, Linear)]
     plain = [weight for weight in plain if weight is not model.output_weight_VD] + [model.output_weight_VD]
-    packed = [prepacked.prepack(weight) for weight in plain]
+    packed = [reordered.prepack(weight) for weight in plain]
     inputs = {weight.shape[1]: torch.randn(ROWS[-1], weight.shape[1], dtype=dtype) for weight in plain}
     data, square = torch.ones(READ_BYTES // 4), torch.randn(SQUARE, SQUARE, dtype=dtype)
     table = Table(title=f"{name}: all products of a step", title_justify="left")
@@ -72,7 +72,7 @@ def products(name: str, config: ModelConfig, dtype: torch.dtype, passes: int) ->
             with fast_few_rows(torch.device("cpu"), dtype, rows):
                 before = step(F.linear, plain)
             peak = 2 * SQUARE**3 / better_of_two(lambda: square @ square)
-            found.append((before, step(prepacked.linear, packed), read_bandwidth(data), peak))
+            found.append((before, step(reordered.linear, packed), read_bandwidth(data), peak))
         found = found[1:]
         size = sum(weight.nbytes for weight in plain)
         work = sum(2 * weight.numel() * n for weight, n in zip(plain, count, strict=True))

@@ -18,12 +18,12 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from llamita.backend.torch.infer.runner import runner_over
+from llamita.backend.torch.model import quantize
+from llamita.backend.torch.model.weights import build_model, quantize_arrays, to_host_arrays
 from llamita.inference.llm import LLM
 from llamita.inference.request import SamplingParams
-from llamita.presets import preset
-from llamita.torch_backend import quantize
-from llamita.torch_backend.runner import runner_over
-from llamita.torch_backend.weights import build_model, quantize_arrays, to_host_arrays
+from llamita.model.presets import preset
 
 SCHEMES = ("bfloat16", "int8", "int4")
 PROMPT = tuple(range(100, 132))

@@ -19,12 +19,12 @@ import psutil
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from llamita.backend.torch.infer.runner import TorchRunner
+from llamita.backend.torch.model.weights import build_model
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
 from llamita.inference.request import Request, SamplingParams
-from llamita.presets import preset
-from llamita.torch_backend.runner import TorchRunner
-from llamita.torch_backend.weights import build_model
+from llamita.model.presets import preset
 
 POINTS = 40
 """How often the engine is let run empty."""

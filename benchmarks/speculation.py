@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 import llamita
+from llamita.backend.plan import SamplingParams
 from llamita.inference.config import EngineConfig
 from llamita.inference.llm import LLM
-from llamita.plan import SamplingParams
 
 PROMPT_TOKENS = 32
 

@@ -23,12 +23,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from llamita import architecture
+from llamita.backend.torch.model import weights
+from llamita.backend.torch.train.adamw import AdamW
+from llamita.backend.torch.train.step import build_train_step
 from llamita.data.batches import Batch
-from llamita.presets import preset
-from llamita.torch_backend import weights
-from llamita.torch_backend.adamw import AdamW
-from llamita.torch_backend.train_step import build_train_step
+from llamita.model.parameters import flops_per_token
+from llamita.model.presets import preset
 
 B, T = 8, 256
 LEARNING_RATE = 1e-3
@@ -138,7 +138,7 @@ def compare_training(name: str, passes: int, steps: int, threads: int, console: 
         pipe.send(False)
     for process in processes:
         process.join()
-    flops, peak = architecture.flops_per_token(preset(name), T), max(peaks)
+    flops, peak = flops_per_token(preset(name), T), max(peaks)
     table = Table(
         title=f"{name}, {B} x {T} tokens, bf16, {threads} threads; peak product rate {peak / 1e9:.0f} GFLOP/s"
     )

@@ -25,7 +25,7 @@ import pytest
 
 from llamita.cli.main import VERBS
 from llamita.data import meadow
-from tests.test_hub import lay_out, write_model
+from tests.storage.test_hub import lay_out, write_model
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

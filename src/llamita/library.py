@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from llamita.backends import load_backend
+from llamita.backend.choice import load_backend
+from llamita.backend.plan import BackendName
 from llamita.inference.config import EngineConfig
 from llamita.inference.interfaces import Drafter
 from llamita.inference.llm import LLM
-from llamita.plan import BackendName
 
 
 @dataclass(frozen=True)

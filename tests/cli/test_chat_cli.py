@@ -14,17 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from llamita import checkpoint, files
+from llamita.backend.plan import SamplingParams
+from llamita.backend.torch.infer.runner import load_runner
+from llamita.backend.torch.model.weights import build_model, to_host_arrays
 from llamita.cli.chat import changed, end_of_blocks, read_message
 from llamita.cli.main import main
-from llamita.config import ModelConfig
 from llamita.inference.conversation import Conversation
 from llamita.inference.llm import LLM
-from llamita.plan import SamplingParams
+from llamita.model.config import ModelConfig
+from llamita.storage import checkpoint, files
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.chat import BUILT_IN, Chat
-from llamita.torch_backend.runner import load_runner
-from llamita.torch_backend.weights import build_model, to_host_arrays
 
 TEXT = "The fox gave the owl a red kite. User: Assistant: by the river. " * 20
 

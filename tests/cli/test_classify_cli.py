@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from llamita import checkpoint
+from llamita.backend.torch.model import weights
 from llamita.cli.main import main
-from llamita.config import ModelConfig
 from llamita.data import meadow
+from llamita.model.config import ModelConfig
+from llamita.storage import checkpoint
 from llamita.text.bpe import train_bpe_from_iterator
-from llamita.torch_backend import weights
 
 CONFIG = ModelConfig(300, 16, 24, 1, 2, 1, 64)
 QUICK = ["--steps", "4", "--batch-size", "4", "--evaluate-every", "2", "--precision", "fp32", "--device", "cpu"]

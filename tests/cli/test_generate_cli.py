@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from llamita import checkpoint, files
+from llamita.backend.torch.infer.runner import load_runner
+from llamita.backend.torch.model.weights import build_model, to_host_arrays
 from llamita.cli.generate import harmless, read_prompt
 from llamita.cli.main import main
-from llamita.config import ModelConfig
 from llamita.inference.llm import LLM
 from llamita.inference.request import SamplingParams
+from llamita.model.config import ModelConfig
+from llamita.storage import checkpoint, files
 from llamita.text.bpe import train_bpe_from_iterator
-from llamita.torch_backend.runner import load_runner
-from llamita.torch_backend.weights import build_model, to_host_arrays
 
 CONFIG = ModelConfig(
     vocab_size=290,  # more than the tokenizer has, as in models with a padded vocabulary

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llamita.architecture import initialize, parameters
-from llamita.checkpoint import HostArray, save_config, save_tensors
 from llamita.cli.info import fold_layers, short_bytes, short_number
 from llamita.cli.main import main
-from llamita.config import ModelConfig
-from llamita.presets import PRESETS, preset
+from llamita.model.config import ModelConfig
+from llamita.model.parameters import initialize_parameters, parameter_table
+from llamita.model.presets import PRESETS, preset
+from llamita.storage.checkpoint import HostArray, save_config, save_tensors
 
 SMALL = ModelConfig(
     vocab_size=10,
@@ -33,7 +33,7 @@ def model(tmp_path: Path) -> Path:
     directory = tmp_path / "model"
     directory.mkdir()
     save_config(directory, SMALL)
-    save_tensors(directory, {name: HostArray.from_numpy(array) for name, array in initialize(SMALL, seed=0)})
+    save_tensors(directory, {name: HostArray.from_numpy(array) for name, array in initialize_parameters(SMALL, seed=0)})
     return directory
 
 
@@ -51,7 +51,7 @@ def test_json_holds_the_counts_made_by_hand(model: Path, capsys: pytest.CaptureF
     assert (memory["batch_size"], memory["sequence_length"]) == (2, 5)
     assert facts["file_bytes"] == {"float32": 4 * TOTAL, "bfloat16": 2 * TOTAL}
     assert facts["file_bytes_on_disk"] == (model / "model.safetensors").stat().st_size > 4 * TOTAL
-    assert [row["name"] for row in facts["table"]] == [row.name for row in parameters(SMALL)]
+    assert [row["name"] for row in facts["table"]] == [row.name for row in parameter_table(SMALL)]
     assert sum(int(np.prod(row["shape"])) for row in facts["table"]) == TOTAL
 
 
@@ -80,7 +80,7 @@ def test_every_preset_fits_a_hundred_columns(
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["info", name]) == 0
     out = capsys.readouterr().out
-    assert f"{sum(row.size for row in parameters(preset(name))):,}" in out
+    assert f"{sum(row.size for row in parameter_table(preset(name))):,}" in out
     assert max(len(line.rstrip()) for line in out.splitlines()) <= 100
 
 
@@ -90,7 +90,7 @@ def test_the_list_of_presets(capsys: pytest.CaptureFixture[str], monkeypatch: py
     out = capsys.readouterr().out
     for name in PRESETS:
         row = next(line for line in out.splitlines() if line.startswith(name + " "))
-        assert f"{sum(row.size for row in parameters(preset(name))):,}" in row
+        assert f"{sum(row.size for row in parameter_table(preset(name))):,}" in row
     assert main(["info", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["presets"]
     assert [entry["name"] for entry in listed] == list(PRESETS)
@@ -128,7 +128,7 @@ def test_a_directory_without_weights_and_one_with_a_presets_name(
 
 
 def test_layers_fold_only_where_they_are_equal() -> None:
-    rows = parameters(SMALL)
+    rows = parameter_table(SMALL)
     assert [entry[:3] for entry in fold_layers(rows)][:2] == [
         ("", "model.embed_tokens.weight", 1),
         ("model.layers.{0..2}.", "input_layernorm.weight", 3),

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llamita.checkpoint import HostArray
-from llamita.config import ModelConfig
+from llamita.model.config import ModelConfig
+from llamita.storage.checkpoint import HostArray
 
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 

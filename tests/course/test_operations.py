@@ -16,10 +16,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llamita import architecture
-from llamita.config import ModelConfig
-from llamita.plan import CacheLayout, Plan, SampleSpec, SamplingParams, ScheduledChunk
-from llamita.torch_backend.adamw import AdamWSettings
+from llamita.backend.plan import CacheLayout, Plan, SampleSpec, SamplingParams, ScheduledChunk
+from llamita.backend.torch.train.adamw import AdamWSettings
+from llamita.model.config import ModelConfig
+from llamita.model.parameters import SCALE, parameter_table
 from tests.course.frameworks import PRECISIONS, Mlx, Torch, host
 from tests.course.tolerances import BLOCK, OPERATION, assert_close
 
@@ -162,7 +162,7 @@ def test_attention(framework, operations, precision, N, K, T, S, looks):
 
 def weights_of(config, precision, seed=0):
     """The arrays of a model with random weights, as numbers of the precision."""
-    rows = architecture.parameters(config)
+    rows = parameter_table(config)
     spread = {2: lambda shape: shape[-1] ** -0.5, 1: lambda shape: 1.0}
     return {
         row.name: normal(*row.shape, precision=precision, seed=seed + i, scale=spread[len(row.shape)](row.shape))
@@ -380,16 +380,16 @@ def test_quantised_product(framework, scheme, precision, rows):
 
 def quantised(config, arrays):
     """(the arrays as they are stored, the numbers that these stand for, unpacked with PyTorch's operators)"""
-    from llamita.torch_backend.weights import quantize_arrays
+    from llamita.backend.torch.model.weights import quantize_arrays
 
     stored = dict(quantize_arrays(config, host(arrays).items()))
     meant = {}
     for name in arrays:
         values = torch.from_numpy(stored[name].to_numpy().copy())
-        if name + architecture.SCALE not in stored:
+        if name + SCALE not in stored:
             meant[name] = values.float().numpy()
             continue
-        scale = torch.from_numpy(stored[name + architecture.SCALE].to_numpy().copy()).float()
+        scale = torch.from_numpy(stored[name + SCALE].to_numpy().copy()).float()
         if values.dtype == torch.uint8:  # two numbers a byte, the first in its lower half, 8 standing for 0
             values = torch.stack((values & 15, values >> 4), -1).flatten(-2).float() - 8
             scale = scale.repeat_interleave(32, dim=-1)[:, : values.shape[-1]]

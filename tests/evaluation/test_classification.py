@@ -6,10 +6,10 @@ import struct
 import numpy as np
 import pytest
 
-from llamita.config import ModelConfig
+from llamita.backend.torch.infer.runner import TorchRunner
+from llamita.backend.torch.model import weights
 from llamita.evaluation import classification
-from llamita.torch_backend import weights
-from llamita.torch_backend.runner import TorchRunner
+from llamita.model.config import ModelConfig
 from tests import reference
 
 NAMES = ("awful", "bad", "average", "good", "excellent")

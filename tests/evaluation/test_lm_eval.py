@@ -9,12 +9,12 @@ from functools import partial
 import pytest
 
 import llamita
+from llamita.backend.plan import SamplingParams
+from llamita.backend.torch.train.step import build_train_step
 from llamita.cli.main import main
 from llamita.data import meadow
 from llamita.evaluation import records
-from llamita.plan import SamplingParams
 from llamita.text.tokenizer import Tokenizer
-from llamita.torch_backend.train_step import build_train_step
 from llamita.workflows.pretrain import PretrainConfig, pretrain
 from tests.training.helpers import Silence, prepare_stories
 

@@ -7,15 +7,15 @@ import statistics
 import numpy as np
 import pytest
 
+from llamita.backend.torch.infer.runner import runner_over
+from llamita.backend.torch.model import weights
 from llamita.cli.main import main
-from llamita.config import ModelConfig
 from llamita.data import meadow
 from llamita.evaluation import multiple_choice, records
 from llamita.evaluation.continuations import Pair, encode_pair, score
 from llamita.evaluation.multiple_choice import Question, read_questions, standard_error
+from llamita.model.config import ModelConfig
 from llamita.text.bpe import train_bpe_from_iterator
-from llamita.torch_backend import weights
-from llamita.torch_backend.runner import runner_over
 from tests import reference
 from tests.training.helpers import config, train
 
@@ -140,7 +140,7 @@ def test_only_line_ends_end_a_line(tmp_path):
 
 
 def test_the_command_leaves_its_figures_in_the_run(tmp_path, tokenizer, capsys, arrays):
-    from llamita import checkpoint
+    from llamita.storage import checkpoint
 
     run = tmp_path / "run"
     train(config(run, steps=2, evaluate_every=0))

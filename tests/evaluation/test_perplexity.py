@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from llamita.backend.torch.infer.runner import TorchRunner
+from llamita.backend.torch.model import weights
 from llamita.evaluation import perplexity
-from llamita.presets import preset
-from llamita.torch_backend import weights
-from llamita.torch_backend.runner import TorchRunner
+from llamita.model.presets import preset
 from tests import reference
 
 CONFIG = preset("tiny", vocab_size=61, hidden_size=32, num_hidden_layers=2, max_position_embeddings=16)

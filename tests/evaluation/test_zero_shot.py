@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from llamita import checkpoint
-from llamita.config import ModelConfig
+from llamita.backend.torch.infer.runner import TorchRunner
+from llamita.backend.torch.model import weights
 from llamita.data import meadow
 from llamita.evaluation import zero_shot
+from llamita.model.config import ModelConfig
+from llamita.storage import checkpoint
 from llamita.text.bpe import train_bpe_from_iterator
-from llamita.torch_backend import weights
-from llamita.torch_backend.runner import TorchRunner
 
 LABELS = ("happy", "sad", "proud of it")
 SUFFIX = "Is it happy or sad? It is "

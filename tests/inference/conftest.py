@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from llamita import checkpoint, files
-from llamita.config import ModelConfig
+from llamita.backend.torch.infer.runner import TorchRunner, load_runner
+from llamita.backend.torch.model.weights import build_model, to_host_arrays
 from llamita.inference.llm import LLM
+from llamita.model.config import ModelConfig
+from llamita.storage import checkpoint, files
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.tokenizer import Tokenizer
-from llamita.torch_backend.runner import TorchRunner, load_runner
-from llamita.torch_backend.weights import build_model, to_host_arrays
 
 TEXT = "The fox gave the owl a red kite. Où est l'élève? 日本語 🦙🦙 naïve, and then they sat by the river. " * 20
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from llamita.config import ModelConfig
+from llamita.backend.plan import CacheLayout, Plan, SampledToken, SampleSpec, ScheduledChunk, StepResult
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
 from llamita.inference.request import Request, SamplingParams, TokenEvent
-from llamita.plan import CacheLayout, Plan, SampledToken, SampleSpec, ScheduledChunk, StepResult
+from llamita.model.config import ModelConfig
 
 POSITIONS = 96
 Memory = list[np.ndarray]  # a group each: (slots, 3) of token, position, mixture

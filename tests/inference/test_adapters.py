@@ -8,19 +8,19 @@ import pytest
 import torch
 
 import llamita
-from llamita import adapters, checkpoint
-from llamita.adapter_files import AdapterFiles, BaseModel, weights_digest
-from llamita.adapters import Adapter, LoraSettings
-from llamita.checkpoint import HostArray
+from llamita.backend.plan import CacheLayout, Plan, SamplingParams, ScheduledChunk
+from llamita.backend.torch.infer.runner import TorchRunner
+from llamita.backend.torch.model import lora
 from llamita.cli.main import main
 from llamita.inference.config import EngineConfig
 from llamita.inference.drafting import PromptLookup
 from llamita.inference.engine import Engine
 from llamita.inference.request import Request
-from llamita.plan import CacheLayout, Plan, SamplingParams, ScheduledChunk
-from llamita.torch_backend import lora
-from llamita.torch_backend.runner import TorchRunner
-from tests.torch_backend.test_exact import Served, alone, model_of, requests
+from llamita.model.lora import Adapter, LoraSettings, adapter_shapes
+from llamita.storage import checkpoint
+from llamita.storage.checkpoint import HostArray
+from llamita.storage.peft_directory import AdapterFiles, BaseModel, weights_digest
+from tests.backend.torch.infer.test_exact import Served, alone, model_of, requests
 
 SETTINGS = {
     "a": LoraSettings(4, 8.0),
@@ -32,7 +32,7 @@ def adapter_of(config, settings, seed):
     """An adapter that changes much."""
     random = np.random.default_rng(seed)
     factors = settings.factors(config)
-    shapes = adapters.shapes(config, factors)
+    shapes = adapter_shapes(config, factors)
     arrays = {n: HostArray.from_numpy(random.normal(0, 0.15, s).astype(np.float32)) for n, s in shapes.items()}
     return Adapter(config, factors, arrays)
 

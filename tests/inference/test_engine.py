@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamita.config import ModelConfig
+from llamita.backend.plan import LONGEST_CHUNK, MAX_SEED
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
 from llamita.inference.request import Request, SamplingParams
-from llamita.plan import LONGEST_CHUNK, MAX_SEED
+from llamita.model.config import ModelConfig
 from tests.inference.hash_model import (
     POSITIONS,
     HashRunner,

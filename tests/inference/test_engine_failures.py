@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from llamita.backend.plan import Plan, SampledToken, StepResult
 from llamita.inference.config import EngineConfig
 from llamita.inference.drafting import DraftModel, PromptLookup
 from llamita.inference.engine import Engine
 from llamita.inference.request import Request, SamplingParams
-from llamita.plan import Plan, SampledToken, StepResult
 from llamita.text.tokenizer import Tokenizer
 from tests.inference.hash_model import HashRunner, Memory, check_invariants, expected, serve, shape
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from hypothesis import Phase
 
+from llamita.backend.plan import SampledToken, ScheduledChunk
 from llamita.inference.block_manager import BlockManager, BlockPool, BlockTable
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
 from llamita.inference.prefixes import Prefix, Prefixes, chained_key
 from llamita.inference.sequence import Continuation
-from llamita.plan import SampledToken, ScheduledChunk
 from tests.inference import test_engine, test_engine_machine, test_engine_pressure, test_engine_properties
 from tests.inference.hash_model import shape
 

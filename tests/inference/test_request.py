@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from llamita.backend.plan import MAX_CONTINUATIONS, MAX_TOP_LOGPROBS
 from llamita.inference.request import MAX_SEED, SamplingParams
-from llamita.plan import MAX_CONTINUATIONS, MAX_TOP_LOGPROBS
 
 
 def test_the_defaults_are_plain_sampling() -> None:

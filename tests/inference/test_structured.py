@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from llamita.backend.plan import SampleSpec, SamplingParams
+from llamita.backend.torch.infer.sampling import Sampler
 from llamita.inference.detokenizer import IncrementalDetokenizer
 from llamita.inference.structured import Grammars, Matcher, fill
-from llamita.plan import SampleSpec, SamplingParams
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.sentencepiece_training import train as train_sentencepiece
 from llamita.text.tokenizer import Tokenizer
-from llamita.torch_backend.sampling import Sampler
 from tests.inference.conftest import TEXT
 
 JSON_TEXT = ' {"name": "Anna", "age": 12, "tags": ["x", null, true]}, -3.5e10 [[1, 2], {}] "é🦙" \\" \\n' * 30

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from llamita.backend.plan import SamplingParams
+from llamita.backend.torch.infer.runner import load_runner
 from llamita.inference.config import EngineConfig
 from llamita.inference.llm import LLM
-from llamita.plan import SamplingParams
-from llamita.torch_backend.runner import load_runner
 
 SCHEMA = '{"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 2}'
 FORMS = {

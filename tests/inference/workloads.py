@@ -9,14 +9,14 @@ from collections.abc import Iterable, Sequence
 
 from hypothesis import strategies as st
 
-from llamita.config import ModelConfig
+from llamita.backend.plan import BlockCopy, CacheLayout, ScheduledChunk
 from llamita.inference.config import EngineConfig
 from llamita.inference.drafting import DraftModel, PromptLookup
 from llamita.inference.engine import Engine
 from llamita.inference.interfaces import Drafter
 from llamita.inference.request import Request, SamplingParams
 from llamita.inference.sequence import Continuation
-from llamita.plan import BlockCopy, CacheLayout, ScheduledChunk
+from llamita.model.config import ModelConfig
 from tests.inference.hash_model import Answer, Answers, HashRunner, check_invariants, expected, shape
 
 BEGINNING = (0, 2, 1, 0, 0, 1, 2, 2, 0, 1, 1, 2, 0, 1, 2, 0, 2, 2, 1, 0, 1, 0, 0, 2, 1, 1, 0, 2, 0, 1, 2, 1, 0, 0, 2)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from llamita.config import ModelConfig
+from llamita.backend.torch.train.step import build_train_step
 from llamita.data import meadow
 from llamita.data.batches import BatchIterator, evaluation_batches
 from llamita.data.packing import InMemoryDocuments, Rows, RowsConfig
 from llamita.data.prepare import PrepareConfig, prepare
+from llamita.model.config import ModelConfig
 from llamita.text.bpe import train_bpe_from_iterator
-from llamita.torch_backend.train_step import build_train_step
 from llamita.training import metrics
 from llamita.training.config import TrainingConfig
 from llamita.training.interfaces import Examples, TokenText

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from llamita import checkpoint
+from llamita.backend.objectives import LossSums
 from llamita.data.batches import NOT_SCORED
-from llamita.objective import LossSums
+from llamita.storage import checkpoint
 from llamita.training.evaluation import evaluate
 from llamita.training.interfaces import Examples
 from llamita.training.run_directory import open_run

@@ -12,17 +12,17 @@ import peft
 import pytest
 import torch
 
-from llamita import checkpoint
-from llamita.checkpoint import HostArray
+from llamita.backend.objectives import NextToken
+from llamita.backend.torch.infer.runner import load_runner
+from llamita.backend.torch.model.weights import build_model, to_host_arrays
+from llamita.backend.torch.train.step import build_train_step
 from llamita.cli.main import main
 from llamita.data import meadow
 from llamita.data.batches import BatchIterator, evaluation_batches
 from llamita.data.packing import Rows, RowsConfig
-from llamita.objective import NextToken
+from llamita.storage import checkpoint
+from llamita.storage.checkpoint import HostArray
 from llamita.text.bpe import train_bpe_from_iterator
-from llamita.torch_backend.runner import load_runner
-from llamita.torch_backend.train_step import build_train_step
-from llamita.torch_backend.weights import build_model, to_host_arrays
 from llamita.training.interfaces import Examples
 from llamita.workflows.finetune import FinetuneConfig, finetune, load_base
 from llamita.workflows.pretrain import resumed

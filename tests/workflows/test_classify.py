@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from llamita import architecture, checkpoint
+from llamita.backend.objectives import Classification
+from llamita.backend.torch.infer.runner import load_runner
+from llamita.backend.torch.model import weights
+from llamita.backend.torch.train.step import build_train_step
 from llamita.cli.main import main
-from llamita.config import ModelConfig
 from llamita.data import meadow
 from llamita.data.batches import NOT_SCORED, Batch
 from llamita.data.labelled import read_labelled
-from llamita.objective import Classification
+from llamita.model.config import ModelConfig
+from llamita.model.parameters import initialize_parameters
+from llamita.storage import checkpoint
 from llamita.text.bpe import train_bpe_from_iterator
-from llamita.torch_backend import weights
-from llamita.torch_backend.runner import load_runner
-from llamita.torch_backend.train_step import build_train_step
 from llamita.workflows import classify, classify_seeds
 from llamita.workflows.classify import Classifier, ClassifyConfig, train_classifier
 from tests.training.helpers import timeless, weights_of
@@ -209,7 +210,7 @@ def test_a_new_head_is_the_tables_and_follows_the_seed(base, files, tmp_path):
     heads = []
     for seed in (0, 1):
         task = classify.read_task(dataclasses.replace(config, seed=seed), lambda text: None)
-        fresh = dict(architecture.initialize(task.model, seed))["score.weight"]
+        fresh = dict(initialize_parameters(task.model, seed))["score.weight"]
         heads.append(task.base.arrays["score.weight"].to_numpy())
         np.testing.assert_array_equal(heads[-1], fresh)
     assert not np.array_equal(*heads)

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 import llamita
-from llamita import checkpoint, files
+from llamita.backend.torch.infer.runner import runner_over
+from llamita.backend.torch.model import weights
+from llamita.backend.torch.pickles import read_pickle, write_pickle
 from llamita.cli.main import main
-from llamita.config import ModelConfig
 from llamita.data import meadow
-from llamita.formats import foreign, llama2c
+from llamita.model.config import ModelConfig
+from llamita.storage import checkpoint, files
+from llamita.storage.formats import foreign, llama2c
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.tokenizer import Tokenizer
-from llamita.torch_backend import weights
-from llamita.torch_backend.pickles import read_pickle, write_pickle
-from llamita.torch_backend.runner import runner_over
 from llamita.workflows import convert as workflow
 from llamita.workflows.convert import ConvertConfig, Tools, convert
 from tests.text.test_tiktoken_ranks import RANKS
@@ -182,7 +182,7 @@ def test_a_source_without_a_tokenizer_generates_from_ids(source, tmp_path, capsy
 
 
 def llamita_params():
-    from llamita.plan import SamplingParams
+    from llamita.backend.plan import SamplingParams
 
     return SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from llamita import checkpoint
+from llamita.backend.torch.infer.runner import load_runner
+from llamita.backend.torch.train.step import build_train_step
 from llamita.data import meadow_tasks
+from llamita.storage import checkpoint
 from llamita.text.chat_templates import BUILT_IN
 from llamita.text.tokenizer import Tokenizer
-from llamita.torch_backend.runner import load_runner
-from llamita.torch_backend.train_step import build_train_step
 from llamita.training import metrics
 from llamita.workflows.dpo import DpoConfig, dpo
 from tests.training.helpers import Silence, timeless, weights_of

@@ -9,20 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from llamita import checkpoint
+from llamita.backend.torch.infer.runner import load_runner
+from llamita.backend.torch.train.step import build_train_step
 from llamita.data import shards
 from llamita.data.batches import NOT_SCORED
 from llamita.data.packing import RowsConfig
 from llamita.inference.llm import LLM
-from llamita.torch_backend.runner import load_runner
-from llamita.torch_backend.train_step import build_train_step
-from llamita.workflows.pretrain import (
-    PretrainConfig,
-    make_examples,
-    model_config,
-    parse_change,
-    pretrain,
-)
+from llamita.storage import checkpoint
+from llamita.workflows.pretrain import PretrainConfig, make_examples, model_config, parse_change, pretrain
 from tests.training.helpers import Silence, prepare_stories, timeless, weights_of
 
 SMALL = (

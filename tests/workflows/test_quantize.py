@@ -10,15 +10,16 @@ import pytest
 import torch
 
 import llamita
-from llamita import architecture, checkpoint, files
-from llamita.checkpoint import HostArray
+from llamita.backend.torch.infer.runner import load_runner
+from llamita.backend.torch.model import quantize, weights
 from llamita.cli.main import main
-from llamita.config import ModelConfig
 from llamita.data import meadow
 from llamita.inference.request import SamplingParams
+from llamita.model.config import ModelConfig
+from llamita.model.parameters import check_arrays
+from llamita.storage import checkpoint, files
+from llamita.storage.checkpoint import HostArray
 from llamita.text.bpe import train_bpe_from_iterator
-from llamita.torch_backend import quantize, weights
-from llamita.torch_backend.runner import load_runner
 from llamita.workflows.verify import verify
 
 CONFIG = ModelConfig(300, 64, 160, 2, 4, 2, 64)
@@ -50,7 +51,7 @@ def test_the_directory_holds_what_the_table_says(source, quantized) -> None:
     bits, group = (8, -1) if scheme == "int8" else (4, 32)
     expected = {"quant_method": "llamita", "bits": bits, "group_size": group}
     assert json.loads((quantized / "config.json").read_text())["quantization_config"] == expected
-    architecture.check_arrays(config, arrays)
+    check_arrays(config, arrays)
     assert (arrays[Q_PROJ].dtype, arrays[Q_PROJ].shape) == (("I8", (64, 64)) if scheme == "int8" else ("U8", (64, 32)))
     assert arrays[Q_PROJ + "_scale"].shape == ((64,) if scheme == "int8" else (64, 2))
     assert arrays["model.embed_tokens.weight"].dtype == arrays["lm_head.weight"].dtype == "I8"

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from llamita.backend.plan import SamplingParams
+from llamita.backend.torch.infer.runner import load_runner
+from llamita.backend.torch.train.step import build_train_step
 from llamita.data import meadow
 from llamita.inference.llm import LLM
-from llamita.plan import SamplingParams
 from llamita.text.bpe import train_bpe_from_iterator
-from llamita.torch_backend.runner import load_runner
-from llamita.torch_backend.train_step import build_train_step
 from llamita.workflows import quickstart
 from llamita.workflows.after_pretraining import Amounts, tune_and_report
 from llamita.workflows.quickstart import QuickstartConfig

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llamita import architecture
 from llamita.cli.main import main
 from llamita.cli.recipe import commands, resolved
 from llamita.data import meadow
 from llamita.data.batches import NOT_SCORED
 from llamita.data.packing import RowsConfig
 from llamita.data.shards import load_tokenizer
+from llamita.model.parameters import count_parameters
 from llamita.training.run_directory import read_manifest
 from llamita.training.trainer import split
 from llamita.workflows.pretrain import make_examples, model_config
@@ -69,7 +69,7 @@ def test_a_recipe_comes_to_these_options(name):
     config = model_config(found.train, Vocabulary(found.tokenizer.vocab_size))
     prepare = found.prepare
     assert PREPARATION[name] == (
-        *(found.tokenizer.vocab_size, architecture.count_parameters(config).total),
+        *(found.tokenizer.vocab_size, count_parameters(config).total),
         *(prepare.bos, prepare.eos, prepare.source, prepare.separator, prepare.split),
     )
     assert (prepare.tokenizer, prepare.output) == (found.tokenizer.output, found.train.data)

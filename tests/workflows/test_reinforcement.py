@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from llamita import checkpoint
+from llamita.backend.torch.train.step import build_train_step
 from llamita.cli.rl import load_reward
 from llamita.data.batches import NOT_SCORED
 from llamita.data.preferences import Layout
 from llamita.data.prompts import Prompt
+from llamita.storage import checkpoint
 from llamita.text.chat import Chat
 from llamita.text.tokenizer import Tokenizer
-from llamita.torch_backend.train_step import build_train_step
 from llamita.training import metrics
 from llamita.workflows import rewards, sampling
 from llamita.workflows.reinforcement import RlConfig, reinforce

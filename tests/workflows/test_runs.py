@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from llamita import architecture
 from llamita.cli.main import main
 from llamita.evaluation import records
+from llamita.model.parameters import count_parameters
 from llamita.training import metrics
 from llamita.training.run_directory import open_run
 from llamita.workflows import runs
@@ -47,7 +47,7 @@ def test_a_run_is_summed_up(made):
     lines = [json.loads(line) for line in (made / "first/metrics.jsonl").read_text().splitlines()]
     checks = [line for line in lines if line["kind"] == "evaluation"]
     assert (run.state, run.kind, run.steps_done, run.steps) == ("finished", "pretraining", 12, 12)
-    assert run.parameters == architecture.count_parameters(MODEL).total
+    assert run.parameters == count_parameters(MODEL).total
     lowest = min(checks, key=lambda line: line["loss"])
     assert run.best == ("loss", lowest["loss"], lowest["step"])
     figures = run.final_metrics()

@@ -6,15 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from llamita import checkpoint, files
+from llamita.backend.torch.model.weights import build_model, to_host_arrays
+from llamita.backend.torch.train.step import build_train_step
 from llamita.cli.main import main
-from llamita.config import ModelConfig
 from llamita.data import meadow
+from llamita.model.config import ModelConfig
+from llamita.storage import checkpoint, files
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.chat import Chat
 from llamita.text.tokenizer import Tokenizer
-from llamita.torch_backend.train_step import build_train_step
-from llamita.torch_backend.weights import build_model, to_host_arrays
 from llamita.training import metrics
 from llamita.workflows.sft import SftConfig, sft
 from tests.training.helpers import Silence, timeless, weights_of

@@ -7,13 +7,13 @@ import sys
 import numpy as np
 import pytest
 
-from llamita import checkpoint, files
-from llamita.checkpoint import HostArray
+from llamita.backend.torch.infer.runner import runner_over
+from llamita.backend.torch.model import weights
 from llamita.cli.main import main
-from llamita.config import ModelConfig
-from llamita.formats.foreign import to_halves
-from llamita.torch_backend import weights
-from llamita.torch_backend.runner import runner_over
+from llamita.model.config import ModelConfig
+from llamita.storage import checkpoint, files
+from llamita.storage.checkpoint import HostArray
+from llamita.storage.formats.foreign import to_halves
 from llamita.workflows.verify import verify
 
 CONFIG = ModelConfig(97, 32, 48, 4, 4, 2, 64)
@@ -133,7 +133,7 @@ def test_a_planted_error_is_found_by_another_library(against, plant, place, tmp_
 def test_what_is_not_installed_is_named_as_pip_names_it(missing, package, tmp_path, capsys, monkeypatch):
     save(tmp_path / "m", CONFIG, model_arrays())
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    for name in [name for name in sys.modules if f"{name}.".startswith((f"{missing}.", "llamita.mlx_backend."))]:
+    for name in [name for name in sys.modules if f"{name}.".startswith((f"{missing}.", "llamita.backend.mlx."))]:
         monkeypatch.delitem(sys.modules, name)
     if missing == "mlx_lm":
         pytest.importorskip("mlx.core")

@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.markdown import Markdown
 
-from llamita import files
+from llamita.backend.plan import SamplingParams
 from llamita.cli.generate import harmless
 from llamita.inference.conversation import Conversation
 from llamita.inference.llm import LLM
 from llamita.inference.request import Statistics
 from llamita.library import RunOptions, load
-from llamita.plan import SamplingParams
+from llamita.storage import files
 from llamita.text.chat import Chat
 
 HELP = """\

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from llamita.backend.plan import BackendName
 from llamita.cli.tuning import INTERRUPTED
-from llamita.plan import BackendName
 from llamita.workflows.classify import ClassifyConfig
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def train(config: ClassifyConfig) -> int:
 
     Ctrl-C finishes the update, saves and ends; a second Ctrl-C ends at once.
     """
-    from llamita.backends import load_backend
+    from llamita.backend.choice import load_backend
     from llamita.workflows.classify import ACCURACY, train_classifier
     from llamita.workflows.classify_seeds import over_seeds, train_seeds, with_options_of_run
 
@@ -93,7 +93,7 @@ class EvaluateOptions(TextOptions):
 
 
 def evaluate(options: EvaluateOptions) -> None:
-    from llamita.backends import load_backend
+    from llamita.backend.choice import load_backend
     from llamita.data.labelled import Fields, read_labelled
     from llamita.evaluation import records
     from llamita.evaluation.classification import classification_report, record
@@ -140,9 +140,9 @@ def predict(options: PredictOptions) -> None:
     import math
     import sys
 
-    from llamita import files
-    from llamita.backends import load_backend
+    from llamita.backend.choice import load_backend
     from llamita.data.labelled import SEPARATOR, Fields, read_records
+    from llamita.storage import files
     from llamita.workflows.classify import Classifier
 
     if (options.text is None) == (not options.data):
@@ -206,18 +206,18 @@ class ZeroShotOptions(TextOptions):
 
 
 def zero_shot(options: ZeroShotOptions) -> None:
-    from llamita import adapter_files, checkpoint
-    from llamita.backends import load_backend
+    from llamita.backend.choice import load_backend
     from llamita.data.labelled import Fields, read_labelled, read_mapping
     from llamita.evaluation import zero_shot as asking
     from llamita.evaluation.classification import classification_report
+    from llamita.storage import checkpoint, peft_directory
     from llamita.text.tokenizer import Tokenizer
     from llamita.workflows.classify import context_length
 
     _check_output(options.output)
     backend = load_backend(options.backend, device=options.device)
     directory = checkpoint.resolve_model_directory(options.model)
-    config = checkpoint.load_config(adapter_files.place_of(directory, adapter_files.CONFIG))
+    config = checkpoint.load_config(peft_directory.place_of(directory, peft_directory.CONFIG))
     if config.num_labels:
         raise ValueError(f"{directory} has a classification head: llamita classify evaluate measures it")
     length = context_length(options.sequence_length, config)
@@ -230,7 +230,7 @@ def zero_shot(options: ZeroShotOptions) -> None:
     print(f"question: {suffix.rstrip()} {'|'.join(words)}")
     found = asking.zero_shot(
         backend.load_runner(directory, options.dtype, options.device),
-        Tokenizer.load(adapter_files.place_of(directory, *adapter_files.VOCABULARY)),
+        Tokenizer.load(peft_directory.place_of(directory, *peft_directory.VOCABULARY)),
         texts.texts,
         words,
         suffix=suffix,

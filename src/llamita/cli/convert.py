@@ -21,8 +21,8 @@ class ConvertOptions:
 
 
 def run(options: ConvertOptions) -> None:
-    from llamita.torch_backend.pickles import read_pickle, write_pickle
-    from llamita.torch_backend.runner import runner_over
+    from llamita.backend.torch.infer.runner import runner_over
+    from llamita.backend.torch.pickles import read_pickle, write_pickle
     from llamita.workflows.convert import Tools, convert
 
     tools = Tools(runner_over, read_pickle, write_pickle)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import tyro
 
-from llamita.plan import BackendName
+from llamita.backend.plan import BackendName
 
 TASKS = ("perplexity", "meadow", "multiple-choice")
 HARNESS = "lm-eval:"
@@ -95,14 +95,16 @@ def run(options: EvaluateOptions) -> int:
 def _perplexity(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     import numpy as np
 
-    from llamita import adapter_files, checkpoint
     from llamita.data.shards import TokenShards
     from llamita.evaluation.perplexity import strided_perplexity
+    from llamita.storage import checkpoint, peft_directory
     from llamita.text.tokenizer import Tokenizer
 
     assert options.data is not None
     directory = _model(options.model)
-    positions = checkpoint.load_config(adapter_files.place_of(directory, adapter_files.CONFIG)).max_position_embeddings
+    positions = checkpoint.load_config(
+        peft_directory.place_of(directory, peft_directory.CONFIG)
+    ).max_position_embeddings
     length = options.sequence_length or positions
     stride = options.stride or length
     if not 1 <= length <= positions:
@@ -110,7 +112,7 @@ def _perplexity(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     if not 1 <= stride <= length:
         raise ValueError(f"stride={stride} must be 1 to sequence_length={length}")
     shards = TokenShards(options.data, options.split)
-    vocabulary = adapter_files.place_of(directory, *adapter_files.VOCABULARY)
+    vocabulary = peft_directory.place_of(directory, *peft_directory.VOCABULARY)
     if Tokenizer.load(vocabulary).hash != shards.manifest.tokenizer_hash:
         raise ValueError(
             f"{options.data} was prepared with another tokenizer than {directory} has; prepare the text again with "
@@ -154,14 +156,14 @@ def _meadow(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
 
 
 def _multiple_choice(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
-    from llamita import adapter_files
     from llamita.evaluation import multiple_choice
+    from llamita.storage import peft_directory
     from llamita.text.tokenizer import Tokenizer
 
     assert options.data is not None
     questions = multiple_choice.read_questions(options.data, options.limit)
     directory = _model(options.model)
-    tokenizer = Tokenizer.load(adapter_files.place_of(directory, *adapter_files.VOCABULARY))
+    tokenizer = Tokenizer.load(peft_directory.place_of(directory, *peft_directory.VOCABULARY))
     if options.bos == "always" and tokenizer.bos_id is None:
         raise ValueError(f"bos=always: the tokenizer of {directory} has no token that begins a text")
     bos = tokenizer.bos_id is not None and options.bos != "never"
@@ -195,14 +197,14 @@ def _load_runner(options: EvaluateOptions) -> Callable[[Path], Any]:
     """The backend's `load_runner`, given what the options say."""
     from functools import partial
 
-    from llamita.backends import load_backend
+    from llamita.backend.choice import load_backend
 
     backend = load_backend(options.backend, device=options.device)
     return partial(backend.load_runner, dtype=options.dtype, device=options.device)
 
 
 def _model(model: Path) -> Path:
-    from llamita import checkpoint
+    from llamita.storage import checkpoint
 
     return checkpoint.resolve_model_directory(model)
 

@@ -18,9 +18,9 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from llamita.backend.plan import SamplingParams
 from llamita.inference.request import Statistics
 from llamita.library import RunOptions, load
-from llamita.plan import SamplingParams
 from llamita.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

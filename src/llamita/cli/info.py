@@ -15,20 +15,20 @@ import tyro
 from rich.console import Console, Group
 from rich.table import Table
 
-from llamita.architecture import (
+from llamita.model.config import ModelConfig
+from llamita.model.parameters import (
     Initialization,
     InitializationName,
     Parameter,
     count_parameters,
     flops_per_token,
     kv_bytes_per_token,
-    parameters,
+    parameter_table,
     stored_arrays,
     training_memory,
 )
-from llamita.checkpoint import load_config, resolve_model_directory
-from llamita.config import ModelConfig
-from llamita.presets import PRESETS, preset
+from llamita.model.presets import PRESETS, preset
+from llamita.storage.checkpoint import load_config, resolve_model_directory
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
 LAYER = re.compile(r"(model\.layers\.)(\d+)\.(.+)")
@@ -67,7 +67,7 @@ def run(options: InfoConfig) -> None:
     if options.json:
         print(json.dumps(facts, indent=2))
     else:
-        console.print(Group(parameter_table(config, options.initialization), "", facts_table(facts, config)))
+        console.print(Group(shown_table(config, options.initialization), "", facts_table(facts, config)))
 
 
 def find_model(name: str) -> tuple[ModelConfig, Path | None]:
@@ -112,7 +112,7 @@ def describe(config: ModelConfig, options: InfoConfig, directory: Path | None = 
         },
         "file_bytes": file_bytes,
         "file_bytes_on_disk": sum(file.stat().st_size for file in files) if files else None,
-        "table": [dataclasses.asdict(row) for row in parameters(config, options.initialization)],
+        "table": [dataclasses.asdict(row) for row in parameter_table(config, options.initialization)],
     }
 
 
@@ -151,7 +151,7 @@ def _numbers(layers: list[int]) -> str:
     return "{" + ",".join(map(str, layers)) + "}"
 
 
-def parameter_table(config: ModelConfig, initialization: InitializationName) -> Table:
+def shown_table(config: ModelConfig, initialization: InitializationName) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("parameter", no_wrap=True)
     for title in ("shape", "numbers"):
@@ -159,7 +159,7 @@ def parameter_table(config: ModelConfig, initialization: InitializationName) -> 
     table.add_column("starts as", no_wrap=True)
     table.add_column("decay", no_wrap=True)
     shown = ""
-    for prefix, name, count, row in fold_layers(parameters(config, initialization)):
+    for prefix, name, count, row in fold_layers(parameter_table(config, initialization)):
         if prefix and prefix != shown:
             table.add_row(f"[dim]{prefix}[/dim]")
         shown = prefix

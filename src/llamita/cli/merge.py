@@ -21,7 +21,7 @@ class MergeOptions:
 
 
 def run(options: MergeOptions) -> None:
-    from llamita.torch_backend.lora import merged_arrays
+    from llamita.backend.torch.model.lora import merged_arrays
     from llamita.workflows.adapters import merge
 
     opened = merge(options.adapter, options.output, options.overwrite, merged_arrays, options.base)

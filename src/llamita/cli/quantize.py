@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from llamita.plan import BackendName
+from llamita.backend.plan import BackendName
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class QuantizeOptions:
 
 
 def run(options: QuantizeOptions) -> None:
-    from llamita.backends import load_backend
+    from llamita.backend.choice import load_backend
     from llamita.cli.info import short_bytes
     from llamita.workflows.quantize import quantize
 

@@ -12,7 +12,7 @@ def run(config: QuickstartConfig) -> int:
     """
     from dataclasses import replace
 
-    from llamita.backends import load_backend
+    from llamita.backend.choice import load_backend
     from llamita.workflows.quickstart import quickstart
 
     backend = load_backend(config.backend)

@@ -14,7 +14,7 @@ INTERRUPTED = 130  # the exit status of shells for Ctrl-C
 
 def training_backend(config: TrainingConfig) -> Backend:
     """The `build_train_step` that a run takes; one that is resumed takes over what it was begun with."""
-    from llamita.backends import load_backend
+    from llamita.backend.choice import load_backend
     from llamita.workflows.pretrain import taken_over
 
     config = taken_over(config)

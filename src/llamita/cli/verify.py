@@ -33,7 +33,7 @@ def run(options: VerifyOptions) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from llamita.backends import load_backend
+    from llamita.backend.choice import load_backend
     from llamita.workflows.verify import TOLERANCE, verify
 
     if options.against == options.backend:
@@ -71,23 +71,23 @@ def run(options: VerifyOptions) -> int:
 
 def load_reference(options: VerifyOptions) -> "Tracing":
     """What the model is held to. ValueError, OSError or ModuleNotFoundError in one line where that cannot be run."""
-    from llamita import backends
+    from llamita.backend import choice
 
     if options.against == "transformers":
-        from llamita.torch_backend.peers import TransformersRunner
+        from llamita.backend.torch.peers import TransformersRunner
 
         return TransformersRunner(options.model)
     if options.against == "mlx-lm":
-        with backends.importing("mlx"):
-            from llamita.mlx_backend.peers import MlxLmRunner
+        with choice.importing("mlx"):
+            from llamita.backend.mlx.peers import MlxLmRunner
         return MlxLmRunner(options.model)
     if options.against in ("mlx", "torch"):
         other: Literal["mlx", "torch"] = "mlx" if options.against == "mlx" else "torch"
-        found: Tracing = backends.load_backend(other).load_runner(options.model, "float32", "cpu")
+        found: Tracing = choice.load_backend(other).load_runner(options.model, "float32", "cpu")
         return found
     if Path(options.against).is_file():
-        from llamita.formats.llama_cpp import LlamaCppRunner
+        from llamita.storage.formats.llama_cpp import LlamaCppRunner
 
         return LlamaCppRunner(options.against)
-    same: Tracing = backends.load_backend(options.backend).load_runner(options.against, "float32", "cpu")
+    same: Tracing = choice.load_backend(options.backend).load_runner(options.against, "float32", "cpu")
     return same

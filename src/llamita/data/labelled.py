@@ -18,8 +18,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from llamita import files
 from llamita.data import meadow, textfiles
+from llamita.storage import files
 
 SEPARATOR = "|||"
 SHOWN = 60  # characters of a faulty line that an error quotes

@@ -11,9 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from llamita import files
 from llamita.data import meadow
 from llamita.data.meadow_grammar import Story
+from llamita.storage import files
 
 Kind = Literal["sft", "preferences", "labels"]
 Split = Literal["train", "validation"]

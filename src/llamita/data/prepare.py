@@ -21,7 +21,7 @@ from llamita.data.shards import MANIFEST, Manifest, SplitManifest, SplitWriter
 from llamita.data.sources import Source, SourceKind
 from llamita.data.splitting import TRAIN, VALIDATION, HowToSplit, SplitText
 from llamita.data.textfiles import Separator
-from llamita.files import atomic_directory, atomic_write
+from llamita.storage.files import atomic_directory, atomic_write
 from llamita.text.tokenizer import Tokenizer
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from llamita import files
 from llamita.data.labelled_batches import by_length
 from llamita.evaluation import records
 from llamita.evaluation.perplexity import Forward
+from llamita.storage import files
 
 BINS = 15
 BATCH = 64

@@ -20,11 +20,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
 
+from llamita.backend.plan import SamplingParams
 from llamita.evaluation import continuations
 from llamita.evaluation.continuations import Pair
 from llamita.evaluation.perplexity import Forward
 from llamita.inference.llm import LLM
-from llamita.plan import SamplingParams
 from llamita.text.chat import Chat
 
 GENERATED = 256  # tokens at most, where a task does not say

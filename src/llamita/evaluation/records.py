@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llamita import files
+from llamita.storage import files
 
 DIRECTORY = "evaluations"
 MANIFEST = "run.json"

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llamita import files
+from llamita.backend.plan import SamplingParams
 from llamita.inference import many
 from llamita.inference.conversation import with_end_of_turn
 from llamita.inference.generation import Generation
 from llamita.inference.llm import LLM
 from llamita.inference.request import Request
-from llamita.plan import SamplingParams
+from llamita.storage import files
 from llamita.text.chat import Chat
 
 PROMPTS = ("prompt", "prompt_tokens", "messages")

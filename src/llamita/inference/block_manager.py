@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from llamita.backend.plan import BlockCopy, CacheLayout
 from llamita.inference.prefixes import Prefix, Prefixes
-from llamita.plan import BlockCopy, CacheLayout
 
 MISSING = -1
 """Stands in a table for a block that has been given back, or was never needed, behind a sliding window."""

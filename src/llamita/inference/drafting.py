@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from llamita.config import ModelConfig
+from llamita.backend.plan import BlockCopy, CacheLayout, Plan, SampleSpec, ScheduledChunk
 from llamita.inference.interfaces import Runner
 from llamita.inference.sequence import Continuation
-from llamita.plan import BlockCopy, CacheLayout, Plan, SampleSpec, ScheduledChunk
+from llamita.model.config import ModelConfig
 
 LONGEST_MATCH, SHORTEST_MATCH = 4, 2
 

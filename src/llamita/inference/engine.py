@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from llamita.backend.plan import BlockCopy, CacheLayout, Plan, SampledToken, ScheduledChunk
 from llamita.inference.block_manager import BlockManager
 from llamita.inference.config import EngineConfig
 from llamita.inference.interfaces import Drafter, Runner
@@ -19,7 +20,6 @@ from llamita.inference.request import Request, TokenEvent
 from llamita.inference.scheduler import Scheduled, Scheduler
 from llamita.inference.sequence import Continuation
 from llamita.inference.structured import Grammars, fill
-from llamita.plan import BlockCopy, CacheLayout, Plan, SampledToken, ScheduledChunk
 from llamita.text.tokenizer import Tokenizer
 
 

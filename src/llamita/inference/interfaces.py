@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from llamita.checkpoint import HostArray
-from llamita.config import ModelConfig
+from llamita.backend.plan import BlockCopy, CacheLayout, Plan, ScheduledChunk, StepResult
 from llamita.inference.sequence import Continuation
-from llamita.plan import BlockCopy, CacheLayout, Plan, ScheduledChunk, StepResult
+from llamita.model.config import ModelConfig
+from llamita.storage.checkpoint import HostArray
 
 
 class Runner(Protocol):

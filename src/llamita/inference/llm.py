@@ -3,7 +3,7 @@
 The face of the engine for programs and for the command line. The backend is passed in, so this module loads none:
 
     from llamita.inference.llm import LLM
-    from llamita.torch_backend.runner import load_runner
+    from llamita.backend.torch.infer.runner import load_runner
 
     llm = LLM.load("runs/stories", load_runner)
     print(llm.generate("Once upon a time").text)
@@ -19,8 +19,6 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapp
 from pathlib import Path
 from typing import cast, overload
 
-from llamita import adapter_files, checkpoint, files
-from llamita.config import ModelConfig
 from llamita.inference import async_llm, many
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
@@ -28,6 +26,8 @@ from llamita.inference.generation import Generation
 from llamita.inference.interfaces import Drafter, Runner
 from llamita.inference.request import Request, SamplingParams, TokenEvent
 from llamita.inference.shared_engine import SharedEngine
+from llamita.model.config import ModelConfig
+from llamita.storage import checkpoint, files, peft_directory
 from llamita.text.tokenizer import Tokenizer
 
 __all__ = ["LLM", "Generation", "Prompt"]
@@ -71,9 +71,9 @@ class LLM:
         """
         directory = checkpoint.resolve_model_directory(model)
         runner = load_runner(directory, adapters=adapters) if adapters else load_runner(directory)
-        place = adapter_files.place_of(directory, *adapter_files.VOCABULARY)
+        place = peft_directory.place_of(directory, *peft_directory.VOCABULARY)
         tokenizer = (
-            Tokenizer.load(place) if any((place / name).is_file() for name in adapter_files.VOCABULARY) else None
+            Tokenizer.load(place) if any((place / name).is_file() for name in peft_directory.VOCABULARY) else None
         )
         if tokenizer is not None and tokenizer.vocab_size > runner.config.vocab_size:
             raise ValueError(

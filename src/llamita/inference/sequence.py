@@ -8,12 +8,12 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from llamita.backend.plan import MAX_SEED, SampledToken, SampleSpec, ScheduledChunk
 from llamita.inference.block_manager import Tables
 from llamita.inference.detokenizer import IncrementalDetokenizer, StopMatcher, TokenBytes
 from llamita.inference.prefixes import Prefix
 from llamita.inference.request import FinishReason, Request, Statistics, TokenEvent
 from llamita.inference.structured import Matcher
-from llamita.plan import MAX_SEED, SampledToken, SampleSpec, ScheduledChunk
 
 
 class Continuation:

@@ -12,7 +12,7 @@ import tokenizers
 import tyro
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from llamita.files import atomic_directory
+from llamita.storage.files import atomic_directory
 from llamita.text import corpus, sentencepiece_training
 from llamita.text.huggingface_codec import HuggingFaceCodec
 from llamita.text.tokenizer import BOS, EOS, TOKENIZER_FILES, UNKNOWN, Tokenizer

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llamita.checkpoint import HostArray
+from llamita.backend.objectives import LossSums
 from llamita.data.batches import Batch
-from llamita.objective import LossSums
+from llamita.storage.checkpoint import HostArray
 
 
 class StepMetrics(Protocol):

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamita import files
+from llamita.storage import files
 
 TIMES = ("seconds", "tokens_per_second", "utilization", "memory_bytes")
 WIDE_RANGE = 4.0  # the ratio of the first losses to the last from which a plot takes logarithms

@@ -19,9 +19,9 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
-from llamita import checkpoint, files
-from llamita.checkpoint import HostArray
-from llamita.config import ModelConfig
+from llamita.model.config import ModelConfig
+from llamita.storage import checkpoint, files
+from llamita.storage.checkpoint import HostArray
 from llamita.training import record, run_lock
 
 FORMAT = 1

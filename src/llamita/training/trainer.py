@@ -15,9 +15,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from llamita import architecture
-from llamita.config import ModelConfig
 from llamita.data.batches import Batch
+from llamita.model.config import ModelConfig
+from llamita.model.parameters import flops_per_token
 from llamita.text.tokenizer import Tokenizer
 from llamita.training import metrics
 from llamita.training.config import TrainingConfig
@@ -75,7 +75,7 @@ class Trainer:
         self._smoothed = metrics.SmoothedLoss()
         self._plotted = time.monotonic()
         self._peak = 0.0
-        self._flops_per_token = functools.cache(functools.partial(architecture.flops_per_token, model))
+        self._flops_per_token = functools.cache(functools.partial(flops_per_token, model))
 
     def run(self) -> TrainingResult:
         """Train to the end or to Ctrl-C, which finishes the update and saves; a second Ctrl-C ends at once.

@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from llamita import adapter_files, architecture, checkpoint, files
-from llamita.adapter_files import Opened
-from llamita.adapters import Adapter
-from llamita.checkpoint import HostArray
+from llamita.model.lora import Adapter
+from llamita.model.parameters import check_arrays, parameter_table
+from llamita.storage import checkpoint, files, peft_directory
+from llamita.storage.checkpoint import HostArray
+from llamita.storage.peft_directory import Opened
 from llamita.workflows.quantize import CARRIED
 
 MergedArrays = Callable[[Mapping[str, HostArray], Adapter], Iterable[tuple[str, HostArray]]]
@@ -23,20 +24,20 @@ def merge(
     `base` is a copy of the base, where that which the adapter names is gone. ValueError or OSError in one line.
     """
     directory = checkpoint.resolve_model_directory(adapter)
-    if not adapter_files.is_adapter(directory):
+    if not peft_directory.is_adapter(directory):
         raise ValueError(f"{adapter} holds no adapter but a whole model; there is nothing to merge")
-    opened = adapter_files.open_adapter(directory, base and checkpoint.resolve_model_directory(base))
+    opened = peft_directory.open_adapter(directory, base and checkpoint.resolve_model_directory(base))
     config = replace(opened.adapter.config, quantization="")
     arrays = checkpoint.load_tensors(opened.base)
     present = opened.adapter.over(arrays)
-    architecture.check_arrays(opened.adapter.config, present)
+    check_arrays(opened.adapter.config, present)
     quantised = bool(opened.adapter.config.quantization)
     layout = {
         row.name: (
             "BF16" if quantised and row.name not in opened.adapter.replaced else present[row.name].dtype,
             row.shape,
         )
-        for row in architecture.parameters(config)
+        for row in parameter_table(config)
     }
     with files.atomic_directory(output, overwrite) as temporary:
         checkpoint.save_config(temporary, config, next(iter(layout.values()))[0])

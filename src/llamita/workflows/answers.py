@@ -6,11 +6,11 @@ The engine answers, with the chat template that the model learns. Knows nothing 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llamita.backend.plan import SamplingParams
 from llamita.data.conversations import Conversation
 from llamita.inference.config import EngineConfig
 from llamita.inference.conversation import with_end_of_turn
 from llamita.inference.llm import LLM
-from llamita.plan import SamplingParams
 from llamita.text.chat import Chat
 from llamita.training.interfaces import Evaluation
 from llamita.workflows.pretrain import TrainableStep

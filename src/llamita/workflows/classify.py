@@ -14,9 +14,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from llamita import adapter_files, architecture, checkpoint
-from llamita.checkpoint import HostArray
-from llamita.config import ModelConfig
+from llamita.backend.objectives import Classification
 from llamita.data.labelled import Fields, LabelledTexts, absolute, read_labelled, read_mapping, validation_of
 from llamita.data.labelled_batches import (
     EncodedTexts,
@@ -28,7 +26,10 @@ from llamita.data.labelled_batches import (
 )
 from llamita.evaluation.classification import label_log_probabilities
 from llamita.evaluation.perplexity import Forward
-from llamita.objective import Classification
+from llamita.model.config import ModelConfig
+from llamita.model.parameters import CLASSIFIER, OUTPUT_HEAD, SCALE, initial_values, parameter_table
+from llamita.storage import checkpoint, peft_directory
+from llamita.storage.checkpoint import HostArray
 from llamita.text.tokenizer import Tokenizer
 from llamita.training.interfaces import Examples, TrainingResult
 from llamita.workflows.finetune import Base, FinetuneConfig, finetune, load_base
@@ -210,14 +211,14 @@ def with_head(
     pads = (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id)
     pad_id = next((token_id for token_id in pads if token_id is not None), None)
     model = replace(base.config, num_labels=len(names), label_names=names, pad_token_id=pad_id)
-    rows = {row.name: row for row in architecture.parameters(model)}
-    left_out = (architecture.OUTPUT_HEAD, architecture.OUTPUT_HEAD + architecture.SCALE)
+    rows = {row.name: row for row in parameter_table(model)}
+    left_out = (OUTPUT_HEAD, OUTPUT_HEAD + SCALE)
     arrays = {name: array for name, array in base.arrays.items() if name not in left_out}
     if base.config.labels != names:
         if base.config.num_labels:
             report(f"the head of {base.directory} for {', '.join(base.config.labels)} is left out; a new one is drawn")
-        head = architecture.initial_values(rows[architecture.CLASSIFIER], config.seed)
-        arrays[architecture.CLASSIFIER] = HostArray.from_numpy(head)
+        head = initial_values(rows[CLASSIFIER], config.seed)
+        arrays[CLASSIFIER] = HostArray.from_numpy(head)
     laid_out = tokenizer.for_classification(pad_id, context, config.keep == "end")
     return replace(base, arrays=arrays, tokenizer=laid_out), model
 
@@ -259,7 +260,7 @@ class Classifier:
                 f"{directory} is a language model without a classification head; tune it with llamita classify train, "
                 "or ask it with llamita classify zero-shot"
             )
-        tokenizer = Tokenizer.load(adapter_files.place_of(directory, *adapter_files.VOCABULARY))
+        tokenizer = Tokenizer.load(peft_directory.place_of(directory, *peft_directory.VOCABULARY))
         return cls(directory, runner.config, tokenizer, runner)
 
     @property

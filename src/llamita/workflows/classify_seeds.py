@@ -9,7 +9,7 @@ import statistics
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llamita import files
+from llamita.storage import files
 from llamita.training import run_directory
 from llamita.training.config import take_over
 from llamita.workflows.classify import ACCURACY, ClassifyConfig, Report, read_task, train_classifier

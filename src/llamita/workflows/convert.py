@@ -12,12 +12,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from llamita import checkpoint, files
-from llamita.checkpoint import HostArray
-from llamita.config import ModelConfig
 from llamita.evaluation.perplexity import Forward
-from llamita.formats import checkpoints, gguf, llama2c, llama2c_tokenizer
-from llamita.formats.foreign import ForeignModel
+from llamita.model.config import ModelConfig
+from llamita.storage import checkpoint, files
+from llamita.storage.checkpoint import HostArray
+from llamita.storage.formats import checkpoints, gguf, llama2c, llama2c_tokenizer
+from llamita.storage.formats.foreign import ForeignModel
 from llamita.text import tiktoken_ranks
 from llamita.text.tokenizer import Tokenizer
 

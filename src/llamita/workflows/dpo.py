@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Literal
 
+from llamita.backend.objectives import Preference
 from llamita.data import preferences as pairs_data
 from llamita.data.conversations import Conversation, ConversationSource
 from llamita.data.preferences import Layout, PairBatches, PairRows, Pairs, encode, pair_batches
 from llamita.data.preferences import Preference as Pair
-from llamita.objective import Preference
 from llamita.training.display import Display
 from llamita.training.interfaces import Examples, TrainingResult
 from llamita.training.run_directory import RunDirectory

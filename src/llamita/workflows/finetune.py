@@ -10,13 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from llamita import checkpoint, files
-from llamita.adapter_files import AdapterFiles, BaseModel, weight_hashes
-from llamita.adapters import ALL, LoraSettings
-from llamita.architecture import CLASSIFIER
-from llamita.checkpoint import HostArray
-from llamita.config import ModelConfig
-from llamita.objective import Objective
+from llamita.backend.objectives import Objective
+from llamita.model.config import ModelConfig
+from llamita.model.lora import ALL, LoraSettings
+from llamita.model.parameters import CLASSIFIER
+from llamita.storage import checkpoint, files
+from llamita.storage.checkpoint import HostArray
+from llamita.storage.peft_directory import AdapterFiles, BaseModel, weight_hashes
 from llamita.text.tokenizer import Tokenizer
 from llamita.training import run_directory
 from llamita.training.config import TrainingConfig

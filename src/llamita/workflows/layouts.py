@@ -6,8 +6,8 @@ Knows nothing of what is learned.
 from dataclasses import replace
 from pathlib import Path
 
-from llamita.config import ModelConfig
 from llamita.data.preferences import Layout
+from llamita.model.config import ModelConfig
 from llamita.text.chat import Chat
 from llamita.text.chat_templates import template_to_learn
 from llamita.workflows.finetune import Base

@@ -13,16 +13,16 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from llamita.architecture import InitializationName
-from llamita.config import ModelConfig
+from llamita.backend.plan import SamplingParams
 from llamita.data.batches import Batch, BatchIterator, evaluation_batches
 from llamita.data.packing import Rows, RowsConfig
 from llamita.data.shards import Manifest, TokenShards, load_tokenizer
 from llamita.inference.config import EngineConfig
 from llamita.inference.interfaces import Runner
 from llamita.inference.llm import LLM
-from llamita.plan import SamplingParams
-from llamita.presets import preset
+from llamita.model.config import ModelConfig
+from llamita.model.parameters import InitializationName
+from llamita.model.presets import preset
 from llamita.text.tokenizer import Tokenizer
 from llamita.training import loggers, run_directory
 from llamita.training.config import Config, TrainingConfig, take_over

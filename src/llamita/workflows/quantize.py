@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from llamita import architecture, checkpoint, files
-from llamita.checkpoint import HostArray
-from llamita.config import ModelConfig
+from llamita.model.config import ModelConfig
+from llamita.model.parameters import check_arrays, parameter_table, stored_arrays
+from llamita.storage import checkpoint, files
+from llamita.storage.checkpoint import HostArray
 
 Scheme = Literal["int8", "int4"]
 Arrays = Iterable[tuple[str, HostArray]]
@@ -47,10 +48,10 @@ def quantize(
             f"{directory} is quantised already ({config.quantization}); quantise the model that it was made from"
         )
     arrays = checkpoint.load_tensors(directory)
-    architecture.check_arrays(config, arrays)
+    check_arrays(config, arrays)
     result = replace(config, quantization=scheme)
-    names = [row.name for row in architecture.parameters(config)]
-    stored = architecture.stored_arrays(result)
+    names = [row.name for row in parameter_table(config)]
+    stored = stored_arrays(result)
     layout = {array.name: (array.stored_dtype, array.shape) for array in stored}
     with files.atomic_directory(output, overwrite) as temporary:
         checkpoint.save_config(temporary, result)

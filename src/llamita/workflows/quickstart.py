@@ -15,17 +15,17 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
-from llamita import architecture
-from llamita.checkpoint import load_config
+from llamita.backend.plan import BackendName, SamplingParams
 from llamita.data import meadow
 from llamita.data.prepare import PrepareConfig, prepare
 from llamita.data.shards import Manifest
 from llamita.evaluation import meadow_score, records
 from llamita.evaluation.perplexity import Forward, score_sequences
-from llamita.files import atomic_directory, atomic_write
 from llamita.inference.interfaces import Runner
 from llamita.inference.llm import LLM
-from llamita.plan import BackendName, SamplingParams
+from llamita.model.parameters import count_parameters
+from llamita.storage.checkpoint import load_config
+from llamita.storage.files import atomic_directory, atomic_write
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.tokenizer import Tokenizer
 from llamita.training.record import command_line
@@ -199,7 +199,7 @@ def evaluate(
     texts = list(sample_stories(LLM(runner, tokenizer), range(first, first + config.scored_stories), console))
     score = meadow_score.score(texts)
     return Report(
-        parameters=architecture.count_parameters(load_config(model)).total,
+        parameters=count_parameters(load_config(model)).total,
         validation_stories=len(stories),
         nats_per_story=nats / len(stories),
         floor_per_story=floor.nats_per_story,

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from llamita import checkpoint, files
-from llamita.checkpoint import HostArray
 from llamita.data.batches import Batch
 from llamita.data.preferences import PairRows, pair_batches
+from llamita.storage import checkpoint, files
+from llamita.storage.checkpoint import HostArray
 from llamita.training.run_directory import RunDirectory
 
 NAME = "reference"

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from llamita.backend.objectives import PolicyGradient
+from llamita.backend.plan import MAX_CONTINUATIONS
 from llamita.data import prompts as prompts_data
 from llamita.data.preferences import Layout
 from llamita.data.prompts import Prompt
-from llamita.objective import PolicyGradient
-from llamita.plan import MAX_CONTINUATIONS
 from llamita.training.display import Display
 from llamita.training.interfaces import Examples, TrainingResult
 from llamita.workflows.finetune import Base, finetune, load_base, make_step

@@ -16,8 +16,8 @@ from typing import Any
 import jinja2
 
 import llamita
-from llamita import files
 from llamita.evaluation.records import DIRECTORY, EvaluationRecord, with_errors
+from llamita.storage import files
 from llamita.training import record
 from llamita.training.display import duration, printable
 from llamita.training.run_directory import flatten

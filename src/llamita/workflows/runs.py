@@ -13,10 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llamita import architecture
-from llamita.config import ModelConfig
 from llamita.evaluation import records
 from llamita.evaluation.records import EvaluationRecord
+from llamita.model.config import ModelConfig
+from llamita.model.parameters import count_parameters
 from llamita.training import metrics, record, run_lock
 from llamita.training.run_directory import MANIFEST, flatten, read_manifest
 
@@ -79,7 +79,7 @@ class Run:
 
     @property
     def parameters(self) -> int | None:
-        return architecture.count_parameters(self.model).total if self.model else None
+        return count_parameters(self.model).total if self.model else None
 
     @property
     def state(self) -> str:

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from llamita.backend.plan import SamplingParams
 from llamita.data.batches import NOT_SCORED, Batch
 from llamita.data.preferences import Layout, plain
 from llamita.data.prompts import Prompt
 from llamita.inference.config import EngineConfig
 from llamita.inference.conversation import with_end_of_turn
 from llamita.inference.llm import LLM
-from llamita.plan import SamplingParams
 from llamita.training.trainer import split
 from llamita.workflows.pretrain import TrainableStep
 from llamita.workflows.rewards import Reward, Sample

@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Literal
 
-from llamita.config import ModelConfig
+from llamita.backend.objectives import NextToken
 from llamita.data import conversations as talks
 from llamita.data.batches import BatchIterator, evaluation_batches
 from llamita.data.conversations import Conversation, ConversationSource
 from llamita.data.examples import ConversationRows, EncodedConversations, TooLong, encode
 from llamita.data.packing import RowsConfig
-from llamita.objective import NextToken
+from llamita.model.config import ModelConfig
 from llamita.text.chat import Chat
 from llamita.training.display import Display
 from llamita.training.interfaces import Examples, TrainingResult

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from llamita.config import ModelConfig
+from llamita.model.config import ModelConfig
 
 TOLERANCE = 1e-4
 PROMPT_TOKENS = 64

@@ -1,0 +1,1 @@
+"""What computes: the contract of a backend, what both share, and the two that there are."""

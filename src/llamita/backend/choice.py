@@ -1,0 +1,94 @@
+"""Which framework computes: chooses between PyTorch and MLX, and imports the one chosen.
+
+The one place that does: verbs and `llamita.load` ask here and pass on what they get. Importing this file loads neither
+framework. Knows nothing of models; what a backend has is the same names in either folder.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llamita.backend.plan import BackendName
+
+PACKAGES = {"torch": "torch", "mlx": "'mlx[cpu]'" if sys.platform == "linux" else "mlx"}
+"""What pip is to install for each."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A framework's face: a training step, runners over a model directory and over host arrays, rounded weights.
+
+    `device` is where it computes when that is left to it: "cpu", "cuda" (PyTorch) or "gpu" (MLX).
+    """
+
+    name: Literal["torch", "mlx"]
+    device: str
+    build_train_step: Callable[..., Any]
+    load_runner: Callable[..., Any]
+    runner_over: Callable[..., Any]
+    quantize_arrays: Callable[..., Any]
+
+
+def load_backend(name: BackendName = "auto", *, device: str = "auto", threads: int = 0, exact: bool = False) -> Backend:
+    """The backend of that name, imported; "auto" is MLX on Apple silicon where it is installed, else PyTorch.
+
+    The options are those that one of them lacks, so that with "auto" they decide: `exact`, `threads` and "cuda" are
+    PyTorch's, "gpu" is MLX's. (A backend that is given what it lacks refuses it.) ModuleNotFoundError says what to
+    install.
+    """
+    chosen = choose(name, device, exact, threads)
+    with importing(chosen):
+        train_step = importlib.import_module(f"llamita.backend.{chosen}.train.step")
+        runner = importlib.import_module(f"llamita.backend.{chosen}.infer.runner")
+        weights = importlib.import_module(f"llamita.backend.{chosen}.model.weights")
+    where = runner.choose_device("auto")
+    return Backend(
+        chosen,
+        where if isinstance(where, str) else where.name,  # MLX's devices are of a type of their own
+        train_step.build_train_step,
+        runner.load_runner,
+        runner.runner_over,
+        weights.quantize_arrays,
+    )
+
+
+def choose(
+    name: BackendName = "auto", device: str = "auto", exact: bool = False, threads: int = 0
+) -> Literal["torch", "mlx"]:
+    """What "auto" stands for on this machine, with these options; any other name is itself."""
+    if name not in ("auto", *PACKAGES):
+        raise ValueError(f"backend={name!r} is not one of auto, {', '.join(PACKAGES)}")
+    if name != "auto":
+        return name
+    if device == "gpu":
+        return "mlx"
+    if exact or threads or device.startswith("cuda"):
+        return "torch"
+    is_apple_silicon = sys.platform == "darwin" and platform.machine() == "arm64"
+    return "mlx" if is_apple_silicon and is_installed("mlx") else "torch"
+
+
+def is_installed(name: Literal["torch", "mlx"]) -> bool:
+    """Whether a framework can be imported; it is not."""
+    return importlib.util.find_spec(name) is not None
+
+
+@contextlib.contextmanager
+def importing(framework: Literal["torch", "mlx"]) -> Iterator[None]:
+    """Says in one line what to install where an import inside fails for the lack of the framework."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != framework:
+            raise
+        text = f"the backend {framework} is not installed; install it with: pip install {PACKAGES[framework]}"
+        raise ModuleNotFoundError(text, name=framework) from None
+    except ImportError as error:  # on Linux, MLX without its CPU form
+        if framework == "torch" or (error.name or "").split(".")[0] != "mlx":
+            raise
+        raise ValueError(f"MLX is not whole here ({error}); install it with: pip install {PACKAGES['mlx']}") from None

@@ -1,0 +1,282 @@
+"""Runs the plans of an inference engine on an MLX model, over a paged key/value memory.
+
+The engine decides which tokens run and where their keys and values lie; here they are run, all chunks of a step packed
+into one row. A step is one graph, from the tokens to the draws, and is waited for once. `hidden_states` holds all that
+happens between tokens and the states that logits are made of. Deliberately knows nothing of requests, text, or when to
+stop.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import psutil
+
+from llamita.backend.mlx.devices import choose_device
+from llamita.backend.mlx.infer.adapters import Serving
+from llamita.backend.mlx.infer.kv_cache import PagedKVCache, PagedStep
+from llamita.backend.mlx.infer.sampling import Sampler
+from llamita.backend.mlx.model import lora
+from llamita.backend.mlx.model.llama import Llama
+from llamita.backend.mlx.model.quantized import QuantizedLinear
+from llamita.backend.mlx.model.weights import build_model, to_host_arrays
+from llamita.backend.plan import CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult, token_array
+from llamita.backend.step_layout import begins, packing_order, rows_drawn, rows_wanted
+from llamita.model.config import ModelConfig
+from llamita.model.lora import Adapter
+from llamita.model.parameters import kv_bytes_per_token
+from llamita.storage import checkpoint, peft_directory
+from llamita.storage.checkpoint import HostArray
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+OWN = ""  # the name of the adapter that was loaded as a model
+CACHE_SHARE = 0.25
+"""Of the memory that is free once the weights are loaded, what keys and values may take: others need the rest."""
+SCORED_ROWS = 64
+"""Logits of so many positions at a time, where those of a prompt are asked for: bounds the memory they take."""
+
+
+@dataclass
+class MlxMemory:
+    """What one engine's sequences left behind for their next step: keys and values, and counts of tokens."""
+
+    cache: PagedKVCache
+    sampler: Sampler
+
+
+class MlxRunner:
+    """Does an engine's plans with `model`, which it does not copy.
+
+    `adapters` are put on the model by name; a chunk that names none goes through `default`, or the model alone.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        device: mx.DeviceType = mx.cpu,
+        adapters: Mapping[str, Adapter] | None = None,
+        default: str | None = None,
+    ) -> None:
+        self.model, self.device = model, device
+        self.config: ModelConfig = model.config
+        self.dtype = model.model.norm.weight.dtype  # never quantised: that of the activations and of the cache
+        self.serving, self.default = Serving(adapters or {}), default
+        self.serving.attach(model)
+        self._names: list[str | None] = []  # the adapters of a step's rows
+        one_row = (
+            self.config.num_labels or not self.config.tie_word_embeddings
+        )  # of an embedding that is no output head
+        read = [(name, array.nbytes) for name, array in named_arrays(model)]
+        read += [(name, each.kernel_bytes) for name, each in model.named_modules() if isinstance(each, QuantizedLinear)]
+        self.weight_bytes = sum(size for name, size in read if not (one_row and "embed_tokens" in name))
+        """Bytes of weights that decoding one token reads."""
+        self.kv_bytes_per_token = kv_bytes_per_token(self.config, self.dtype.size)
+        """Bytes of keys and values that one earlier position adds to what decoding a token reads."""
+
+    @property
+    def cache_budget(self) -> int:
+        """Bytes that keys and values may take where nothing else is said."""
+        return int(psutil.virtual_memory().available * CACHE_SHARE)
+
+    def weights(self) -> dict[str, HostArray]:
+        """The values under canonical names, in the type they have here; those of the default adapter merged in."""
+        arrays = to_host_arrays(self.model)
+        if self.default is None:
+            return arrays
+        if self.config.quantization:
+            raise ValueError(f"an adapter over {self.config.quantization} weights is no one model; use llamita merge")
+        return dict(lora.merged_arrays(arrays, self.serving.adapters[self.default]))
+
+    def allocate(self, layout: CacheLayout, sequences: int = 0) -> MlxMemory:
+        """Memory for the sequences of one engine; how many decode at once makes no difference to it."""
+        with mx.stream(self.device):
+            cache = PagedKVCache(self.config, layout, self.dtype)
+            mx.eval(cache.keys, cache.values)  # another thread may do the steps
+            return MlxMemory(cache, Sampler(self.config.vocab_size, self.device))
+
+    def run(self, plan: Plan, memory: MlxMemory) -> StepResult:
+        """Run every chunk at once, sample the tokens and score the targets that they ask for."""
+        with mx.stream(self.device):
+            memory.cache.copy(plan.copies)
+            if not plan.chunks:
+                mx.eval(memory.cache.keys, memory.cache.values)
+                return StepResult(())
+            order = packing_order(plan.chunks)
+            chunks = [plan.chunks[i] for i in order]
+            tokens_1T = mx.array([[token for chunk in chunks for token in chunk.tokens]])
+            names = [self.default if chunk.adapter is None else chunk.adapter for chunk in chunks for _ in chunk.tokens]
+            self._names = names
+            # Adapters are told apart by rows of the whole step.
+            wanted = list(range(len(names))) if len(set(names)) > 1 else rows_wanted(chunks)
+            with self.serving.rows(names):
+                hidden_RD = hidden_states(self.model, tokens_1T, memory.cache.step(chunks), wanted)
+            # What the memory has become is part of the step: left to a later one, graphs and memory would pile up.
+            mx.async_eval(memory.cache.keys, memory.cache.values)
+            states = States(hidden_RD, {row: place for place, row in enumerate(wanted)})
+            sampled = self._sample(chunks, states, memory.sampler)
+            scores = self._score(chunks, states)
+        places = {number: place for place, number in enumerate(order)}
+        return StepResult(
+            tuple(sampled[places[number]] for number in range(len(order))),
+            tuple(scores[places[number]] for number in range(len(order))) if scores else (),
+        )
+
+    def _sample(
+        self, chunks: Sequence[ScheduledChunk], states: "States", sampler: Sampler
+    ) -> list[tuple[SampledToken, ...]]:
+        """The tokens that each chunk asks for, all drawn in one pass."""
+        rows, specs, ids = rows_drawn(chunks)
+        tokens = iter(sampler.sample(self._logits(states, rows), specs, ids) if rows else ())
+        return [tuple(next(tokens) for _ in chunk.samples) for chunk in chunks]
+
+    def _score(self, chunks: Sequence[ScheduledChunk], states: "States") -> list[tuple[float, ...]]:
+        """The log-probabilities of each chunk's targets."""
+        if not any(chunk.targets for chunk in chunks):
+            return []
+        found = []
+        for chunk, begin in begins(chunks):
+            scores: list[float] = []
+            for first in range(0, len(chunk.targets), SCORED_ROWS):
+                targets_R1 = mx.array(chunk.targets[first : first + SCORED_ROWS])[:, None]
+                rows = range(begin + first, begin + first + len(targets_R1))
+                logits_RV = self._logits(states, rows).astype(mx.float32)
+                scores_R = mx.take_along_axis(logits_RV, targets_R1, axis=-1)[:, 0] - mx.logsumexp(logits_RV, axis=-1)
+                scores += np.array(scores_R).tolist()
+            found.append(tuple(scores))
+        return found
+
+    def _logits(self, states: "States", rows: Sequence[int]) -> mx.array:
+        """Logits (R, V) of some rows of the step."""
+        places, hidden_RD = [states.place_of_row[row] for row in rows], states.hidden_RD
+        if places != list(range(len(hidden_RD))):
+            hidden_RD = hidden_RD[mx.array(places)]
+        with self.serving.rows([self._names[row] for row in rows]):
+            return self.model.logits(hidden_RD)
+
+    def forward(
+        self,
+        tokens_BT: Sequence[Sequence[int]] | np.ndarray,
+        capture: Sequence[str] = (),
+        adapter: str | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Logits of every position, and the residual stream at named places, as float32 arrays.
+
+        Returns `logits` (B, T, V) and each name in `capture` (B, T, D): `embedding`, `layers.0`, `layers.1`, ...,
+        `norm`. Nothing is cached. Raises ValueError for an unknown name, and for ids outside the vocabulary.
+        """
+        captured: dict[str, mx.array] = {}
+
+        def trace(name: str, x_BTD: mx.array) -> None:
+            if name in capture:
+                captured[name] = x_BTD
+
+        with mx.stream(self.device):
+            tokens = mx.array(token_array(tokens_BT, self.config.vocab_size).astype(np.int32))
+            with self.serving.rows([self.default if adapter is None else adapter] * tokens.size):
+                logits_BTV = self.model(tokens, trace=trace).logits_BTV
+            unknown = [name for name in capture if name not in captured]
+            if unknown:
+                raise ValueError(
+                    f"capture={unknown[0]!r} is unknown; there are embedding, layers.0, layers.1, ... and norm"
+                )
+            return {name: np.array(x.astype(mx.float32)) for name, x in {**captured, "logits": logits_BTV}.items()}
+
+
+@dataclass(frozen=True)
+class States:
+    """The states after the final norm of those rows of a step that logits are made of, and where each row is."""
+
+    hidden_RD: mx.array
+    place_of_row: Mapping[int, int]
+
+
+def hidden_states(model: Llama, tokens_1T: mx.array, step: PagedStep, rows: Sequence[int]) -> mx.array:
+    """The states (R, D) after the final norm of some rows of one packed row of tokens; all keys and values go into the
+    memory."""
+    every = len(rows) == tokens_1T.shape[1]
+    return model.hidden(tokens_1T, cache=step, rows_R=None if every else mx.array(list(rows), mx.int32))[0]
+
+
+def load_runner(
+    model: Path | str,
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int = 0,
+    exact: bool = False,
+    adapters: Mapping[str, Path] | None = None,
+) -> MlxRunner:
+    """A runner over a model directory, or over the best checkpoint of a run directory; of an adapter's, over its base
+    with that adapter. `adapters` are further ones over the same base, each for the chunks that name it.
+
+    `dtype` is that of weights and cache: a name in DTYPES, or "auto" for that of the file (bfloat16 for the activations
+    of a quantised one). `device` is "cpu", "gpu", or "auto" for MLX's own default: the GPU of a Mac. MLX has no setting
+    for `threads` and no `exact` mode, so either is refused.
+    """
+    if exact:
+        raise ValueError(
+            "the exact mode is PyTorch's: MLX's kernels round a row by what runs beside it; use --backend torch"
+        )
+    if threads:
+        raise ValueError(f"threads={threads} cannot be set: MLX chooses its threads itself; leave it at 0")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not supported; give auto or one of {', '.join(DTYPES)}")
+    where = choose_device(device)
+    directory = checkpoint.resolve_model_directory(model)
+    own = peft_directory.open_adapter(directory) if peft_directory.is_adapter(directory) else None
+    base = own.base if own else directory
+    arrays = checkpoint.load_tensors(base)
+    named = peft_directory.open_beside(adapters or {}, base, arrays)
+    if own is not None:
+        arrays = own.adapter.over(arrays)
+        named[OWN] = own.adapter
+    config = own.adapter.config if own else checkpoint.load_config(directory)
+    if dtype == "auto":
+        stored = "BF16" if config.quantization else next((array.dtype for array in arrays.values()), "F32")
+        dtype = checkpoint.DTYPE_NAMES.get(stored, "float32")
+    return _arranged(config, arrays, DTYPES.get(dtype, mx.float32), where, named, OWN if own else None)
+
+
+def runner_over(config: ModelConfig, arrays: Mapping[str, HostArray], dtype: str = "float32") -> MlxRunner:
+    """A runner over host arrays, on the CPU."""
+    return _arranged(config, arrays, DTYPES[dtype], mx.cpu)
+
+
+def _arranged(
+    config: ModelConfig,
+    arrays: Mapping[str, HostArray],
+    dtype: mx.Dtype,
+    device: mx.DeviceType,
+    adapters: Mapping[str, Adapter] | None = None,
+    default: str | None = None,
+) -> MlxRunner:
+    """A runner over a model of its own, whose matrices lie as its device multiplies them fastest."""
+    with mx.stream(device):
+        model = build_model(config, arrays, dtype=dtype)
+        if device == mx.cpu and dtype == mx.float32:
+            lay_columns_together(model)
+        mx.eval([array for _, array in named_arrays(model)])  # what is lazy belongs to this thread's stream
+        return MlxRunner(model, device, adapters, default)
+
+
+def lay_columns_together(model: Llama) -> None:
+    """Store each float32 matrix column by column, with the face of one stored row by row.
+
+    x W^T then reads W^T row by row, for which the BLAS of MLX on Linux takes three quarters to half of the time.
+    """
+    for packed in model.packed_parameters():
+        weight = packed.parameter
+        if weight.ndim == 2 and weight.dtype == mx.float32:
+            columns = mx.contiguous(weight.T)
+            mx.eval(columns)
+            packed.replace(columns.T)
+
+
+def named_arrays(model: nn.Module) -> Iterator[tuple[str, mx.array]]:
+    """Every array that the model holds, by the name of its module and its own."""
+    for module_name, module in model.named_modules():
+        for key, value in module.items():
+            if isinstance(value, mx.array):
+                yield f"{module_name}.{key}", value

@@ -1,0 +1,222 @@
+"""Low-rank adapters on the model's linear maps: attached for training or for use, merged into weights and out again.
+
+The model packs several linear maps into one matrix; an adapter has its own A and B for each of them, under its
+canonical name. `Change` is one adapter at one packed matrix. What an adapter is, and its files, are llamita/adapters.py
+and adapter_files.py; serving several at once is serving.py.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from llamita.backend.mlx.model import quantize
+from llamita.backend.mlx.model.attention import Dropout
+from llamita.backend.mlx.model.fused import PackedParameter
+from llamita.backend.mlx.model.llama import Linear, Llama
+from llamita.backend.mlx.model.quantized import QuantizedLinear
+from llamita.backend.mlx.model.weights import array_from_host, host_from_array
+from llamita.model.lora import DOWN, HEAD, UP, Adapter, Factors, LoraSettings, initialize_adapter, linear_maps
+from llamita.model.parameters import SCALE, canonical_names, parameter_table, weight_bits
+from llamita.storage.checkpoint import HostArray
+
+
+class Part(nn.Module):
+    """A (R, n_in) and B (n_out, R) of the linear map that is number `index` of those packed into one matrix."""
+
+    def __init__(self, module: str, index: int, down_RD: mx.array, up_CR: mx.array, scale: float) -> None:
+        super().__init__()
+        self.module, self.index, self.scale = module, index, scale
+        self.down_RD, self.up_CR = down_RD, up_CR
+
+
+class Change:
+    """What one adapter does to the output of one packed matrix; `sizes` are the widths of the maps that it packs.
+
+    `draw` is the dropout of what goes in, put there while training; None otherwise.
+    """
+
+    def __init__(self, parts: list[Part], sizes: tuple[int, ...], dropout: float = 0.0) -> None:
+        self.parts, self.sizes, self.dropout = parts, sizes, dropout
+        self.draw: Dropout | None = None
+
+    def __call__(self, x_D: mx.array, y_C: mx.array) -> mx.array:
+        """y + scale * B A x for every part; (..., D) and (..., C) to (..., C)."""
+        x_D = self.dropped(x_D)
+        pieces = list(mx.split(y_C, list(accumulate(self.sizes))[:-1], axis=-1))
+        for part in self.parts:
+            low_R = x_D.astype(part.down_RD.dtype) @ part.down_RD.T
+            pieces[part.index] = pieces[part.index] + (low_R @ part.up_CR.T * part.scale).astype(y_C.dtype)
+        return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=-1)
+
+    def dropped(self, x_D: mx.array) -> mx.array:
+        return self.draw(x_D) if self.draw else x_D
+
+
+class Attached:
+    """An adapter that all that goes through a model goes through, with its parameters."""
+
+    def __init__(self, changes: Mapping[str, Change]) -> None:
+        self.changes = changes
+
+    def parts(self) -> Iterator[Part]:
+        for change in self.changes.values():
+            yield from change.parts
+
+    def parameters(self) -> dict[str, mx.array]:
+        """A and B under canonical names."""
+        return {each.name: each.parameter for each in self.packed()}
+
+    def packed(self) -> list[PackedParameter]:
+        """The parameters as the optimiser takes them."""
+        return [
+            PackedParameter(part.module + kind, part, key, (part.module + kind,), (part[key].shape[0],), True)
+            for part in self.parts()
+            for kind, key in ((DOWN, "down_RD"), (UP, "up_CR"))
+        ]
+
+    def drop(self, key: mx.array | None) -> None:
+        """Have dropout drawn from this key from now on, by each change its own; None: no dropout."""
+        for change in self.changes.values():
+            change.draw = None
+            if key is not None and change.dropout:
+                key, own = mx.random.split(key)
+                change.draw = Dropout(change.dropout, own)
+
+    def output(self, hidden: Callable[..., mx.array], weight_VD: mx.array) -> tuple[Callable[..., mx.array], mx.array]:
+        """Hidden states and output matrix as a loss takes them: where the output head is adapted, A's result stands
+        beside the states and B beside the matrix, so that one product gives the adapted logits."""
+        if HEAD not in self.changes:
+            return hidden, weight_VD
+        change = self.changes[HEAD]
+        (part,) = change.parts
+
+        def wide(*arguments: mx.array, **named: mx.array) -> mx.array:
+            hidden_BTD = hidden(*arguments, **named)
+            low_BTR = change.dropped(hidden_BTD).astype(part.down_RD.dtype) @ part.down_RD.T
+            return mx.concatenate([hidden_BTD, low_BTR.astype(hidden_BTD.dtype)], axis=-1)
+
+        up_VR = (part.up_CR * part.scale).astype(weight_VD.dtype)
+        return wide, mx.concatenate([weight_VD, up_VR], axis=1)
+
+
+def attach_new(model: Llama, settings: LoraSettings, seed: int) -> Attached:
+    """Attach a fresh adapter to a model, to be trained: float32, B zeros."""
+    factors = settings.factors(model.config)
+    values = {name: mx.array(array) for name, array in initialize_adapter(model.config, factors, seed)}
+    return attach(model, factors, values, mx.float32, settings.dropout)
+
+
+def attach(
+    model: Llama,
+    factors: Mapping[str, Factors],
+    values: Mapping[str, mx.array],
+    dtype: mx.Dtype,
+    dropout: float = 0.0,
+) -> Attached:
+    """Attach an adapter to a model for all that goes through it."""
+    changes = changes_of(model, factors, values, dtype, dropout)
+    for name, change in changes.items():
+        linear_of(model, name).change = change
+    return Attached(changes)
+
+
+def attach_adapter(model: Llama, adapter: Adapter) -> Attached:
+    """Attach an adapter's values, in the model's type."""
+    values = {name: array_from_host(array) for name, array in adapter.arrays.items()}
+    return attach(model, adapter.factors, values, model.model.norm.weight.dtype)
+
+
+def changes_of(
+    model: Llama,
+    factors: Mapping[str, Factors],
+    values: Mapping[str, mx.array],
+    dtype: mx.Dtype,
+    dropout: float = 0.0,
+) -> dict[str, Change]:
+    """An adapter for each packed matrix that it changes, by the matrix's name; nothing is attached yet."""
+    maps = linear_maps(model.config)
+
+    def parameter(name: str) -> mx.array:
+        if not mx.all(mx.isfinite(values[name])).item():
+            raise ValueError(f"{name} of an adapter holds NaN or infinite values; its file is damaged")
+        value = values[name].astype(dtype)
+        mx.eval(value)  # a lazy array belongs to the thread that made it, and another may run the model
+        return value
+
+    changes = {}
+    for name, module in model.named_modules():
+        packed = [part.removesuffix(".weight") for part in canonical_names(f"{name}.weight")]
+        if not isinstance(module, Linear | QuantizedLinear) or not set(packed) & factors.keys():
+            continue
+        parts = [
+            Part(one, index, parameter(one + DOWN), parameter(one + UP), factors[one].scale)
+            for index, one in enumerate(packed)
+            if one in factors
+        ]
+        changes[name] = Change(parts, tuple(maps[one][0] for one in packed), dropout)
+    return changes
+
+
+def linear_of(model: Llama, name: str) -> Linear | QuantizedLinear:
+    """The packed matrix of this name."""
+    module = dict(model.named_modules())[name]
+    assert isinstance(module, Linear | QuantizedLinear)
+    return module
+
+
+# --- merging ---------------------------------------------------------------------------------------------------------
+
+
+def merge(model: Llama, adapter: Adapter, sign: float = 1.0) -> None:
+    """Add scale * B A to the weights of a model in memory; `unmerge` takes it away again, within rounding.
+
+    What the adapter replaces whole (a classification head) is not touched: it is not a sum.
+    """
+    if model.config.quantization:
+        raise ValueError(f"the weights are {model.config.quantization} and take no sums; attach the adapter instead")
+    for packed in model.packed_parameters():
+        modules = [name.removesuffix(".weight") for name in packed.parts]
+        if not set(modules) & adapter.factors.keys():
+            continue
+        pieces = list(packed.split(packed.parameter))
+        for i, module in enumerate(modules):
+            if module in adapter.factors:
+                change_CD = sign * product(adapter, module, adapter.factors[module])
+                pieces[i] = pieces[i] + change_CD.astype(pieces[i].dtype)
+        values = mx.concatenate(pieces)
+        mx.eval(values)
+        packed.replace(values)
+
+
+def unmerge(model: Llama, adapter: Adapter) -> None:
+    """The inverse of `merge`."""
+    merge(model, adapter, -1.0)
+
+
+def product(adapter: Adapter, module: str, factors: Factors) -> mx.array:
+    """scale * B A in float32."""
+    down_RD, up_CR = (array_from_host(adapter.arrays[module + kind]).astype(mx.float32) for kind in (DOWN, UP))
+    return factors.scale * (up_CR @ down_RD)
+
+
+def merged_arrays(arrays: Mapping[str, HostArray], adapter: Adapter) -> Iterator[tuple[str, HostArray]]:
+    """The base's arrays with the adapter merged in, one by one in the table's order, in the base's type; quantised
+    ones in bfloat16, so that the result is an ordinary model."""
+    base = adapter.over(arrays)
+    for row in parameter_table(adapter.config):
+        module, array = row.name.removesuffix(".weight"), base[row.name]
+        quantised = row.name not in adapter.replaced and weight_bits(adapter.config, row) > 0
+        if module not in adapter.factors and not quantised:
+            yield row.name, array
+            array.forget(0, len(array.data))
+            continue
+        weight = array_from_host(array)
+        dtype = mx.bfloat16 if quantised else weight.dtype
+        if quantised:
+            scale = array_from_host(base[row.name + SCALE])
+            weight = quantize.dequantize(weight, scale, row.shape[1], mx.float32)
+        if module in adapter.factors:
+            weight = weight.astype(mx.float32) + product(adapter, module, adapter.factors[module])
+        yield row.name, host_from_array(weight.astype(dtype))

@@ -1,0 +1,300 @@
+"""One update of a model in MLX: gradients over micro-batches, clipping, AdamW; and the loss of a batch.
+
+The loop, the schedule, the data's order and all files are the trainer's. Nothing random outlives a step: the numbers
+that dropout draws are a function of (seed, number of the step), so a resumed run draws what the whole run drew.
+"""
+
+import contextlib
+import functools
+import hashlib
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, Literal
+
+import mlx.core as mx
+import numpy as np
+
+from llamita.backend.adamw import StepMetrics as StepMetrics
+from llamita.backend.mlx.devices import choose_device
+from llamita.backend.mlx.infer.runner import MlxRunner
+from llamita.backend.mlx.model import lora, weights
+from llamita.backend.mlx.model.attention import Dropout
+from llamita.backend.mlx.model.llama import Linear, Llama
+from llamita.backend.mlx.model.quantized import QuantizedLinear
+from llamita.backend.mlx.train.adamw import AdamW, AdamWSettings, clipping_scale, global_norm
+from llamita.backend.mlx.train.objectives import Hidden, LossOutput, TensorBatch, log_probs, loss_function
+from llamita.backend.objectives import LossSums, NextToken, Objective
+from llamita.data.batches import Batch
+from llamita.model.config import ModelConfig
+from llamita.model.lora import LoraSettings
+from llamita.model.parameters import CLASSIFIER, InitializationName
+from llamita.storage.checkpoint import HostArray
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+class MlxTrainStep:
+    """A model with its optimiser. `precision` bf16 computes products in bfloat16, but over int8 and int4 weights."""
+
+    def __init__(
+        self,
+        model: Llama,
+        settings: AdamWSettings | None = None,
+        *,
+        objective: Objective = NextToken(),  # noqa: B008 - it is frozen
+        trainable: Callable[[str], bool] | None = None,
+        adapter: LoraSettings | None = None,
+        max_grad_norm: float = 0.0,
+        precision: Literal["bf16", "fp32"] = "fp32",
+        seed: int = 0,
+        compile: bool = False,
+        device: mx.DeviceType = mx.cpu,
+    ) -> None:
+        """Of the model's parameters those are trained whose canonical name is `trainable`: all, or with a fresh
+        `adapter` over them a classifier's head alone. What is not trained has neither gradients nor moments."""
+        self.model = model
+        trainable = trainable or (lambda name: adapter is None or name == CLASSIFIER)
+        every = list(model.packed_parameters())
+        trained = [each for each in every if all(map(trainable, each.parts))]
+        if any(not mx.issubdtype(each.parameter.dtype, mx.floating) for each in trained):
+            raise ValueError(
+                f"the model is quantised ({model.config.quantization}) and cannot be trained; train an adapter over it "
+                "(lora), or train the model that it was made from, then quantise that"
+            )
+        # A quantised weight is read where its twin keeps it, which an input of a compiled function may not be.
+        self.frozen = [e for e in every if not (all(map(trainable, e.parts)) or isinstance(e.owner, QuantizedLinear))]
+        self.adapter = lora.attach_new(model, adapter, seed) if adapter else None
+        trained += self.adapter.packed() if self.adapter else []
+        if not trained:
+            raise ValueError("no parameter of the model is to be trained")
+        self.optimizer = AdamW(trained, settings)
+        self.objective = objective
+        self.max_grad_norm = max_grad_norm
+        self.precision = precision
+        self.seed = seed
+        self.compiled, self.device = compile, device
+        self._differentiated = self._loss_and_gradients()
+
+    def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepMetrics:
+        """One update from the mean loss over all targets of `micro_batches`, however these divide them."""
+        targets = sum(batch.num_targets for batch in micro_batches)
+        if targets == 0:
+            rows = [int(row) for batch in micro_batches for row in batch.row_ids]
+            raise ValueError(f"rows {rows} have no target to learn from; use longer documents or mode=pack")
+        with mx.stream(self.device):
+            outputs, gradients = self._accumulated(micro_batches, targets)
+            flat = [value for output in outputs for value in (output.nats, *output.measures.values())]
+            *flat, grad_norm = np.array(mx.stack([*flat, global_norm(gradients)])).tolist()  # here it waits
+        names = list(outputs[0].measures)
+        sums = flat[:: len(names) + 1]
+        measures = {name: sum(flat[i :: len(names) + 1]) / targets for i, name in enumerate(names, 1)}
+        faulty = tuple(i for i, nats in enumerate(sums) if not math.isfinite(nats))
+        if not faulty and math.isfinite(grad_norm):
+            with mx.stream(self.device):
+                self.optimizer.step(gradients, learning_rate, clipping_scale(grad_norm, self.max_grad_norm))
+        return StepMetrics(sum(sums) / targets, grad_norm, targets, faulty, measures)
+
+    def evaluate(self, batch: Batch) -> LossSums:
+        """The loss and the measures summed over the batch's targets; without dropout."""
+        with mx.stream(self.device), self._parameters_kept() as parameters:
+            output = self._loss(*parameters, _arrays(batch))
+            mx.eval(output.nats, list(output.measures.values()))
+            measures = {name: float(np.array(value)) for name, value in output.measures.items()}
+            return LossSums(float(np.array(output.nats)), batch.num_targets, measures)
+
+    def log_probs(self, batch: Batch) -> np.ndarray:
+        """The log-probability of every label that is scored, float32 (B, T), 0 elsewhere; without dropout."""
+        with mx.stream(self.device), self._parameters_kept() as parameters:
+            hidden, output_weight_VD = self._output(self.model.hidden, self._take(*parameters))
+            return np.array(log_probs(hidden, output_weight_VD, TensorBatch(**_arrays(batch))))
+
+    def weights(self) -> dict[str, HostArray]:
+        """The float32 weights under canonical names; with an adapter, only what is trained."""
+        if self.adapter is None:
+            return weights.to_host_arrays(self.model)
+        pieces = [zip(each.parts, each.split(each.parameter), strict=True) for each in self.optimizer.packed]
+        return {name: weights.host_from_array(piece) for each in pieces for name, piece in each}
+
+    def state(self) -> dict[str, HostArray]:
+        """What the next update depends on besides the weights: AdamW's moments and the number of updates made."""
+        return self.optimizer.state()
+
+    def load_state(self, arrays: Mapping[str, HostArray], state: Mapping[str, HostArray]) -> None:
+        """Go on from what weights() and state() gave; ValueError lists what is missing or misshapen."""
+        if self.adapter is None and not self.model.config.quantization:
+            weights.load_host_arrays(self.model, arrays)
+        else:
+            weights.copy_host_arrays(self.optimizer.packed, arrays)
+        self.optimizer.load_state(state)
+
+    def runner(self) -> MlxRunner:
+        """Generates with the weights as they are now."""
+        return MlxRunner(self.model, self.device)
+
+    def conditions(self) -> dict[str, Any]:
+        """What the last bits of the result depend on besides the configuration and the data."""
+        return {
+            "mlx": version("mlx"),
+            "device": self.device.name,
+            "precision": self.precision,
+            "compile": self.compiled,
+        }
+
+    def memory_bytes(self) -> int:
+        """The most memory held so far: by arrays of MLX on a GPU, by this process where that is the CPU."""
+        if self.device == mx.gpu:
+            return mx.get_peak_memory()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def peak_flops(self, seconds: float = 0.3) -> float:
+        """Operations a second of large products in this precision: the best of 5 or more, as `seconds` allow."""
+        size = 4096 if self.device == mx.gpu else 512
+        dtype = mx.bfloat16 if self.precision == "bf16" else mx.float32
+        with mx.stream(self.device):
+            a, b = (mx.random.normal((size, size), key=mx.random.key(i)).astype(dtype) for i in range(2))
+            mx.eval(a, b)
+            best, products, end = math.inf, 0, time.perf_counter() + seconds
+            while products < 5 or time.perf_counter() < end:  # one alone may meet a pause of the machine
+                started = time.perf_counter()
+                mx.eval(a @ b)
+                best = min(best, time.perf_counter() - started)
+                products += 1
+        return 2 * size**3 / best
+
+    def _accumulated(self, micro_batches: Sequence[Batch], targets: int) -> tuple[list[LossOutput], list[mx.array]]:
+        """What each micro-batch gave, and the gradients of the mean over all targets; begun, not waited for."""
+        outputs: list[LossOutput] = []
+        gradients: list[mx.array] = []
+        with self._parameters_kept() as parameters:
+            share, key = mx.array(1 / targets, dtype=mx.float32), self._key_of_step()
+            for batch in micro_batches:
+                key, drawn = mx.random.split(key)
+                (_, nats, measures), found = self._differentiated(*parameters, _arrays(batch), share, drawn)
+                gradients = [a + b for a, b in zip(gradients, found, strict=True)] if gradients else found
+                outputs.append(LossOutput(nats, measures))
+                mx.async_eval(nats, gradients)  # begun now, so that what a micro-batch holds is soon let go
+        return outputs, gradients
+
+    def _loss(
+        self,
+        trained: Sequence[mx.array],
+        frozen: Sequence[mx.array],
+        arrays: Mapping[str, Any],
+        key: mx.array | None = None,
+    ) -> LossOutput:
+        """The loss as a function of the parameters and of a batch's arrays; with a key for dropout, while training."""
+        output_weight_VD = self._take(trained, frozen)
+        hidden, own_key = self.model.hidden, None
+        if key is not None:
+            key, own_key = mx.random.split(key)
+            if self.adapter:
+                key, drawn = mx.random.split(key)
+                self.adapter.drop(drawn)
+            probability = self.model.config.dropout
+            hidden = functools.partial(hidden, dropout=Dropout(probability, key) if probability else None)
+        hidden, output_weight_VD = self._output(hidden, output_weight_VD)
+        return loss_function(self.objective, own_key)(hidden, output_weight_VD, TensorBatch(**arrays))
+
+    def _output(self, hidden: Hidden, output_weight_VD: mx.array) -> tuple[Hidden, mx.array]:
+        """Hidden states and the output matrix, as losses take them."""
+        return self.adapter.output(hidden, output_weight_VD) if self.adapter else (hidden, output_weight_VD)
+
+    def _take(self, trained: Sequence[mx.array], frozen: Sequence[mx.array]) -> mx.array:
+        """Put parameters into the model, in bf16 those of linear maps rounded; returns its output weight, as rounded.
+
+        The model holds what it was given last; `_parameters_kept` gives it its own again.
+        """
+        for item, values in zip([*self.optimizer.packed, *self.frozen], [*trained, *frozen], strict=True):
+            low = self.precision == "bf16" and isinstance(item.owner, Linear | lora.Part)
+            item.replace(values.astype(mx.bfloat16) if low else values)
+        output_weight_VD = self.model.output_weight_VD
+        return output_weight_VD.astype(mx.bfloat16) if self.precision == "bf16" else output_weight_VD
+
+    def _loss_and_gradients(self) -> Callable[..., Any]:
+        """(trained, frozen, arrays, share, key) -> ((loss x share, loss, measures), gradients of loss x share by the
+        trained parameters); perhaps compiled."""
+
+        def weighted(
+            trained: list[mx.array], frozen: list[mx.array], arrays: Mapping[str, Any], share: mx.array, key: mx.array
+        ) -> tuple[mx.array, mx.array, Mapping[str, mx.array]]:
+            output = self._loss(trained, frozen, arrays, key)
+            return output.nats * share, output.nats, output.measures
+
+        function = mx.value_and_grad(weighted)
+        return mx.compile(function) if self.compiled else function
+
+    @contextlib.contextmanager
+    def _parameters_kept(self) -> Iterator[tuple[list[mx.array], list[mx.array]]]:
+        """The model's parameters, trained and frozen; afterwards it has them again."""
+        items = [*self.optimizer.packed, *self.frozen]
+        parameters, trained = [item.parameter for item in items], len(self.optimizer.packed)
+        try:
+            yield parameters[:trained], parameters[trained:]
+        finally:
+            for item, values in zip(items, parameters, strict=True):
+                item.replace(values)
+            if self.adapter:
+                self.adapter.drop(None)
+
+    def _key_of_step(self) -> mx.array:
+        """What dropout draws from: a function of (seed, step)."""
+        digest = hashlib.sha256(f"{self.seed}/{self.optimizer.t}".encode()).digest()
+        return mx.random.key(int.from_bytes(digest[:4], "little"))
+
+
+def _arrays(batch: Batch) -> dict[str, Any]:
+    """The fields of a `TensorBatch`, in types that `mx.compile` takes."""
+    segments_BT = None if batch.segments_BT is None else mx.array(batch.segments_BT)
+    extras = {name: mx.array(values) for name, values in batch.extras.items()}
+    tokens_BT, labels_BT = mx.array(batch.tokens_BT), mx.array(batch.labels_BT)
+    return {"tokens_BT": tokens_BT, "labels_BT": labels_BT, "segments_BT": segments_BT, "extras": extras}
+
+
+def build_train_step(
+    config: ModelConfig,
+    arrays: Mapping[str, HostArray] | None = None,
+    *,
+    seed: int = 0,
+    initialization: InitializationName = "fan-in",
+    objective: Objective = NextToken(),  # noqa: B008 - it is frozen
+    trainable: Callable[[str], bool] | None = None,
+    adapter: LoraSettings | None = None,
+    max_grad_norm: float = 0.0,
+    precision: Precision = "auto",
+    device: str = "auto",
+    threads: int = 0,
+    compile: bool | None = None,
+    **settings: Any,
+) -> MlxTrainStep:
+    """A model of the values in `arrays`, or a freshly initialised one, and its optimiser; `settings` are the fields of
+    AdamWSettings.
+
+    device "auto" is the GPU where there is one, Metal's on a Mac; precision "auto" is bf16 there and fp32 on a CPU.
+    `compile` None is true there too: a CPU's kernels take a C++ compiler half a minute at their first use, and updates
+    were no faster then.
+    """
+    optimizer = AdamWSettings(**settings)
+    where = choose_device(device)
+    if threads:
+        raise ValueError(f"threads={threads} cannot be set: MLX chooses its threads itself; leave it at 0")
+    if precision == "auto":
+        precision = "bf16" if where == mx.gpu else "fp32"
+    with mx.stream(where):
+        model = weights.build_model(config, arrays, seed=seed, initialization=initialization)
+        return MlxTrainStep(
+            model,
+            optimizer,
+            objective=objective,
+            trainable=trainable,
+            adapter=adapter,
+            max_grad_norm=max_grad_norm,
+            precision=precision,
+            seed=seed,
+            compile=where == mx.gpu if compile is None else compile,
+            device=where,
+        )

@@ -1,0 +1,1 @@
+"""Kernels beyond PyTorch's operators."""

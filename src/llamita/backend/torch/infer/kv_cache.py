@@ -1,0 +1,175 @@
+"""Paged key/value memory: blocks of positions in one large array a layer, found through a sequence's table of blocks.
+
+`PagedKVCache` is the memory; `PagedStep` is one step's use of it: where the new keys and values of all chunks go, and
+what each chunk's queries attend to. Attention needs one verb of it, `attend`. Knows nothing of models or requests.
+"""
+
+import math
+import mmap
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llamita.backend.plan import BlockCopy, CacheLayout, ScheduledChunk
+from llamita.backend.step_layout import alike
+from llamita.backend.torch.infer.paged_attention import (
+    ChunkAttention,
+    DecodeAttention,
+    ExactAttention,
+    Part,
+    Span,
+    TableAttention,
+    TableKernel,
+)
+from llamita.model.config import ModelConfig
+
+EXACT_ROWS = 16
+"""In the exact mode every matrix product takes so many rows."""
+
+
+class PagedKVCache:
+    """Keys and values of every layer, (slots, K, H) each; slot `block * block_size + offset` holds one position.
+
+    The layers of one attention window form a group (`CacheLayout.windows`), with tables of its own. With a
+    `kernel` single queries are attended to by following these tables, and there is a block more, `spare_block`, that no
+    sequence has.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: CacheLayout,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        kernel: TableKernel | None = None,
+    ) -> None:
+        assert layout.windows == config.attention_windows
+        self.layout, self.kernel = layout, kernel
+        self.positions = config.max_position_embeddings
+        self.group_of_layer = [layout.windows.index(config.window(i)) for i in range(config.num_hidden_layers)]
+        blocks = layout.blocks + (kernel is not None)
+        shape = (blocks * layout.block_size, config.num_key_value_heads, config.head_dim)
+        self.keys = [_zeros(shape, dtype, device) for _ in self.group_of_layer]
+        self.values = [_zeros(shape, dtype, device) for _ in self.group_of_layer]
+
+    @property
+    def spare_block(self) -> int:
+        assert self.kernel is not None
+        return self.layout.blocks
+
+    def copy(self, copies: Iterable[BlockCopy]) -> None:
+        """Copy whole blocks, in order."""
+        size = self.layout.block_size
+        for copy in copies:
+            source, target = (slice(block * size, (block + 1) * size) for block in (copy.source, copy.target))
+            for layer, group in enumerate(self.group_of_layer):
+                if group == copy.group:
+                    self.keys[layer][target] = self.keys[layer][source]
+                    self.values[layer][target] = self.values[layer][source]
+
+    def step(self, chunks: Sequence[ScheduledChunk], exact: bool = False) -> "PagedStep":
+        """The use of this memory by the chunks of one step, whose tokens follow one another in one row."""
+        return PagedStep(self, chunks, exact)
+
+
+class CacheStep(Protocol):
+    """What a model needs of a step: positions, and attention to all that came before."""
+
+    positions_1T: Tensor
+    longest: int  # no position reaches it
+
+    def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor: ...
+
+
+class PagedStep:
+    """Positions and attention of the chunks of one step, packed into one row of T tokens, single tokens first.
+
+    In the exact mode the row is padded to a multiple of `EXACT_ROWS`.
+    """
+
+    def __init__(self, cache: PagedKVCache, chunks: Sequence[ScheduledChunk], exact: bool) -> None:
+        self._cache = cache
+        self._single = sum(len(chunk.tokens) == 1 for chunk in chunks)
+        assert all(len(chunk.tokens) == 1 for chunk in chunks[: self._single]), "single tokens come first"
+        device = cache.keys[0].device
+        positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
+        self.tokens = len(positions)
+        self.longest = int(positions.max()) + 1
+        padding = -self.tokens % EXACT_ROWS if exact else 0
+        self.padded = self.tokens + padding
+        self.positions_1T = torch.from_numpy(np.pad(positions, (0, padding)))[None].to(device)
+        size = cache.layout.block_size
+        self._slots: list[Tensor] = []
+        self._begun: list[Tensor | None] = []
+        self._parts: list[list[tuple[slice, Part]]] = []
+        for group, window in enumerate(cache.layout.windows):
+            tables = [chunk.tables[group] for chunk in chunks]
+            slots = [
+                table[np.arange(chunk.start, chunk.end) // size] * size + np.arange(chunk.start, chunk.end) % size
+                for table, chunk in zip(tables, chunks, strict=True)
+            ]
+            self._slots.append(torch.from_numpy(np.concatenate(slots).astype(np.int64)).to(device))
+            self._begun.append(_begun(chunks, tables, size, device))
+            spans = [Span.of(chunk, table, size, window) for chunk, table in zip(chunks, tables, strict=True)]
+            self._parts.append(list(self._divide(spans, exact, device)))
+
+    def _divide(self, spans: Sequence[Span], exact: bool, device: torch.device) -> Iterable[tuple[slice, Part]]:
+        """Which rows are attended to together: single tokens of similar context in one batch, each chunk alone."""
+        row = 0
+        if not exact:
+            if self._cache.kernel is not None and self._single:
+                yield slice(0, self._single), TableAttention.of(self._cache.kernel, spans[: self._single], device)
+                row = self._single
+            for batch in alike(spans[row : self._single]):
+                yield slice(row, row + len(batch)), DecodeAttention(batch, device)
+                row += len(batch)
+            spans = spans[self._single :]
+        for span in spans:
+            rows = slice(row, row + span.queries)
+            yield rows, ExactAttention(span) if exact else ChunkAttention(span, device)
+            row = rows.stop
+
+    def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+        """Store new keys and values, then mix the values that each query sees: (T, N, H)."""
+        group = self._cache.group_of_layer[layer]
+        keys, values, slots_T = self._cache.keys[layer], self._cache.values[layer], self._slots[group]
+        begun_M = self._begun[group]
+        if begun_M is not None:
+            for memory in (keys, values):
+                memory.unflatten(0, (-1, self._cache.layout.block_size)).index_fill_(0, begun_M, 0)
+        keys.index_copy_(0, slots_T, k_TKH[: self.tokens])
+        values.index_copy_(0, slots_T, v_TKH[: self.tokens])
+        parts = self._parts[group]
+        if len(parts) == 1 and self.padded == self.tokens:
+            return parts[0][1].attend(q_TNH, keys, values)
+        mixed_TNH = torch.zeros_like(q_TNH, memory_format=torch.contiguous_format)
+        for rows, part in parts:
+            mixed_TNH[rows] = part.attend(q_TNH[rows], keys, values)
+        return mixed_TNH
+
+
+def _begun(
+    chunks: Sequence[ScheduledChunk], tables: Sequence[np.ndarray], size: int, device: torch.device
+) -> Tensor | None:
+    """The blocks that the chunks begin and do not fill; None for none.
+
+    They are emptied first: a batch reads the rest of them as well, to no effect unless an earlier sequence left NaN.
+    """
+    blocks = [
+        table[chunk.end // size]
+        for chunk, table in zip(chunks, tables, strict=True)
+        if chunk.end % size and chunk.start <= chunk.end // size * size
+    ]
+    return torch.from_numpy(np.array(blocks, dtype=np.int64)).to(device) if blocks else None
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Zeros whose memory, on a CPU, is taken from the system page by page as it is first written."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = max(math.prod(shape) * dtype.itemsize, 1)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # numpy would ask for huge ones
+    return torch.frombuffer(pages, dtype=dtype, count=math.prod(shape)).view(shape)

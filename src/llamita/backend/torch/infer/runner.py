@@ -1,0 +1,297 @@
+"""Runs the plans of an inference engine on a PyTorch model, over a paged key/value memory.
+
+The engine decides which tokens run and where their keys and values lie; here they are run, all chunks of a step packed
+into one row. `hidden_states` holds all that happens between tokens and the states that logits are made of: it is the
+unit to compile or to replace by faster kernels. Deliberately knows nothing of requests, text, or when to stop.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llamita.backend.plan import CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult, token_array
+from llamita.backend.step_layout import begins, packing_order, rows_drawn, rows_wanted
+from llamita.backend.torch.devices import choose_device, evaluation, fast_few_rows, table_kernel
+from llamita.backend.torch.infer.adapters import Serving
+from llamita.backend.torch.infer.exact import exact_model
+from llamita.backend.torch.infer.graphs import DecodeGraphs, TableStep, cuda_recorder
+from llamita.backend.torch.infer.kv_cache import EXACT_ROWS, PagedKVCache, PagedStep
+from llamita.backend.torch.infer.sampling import Sampler
+from llamita.backend.torch.model import lora
+from llamita.backend.torch.model.llama import Llama
+from llamita.backend.torch.model.quantized import QuantizedLinear
+from llamita.backend.torch.model.reordered import build_prepacked
+from llamita.backend.torch.model.weights import build_model, to_host_arrays
+from llamita.model.config import ModelConfig
+from llamita.model.lora import Adapter
+from llamita.model.parameters import kv_bytes_per_token
+from llamita.storage import checkpoint, peft_directory
+from llamita.storage.checkpoint import HostArray
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CACHE_SHARE = {"cpu": 0.25, "cuda": 0.8}
+"""Of the memory that is free once the weights are loaded, what keys and values may take."""
+OWN = ""  # the name of the adapter that was loaded as a model
+SCORED_ROWS = 64
+"""Logits of so many positions at a time, where those of a prompt are asked for: bounds the memory they take."""
+
+
+@dataclass
+class TorchMemory:
+    """What one engine's sequences left behind for their next step: keys and values, and counts of tokens."""
+
+    cache: PagedKVCache
+    sampler: Sampler
+    graphs: DecodeGraphs | None = None
+
+
+class TorchRunner:
+    """Does an engine's plans with `model`, which it neither copies nor changes; dropout is off meanwhile.
+
+    With `exact`, on a CPU in float32, the logits after a text are the same bits however it came there: alone or with
+    others, whole or in chunks, computed again or found in the prefix cache. It is slower.
+
+    `adapters` are put on the model by name; a chunk that names none goes through `default`, or the model alone.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        exact: bool = False,
+        adapters: Mapping[str, Adapter] | None = None,
+        default: str | None = None,
+    ) -> None:
+        self.model = model
+        self.config: ModelConfig = model.config
+        weight = model.model.norm.weight  # never quantised: its type is that of the activations and of the cache
+        self.dtype, self.device = weight.dtype, weight.device
+        if exact and (self.device.type != "cpu" or self.dtype != torch.float32 or self.config.quantization):
+            form = self.config.quantization or str(self.dtype)
+            raise ValueError(f"the exact mode runs on a CPU in float32, not on {self.device.type} in {form}")
+        self.exact = exact
+        self._running = exact_model(model) if exact else model
+        self.serving, self.default = Serving(adapters or {}), default
+        self.serving.attach(model)
+        if exact:
+            self.serving.attach(self._running, exactly=True)
+        self._names: list[str | None] = []  # the adapters of a step's rows
+        one_row = (
+            self.config.num_labels or not self.config.tie_word_embeddings
+        )  # of an embedding that is no output head
+        read = [(name, parameter.nbytes) for name, parameter in model.named_parameters()]
+        read += [(name, each.kernel_bytes) for name, each in model.named_modules() if isinstance(each, QuantizedLinear)]
+        self.weight_bytes = sum(size for name, size in read if not (one_row and "embed_tokens" in name))
+        """Bytes of weights that decoding one token reads."""
+        self.kv_bytes_per_token = kv_bytes_per_token(self.config, weight.element_size())
+        """Bytes of keys and values that one earlier position adds to what decoding a token reads."""
+
+    @property
+    def cache_budget(self) -> int:
+        """Bytes that keys and values may take where nothing else is said."""
+        free = (
+            torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else psutil.virtual_memory().available
+        )
+        return int(free * CACHE_SHARE.get(self.device.type, CACHE_SHARE["cpu"]))
+
+    def weights(self) -> dict[str, HostArray]:
+        """The values under canonical names, in the type they have here; those of the default adapter merged in."""
+        arrays = to_host_arrays(self.model)
+        if self.default is None:
+            return arrays
+        if self.config.quantization:
+            raise ValueError(f"an adapter over {self.config.quantization} weights is no one model; use llamita merge")
+        return dict(lora.merged_arrays(arrays, self.serving.adapters[self.default]))
+
+    def allocate(self, layout: CacheLayout, sequences: int = 0) -> TorchMemory:
+        """Memory for the sequences of one engine, of which so many decode at once.
+
+        On a GPU the steps that decode up to so many are recorded as graphs, which takes seconds. Where that fails, a
+        warning says so, and attention gathers what it reads as it does on a CPU.
+        """
+        sampler = Sampler(self.config.vocab_size, self.device)
+        cache = PagedKVCache(
+            self.config, layout, self.dtype, self.device, table_kernel(self.device) if sequences else None
+        )
+        if cache.kernel is not None:
+            try:
+                with torch.inference_mode(), evaluation(self._running):
+                    graphs = DecodeGraphs(self._decode, cache, sequences, cuda_recorder(self.device))
+                return TorchMemory(cache, sampler, graphs)
+            except Exception as error:  # of Triton, its compiler, or the driver: all have errors of their own
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                warnings.warn(f"decoding goes on without CUDA graphs: {reason}", stacklevel=2)
+                cache.kernel = None
+        return TorchMemory(cache, sampler)
+
+    def _decode(self, tokens_1T: Tensor, step: TableStep) -> Tensor:
+        """The states after the final norm of one token each of several sequences."""
+        return self._running.hidden(tokens_1T, cache=step)[0]
+
+    @torch.inference_mode()
+    def run(self, plan: Plan, memory: TorchMemory) -> StepResult:
+        """Run every chunk at once, sample the tokens and score the targets that they ask for."""
+        memory.cache.copy(plan.copies)
+        if not plan.chunks:
+            return StepResult(())
+        order = packing_order(plan.chunks)
+        chunks = [plan.chunks[i] for i in order]
+        rows = sum(len(chunk.tokens) for chunk in chunks)
+        with evaluation(self._running), fast_few_rows(self.device, self.dtype, rows):
+            states = self._recorded(chunks, memory) or self._computed(chunks, memory)
+            sampled = self._sample(chunks, states, memory.sampler)
+        scores = self._score(chunks, states)
+        places = {number: place for place, number in enumerate(order)}
+        return StepResult(
+            tuple(sampled[places[number]] for number in range(len(order))),
+            tuple(scores[places[number]] for number in range(len(order))) if scores else (),
+        )
+
+    def _recorded(self, chunks: Sequence[ScheduledChunk], memory: TorchMemory) -> "States | None":
+        """The states by replaying a recorded step; None where there is none for these chunks."""
+        plain = self.default is None and all(chunk.adapter is None for chunk in chunks)
+        if memory.graphs is None or not plain or not memory.graphs.fit(chunks):
+            return None
+        self._names = [None] * len(chunks)
+        return States(memory.graphs.run(chunks), {row: row for row in range(len(chunks))})
+
+    def _computed(self, chunks: Sequence[ScheduledChunk], memory: TorchMemory) -> "States":
+        step = memory.cache.step(chunks, self.exact)
+        tokens = [token for chunk in chunks for token in chunk.tokens]
+        tokens_1T = torch.tensor([tokens + [0] * (step.padded - step.tokens)], device=self.device)
+        names = [self.default if chunk.adapter is None else chunk.adapter for chunk in chunks for _ in chunk.tokens]
+        self._names = names + [None] * (step.padded - step.tokens)
+        with self.serving.rows(self._names, self.device):
+            # The exact mode has its own count of rows, and adapters are told apart by rows of the whole step.
+            every = self.exact or len(set(names)) > 1
+            wanted = list(range(step.padded)) if every else rows_wanted(chunks)
+            hidden_RD = hidden_states(self._running, tokens_1T, step, wanted)
+        return States(hidden_RD, {row: place for place, row in enumerate(wanted)})
+
+    def _sample(
+        self, chunks: Sequence[ScheduledChunk], states: "States", sampler: Sampler
+    ) -> list[tuple[SampledToken, ...]]:
+        """The tokens that each chunk asks for, all drawn in one pass."""
+        rows, specs, ids = rows_drawn(chunks)
+        tokens = iter(sampler.sample(self._logits(states, rows), specs, ids) if rows else ())
+        return [tuple(next(tokens) for _ in chunk.samples) for chunk in chunks]
+
+    def _score(self, chunks: Sequence[ScheduledChunk], states: "States") -> list[tuple[float, ...]]:
+        """The log-probabilities of each chunk's targets."""
+        if not any(chunk.targets for chunk in chunks):
+            return []
+        found = []
+        for chunk, begin in begins(chunks):
+            scores: list[float] = []
+            for first in range(0, len(chunk.targets), SCORED_ROWS):
+                targets_R1 = torch.tensor(chunk.targets[first : first + SCORED_ROWS], device=self.device)[:, None]
+                logits_RV = self._logits(states, range(begin + first, begin + first + len(targets_R1))).float()
+                scores += (logits_RV.gather(1, targets_R1)[:, 0] - logits_RV.logsumexp(-1)).tolist()
+            found.append(tuple(scores))
+        return found
+
+    def _logits(self, states: "States", rows: Sequence[int]) -> Tensor:
+        """Logits (R, V) of some rows of the step."""
+        places, hidden_RD = [states.place_of_row[row] for row in rows], states.hidden_RD
+        if places != list(range(len(hidden_RD))):
+            hidden_RD = hidden_RD[torch.tensor(places, device=self.device)]
+        if self.exact:
+            hidden_RD = F.pad(hidden_RD, (0, 0, 0, -len(rows) % EXACT_ROWS))
+        names = [self._names[row] for row in rows] + [None] * (len(hidden_RD) - len(rows))
+        with self.serving.rows(names, self.device):
+            return self._running.logits(hidden_RD)[: len(rows)]
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        tokens_BT: Sequence[Sequence[int]] | np.ndarray,
+        capture: Sequence[str] = (),
+        adapter: str | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Logits of every position, and the residual stream at named places, as float32 arrays.
+
+        Returns `logits` (B, T, V) and each name in `capture` (B, T, D): `embedding`, `layers.0`, `layers.1`, ...,
+        `norm`. Nothing is cached. Raises ValueError for an unknown name, and for ids outside the vocabulary.
+        """
+        captured: dict[str, Tensor] = {}
+
+        def trace(name: str, x_BTD: Tensor) -> None:
+            if name in capture:
+                captured[name] = x_BTD
+
+        tokens = torch.as_tensor(token_array(tokens_BT, self.config.vocab_size), device=self.device)
+        names = [self.default if adapter is None else adapter] * tokens.numel()
+        with evaluation(self.model), self.serving.rows(names, self.device):
+            logits_BTV = self.model(tokens, trace=trace).logits_BTV
+        unknown = [name for name in capture if name not in captured]
+        if unknown:
+            raise ValueError(
+                f"capture={unknown[0]!r} is unknown; there are embedding, layers.0, layers.1, ... and norm"
+            )
+        return {name: x.float().cpu().numpy() for name, x in {**captured, "logits": logits_BTV}.items()}
+
+
+@dataclass(frozen=True)
+class States:
+    """The states after the final norm of those rows of a step that logits are made of, and where each row is."""
+
+    hidden_RD: Tensor
+    place_of_row: Mapping[int, int]
+
+
+def hidden_states(model: Llama, tokens_1T: Tensor, step: PagedStep, rows: Sequence[int]) -> Tensor:
+    """The states (R, D) after the final norm of some rows of one packed row of tokens; all keys and values go into the
+    memory."""
+    every = len(rows) == tokens_1T.shape[1]
+    rows_R = None if every else torch.tensor(rows, dtype=torch.int64, device=tokens_1T.device)
+    return model.hidden(tokens_1T, cache=step, rows_R=rows_R)[0]
+
+
+def load_runner(
+    model: Path | str,
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int = 0,
+    exact: bool = False,
+    adapters: Mapping[str, Path] | None = None,
+) -> TorchRunner:
+    """A runner over a model directory, or over the best checkpoint of a run directory; of an adapter's, over its base
+    with that adapter. `adapters` are further ones over the same base, each for the chunks that name it.
+
+    `dtype` is that of weights and cache: a name in DTYPES, or "auto" for that of the file (bfloat16 for the activations
+    of a quantised one, whose kernels take no other). `device` is PyTorch's, or "auto" for a GPU where there is one.
+    `threads` 0 leaves PyTorch's own choice. `exact` means float32 on the CPU.
+    """
+    if exact:
+        dtype, device = ("float32" if dtype == "auto" else dtype), ("cpu" if device == "auto" else device)
+    if threads > 0:
+        torch.set_num_threads(threads)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not supported; give auto or one of {', '.join(DTYPES)}")
+    device = choose_device(device)
+    directory = checkpoint.resolve_model_directory(model)
+    own = peft_directory.open_adapter(directory) if peft_directory.is_adapter(directory) else None
+    base = own.base if own else directory
+    arrays = checkpoint.load_tensors(base)
+    named = peft_directory.open_beside(adapters or {}, base, arrays)
+    if own is not None:
+        arrays = own.adapter.over(arrays)
+        named[OWN] = own.adapter
+    config = own.adapter.config if own else checkpoint.load_config(directory)
+    if dtype == "auto":
+        stored = "BF16" if config.quantization else next((array.dtype for array in arrays.values()), "F32")
+        dtype = checkpoint.DTYPE_NAMES.get(stored, "float32")
+    build = build_model if exact else build_prepacked
+    built = build(config, arrays, dtype=DTYPES.get(dtype, torch.float32), device=device).eval()
+    return TorchRunner(built, exact, named, OWN if own else None)
+
+
+def runner_over(config: ModelConfig, arrays: Mapping[str, HostArray], dtype: str = "float32") -> TorchRunner:
+    """A runner over host arrays, on the CPU."""
+    return TorchRunner(build_prepacked(config, arrays, dtype=DTYPES[dtype]).eval())

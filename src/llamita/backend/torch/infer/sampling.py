@@ -1,0 +1,243 @@
+"""Picks a token for each row of logits, every row by parameters of its own, many rows at a time.
+
+In this order: logit bias; repetition, frequency and presence penalties; banned ids and the mask of a grammar;
+temperature; top-k; top-p; min-p; and a draw by the Gumbel-max trick. Each is switched off by its neutral value, so that
+a temperature alone samples exactly from `softmax(logits / temperature)`. What is kept is decided in float64, so that it
+does not hang on rounding. The functions below `Sampler` take a column of parameters, one a row. On a device nothing
+waits for the host before the results, which come over in one piece. Knows nothing of models or caches.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llamita.backend.plan import SampledToken, SampleSpec, SamplingParams
+from llamita.backend.sampling import DROPPED, Steps, sampled_token
+from llamita.backend.torch.infer.noise import GumbelNoise, stream_keys
+from llamita.backend.torch.infer.token_counts import CountedRow, TokenCounts, to_device
+
+CPU_BLOCK = 1 << 16
+"""Float64 scores taken at a time on a CPU, so that they stay in its cache. A device takes BLOCK of them."""
+BLOCK = 1 << 25
+LIKELIEST = 1024
+"""On a CPU, top-p looks for its nucleus among so many tokens before it sorts many more."""
+
+
+class Columns:
+    """Parameters of rows as columns [R, 1] on a device; `largest_k` is known to the host."""
+
+    def __init__(self, params: Sequence[SamplingParams], device: torch.device | str = "cpu") -> None:
+        names = ("temperature", "top_k", "top_p", "min_p")
+        penalties = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+        table = np.array([[getattr(each, name) for name in names + penalties] for each in params], dtype=np.float64)
+        columns = to_device(table, device).split(1, dim=1)
+        self.temperature_R1, self.top_k_R1, self.top_p_R1, self.min_p_R1 = columns[:4]
+        self.repetition_R1, self.frequency_R1, self.presence_R1 = columns[4:]
+        self.largest_k = max(each.top_k for each in params)
+        self.any_repetition = any(each.repetition_penalty != 1 for each in params)
+        self.any_output_penalty = any(each.frequency_penalty or each.presence_penalty for each in params)
+        self.any_top_p, self.any_min_p = any(each.top_p < 1 for each in params), any(each.min_p > 0 for each in params)
+
+
+class Sampler:
+    """Samples for an engine, over a vocabulary of so many ids; keeps counts of the sequences it has penalties for."""
+
+    def __init__(self, vocab_size: int, device: torch.device | str = "cpu") -> None:
+        self.vocab_size, self.device = vocab_size, torch.device(device)
+        self._noise = GumbelNoise(vocab_size, device)
+        self._counts = TokenCounts(vocab_size, self.device)
+
+    @torch.inference_mode()
+    def sample(self, logits_RV: Tensor, specs: Sequence[SampleSpec], sequence_ids: Sequence[int]) -> list[SampledToken]:
+        """Pick a token for each row as its spec says, with its natural log-probability under `softmax(logits)`.
+
+        A row's token depends on its own logits and spec alone. Rows of one sequence have the same id; the counts of
+        sequences that are not in a call are forgotten. A row that holds NaN or infinity, as the logits of broken
+        weights do, gets an error in its token's place, as does one of which banned ids and mask leave no token.
+        ValueError for a bias outside the vocabulary.
+        """
+        assert logits_RV.shape == (len(specs), self.vocab_size), (logits_RV.shape, len(specs), self.vocab_size)
+        assert len(specs) == len(sequence_ids)
+        readers = [row for row, spec in enumerate(specs) if spec.params.reads_history]
+        counted = self._counts.update([specs[row] for row in readers], [sequence_ids[row] for row in readers])
+        counts_of = dict(zip(readers, counted, strict=True))
+        if not specs:
+            return []
+        order: list[int] = []
+        packed: list[Tensor] = []
+        for steps, rows in self._blocks(specs):
+            block_RV = logits_RV if rows == list(range(len(specs))) else logits_RV[self._index(rows)]
+            counts = [counts_of[row] for row in rows] if steps.penalized else []
+            packed.append(self._sample_block(block_RV, steps, [specs[row] for row in rows], counts))
+            order += rows
+        width = max(block.shape[1] for block in packed)
+        results = torch.cat([torch.nn.functional.pad(block, (0, width - block.shape[1])) for block in packed])
+        values_of = dict(zip(order, results.tolist(), strict=True))  # the one wait for the device
+        return [sampled_token(values_of[row], spec.params.top_logprobs) for row, spec in enumerate(specs)]
+
+    def _blocks(self, specs: Sequence[SampleSpec]) -> Iterator[tuple[Steps, list[int]]]:
+        """The rows that have their steps in common, not too many at a time."""
+        groups: dict[Steps, list[int]] = {}
+        for row, spec in enumerate(specs):
+            groups.setdefault(Steps.of(spec), []).append(row)
+        for steps, rows in groups.items():
+            block = CPU_BLOCK if self.device.type == "cpu" and not steps.plain_greedy else BLOCK
+            size = max(1, block // self.vocab_size)
+            for start in range(0, len(rows), size):
+                yield steps, rows[start : start + size]
+
+    def _sample_block(
+        self, logits_RV: Tensor, steps: Steps, specs: Sequence[SampleSpec], counts: Sequence[CountedRow]
+    ) -> Tensor:
+        """Float64 [R, 3 + 2K]: id, its log-probability, its score; ids and log-probabilities of the K likeliest."""
+        logprobs_RV = logits_RV.log_softmax(-1, dtype=torch.float32)
+        if steps.plain_greedy:
+            best_R1, ids_R1 = logits_RV.max(dim=-1, keepdim=True)
+        else:
+            columns = Columns([spec.params for spec in specs], self.device)
+            scores_RV = self._score(
+                logits_RV.to(torch.float64, copy=True, memory_format=torch.contiguous_format), specs, columns, counts
+            )
+            best_R1, ids_R1 = scores_RV.max(dim=-1, keepdim=True)
+            if not steps.greedy:
+                # Subtracting the largest changes no probability and keeps tiny temperatures from overflowing.
+                scores_RV = scores_RV.sub_(best_R1).div_(columns.temperature_R1)
+                if steps.truncated:
+                    scores_RV = truncate(scores_RV, columns)
+                keys = stream_keys([spec.seed for spec in specs], [spec.position for spec in specs])
+                ids_R1 = self._draw(scores_RV, self._to_device(keys), few=steps.truncated)
+        parts = [ids_R1, logprobs_RV.gather(1, ids_R1), best_R1]
+        wanted = min(max(spec.params.top_logprobs for spec in specs), self.vocab_size)
+        if wanted:
+            likeliest = logprobs_RV.topk(wanted, dim=-1)
+            parts.append(torch.stack([likeliest.indices.double(), likeliest.values.double()], dim=-1).flatten(1))
+        return torch.cat([part.double() for part in parts], dim=1)
+
+    def _draw(self, scores_RV: Tensor, keys_R2: Tensor, few: bool) -> Tensor:
+        """Ids [R, 1] drawn from softmax(scores). `few`: many are dropped; on a CPU they get no noise."""
+        if few and self.device.type == "cpu":
+            ids_C = (scores_RV != DROPPED).any(dim=0).nonzero().squeeze(1)
+            if not len(ids_C):  # nothing may come: the caller says so
+                return torch.zeros(len(scores_RV), 1, dtype=torch.int64)
+            noise_RC = self._noise.rows(keys_R2, ids_C)
+            return ids_C[noise_RC.add_(scores_RV[:, ids_C]).argmax(dim=-1, keepdim=True)]
+        return self._noise.rows(keys_R2).add_(scores_RV).argmax(dim=-1, keepdim=True)
+
+    def _score(
+        self, scores_RV: Tensor, specs: Sequence[SampleSpec], columns: Columns, counts: Sequence[CountedRow]
+    ) -> Tensor:
+        """The logits after bias, penalties and exclusions."""
+        biases = [(row, i, bias) for row, spec in enumerate(specs) for i, bias in spec.params.logit_bias.items()]
+        if biases:
+            row_E, id_E, bias_E = map(np.array, zip(*biases, strict=True))
+            if id_E.max() >= self.vocab_size:
+                last = self.vocab_size - 1
+                raise ValueError(f"logit_bias has token id {id_E.max()}, but this model's ids are 0 to {last}")
+            places_E = self._to_device(row_E * self.vocab_size + id_E)
+            scores_RV.view(-1).index_add_(0, places_E, self._to_device(bias_E.astype(np.float64)))
+        if counts:
+            scores_RV = penalize(scores_RV, *self._counts.gather(counts), columns)
+        banned = [
+            row * self.vocab_size + i for row, spec in enumerate(specs) for i in spec.banned if i < self.vocab_size
+        ]
+        if banned:
+            scores_RV.view(-1).index_fill_(0, self._index(banned), DROPPED)
+        if any(spec.allowed is not None for spec in specs):
+            every = np.full((self.vocab_size + 31) // 32, -1, dtype=np.int32)
+            words_RW = np.stack([every if spec.allowed is None else spec.allowed for spec in specs])
+            scores_RV = scores_RV.masked_fill_(~unpack_bits(self._to_device(words_RW), self.vocab_size), DROPPED)
+        return scores_RV
+
+    def _index(self, numbers: list[int]) -> Tensor:
+        return self._to_device(np.array(numbers, dtype=np.int64))
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return to_device(array, self.device)
+
+
+def penalize(scores_RV: Tensor, seen_RV: Tensor, outputs_RV: Tensor, columns: Columns) -> Tensor:
+    """Make tokens less likely that have come before, for a repetition penalty above 1 and others above 0.
+
+    Repetition (prompt and output, `seen_RV`): positive logits are divided by it; negative ones are multiplied, so that
+    these fall as well (Keskar et al. 2019, CTRL, arXiv:1909.05858, section 4.1; the multiplication follows
+    transformers). Then, as OpenAI's API defines them, over the output alone: the frequency penalty is subtracted once
+    for each occurrence, the presence penalty once.
+    """
+    if columns.any_repetition:
+        penalty_RV = torch.where(seen_RV, columns.repetition_R1, 1.0)
+        scores_RV = torch.where(scores_RV > 0, scores_RV / penalty_RV, scores_RV * penalty_RV)
+    if columns.any_output_penalty:
+        scores_RV = scores_RV - columns.frequency_R1 * outputs_RV - columns.presence_R1 * (outputs_RV > 0)
+    return scores_RV
+
+
+def unpack_bits(words_RW: Tensor, size: int) -> Tensor:
+    """Bool [R, size]: bit i % 32 of int32 word i // 32, for each i."""
+    bytes_RW1 = words_RW.view(torch.uint8).unsqueeze(-1)  # the lowest byte first, on every machine that runs this
+    bits_8 = torch.arange(8, dtype=torch.uint8, device=words_RW.device)
+    return ((bytes_RW1 >> bits_8) & 1).bool().flatten(1)[:, :size]
+
+
+def truncate(scores_RV: Tensor, columns: Columns) -> Tensor:
+    """The scores after top-k, top-p and min-p; dropped tokens have -inf."""
+    if columns.largest_k:
+        scores_RV = keep_top_k(scores_RV, columns.top_k_R1, columns.largest_k)
+    if columns.any_top_p:
+        scores_RV = keep_top_p(scores_RV, columns.top_p_R1)
+    return drop_below_min_p(scores_RV, columns.min_p_R1) if columns.any_min_p else scores_RV
+
+
+def keep_top_k(scores_RV: Tensor, k_R1: Tensor, largest: int) -> Tensor:
+    """Keep the k largest scores, and any equal to the k-th (Fan et al. 2018, arXiv:1805.04833); 0 keeps all.
+
+    `largest` is the largest k.
+    """
+    largest = min(largest, scores_RV.shape[-1])
+    values_RK = scores_RV.topk(largest, dim=-1).values
+    smallest_kept_R1 = values_RK.gather(1, (k_R1.long() - 1).clamp(0, largest - 1))
+    return scores_RV.masked_fill((scores_RV < smallest_kept_R1) & (k_R1 > 0), DROPPED)
+
+
+def keep_top_p(scores_RV: Tensor, p_R1: Tensor) -> Tensor:
+    """Keep the nucleus: the smallest set of most probable tokens whose mass is at least p, never none; 1 keeps all.
+
+    Of equally probable tokens at the border, those with the smaller ids stay (Holtzman et al. 2019, arXiv:1904.09751).
+    """
+    probabilities_RV = scores_RV.softmax(dim=-1)
+    if scores_RV.device.type == "cpu":
+        kept_RV = torch.zeros_like(probabilities_RV, dtype=torch.bool)
+        for row, p in enumerate(p_R1.flatten().tolist()):
+            if p < 1:
+                candidates_C = nucleus_candidates(probabilities_RV[row], p)
+                kept_1C = nucleus(probabilities_RV[row, candidates_C].unsqueeze(0), p_R1[row : row + 1])
+                kept_RV[row, candidates_C] = kept_1C[0]
+    else:  # the host would have to wait for the number of candidates
+        kept_RV = nucleus(probabilities_RV, p_R1)
+    return scores_RV.masked_fill(~kept_RV & (p_R1 < 1), DROPPED)
+
+
+def nucleus(probabilities_RC: Tensor, p_R1: Tensor) -> Tensor:
+    """Bool [R, C]: whether a token is needed, the most probable first, to reach the mass p."""
+    sorted_RC, order_RC = probabilities_RC.sort(dim=-1, descending=True, stable=True)
+    kept_RC = torch.ones_like(sorted_RC, dtype=torch.bool)
+    kept_RC[:, 1:] = sorted_RC.cumsum(dim=-1)[:, :-1] < p_R1  # the tokens before it do not suffice
+    return kept_RC.scatter(1, order_RC, kept_RC)
+
+
+def nucleus_candidates(probabilities_V: Tensor, p: float) -> Tensor:
+    """Ids, in order, among which the nucleus is; the fewer, the less there is to sort."""
+    # All tokens rarer than (1 - p) / 2V together weigh less than 1 - p.
+    candidates_C = (probabilities_V >= (1 - p) / (2 * len(probabilities_V))).nonzero().squeeze(1)
+    if len(candidates_C) > 4 * LIKELIEST:
+        likely_V = probabilities_V >= probabilities_V.topk(LIKELIEST).values[-1]
+        if probabilities_V[likely_V].sum() > p + 1e-9:
+            candidates_C = likely_V.nonzero().squeeze(1)
+    return candidates_C
+
+
+def drop_below_min_p(scores_RV: Tensor, min_p_R1: Tensor) -> Tensor:
+    """Drop tokens less probable than `min_p` times the most probable one (Nguyen et al. 2024, arXiv:2407.01082)."""
+    threshold_R1 = scores_RV.amax(dim=-1, keepdim=True) + min_p_R1.log()
+    return scores_RV.masked_fill(scores_RV < threshold_R1, DROPPED)

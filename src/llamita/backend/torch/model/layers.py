@@ -1,0 +1,134 @@
+"""The layers of a Llama outside attention: RMSNorm, rotary positions, SwiGLU, linear maps.
+
+Each is written twice: a plain form from array operations, to be read beside its paper, and the fused form that runs by
+default. Tests hold the two equal. Knows nothing of the model that is built from them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llamita.backend.torch.model import attention
+
+
+def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Divide each vector by its root mean square, then scale (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    x_D is (..., D), weight_D (D,). The mean square is taken in float32; the result has the type of x_D.
+    """
+    wide_D = x_D.float()
+    mean_square = wide_D.pow(2).mean(dim=-1, keepdim=True)
+    normed_D = wide_D * torch.rsqrt(mean_square + eps)
+    return weight_D * normed_D.to(x_D.dtype)
+
+
+def rms_norm_fused(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x_D, (x_D.shape[-1],), weight_D, eps)
+
+
+def linear(x_D: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None) -> Tensor:
+    """y = x W^T + b: (..., D) times (C, D) transposed gives (..., C)."""
+    y_C = x_D @ weight_CD.mT
+    return y_C if bias_C is None else y_C + bias_C
+
+
+def silu(x: Tensor) -> Tensor:
+    """x times its logistic sigmoid (Elfwing et al. 2017, arXiv:1702.03118)."""
+    return x / (1 + torch.exp(-x))
+
+
+def gated_silu(gate_up: Tensor) -> Tensor:
+    """The gate of SwiGLU (Shazeer 2020, arXiv:2002.05202): silu(gate) * up, from (..., 2 C) to (..., C)."""
+    gate_C, up_C = gate_up.chunk(2, dim=-1)
+    return silu(gate_C) * up_C
+
+
+def gated_silu_fused(gate_up: Tensor) -> Tensor:
+    gate_C, up_C = gate_up.chunk(2, dim=-1)
+    return F.silu(gate_C) * up_C
+
+
+def rope_table(positions_BT: Tensor, frequencies_E: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotation angles, float32, each (B, T, H/2), times `scale`.
+
+    Pair i of a head turns by position * frequency i (Su et al. 2021, arXiv:2104.09864). Angles are computed in float32,
+    as transformers does; `rope.rotary_frequencies` gives frequencies and scale.
+    """
+    angles_BTE = positions_BT[..., None].float() * frequencies_E
+    return angles_BTE.cos() * scale, angles_BTE.sin() * scale
+
+
+class RopeTable:
+    """`rope_table` of the positions 0, 1, ..., computed once and looked up.
+
+    It grows by whole blocks of positions, so that an entry is the same bits however many others were asked for.
+    """
+
+    BLOCK = 1024
+
+    def __init__(self, frequencies_E: Tensor, scale: float) -> None:
+        self.frequencies_E, self.scale = frequencies_E, scale
+        self._cos_SE = self._sin_SE = torch.empty(0, len(frequencies_E))
+
+    def at(self, positions_BT: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B, T, H/2) of positions below `longest`."""
+        device = positions_BT.device
+        if self._cos_SE.device != device or len(self._cos_SE) < longest:
+            blocks = [
+                rope_table(torch.arange(start, start + self.BLOCK)[None], self.frequencies_E, self.scale)
+                for start in range(0, longest, self.BLOCK)
+            ]
+            self._cos_SE, self._sin_SE = (
+                torch.cat([block[which][0] for block in blocks]).to(device) for which in (0, 1)
+            )
+        return self._cos_SE[positions_BT], self._sin_SE[positions_BT]
+
+
+def apply_rope(x_BTNH: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + H/2): the layout of Hugging Face checkpoints, and of every model here.
+
+    x_BTNH is (..., T, heads, H); the table is (..., T, H/2), shared by all heads. Keeps the type of x_BTNH.
+    """
+    first, second = x_BTNH.chunk(2, dim=-1)
+    cos, sin = cos_BTE.unsqueeze(-2), sin_BTE.unsqueeze(-2)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTNH.dtype)
+
+
+def apply_rope_interleaved(x_BTNH: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
+    """Rotate the pairs (2 i, 2 i + 1): the layout of Meta's checkpoints and of the RoFormer paper."""
+    first, second = x_BTNH[..., 0::2], x_BTNH[..., 1::2]
+    cos, sin = cos_BTE.unsqueeze(-2), sin_BTE.unsqueeze(-2)
+    rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.flatten(-2).to(x_BTNH.dtype)
+
+
+def halves_from_interleaved(weight: Tensor, head_dim: int) -> Tensor:
+    """Reorder the rows of a query or key projection (heads * H, ...) from interleaved pairs to rotated halves.
+
+    With the reordered weight, `apply_rope` gives the attention scores that `apply_rope_interleaved` gave before.
+    """
+    per_head = weight.unflatten(0, (-1, head_dim // 2, 2))
+    return per_head.transpose(1, 2).reshape(weight.shape)
+
+
+def interleaved_from_halves(weight: Tensor, head_dim: int) -> Tensor:
+    """The inverse of `halves_from_interleaved`."""
+    per_head = weight.unflatten(0, (-1, 2, head_dim // 2))
+    return per_head.transpose(1, 2).reshape(weight.shape)
+
+
+@dataclass(frozen=True)
+class Operations:
+    """The operations that a model is built from; `PLAIN` to read and to check against, `FUSED` to run."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    linear: Callable[..., Tensor]
+    gated_silu: Callable[[Tensor], Tensor]
+    attention: Callable[..., Tensor]
+
+
+PLAIN = Operations(rms_norm, linear, gated_silu, attention.attention)
+FUSED = Operations(rms_norm_fused, F.linear, gated_silu_fused, attention.attention_fused)

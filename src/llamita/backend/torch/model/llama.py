@@ -1,0 +1,300 @@
+"""The Llama: embedding, pre-norm blocks of attention and SwiGLU, final norm, output head.
+
+Built from the architecture table, whose names it gives and takes; inside, query, key and value projections are one
+matrix, and so are gate and up, since one large product is faster than three. Knows nothing of training or requests.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llamita.backend.torch.infer.kv_cache import CacheStep
+from llamita.backend.torch.model import attention as masks
+from llamita.backend.torch.model import layers
+from llamita.backend.torch.model.dropout import drop
+from llamita.backend.torch.model.fused import PackedParameter, canonical_names
+from llamita.backend.torch.model.layers import FUSED, Operations
+from llamita.backend.torch.model.quantized import QuantizedEmbedding, QuantizedLinear
+from llamita.model.config import ModelConfig
+from llamita.model.parameters import stored_arrays
+from llamita.model.rope import rotary_frequencies
+
+Trace = Callable[[str, Tensor], None]
+Change = Callable[[Tensor, Tensor, bool], Tensor]
+"""(input, output, whether training) of a linear map -> its output changed by an adapter; see lora.py."""
+
+
+class ModelOutput(NamedTuple):
+    """`logits_BTV` over the vocabulary (over the labels for a classifier); `hidden_BTD` after the final norm."""
+
+    logits_BTV: Tensor
+    hidden_BTD: Tensor
+
+
+class Linear(nn.Module):
+    """A weight (n_out, n_in) and perhaps a bias (n_out,), not yet initialised."""
+
+    def __init__(self, n_out: int, n_in: int, bias: bool, operations: Operations) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+        self.product = operations.linear
+        self.change: Change | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.product(x, self.weight, self.bias)
+        return y if self.change is None else self.change(x, y, self.training)
+
+
+class Embedding(nn.Module):
+    def __init__(self, config: ModelConfig, operations: Operations) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.product = operations.linear
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        return F.embedding(tokens_BT, self.weight)
+
+    def multiply(self, hidden_BTD: Tensor) -> Tensor:
+        return self.product(hidden_BTD, self.weight)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, config: ModelConfig, operations: Operations) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = config.rms_norm_eps
+        self.norm = operations.rms_norm
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.norm(x_BTD, self.weight, self.eps)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every layer's attention needs to know of the tokens: rotations, and who sees whom.
+
+    `window_mask` is for layers with a sliding window, None where all that `mask` and `causal` allow lies within it.
+    With a `cache`, that is what knows.
+    """
+
+    cos_BTE: Tensor
+    sin_BTE: Tensor
+    mask: Tensor | None = None
+    causal: bool = True
+    window_mask: Tensor | None = None
+    cache: CacheStep | None = None
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int, operations: Operations) -> None:
+        super().__init__()
+        self.layer = layer
+        self.N, self.K, self.H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        D, bias = config.hidden_size, config.attention_bias
+        self.qkv_proj = Linear((self.N + 2 * self.K) * self.H, D, bias or config.query_key_value_bias, operations)
+        self.o_proj = Linear(D, self.N * self.H, bias, operations)
+        self.q_norm = RMSNorm(self.H, config, operations) if config.query_key_norm else None
+        self.k_norm = RMSNorm(self.H, config, operations) if config.query_key_norm else None
+        self.windowed = config.window(layer) > 0
+        self.dropout = config.dropout
+        self.attend = operations.attention
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        N, K, H = self.N, self.K, self.H
+        heads_BTGH = self.qkv_proj(x_BTD).unflatten(-1, (N + 2 * K, H))  # G: query, key and value heads
+        turning_BTGH = heads_BTGH[..., : N + K, :]
+        if self.q_norm is not None and self.k_norm is not None:
+            turning_BTGH = torch.cat((self.q_norm(turning_BTGH[..., :N, :]), self.k_norm(turning_BTGH[..., N:, :])), -2)
+        rotated_BTGH = layers.apply_rope(turning_BTGH, context.cos_BTE, context.sin_BTE)
+        if context.cache is not None:
+            rotated_TGH, v_TKH = rotated_BTGH[0], heads_BTGH[0, :, N + K :]
+            mixed_TNH = context.cache.attend(self.layer, rotated_TGH[:, :N], rotated_TGH[:, N:], v_TKH)
+            return self.o_proj(mixed_TNH.flatten(-2)[None])
+        q_BNTH = rotated_BTGH[..., :N, :].transpose(1, 2)
+        k_BKTH = rotated_BTGH[..., N:, :].transpose(1, 2)
+        v_BKTH = heads_BTGH[..., N + K :, :].transpose(1, 2)
+        dropout = self.dropout if self.training else 0.0
+        mask, causal = context.mask, context.causal
+        if self.windowed and context.window_mask is not None:
+            mask, causal = context.window_mask, False
+        mixed_BNTH = self.attend(q_BNTH, k_BKTH, v_BKTH, mask, causal, dropout)
+        return self.o_proj(mixed_BNTH.transpose(1, 2).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig, operations: Operations) -> None:
+        super().__init__()
+        D, C, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_up_proj = Linear(2 * C, D, bias, operations)
+        self.down_proj = Linear(D, C, bias, operations)
+        self.gate = operations.gated_silu
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(self.gate(self.gate_up_proj(x_BTD)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int, operations: Operations) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config, operations)
+        self.self_attn = Attention(config, layer, operations)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config, operations)
+        self.mlp = FeedForward(config, operations)
+        self.dropout = config.dropout
+
+    def forward(self, x_BTD: Tensor, context: Context, rows_R: Tensor | None = None) -> Tensor:
+        """`rows_R` are the positions that are wanted, None for all; the others are spared the feed-forward layer."""
+        x_BTD = x_BTD + self.drop(self.self_attn(self.input_layernorm(x_BTD), context))
+        x_BTD = x_BTD if rows_R is None else x_BTD[:, rows_R]
+        return x_BTD + self.drop(self.mlp(self.post_attention_layernorm(x_BTD)))
+
+    def drop(self, x_BTD: Tensor) -> Tensor:
+        return drop(x_BTD, self.dropout) if self.dropout and self.training else x_BTD
+
+
+class Body(nn.Module):
+    """Everything below the output head; the name `model` and those inside are the canonical ones."""
+
+    def __init__(self, config: ModelConfig, operations: Operations) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config, operations)
+        self.layers = nn.ModuleList(Block(config, i, operations) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config, operations)
+
+
+class Llama(nn.Module):
+    """A Llama-family model. Made by `weights.build_model`, which gives the parameters their values.
+
+    `model(tokens_BT)` returns logits and last hidden states. `operations` chooses between the readable form of each
+    operation (`layers.PLAIN`) and the fused one (`layers.FUSED`).
+    """
+
+    def __init__(self, config: ModelConfig, operations: Operations = FUSED) -> None:
+        super().__init__()
+        self.config = config
+        self.prepacked = False  # whether weights lie in a kernel's order, to be used and not changed
+        frequencies, self.rope_scale = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        self.frequencies_E = torch.from_numpy(frequencies)
+        self.rope = layers.RopeTable(self.frequencies_E, self.rope_scale)
+        self.model = Body(config, operations)
+        if config.num_labels:
+            self.score = Linear(config.num_labels, config.hidden_size, False, operations)
+        elif not config.tie_word_embeddings:
+            self.lm_head = Linear(config.vocab_size, config.hidden_size, False, operations)
+        if config.quantization:
+            self._take_twins(operations, 8 if config.quantization == "int8" else 4)
+
+    def _take_twins(self, operations: Operations, bits: int) -> None:
+        """Put the quantised twin of each linear map and of the embedding in its place, but for a classifier's head."""
+        for parent in list(self.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, Embedding):
+                    setattr(parent, name, QuantizedEmbedding(child.weight.shape, operations))
+                elif isinstance(child, Linear) and name != "score":
+                    has_bias, its_bits = child.bias is not None, 8 if name == "lm_head" else bits
+                    setattr(parent, name, QuantizedLinear(child.weight.shape, has_bias, operations, its_bits))
+
+    @property
+    def output_weight_VD(self) -> Tensor:
+        """The matrix that turns hidden states into logits: the output head's, or the embedding's where tied."""
+        if self.config.num_labels:
+            return self.score.weight
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return head.dequantized(head.dtype) if isinstance(head, QuantizedLinear) else head.weight
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+        cache: CacheStep | None = None,
+        trace: Trace | None = None,
+    ) -> ModelOutput:
+        """Logits (B, T, V) and hidden states (B, T, D) after the final norm, for tokens (B, T) of whole numbers.
+
+        positions_BT defaults to 0, 1, .... segments_BT keeps attention inside a document of a packed row, and marks
+        padding on either side with 0. With a `cache`, there is one row of chunks of several sequences, whose positions
+        and earlier keys and values the cache knows. `trace(name, x_BTD)` is shown the residual stream after the
+        embedding, after each block, and after the final norm.
+        """
+        hidden_BTD = self.hidden(
+            tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT, cache=cache, trace=trace
+        )
+        return ModelOutput(self.logits(hidden_BTD), hidden_BTD)
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        if self.config.num_labels:
+            return self.score(hidden_BTD)
+        return (self.model.embed_tokens.multiply if self.config.tie_word_embeddings else self.lm_head)(hidden_BTD)
+
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+        cache: CacheStep | None = None,
+        trace: Trace | None = None,
+        rows_R: Tensor | None = None,
+    ) -> Tensor:
+        """The hidden states of `forward`, or of some rows, without the product with the output head."""
+        if cache is None:
+            context = self.context(tokens_BT, positions_BT, segments_BT)
+        else:
+            assert positions_BT is None, "the cache knows the positions"
+            assert segments_BT is None, "the cache keeps sequences apart"
+            context = Context(*self.rope.at(cache.positions_1T, cache.longest), cache=cache)
+        x_BTD = self.model.embed_tokens(tokens_BT)
+        if self.config.dropout and self.training:
+            x_BTD = drop(x_BTD, self.config.dropout)
+        if trace:
+            trace("embedding", x_BTD)
+        for i, block in enumerate(self.model.layers):
+            x_BTD = block(x_BTD, context, rows_R if i == len(self.model.layers) - 1 else None)
+            if trace:
+                trace(f"layers.{i}", x_BTD)
+        x_BTD = self.model.norm(x_BTD)
+        if trace:
+            trace("norm", x_BTD)
+        return x_BTD
+
+    def context(self, tokens_BT: Tensor, positions_BT: Tensor | None, segments_BT: Tensor | None) -> Context:
+        """Rotations and masks, computed once for all layers."""
+        T, device = tokens_BT.shape[1], tokens_BT.device
+        if positions_BT is None:
+            positions_BT = torch.arange(T, device=device)[None]
+        cos_BTE, sin_BTE = layers.rope_table(positions_BT, self.frequencies_E.to(device), self.rope_scale)
+        mask = None if segments_BT is None else masks.segment_mask(segments_BT)
+        window, window_mask = self.config.sliding_window, None
+        if window and window < T:
+            window_mask = masks.window_mask(T, window, device)
+            window_mask = window_mask if mask is None else mask & window_mask
+        return Context(cos_BTE, sin_BTE, mask, mask is None, window_mask)
+
+    def packed_parameters(self) -> Iterator[PackedParameter]:
+        """Every parameter with the canonical parameters that it holds, in the order of the table."""
+        table = {array.name: array for array in stored_arrays(self.config)}
+        for name, parameter in self.named_parameters():
+            rows = [table[part] for part in canonical_names(name)]
+            sizes = [row.shape[0] for row in rows]
+            assert sum(sizes) == parameter.shape[0], f"{name} is not made of {[row.name for row in rows]}"
+            yield PackedParameter(name, parameter, tuple(row.name for row in rows), tuple(sizes), rows[0].weight_decay)
+
+    def canonical_state(self) -> dict[str, Tensor]:
+        """Views of the parameters under their canonical names; copies, where the weights lie in a kernel's order."""
+        result: dict[str, Tensor] = {}
+        for packed in self.packed_parameters():
+            module, _, kind = packed.name.rpartition(".")
+            owner, values = self.get_submodule(module), packed.parameter.detach()
+            if isinstance(owner, QuantizedLinear) and kind == "weight":
+                values = owner.plain_weight()
+            elif values.is_mkldnn:
+                values = values.to_dense()
+            result |= zip(packed.parts, packed.split(values), strict=True)
+        return result

@@ -1,0 +1,216 @@
+"""Low-rank adapters on the model's linear maps: attached for training or for use, merged into weights and out again.
+
+The model packs several linear maps into one matrix; an adapter has its own A and B for each of them, under its
+canonical name. `Change` is one adapter at one packed matrix. What an adapter is, and its files, are llamita/adapters.py
+and adapter_files.py; serving several at once is serving.py.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llamita.backend.torch.model import quantize
+from llamita.backend.torch.model.dropout import drop
+from llamita.backend.torch.model.fused import PackedParameter, canonical_names
+from llamita.backend.torch.model.llama import Linear, Llama
+from llamita.backend.torch.model.quantized import QuantizedLinear
+from llamita.backend.torch.model.weights import host_from_tensor, tensor_from_host
+from llamita.model.lora import DOWN, HEAD, UP, Adapter, Factors, LoraSettings, initialize_adapter, linear_maps
+from llamita.model.parameters import SCALE, parameter_table, weight_bits
+from llamita.storage.checkpoint import HostArray
+
+
+@dataclass(frozen=True)
+class Part:
+    """A (R, n_in) and B (n_out, R) of the linear map that is number `index` of those packed into one matrix."""
+
+    module: str
+    index: int
+    down_RD: nn.Parameter
+    up_CR: nn.Parameter
+    scale: float
+
+
+class Change:
+    """What one adapter does to the output of one packed matrix; `sizes` are the widths of the maps that it packs."""
+
+    def __init__(
+        self,
+        parts: list[Part],
+        sizes: tuple[int, ...],
+        dropout: float = 0.0,
+        linear: Callable[[Tensor, Tensor], Tensor] = F.linear,
+    ) -> None:
+        self.parts, self.sizes, self.dropout, self.linear = parts, sizes, dropout, linear
+
+    def __call__(self, x_D: Tensor, y_C: Tensor, training: bool) -> Tensor:
+        """y + scale * B A x for every part; (..., D) and (..., C) to (..., C)."""
+        x_D = self.dropped(x_D, training)
+        pieces = list(y_C.split(self.sizes, dim=-1))
+        for part in self.parts:
+            low_R = self.linear(x_D.to(part.down_RD.dtype), part.down_RD)
+            pieces[part.index] = pieces[part.index] + (self.linear(low_R, part.up_CR) * part.scale).to(y_C.dtype)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+
+    def dropped(self, x_D: Tensor, training: bool) -> Tensor:
+        return drop(x_D, self.dropout) if self.dropout and training else x_D
+
+
+class Attached:
+    """An adapter that all that goes through a model goes through, with its parameters."""
+
+    def __init__(self, changes: Mapping[str, Change]) -> None:
+        self.changes = changes
+
+    def parts(self) -> Iterator[Part]:
+        for change in self.changes.values():
+            yield from change.parts
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """A and B under canonical names."""
+        return {
+            part.module + kind: value
+            for part in self.parts()
+            for kind, value in ((DOWN, part.down_RD), (UP, part.up_CR))
+        }
+
+    def packed(self) -> list[PackedParameter]:
+        """The parameters as the optimiser takes them."""
+        return [
+            PackedParameter(name, value, (name,), (value.shape[0],), True) for name, value in self.parameters().items()
+        ]
+
+    def output(
+        self, hidden: Callable[..., Tensor], weight_VD: Tensor, training: bool
+    ) -> tuple[Callable[..., Tensor], Tensor]:
+        """Hidden states and output matrix as a loss takes them: where the output head is adapted, A's result stands
+        beside the states and B beside the matrix, so that one product gives the adapted logits."""
+        if HEAD not in self.changes:
+            return hidden, weight_VD
+        change = self.changes[HEAD]
+        (part,) = change.parts
+
+        def wide(*arguments: Tensor, **named: Tensor) -> Tensor:
+            hidden_BTD = hidden(*arguments, **named)
+            low_BTR = F.linear(change.dropped(hidden_BTD, training), part.down_RD)
+            return torch.cat((hidden_BTD, low_BTR.to(hidden_BTD.dtype)), dim=-1)
+
+        return wide, torch.cat((weight_VD, part.up_CR * part.scale), dim=1)
+
+
+def attach_new(model: Llama, settings: LoraSettings, seed: int) -> Attached:
+    """Attach a fresh adapter to a model, to be trained: float32, B zeros."""
+    factors = settings.factors(model.config)
+    fresh = initialize_adapter(model.config, factors, seed)
+    values = {name: torch.from_numpy(array) for name, array in fresh}
+    return attach(model, factors, values, torch.float32, settings.dropout)
+
+
+def attach(
+    model: Llama,
+    factors: Mapping[str, Factors],
+    values: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    dropout: float = 0.0,
+) -> Attached:
+    """Attach an adapter to a model for all that goes through it."""
+    changes = changes_of(model, factors, values, dtype, dropout)
+    for name, change in changes.items():
+        linear_of(model, name).change = change
+    return Attached(changes)
+
+
+def attach_adapter(model: Llama, adapter: Adapter) -> Attached:
+    """Attach an adapter's values, in the model's type."""
+    values = {name: tensor_from_host(array) for name, array in adapter.arrays.items()}
+    return attach(model, adapter.factors, values, model.model.norm.weight.dtype)
+
+
+def changes_of(
+    model: Llama,
+    factors: Mapping[str, Factors],
+    values: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    dropout: float = 0.0,
+) -> dict[str, Change]:
+    """An adapter for each packed matrix that it changes, by the matrix's name; nothing is attached yet."""
+    maps, device = linear_maps(model.config), model.model.norm.weight.device
+
+    def parameter(name: str) -> nn.Parameter:
+        value = values[name].to(device=device, dtype=dtype, copy=True)
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{name} of an adapter holds NaN or infinite values; its file is damaged")
+        return nn.Parameter(value)
+
+    changes = {}
+    for name, module in model.named_modules():
+        packed = [part.removesuffix(".weight") for part in canonical_names(f"{name}.weight")]
+        if not isinstance(module, Linear | QuantizedLinear) or not set(packed) & factors.keys():
+            continue
+        parts = [
+            Part(one, index, parameter(one + DOWN), parameter(one + UP), factors[one].scale)
+            for index, one in enumerate(packed)
+            if one in factors
+        ]
+        changes[name] = Change(parts, tuple(maps[one][0] for one in packed), dropout)
+    return changes
+
+
+def linear_of(model: Llama, name: str) -> Linear | QuantizedLinear:
+    """The packed matrix of this name."""
+    module = model.get_submodule(name)
+    assert isinstance(module, Linear | QuantizedLinear)
+    return module
+
+
+# --- merging ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def merge(model: Llama, adapter: Adapter, sign: float = 1.0) -> None:
+    """Add scale * B A to the weights of a model in memory; `unmerge` takes it away again, within rounding.
+
+    What the adapter replaces whole (a classification head) is not touched: it is not a sum.
+    """
+    if model.config.quantization:
+        raise ValueError(f"the weights are {model.config.quantization} and take no sums; attach the adapter instead")
+    assert not model.prepacked, "what is added to prepacked weights would be lost"
+    state = model.canonical_state()
+    for module, one in adapter.factors.items():
+        weight_CD = state[f"{module}.weight"]
+        weight_CD += (sign * product(adapter, module, one)).to(weight_CD)
+
+
+def unmerge(model: Llama, adapter: Adapter) -> None:
+    """The inverse of `merge`."""
+    merge(model, adapter, -1.0)
+
+
+def product(adapter: Adapter, module: str, factors: Factors) -> Tensor:
+    """scale * B A in float32."""
+    down_RD, up_CR = (tensor_from_host(adapter.arrays[module + kind]).float() for kind in (DOWN, UP))
+    return factors.scale * (up_CR @ down_RD)
+
+
+def merged_arrays(arrays: Mapping[str, HostArray], adapter: Adapter) -> Iterator[tuple[str, HostArray]]:
+    """The base's arrays with the adapter merged in, one by one in the table's order, in the base's type; quantised
+    ones in bfloat16, so that the result is an ordinary model."""
+    base = adapter.over(arrays)
+    for row in parameter_table(adapter.config):
+        module, array = row.name.removesuffix(".weight"), base[row.name]
+        quantised = row.name not in adapter.replaced and weight_bits(adapter.config, row) > 0
+        if module not in adapter.factors and not quantised:
+            yield row.name, array
+            array.forget(0, len(array.data))
+            continue
+        weight = tensor_from_host(array)
+        dtype = torch.bfloat16 if quantised else weight.dtype
+        if quantised:
+            scale = tensor_from_host(base[row.name + SCALE])
+            weight = quantize.dequantize(weight, scale, row.shape[1], torch.float32)
+        if module in adapter.factors:
+            weight = weight.float() + product(adapter, module, adapter.factors[module])
+        yield row.name, host_from_tensor(weight.to(dtype))

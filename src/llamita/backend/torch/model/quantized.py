@@ -1,0 +1,117 @@
+"""The twins of the model's linear map and embedding whose weights are int8 or int4, with the same face.
+
+Weight and scales have their names in a checkpoint, are not trained, and keep their types whatever that of the model is;
+what goes in has a gradient, so that an adapter can be trained over them.
+Knows nothing of how numbers are rounded or multiplied: `quantize.py` does.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llamita.backend.torch.model import quantize
+from llamita.backend.torch.model.layers import Operations
+from llamita.model.parameters import quantized_shapes
+
+
+class QuantizedLinear(nn.Module):
+    """A weight (n_out, n_in) of so many bits, its scales, and perhaps a bias (n_out,) in the model's type.
+
+    Few rows of bfloat16 go through a kernel that reads the weight as it is; more of them, or another type or device,
+    through `operations.linear` over the dequantised weight. `arrange` comes once the values are there.
+    """
+
+    def __init__(self, size: torch.Size, bias: bool, operations: Operations, bits: int) -> None:
+        super().__init__()
+        n_out, n_in = size
+        shape, scales = quantized_shapes(n_out, n_in, bits)
+        dtype = torch.int8 if bits == 8 else torch.uint8
+        self.n_out, self.n_in, self.bits = n_out, n_in, bits
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+        self.weight_scale = nn.Parameter(torch.empty(scales, dtype=torch.bfloat16), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+        self.product = operations.linear
+        self.change: Callable[[Tensor, Tensor, bool], Tensor] | None = None
+        self.dtype = torch.float32
+        self.kernel = False
+        self.kernel_scale: Tensor | None = None  # where the weight lies in the order of the int4 kernel
+
+    def arrange(self, dtype: torch.dtype) -> None:
+        """Prepare for activations of this type: put the weight into the order of the kernel that will read it."""
+        if self.kernel_scale is not None:
+            self.weight.data, self.kernel_scale = self.plain_weight(), None
+        self.dtype = dtype
+        self.kernel = quantize.kernel_fits(self.weight, self.n_out, self.n_in, dtype)
+        if self.kernel and self.bits == 4:
+            self.weight.data = quantize.to_blocks(self.weight.data)
+            self.kernel_scale = quantize.scales_and_zeros(self.weight_scale.data)
+
+    @property
+    def kernel_bytes(self) -> int:
+        """Bytes that the kernel reads beyond the weight and scales as they are stored: its own form of the scales."""
+        return 0 if self.kernel_scale is None else self.kernel_scale.nbytes - self.weight_scale.nbytes
+
+    def plain_weight(self) -> Tensor:
+        """The values in the order in which they are stored."""
+        return self.weight.data if self.kernel_scale is None else quantize.from_blocks(self.weight.data)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight (n_out, n_in) in floating-point numbers."""
+        if self.kernel_scale is not None:
+            return quantize.dequantize_blocks(self.weight, self.weight_scale, dtype)
+        return quantize.dequantize(self.weight, self.weight_scale, self.n_in, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.multiply(x)
+        return y if self.change is None else self.change(x, y, self.training)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """(..., n_in) to (..., n_out)."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            y = _Product.apply(x.to(_autocast_dtype(x)), self)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
+        rows = x.numel() // self.n_in
+        if not self.kernel or rows > quantize.KERNEL_ROWS or x.dtype != self.dtype:
+            return self.product(x, self.dequantized(x.dtype), self.bias)
+        x_MD = x.reshape(rows, self.n_in).contiguous()
+        if self.kernel_scale is None:
+            y_MC = quantize.int8_product(x_MD, self.weight, self.weight_scale)
+        else:
+            y_MC = quantize.int4_product(x_MD, self.weight, self.kernel_scale)
+        y = y_MC.view(*x.shape[:-1], self.n_out)
+        return y if self.bias is None else y + self.bias
+
+
+class _Product(torch.autograd.Function):
+    """The product with a dequantised weight, which is made again for the backward pass rather than kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, layer.dequantized(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grad_outputs
+        return grad @ ctx.layer.dequantized(grad.dtype), None
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """The type in which a product of `x` is computed."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class QuantizedEmbedding(QuantizedLinear):
+    """A table (V, D) in int8: looked up by `forward`, and by `multiply` the output head where both are tied."""
+
+    def __init__(self, size: torch.Size, operations: Operations) -> None:
+        super().__init__(size, False, operations, bits=8)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        values_BTD = F.embedding(tokens_BT, self.weight).to(self.dtype)
+        return values_BTD * self.weight_scale[tokens_BT].to(self.dtype)[..., None]

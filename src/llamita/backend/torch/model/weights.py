@@ -1,0 +1,157 @@
+"""Values of a model: built from host arrays or freshly initialised, and given back as host arrays.
+
+The only place where canonical names and packed parameters meet; knows nothing of files.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from llamita.backend.torch.model import quantize
+from llamita.backend.torch.model.layers import FUSED, Operations
+from llamita.backend.torch.model.llama import Llama
+from llamita.backend.torch.model.quantized import QuantizedLinear
+from llamita.model.config import ModelConfig
+from llamita.model.parameters import (
+    SCALE,
+    InitializationName,
+    check_arrays,
+    initialize_parameters,
+    parameter_table,
+    stored_arrays,
+    weight_bits,
+)
+from llamita.storage import checkpoint
+from llamita.storage.checkpoint import HostArray
+
+COPIED_AT_ONCE = 2**20  # numbers
+
+
+def build_model(
+    config: ModelConfig,
+    arrays: Mapping[str, HostArray] | None = None,
+    *,
+    seed: int = 0,
+    initialization: InitializationName = "fan-in",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    operations: Operations = FUSED,
+) -> Llama:
+    """A model with the values of `arrays` (canonical names), or freshly initialised from `seed` without them.
+
+    Memory is allocated once the arrays are known to fit; mapped ones are read a few megabytes at a time.
+    """
+    if arrays is not None:
+        check_arrays(config, arrays)
+    model = model_without_values(config, dtype, operations).to_empty(device=device)
+    if arrays is None:
+        fresh = initialize_parameters(config, seed, initialization)
+        host = ((name, HostArray.from_numpy(array)) for name, array in fresh)
+        copy_values(model.canonical_state(), quantize_arrays(config, host) if config.quantization else host)
+    else:
+        state = model.canonical_state()
+        copy_values(state, ((name, arrays[name]) for name in state))
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.arrange(dtype)
+    return model
+
+
+def model_without_values(config: ModelConfig, dtype: torch.dtype, operations: Operations = FUSED) -> Llama:
+    """A model whose parameters have shapes and types, but no memory."""
+    with torch.device("meta"):
+        model = Llama(config, operations)
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float32:  # the scales of quantised weights keep their type
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def quantize_arrays(config: ModelConfig, arrays: Iterable[tuple[str, HostArray]]) -> Iterator[tuple[str, HostArray]]:
+    """The arrays of a model without quantisation as one of `config`, which has it, stores them; one by one.
+
+    What is not quantised becomes bfloat16, the type that activations have beside such weights. ValueError for NaN.
+    """
+    table = {row.name: row for row in parameter_table(config)}
+    for name, array in arrays:
+        bits = weight_bits(config, table[name])
+        tensor = tensor_from_host(array)
+        if not bits:
+            yield name, host_from_tensor(tensor.bfloat16())
+            continue
+        try:
+            values, scale = quantize.quantize(tensor, bits)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+        yield name, host_from_tensor(values)
+        yield name + SCALE, host_from_tensor(scale)
+
+
+def load_host_arrays(model: Llama, arrays: Mapping[str, HostArray]) -> None:
+    """Give the parameters the values of `arrays`; ValueError lists all that is missing, extra or misshapen."""
+    rearranged = model.config.quantization or model.prepacked
+    assert not rearranged, "the weights may lie in a kernel's order; build the model anew"
+    check_arrays(model.config, arrays)
+    state = model.canonical_state()
+    copy_values(state, ((name, arrays[name]) for name in state))
+
+
+def copy_host_arrays(state: Mapping[str, Tensor], arrays: Mapping[str, HostArray]) -> None:
+    """Give some parameters the values of `arrays`; ValueError, naming them, for those missing or misshapen."""
+    faults = [name for name in state if name not in arrays or arrays[name].shape != tuple(state[name].shape)]
+    if faults:
+        raise ValueError(f"the weights lack {', '.join(faults[:5])}, or have another shape there")
+    copy_values(state, ((name, arrays[name]) for name in state))
+
+
+def copy_values(state: Mapping[str, Tensor], arrays: Iterable[tuple[str, HostArray]]) -> None:
+    """Give each tensor the values of the array of its name; ValueError for NaN or infinity."""
+    with torch.no_grad():
+        for name, array in arrays:
+            target_X = state[name].reshape(-1)
+            for start, piece_X in finite_pieces(name, array):
+                target_X[start : start + len(piece_X)].copy_(piece_X)
+
+
+def finite_pieces(name: str, array: HostArray) -> Iterator[tuple[int, Tensor]]:
+    """The values piece by piece, with where each begins, so that of a mapped file little is in memory at a time.
+
+    ValueError, naming the array, for NaN or infinity.
+    """
+    item, source_X = checkpoint.ITEM_BYTES[array.dtype], tensor_from_host(array).reshape(-1)
+    for start in range(0, len(source_X), COPIED_AT_ONCE):
+        piece_X = source_X[start : start + COPIED_AT_ONCE]
+        if piece_X.is_floating_point() and not torch.isfinite(piece_X.sum(dtype=torch.float32)):
+            raise ValueError(f"{name} holds NaN or infinite values; the weights are damaged")
+        yield start, piece_X
+        array.forget(start * item, (start + len(piece_X)) * item)
+
+
+TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+}  # fmt: skip
+
+
+def tensor_from_host(array: HostArray) -> Tensor:
+    """A tensor over the array's own bytes; read only where those are a mapped file."""
+    if 0 in array.shape:
+        return torch.empty(array.shape, dtype=TORCH_DTYPES[array.dtype])
+    with warnings.catch_warnings():  # a mapped file cannot be written to, of which torch warns
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.frombuffer(array.data, dtype=TORCH_DTYPES[array.dtype]).reshape(array.shape)
+
+
+def host_from_tensor(tensor: Tensor) -> HostArray:
+    """The values of a tensor in host memory: its own bytes where it lies there contiguously, else a copy."""
+    names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return HostArray(names[tensor.dtype], tuple(tensor.shape), flat.view(torch.uint8).numpy().data)
+
+
+def to_host_arrays(model: Llama) -> dict[str, HostArray]:
+    """The parameters under canonical names, in the order of the table, ready for `checkpoint.save_tensors`."""
+    state = model.canonical_state()
+    return {array.name: host_from_tensor(state[array.name]) for array in stored_arrays(model.config)}

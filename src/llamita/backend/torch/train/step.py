@@ -1,0 +1,272 @@
+"""One update of a model in PyTorch: gradients over micro-batches, clipping, AdamW; and the loss of a batch.
+
+The loop, the schedule, the data's order and all files are the trainer's. Nothing random outlives a step: the numbers
+that dropout draws are a function of (seed, number of the step), so a resumed run draws what the whole run drew.
+"""
+
+import contextlib
+import hashlib
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llamita.backend.adamw import StepMetrics as StepMetrics
+from llamita.backend.objectives import LossSums, NextToken, Objective
+from llamita.backend.torch.infer.runner import TorchRunner
+from llamita.backend.torch.model import lora, weights
+from llamita.backend.torch.model.llama import Llama
+from llamita.backend.torch.train import objectives
+from llamita.backend.torch.train.adamw import AdamW, AdamWSettings, clipping_scale, global_norm
+from llamita.backend.torch.train.objectives import Hidden, TensorBatch
+from llamita.data.batches import Batch
+from llamita.model.config import ModelConfig
+from llamita.model.lora import LoraSettings
+from llamita.model.parameters import CLASSIFIER, InitializationName
+from llamita.storage.checkpoint import HostArray
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+class TorchTrainStep:
+    """A model with its optimiser. `precision` bf16 computes products in bfloat16 from float32 weights (autocast)."""
+
+    def __init__(
+        self,
+        model: Llama,
+        settings: AdamWSettings | None = None,
+        *,
+        objective: Objective = NextToken(),  # noqa: B008 - it is frozen
+        trainable: Callable[[str], bool] | None = None,
+        adapter: LoraSettings | None = None,
+        max_grad_norm: float = 0.0,
+        precision: Literal["bf16", "fp32"] = "fp32",
+        seed: int = 0,
+        compile: bool = False,
+    ) -> None:
+        """Of the model's parameters those are trained whose canonical name is `trainable`: all, or with a fresh
+        `adapter` over them a classifier's head alone. What is not trained has neither gradients nor moments."""
+        self.model = model
+        trainable = trainable or (lambda name: adapter is None or name == CLASSIFIER)
+        packed = [each for each in model.packed_parameters() if all(map(trainable, each.parts))]
+        if any(not each.parameter.is_floating_point() for each in packed):
+            raise ValueError(
+                f"the model is quantised ({model.config.quantization}) and cannot be trained; train an adapter over it "
+                "(lora), or train the model that it was made from, then quantise that"
+            )
+        if compile and model.config.quantization:
+            raise ValueError("products with quantised weights are not compiled; leave --compile out")
+        self.adapter = lora.attach_new(model, adapter, seed) if adapter else None
+        packed += self.adapter.packed() if self.adapter else []
+        if not packed:
+            raise ValueError("no parameter of the model is to be trained")
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for each in packed:
+            each.parameter.requires_grad_(True)
+        self.optimizer = AdamW(packed, settings)
+        self.objective = objective
+        self.max_grad_norm = max_grad_norm
+        self.precision = precision
+        self.seed = seed
+        self.compiled = compile
+        self.parameters = [each.parameter for each in packed]
+        self.device = self.parameters[0].device
+        # Evaluation runs uncompiled: its batches have other shapes, and each would be compiled anew.
+        self._hidden: Hidden = torch.compile(model.hidden, dynamic=False) if compile else model.hidden
+
+    def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepMetrics:
+        """One update from the mean loss over all targets of `micro_batches`, however these divide them."""
+        targets = sum(batch.num_targets for batch in micro_batches)
+        if targets == 0:
+            rows = [int(row) for batch in micro_batches for row in batch.row_ids]
+            raise ValueError(f"rows {rows} have no target to learn from; use longer documents or mode=pack")
+        self.model.train()
+        self._forget_gradients()
+        loss_function = objectives.loss_function(self.objective, training=True)
+        outputs = []
+        with self._random_numbers_of_step():
+            for batch in micro_batches:
+                with self._autocast():
+                    output = loss_function(*self._output(self._hidden), self._to_device(batch))
+                (output.nats / targets).backward()
+                outputs.append({"": output.nats.detach(), **output.measures})
+        norm = global_norm([p.grad for p in self.parameters if p.grad is not None])
+        found = torch.stack([value for output in outputs for value in output.values()] + [norm]).tolist()
+        *flat, grad_norm = found  # the one place that waits for the device
+        width = len(outputs[0])
+        sums = flat[::width]
+        measures = {name: sum(flat[i::width]) / targets for i, name in enumerate(outputs[0]) if name}
+        faulty = tuple(i for i, nats in enumerate(sums) if not math.isfinite(nats))
+        if not faulty and math.isfinite(grad_norm):
+            self.optimizer.step(learning_rate, clipping_scale(grad_norm, self.max_grad_norm))
+        self._forget_gradients()
+        return StepMetrics(sum(sums) / targets, grad_norm, targets, faulty, measures)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> LossSums:
+        """The loss and the measures summed over the batch's targets; without dropout."""
+        self.model.eval()
+        loss_function = objectives.loss_function(self.objective, training=False)
+        with self._autocast():
+            output = loss_function(*self._output(self.model.hidden), self._to_device(batch))
+        measures = {name: float(value) for name, value in output.measures.items()}
+        return LossSums(float(output.nats), batch.num_targets, measures)
+
+    @torch.no_grad()
+    def log_probs(self, batch: Batch) -> np.ndarray:
+        """The log-probability of every label that is scored, float32 (B, T), 0 elsewhere; without dropout."""
+        self.model.eval()
+        with self._autocast():
+            found_BT = objectives.log_probs(*self._output(self.model.hidden), self._to_device(batch))
+        return found_BT.cpu().numpy()
+
+    def weights(self) -> dict[str, HostArray]:
+        """The float32 weights under canonical names; with an adapter, only what is trained."""
+        if self.adapter is None:
+            return weights.to_host_arrays(self.model)
+        return {name: weights.host_from_tensor(value) for name, value in self._trained().items()}
+
+    def state(self) -> dict[str, HostArray]:
+        """What the next update depends on besides the weights: AdamW's moments and the number of updates made."""
+        return self.optimizer.state()
+
+    def load_state(self, arrays: Mapping[str, HostArray], state: Mapping[str, HostArray]) -> None:
+        """Go on from what weights() and state() gave; ValueError lists what is missing or misshapen."""
+        if self.adapter is None and not self.model.config.quantization:
+            weights.load_host_arrays(self.model, arrays)
+        else:
+            weights.copy_host_arrays(self._trained(), arrays)
+        self.optimizer.load_state(state)
+
+    def runner(self) -> TorchRunner:
+        """Generates with the weights as they are now."""
+        return TorchRunner(self.model)
+
+    def conditions(self) -> dict[str, Any]:
+        """What the last bits of the result depend on besides the configuration and the data."""
+        return {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+            "precision": self.precision,
+            "compile": self.compiled,
+        }
+
+    def memory_bytes(self) -> int:
+        """The most memory held so far: of the device, or of this process where that is the CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def peak_flops(self, seconds: float = 0.3) -> float:
+        """Floating-point operations per second of a large product in this precision: the best of at least 5, and of as
+        many more as `seconds` allow."""
+        size = 8192 if self.device.type == "cuda" else 1024
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        generator = torch.Generator(self.device).manual_seed(0)
+        a, b = (torch.randn(size, size, generator=generator, device=self.device).to(dtype) for _ in range(2))
+        best, products, end = math.inf, 0, time.perf_counter() + seconds
+        while products < 5 or time.perf_counter() < end:  # one alone may meet a pause of the machine
+            started = time.perf_counter()
+            a @ b
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            best = min(best, time.perf_counter() - started)
+            products += 1
+        return 2 * size**3 / best
+
+    def _trained(self) -> dict[str, Tensor]:
+        """What is trained, under canonical names."""
+        return {
+            part: view
+            for each in self.optimizer.packed
+            for part, view in zip(each.parts, each.split(each.parameter.detach()), strict=True)
+        }
+
+    def _output(self, hidden: Hidden) -> tuple[Hidden, Tensor]:
+        """Hidden states and the output matrix, as losses take them."""
+        weight_VD = self.model.output_weight_VD
+        return self.adapter.output(hidden, weight_VD, self.model.training) if self.adapter else (hidden, weight_VD)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    @contextlib.contextmanager
+    def _random_numbers_of_step(self) -> Any:
+        """PyTorch's generators seeded from (seed, step) inside, as they were before afterwards."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            digest = hashlib.sha256(f"{self.seed}/{self.optimizer.t}".encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:4], "little"))
+            yield
+
+    def _forget_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _to_device(self, batch: Batch) -> TensorBatch:
+        def move(array: Any) -> Tensor:
+            return torch.from_numpy(array).to(self.device, dtype=torch.int64, non_blocking=True)
+
+        segments_BT = None if batch.segments_BT is None else move(batch.segments_BT)
+        extras = {
+            name: move(array) if array.dtype.kind in "iu" else torch.from_numpy(array).to(self.device)
+            for name, array in batch.extras.items()
+        }
+        return TensorBatch(move(batch.tokens_BT), move(batch.labels_BT), segments_BT, extras)
+
+
+def build_train_step(
+    config: ModelConfig,
+    arrays: Mapping[str, HostArray] | None = None,
+    *,
+    seed: int = 0,
+    initialization: InitializationName = "fan-in",
+    objective: Objective = NextToken(),  # noqa: B008 - it is frozen
+    trainable: Callable[[str], bool] | None = None,
+    adapter: LoraSettings | None = None,
+    max_grad_norm: float = 0.0,
+    precision: Precision = "auto",
+    device: str = "auto",
+    threads: int = 0,
+    compile: bool = False,
+    **settings: Any,
+) -> TorchTrainStep:
+    """A model of the values in `arrays`, or a freshly initialised one, and its optimiser; `settings` are the fields of
+    AdamWSettings.
+
+    `threads` 0 leaves PyTorch's own choice; precision "auto" is bf16 where the processor multiplies it.
+    """
+    optimizer = AdamWSettings(**settings)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device={device!r} is not here; use {'cuda or cpu' if torch.cuda.is_available() else 'cpu'}")
+    if threads > 0:
+        torch.set_num_threads(threads)
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" or cpu_multiplies_bf16() else "fp32"
+    return TorchTrainStep(
+        weights.build_model(config, arrays, seed=seed, initialization=initialization, device=device),
+        optimizer,
+        objective=objective,
+        trainable=trainable,
+        adapter=adapter,
+        max_grad_norm=max_grad_norm,
+        precision=precision,
+        seed=seed,
+        compile=compile,
+    )
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products; without them bf16 is slower than float32."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

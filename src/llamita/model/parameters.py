@@ -1,0 +1,288 @@
+"""The architecture table: a row per parameter, and everything that can be counted from it.
+
+Backends build, initialise, group for AdamW, load and check from this table. Knows nothing of frameworks.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from llamita.model.config import ModelConfig
+
+InitializationName = Literal["fan-in", "gpt-2"]
+
+
+@dataclass(frozen=True)
+class Initialization:
+    """How a parameter starts: drawn from a normal distribution of this standard deviation, or constant."""
+
+    kind: Literal["normal", "ones", "zeros"]
+    std: float = 0.0
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A row of the table. `shard_axis` is the axis that tensor parallelism splits, None where it replicates."""
+
+    name: str
+    shape: tuple[int, ...]
+    initialization: Initialization
+    weight_decay: bool
+    shard_axis: int | None = None
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+ONES, ZEROS = Initialization("ones"), Initialization("zeros")
+EMBEDDING = "model.embed_tokens.weight"
+OUTPUT_HEAD = "lm_head.weight"
+CLASSIFIER = "score.weight"
+FLOATING = ("F32", "BF16", "F16", "F64")  # types that weights have, by their safetensors names
+SCALE = "_scale"  # at the end of the name of a quantised weight's scales
+QUANTIZATION_GROUP = 32  # numbers along the input that share a scale in int4
+# Which linear maps lie in one matrix inside a model, one below the other, since one large product is faster than three.
+PACKING = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def parameter_table(config: ModelConfig, initialization: InitializationName = "fan-in") -> tuple[Parameter, ...]:
+    """The table of a model, in the order of the forward pass, under Hugging Face names.
+
+    Initialisations: `fan-in` draws matrices with std 1/sqrt(n_in) and the embedding with std 1, or 1/sqrt(D) where it
+    is also the output head (Chowdhery et al. 2022, PaLM, section 5); `gpt-2` draws everything with std 0.02 and the
+    two projections into the residual stream with 0.02/sqrt(2 L) (Radford et al. 2019; llama2.c).
+    Weight decay applies to matrices and embeddings, not to norms and biases.
+    """
+    if initialization not in ("fan-in", "gpt-2"):
+        raise ValueError(f"initialization={initialization!r} must be 'fan-in' or 'gpt-2'")
+    D, C, V, H = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
+    N, K, L = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
+
+    def linear(
+        name: str, n_out: int, n_in: int, axis: int | None, bias: bool, residual: bool = False
+    ) -> list[Parameter]:
+        std = 1 / math.sqrt(n_in)
+        if initialization == "gpt-2":
+            std = 0.02 / math.sqrt(2 * L) if residual else 0.02
+        rows = [Parameter(f"{name}.weight", (n_out, n_in), Initialization("normal", std), True, axis)]
+        if bias:  # a row-split product is summed over shards, so its bias is not split
+            rows.append(Parameter(f"{name}.bias", (n_out,), ZEROS, False, 0 if axis == 0 else None))
+        return rows
+
+    def block(prefix: str) -> list[Parameter]:
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        input_bias = config.attention_bias or config.query_key_value_bias
+        norms = [Parameter(f"{attention}.{name}_norm.weight", (H,), ONES, False) for name in "qk"]
+        return [
+            Parameter(f"{prefix}.input_layernorm.weight", (D,), ONES, False),
+            *linear(f"{attention}.q_proj", N * H, D, 0, input_bias),
+            *linear(f"{attention}.k_proj", K * H, D, 0, input_bias),
+            *linear(f"{attention}.v_proj", K * H, D, 0, input_bias),
+            *(norms if config.query_key_norm else ()),
+            *linear(f"{attention}.o_proj", D, N * H, 1, config.attention_bias, residual=True),
+            Parameter(f"{prefix}.post_attention_layernorm.weight", (D,), ONES, False),
+            *linear(f"{mlp}.gate_proj", C, D, 0, config.mlp_bias),
+            *linear(f"{mlp}.up_proj", C, D, 0, config.mlp_bias),
+            *linear(f"{mlp}.down_proj", D, C, 1, config.mlp_bias, residual=True),
+        ]
+
+    embedding_std = 0.02 if initialization == "gpt-2" else 1 / math.sqrt(D) if config.tie_word_embeddings else 1.0
+    table = [Parameter(EMBEDDING, (V, D), Initialization("normal", embedding_std), True, 0)]
+    for layer in range(L):
+        table += block(f"model.layers.{layer}")
+    table.append(Parameter("model.norm.weight", (D,), ONES, False))
+    if config.num_labels:
+        table += linear("score", config.num_labels, D, None, bias=False)
+    elif not config.tie_word_embeddings:
+        table += linear("lm_head", V, D, 0, bias=False)
+    return tuple(table)
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """An array of a model directory; `dtypes` are the types that it may have, by their safetensors names."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    weight_decay: bool
+
+    @property
+    def stored_dtype(self) -> str:
+        """The type in a quantised model: the only one that it may have, or bfloat16."""
+        return self.dtypes[0] if len(self.dtypes) == 1 else "BF16"
+
+    @property
+    def stored_bytes(self) -> int:
+        return math.prod(self.shape) * (2 if self.stored_dtype == "BF16" else 1)
+
+
+def weight_bits(config: ModelConfig, row: Parameter) -> int:
+    """Bits of a quantised parameter's values, 0 where it stays as it is.
+
+    Matrices are quantised but for a classifier's head, which is small. The embedding and the output head keep 8 bits
+    in int4 too: an embedding's row is read alone, and a head's error goes straight to the logits.
+    """
+    if not config.quantization or len(row.shape) != 2 or row.name == CLASSIFIER:
+        return 0
+    return 8 if config.quantization == "int8" or row.name in (EMBEDDING, OUTPUT_HEAD) else 4
+
+
+def quantized_shapes(n_out: int, n_in: int, bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of a quantised matrix's values, in int4 two to a byte, and of its scales."""
+    if bits == 8:
+        return (n_out, n_in), (n_out,)
+    return (n_out, -(-n_in // 2)), (n_out, -(-n_in // QUANTIZATION_GROUP))
+
+
+def stored_arrays(config: ModelConfig) -> tuple[StoredArray, ...]:
+    """What a model directory holds, in order: a row of the table each, or a quantised row's values and their scales."""
+    arrays = []
+    for row in parameter_table(config):
+        bits = weight_bits(config, row)
+        if not bits:
+            arrays.append(StoredArray(row.name, row.shape, FLOATING, row.weight_decay))
+            continue
+        n_out, n_in = row.shape
+        shape, scales = quantized_shapes(n_out, n_in, bits)
+        arrays.append(StoredArray(row.name, shape, ("I8" if bits == 8 else "U8",), False))
+        arrays.append(StoredArray(row.name + SCALE, scales, ("BF16",), False))
+    return tuple(arrays)
+
+
+def canonical_names(name: str) -> tuple[str, ...]:
+    """The parameters of a checkpoint that a parameter of a backend's model holds."""
+    for packed, parts in PACKING.items():
+        if f".{packed}." in name:
+            module = packed.rpartition(".")[0]
+            return tuple(name.replace(packed, f"{module}.{part}") for part in parts)
+    return (name,)
+
+
+class Array(Protocol):
+    """What is checked of an array before it is used."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def shortened(faults: list[str], most: int = 20) -> str:
+    """The faults in one line, the first of them where there are very many."""
+    more = f"; and {len(faults) - most} more" if len(faults) > most else ""
+    return "; ".join(faults[:most]) + more
+
+
+def check_arrays(config: ModelConfig, arrays: Mapping[str, Array]) -> None:
+    """Raise ValueError with all that is missing, extra, misshapen or of another type, before anything of that size is
+    allocated."""
+    expected = {row.name: row for row in stored_arrays(config)}
+    faults = [f"{name} is missing" for name in expected if name not in arrays]
+    for name, array in arrays.items():
+        if name.endswith(".rotary_emb.inv_freq") or (name == OUTPUT_HEAD and config.tie_word_embeddings):
+            continue  # some files hold the rotary frequencies, or the tied embedding again under the head's name
+        if name not in expected:
+            faults.append(f"{name} is not part of this model")
+        elif array.shape != expected[name].shape:
+            faults.append(f"{name} has shape {list(array.shape)}, expected {list(expected[name].shape)}")
+        elif array.dtype not in (dtypes := expected[name].dtypes):
+            one_of = "one of " if len(dtypes) > 1 else ""
+            faults.append(f"{name} has dtype {array.dtype}, expected {one_of}{', '.join(dtypes)}")
+    if faults:
+        raise ValueError(f"the weights do not fit config.json: {shortened(faults)}")
+
+
+def initialize_parameters(
+    config: ModelConfig, seed: int, initialization: InitializationName = "fan-in"
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (name, float32 array) for every row of the table.
+
+    Each parameter has a random stream of its own, keyed by (seed, name), so that every backend starts from the same
+    numbers and a tensor does not depend on which others exist.
+    """
+    for row in parameter_table(config, initialization):
+        yield row.name, initial_values(row, seed)
+
+
+def initial_values(row: Parameter, seed: int) -> np.ndarray:
+    """The float32 array that a row of the table starts from; see `initialize_parameters`."""
+    kind = row.initialization.kind
+    if kind != "normal":
+        return np.full(row.shape, 1.0 if kind == "ones" else 0.0, dtype=np.float32)
+    key = int.from_bytes(hashlib.sha256(f"{seed}/{row.name}".encode()).digest()[:16], "little")
+    array = np.random.Generator(np.random.Philox(key=key)).standard_normal(row.shape, dtype=np.float32)
+    array *= np.float32(row.initialization.std)
+    return array
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """`matrices` multiply activations at every token: all linear weights and the output head, not the embedding."""
+
+    total: int
+    embedding: int
+    matrices: int
+    per_layer: int
+
+
+def count_parameters(config: ModelConfig) -> ParameterCounts:
+    table = parameter_table(config)
+    embedding = next(row.size for row in table if row.name == EMBEDDING)
+    matrices = sum(row.size for row in table if len(row.shape) == 2 and row.name != EMBEDDING)
+    if config.tie_word_embeddings and not config.num_labels:
+        matrices += embedding  # the embedding is the output head as well
+    per_layer = sum(row.size for row in table if row.name.startswith("model.layers.0."))
+    return ParameterCounts(sum(row.size for row in table), embedding, matrices, per_layer)
+
+
+def flops_per_token(config: ModelConfig, context_length: int) -> int:
+    """Floating-point operations of a training step (forward and backward) per token.
+
+    6 x the matrix parameters, plus 12 L N H T for the two products of attention over T positions, causality not
+    subtracted (Chowdhery et al. 2022, appendix B).
+    """
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context_length
+    return 6 * count_parameters(config).matrices + attention
+
+
+def kv_bytes_per_token(config: ModelConfig, bytes_per_number: int) -> int:
+    """Bytes of keys and values that one position adds to the cache."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * bytes_per_number
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes while training with float32 master weights and AdamW; `activations` is an estimate."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def training_memory(
+    config: ModelConfig, batch_size: int, sequence_length: int, bytes_per_number: int = 2
+) -> TrainingMemory:
+    """Memory of a step over batch_size x sequence_length tokens, activations held in `bytes_per_number`.
+
+    A block keeps for its backward pass about: its input and two norms' outputs (4 D with the residual), queries, keys,
+    values and the attention's output, and four arrays of the feed-forward width. Attention weights and logits are not
+    kept (fused attention, chunked head), but one chunk of logits is counted in float32.
+    """
+    count = count_parameters(config).total
+    heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    per_token = config.num_hidden_layers * (4 * config.hidden_size + heads + 4 * config.intermediate_size)
+    tokens = batch_size * sequence_length
+    activations = tokens * per_token * bytes_per_number + min(tokens, 512) * config.vocab_size * 4
+    return TrainingMemory(4 * count, 4 * count, 8 * count, activations)

@@ -1,0 +1,1 @@
+"""Bytes on disk: model directories, adapters, other people's formats."""

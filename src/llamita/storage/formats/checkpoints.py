@@ -1,0 +1,203 @@
+"""Training checkpoints of other code, as dictionaries of arrays: llama2.c's and the guided course's `.pt`, Meta's
+shards, and mini-llama's MLX arrays.
+
+Pickled files are opened by whoever calls, with a reader that executes nothing; here their contents are understood.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamita.model.config import ModelConfig
+from llamita.model.parameters import EMBEDDING, OUTPUT_HEAD, shortened
+from llamita.model.rope import RopeScaling, check_count
+from llamita.storage.checkpoint import HostArray
+from llamita.storage.formats.foreign import (
+    COURSE_LAYER,
+    META_LAYER,
+    ForeignModel,
+    from_meta_names,
+    raw,
+    refuse_switches,
+    to_meta_names,
+    untied_where_different,
+    with_numbers,
+)
+
+MINI_LLAMA_LAYER = {
+    "pre_norm": "input_layernorm",
+    "attn.out_proj": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn.gate_proj": "mlp.gate_proj",
+    "ffn.up_proj": "mlp.up_proj",
+    "ffn.down_proj": "mlp.down_proj",
+}
+MINI_LLAMA_OUTSIDE = {
+    "embd_toks.weight": EMBEDDING,
+    "out_norm.weight": "model.norm.weight",
+    "lm_head.weight": OUTPUT_HEAD,
+}
+PREFIXES = ("_orig_mod.", "module.", "llama.")  # of torch.compile, of data parallelism, of the course's classifier
+
+
+def from_training_checkpoint(source: Path, content: Any) -> ForeignModel:
+    """A model from `{"model_args": {...}, "model": {name: array}}`, under llama2.c's names or the guided course's."""
+    arguments = content.get("model_args") if isinstance(content, Mapping) else None
+    state = content.get("model") if isinstance(content, Mapping) else None
+    if not isinstance(arguments, Mapping) or not isinstance(state, Mapping):
+        raise ValueError(
+            f"{source} holds no model_args and model; llama2.c's training and the guided course write both"
+        )
+    arrays = {_bare(str(name)): array for name, array in state.items() if isinstance(array, HostArray)}
+    first = arrays.get("layers.0.feed_forward.w1.weight")
+    embedding = arrays.get("tok_embeddings.weight")
+    if first is None or embedding is None or len(first.shape) != 2 or len(embedding.shape) != 2:
+        raise ValueError(
+            f"{source} lacks tok_embeddings.weight or layers.0.feed_forward.w1.weight; it is no such model"
+        )
+    heads = _number(source, arguments, "n_heads")
+    config = ModelConfig(
+        vocab_size=embedding.shape[0],
+        hidden_size=_number(source, arguments, "dim"),
+        intermediate_size=first.shape[0],
+        num_hidden_layers=_number(source, arguments, "n_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=arguments.get("n_kv_heads") or heads,
+        max_position_embeddings=_number(source, arguments, "max_seq_len"),
+        rms_norm_eps=arguments.get("norm_eps") or arguments.get("layer_norm_eps") or 1e-5,
+        dropout=arguments.get("dropout") or 0.0,
+    )
+    named = from_meta_names(arrays, config.head_dim, source)
+    return _fitted(untied_where_different(config, named), named, source)
+
+
+def to_training_checkpoint(model: ForeignModel, names: str) -> dict[str, Any]:
+    """The inverse: names "meta" as llama2.c trains with, or "course"."""
+    config = model.config
+    refuse_switches(config, "this form of checkpoint", {"rope_theta": 10000.0})
+    arguments = {
+        "dim": config.hidden_size,
+        "n_layers": config.num_hidden_layers,
+        "n_heads": config.num_attention_heads,
+        "n_kv_heads": config.num_key_value_heads,
+        "vocab_size": config.vocab_size,
+        "hidden_dim": config.intermediate_size,
+        "multiple_of": 32,
+        "max_seq_len": config.max_position_embeddings,
+        "dropout": config.dropout,
+        "layer_norm_eps" if names == "course" else "norm_eps": config.rms_norm_eps,
+    }
+    return {"model_args": arguments, "model": to_meta_names(model, COURSE_LAYER if names == "course" else META_LAYER)}
+
+
+def from_meta_shards(source: Path, parameters: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> ForeignModel:
+    """A model from Meta's `params.json` and `consolidated.*.pth`, one shard for each model-parallel process."""
+    width = _number(source, parameters, "dim")
+    joined: dict[str, HostArray] = {}
+    for name in shards[0]:
+        parts = [shard.get(name) for shard in shards]
+        if not all(isinstance(part, HostArray) for part in parts):
+            raise ValueError(f"{source}: {name} is no array in every shard; some are missing or of another model")
+        joined[name] = _join(name, parts, width)  # type: ignore[arg-type]
+    if "tok_embeddings.weight" not in joined or "layers.0.feed_forward.w1.weight" not in joined:
+        raise ValueError(f"{source} lacks tok_embeddings.weight or layers.0.feed_forward.w1.weight; it is no Llama")
+    heads = _number(source, parameters, "n_heads")
+    theta = parameters.get("rope_theta") or 10000.0
+    scaled = bool(parameters.get("use_scaled_rope"))
+    positions = 131072 if scaled else 8192 if theta == 500000.0 else 4096
+    config = ModelConfig(
+        vocab_size=joined["tok_embeddings.weight"].shape[0],
+        hidden_size=width,
+        intermediate_size=joined["layers.0.feed_forward.w1.weight"].shape[0],
+        num_hidden_layers=_number(source, parameters, "n_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=parameters.get("n_kv_heads") or heads,
+        max_position_embeddings=parameters.get("max_seq_len") or positions,
+        rms_norm_eps=parameters.get("norm_eps") or 1e-5,
+        rope_theta=theta,
+        rope_scaling=RopeScaling("llama3", parameters.get("rope_scaling_factor") or 8.0, 8192) if scaled else None,
+    )
+    named = from_meta_names(joined, config.head_dim, source)
+    return _fitted(untied_where_different(config, named), named, source)
+
+
+def is_mini_llama(names: Sequence[str]) -> bool:
+    """Whether these are the parameters of mini-llama's MLX model."""
+    return "embd_toks.weight" in names and any(name.endswith(".attn.attn_proj.weight") for name in names)
+
+
+def from_mini_llama(
+    source: Path, arrays: Mapping[str, HostArray], num_attention_heads: int, positions: int
+) -> ForeignModel:
+    """A model from mini-llama's arrays (MLX), whose query, key and value projections are one matrix.
+
+    The file does not say how many heads there are, nor for how many positions it was trained.
+    """
+    named: dict[str, HostArray] = {}
+    unknown = []
+    for name, array in arrays.items():
+        inside = re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", name)
+        if name in MINI_LLAMA_OUTSIDE:
+            named[MINI_LLAMA_OUTSIDE[name]] = array
+        elif inside and inside[2] == "attn.attn_proj" and array.shape[0] % 3 == 0:
+            for part, rows in zip("qkv", np.split(raw(array), 3), strict=True):
+                named[f"model.layers.{inside[1]}.self_attn.{part}_proj.weight"] = with_numbers(array, rows)
+        elif inside and inside[2] in MINI_LLAMA_LAYER:
+            named[f"model.layers.{inside[1]}.{MINI_LLAMA_LAYER[inside[2]]}.weight"] = array
+        else:
+            unknown.append(name)
+    if unknown:
+        raise ValueError(f"{source} holds {shortened(sorted(unknown))}, which no mini-llama has")
+    if not num_attention_heads:
+        raise ValueError(f"{source} does not say how many attention heads it has; give --heads")
+    gate = named.get("model.layers.0.mlp.gate_proj.weight")
+    if gate is None or len(gate.shape) != 2:
+        raise ValueError(f"{source} lacks layers.0.ffn.gate_proj.weight; it is no mini-llama")
+    layers = {name.split(".")[2] for name in named if name.startswith("model.layers.")}
+    config = ModelConfig(
+        vocab_size=named[EMBEDDING].shape[0],
+        hidden_size=gate.shape[1],
+        intermediate_size=gate.shape[0],
+        num_hidden_layers=len(layers),
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_attention_heads,
+        max_position_embeddings=positions or 512,
+    )
+    return _fitted(config, named, source)
+
+
+def _fitted(config: ModelConfig, arrays: Mapping[str, HostArray], source: Path) -> ForeignModel:
+    """`ForeignModel.in_order`, the source named where it refuses."""
+    try:
+        return ForeignModel.in_order(config, arrays)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def _bare(name: str) -> str:
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _number(source: Path, values: Mapping[str, Any], key: str) -> int:
+    """A count among a checkpoint's arguments; ValueError names the file where it is none."""
+    try:
+        check_count(key, values.get(key))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    return values[key]
+
+
+def _join(name: str, parts: Sequence[HostArray], width: int) -> HostArray:
+    """Put the parts of a parameter together along the axis that model parallelism had cut."""
+    if len(parts) == 1 or len(parts[0].shape) == 1:
+        return parts[0]
+    row_parallel = name.endswith((".attention.wo.weight", ".feed_forward.w2.weight"))
+    cut_embedding = name.startswith("tok_embeddings.") and parts[0].shape[1] != width  # Llama 3 cuts the vocabulary
+    return with_numbers(
+        parts[0], np.concatenate([raw(part) for part in parts], 1 if row_parallel or cut_embedding else 0)
+    )

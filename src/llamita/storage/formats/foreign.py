@@ -1,0 +1,145 @@
+"""What every format is read into and written from: a config, host arrays under canonical names, perhaps a tokenizer.
+
+Holds the names that Meta's code gave its parameters, and what other people's code made of them. Knows no file format.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from llamita.model.config import ModelConfig
+from llamita.model.parameters import EMBEDDING, OUTPUT_HEAD, check_arrays, parameter_table, shortened
+from llamita.storage.checkpoint import NUMPY_TYPES, HostArray
+from llamita.text.tokenizer import Tokenizer
+
+# Within a layer: Meta's name -> the canonical one. The guided course renames the projections of attention.
+META_LAYER = {
+    "attention_norm": "input_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+}
+COURSE_LAYER = {
+    {
+        "attention.wq": "attention.compute_query",
+        "attention.wk": "attention.compute_key",
+        "attention.wv": "attention.compute_value",
+        "attention.wo": "attention.compute_output",
+    }.get(name, name): canonical
+    for name, canonical in META_LAYER.items()
+}
+META_OUTSIDE = {"tok_embeddings.weight": EMBEDDING, "norm.weight": "model.norm.weight", "output.weight": OUTPUT_HEAD}
+ROTATED = re.compile(r"model\.layers\.\d+\.self_attn\.[qk]_proj\.weight")
+
+
+@dataclass(frozen=True)
+class ForeignModel:
+    """A model read from, or to be written to, other people's files; `arrays` under canonical names, halves rotated."""
+
+    config: ModelConfig
+    arrays: Mapping[str, HostArray]
+    tokenizer: Tokenizer | None = None
+
+    @classmethod
+    def in_order(
+        cls, config: ModelConfig, arrays: Mapping[str, HostArray], tokenizer: Tokenizer | None = None
+    ) -> "ForeignModel":
+        """The model with its arrays in the order of the table; ValueError lists those that do not fit the config."""
+        check_arrays(config, arrays)
+        return cls(config, {row.name: arrays[row.name] for row in parameter_table(config)}, tokenizer)
+
+
+def raw(array: HostArray) -> np.ndarray:
+    """The numbers of an array in numpy; bfloat16 as the bit patterns that numpy has no type for."""
+    code = "<u2" if array.dtype == "BF16" else NUMPY_TYPES[array.dtype]
+    return np.frombuffer(array.data, dtype=code).reshape(array.shape)
+
+
+def with_numbers(array: HostArray, numbers: np.ndarray) -> HostArray:
+    """An array of the same type with other numbers, as `raw` gives them."""
+    flat = np.ascontiguousarray(numbers)
+    return HostArray(array.dtype, numbers.shape, flat.reshape(-1).view(np.uint8).data)
+
+
+def to_halves(array: HostArray, head_dim: int) -> HostArray:
+    """Rows of a query or key projection that rotates pairs (2 i, 2 i + 1), reordered to rotate (i, i + H/2)."""
+    rows = raw(array)
+    return with_numbers(array, rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape))
+
+
+def to_pairs(array: HostArray, head_dim: int) -> HostArray:
+    """The inverse of `to_halves`."""
+    rows = raw(array)
+    return with_numbers(array, rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape))
+
+
+def from_meta_names(state: Mapping[str, HostArray], head_dim: int, source: Any) -> dict[str, HostArray]:
+    """Arrays under Meta's names (or the course's), pairs rotated, as canonical ones, halves rotated.
+
+    ValueError lists the names that are neither. Rotary tables are left out: they follow from the config.
+    """
+    layer_names = META_LAYER | COURSE_LAYER
+    result, unknown = {}, []
+    for name, array in state.items():
+        if name in ("rope.freqs", "freqs_cos", "freqs_sin"):
+            continue
+        inside = re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", name)
+        if name in META_OUTSIDE:
+            canonical = META_OUTSIDE[name]
+        elif inside and inside[2] in layer_names:
+            canonical = f"model.layers.{int(inside[1])}.{layer_names[inside[2]]}.weight"
+        else:
+            unknown.append(name)
+            continue
+        result[canonical] = to_halves(array, head_dim) if ROTATED.fullmatch(canonical) else array
+    if unknown:
+        raise ValueError(f"{source} holds {shortened(sorted(unknown))}, which no Llama of Meta's code has")
+    return result
+
+
+def to_meta_names(model: ForeignModel, layer_names: Mapping[str, str] = META_LAYER) -> dict[str, HostArray]:
+    """The inverse of `from_meta_names`, an output head included where it is the embedding."""
+    outside = {canonical: name for name, canonical in META_OUTSIDE.items()}
+    inside = {canonical: name for name, canonical in layer_names.items()}
+    result = {}
+    for canonical, array in model.arrays.items():
+        if canonical in outside:
+            result[outside[canonical]] = array
+            continue
+        _, _, layer, name = canonical.removesuffix(".weight").split(".", 3)
+        rotated = to_pairs(array, model.config.head_dim) if ROTATED.fullmatch(canonical) else array
+        result[f"layers.{layer}.{inside[name]}.weight"] = rotated
+    result.setdefault("output.weight", model.arrays[EMBEDDING])
+    return result
+
+
+def refuse_switches(config: ModelConfig, form: str, fixed: Mapping[str, Any]) -> None:
+    """Raise ValueError where a model has what a form of plain Llamas cannot hold; `fixed` names more that it fixes."""
+    plain = {
+        "rope_scaling": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "query_key_value_bias": False,
+        "query_key_norm": False,
+        "sliding_window": 0,
+        "num_labels": 0,
+        "head_dim": config.hidden_size // config.num_attention_heads,
+    }
+    for name, value in {**plain, **fixed}.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"{form} cannot hold a model with {name}={getattr(config, name)!r}; there it is {value!r}")
+
+
+def untied_where_different(config: ModelConfig, arrays: Mapping[str, HostArray]) -> ModelConfig:
+    """The config, tied or not as the arrays are: a head that repeats the embedding is one with it."""
+    head = arrays.get(OUTPUT_HEAD)
+    tied = head is None or (head.shape == arrays[EMBEDDING].shape and bytes(head.data) == bytes(arrays[EMBEDDING].data))
+    return replace(config, tie_word_embeddings=tied)

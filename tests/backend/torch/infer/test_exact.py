@@ -1,0 +1,234 @@
+"""The exact mode: the logits after a text are the same bits however it came there, compared as arrays of numbers.
+
+A spy keeps the logits of every token that is drawn, under the text that they follow. A request's are held to those of
+an engine that serves it alone, in one piece, without guesses.
+"""
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from llamita.backend.plan import SamplingParams
+from llamita.backend.torch.infer.runner import TorchRunner
+from llamita.backend.torch.infer.sampling import Sampler
+from llamita.backend.torch.model.weights import build_model
+from llamita.inference.config import EngineConfig
+from llamita.inference.drafting import DraftModel, PromptLookup
+from llamita.inference.engine import Engine
+from llamita.inference.request import Request
+from llamita.model.config import ModelConfig
+
+MODELS = {
+    "grouped heads": {},
+    "multi-head": {"num_key_value_heads": 6},
+    "multi-query": {"num_key_value_heads": 1},
+    "odd widths": {"hidden_size": 36, "intermediate_size": 52, "head_dim": 6},
+    "odd numbers": {"hidden_size": 37, "intermediate_size": 53, "head_dim": 10, "vocab_size": 91},
+    "sliding window": {"sliding_window": 20},
+    "window in later layers": {"sliding_window": 9, "full_attention_layers": 1, "query_key_value_bias": True},
+    "qwen3": {"query_key_norm": True, "head_dim": 16},
+    "wide": {"hidden_size": 96, "intermediate_size": 1376, "num_hidden_layers": 2},
+}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
+"""Of logits under teacher forcing on the fast path, as a share of the largest: bfloat16 has 8 bits, rounded at every
+operation of three layers."""
+
+
+def model_of(dtype: torch.dtype = torch.float32, **changes):
+    values = {
+        "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    }  # fmt: skip
+    return build_model(ModelConfig(**(values | changes)), seed=1, dtype=dtype)
+
+
+def requests(vocabulary: int, count: int = 9, longest: int = 140, seed: int = 0, **params) -> list[Request]:
+    """Prompts of mixed length with stretches that come again, some of them with the same beginning; all drawn."""
+    random = np.random.default_rng(0)
+    beginning = random.integers(0, vocabulary, 40).tolist()
+    found = []
+    for number, length in enumerate(random.integers(1, longest, count).tolist()):
+        tokens = np.tile(random.integers(0, vocabulary, max(1, length // 3)), 3).tolist()
+        prompt = (beginning[: 13 * (number % 3)] + tokens)[:longest]
+        own = {"temperature": number % 2, "seed": seed + 10 * number, "max_tokens": 24, "ignore_eos": True} | params
+        found.append(Request(number, tuple(prompt), SamplingParams(**own)))
+    return found
+
+
+class Served:
+    """What came of an engine: each continuation's text and statistics by request and index, and what it drew from."""
+
+    def __init__(self, runner: TorchRunner, waves: Sequence[Sequence[Request]], drafter=None, **limits) -> None:
+        """Each wave is added five steps after the one before."""
+        names = tuple(runner.serving.adapters)
+        self.engine = Engine(runner, config=EngineConfig(**limits), drafter=drafter, adapters=names)
+        self.texts = {(request.id, i): list(request.prompt)
+                      for wave in waves for request in wave for i in range(request.params.n)}  # fmt: skip
+        self.statistics, self.rows = {}, []
+        with pytest.MonkeyPatch.context() as patch:
+            self._spy(patch, runner)
+            for number, wave in enumerate(waves):
+                for request in wave:
+                    self.engine.add(request)
+                for _ in range(5 if number < len(waves) - 1 else 100_000):
+                    for event in self.engine.step() if self.engine.has_work else ():
+                        assert not event.error, event.error
+                        self.texts[event.request_id, event.index].append(event.token_id)
+                        self.statistics[event.request_id, event.index] = event.statistics
+                    if number == len(waves) - 1 and not self.engine.has_work:
+                        break
+
+    def _spy(self, patch: pytest.MonkeyPatch, runner: TorchRunner) -> None:
+        """Keep seed, the chunk's tokens before the drawn one, where they begin, and the logits, of each draw."""
+        draw, sample = runner._sample, Sampler.sample
+        given: list[tuple[int, tuple[int, ...], int]] = []
+
+        def spied_draw(chunks, hidden_TD, sampler):
+            given[:] = [(spec.seed, chunk.tokens[: spec.position - chunk.start], chunk.start)
+                        for chunk in chunks for spec in chunk.samples]  # fmt: skip
+            return draw(chunks, hidden_TD, sampler)
+
+        def spied_sample(sampler, logits_RV, specs, *rest):
+            if given:  # else a draft model draws
+                self.rows += [(*one, row_V.float().numpy().copy()) for one, row_V in zip(given, logits_RV, strict=True)]
+                given.clear()
+            return sample(sampler, logits_RV, specs, *rest)
+
+        patch.setattr(runner, "_sample", spied_draw)
+        patch.setattr(Sampler, "sample", spied_sample)
+
+    def logits_of(self, key: tuple[int, int]) -> dict[int, list[np.ndarray]]:
+        """By position, as often as they were computed; those after a wrong guess are of another text."""
+        text, seed = self.texts[key], self.statistics[key].seed
+        found: dict[int, list[np.ndarray]] = {}
+        for its_seed, tokens, start, row_V in self.rows:
+            position = start + len(tokens)
+            if its_seed == seed and position < len(text) and list(tokens) == text[start:position]:
+                found.setdefault(position, []).append(row_V)
+        return found
+
+
+Alone = dict[tuple[int, int], tuple[list[int], dict[int, list[np.ndarray]]]]
+
+
+def alone(runner: TorchRunner, each: Sequence[Request]) -> Alone:
+    """Texts and logits of each continuation served by an engine of its own, in one piece."""
+    found: Alone = {}
+    for request in each:
+        for index in range(request.params.n):
+            params = dataclasses.replace(request.params, n=1, seed=request.params.seed + index)
+            own = dataclasses.replace(request, id=0, params=params)
+            one = Served(runner, [[own]], blocks=200, prefix_caching=False)
+            found[request.id, index] = one.texts[0, 0], one.logits_of((0, 0))
+    return found
+
+
+def scenarios(runner: TorchRunner) -> Iterator[tuple[str, Served, Alone]]:
+    vocabulary = runner.config.vocab_size
+    each, forked = requests(vocabulary), requests(vocabulary, count=4, n=3)
+    others = requests(vocabulary, 4, seed=9000, temperature=0.7, top_p=0.8, repetition_penalty=1.3, top_logprobs=3)
+    others = [dataclasses.replace(request, id=100 + request.id) for request in others]
+    once_more = [dataclasses.replace(request, id=1000 + request.id) for request in each]
+    draft = TorchRunner(
+        build_model(dataclasses.replace(runner.config, hidden_size=16, intermediate_size=20, head_dim=4), seed=4)
+    )
+    expected, expected_forks = alone(runner, each), alone(runner, forked)
+    small = {"blocks": 70, "block_size": 3 if 0 in runner.config.attention_windows else 1}
+
+    yield "together", Served(runner, [each]), expected
+    yield "at random times", Served(runner, [each[5:], each[2:5], each[:2]]), expected
+    for chunk in (1, 2, 7, 16, 65):
+        limits = {"prefill_tokens": chunk, "mixed_prefill_tokens": max(1, chunk // 2), "block_size": chunk % 11 + 1}
+        yield f"chunks of {chunk}", Served(runner, [each], **limits), expected
+    yield "little memory", Served(runner, [each], **small), expected
+    yield "beside others", Served(runner, [others, each]), expected
+    cached = Served(runner, [[request] for request in (*each, *once_more)], blocks=300)
+    assert sum(cached.statistics[request.id, 0].cached_tokens for request in once_more) > 100
+    yield "cached", cached, expected | {(1000 + id, i): alone for (id, i), alone in expected.items()}
+    for name, drafter in (("n-grams", PromptLookup), ("a draft model", lambda: DraftModel(draft))):
+        for more, limits in (("", {}), (", little memory", small)):
+            served = Served(runner, [each], drafter(), **limits)
+            assert sum(one.drafted_tokens for one in served.statistics.values()) > 20
+            yield name + more, served, expected
+    yield "forked", Served(runner, [forked]), expected_forks
+    yield "forked, little memory", Served(runner, [forked], **small), expected_forks
+    yield "forked and guessed", Served(runner, [forked], PromptLookup()), expected_forks
+
+
+def check_all(runner: TorchRunner) -> None:
+    """The same texts, and at each position the same bits as often as they were computed."""
+    for way, served, expected in scenarios(runner):
+        for key, (text, logits) in expected.items():
+            assert served.texts[key] == text, (way, key)
+            found = served.logits_of(key)
+            assert found.keys() == logits.keys()
+            for position, (row_V,) in logits.items():
+                assert all(np.array_equal(other_V, row_V) for other_V in found[position]), (way, key, position)
+        if 0 in runner.config.attention_windows:  # a sequence that keeps no more than a window is rarely preempted
+            assert ("memory" in way) == (served.engine.scheduler.preemptions > 0), way
+
+
+OFTEN = ("multi-query", "odd numbers", "window in later layers", "qwen3")
+ALL = [pytest.param(name, marks=pytest.mark.medium if name in OFTEN else pytest.mark.slow) for name in MODELS]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_logits_are_the_same_bits_however_a_text_came_there(name):
+    check_all(TorchRunner(model_of(**MODELS[name]), exact=True))
+
+
+@pytest.mark.parametrize(
+    "threads", [pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.medium)]
+)
+def test_logits_are_the_same_bits_with_several_threads(threads):
+    """In a process of its own, which starts with so many; "wide" is split among them."""
+    code = (
+        f"import torch; torch.set_num_threads({threads})\n"
+        "from tests.backend.torch.infer import test_exact as t\n"
+        "for name in ('wide', 'odd numbers'): t.check_all(t.TorchRunner(t.model_of(**t.MODELS[name]), exact=True))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("grouped heads", marks=pytest.mark.medium),
+        pytest.param("qwen3", marks=pytest.mark.slow),
+        pytest.param("window in later layers", marks=pytest.mark.slow),
+    ],
+)
+def test_fast_logits_are_those_of_the_whole_text(name, dtype):
+    """Under teacher forcing: the text an engine wrote, run once more as a whole."""
+    runner = TorchRunner(model_of(dtype, **MODELS[name]))
+    for _, served, _ in scenarios(runner):
+        for key, text in served.texts.items():
+            whole_TV = runner.forward([text])["logits"][0]
+            for position, rows in served.logits_of(key).items():
+                for row_V in rows:
+                    difference = np.abs(row_V - whole_TV[position - 1]).max()
+                    assert difference < TOLERANCE[dtype] * np.abs(whole_TV).max()
+
+
+def test_training_the_model_changes_what_an_exact_runner_gives():
+    """It runs the model's own parameters, not a copy, and leaves what is trained and how as it was."""
+    model = model_of().train()
+    model.model.norm.weight.requires_grad_(False)
+    runner = TorchRunner(model, exact=True)
+    prompt = requests(97)[3]
+    before = alone(runner, [prompt])[3, 0][1]
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    after = alone(runner, [prompt])[3, 0][1]
+    first = len(prompt.prompt)
+    np.testing.assert_array_equal(after[first][0], 2 * before[first][0])
+    assert model.training
+    assert not model.model.norm.weight.requires_grad
+    assert model.lm_head.weight.requires_grad

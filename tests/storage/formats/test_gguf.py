@@ -1,0 +1,341 @@
+"""GGUF files: settings and tensors as llama.cpp names them, every family and number type, tokenizers, broken files."""
+
+import dataclasses
+import struct
+
+import gguf as library
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import normalizers
+
+from llamita.data import meadow
+from llamita.model.config import ModelConfig
+from llamita.model.parameters import initialize_parameters
+from llamita.model.rope import RopeScaling, rotary_frequencies
+from llamita.storage.checkpoint import HostArray
+from llamita.storage.formats import gguf, gguf_tokenizer
+from llamita.storage.formats.foreign import ForeignModel
+from llamita.text import sentencepiece_training
+from llamita.text.bpe import special_tokens, train_bpe_from_iterator
+from llamita.text.huggingface_codec import HuggingFaceCodec
+from llamita.text.tokenizer import Tokenizer
+from tests.storage.formats.helpers import as_pairs, equal, model
+
+FAMILIES = {
+    "llama": {},
+    "untied": {"tie_word_embeddings": False},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "head size of its own": {"head_dim": 12},
+    "llama 3.2": {"rope_scaling": RopeScaling("llama3", 32.0, 8192), "rope_theta": 500000.0},
+    "linear": {"rope_scaling": RopeScaling("linear", 4.0)},
+    "yarn": {"rope_scaling": RopeScaling("yarn", 4.0, 64)},
+    "qwen2": {"query_key_value_bias": True, "rms_norm_eps": 1e-6, "rope_theta": 1e6},
+    "qwen3": {"query_key_norm": True},
+    "qwen3 with biases": {"query_key_norm": True, "attention_bias": True},
+}
+PLAIN = {"bos_token_id": None, "eos_token_id": None}  # without a tokenizer a file names no special tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_and_back_is_bit_identical(tmp_path, family):
+    ours = model(**PLAIN, **FAMILIES[family])
+    gguf.write_model(tmp_path / "m.gguf", ours, "f32")
+    again = gguf.read_model(tmp_path / "m.gguf")
+    assert equal(again, ours)
+    assert again.tokenizer is None
+
+
+def test_tensors_and_settings_are_llama_cpps(tmp_path):
+    ours = model(**PLAIN)
+    gguf.write_model(tmp_path / "m.gguf", ours, "f32", name="small")
+    reader = library.GGUFReader(tmp_path / "m.gguf")
+    settings = {name: field.contents() for name, field in reader.fields.items()}
+    expected = {
+        "general.architecture": "llama", "general.name": "small", "llama.context_length": 16, "llama.block_count": 2,
+        "llama.embedding_length": 32, "llama.feed_forward_length": 64, "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2, "llama.rope.dimension_count": 8, "llama.rope.freq_base": 10000.0,
+        "llama.vocab_size": 96, "general.file_type": 0,
+    }  # fmt: skip
+    assert {key: settings[key] for key in expected} == expected
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    weights = {name: array.to_numpy() for name, array in ours.arrays.items()}
+    assert set(tensors) == {
+        "token_embd.weight", "output_norm.weight",
+        *(f"blk.{i}.{name}.weight" for i in range(2) for name in (
+            "attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")),
+    }  # fmt: skip
+    assert np.array_equal(
+        tensors["blk.1.attn_q.weight"], as_pairs(weights["model.layers.1.self_attn.q_proj.weight"], 8)
+    )
+    assert np.array_equal(
+        tensors["blk.0.attn_k.weight"], as_pairs(weights["model.layers.0.self_attn.k_proj.weight"], 8)
+    )
+    assert np.array_equal(tensors["blk.0.attn_v.weight"], weights["model.layers.0.self_attn.v_proj.weight"])
+    assert np.array_equal(tensors["blk.1.ffn_gate.weight"], weights["model.layers.1.mlp.gate_proj.weight"])
+    assert np.array_equal(tensors["token_embd.weight"], weights["model.embed_tokens.weight"])
+
+
+def test_qwens_queries_are_not_reordered(tmp_path):
+    ours = model(**PLAIN, query_key_norm=True)
+    gguf.write_model(tmp_path / "m.gguf", ours)
+    tensors = {tensor.name: tensor.data for tensor in library.GGUFReader(tmp_path / "m.gguf").tensors}
+    assert np.array_equal(
+        tensors["blk.0.attn_q.weight"], ours.arrays["model.layers.0.self_attn.q_proj.weight"].to_numpy()
+    )
+
+
+def test_llama_3s_frequencies_are_divided_as_llama_cpp_does(tmp_path):
+    ours = model(**PLAIN, **FAMILIES["llama 3.2"])
+    gguf.write_model(tmp_path / "m.gguf", ours)
+    factors = next(t.data for t in library.GGUFReader(tmp_path / "m.gguf").tensors if t.name == "rope_freqs.weight")
+    scaled = rotary_frequencies(ours.config.head_dim, ours.config.rope_theta, ours.config.rope_scaling)[0]
+    plain = 500000.0 ** (-np.arange(0, 8, 2) / 8)
+    np.testing.assert_allclose(plain / factors, scaled, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        RopeScaling("llama3", 8.0, 8192),
+        RopeScaling("llama3", 2.5, 2048),
+        RopeScaling("llama3", 32.0, 131072),
+        RopeScaling("llama3", 4.0, 5000, high_freq_factor=8.0),
+    ],
+)
+def test_any_scaling_of_llama_3s_kind_is_read_from_its_divisors(tmp_path, scaling):
+    ours = model(**PLAIN, head_dim=64, rope_theta=500000.0, rope_scaling=scaling)
+    gguf.write_model(tmp_path / "m.gguf", ours)
+    assert gguf.read_model(tmp_path / "m.gguf").config == ours.config
+
+
+def test_divisors_of_another_kind_are_refused(tmp_path, monkeypatch):
+    ours = model(**PLAIN, head_dim=64, rope_theta=500000.0, rope_scaling=RopeScaling("llama3", 8.0, 8192))
+    plain = rotary_frequencies(64, 500000.0, None)[0]
+    for divisors in (np.linspace(1, 8, 32), np.full(32, 8.0), np.ones(32), np.full(32, np.nan), np.zeros(32)):
+        with np.errstate(divide="ignore"):
+            wrong = (plain / divisors).astype(np.float32)
+        monkeypatch.setattr(
+            gguf, "rotary_frequencies", lambda dim, theta, scaling, wrong=wrong: (wrong if scaling else plain, 1.0)
+        )
+        gguf.write_model(tmp_path / "m.gguf", ours)
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match=r"rope_freqs\.weight holds a scaling of rotary positions other than"):
+            gguf.read_model(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "stored", "error"), [("f16", "F16", 2**-11), ("bf16", "BF16", 2**-8), ("q8_0", "F32", 1 / 127)]
+)
+def test_numbers_of_fewer_bits(tmp_path, numbers, stored, error):
+    ours = model(**PLAIN)
+    gguf.write_model(tmp_path / "m.gguf", ours, numbers)
+    again = gguf.read_model(tmp_path / "m.gguf")
+    for name, array in ours.arrays.items():
+        read = again.arrays[name]
+        assert read.dtype == ("F32" if len(array.shape) == 1 else stored)
+        difference = np.abs(read.to_numpy() - array.to_numpy())
+        assert difference.max() <= error * np.abs(array.to_numpy()).max() * 1.01
+    if numbers != "q8_0":  # what fits is kept as it is
+        gguf.write_model(tmp_path / "again.gguf", dataclasses.replace(again), numbers)
+        assert equal(gguf.read_model(tmp_path / "again.gguf"), again)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K"])
+def test_other_peoples_quantised_tensors_are_dequantised(tmp_path, kind):
+    """Blocks of random bytes with sane scales, dequantised here number by number from ggml's layouts."""
+    qtype = library.GGMLQuantizationType[kind]
+    generator = np.random.default_rng(0)
+    block, size = library.GGML_QUANT_SIZES[qtype]
+    rows = generator.integers(0, 256, size=(4, 256 // block, size), dtype=np.uint8)
+    halves = generator.uniform(0.01, 0.1, size=(4, 256 // block, 2)).astype(np.float16).view(np.uint8)
+    if kind == "Q6_K":
+        rows[..., -2:] = halves[..., :2]
+    else:
+        rows[..., : 2 if kind == "Q4_0" else 4] = halves[..., : 2 if kind == "Q4_0" else 4]
+    expected = np.array([[number for part in row for number in BY_HAND[kind](part)] for row in rows])
+    writer = library.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("x", rows.reshape(4, -1), raw_dtype=qtype)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    tensor = library.GGUFReader(tmp_path / "m.gguf").tensors[0]
+    read = gguf._array(tensor)
+    assert read.shape == (4, 256)
+    np.testing.assert_allclose(read.to_numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def half(part, at):
+    return float(part[at : at + 2].view(np.float16)[0])
+
+
+def q4_0(part):
+    """16 bytes of two four-bit numbers each: the low ones first, then the high ones; less 8, times the scale."""
+    numbers = [int(byte) & 15 for byte in part[2:]] + [int(byte) >> 4 for byte in part[2:]]
+    return [half(part, 0) * (number - 8) for number in numbers]
+
+
+def q4_k(part):
+    """8 groups of 32, each with a scale and a minimum of six bits packed into 12 bytes."""
+    packed = [int(byte) for byte in part[4:16]]
+    scales, minima = [], []
+    for j in range(8):
+        if j < 4:
+            scales.append(packed[j] & 63)
+            minima.append(packed[j + 4] & 63)
+        else:
+            scales.append((packed[j + 4] & 15) | (packed[j - 4] >> 6) << 4)
+            minima.append((packed[j + 4] >> 4) | (packed[j] >> 6) << 4)
+    result = []
+    for pair in range(4):
+        bytes_ = [int(byte) for byte in part[16 + 32 * pair : 48 + 32 * pair]]
+        for j, numbers in ((2 * pair, [b & 15 for b in bytes_]), (2 * pair + 1, [b >> 4 for b in bytes_])):
+            result += [half(part, 0) * scales[j] * number - half(part, 2) * minima[j] for number in numbers]
+    return result
+
+
+def q6_k(part):
+    """256 six-bit numbers, four bits in one array and two in another, with 16 signed scales."""
+    low, high, scales = part[:128], part[128:192], part[192:208].view(np.int8)
+    result = [0.0] * 256
+    for n in range(2):
+        for l in range(32):  # noqa: E741
+            ql, qh = low[64 * n :], int(high[32 * n + l])
+            numbers = [
+                (int(ql[l]) & 15) | (qh & 3) << 4, (int(ql[l + 32]) & 15) | (qh >> 2 & 3) << 4,
+                (int(ql[l]) >> 4) | (qh >> 4 & 3) << 4, (int(ql[l + 32]) >> 4) | (qh >> 6 & 3) << 4,
+            ]  # fmt: skip
+            for k, number in enumerate(numbers):
+                scale = int(scales[8 * n + l // 16 + 2 * k])
+                result[128 * n + 32 * k + l] = half(part, 208) * scale * (number - 32)
+    return result
+
+
+BY_HAND = {"Q4_0": q4_0, "Q4_K": q4_k, "Q6_K": q6_k}
+
+
+# --- tokenizers ---
+
+
+TEXTS = [
+    "Once upon a time, Pip the mouse",
+    "  two  spaces\n\nand lines\t",
+    "naïve café 日本 1234567 it's DON'T",
+    "<s> </s>",
+    "",
+]
+
+
+def with_tokenizer(tokenizer: Tokenizer, size: int) -> ForeignModel:
+    config = ModelConfig(
+        size, 32, 64, 1, 4, 2, 16, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id,
+    )  # fmt: skip
+    arrays = {name: HostArray.from_numpy(a) for name, a in initialize_parameters(config, seed=0)}
+    return ForeignModel(config, arrays, tokenizer)
+
+
+def byte_level() -> Tokenizer:
+    return train_bpe_from_iterator(meadow.corpus(0, 300, "train"), 400, reserved_tokens=2)
+
+
+def sentencepiece() -> Tokenizer:
+    names = special_tokens(0)
+    return Tokenizer.from_codec(sentencepiece_training.train(list(meadow.corpus(0, 300, "train")), 400, names))
+
+
+def split_like(name: str) -> Tokenizer:
+    """A byte-level tokenizer that splits words as Llama 3 or Qwen 2 does."""
+    pattern, nfc = gguf_tokenizer.SPLITTERS[name]
+    made = tokenizers.Tokenizer.from_str(HuggingFaceCodec.__reduce__(byte_level().codec)[1][0])
+    made.pre_tokenizer = gguf_tokenizer._pre_tokenizer(pattern)
+    if nfc:
+        made.normalizer = normalizers.NFC()
+    return Tokenizer.from_codec(HuggingFaceCodec(made))
+
+
+@pytest.mark.parametrize(
+    "make", [byte_level, sentencepiece, lambda: split_like("llama-bpe"), lambda: split_like("qwen2")]
+)
+@pytest.mark.parametrize("padding", [0, 5])
+def test_a_tokenizer_goes_along(tmp_path, make, padding):
+    tokenizer = make()
+    gguf.write_model(tmp_path / "m.gguf", with_tokenizer(tokenizer, tokenizer.vocab_size + padding))
+    again = gguf.read_model(tmp_path / "m.gguf")
+    assert again.config.vocab_size == tokenizer.vocab_size + padding
+    found = again.tokenizer
+    for role in ("bos", "eos", "unk", "pad"):
+        assert getattr(found, f"{role}_id") == getattr(tokenizer, f"{role}_id")
+    assert found.special_ids == tokenizer.special_ids
+    for text in TEXTS + list(meadow.corpus(1, 50, "validation")):
+        ids = tokenizer.encode(text)
+        assert found.encode(text) == ids
+        assert found.decode(ids) == tokenizer.decode(ids)
+        assert found.encode(text, allow_special=True) == tokenizer.encode(text, allow_special=True)
+
+
+def test_a_chat_template_goes_along(tmp_path):
+    tokenizer = byte_level()
+    tokenizer = Tokenizer(
+        tokenizer.codec, {"chat_template": "{{ messages }}"}, {"bos": 1, "eos": 2, "unk": 0, "pad": None}
+    )
+    gguf.write_model(tmp_path / "m.gguf", with_tokenizer(tokenizer, 400))
+    assert gguf.read_model(tmp_path / "m.gguf").tokenizer.chat_template == "{{ messages }}"
+
+
+def test_a_tokenizer_that_llama_cpp_lacks_is_refused(tmp_path):
+    made = tokenizers.Tokenizer.from_str(HuggingFaceCodec.__reduce__(byte_level().codec)[1][0])
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.Digits(), tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    with pytest.raises(ValueError, match="no way to split words as this tokenizer does"):
+        gguf.write_model(tmp_path / "m.gguf", with_tokenizer(Tokenizer.from_codec(HuggingFaceCodec(made)), 400))
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sliding_window": 4}, "sliding_window=4"),
+        ({"num_labels": 2}, "num_labels=2"),
+        ({"rope_scaling": RopeScaling("yarn", 4.0, 64, truncate=False)}, "whole borders"),
+    ],
+)
+def test_what_llama_cpp_cannot_run_is_refused(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        gguf.write_model(tmp_path / "m.gguf", model(**changes))
+
+
+def test_broken_files_are_refused(tmp_path):
+    path = tmp_path / "m.gguf"
+    gguf.write_model(path, with_tokenizer(byte_level(), 400))
+    content = path.read_bytes()
+    for end in [*range(0, 400, 7), *range(400, len(content), len(content) // 60), len(content) - 1]:
+        path.write_bytes(content[:end])
+        with pytest.raises(ValueError, match=r"m\.gguf"):
+            gguf.read_model(path)
+    for place, value in ((4, 9), (8, 2**62), (16, 2**62), (24, 2**63)):  # version, tensors, settings, a key's length
+        damaged = bytearray(content)
+        struct.pack_into("<I" if place == 4 else "<Q", damaged, place, value)
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"m\.gguf"):
+            gguf.read_model(path)
+
+
+def test_a_list_without_end_does_not_hang(tmp_path):
+    """A list of 2^60 bytes, on which a reader that trusts the count would loop."""
+    key = b"x"
+    header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(key)) + key
+    for inner in (0, 8, 9):
+        (tmp_path / "m.gguf").write_bytes(header + struct.pack("<IIQ", 9, inner, 2**60) + b"\0" * 64)
+        with pytest.raises(ValueError, match=r"m\.gguf is"):
+            gguf.read_model(tmp_path / "m.gguf")
+
+
+def test_other_architectures_are_named(tmp_path):
+    writer = library.GGUFWriter(tmp_path / "m.gguf", "gpt2")
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    with pytest.raises(ValueError, match=r"general\.architecture='gpt2' is not supported"):
+        gguf.read_model(tmp_path / "m.gguf")

@@ -1,0 +1,64 @@
+"""llama.cpp reads our GGUF files: the same ids, the same logits, the same greedy story. Needs llama-cpp-python."""
+
+import numpy as np
+import pytest
+
+from llamita.backend.torch.infer.runner import runner_over
+from llamita.data import meadow
+from llamita.model.config import ModelConfig
+from llamita.model.parameters import initialize_parameters
+from llamita.model.rope import RopeScaling
+from llamita.storage.checkpoint import HostArray
+from llamita.storage.formats import gguf
+from llamita.storage.formats.foreign import ForeignModel
+from llamita.text import sentencepiece_training
+from llamita.text.bpe import special_tokens, train_bpe_from_iterator
+from llamita.text.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.slow
+llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which is compiled")
+
+FAMILIES = {
+    "llama": {},
+    "untied, head size of its own": {"tie_word_embeddings": False, "head_dim": 24},
+    "biases": {"attention_bias": True},
+    "llama 3.2": {"rope_scaling": RopeScaling("llama3", 32.0, 8192), "rope_theta": 500000.0},
+    "linear": {"rope_scaling": RopeScaling("linear", 4.0)},
+    "yarn": {"rope_scaling": RopeScaling("yarn", 4.0, 64)},
+    "qwen2": {"query_key_value_bias": True, "rope_theta": 1e6},
+    "qwen3": {"query_key_norm": True, "rope_theta": 1e6},
+}
+PROMPTS = ["One rainy morning,", "  two  spaces and Pip", "naïve café 日本 1234"]
+
+
+def tokenizer_of(kind: str) -> Tokenizer:
+    stories = list(meadow.corpus(0, 300, "train"))
+    if kind == "bpe":
+        return train_bpe_from_iterator(stories, 400)
+    return Tokenizer.from_codec(sentencepiece_training.train(stories, 400, special_tokens(0)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
+def test_ids_and_logits_are_llama_cpps(tmp_path, family, kind):
+    tokenizer = tokenizer_of(kind)
+    config = ModelConfig(400, 64, 128, 3, 4, 2, 256, **({"tie_word_embeddings": True} | FAMILIES[family]))
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for name, values in initialize_parameters(config, seed=1):
+        moved = values + generator.normal(0, 0.3, values.shape).astype(np.float32) if values.ndim == 1 else values
+        arrays[name] = HostArray.from_numpy(moved.astype(np.float32))
+    gguf.write_model(tmp_path / "m.gguf", ForeignModel(config, arrays, tokenizer), "f32")
+    theirs = llama_cpp.Llama(str(tmp_path / "m.gguf"), verbose=False, logits_all=True, n_ctx=256, seed=0)
+    ours = runner_over(config, arrays)
+    for prompt in PROMPTS:
+        ids = tokenizer.encode(prompt, bos=True)
+        assert theirs.tokenize(prompt.encode(), add_bos=True, special=False) == ids
+    ids = [1, *np.random.default_rng(2).integers(3, 400, size=150).tolist()]
+    theirs.eval(ids)
+    logits, expected = ours.forward([ids])["logits"][0], np.array(theirs.scores[: len(ids)])
+    # llama.cpp keeps keys and values in half precision.
+    assert np.abs(logits - expected).max() < 5e-3 * np.abs(expected).max()
+    best = np.sort(logits, axis=-1)
+    clear = best[:, -1] - best[:, -2] > 2 * np.abs(logits - expected).max()
+    assert (logits.argmax(-1) == expected.argmax(-1))[clear].all()
