@@ -24,7 +24,7 @@ from llamita.backend.torch.infer.sampling import Sampler
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
 from llamita.inference.request import Request
-from llamita.storage import checkpoint
+from llamita.storage import model_directory
 from llamita.text.tokenizer import Tokenizer
 
 BLOCK = 4  # positions: sequences ask for memory often, and so are often preempted
@@ -80,7 +80,7 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    directory = checkpoint.resolve_model_directory(arguments.model)
+    directory = model_directory.resolve_model_directory(arguments.model)
     tokenizer = Tokenizer.load(directory)
     tokens = tokenizer.encode(arguments.text.read_text(encoding="utf-8")[:400_000])
     runner = load_runner(directory, dtype="float32", device="cpu")

@@ -31,7 +31,7 @@ from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
 from llamita.inference.request import Request, SamplingParams
 from llamita.model.presets import preset
-from llamita.storage import checkpoint, files
+from llamita.storage import files, model_directory
 
 POSITIONS = 8192
 READ_BYTES = 512 * 2**20  # far beyond a CPU's caches
@@ -92,8 +92,8 @@ def main() -> None:
 def measure(name: str, directory: Path, shape: Shape, arguments: argparse.Namespace) -> None:
     config = preset(name, max_position_embeddings=POSITIONS, eos_token_id=None)
     with files.atomic_directory(directory) as temporary:
-        checkpoint.save_tensors(temporary, to_host_arrays(build_model(config, dtype=DTYPES[arguments.dtype])))
-        checkpoint.save_config(temporary, config, {"float32": "F32", "bfloat16": "BF16"}[arguments.dtype])
+        model_directory.save_tensors(temporary, to_host_arrays(build_model(config, dtype=DTYPES[arguments.dtype])))
+        model_directory.save_config(temporary, config, {"float32": "F32", "bfloat16": "BF16"}[arguments.dtype])
     ours = Ours(load_runner(directory, arguments.dtype, arguments.device))
     theirs = Theirs(directory, arguments.dtype, arguments.device)
     data = torch.ones(READ_BYTES // 4, device=arguments.device)

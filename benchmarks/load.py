@@ -19,7 +19,7 @@ from rich.table import Table
 
 from llamita.backend.torch.model import weights
 from llamita.model.presets import preset
-from llamita.storage import checkpoint, files
+from llamita.storage import files, model_directory
 
 CONTESTANTS = {
     "llamita": (
@@ -54,8 +54,8 @@ def main() -> None:
         config = preset(arguments.preset)
         model = weights.build_model(config, dtype=torch.bfloat16)
         with files.atomic_directory(directory) as written:
-            checkpoint.save_config(written, config, "BF16")
-            checkpoint.save_tensors(written, weights.to_host_arrays(model))
+            model_directory.save_config(written, config, "BF16")
+            model_directory.save_tensors(written, weights.to_host_arrays(model))
         size = sum(parameter.numel() for parameter in model.parameters()) * 2
         del model
         for number in range(-1, arguments.passes):

@@ -36,7 +36,7 @@ from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
 from llamita.inference.request import Request
 from llamita.model.presets import preset
-from llamita.storage import checkpoint, files
+from llamita.storage import files, model_directory
 
 FILE_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 READ_NUMBERS = 2**26  # float32: 256 MB, far beyond a CPU's caches
@@ -73,8 +73,8 @@ def measure(name: str, dtype: str, directory: Path, arguments: argparse.Namespac
     longest = max(arguments.prompt, PROMPT + arguments.tokens) + 8
     config = preset(name, max_position_embeddings=longest, eos_token_id=None)
     with files.atomic_directory(directory) as temporary:
-        checkpoint.save_tensors(temporary, to_host_arrays(build_model(config, dtype=DTYPES[dtype])))
-        checkpoint.save_config(temporary, config, FILE_DTYPES[dtype])
+        model_directory.save_tensors(temporary, to_host_arrays(build_model(config, dtype=DTYPES[dtype])))
+        model_directory.save_config(temporary, config, FILE_DTYPES[dtype])
     ours, theirs = Ours(load_runner(directory, device=arguments.device), clock), Theirs(directory, clock)
     data, record = mx.ones(READ_NUMBERS), Record()
     alone, batch, prefill = (

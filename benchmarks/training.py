@@ -27,8 +27,8 @@ from llamita.backend.torch.model import weights
 from llamita.backend.torch.train.adamw import AdamW
 from llamita.backend.torch.train.step import build_train_step
 from llamita.data.batches import Batch
-from llamita.model.parameters import flops_per_token
 from llamita.model.presets import preset
+from llamita.model.sizes import flops_per_token
 
 B, T = 8, 256
 LEARNING_RATE = 1e-3

@@ -23,11 +23,12 @@ ORDER = (
     ("evaluation",),
     ("workflows",),
     ("server", "learn"),
+    ("library",),
     ("cli",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 FRAMEWORKS = {"torch": "backend.torch", "mlx": "backend.mlx", "mlx_lm": "backend.mlx"}
-LAZY_ROOMS = ("cli", "")
+LAZY_ROOMS = ("cli", "", "library")
 LAZY_MODULES = ("llamita.backend.choice",)
 """What a user calls first loads no framework before it has to: verbs, the package's own face, and the choice of a
 backend, which imports the one chosen."""

@@ -11,7 +11,7 @@ import llamita
 from llamita.backend import choice
 from llamita.cli.main import main
 from llamita.data import meadow
-from llamita.storage import checkpoint
+from llamita.storage import model_directory
 from llamita.training.run_directory import read_manifest
 from tests.training.helpers import prepare_stories
 from tests.workflows.test_verify import (
@@ -241,8 +241,8 @@ def test_an_error_of_one_backend_is_found_by_the_other(plant, place, tmp_path, c
     right = choice.load_backend("mlx").load_runner(tmp_path / "m", "float32", "cpu")
     monkeypatch.setattr("llamita.cli.verify.load_reference", lambda options: right)
     assert main(["verify", str(tmp_path / "m"), "--against", "mlx"]) == 0
-    monkeypatch.setattr(checkpoint, "load_tensors", lambda directory: wrong)
-    monkeypatch.setattr(checkpoint, "load_config", lambda directory: config)
+    monkeypatch.setattr(model_directory, "load_tensors", lambda directory: wrong)
+    monkeypatch.setattr(model_directory, "load_config", lambda directory: config)
     capsys.readouterr()
     assert main(["verify", str(tmp_path / "m"), "--against", "mlx"]) == 1
     assert f"the two part at {place}" in capsys.readouterr().out

@@ -8,7 +8,7 @@ from llamita.backend.torch.model import weights
 from llamita.cli.main import main
 from llamita.data import meadow
 from llamita.model.config import ModelConfig
-from llamita.storage import checkpoint
+from llamita.storage import model_directory
 from llamita.text.bpe import train_bpe_from_iterator
 
 CONFIG = ModelConfig(300, 16, 24, 1, 2, 1, 64)
@@ -21,8 +21,8 @@ def world(tmp_path_factory):
     directory = tmp_path_factory.mktemp("world")
     (directory / "base").mkdir()
     train_bpe_from_iterator(meadow.corpus(0, 100, "train"), 300).save(directory / "base")
-    checkpoint.save_config(directory / "base", CONFIG)
-    checkpoint.save_tensors(directory / "base", weights.to_host_arrays(weights.build_model(CONFIG, seed=1)))
+    model_directory.save_config(directory / "base", CONFIG)
+    model_directory.save_tensors(directory / "base", weights.to_host_arrays(weights.build_model(CONFIG, seed=1)))
     for name, count in (("train.txt", 24), ("dev.txt", 9)):
         lines = [f"{i % 3} ||| He was {('sad', 'here', 'happy')[i % 3]} {i} ." for i in range(count)]
         (directory / name).write_text("\n".join(lines) + "\n")

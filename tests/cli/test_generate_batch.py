@@ -19,7 +19,7 @@ from llamita.cli.main import main
 from llamita.inference import batch
 from llamita.inference.llm import LLM
 from llamita.model.config import ModelConfig
-from llamita.storage import checkpoint, files
+from llamita.storage import files, model_directory
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.chat import BUILT_IN, Chat
 
@@ -39,8 +39,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=512,
     )
     with files.atomic_directory(path) as directory:
-        checkpoint.save_tensors(directory, to_host_arrays(build_model(config, seed=3)))
-        checkpoint.save_config(directory, config)
+        model_directory.save_tensors(directory, to_host_arrays(build_model(config, seed=3)))
+        model_directory.save_config(directory, config)
         tokenizer.save(directory)
     return path
 

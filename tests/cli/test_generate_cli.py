@@ -17,7 +17,7 @@ from llamita.cli.main import main
 from llamita.inference.llm import LLM
 from llamita.inference.request import SamplingParams
 from llamita.model.config import ModelConfig
-from llamita.storage import checkpoint, files
+from llamita.storage import files, model_directory
 from llamita.text.bpe import train_bpe_from_iterator
 
 CONFIG = ModelConfig(
@@ -35,8 +35,8 @@ CONFIG = ModelConfig(
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "tiny"
     with files.atomic_directory(path) as directory:
-        checkpoint.save_tensors(directory, to_host_arrays(build_model(CONFIG, seed=3)))
-        checkpoint.save_config(directory, CONFIG)
+        model_directory.save_tensors(directory, to_host_arrays(build_model(CONFIG, seed=3)))
+        model_directory.save_config(directory, CONFIG)
         train_bpe_from_iterator(["The fox gave the owl a red kite. 🦙 naïve. " * 20], 288).save(directory)
     return path
 

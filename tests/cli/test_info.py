@@ -9,9 +9,10 @@ import pytest
 from llamita.cli.info import fold_layers, short_bytes, short_number
 from llamita.cli.main import main
 from llamita.model.config import ModelConfig
+from llamita.model.host_array import HostArray
 from llamita.model.parameters import initialize_parameters, parameter_table
 from llamita.model.presets import PRESETS, preset
-from llamita.storage.checkpoint import HostArray, save_config, save_tensors
+from llamita.storage.model_directory import save_config, save_tensors
 
 SMALL = ModelConfig(
     vocab_size=10,

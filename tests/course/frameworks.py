@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from llamita.model.config import ModelConfig
-from llamita.storage.checkpoint import HostArray
+from llamita.model.host_array import HostArray
 
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from llamita.backend.plan import CacheLayout, Plan, SampleSpec, SamplingParams, ScheduledChunk
 from llamita.backend.torch.train.adamw import AdamWSettings
 from llamita.model.config import ModelConfig
-from llamita.model.parameters import SCALE, parameter_table
+from llamita.model.parameters import parameter_table
+from llamita.model.quantization import SCALE
 from tests.course.frameworks import PRECISIONS, Mlx, Torch, host
 from tests.course.tolerances import BLOCK, OPERATION, assert_close
 

@@ -140,13 +140,13 @@ def test_only_line_ends_end_a_line(tmp_path):
 
 
 def test_the_command_leaves_its_figures_in_the_run(tmp_path, tokenizer, capsys, arrays):
-    from llamita.storage import checkpoint
+    from llamita.storage import model_directory
 
     run = tmp_path / "run"
     train(config(run, steps=2, evaluate_every=0))
     model = run / "checkpoints/step-00000002"  # a model with words in the place of the run's, which has none
-    checkpoint.save_config(model, MODEL)
-    checkpoint.save_tensors(model, arrays)
+    model_directory.save_config(model, MODEL)
+    model_directory.save_tensors(model, arrays)
     tokenizer.save(model)
     lines = [{"context": f"the {who} has a", "choices": ["kite", "red ball"], "answer": 0} for who in ("fox", "owl")]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))

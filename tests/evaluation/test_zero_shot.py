@@ -9,7 +9,7 @@ from llamita.backend.torch.model import weights
 from llamita.data import meadow
 from llamita.evaluation import zero_shot
 from llamita.model.config import ModelConfig
-from llamita.storage import checkpoint
+from llamita.storage import model_directory
 from llamita.text.bpe import train_bpe_from_iterator
 
 LABELS = ("happy", "sad", "proud of it")
@@ -44,8 +44,8 @@ def score(model, tokenizer, texts=TEXTS, length=256, **options):
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_scores_are_those_of_a_plain_computation_by_transformers(model, tokenizer, reduction, tmp_path):
     transformers = pytest.importorskip("transformers")
-    checkpoint.save_config(tmp_path, model.config)
-    checkpoint.save_tensors(tmp_path, weights.to_host_arrays(model))
+    model_directory.save_config(tmp_path, model.config)
+    model_directory.save_tensors(tmp_path, weights.to_host_arrays(model))
     tokenizer.save(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     encode = transformers.AutoTokenizer.from_pretrained(tmp_path)

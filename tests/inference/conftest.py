@@ -8,7 +8,8 @@ from llamita.backend.torch.infer.runner import TorchRunner, load_runner
 from llamita.backend.torch.model.weights import build_model, to_host_arrays
 from llamita.inference.llm import LLM
 from llamita.model.config import ModelConfig
-from llamita.storage import checkpoint, files
+from llamita.storage import files
+from llamita.storage.model_directory import save_config, save_tensors
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.tokenizer import Tokenizer
 
@@ -21,7 +22,7 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def model_directory(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=32,
@@ -35,17 +36,17 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokeniz
         eos_token_id=tokenizer.eos_id,
     )
     with files.atomic_directory(tmp_path_factory.mktemp("models") / "tiny") as directory:
-        checkpoint.save_tensors(directory, to_host_arrays(build_model(config, seed=3)))
-        checkpoint.save_config(directory, config)
+        save_tensors(directory, to_host_arrays(build_model(config, seed=3)))
+        save_config(directory, config)
         tokenizer.save(directory)
     return directory.parent / "tiny"
 
 
 @pytest.fixture(scope="session")
-def runner(model_directory: Path) -> TorchRunner:
-    return load_runner(model_directory, device="cpu")
+def runner(tiny_model: Path) -> TorchRunner:
+    return load_runner(tiny_model, device="cpu")
 
 
 @pytest.fixture
-def llm(model_directory: Path, runner: TorchRunner) -> LLM:
-    return LLM.load(model_directory, lambda directory: runner)
+def llm(tiny_model: Path, runner: TorchRunner) -> LLM:
+    return LLM.load(tiny_model, lambda directory: runner)

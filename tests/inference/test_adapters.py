@@ -16,9 +16,9 @@ from llamita.inference.config import EngineConfig
 from llamita.inference.drafting import PromptLookup
 from llamita.inference.engine import Engine
 from llamita.inference.request import Request
+from llamita.model.host_array import HostArray
 from llamita.model.lora import Adapter, LoraSettings, adapter_shapes
-from llamita.storage import checkpoint
-from llamita.storage.checkpoint import HostArray
+from llamita.storage import model_directory
 from llamita.storage.peft_directory import AdapterFiles, BaseModel, weights_digest
 from tests.backend.torch.infer.test_exact import Served, alone, model_of, requests
 
@@ -141,10 +141,10 @@ def test_no_block_is_shared_between_adapters():
 
 
 @pytest.fixture(scope="module")
-def saved(model_directory, tmp_path_factory):
+def saved(tiny_model, tmp_path_factory):
     """Two adapters of the tiny model on disk."""
-    config = checkpoint.load_config(model_directory)
-    base = BaseModel(str(model_directory), weights_digest(model_directory))
+    config = model_directory.load_config(tiny_model)
+    base = BaseModel(str(tiny_model), weights_digest(tiny_model))
     found = {}
     for number, name in enumerate(("a", "b")):
         settings = LoraSettings(4, 16.0)
@@ -154,9 +154,9 @@ def saved(model_directory, tmp_path_factory):
     return found
 
 
-def test_the_python_face_and_an_adapter_loaded_as_a_model_agree(model_directory, saved, tmp_path):
+def test_the_python_face_and_an_adapter_loaded_as_a_model_agree(tiny_model, saved, tmp_path):
     greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-    llm = llamita.load(model_directory, exact=True, adapters=saved)
+    llm = llamita.load(tiny_model, exact=True, adapters=saved)
     base, a, b = llm.generate(["The fox"] * 3, greedy, adapter=[None, "a", "b"])
     for name, expected in saved.items():
         alone = llamita.load(expected, exact=True)
@@ -174,7 +174,7 @@ def test_the_python_face_and_an_adapter_loaded_as_a_model_agree(model_directory,
         llm.generate(["The fox", "An owl"], adapter=["a", "d"])
 
 
-def test_the_command_serves_adapters_to_prompts_and_to_lines(model_directory, saved, tmp_path, capsys):
+def test_the_command_serves_adapters_to_prompts_and_to_lines(tiny_model, saved, tmp_path, capsys):
     def lines(*asked):
         (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"prompt": "The fox", **one}) for one in asked))
         for file in tmp_path.glob("out*"):
@@ -182,7 +182,7 @@ def test_the_command_serves_adapters_to_prompts_and_to_lines(model_directory, sa
         named = [f"{name}={path}" for name, path in saved.items()]
         given = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
         options = ["--temperature", "0", "--max-tokens", "8", "--adapter", *named]
-        status = main(["generate", str(model_directory), *given, *options])
+        status = main(["generate", str(tiny_model), *given, *options])
         return status, capsys.readouterr().err
 
     assert lines({}, {"adapter": "a"}, {"model": "tiny:b"}, {"model": "tiny"}, {"model": "tiny:a"})[0] == 0
@@ -193,8 +193,8 @@ def test_the_command_serves_adapters_to_prompts_and_to_lines(model_directory, sa
     assert "line 1: there is no adapter 'c'" in error
     assert "line 2: adapter='a' and model='tiny:b' name two adapters" in error
     options = ["--temperature", "0", "--max-tokens", "8", "--no-echo"]
-    assert main(["generate", str(model_directory), "The fox", *options, "--adapter", f"a={saved['a']}"]) == 0
+    assert main(["generate", str(tiny_model), "The fox", *options, "--adapter", f"a={saved['a']}"]) == 0
     assert capsys.readouterr().out.rstrip("\n") == found[1].rstrip("\n")
-    for bad, message in (("a", "must have the form NAME=PATH"), (f"x={model_directory}", "holds no adapter")):
-        assert main(["generate", str(model_directory), "The fox", "--adapter", bad]) == 2
+    for bad, message in (("a", "must have the form NAME=PATH"), (f"x={tiny_model}", "holds no adapter")):
+        assert main(["generate", str(tiny_model), "The fox", "--adapter", bad]) == 2
         assert message in capsys.readouterr().err

@@ -52,8 +52,8 @@ def test_an_empty_prompt_starts_from_bos(llm: LLM, tokenizer: Tokenizer) -> None
     assert llm.generate("", FREE).token_ids == llm.generate([tokenizer.bos_id], FREE).token_ids
 
 
-def test_an_empty_prompt_without_bos_is_refused(model_directory: Path, runner: TorchRunner, tmp_path: Path) -> None:
-    Tokenizer.load(model_directory).save(tmp_path)
+def test_an_empty_prompt_without_bos_is_refused(tiny_model: Path, runner: TorchRunner, tmp_path: Path) -> None:
+    Tokenizer.load(tiny_model).save(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": None}))
     llm = LLM(runner, Tokenizer.load(tmp_path))
@@ -62,9 +62,9 @@ def test_an_empty_prompt_without_bos_is_refused(model_directory: Path, runner: T
     assert llm.generate("a", FREE).token_ids
 
 
-def test_a_model_without_a_tokenizer_goes_from_ids_to_ids(model_directory: Path, llm: LLM, tmp_path: Path) -> None:
+def test_a_model_without_a_tokenizer_goes_from_ids_to_ids(tiny_model: Path, llm: LLM, tmp_path: Path) -> None:
     for name in ("config.json", "generation_config.json", "model.safetensors"):
-        shutil.copy(model_directory / name, tmp_path / name)
+        shutil.copy(tiny_model / name, tmp_path / name)
     bare = LLM.load(tmp_path, lambda directory: load_runner(directory, device="cpu"))
     assert bare.tokenizer is None
     generation = bare.generate([1, 40, 41], FREE)
@@ -74,11 +74,11 @@ def test_a_model_without_a_tokenizer_goes_from_ids_to_ids(model_directory: Path,
 
 
 def test_generation_config_may_name_more_end_tokens(
-    model_directory: Path, runner: TorchRunner, llm: LLM, tmp_path: Path
+    tiny_model: Path, runner: TorchRunner, llm: LLM, tmp_path: Path
 ) -> None:
     tokens = llm.generate([1, 40, 41], FREE).token_ids
     first = next(i for i, token in enumerate(tokens) if i > 3 and token not in tokens[:i])
-    shutil.copytree(model_directory, tmp_path / "model")
+    shutil.copytree(tiny_model, tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, tokens[first]]}))
     other = LLM.load(tmp_path / "model", lambda directory: runner)
     ended = other.generate([1, 40, 41], SamplingParams(seed=4, max_tokens=40))

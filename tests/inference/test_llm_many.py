@@ -25,9 +25,9 @@ def drawn(seed: int, max_tokens: int = 24, **more: object) -> SamplingParams:
 
 
 @pytest.fixture
-def alone(model_directory: Path, runner: TorchRunner) -> list[str]:
+def alone(tiny_model: Path, runner: TorchRunner) -> list[str]:
     """What each prompt gives by itself, from a model that did nothing else."""
-    llm = LLM.load(model_directory, lambda directory: runner)
+    llm = LLM.load(tiny_model, lambda directory: runner)
     return [llm.generate(prompt, drawn(seed)).text for seed, prompt in enumerate(PROMPTS)]
 
 

@@ -20,9 +20,9 @@ FORMS = {
 
 
 @pytest.fixture(scope="module")
-def exact(model_directory: Path) -> LLM:
+def exact(tiny_model: Path) -> LLM:
     return LLM.load(
-        model_directory, lambda directory: load_runner(directory, exact=True), EngineConfig(blocks=40, block_size=8)
+        tiny_model, lambda directory: load_runner(directory, exact=True), EngineConfig(blocks=40, block_size=8)
     )
 
 

@@ -5,15 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from llamita.model.parameters import (
-    count_parameters,
-    flops_per_token,
-    initialize_parameters,
-    kv_bytes_per_token,
-    parameter_table,
-    training_memory,
-)
+from llamita.model.parameters import initialize_parameters, parameter_table
 from llamita.model.presets import preset
+from llamita.model.sizes import count_parameters, flops_per_token, kv_bytes_per_token, training_memory
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from llamita.backend.torch.model import weights
 from llamita.data import meadow
 from llamita.model.config import ModelConfig
-from llamita.storage import checkpoint
+from llamita.storage import model_directory, safetensors
 from llamita.storage.formats import gguf, llama2c, llama2c_tokenizer
 from llamita.storage.formats.foreign import ForeignModel
 from llamita.text import sentencepiece_training
@@ -29,8 +29,8 @@ from llamita.text.tokenizer import Tokenizer
 
 CONFIG = ModelConfig(300, 16, 32, 1, 2, 1, 16, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
 READERS: dict[str, Callable[[Path], object]] = {
-    "safetensors": checkpoint.read_safetensors,
-    "config.json": lambda path: ModelConfig.from_dict(checkpoint.read_json(path)),
+    "safetensors": safetensors.read_safetensors,
+    "config.json": lambda path: ModelConfig.from_dict(model_directory.read_json(path)),
     "gguf": gguf.read_model,
     "llama2c": llama2c.read_model,
     "llama2c int8": llama2c.read_model,
@@ -46,7 +46,7 @@ def valid(name: str, path: Path) -> bytes:
     arrays = weights.to_host_arrays(weights.build_model(CONFIG))
     stories = list(meadow.corpus(0, 200, "train"))
     if name == "safetensors":
-        checkpoint.write_safetensors(path, arrays)
+        safetensors.write_safetensors(path, arrays)
     elif name == "config.json":
         path.write_text(json.dumps(CONFIG.to_dict()))
     elif name == "gguf":

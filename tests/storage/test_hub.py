@@ -11,7 +11,7 @@ import pytest
 
 from llamita.backend.torch.model import weights
 from llamita.model.config import ModelConfig
-from llamita.storage import checkpoint, files
+from llamita.storage import files, model_directory, safetensors
 from llamita.text.bpe import train_bpe_from_iterator
 
 CONFIG = ModelConfig(264, 16, 32, 2, 4, 2, 64)
@@ -32,14 +32,14 @@ except OSError as error:
 def write_model(directory: Path) -> None:
     """A small model in two shards with an index and a tokenizer, as those on the hub are."""
     with files.atomic_directory(directory) as temporary:
-        checkpoint.save_config(temporary, CONFIG)
+        model_directory.save_config(temporary, CONFIG)
         train_bpe_from_iterator(["a small text"] * 2, CONFIG.vocab_size).save(temporary)
         arrays = weights.to_host_arrays(weights.build_model(CONFIG))
         names = list(arrays)
         index = {"metadata": {}, "weight_map": {}}
         for number, part in enumerate((names[:7], names[7:]), 1):
             file = f"model-{number:05d}-of-00002.safetensors"
-            checkpoint.write_safetensors(temporary / file, {name: arrays[name] for name in part})
+            safetensors.write_safetensors(temporary / file, {name: arrays[name] for name in part})
             index["weight_map"] |= dict.fromkeys(part, file)
         (temporary / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -86,7 +86,7 @@ def test_a_link_out_of_the_cache_is_refused(cache, tmp_path):
     shard.unlink()
     shard.symlink_to(outside)
     with pytest.raises(ValueError, match="must lie in the same directory"):
-        checkpoint.load_tensors(snapshot)
+        model_directory.load_tensors(snapshot)
 
 
 def test_what_is_not_there_is_one_line(cache, tmp_path):

@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 
-from llamita.storage.checkpoint import HostArray
+from llamita.model.host_array import HostArray
 from llamita.training.run_directory import compare, open_run, read_manifest
 from tests.training.helpers import MODEL
 

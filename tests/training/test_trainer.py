@@ -11,7 +11,7 @@ import torch
 
 from llamita.backend.objectives import LossSums
 from llamita.data.batches import NOT_SCORED
-from llamita.storage import checkpoint
+from llamita.storage import model_directory
 from llamita.training.evaluation import evaluate
 from llamita.training.interfaces import Examples
 from llamita.training.run_directory import open_run
@@ -94,15 +94,15 @@ def test_the_record(tmp_path):
 
 def test_a_checkpoint_is_a_model_directory_and_a_state(tmp_path):
     result, step, _ = train(config(tmp_path / "run"))
-    directory = checkpoint.resolve_model_directory(tmp_path / "run")
+    directory = model_directory.resolve_model_directory(tmp_path / "run")
     assert directory == tmp_path / "run/best"
-    assert checkpoint.load_config(directory) == MODEL
-    arrays = checkpoint.load_tensors(result.checkpoint)
+    assert model_directory.load_config(directory) == MODEL
+    arrays = model_directory.load_tensors(result.checkpoint)
     assert {name: array.to_numpy().tobytes() for name, array in arrays.items()} == {
         name: array.to_numpy().tobytes() for name, array in step.weights().items()
     }
     assert all(array.dtype == "F32" for array in arrays.values())
-    optimizer = checkpoint.load_tensors(result.checkpoint, "optimizer")
+    optimizer = model_directory.load_tensors(result.checkpoint, "optimizer")
     assert optimizer.keys() == {"t"} | {f"{kind}.{name}" for kind in "mv" for name in arrays}
     state = state_of(result.checkpoint)
     assert state["step"] == 30

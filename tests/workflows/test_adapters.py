@@ -20,8 +20,8 @@ from llamita.cli.main import main
 from llamita.data import meadow
 from llamita.data.batches import BatchIterator, evaluation_batches
 from llamita.data.packing import Rows, RowsConfig
-from llamita.storage import checkpoint
-from llamita.storage.checkpoint import HostArray
+from llamita.model.host_array import HostArray
+from llamita.storage import model_directory, safetensors
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.training.interfaces import Examples
 from llamita.workflows.finetune import FinetuneConfig, finetune, load_base
@@ -41,8 +41,8 @@ def base(tmp_path_factory) -> Path:
     tokenizer = train_bpe_from_iterator(meadow.corpus(0, 60, "train"), 300)
     tokenizer.save(directory)
     model = replace(MODEL, vocab_size=tokenizer.vocab_size, tie_word_embeddings=False)
-    checkpoint.save_config(directory, model)
-    checkpoint.save_tensors(directory, to_host_arrays(build_model(model, seed=4)))
+    model_directory.save_config(directory, model)
+    model_directory.save_tensors(directory, to_host_arrays(build_model(model, seed=4)))
     return directory
 
 
@@ -181,15 +181,15 @@ def test_bad_adapters_are_refused_in_one_line(tmp_path, base, capsys):
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     refused(pickled, "adapter_model.bin is a pickled file")
     damaged = edited(good, tmp_path)
-    values = dict(checkpoint.read_safetensors(damaged / "adapter_model.safetensors"))
+    values = dict(safetensors.read_safetensors(damaged / "adapter_model.safetensors"))
     name = next(iter(values))
     values[name] = HostArray.from_numpy(np.full(values[name].shape, np.nan, np.float32))
-    checkpoint.write_safetensors(tmp_path / "nan", values)
+    safetensors.write_safetensors(tmp_path / "nan", values)
     shutil.copyfile(tmp_path / "nan", damaged / "adapter_model.safetensors")
     refused(damaged, "holds NaN or infinite values")
     other = tmp_path / "other"
     shutil.copytree(base, other)
-    checkpoint.save_tensors(other, to_host_arrays(build_model(checkpoint.load_config(base), seed=5)))
+    model_directory.save_tensors(other, to_host_arrays(build_model(model_directory.load_config(base), seed=5)))
     refused(other, "their SHA-256 differ", "--adapter", f"x={good}")
     for verb in (["quantize", str(good), str(tmp_path / "q"), "--to", "int8"], ["merge", str(base), "--output", "q"]):
         assert main(verb) == 2

@@ -20,7 +20,7 @@ from llamita.data.batches import NOT_SCORED, Batch
 from llamita.data.labelled import read_labelled
 from llamita.model.config import ModelConfig
 from llamita.model.parameters import initialize_parameters
-from llamita.storage import checkpoint
+from llamita.storage import model_directory
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.workflows import classify, classify_seeds
 from llamita.workflows.classify import Classifier, ClassifyConfig, train_classifier
@@ -42,8 +42,8 @@ CONFIG = ModelConfig(
 def base(tmp_path_factory):
     directory = tmp_path_factory.mktemp("base")
     train_bpe_from_iterator(meadow.corpus(0, 100, "train"), 300).save(directory)
-    checkpoint.save_config(directory, CONFIG)
-    checkpoint.save_tensors(directory, weights.to_host_arrays(weights.build_model(CONFIG, seed=1)))
+    model_directory.save_config(directory, CONFIG)
+    model_directory.save_tensors(directory, weights.to_host_arrays(weights.build_model(CONFIG, seed=1)))
     return directory
 
 
@@ -146,7 +146,7 @@ def test_what_is_told_and_recorded(trained):
     best = max((r["measures"]["accuracy"], -r["loss"]) for r in records if r["kind"] == "evaluation")
     assert (result.best.measures["accuracy"], -result.best.loss) == best
     assert json.loads((output / "run.json").read_text())["identity"]["kind"] == "classification"
-    assert checkpoint.load_config(output / "best").labels == ("bad", "average", "good")
+    assert model_directory.load_config(output / "best").labels == ("bad", "average", "good")
 
 
 def test_evaluating_the_best_checkpoint_gives_the_accuracy_of_its_run(trained, files):
@@ -220,10 +220,10 @@ def test_a_new_head_is_the_tables_and_follows_the_seed(base, files, tmp_path):
 @pytest.mark.medium
 def test_head_only_leaves_the_rest_and_resumes(base, files, tmp_path):
     run(settings(tmp_path / "run", base, files, tuning="head"))
-    before, after = (checkpoint.load_tensors(path) for path in (base, tmp_path / "run" / "last"))
+    before, after = (model_directory.load_tensors(path) for path in (base, tmp_path / "run" / "last"))
     same = [name for name in after if name in before and bytes(after[name].data) == bytes(before[name].data)]
     assert set(after) - set(same) == {"score.weight"}
-    optimizer = checkpoint.load_tensors(tmp_path / "run" / "last", name="optimizer")
+    optimizer = model_directory.load_tensors(tmp_path / "run" / "last", name="optimizer")
     assert not [name for name in optimizer if "layers" in name]
     run(settings(tmp_path / "half", base, files, tuning="head", steps=6, schedule="constant"))
     run(settings(tmp_path / "half", base, files, tuning="head", steps=12, schedule="constant", resume=True))
@@ -252,7 +252,7 @@ def test_an_adapter_with_its_head_opens_as_a_model_and_in_transformers(base, fil
 def test_a_tuned_model_goes_on_with_its_head_for_the_same_labels_alone(trained, files, tmp_path):
     config = settings(tmp_path / "x", trained[0], files)
     task = classify.read_task(config, lambda text: None)
-    theirs = checkpoint.load_tensors(trained[0] / "best")["score.weight"]
+    theirs = model_directory.load_tensors(trained[0] / "best")["score.weight"]
     assert bytes(task.base.arrays["score.weight"].data) == bytes(theirs.data)
     told = []
     other = dataclasses.replace(config, label_mapping=None, labels=("0", "1", "2"))
@@ -345,8 +345,8 @@ def test_seeds_need_something_to_compare(base, files, tmp_path):
 def test_an_adapter_and_a_head_over_a_quantised_base(base, files, tmp_path, scheme):
     whole = dataclasses.replace(CONFIG, tie_word_embeddings=False)  # its own output head is left out, scales and all
     directory = shutil.copytree(base, tmp_path / "whole")
-    checkpoint.save_config(directory, whole)
-    checkpoint.save_tensors(directory, weights.to_host_arrays(weights.build_model(whole, seed=1)))
+    model_directory.save_config(directory, whole)
+    model_directory.save_tensors(directory, weights.to_host_arrays(weights.build_model(whole, seed=1)))
     assert main(["quantize", str(directory), str(tmp_path / "base"), "--to", scheme]) == 0
     result, _ = run(settings(tmp_path / "run", tmp_path / "base", files, tuning="lora"))
     tuned = Classifier.load(tmp_path / "run", load_runner)

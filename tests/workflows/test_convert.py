@@ -14,7 +14,7 @@ from llamita.backend.torch.pickles import read_pickle, write_pickle
 from llamita.cli.main import main
 from llamita.data import meadow
 from llamita.model.config import ModelConfig
-from llamita.storage import checkpoint, files
+from llamita.storage import files, model_directory
 from llamita.storage.formats import foreign, llama2c
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.tokenizer import Tokenizer
@@ -33,14 +33,14 @@ def source(tmp_path_factory) -> Path:
     tokenizer = train_bpe_from_iterator(meadow.corpus(0, 200, "train"), 300)
     config = ModelConfig(300, 32, 64, 2, 4, 2, 64, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
     with files.atomic_directory(directory) as temporary:
-        checkpoint.save_config(temporary, config)
-        checkpoint.save_tensors(temporary, weights.to_host_arrays(weights.build_model(config, seed=5)))
+        model_directory.save_config(temporary, config)
+        model_directory.save_tensors(temporary, weights.to_host_arrays(weights.build_model(config, seed=5)))
         tokenizer.save(temporary)
     return directory
 
 
 def arrays(directory: Path) -> dict[str, bytes]:
-    return {name: bytes(array.data) for name, array in checkpoint.load_tensors(directory).items()}
+    return {name: bytes(array.data) for name, array in model_directory.load_tensors(directory).items()}
 
 
 @pytest.mark.parametrize("to", ["gguf-f32", "llama2c", "llama2c-pt", "course-pt"])
@@ -50,7 +50,7 @@ def test_there_and_back_is_bit_identical(source, tmp_path, to):
     back = convert(tmp_path / "m", tmp_path / "back", ConvertConfig(tokenizer=source), TOOLS)
     assert back.kind == {"llama2c": "llama2.c model", "gguf-f32": "GGUF file"}.get(to, "training checkpoint")
     assert arrays(tmp_path / "back") == arrays(source)
-    assert checkpoint.load_config(tmp_path / "back") == checkpoint.load_config(source)
+    assert model_directory.load_config(tmp_path / "back") == model_directory.load_config(source)
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 
 
@@ -108,8 +108,8 @@ def test_metas_llama_3_has_a_rank_file_for_a_tokenizer(tmp_path):
             assert found.encode(text) == expected.encode(text)
         assert found.encode("<|eot_id|>", allow_special=True) == [ranks + 9]
         assert (found.bos_id, found.eos_id) == (ranks, ranks + 1)
-    assert checkpoint.load_config(tmp_path / "hf").eos_token_id == (ranks + 1, ranks + 9)
-    assert checkpoint.load_config(tmp_path / "hf").bos_token_id == ranks
+    assert model_directory.load_config(tmp_path / "hf").eos_token_id == (ranks + 1, ranks + 9)
+    assert model_directory.load_config(tmp_path / "hf").bos_token_id == ranks
     write_ranks(meta / "tokenizer.model", RANKS | {b"one more": ranks})
     with pytest.raises(ValueError, match=f"the tokenizer has {size + 1} tokens and the model {size} embeddings"):
         convert(meta, tmp_path / "too large", ConvertConfig(), TOOLS)
@@ -119,8 +119,8 @@ def test_metas_llama_3_has_a_rank_file_for_a_tokenizer(tmp_path):
 def test_a_width_that_begins_like_a_pickle(tmp_path, width):
     config = ModelConfig(60, width, 32, 1, 4, 4, 16, tie_word_embeddings=True)
     with files.atomic_directory(tmp_path / "source") as directory:
-        checkpoint.save_config(directory, config)
-        checkpoint.save_tensors(directory, weights.to_host_arrays(weights.build_model(config)))
+        model_directory.save_config(directory, config)
+        model_directory.save_tensors(directory, weights.to_host_arrays(weights.build_model(config)))
     convert(tmp_path / "source", tmp_path / "m.bin", ConvertConfig(to="llama2c"), TOOLS)
     assert convert(tmp_path / "m.bin", tmp_path / "back", ConvertConfig(), TOOLS).kind == "llama2.c model"
 
@@ -196,7 +196,7 @@ def test_load_and_save(source, tmp_path, dtype):
     tokens = np.arange(20)[None]
     assert np.array_equal(copy.runner.forward(tokens)["logits"], model.runner.forward(tokens)["logits"])
     assert copy.generate("Once", llamita_params()).text == model.generate("Once", llamita_params()).text
-    stored = {array.dtype for array in checkpoint.load_tensors(tmp_path / "copy").values()}
+    stored = {array.dtype for array in model_directory.load_tensors(tmp_path / "copy").values()}
     assert stored == {"F32" if dtype == "float32" else "BF16"}
     with pytest.raises(FileExistsError, match="exists already"):
         llamita.save(model, tmp_path / "copy")

@@ -9,7 +9,7 @@ import pytest
 from llamita.backend.torch.infer.runner import load_runner
 from llamita.backend.torch.train.step import build_train_step
 from llamita.data import meadow_tasks
-from llamita.storage import checkpoint
+from llamita.storage import model_directory, safetensors
 from llamita.text.chat_templates import BUILT_IN
 from llamita.text.tokenizer import Tokenizer
 from llamita.training import metrics
@@ -64,7 +64,7 @@ def tune(config, backend=build_train_step):
 
 
 def stored(run):
-    arrays = checkpoint.read_safetensors(run / "reference.safetensors")
+    arrays = safetensors.read_safetensors(run / "reference.safetensors")
     return {name: array.to_numpy().copy() for name, array in arrays.items()}
 
 
@@ -160,7 +160,7 @@ def test_a_damaged_reference_is_computed_anew(given, tmp_path, whole, damage):
 def test_micro_batches_change_nothing_but_rounding(given, tmp_path):
     for size in (4, 1):
         tune(config(given, tmp_path / str(size), micro_batch_size=size, checkpoint_every=8, evaluate_every=0))
-    whole, parts = (checkpoint.load_tensors(tmp_path / name / "last") for name in ("4", "1"))
+    whole, parts = (model_directory.load_tensors(tmp_path / name / "last") for name in ("4", "1"))
     for name, array in whole.items():
         np.testing.assert_allclose(parts[name].to_numpy(), array.to_numpy(), atol=1e-4, err_msg=name)
     losses = [[record["loss"] for record in timeless(tmp_path / name)] for name in ("4", "1")]

@@ -15,7 +15,7 @@ from llamita.data import shards
 from llamita.data.batches import NOT_SCORED
 from llamita.data.packing import RowsConfig
 from llamita.inference.llm import LLM
-from llamita.storage import checkpoint
+from llamita.storage import model_directory
 from llamita.workflows.pretrain import PretrainConfig, make_examples, model_config, parse_change, pretrain
 from tests.training.helpers import Silence, prepare_stories, timeless, weights_of
 
@@ -74,7 +74,7 @@ def test_a_run_from_prepared_data(tmp_path, data):
     llm = LLM.load(tmp_path / "run", load_runner)
     assert llm.tokenizer.hash == shards.load_tokenizer(data).hash
     assert len(llm.generate("The").token_ids) > 0
-    config = checkpoint.load_config(tmp_path / "run/best")
+    config = model_directory.load_config(tmp_path / "run/best")
     assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == (300, 1, 2)
 
 

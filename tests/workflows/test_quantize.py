@@ -16,9 +16,9 @@ from llamita.cli.main import main
 from llamita.data import meadow
 from llamita.inference.request import SamplingParams
 from llamita.model.config import ModelConfig
+from llamita.model.host_array import HostArray
 from llamita.model.parameters import check_arrays
-from llamita.storage import checkpoint, files
-from llamita.storage.checkpoint import HostArray
+from llamita.storage import files, model_directory
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.workflows.verify import verify
 
@@ -30,8 +30,8 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 def source(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("models") / "source"
     with files.atomic_directory(path) as directory:
-        checkpoint.save_config(directory, CONFIG)
-        checkpoint.save_tensors(directory, weights.to_host_arrays(weights.build_model(CONFIG, seed=3)))
+        model_directory.save_config(directory, CONFIG)
+        model_directory.save_tensors(directory, weights.to_host_arrays(weights.build_model(CONFIG, seed=3)))
         train_bpe_from_iterator(meadow.corpus(0, 200, "train"), 300).save(directory)
         (directory / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
     return path
@@ -46,7 +46,7 @@ def quantized(request, source, tmp_path_factory) -> Path:
 
 def test_the_directory_holds_what_the_table_says(source, quantized) -> None:
     scheme = quantized.name
-    config, arrays = checkpoint.load_config(quantized), checkpoint.load_tensors(quantized)
+    config, arrays = model_directory.load_config(quantized), model_directory.load_tensors(quantized)
     assert config == replace(CONFIG, quantization=scheme)
     bits, group = (8, -1) if scheme == "int8" else (4, 32)
     expected = {"quant_method": "llamita", "bits": bits, "group_size": group}
@@ -62,7 +62,7 @@ def test_the_directory_holds_what_the_table_says(source, quantized) -> None:
 
 def test_the_weights_are_near_the_sources(source, quantized) -> None:
     """Root mean square of the differences, as a share: 0.8% expected of int8 rows of 64, 8.6% of int4."""
-    arrays, others = checkpoint.load_tensors(quantized), checkpoint.load_tensors(source)
+    arrays, others = model_directory.load_tensors(quantized), model_directory.load_tensors(source)
     values, scale = (weights.tensor_from_host(arrays[name]) for name in (Q_PROJ, Q_PROJ + "_scale"))
     weight = torch.from_numpy(others[Q_PROJ].to_numpy().copy())
     error = (quantize.dequantize(values, scale, 64, torch.float32) - weight).norm() / weight.norm()
@@ -96,14 +96,14 @@ def test_verify_and_info_read_it(source, quantized, capsys) -> None:
 
 def test_a_bfloat16_source_in_shards(source, tmp_path, monkeypatch, capsys) -> None:
     """Read from shards, written as shards, streamed; the values are those of one file."""
-    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 30_000)
+    monkeypatch.setattr(model_directory, "MAX_SHARD_BYTES", 30_000)
     llm = llamita.load(source, dtype="bfloat16")
     llamita.save(llm, tmp_path / "shards")
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
     assert main(["quantize", str(tmp_path / "shards"), str(tmp_path / "int8"), "--to", "int8"]) == 0
     assert "% of the source's bytes" in capsys.readouterr().out
     assert len(list((tmp_path / "int8").glob("model-*.safetensors"))) > 2
-    found = checkpoint.load_tensors(tmp_path / "int8")
+    found = model_directory.load_tensors(tmp_path / "int8")
     expected = weights.quantize_arrays(replace(CONFIG, quantization="int8"), llm.runner.weights().items())
     for name, array in expected:
         assert (found[name].shape, bytes(found[name].data)) == (array.shape, bytes(array.data))
@@ -135,11 +135,11 @@ def test_mistakes_are_named(source, quantized, tmp_path, capsys) -> None:
 
 def test_a_damaged_source_leaves_nothing(source, tmp_path, capsys) -> None:
     broken = shutil.copytree(source, tmp_path / "broken")
-    arrays = dict(checkpoint.load_tensors(broken))
+    arrays = dict(model_directory.load_tensors(broken))
     numbers = arrays[Q_PROJ].to_numpy().copy()
     numbers[3, 4] = np.nan
     (broken / "model.safetensors").unlink()  # still mapped
-    checkpoint.save_tensors(broken, arrays | {Q_PROJ: HostArray.from_numpy(numbers)})
+    model_directory.save_tensors(broken, arrays | {Q_PROJ: HostArray.from_numpy(numbers)})
     assert main(["quantize", str(broken), str(tmp_path / "out"), "--to", "int4"]) == 2
     assert f"{Q_PROJ} holds NaN" in one_line(capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
@@ -174,9 +174,9 @@ def changed(arrays: dict[str, HostArray], fault: str) -> dict[str, HostArray]:
 )
 def test_hostile_files_are_refused_in_one_line(quantized, tmp_path, capsys, fault, message) -> None:
     broken = shutil.copytree(quantized, tmp_path / "broken")
-    arrays = changed(dict(checkpoint.load_tensors(quantized)), fault)
+    arrays = changed(dict(model_directory.load_tensors(quantized)), fault)
     (broken / "model.safetensors").unlink()
-    checkpoint.save_tensors(broken, arrays)
+    model_directory.save_tensors(broken, arrays)
     assert main(["generate", str(broken), "The fox"]) == 2
     assert message in one_line(capsys)
 

@@ -15,7 +15,7 @@ from llamita.data import meadow
 from llamita.data.batches import NOT_SCORED
 from llamita.data.packing import RowsConfig
 from llamita.data.shards import load_tokenizer
-from llamita.model.parameters import count_parameters
+from llamita.model.sizes import count_parameters
 from llamita.training.run_directory import read_manifest
 from llamita.training.trainer import split
 from llamita.workflows.pretrain import make_examples, model_config

@@ -11,7 +11,7 @@ from llamita.cli.rl import load_reward
 from llamita.data.batches import NOT_SCORED
 from llamita.data.preferences import Layout
 from llamita.data.prompts import Prompt
-from llamita.storage import checkpoint
+from llamita.storage import model_directory
 from llamita.text.chat import Chat
 from llamita.text.tokenizer import Tokenizer
 from llamita.training import metrics
@@ -132,7 +132,7 @@ def test_a_run_cut_short_resumes_to_the_same_bytes(given, tmp_path, changes):
 def test_micro_batches_change_nothing_but_rounding(given, tmp_path):
     for size in (8, 3):
         tune(config(given, tmp_path / str(size), micro_batch_size=size, steps=2, evaluate_every=0))
-    whole, parts = (checkpoint.load_tensors(tmp_path / name / "last") for name in ("8", "3"))
+    whole, parts = (model_directory.load_tensors(tmp_path / name / "last") for name in ("8", "3"))
     for name, array in whole.items():
         np.testing.assert_allclose(parts[name].to_numpy(), array.to_numpy(), atol=1e-4, err_msg=name)
 
@@ -142,7 +142,10 @@ def test_micro_batches_change_nothing_but_rounding(given, tmp_path):
 
 def answerer(given, reward=vowels, **changes):
     step = build_train_step(
-        checkpoint.load_config(given.model), checkpoint.load_tensors(given.model), precision="fp32", device="cpu"
+        model_directory.load_config(given.model),
+        model_directory.load_tensors(given.model),
+        precision="fp32",
+        device="cpu",
     )
     rules = {"prompts": 2, "group": 3, "updates": 1, "max_tokens": 6, "temperature": 1.0, "seed": 5,
              "by_answer": True, "micro_batch_size": 8}  # fmt: skip

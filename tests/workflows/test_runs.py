@@ -12,7 +12,7 @@ import pytest
 
 from llamita.cli.main import main
 from llamita.evaluation import records
-from llamita.model.parameters import count_parameters
+from llamita.model.sizes import count_parameters
 from llamita.training import metrics
 from llamita.training.run_directory import open_run
 from llamita.workflows import runs

@@ -11,7 +11,7 @@ from llamita.backend.torch.train.step import build_train_step
 from llamita.cli.main import main
 from llamita.data import meadow
 from llamita.model.config import ModelConfig
-from llamita.storage import checkpoint, files
+from llamita.storage import files, model_directory
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.chat import Chat
 from llamita.text.tokenizer import Tokenizer
@@ -30,8 +30,8 @@ def save_model(path, reserved_tokens=0, **changes):
         **{"vocab_size": 300, **shape, "num_key_value_heads": 2, "max_position_embeddings": 512, **changes}
     )
     with files.atomic_directory(path) as directory:
-        checkpoint.save_tensors(directory, to_host_arrays(build_model(config, seed=3)))
-        checkpoint.save_config(directory, config)
+        model_directory.save_tensors(directory, to_host_arrays(build_model(config, seed=3)))
+        model_directory.save_config(directory, config)
         tokenizer.save(directory)
     return path
 
@@ -86,7 +86,7 @@ def test_a_model_learns_to_answer_and_to_stop(given, tmp_path, model, mode, end,
     tokenizer = Tokenizer.load(best)
     (end_id,), _ = Chat(tokenizer).end_of_turn
     assert end_id == tokenizer.codec.special_tokens[end]
-    assert end_id in checkpoint.load_config(best).eos_token_ids
+    assert end_id in model_directory.load_config(best).eos_token_ids
     ends = json.loads((best / "generation_config.json").read_text())["eos_token_id"]
     assert ends == (2 if end == "</s>" else [end_id, 2])
     monkeypatch.setattr("sys.stdin", (tmp_path / "said").open("w+"))

@@ -11,8 +11,8 @@ from llamita.backend.torch.infer.runner import runner_over
 from llamita.backend.torch.model import weights
 from llamita.cli.main import main
 from llamita.model.config import ModelConfig
-from llamita.storage import checkpoint, files
-from llamita.storage.checkpoint import HostArray
+from llamita.model.host_array import HostArray
+from llamita.storage import files, model_directory
 from llamita.storage.formats.foreign import to_halves
 from llamita.workflows.verify import verify
 
@@ -86,8 +86,8 @@ def test_nan_is_a_difference():
 
 def save(directory, config, arrays):
     with files.atomic_directory(directory) as temporary:
-        checkpoint.save_config(temporary, config)
-        checkpoint.save_tensors(temporary, arrays)
+        model_directory.save_config(temporary, config)
+        model_directory.save_tensors(temporary, arrays)
 
 
 def test_the_verb_prints_each_layer_and_its_status_tells(tmp_path, capsys):
@@ -119,8 +119,8 @@ def test_a_planted_error_is_found_by_another_library(against, plant, place, tmp_
     assert main(["verify", str(tmp_path / "m"), "--against", against]) == 0
     assert "equal within 0.0001" in capsys.readouterr().out
     config, wrong = plant(arrays)
-    monkeypatch.setattr(checkpoint, "load_tensors", lambda directory: wrong)
-    monkeypatch.setattr(checkpoint, "load_config", lambda directory: config)
+    monkeypatch.setattr(model_directory, "load_tensors", lambda directory: wrong)
+    monkeypatch.setattr(model_directory, "load_config", lambda directory: config)
     assert main(["verify", str(tmp_path / "m"), "--against", against]) == 1
     out = capsys.readouterr().out
     assert f"the two part at {place}" in out

@@ -210,14 +210,14 @@ def zero_shot(options: ZeroShotOptions) -> None:
     from llamita.data.labelled import Fields, read_labelled, read_mapping
     from llamita.evaluation import zero_shot as asking
     from llamita.evaluation.classification import classification_report
-    from llamita.storage import checkpoint, peft_directory
+    from llamita.storage import model_directory, peft_directory
     from llamita.text.tokenizer import Tokenizer
     from llamita.workflows.classify import context_length
 
     _check_output(options.output)
     backend = load_backend(options.backend, device=options.device)
-    directory = checkpoint.resolve_model_directory(options.model)
-    config = checkpoint.load_config(peft_directory.place_of(directory, peft_directory.CONFIG))
+    directory = model_directory.resolve_model_directory(options.model)
+    config = model_directory.load_config(peft_directory.place_of(directory, peft_directory.CONFIG))
     if config.num_labels:
         raise ValueError(f"{directory} has a classification head: llamita classify evaluate measures it")
     length = context_length(options.sequence_length, config)

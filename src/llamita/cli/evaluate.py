@@ -97,12 +97,12 @@ def _perplexity(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
 
     from llamita.data.shards import TokenShards
     from llamita.evaluation.perplexity import strided_perplexity
-    from llamita.storage import checkpoint, peft_directory
+    from llamita.storage import model_directory, peft_directory
     from llamita.text.tokenizer import Tokenizer
 
     assert options.data is not None
     directory = _model(options.model)
-    positions = checkpoint.load_config(
+    positions = model_directory.load_config(
         peft_directory.place_of(directory, peft_directory.CONFIG)
     ).max_position_embeddings
     length = options.sequence_length or positions
@@ -204,9 +204,9 @@ def _load_runner(options: EvaluateOptions) -> Callable[[Path], Any]:
 
 
 def _model(model: Path) -> Path:
-    from llamita.storage import checkpoint
+    from llamita.storage import model_directory
 
-    return checkpoint.resolve_model_directory(model)
+    return model_directory.resolve_model_directory(model)
 
 
 def _show(name: str, metrics: Mapping[str, Any]) -> None:

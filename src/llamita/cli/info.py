@@ -16,19 +16,10 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from llamita.model.config import ModelConfig
-from llamita.model.parameters import (
-    Initialization,
-    InitializationName,
-    Parameter,
-    count_parameters,
-    flops_per_token,
-    kv_bytes_per_token,
-    parameter_table,
-    stored_arrays,
-    training_memory,
-)
+from llamita.model.parameters import Initialization, InitializationName, Parameter, parameter_table, stored_arrays
 from llamita.model.presets import PRESETS, preset
-from llamita.storage.checkpoint import load_config, resolve_model_directory
+from llamita.model.sizes import count_parameters, flops_per_token, kv_bytes_per_token, training_memory
+from llamita.storage.model_directory import load_config, resolve_model_directory
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
 LAYER = re.compile(r"(model\.layers\.)(\d+)\.(.+)")

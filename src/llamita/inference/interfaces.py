@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from llamita.backend.plan import BlockCopy, CacheLayout, Plan, ScheduledChunk, StepResult
 from llamita.inference.sequence import Continuation
 from llamita.model.config import ModelConfig
-from llamita.storage.checkpoint import HostArray
+from llamita.model.host_array import HostArray
 
 
 class Runner(Protocol):

@@ -27,7 +27,7 @@ from llamita.inference.interfaces import Drafter, Runner
 from llamita.inference.request import Request, SamplingParams, TokenEvent
 from llamita.inference.shared_engine import SharedEngine
 from llamita.model.config import ModelConfig
-from llamita.storage import checkpoint, files, peft_directory
+from llamita.storage import files, model_directory, peft_directory
 from llamita.text.tokenizer import Tokenizer
 
 __all__ = ["LLM", "Generation", "Prompt"]
@@ -69,7 +69,7 @@ class LLM:
 
         `adapters` are served over it, each to the requests that name it.
         """
-        directory = checkpoint.resolve_model_directory(model)
+        directory = model_directory.resolve_model_directory(model)
         runner = load_runner(directory, adapters=adapters) if adapters else load_runner(directory)
         place = peft_directory.place_of(directory, *peft_directory.VOCABULARY)
         tokenizer = (
@@ -95,8 +95,8 @@ class LLM:
         """
         arrays = self.runner.weights()
         with files.atomic_directory(path, overwrite) as directory:
-            checkpoint.save_config(directory, self.config, next(iter(arrays.values())).dtype)
-            checkpoint.save_tensors(directory, arrays)
+            model_directory.save_config(directory, self.config, next(iter(arrays.values())).dtype)
+            model_directory.save_tensors(directory, arrays)
             if self.tokenizer is not None:
                 self.tokenizer.save(directory)
 

@@ -9,12 +9,12 @@ from typing import Any, Literal, get_args
 
 from llamita.model.config_values import HARMLESS_KEYS, nearest_divisor, token_ids
 from llamita.model.labels import default_labels, read_id2label
+from llamita.model.quantization import QUANTIZATION_CONFIGS, Quantization
 from llamita.model.rope import RopeScaling, check_count, check_number
 
 TOO_MANY_LAYERS = 10_000
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
-Quantization = Literal["", "int8", "int4"]
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class ModelConfig:
             del result[name]
         del result["quantization"], result["label_names"]
         if self.quantization:
-            result["quantization_config"] = dict(_QUANTIZATION_CONFIGS[self.quantization])
+            result["quantization_config"] = dict(QUANTIZATION_CONFIGS[self.quantization])
         head = "SequenceClassification" if self.num_labels else "CausalLM"
         result |= {
             "architectures": [f"{self.family.capitalize()}For{head}"],
@@ -193,7 +193,7 @@ class ModelConfig:
         known["query_key_norm"] = values.get("model_type") == "qwen3"
         known |= _window(values)
         scheme = values.get("quantization_config")
-        known["quantization"] = next((name for name, its in _QUANTIZATION_CONFIGS.items() if its == scheme), "")
+        known["quantization"] = next((name for name, its in QUANTIZATION_CONFIGS.items() if its == scheme), "")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             known[name] = token_ids(name, values.get(name), values["vocab_size"])
         known["num_labels"] = 0
@@ -214,11 +214,6 @@ _DERIVED = (
     *("rope_scaling", "query_key_value_bias", "query_key_norm", "sliding_window", "full_attention_layers"),
     *("quantization", "label_names"),
 )
-# What `config.json` says of a quantised model; -1 is a whole row.
-_QUANTIZATION_CONFIGS: Mapping[str, Mapping[str, Any]] = {
-    "int8": {"quant_method": "llamita", "bits": 8, "group_size": -1},
-    "int4": {"quant_method": "llamita", "bits": 4, "group_size": 32},
-}
 # Switches that a family lacks, and what marks the family.
 _FOREIGN_TO: Mapping[Family, tuple[str, ...]] = {
     "llama": (),
@@ -241,7 +236,7 @@ def _refuse_foreign(values: Mapping[str, Any]) -> None:
         "model_type": get_args(Family),
         "hidden_act": ("silu", "swish"),
         "partial_rotary_factor": (1,),
-        "quantization_config": tuple(_QUANTIZATION_CONFIGS.values()),
+        "quantization_config": tuple(QUANTIZATION_CONFIGS.values()),
         "is_encoder_decoder": (False,),
         "use_mrope": (False,),
     }

@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from llamita.model.config import ModelConfig
+from llamita.model.host_array import FLOATING, HostArray
 from llamita.model.parameters import CLASSIFIER, OUTPUT_HEAD, parameter_table, shortened, stored_arrays
-from llamita.storage.checkpoint import HostArray
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HEAD = "lm_head"
 ALL = "all"  # every projection of every block, but not the output head
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # (rank, n_in) and (n_out, rank)
-FLOATING = ("F32", "BF16", "F16")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The architecture table: a row per parameter, and everything that can be counted from it.
+"""The table of parameters: a row for each, with its name, shape, initialisation, weight decay and shard axis.
 
 Backends build, initialise, group for AdamW, load and check from this table. Knows nothing of frameworks.
 """
@@ -12,6 +12,8 @@ from typing import Literal, Protocol
 import numpy as np
 
 from llamita.model.config import ModelConfig
+from llamita.model.host_array import FLOATING
+from llamita.model.quantization import SCALE, quantized_shapes
 
 InitializationName = Literal["fan-in", "gpt-2"]
 
@@ -43,9 +45,6 @@ ONES, ZEROS = Initialization("ones"), Initialization("zeros")
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT_HEAD = "lm_head.weight"
 CLASSIFIER = "score.weight"
-FLOATING = ("F32", "BF16", "F16", "F64")  # types that weights have, by their safetensors names
-SCALE = "_scale"  # at the end of the name of a quantised weight's scales
-QUANTIZATION_GROUP = 32  # numbers along the input that share a scale in int4
 # Which linear maps lie in one matrix inside a model, one below the other, since one large product is faster than three.
 PACKING = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -133,13 +132,6 @@ def weight_bits(config: ModelConfig, row: Parameter) -> int:
     return 8 if config.quantization == "int8" or row.name in (EMBEDDING, OUTPUT_HEAD) else 4
 
 
-def quantized_shapes(n_out: int, n_in: int, bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of a quantised matrix's values, in int4 two to a byte, and of its scales."""
-    if bits == 8:
-        return (n_out, n_in), (n_out,)
-    return (n_out, -(-n_in // 2)), (n_out, -(-n_in // QUANTIZATION_GROUP))
-
-
 def stored_arrays(config: ModelConfig) -> tuple[StoredArray, ...]:
     """What a model directory holds, in order: a row of the table each, or a quantised row's values and their scales."""
     arrays = []
@@ -220,69 +212,3 @@ def initial_values(row: Parameter, seed: int) -> np.ndarray:
     array = np.random.Generator(np.random.Philox(key=key)).standard_normal(row.shape, dtype=np.float32)
     array *= np.float32(row.initialization.std)
     return array
-
-
-@dataclass(frozen=True)
-class ParameterCounts:
-    """`matrices` multiply activations at every token: all linear weights and the output head, not the embedding."""
-
-    total: int
-    embedding: int
-    matrices: int
-    per_layer: int
-
-
-def count_parameters(config: ModelConfig) -> ParameterCounts:
-    table = parameter_table(config)
-    embedding = next(row.size for row in table if row.name == EMBEDDING)
-    matrices = sum(row.size for row in table if len(row.shape) == 2 and row.name != EMBEDDING)
-    if config.tie_word_embeddings and not config.num_labels:
-        matrices += embedding  # the embedding is the output head as well
-    per_layer = sum(row.size for row in table if row.name.startswith("model.layers.0."))
-    return ParameterCounts(sum(row.size for row in table), embedding, matrices, per_layer)
-
-
-def flops_per_token(config: ModelConfig, context_length: int) -> int:
-    """Floating-point operations of a training step (forward and backward) per token.
-
-    6 x the matrix parameters, plus 12 L N H T for the two products of attention over T positions, causality not
-    subtracted (Chowdhery et al. 2022, appendix B).
-    """
-    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context_length
-    return 6 * count_parameters(config).matrices + attention
-
-
-def kv_bytes_per_token(config: ModelConfig, bytes_per_number: int) -> int:
-    """Bytes of keys and values that one position adds to the cache."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * bytes_per_number
-
-
-@dataclass(frozen=True)
-class TrainingMemory:
-    """Bytes while training with float32 master weights and AdamW; `activations` is an estimate."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-
-def training_memory(
-    config: ModelConfig, batch_size: int, sequence_length: int, bytes_per_number: int = 2
-) -> TrainingMemory:
-    """Memory of a step over batch_size x sequence_length tokens, activations held in `bytes_per_number`.
-
-    A block keeps for its backward pass about: its input and two norms' outputs (4 D with the residual), queries, keys,
-    values and the attention's output, and four arrays of the feed-forward width. Attention weights and logits are not
-    kept (fused attention, chunked head), but one chunk of logits is counted in float32.
-    """
-    count = count_parameters(config).total
-    heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    per_token = config.num_hidden_layers * (4 * config.hidden_size + heads + 4 * config.intermediate_size)
-    tokens = batch_size * sequence_length
-    activations = tokens * per_token * bytes_per_number + min(tokens, 512) * config.vocab_size * 4
-    return TrainingMemory(4 * count, 4 * count, 8 * count, activations)

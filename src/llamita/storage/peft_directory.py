@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from llamita.model.config import ModelConfig
+from llamita.model.host_array import HostArray
 from llamita.model.lora import ALL, HEAD, Adapter, Factors, LoraSettings, is_called, linear_maps
 from llamita.model.parameters import CLASSIFIER
-from llamita.storage import checkpoint, files
-from llamita.storage.checkpoint import ADAPTER_CONFIG, HostArray
+from llamita.storage import files, model_directory, safetensors
+from llamita.storage.model_directory import ADAPTER_CONFIG
 
 VALUES, BASE = "adapter_model", "adapter_base.json"
 PREFIX = "base_model.model."
@@ -63,11 +64,11 @@ class AdapterFiles:
     base: BaseModel
 
     def save(self, directory: Path, config: ModelConfig, weights: Mapping[str, HostArray]) -> None:
-        checkpoint.save_config(directory, config)
+        model_directory.save_config(directory, config)
         settings = peft_settings(self.settings, config, self.base.name)
         (directory / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
         named = {PREFIX + name: array for name, array in weights.items()}
-        checkpoint.write_safetensors(directory / f"{VALUES}.safetensors", named)
+        safetensors.write_safetensors(directory / f"{VALUES}.safetensors", named)
         content = {"format": FORMAT, "sha256": self.base.sha256}
         (directory / BASE).write_text(json.dumps(content, indent=2) + "\n")
 
@@ -111,7 +112,7 @@ def open_adapter(directory: Path, base: Path | None = None) -> Opened:
             )
     arrays = _arrays(directory)
     own = directory / "config.json"
-    config = checkpoint.load_config(directory if own.is_file() else base)
+    config = model_directory.load_config(directory if own.is_file() else base)
     if not own.is_file() and CLASSIFIER in arrays:
         config = replace(config, num_labels=arrays[CLASSIFIER].shape[0])
     try:
@@ -135,7 +136,7 @@ def open_beside(paths: Mapping[str, Path], base: Path, arrays: Mapping[str, Host
     for name, path in paths.items():
         if not name or ":" in name:
             raise ValueError(f"an adapter cannot be called {name!r}; give it a name without a colon")
-        directory = checkpoint.resolve_model_directory(path)
+        directory = model_directory.resolve_model_directory(path)
         if not is_adapter(directory):
             raise ValueError(f"{path} holds no adapter ({ADAPTER_CONFIG} is missing), but a whole model")
         adapter = open_adapter(directory, base).adapter
@@ -154,9 +155,9 @@ def base_directory(directory: Path) -> Path:
         raise ValueError(f"{directory} does not say which model it adapts; load that model, and this as its adapter")
     for place in (Path(name), directory / name):
         if place.is_dir():
-            return checkpoint.resolve_model_directory(place)
+            return model_directory.resolve_model_directory(place)
     try:
-        return checkpoint.resolve_model_directory(f"{name}@{revision}" if revision else name)
+        return model_directory.resolve_model_directory(f"{name}@{revision}" if revision else name)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"the base of the adapter in {directory}, {name}, is gone; load a copy of it, and this as its adapter"
@@ -181,7 +182,7 @@ def _arrays(directory: Path) -> dict[str, HostArray]:
         hint = "; adapter_model.bin is a pickled file, which is not read: save it as safetensors"
         raise FileNotFoundError(f"no {VALUES}.safetensors in {directory}{hint if pickled.is_file() else ''}")
     result = {}
-    for name, array in checkpoint.read_safetensors(directory / f"{VALUES}.safetensors").items():
+    for name, array in safetensors.read_safetensors(directory / f"{VALUES}.safetensors").items():
         if not name.startswith(PREFIX):
             raise ValueError(f"{directory} holds {name}; the names of an adapter begin with {PREFIX}")
         # Of a linear map that it changes, PEFT may save the base's weight too, and takes it over when loading.

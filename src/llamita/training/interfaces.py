@@ -12,7 +12,7 @@ import numpy as np
 
 from llamita.backend.objectives import LossSums
 from llamita.data.batches import Batch
-from llamita.storage.checkpoint import HostArray
+from llamita.model.host_array import HostArray
 
 
 class StepMetrics(Protocol):

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llamita.model.config import ModelConfig
-from llamita.storage import checkpoint, files
-from llamita.storage.checkpoint import HostArray
+from llamita.model.host_array import HostArray
+from llamita.storage import files, model_directory
 from llamita.training import record, run_lock
 
 FORMAT = 1
@@ -51,11 +51,11 @@ class ModelFiles:
     """A Hugging Face model directory."""
 
     def save(self, directory: Path, config: ModelConfig, weights: Mapping[str, HostArray]) -> None:
-        checkpoint.save_config(directory, config)
-        checkpoint.save_tensors(directory, weights)
+        model_directory.save_config(directory, config)
+        model_directory.save_tensors(directory, weights)
 
     def load(self, directory: Path) -> dict[str, HostArray]:
-        return checkpoint.load_tensors(directory)
+        return model_directory.load_tensors(directory)
 
 
 class RunDirectory:
@@ -105,7 +105,7 @@ class RunDirectory:
                 if tokenizer_directory is not None:
                     shutil.copytree(tokenizer_directory, directory, dirs_exist_ok=True)
                 self.weight_files.save(directory, config, weights)
-                checkpoint.save_tensors(directory, optimizer, name="optimizer")
+                model_directory.save_tensors(directory, optimizer, name="optimizer")
                 content = {"format": FORMAT, "step": step, **state, "files": _hashes(directory)}
                 (directory / STATE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
             self.link(LAST, step)
@@ -163,7 +163,7 @@ class RunDirectory:
                 raise ValueError(f"{name} is missing")
             if files.sha256(path / name) != digest:
                 raise ValueError(f"{name} is not what was written (its SHA-256 differs)")
-        optimizer = checkpoint.load_tensors(path, name="optimizer")
+        optimizer = model_directory.load_tensors(path, name="optimizer")
         return Checkpoint(step, path, state, self.weight_files.load(path), optimizer)
 
 

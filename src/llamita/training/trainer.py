@@ -17,7 +17,7 @@ from typing import Any
 
 from llamita.data.batches import Batch
 from llamita.model.config import ModelConfig
-from llamita.model.parameters import flops_per_token
+from llamita.model.sizes import flops_per_token
 from llamita.text.tokenizer import Tokenizer
 from llamita.training import metrics
 from llamita.training.config import TrainingConfig

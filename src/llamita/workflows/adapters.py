@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from llamita.model.host_array import HostArray
 from llamita.model.lora import Adapter
 from llamita.model.parameters import check_arrays, parameter_table
-from llamita.storage import checkpoint, files, peft_directory
-from llamita.storage.checkpoint import HostArray
+from llamita.storage import files, model_directory, peft_directory
 from llamita.storage.peft_directory import Opened
 from llamita.workflows.quantize import CARRIED
 
@@ -23,12 +23,12 @@ def merge(
 
     `base` is a copy of the base, where that which the adapter names is gone. ValueError or OSError in one line.
     """
-    directory = checkpoint.resolve_model_directory(adapter)
+    directory = model_directory.resolve_model_directory(adapter)
     if not peft_directory.is_adapter(directory):
         raise ValueError(f"{adapter} holds no adapter but a whole model; there is nothing to merge")
-    opened = peft_directory.open_adapter(directory, base and checkpoint.resolve_model_directory(base))
+    opened = peft_directory.open_adapter(directory, base and model_directory.resolve_model_directory(base))
     config = replace(opened.adapter.config, quantization="")
-    arrays = checkpoint.load_tensors(opened.base)
+    arrays = model_directory.load_tensors(opened.base)
     present = opened.adapter.over(arrays)
     check_arrays(opened.adapter.config, present)
     quantised = bool(opened.adapter.config.quantization)
@@ -40,10 +40,10 @@ def merge(
         for row in parameter_table(config)
     }
     with files.atomic_directory(output, overwrite) as temporary:
-        checkpoint.save_config(temporary, config, next(iter(layout.values()))[0])
+        model_directory.save_config(temporary, config, next(iter(layout.values()))[0])
         for name in CARRIED:
             found = [place / name for place in (opened.directory, opened.base) if (place / name).is_file()]
             if found:
                 shutil.copyfile(found[0], temporary / name)
-        checkpoint.stream_tensors(temporary, layout, merged_arrays(arrays, opened.adapter))
+        model_directory.stream_tensors(temporary, layout, merged_arrays(arrays, opened.adapter))
     return opened

@@ -27,9 +27,10 @@ from llamita.data.labelled_batches import (
 from llamita.evaluation.classification import label_log_probabilities
 from llamita.evaluation.perplexity import Forward
 from llamita.model.config import ModelConfig
-from llamita.model.parameters import CLASSIFIER, OUTPUT_HEAD, SCALE, initial_values, parameter_table
-from llamita.storage import checkpoint, peft_directory
-from llamita.storage.checkpoint import HostArray
+from llamita.model.host_array import HostArray
+from llamita.model.parameters import CLASSIFIER, OUTPUT_HEAD, initial_values, parameter_table
+from llamita.model.quantization import SCALE
+from llamita.storage import model_directory, peft_directory
 from llamita.text.tokenizer import Tokenizer
 from llamita.training.interfaces import Examples, TrainingResult
 from llamita.workflows.finetune import Base, FinetuneConfig, finetune, load_base
@@ -253,7 +254,7 @@ class Classifier:
     @classmethod
     def load(cls, model: Path, load_runner: Callable[..., LabelRunner], *options: Any) -> Classifier:
         """Open a model, a run or an adapter; `options` are those of load_runner. ValueError where it has no head."""
-        directory = checkpoint.resolve_model_directory(model)
+        directory = model_directory.resolve_model_directory(model)
         runner = load_runner(directory, *options)
         if not runner.config.num_labels:
             raise ValueError(

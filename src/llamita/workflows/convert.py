@@ -14,8 +14,8 @@ import numpy as np
 
 from llamita.evaluation.perplexity import Forward
 from llamita.model.config import ModelConfig
-from llamita.storage import checkpoint, files
-from llamita.storage.checkpoint import HostArray
+from llamita.model.host_array import HostArray
+from llamita.storage import files, model_directory, safetensors
 from llamita.storage.formats import checkpoints, gguf, llama2c, llama2c_tokenizer
 from llamita.storage.formats.foreign import ForeignModel
 from llamita.text import tiktoken_ranks
@@ -114,9 +114,9 @@ def read_model(source: Path, config: ConvertConfig, tools: Tools) -> tuple[str, 
     if source.is_dir() and (source / "params.json").is_file():
         return "Meta's checkpoint", _read_meta(source, tools)
     if source.is_dir() or not source.exists():
-        directory = checkpoint.resolve_model_directory(source)
+        directory = model_directory.resolve_model_directory(source)
         found = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-        arrays, shape = checkpoint.load_tensors(directory), checkpoint.load_config(directory)
+        arrays, shape = model_directory.load_tensors(directory), model_directory.load_config(directory)
         if shape.quantization:
             raise ValueError(
                 f"{directory} is quantised ({shape.quantization}); convert the model that it was made from"
@@ -133,7 +133,7 @@ def read_model(source: Path, config: ConvertConfig, tools: Tools) -> tuple[str, 
     if llama2c.is_model(source):
         return "llama2.c model", llama2c.read_model(source)
     if head[8:9] == b"{":
-        arrays = checkpoint.read_safetensors(source)
+        arrays = safetensors.read_safetensors(source)
         if checkpoints.is_mini_llama(list(arrays)):
             model = checkpoints.from_mini_llama(source, arrays, config.heads, config.positions)
             return "mini-llama", model
@@ -159,8 +159,8 @@ def compare(model: ForeignModel, other: ForeignModel, tools: Tools) -> float:
 
 def _write(path: Path, model: ForeignModel, target: Target, tools: Tools, name: str) -> None:
     if target == "huggingface":
-        checkpoint.save_config(path, model.config, next(iter(model.arrays.values())).dtype)
-        checkpoint.save_tensors(path, model.arrays)
+        model_directory.save_config(path, model.config, next(iter(model.arrays.values())).dtype)
+        model_directory.save_tensors(path, model.arrays)
         if model.tokenizer is not None:
             model.tokenizer.save(path)
     elif target.startswith("gguf-"):

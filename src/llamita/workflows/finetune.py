@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from llamita.backend.objectives import Objective
 from llamita.model.config import ModelConfig
+from llamita.model.host_array import HostArray
 from llamita.model.lora import ALL, LoraSettings
 from llamita.model.parameters import CLASSIFIER
-from llamita.storage import checkpoint, files
-from llamita.storage.checkpoint import HostArray
+from llamita.storage import files, model_directory
 from llamita.storage.peft_directory import AdapterFiles, BaseModel, weight_hashes
 from llamita.text.tokenizer import Tokenizer
 from llamita.training import run_directory
@@ -84,15 +84,15 @@ def load_base(config: FinetuneConfig, flag: str = "--model") -> Base:
     """The model to begin from; ValueError or FileNotFoundError, in one line, where there is none."""
     if config.model is None:
         raise ValueError(f"{flag} is missing: give the model to begin from")
-    directory = checkpoint.resolve_model_directory(config.model)
-    model = replace(checkpoint.load_config(directory), dropout=config.dropout)
+    directory = model_directory.resolve_model_directory(config.model)
+    model = replace(model_directory.load_config(directory), dropout=config.dropout)
     tokenizer = Tokenizer.load(directory)
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
             f"the tokenizer of {directory} has {tokenizer.vocab_size} tokens and the model embeddings for "
             f"{model.vocab_size}; one of them is another model's"
         )
-    return Base(directory, model, checkpoint.load_tensors(directory), tokenizer)
+    return Base(directory, model, model_directory.load_tensors(directory), tokenizer)
 
 
 def finetune(

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from llamita.model.config import ModelConfig
+from llamita.model.host_array import HostArray
 from llamita.model.parameters import check_arrays, parameter_table, stored_arrays
-from llamita.storage import checkpoint, files
-from llamita.storage.checkpoint import HostArray
+from llamita.storage import files, model_directory
 
 Scheme = Literal["int8", "int4"]
 Arrays = Iterable[tuple[str, HostArray]]
@@ -41,24 +41,24 @@ def quantize(
 
     ValueError or OSError in one line.
     """
-    directory = checkpoint.resolve_model_directory(model)
-    config = checkpoint.load_config(directory)
+    directory = model_directory.resolve_model_directory(model)
+    config = model_directory.load_config(directory)
     if config.quantization:
         raise ValueError(
             f"{directory} is quantised already ({config.quantization}); quantise the model that it was made from"
         )
-    arrays = checkpoint.load_tensors(directory)
+    arrays = model_directory.load_tensors(directory)
     check_arrays(config, arrays)
     result = replace(config, quantization=scheme)
     names = [row.name for row in parameter_table(config)]
     stored = stored_arrays(result)
     layout = {array.name: (array.stored_dtype, array.shape) for array in stored}
     with files.atomic_directory(output, overwrite) as temporary:
-        checkpoint.save_config(temporary, result)
+        model_directory.save_config(temporary, result)
         for name in CARRIED:
             if (directory / name).is_file():
                 shutil.copyfile(directory / name, temporary / name)
-        checkpoint.stream_tensors(temporary, layout, quantize_arrays(result, _one_by_one(arrays, names)))
+        model_directory.stream_tensors(temporary, layout, quantize_arrays(result, _one_by_one(arrays, names)))
     before = sum(len(arrays[name].data) for name in names)
     return Quantized(result, before, sum(array.stored_bytes for array in stored))
 

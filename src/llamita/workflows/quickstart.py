@@ -23,9 +23,9 @@ from llamita.evaluation import meadow_score, records
 from llamita.evaluation.perplexity import Forward, score_sequences
 from llamita.inference.interfaces import Runner
 from llamita.inference.llm import LLM
-from llamita.model.parameters import count_parameters
-from llamita.storage.checkpoint import load_config
+from llamita.model.sizes import count_parameters
 from llamita.storage.files import atomic_directory, atomic_write
+from llamita.storage.model_directory import load_config
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.tokenizer import Tokenizer
 from llamita.training.record import command_line

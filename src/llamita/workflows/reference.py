@@ -14,8 +14,8 @@ import numpy as np
 
 from llamita.data.batches import Batch
 from llamita.data.preferences import PairRows, pair_batches
-from llamita.storage import checkpoint, files
-from llamita.storage.checkpoint import HostArray
+from llamita.model.host_array import HostArray
+from llamita.storage import files, safetensors
 from llamita.training.run_directory import RunDirectory
 
 NAME = "reference"
@@ -63,7 +63,7 @@ def score(rows: PairRows, log_probs: LogProbs, batch_size: int) -> np.ndarray:
 def _write(file: Callable[[str], Path], of: str, sums: Mapping[str, np.ndarray]) -> None:
     """The numbers first: without the record beside them, or with another's, they are not read."""
     with files.atomic_file(file(f"{NAME}.safetensors"), overwrite=True) as temporary:
-        checkpoint.write_safetensors(temporary, {name: HostArray.from_numpy(array) for name, array in sums.items()})
+        safetensors.write_safetensors(temporary, {name: HostArray.from_numpy(array) for name, array in sums.items()})
         digest = files.sha256(temporary)
     files.atomic_write(file(f"{NAME}.json"), json.dumps({"of": of, "sha256": digest}, indent=2) + "\n")
 
@@ -82,7 +82,7 @@ def _read(
             return None
         if files.sha256(numbers) != known.get("sha256"):
             raise ValueError("its SHA-256 differs")
-        found = {name: array.to_numpy() for name, array in checkpoint.read_safetensors(numbers).items()}
+        found = {name: array.to_numpy() for name, array in safetensors.read_safetensors(numbers).items()}
         assert {name: array.shape for name, array in found.items()} == {k: (n, 2) for k, n in lengths.items()}
     except (ValueError, OSError) as error:
         report(f"{numbers} is damaged, and is computed anew: {error}")

@@ -16,7 +16,7 @@ from typing import Any
 from llamita.evaluation import records
 from llamita.evaluation.records import EvaluationRecord
 from llamita.model.config import ModelConfig
-from llamita.model.parameters import count_parameters
+from llamita.model.sizes import count_parameters
 from llamita.training import metrics, record, run_lock
 from llamita.training.run_directory import MANIFEST, flatten, read_manifest
 

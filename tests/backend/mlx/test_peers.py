@@ -11,7 +11,7 @@ from llamita.backend.torch.infer.runner import TorchRunner, load_runner
 from llamita.backend.torch.model import weights
 from llamita.model.config import ModelConfig
 from llamita.model.rope import RopeScaling
-from llamita.storage import checkpoint, files
+from llamita.storage import files, model_directory
 from llamita.workflows.verify import verify
 
 pytest.importorskip("mlx.core")
@@ -29,8 +29,8 @@ def saved(directory, config, dtype=torch.float32):
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter) if parameter.ndim == 1 else 0.0
     with files.atomic_directory(directory) as temporary:
-        checkpoint.save_config(temporary, config, "F32" if dtype == torch.float32 else "BF16")
-        checkpoint.save_tensors(temporary, weights.to_host_arrays(model))
+        model_directory.save_config(temporary, config, "F32" if dtype == torch.float32 else "BF16")
+        model_directory.save_tensors(temporary, weights.to_host_arrays(model))
     return directory
 
 

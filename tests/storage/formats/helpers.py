@@ -3,8 +3,8 @@
 import numpy as np
 
 from llamita.model.config import ModelConfig
+from llamita.model.host_array import HostArray
 from llamita.model.parameters import initialize_parameters
-from llamita.storage.checkpoint import HostArray
 from llamita.storage.formats.foreign import ForeignModel
 
 CONFIG = ModelConfig(

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llamita.model.host_array import HostArray
 from llamita.model.rope import RopeScaling
-from llamita.storage.checkpoint import HostArray
 from llamita.storage.formats import checkpoints
 from llamita.storage.formats.foreign import ForeignModel, to_meta_names
 from tests.storage.formats.helpers import as_pairs, equal, model

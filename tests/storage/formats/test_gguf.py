@@ -11,9 +11,9 @@ from tokenizers import normalizers
 
 from llamita.data import meadow
 from llamita.model.config import ModelConfig
+from llamita.model.host_array import HostArray
 from llamita.model.parameters import initialize_parameters
 from llamita.model.rope import RopeScaling, rotary_frequencies
-from llamita.storage.checkpoint import HostArray
 from llamita.storage.formats import gguf, gguf_tokenizer
 from llamita.storage.formats.foreign import ForeignModel
 from llamita.text import sentencepiece_training

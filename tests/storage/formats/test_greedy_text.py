@@ -17,7 +17,7 @@ from llamita.backend.torch.model import weights
 from llamita.data import meadow
 from llamita.model.config import ModelConfig
 from llamita.model.rope import RopeScaling
-from llamita.storage import checkpoint, files
+from llamita.storage import files, model_directory
 from llamita.storage.formats import gguf
 from llamita.storage.formats.foreign import ForeignModel
 from llamita.text.bpe import train_bpe_from_iterator
@@ -52,8 +52,8 @@ def trained(request, tmp_path_factory) -> Path:
             break
     directory = tmp_path_factory.mktemp("trained") / "model"
     with files.atomic_directory(directory) as temporary:
-        checkpoint.save_config(temporary, config)
-        checkpoint.save_tensors(temporary, weights.to_host_arrays(model))
+        model_directory.save_config(temporary, config)
+        model_directory.save_tensors(temporary, weights.to_host_arrays(model))
         tokenizer.save(temporary)
     return directory
 
@@ -89,8 +89,8 @@ def with_mlx_lm(directory: Path) -> Engine:
 
 def with_llama_cpp(directory: Path) -> Engine:
     llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which is compiled")
-    arrays = checkpoint.load_tensors(directory)
-    model = ForeignModel(checkpoint.load_config(directory), arrays, Tokenizer.load(directory))
+    arrays = model_directory.load_tensors(directory)
+    model = ForeignModel(model_directory.load_config(directory), arrays, Tokenizer.load(directory))
     gguf.write_model(directory.parent / "m.gguf", model)
     theirs = llama_cpp.Llama(str(directory.parent / "m.gguf"), verbose=False, n_ctx=256, seed=0)
 

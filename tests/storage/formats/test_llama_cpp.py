@@ -6,9 +6,9 @@ import pytest
 from llamita.backend.torch.infer.runner import runner_over
 from llamita.data import meadow
 from llamita.model.config import ModelConfig
+from llamita.model.host_array import HostArray
 from llamita.model.parameters import initialize_parameters
 from llamita.model.rope import RopeScaling
-from llamita.storage.checkpoint import HostArray
 from llamita.storage.formats import gguf
 from llamita.storage.formats.foreign import ForeignModel
 from llamita.text import sentencepiece_training

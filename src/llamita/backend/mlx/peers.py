@@ -12,8 +12,8 @@ import numpy as np
 from mlx_lm.utils import load_model
 
 from llamita.model.config import ModelConfig
-from llamita.storage.checkpoint import load_config, resolve_model_directory
 from llamita.storage.files import read_json
+from llamita.storage.model_directory import load_config, resolve_model_directory
 
 
 class MlxLmRunner:

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from llamita.storage.checkpoint import resolve_model_directory
+from llamita.storage.model_directory import resolve_model_directory
 
 
 class TransformersRunner:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llamita.backend.torch.model.weights import host_from_tensor, tensor_from_host
-from llamita.storage.checkpoint import HostArray
+from llamita.model.host_array import HostArray
 
 
 def read_pickle(path: Path) -> Any:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from llamita.model.config import ModelConfig
+from llamita.model.host_array import HostArray
 from llamita.model.parameters import EMBEDDING, OUTPUT_HEAD, shortened
 from llamita.model.rope import RopeScaling, check_count
-from llamita.storage.checkpoint import HostArray
 from llamita.storage.formats.foreign import (
     COURSE_LAYER,
     META_LAYER,

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from llamita.model.config import ModelConfig
+from llamita.model.host_array import NUMPY_TYPES, HostArray
 from llamita.model.parameters import EMBEDDING, OUTPUT_HEAD, check_arrays, parameter_table, shortened
-from llamita.storage.checkpoint import NUMPY_TYPES, HostArray
 from llamita.text.tokenizer import Tokenizer
 
 # Within a layer: Meta's name -> the canonical one. The guided course renames the projections of attention.

@@ -15,9 +15,9 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
 from llamita.model.config import ModelConfig
+from llamita.model.host_array import HostArray
 from llamita.model.parameters import EMBEDDING, OUTPUT_HEAD
 from llamita.model.rope import TOO_LARGE, RopeScaling, rotary_frequencies
-from llamita.storage.checkpoint import HostArray
 from llamita.storage.formats import gguf_header, gguf_tokenizer
 from llamita.storage.formats.foreign import ROTATED, ForeignModel, raw, to_halves, to_pairs
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from llamita.model.config import ModelConfig
+from llamita.model.host_array import HostArray
 from llamita.model.parameters import EMBEDDING, OUTPUT_HEAD, parameter_table
-from llamita.storage.checkpoint import HostArray
 from llamita.storage.formats.foreign import ForeignModel, refuse_switches, to_halves, to_pairs
 
 MAGIC = 0x616B3432

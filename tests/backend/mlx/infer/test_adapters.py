@@ -22,9 +22,9 @@ from llamita.backend.plan import SamplingParams
 from llamita.backend.torch.infer.runner import load_runner as load_torch
 from llamita.backend.torch.model.weights import to_host_arrays
 from llamita.cli.main import main
+from llamita.model.host_array import HostArray
 from llamita.model.lora import LoraSettings
-from llamita.storage import checkpoint
-from llamita.storage.checkpoint import HostArray
+from llamita.storage import model_directory, safetensors
 from llamita.storage.peft_directory import AdapterFiles, BaseModel, weights_digest
 from tests.backend.torch.infer.test_exact import model_of
 from tests.backend.torch.model.test_lora import CONFIG, batch, labelled, save_base
@@ -82,11 +82,11 @@ def test_an_adapter_is_opened_as_a_model_with_pytorch_s_logits(tmp_path, saved, 
     base, directories = saved
     if scheme:
         config = dataclasses.replace(CONFIG, quantization=scheme)
-        arrays = dict(quantize_arrays(config, checkpoint.load_tensors(base).items()))
+        arrays = dict(quantize_arrays(config, model_directory.load_tensors(base).items()))
         base = tmp_path / "quantised"
         base.mkdir()
-        checkpoint.save_config(base, config)
-        checkpoint.save_tensors(base, arrays)
+        model_directory.save_config(base, config)
+        model_directory.save_tensors(base, arrays)
         settings = LoraSettings(4, 8, targets=("all", "lm_head"))
         directories = {"a": save_adapter(tmp_path / "q", base, adapter_of(config, settings, 0), settings)}
     ours, theirs = (load(directories["a"], "float32", "cpu") for load in (load_runner, load_torch))
@@ -129,7 +129,7 @@ def test_the_python_face_serves_several_and_opens_one(saved):
 @pytest.mark.parametrize("objective", [None, Classification()], ids=["language", "classifier"])
 def test_what_was_trained_here_opens_in_both_backends(tmp_path, objective):
     base = save_base(tmp_path / "base")
-    arrays, config, more = checkpoint.load_tensors(base), CONFIG, {}
+    arrays, config, more = model_directory.load_tensors(base), CONFIG, {}
     if objective:
         config, more = dataclasses.replace(CONFIG, num_labels=3), {"objective": objective}
         del arrays["lm_head.weight"]
@@ -167,9 +167,9 @@ def test_bad_adapters_are_refused_in_one_line(tmp_path, saved, capsys):
     refused(edited(base_model_name_or_path=str(tmp_path / "gone")), "is gone")
     refused(base, "holds no adapter", "--adapter", f"x={base}")
     damaged = edited()
-    values = dict(checkpoint.read_safetensors(damaged / "adapter_model.safetensors"))
+    values = dict(safetensors.read_safetensors(damaged / "adapter_model.safetensors"))
     name = next(iter(values))
     values[name] = HostArray.from_numpy(np.full(values[name].shape, np.nan, np.float32))
-    checkpoint.write_safetensors(tmp_path / "nan", values)
+    safetensors.write_safetensors(tmp_path / "nan", values)
     shutil.copyfile(tmp_path / "nan", damaged / "adapter_model.safetensors")
     refused(damaged, "holds NaN or infinite values")

@@ -27,7 +27,7 @@ from llamita.inference.interfaces import Drafter, Runner  # noqa: E402
 from llamita.inference.llm import LLM  # noqa: E402
 from llamita.inference.request import Request, TokenEvent  # noqa: E402
 from llamita.model.config import ModelConfig  # noqa: E402
-from llamita.storage import checkpoint, files  # noqa: E402
+from llamita.storage import files, model_directory  # noqa: E402
 from llamita.text.bpe import train_bpe_from_iterator  # noqa: E402
 from tests.backend.torch.infer.test_runner import CONFIG, log_softmax  # noqa: E402
 
@@ -182,8 +182,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id,
     )  # fmt: skip
     with files.atomic_directory(tmp_path_factory.mktemp("models") / "tiny") as directory:
-        checkpoint.save_tensors(directory, to_host_arrays(build_model(config, seed=3)))
-        checkpoint.save_config(directory, config)
+        model_directory.save_tensors(directory, to_host_arrays(build_model(config, seed=3)))
+        model_directory.save_config(directory, config)
         tokenizer.save(directory)
     return directory.parent / "tiny"
 
@@ -206,8 +206,8 @@ def test_stops_and_forms_give_pytorchs_text(directory: Path) -> None:
 def test_a_saved_model_is_the_model(directory: Path, tmp_path: Path) -> None:
     llm = LLM.load(directory, load_runner)
     llm.save(tmp_path / "copy")
-    for name, array in checkpoint.load_tensors(directory).items():
-        assert bytes(checkpoint.load_tensors(tmp_path / "copy")[name].data) == bytes(array.data), name
+    for name, array in model_directory.load_tensors(directory).items():
+        assert bytes(model_directory.load_tensors(tmp_path / "copy")[name].data) == bytes(array.data), name
 
 
 def test_a_classifier_gives_its_logits_and_does_not_generate() -> None:

@@ -17,7 +17,7 @@ from llamita.backend.torch.infer.runner import load_runner as load_torch  # noqa
 from llamita.backend.torch.infer.runner import runner_over as over_torch  # noqa: E402
 from llamita.backend.torch.model.weights import quantize_arrays as quantize_torch  # noqa: E402
 from llamita.model.config import ModelConfig  # noqa: E402
-from llamita.storage import checkpoint, files  # noqa: E402
+from llamita.storage import files, model_directory  # noqa: E402
 from tests.backend.torch.infer.paged import shuffled_tables  # noqa: E402
 from tests.backend.torch.infer.test_runner import CONFIG, GREEDY, PROMPT, log_softmax  # noqa: E402
 
@@ -30,8 +30,8 @@ def runner() -> MlxRunner:
 def save_model(directory: Path, config: ModelConfig = CONFIG, dtype: str = "F32") -> Path:
     with files.atomic_directory(directory) as temporary:
         model = build_model(config, seed=1, dtype={"F32": mx.float32, "BF16": mx.bfloat16}[dtype])
-        checkpoint.save_tensors(temporary, to_host_arrays(model))
-        checkpoint.save_config(temporary, config, dtype)
+        model_directory.save_tensors(temporary, to_host_arrays(model))
+        model_directory.save_config(temporary, config, dtype)
     return directory
 
 

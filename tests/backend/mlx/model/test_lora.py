@@ -16,7 +16,7 @@ from llamita.backend.objectives import Classification
 from llamita.backend.torch.model import lora as torch_lora
 from llamita.backend.torch.train.step import build_train_step as build_torch
 from llamita.model.lora import LoraSettings
-from llamita.storage import checkpoint
+from llamita.storage import model_directory
 from llamita.storage.peft_directory import AdapterFiles, BaseModel, open_adapter, weights_digest
 from tests.backend.torch.model.test_lora import CONFIG, TARGETS, batch, labelled, save_base, shake
 from tests.backend.torch.train.test_step import same
@@ -99,7 +99,7 @@ def test_ten_updates_of_a_fresh_adapter_follow_pytorch_s_and_leave_the_base_alon
 def test_a_run_s_adapter_goes_on_in_the_other_backend(tmp_path, begun_on):
     """Through files; five further updates differ by rounding alone."""
     base = save_base(tmp_path / "base")
-    arrays = checkpoint.load_tensors(base)
+    arrays = model_directory.load_tensors(base)
     first, second = (
         make(one, arrays=arrays, adapter=EVERYTHING, epsilon=1e-4, seed=seed)
         for one, seed in ((begun_on, 3), (({*BUILDERS} - {begun_on}).pop(), 4))
@@ -108,8 +108,8 @@ def test_a_run_s_adapter_goes_on_in_the_other_backend(tmp_path, begun_on):
         first.step([batch(i)], 3e-3)
     files = AdapterFiles(EVERYTHING, BaseModel(str(base), weights_digest(base)))
     files.save(tmp_path, CONFIG, first.weights())
-    checkpoint.save_tensors(tmp_path, first.state(), "optimizer")
-    second.load_state(files.load(tmp_path), checkpoint.load_tensors(tmp_path, "optimizer"))
+    model_directory.save_tensors(tmp_path, first.state(), "optimizer")
+    second.load_state(files.load(tmp_path), model_directory.load_tensors(tmp_path, "optimizer"))
     assert same(second.weights(), first.weights())
     assert same(second.state(), first.state())
     for i in range(5, 10):
@@ -216,7 +216,7 @@ def test_a_compiled_step_trains_an_adapter_as_an_uncompiled_one(scheme):
 def saved(tmp_path):
     """A base and an adapter over it, trained a little."""
     base = save_base(tmp_path / "base")
-    _, step = both(arrays=checkpoint.load_tensors(base), adapter=EVERYTHING)
+    _, step = both(arrays=model_directory.load_tensors(base), adapter=EVERYTHING)
     (tmp_path / "adapter").mkdir()
     named = BaseModel(str(base), weights_digest(base))
     AdapterFiles(EVERYTHING, named).save(tmp_path / "adapter", CONFIG, step.weights())
@@ -229,7 +229,7 @@ def logits(model):
 
 def test_merged_equals_unmerged_and_taking_it_away_restores_the_base(saved):
     opened = open_adapter(saved)
-    arrays = checkpoint.load_tensors(opened.base)
+    arrays = model_directory.load_tensors(opened.base)
     attached, model = build_model(CONFIG, arrays), build_model(CONFIG, arrays)
     lora.attach_adapter(attached, opened.adapter)
     before = numpys(to_host_arrays(model))
@@ -237,7 +237,7 @@ def test_merged_equals_unmerged_and_taking_it_away_restores_the_base(saved):
     np.testing.assert_allclose(logits(model), logits(attached), atol=1e-5)
     merged = dict(lora.merged_arrays(arrays, opened.adapter))
     np.testing.assert_allclose(logits(build_model(CONFIG, merged)), logits(attached), atol=1e-5)
-    theirs = dict(torch_lora.merged_arrays(checkpoint.load_tensors(opened.base), opened.adapter))
+    theirs = dict(torch_lora.merged_arrays(model_directory.load_tensors(opened.base), opened.adapter))
     assert difference(numpys(merged), numpys(theirs)) < 1e-6
     lora.unmerge(model, opened.adapter)
     assert difference(numpys(to_host_arrays(model)), before) < 1e-6
@@ -247,7 +247,7 @@ def test_a_quantised_base_merges_to_what_pytorch_writes(saved):
     config = dataclasses.replace(CONFIG, quantization="int4")
     opened = open_adapter(saved)
     adapter = dataclasses.replace(opened.adapter, config=config)
-    arrays = dict(quantize_arrays(config, checkpoint.load_tensors(opened.base).items()))
+    arrays = dict(quantize_arrays(config, model_directory.load_tensors(opened.base).items()))
     ours, theirs = dict(lora.merged_arrays(arrays, adapter)), dict(torch_lora.merged_arrays(arrays, adapter))
     assert {array.dtype for array in ours.values()} == {"BF16"}
     assert difference(numpys(ours), numpys(theirs)) < 2**-7, "a unit in the last place of bfloat16"

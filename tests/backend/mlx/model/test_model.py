@@ -14,10 +14,10 @@ from llamita.backend.mlx.model.attention import Dropout
 from llamita.backend.mlx.train.losses import chunked_cross_entropy
 from llamita.backend.torch.model import weights as torch_weights
 from llamita.backend.torch.train import losses as torch_losses
+from llamita.model.host_array import HostArray
 from llamita.model.parameters import initialize_parameters
 from llamita.model.presets import PRESETS, preset
-from llamita.storage import checkpoint, files
-from llamita.storage.checkpoint import HostArray
+from llamita.storage import files, model_directory
 from tests import reference
 from tests.backend.torch.model.test_model import KINDS, VARIANTS, relative_difference, shrunk, small
 
@@ -211,9 +211,9 @@ def test_weights_of_every_type_are_read_from_a_mapped_file(dtype, tmp_path):
         for name, array in perturbed(config).items()
     }
     with files.atomic_directory(tmp_path / "m") as directory:
-        checkpoint.save_config(directory, config, dtype)
-        checkpoint.save_tensors(directory, arrays)
-    mapped = checkpoint.load_tensors(tmp_path / "m")
+        model_directory.save_config(directory, config, dtype)
+        model_directory.save_tensors(directory, arrays)
+    mapped = model_directory.load_tensors(tmp_path / "m")
     for ours_dtype, theirs_dtype in ((mx.float32, torch.float32), (mx.bfloat16, torch.bfloat16)):
         ours = weights.to_host_arrays(weights.build_model(config, mapped, dtype=ours_dtype))
         theirs = torch_weights.to_host_arrays(torch_weights.build_model(config, mapped, dtype=theirs_dtype))

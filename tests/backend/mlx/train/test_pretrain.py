@@ -8,7 +8,7 @@ pytest.importorskip("mlx.core", reason="mlx is not installed")
 from llamita.backend.mlx.infer.runner import load_runner
 from llamita.backend.mlx.train.step import build_train_step
 from llamita.backend.torch.train.step import build_train_step as build_torch
-from llamita.storage import checkpoint
+from llamita.storage import model_directory
 from llamita.workflows.pretrain import PretrainConfig, pretrain
 from tests.training.helpers import Silence, prepare_stories
 from tests.workflows.test_pretrain import settings
@@ -52,7 +52,7 @@ def test_a_run_of_either_backend_goes_on_in_the_other(tmp_path, data):
             "sample" in (tmp_path / name / "samples.txt").read_text()
             or (tmp_path / name / "samples.txt").stat().st_size
         )
-        whole[name] = checkpoint.load_tensors(tmp_path / name / "last")
+        whole[name] = model_directory.load_tensors(tmp_path / name / "last")
     for begun, other in (("mlx", "torch"), ("torch", "mlx")):
         broken = tmp_path / f"begun on {begun}"
         with pytest.raises(ConnectionError):
@@ -60,7 +60,7 @@ def test_a_run_of_either_backend_goes_on_in_the_other(tmp_path, data):
         result, display = run(PretrainConfig(output=broken, resume=True), backends[other])
         assert result.step == STEPS
         assert any(message.startswith(f"{other} was None and is now ") for message in display.messages)
-        weights = checkpoint.load_tensors(broken / "last")
+        weights = model_directory.load_tensors(broken / "last")
         for reference in whole.values():
             assert weights.keys() == reference.keys()
             for name, array in reference.items():

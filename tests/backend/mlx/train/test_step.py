@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from llamita.backend.mlx.model.weights import build_model
 from llamita.backend.mlx.train import losses, objectives
+from llamita.backend.mlx.train import step as step_module
 from llamita.backend.mlx.train.step import MlxTrainStep, build_train_step
 from llamita.backend.torch.train.step import build_train_step as build_torch
 from llamita.data import meadow

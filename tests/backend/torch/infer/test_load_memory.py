@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llamita.model import host_array
 from llamita.model.config import ModelConfig
-from llamita.model.parameters import count_parameters, parameter_table
-from llamita.storage import checkpoint, files
-from llamita.storage.checkpoint import HostArray
+from llamita.model.host_array import HostArray
+from llamita.model.parameters import parameter_table
+from llamita.model.sizes import count_parameters
+from llamita.storage import files, model_directory
 
 CONFIG = ModelConfig(16000, 1024, 4096, 5, 8, 8, 64)
 PARAMETERS = count_parameters(CONFIG).total  # 117 million: copying takes up to 30 MB, whatever the size
@@ -35,10 +37,10 @@ def write(directory: Path, config: ModelConfig, dtype: str) -> None:
     rows = parameter_table(config)
     noise = np.random.default_rng(0).normal(0, 0.02, max(row.size for row in rows)).astype(np.float32)
     data = ((noise.view(np.uint32) >> 16).astype(np.uint16) if dtype == "BF16" else noise).view(np.uint8).data
-    item = checkpoint.ITEM_BYTES[dtype]
+    item = host_array.ITEM_BYTES[dtype]
     with files.atomic_directory(directory) as temporary:
-        checkpoint.save_config(temporary, config, dtype)
-        checkpoint.save_tensors(
+        model_directory.save_config(temporary, config, dtype)
+        model_directory.save_tensors(
             temporary, {row.name: HostArray(dtype, row.shape, data[: row.size * item]) for row in rows}
         )
 
@@ -50,7 +52,7 @@ def write(directory: Path, config: ModelConfig, dtype: str) -> None:
 )
 def test_the_peak_is_at_most_a_fifth_above_the_weights(stored, asked, shards, tmp_path, monkeypatch):
     if shards > 1:  # files of float32 here
-        monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", PARAMETERS * 4 // shards)
+        monkeypatch.setattr(model_directory, "MAX_SHARD_BYTES", PARAMETERS * 4 // shards)
     write(tmp_path / "small", ModelConfig(100, 32, 64, 2, 4, 4, 64), stored)
     write(tmp_path / "large", CONFIG, stored)
     command = [sys.executable, "-c", CODE, str(tmp_path / "small"), str(tmp_path / "large"), asked]

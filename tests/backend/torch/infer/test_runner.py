@@ -13,7 +13,7 @@ from llamita.backend.torch.devices import fast_few_rows
 from llamita.backend.torch.infer.runner import TorchRunner, load_runner
 from llamita.backend.torch.model.weights import build_model, to_host_arrays
 from llamita.model.config import ModelConfig
-from llamita.storage import checkpoint, files
+from llamita.storage import files, model_directory
 from tests.backend.torch.infer.paged import shuffled_tables
 
 CONFIG = ModelConfig(
@@ -36,8 +36,8 @@ def runner() -> TorchRunner:
 
 def save_model(directory: Path, config: ModelConfig = CONFIG, dtype: torch.dtype = torch.float32) -> Path:
     with files.atomic_directory(directory) as temporary:
-        checkpoint.save_tensors(temporary, to_host_arrays(build_model(config, seed=1, dtype=dtype)))
-        checkpoint.save_config(temporary, config, {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype])
+        model_directory.save_tensors(temporary, to_host_arrays(build_model(config, seed=1, dtype=dtype)))
+        model_directory.save_config(temporary, config, {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype])
     return directory
 
 

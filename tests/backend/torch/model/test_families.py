@@ -15,7 +15,7 @@ from llamita.backend.torch.infer.runner import runner_over
 from llamita.backend.torch.model import weights
 from llamita.backend.torch.model.llama import Llama
 from llamita.inference.llm import LLM
-from llamita.storage import checkpoint, files
+from llamita.storage import files, model_directory
 from tests import reference
 from tests.backend.torch.infer.paged import even_cuts, paged_logits
 
@@ -77,7 +77,7 @@ def made_by_transformers(family: str, tmp_path, full_width: bool = False):
                 parameter *= 2.0
     theirs.save_pretrained(tmp_path / "theirs")
     ours = weights.build_model(
-        checkpoint.load_config(tmp_path / "theirs"), checkpoint.load_tensors(tmp_path / "theirs")
+        model_directory.load_config(tmp_path / "theirs"), model_directory.load_tensors(tmp_path / "theirs")
     )
     return theirs, ours.eval()
 
@@ -180,20 +180,22 @@ def test_what_is_written_names_its_family(tmp_path):
     for family in ("mistral", "qwen 2", "qwen 3", "llama 3.2"):
         theirs, ours = made_by_transformers(family, tmp_path / family)
         with files.atomic_directory(tmp_path / f"{family} again") as directory:
-            checkpoint.save_config(directory, ours.config)
-            checkpoint.save_tensors(directory, weights.to_host_arrays(ours))
+            model_directory.save_config(directory, ours.config)
+            model_directory.save_tensors(directory, weights.to_host_arrays(ours))
         again, report = transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path / f"{family} again", output_loading_info=True
         )
         assert type(again) is type(theirs)
         assert not report["missing_keys"]
         assert not report["unexpected_keys"]
-        assert dataclasses.asdict(checkpoint.load_config(tmp_path / f"{family} again")) == dataclasses.asdict(
+        assert dataclasses.asdict(model_directory.load_config(tmp_path / f"{family} again")) == dataclasses.asdict(
             ours.config
         )
         with torch.inference_mode():
             assert torch.equal(again(tokens(1, 80)).logits, theirs(tokens(1, 80)).logits)
-        saved, original = (checkpoint.load_tensors(tmp_path / name) for name in (f"{family} again", f"{family}/theirs"))
+        saved, original = (
+            model_directory.load_tensors(tmp_path / name) for name in (f"{family} again", f"{family}/theirs")
+        )
         assert saved.keys() == original.keys()
         for name, array in saved.items():
             assert np.array_equal(array.to_numpy(), original[name].to_numpy())

@@ -22,7 +22,7 @@ from llamita.backend.torch.train.step import build_train_step
 from llamita.data.batches import Batch
 from llamita.model.config import ModelConfig
 from llamita.model.lora import UP, LoraSettings
-from llamita.storage import checkpoint
+from llamita.storage import model_directory
 from llamita.storage.peft_directory import AdapterFiles, BaseModel, open_adapter, weights_digest
 
 CONFIG = ModelConfig(
@@ -42,8 +42,8 @@ TARGETS = [("all",), ("q_proj", "v_proj"), ("gate_proj",), ("k_proj", "down_proj
 def save_base(directory, config=CONFIG, seed=1):
     model = build_model(config, seed=seed)
     directory.mkdir(parents=True)
-    checkpoint.save_config(directory, config)
-    checkpoint.save_tensors(directory, to_host_arrays(model))
+    model_directory.save_config(directory, config)
+    model_directory.save_tensors(directory, to_host_arrays(model))
     return directory
 
 
@@ -89,7 +89,7 @@ def peft_model(base, adapter=None, kind=transformers.AutoModelForCausalLM, **opt
 def adapted(directory):
     """Our model of an adapter directory, the adapter attached."""
     opened = open_adapter(directory)
-    arrays = opened.adapter.over(checkpoint.load_tensors(opened.base))
+    arrays = opened.adapter.over(model_directory.load_tensors(opened.base))
     model = build_model(opened.adapter.config, arrays).eval()
     lora.attach_adapter(model, opened.adapter)
     return model
@@ -104,13 +104,13 @@ def close(a, b, atol=1e-5):
 def test_peft_opens_ours_with_equal_logits_and_gradients(tmp_path, targets, stabilized):
     base = save_base(tmp_path / "base")
     settings = LoraSettings(4, 12, targets=targets, rank_stabilized=stabilized)
-    step = shake(make(arrays=checkpoint.load_tensors(base), adapter=settings))
+    step = shake(make(arrays=model_directory.load_tensors(base), adapter=settings))
     directory = save_adapter(tmp_path / "adapter", step, settings, base)
     theirs = peft_model(base, directory)
     ours = step.model.eval()
     with torch.no_grad():
         logits = ours(TOKENS).logits_BTV
-        assert (logits - build_model(CONFIG, checkpoint.load_tensors(base))(TOKENS).logits_BTV).abs().max() > 0.01
+        assert (logits - build_model(CONFIG, model_directory.load_tensors(base))(TOKENS).logits_BTV).abs().max() > 0.01
         close(logits, theirs(TOKENS).logits)
         close(adapted(directory)(TOKENS).logits_BTV, theirs(TOKENS).logits)
 
@@ -165,7 +165,7 @@ def test_ours_opens_what_peft_wrote(tmp_path, form):
 def test_a_classifier_trains_its_head_beside_the_adapter_or_alone(tmp_path, tuning):
     base = save_base(tmp_path / "base")
     config = replace(CONFIG, num_labels=3)
-    arrays = {k: v for k, v in checkpoint.load_tensors(base).items() if k != "lm_head.weight"}
+    arrays = {k: v for k, v in model_directory.load_tensors(base).items() if k != "lm_head.weight"}
     arrays["score.weight"] = to_host_arrays(build_model(config, seed=2))["score.weight"]
     settings = LoraSettings(4, 8) if tuning == "lora" else None
     options = {"adapter": settings} if settings else {"trainable": "score.weight".__eq__}
@@ -187,7 +187,7 @@ def test_a_classifier_trains_its_head_beside_the_adapter_or_alone(tmp_path, tuni
         states = adapted(directory)(TOKENS).logits_BTV
         close(states, step.model.eval()(TOKENS).logits_BTV)
         opened = open_adapter(directory)
-        merged = dict(lora.merged_arrays(checkpoint.load_tensors(base), opened.adapter))
+        merged = dict(lora.merged_arrays(model_directory.load_tensors(base), opened.adapter))
         close(build_model(config, merged).eval()(TOKENS).logits_BTV, states)
         close(states[:, -1], theirs(TOKENS, attention_mask=torch.ones_like(TOKENS)).logits)
 
@@ -236,9 +236,9 @@ def test_what_a_quantised_product_keeps_for_its_backward_pass_is_not_the_dequant
 def test_merged_equals_unmerged_and_taking_it_away_restores_the_base(tmp_path):
     base = save_base(tmp_path / "base")
     settings = LoraSettings(4, 8, targets=("all", "lm_head"), rank_stabilized=True)
-    step = shake(make(arrays=checkpoint.load_tensors(base), adapter=settings))
+    step = shake(make(arrays=model_directory.load_tensors(base), adapter=settings))
     opened = open_adapter(save_adapter(tmp_path / "adapter", step, settings, base))
-    arrays = checkpoint.load_tensors(base)
+    arrays = model_directory.load_tensors(base)
     model = build_model(CONFIG, arrays).eval()
     before = {name: value.clone() for name, value in model.canonical_state().items()}
     with torch.no_grad():

@@ -11,7 +11,7 @@ from llamita.model.config import ModelConfig
 from llamita.model.parameters import parameter_table
 from llamita.model.presets import PRESETS, preset
 from llamita.model.rope import RopeScaling
-from llamita.storage import checkpoint, files
+from llamita.storage import files, model_directory
 from tests import reference
 from tests.backend.torch.infer.paged import even_cuts, paged_logits
 
@@ -65,8 +65,8 @@ def random_tokens(config, *shape) -> torch.Tensor:
 
 def save(model, directory) -> None:
     with files.atomic_directory(directory) as temporary:
-        checkpoint.save_config(temporary, model.config)
-        checkpoint.save_tensors(temporary, weights.to_host_arrays(model))
+        model_directory.save_config(temporary, model.config)
+        model_directory.save_tensors(temporary, weights.to_host_arrays(model))
 
 
 def relative_difference(ours, theirs) -> float:
@@ -224,9 +224,9 @@ def check_against_transformers(config: ModelConfig, tmp_path) -> None:
         assert relative_difference(expected[0], full) < 1e-5
 
     theirs.save_pretrained(tmp_path / "theirs")
-    config_read = checkpoint.load_config(tmp_path / "theirs")
+    config_read = model_directory.load_config(tmp_path / "theirs")
     assert config_read.num_labels == config.num_labels
-    again = weights.build_model(config_read, checkpoint.load_tensors(tmp_path / "theirs")).eval()
+    again = weights.build_model(config_read, model_directory.load_tensors(tmp_path / "theirs")).eval()
     with torch.inference_mode():
         logits_again = again(tokens_BT).logits_BTV
     logits_again = logits_again[:, -1] if config.num_labels else logits_again

@@ -11,8 +11,8 @@ from llamita.backend.torch.model import quantize, weights
 from llamita.backend.torch.model.layers import PLAIN
 from llamita.backend.torch.train.step import TorchTrainStep
 from llamita.model.config import ModelConfig
+from llamita.model.host_array import HostArray
 from llamita.model.parameters import parameter_table, stored_arrays
-from llamita.storage.checkpoint import HostArray
 
 KERNEL_TOLERANCE = 0.01  # of the largest result: rounding to bfloat16, 0.4%, in products of up to a few hundred terms
 MODEL_TOLERANCE = 0.03  # of the largest logit, two layers in bfloat16 in different orders of summation

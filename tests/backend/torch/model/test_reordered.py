@@ -14,9 +14,9 @@ from llamita.backend.torch.model import lora, reordered
 from llamita.backend.torch.model.llama import Linear
 from llamita.backend.torch.model.weights import build_model, load_host_arrays, to_host_arrays
 from llamita.model.config import ModelConfig
+from llamita.model.host_array import HostArray
 from llamita.model.lora import Adapter, LoraSettings, adapter_shapes
-from llamita.storage import checkpoint, files
-from llamita.storage.checkpoint import HostArray
+from llamita.storage import files, model_directory
 
 pytestmark = pytest.mark.skipif(not reordered.can_prepack(torch.float32), reason="oneDNN has no such kernels here")
 
@@ -37,8 +37,8 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
 
 def save(directory: Path, config: ModelConfig = CONFIG, dtype: str = "float32") -> Path:
     with files.atomic_directory(directory) as temporary:
-        checkpoint.save_tensors(temporary, to_host_arrays(build_model(config, seed=1, dtype=DTYPES[dtype])))
-        checkpoint.save_config(temporary, config, {"float32": "F32", "bfloat16": "BF16"}[dtype])
+        model_directory.save_tensors(temporary, to_host_arrays(build_model(config, seed=1, dtype=DTYPES[dtype])))
+        model_directory.save_config(temporary, config, {"float32": "F32", "bfloat16": "BF16"}[dtype])
     return directory
 
 
@@ -156,8 +156,8 @@ def test_damaged_weights_are_refused(tied, name, tmp_path) -> None:
     model = build_model(dataclasses.replace(CONFIG, tie_word_embeddings=tied), seed=1)
     model.canonical_state()[name][-1, -1] = math.nan
     with files.atomic_directory(tmp_path / "model") as temporary:
-        checkpoint.save_tensors(temporary, to_host_arrays(model))
-        checkpoint.save_config(temporary, model.config, "F32")
+        model_directory.save_tensors(temporary, to_host_arrays(model))
+        model_directory.save_config(temporary, model.config, "F32")
     with pytest.raises(ValueError, match=f"{name} holds NaN"):
         load_runner(tmp_path / "model")
 

@@ -12,7 +12,7 @@ from llamita.data.conversations import conversation
 from llamita.data.examples import ConversationRows, encode
 from llamita.data.packing import RowsConfig
 from llamita.model.config import ModelConfig
-from llamita.storage import checkpoint
+from llamita.storage import model_directory
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.chat import Chat
 from llamita.training.trainer import split
@@ -69,8 +69,8 @@ def ours(step, micro_batches):
 def step_and_reference(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
     step = build_train_step(MODEL, seed=5, precision="fp32", device="cpu")
-    checkpoint.save_config(directory, MODEL)
-    checkpoint.save_tensors(directory, step.weights())
+    model_directory.save_config(directory, MODEL)
+    model_directory.save_tensors(directory, step.weights())
     return step, theirs(directory)
 
 

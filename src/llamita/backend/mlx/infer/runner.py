@@ -25,11 +25,12 @@ from llamita.backend.mlx.model.quantized import QuantizedLinear
 from llamita.backend.mlx.model.weights import build_model, to_host_arrays
 from llamita.backend.plan import CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult, token_array
 from llamita.backend.step_layout import begins, packing_order, rows_drawn, rows_wanted
+from llamita.model import host_array
 from llamita.model.config import ModelConfig
+from llamita.model.host_array import HostArray
 from llamita.model.lora import Adapter
-from llamita.model.parameters import kv_bytes_per_token
-from llamita.storage import checkpoint, peft_directory
-from llamita.storage.checkpoint import HostArray
+from llamita.model.sizes import kv_bytes_per_token
+from llamita.storage import model_directory, peft_directory
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 OWN = ""  # the name of the adapter that was loaded as a model
@@ -224,18 +225,18 @@ def load_runner(
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not supported; give auto or one of {', '.join(DTYPES)}")
     where = choose_device(device)
-    directory = checkpoint.resolve_model_directory(model)
+    directory = model_directory.resolve_model_directory(model)
     own = peft_directory.open_adapter(directory) if peft_directory.is_adapter(directory) else None
     base = own.base if own else directory
-    arrays = checkpoint.load_tensors(base)
+    arrays = model_directory.load_tensors(base)
     named = peft_directory.open_beside(adapters or {}, base, arrays)
     if own is not None:
         arrays = own.adapter.over(arrays)
         named[OWN] = own.adapter
-    config = own.adapter.config if own else checkpoint.load_config(directory)
+    config = own.adapter.config if own else model_directory.load_config(directory)
     if dtype == "auto":
         stored = "BF16" if config.quantization else next((array.dtype for array in arrays.values()), "F32")
-        dtype = checkpoint.DTYPE_NAMES.get(stored, "float32")
+        dtype = host_array.DTYPE_NAMES.get(stored, "float32")
     return _arranged(config, arrays, DTYPES.get(dtype, mx.float32), where, named, OWN if own else None)
 
 

@@ -17,9 +17,10 @@ from llamita.backend.mlx.model.fused import PackedParameter
 from llamita.backend.mlx.model.llama import Linear, Llama
 from llamita.backend.mlx.model.quantized import QuantizedLinear
 from llamita.backend.mlx.model.weights import array_from_host, host_from_array
+from llamita.model.host_array import HostArray
 from llamita.model.lora import DOWN, HEAD, UP, Adapter, Factors, LoraSettings, initialize_adapter, linear_maps
-from llamita.model.parameters import SCALE, canonical_names, parameter_table, weight_bits
-from llamita.storage.checkpoint import HostArray
+from llamita.model.parameters import canonical_names, parameter_table, weight_bits
+from llamita.model.quantization import SCALE
 
 
 class Part(nn.Module):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from llamita.model.parameters import QUANTIZATION_GROUP as GROUP
+from llamita.model.quantization import QUANTIZATION_GROUP as GROUP
 
 KERNEL_GROUPS = (128, 64, 32)
 """Numbers along the input that may share a scale in MLX's form."""

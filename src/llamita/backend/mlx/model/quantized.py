@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from llamita.backend.mlx.model import quantize
 from llamita.backend.mlx.model.layers import Operations
-from llamita.model.parameters import quantized_shapes
+from llamita.model.quantization import quantized_shapes
 
 
 class QuantizedLinear(nn.Module):

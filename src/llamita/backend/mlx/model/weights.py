@@ -14,8 +14,8 @@ from llamita.backend.mlx.model.layers import FUSED, Operations
 from llamita.backend.mlx.model.llama import Llama
 from llamita.backend.mlx.model.quantized import QuantizedLinear
 from llamita.model.config import ModelConfig
+from llamita.model.host_array import HostArray
 from llamita.model.parameters import (
-    SCALE,
     InitializationName,
     check_arrays,
     initialize_parameters,
@@ -23,7 +23,7 @@ from llamita.model.parameters import (
     stored_arrays,
     weight_bits,
 )
-from llamita.storage.checkpoint import HostArray
+from llamita.model.quantization import SCALE
 
 
 def build_model(

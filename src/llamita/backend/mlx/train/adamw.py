@@ -14,7 +14,7 @@ from llamita.backend.adamw import AdamWSettings as AdamWSettings
 from llamita.backend.adamw import clipping_scale as clipping_scale
 from llamita.backend.mlx.model.fused import PackedParameter
 from llamita.backend.mlx.model.weights import array_from_host, host_from_array
-from llamita.storage.checkpoint import HostArray
+from llamita.model.host_array import HostArray
 
 
 def adamw_update(

@@ -30,9 +30,9 @@ from llamita.backend.mlx.train.objectives import Hidden, LossOutput, TensorBatch
 from llamita.backend.objectives import LossSums, NextToken, Objective
 from llamita.data.batches import Batch
 from llamita.model.config import ModelConfig
+from llamita.model.host_array import HostArray
 from llamita.model.lora import LoraSettings
 from llamita.model.parameters import CLASSIFIER, InitializationName
-from llamita.storage.checkpoint import HostArray
 
 Precision = Literal["auto", "bf16", "fp32"]
 

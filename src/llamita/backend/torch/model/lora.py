@@ -18,9 +18,10 @@ from llamita.backend.torch.model.fused import PackedParameter, canonical_names
 from llamita.backend.torch.model.llama import Linear, Llama
 from llamita.backend.torch.model.quantized import QuantizedLinear
 from llamita.backend.torch.model.weights import host_from_tensor, tensor_from_host
+from llamita.model.host_array import HostArray
 from llamita.model.lora import DOWN, HEAD, UP, Adapter, Factors, LoraSettings, initialize_adapter, linear_maps
-from llamita.model.parameters import SCALE, parameter_table, weight_bits
-from llamita.storage.checkpoint import HostArray
+from llamita.model.parameters import parameter_table, weight_bits
+from llamita.model.quantization import SCALE
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llamita.model.parameters import QUANTIZATION_GROUP as GROUP
+from llamita.model.quantization import QUANTIZATION_GROUP as GROUP
 
 KERNEL_ROWS = 24
 """Up to so many rows of activations the kernels are used; beyond, a matrix-matrix product of dequantised weights."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llamita.backend.torch.model import quantize
 from llamita.backend.torch.model.layers import Operations
-from llamita.model.parameters import quantized_shapes
+from llamita.model.quantization import quantized_shapes
 
 
 class QuantizedLinear(nn.Module):

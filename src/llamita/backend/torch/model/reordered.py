@@ -23,8 +23,8 @@ from llamita.backend.torch.model.weights import (
     tensor_from_host,
 )
 from llamita.model.config import ModelConfig
+from llamita.model.host_array import HostArray
 from llamita.model.parameters import check_arrays
-from llamita.storage.checkpoint import HostArray
 
 SMALLEST = 2**18
 """Numbers in a weight from which on it is faster prepacked: below, what it costs to call the operator is more."""

@@ -13,9 +13,10 @@ from llamita.backend.torch.model import quantize
 from llamita.backend.torch.model.layers import FUSED, Operations
 from llamita.backend.torch.model.llama import Llama
 from llamita.backend.torch.model.quantized import QuantizedLinear
+from llamita.model import host_array
 from llamita.model.config import ModelConfig
+from llamita.model.host_array import HostArray
 from llamita.model.parameters import (
-    SCALE,
     InitializationName,
     check_arrays,
     initialize_parameters,
@@ -23,8 +24,7 @@ from llamita.model.parameters import (
     stored_arrays,
     weight_bits,
 )
-from llamita.storage import checkpoint
-from llamita.storage.checkpoint import HostArray
+from llamita.model.quantization import SCALE
 
 COPIED_AT_ONCE = 2**20  # numbers
 
@@ -120,7 +120,7 @@ def finite_pieces(name: str, array: HostArray) -> Iterator[tuple[int, Tensor]]:
 
     ValueError, naming the array, for NaN or infinity.
     """
-    item, source_X = checkpoint.ITEM_BYTES[array.dtype], tensor_from_host(array).reshape(-1)
+    item, source_X = host_array.ITEM_BYTES[array.dtype], tensor_from_host(array).reshape(-1)
     for start in range(0, len(source_X), COPIED_AT_ONCE):
         piece_X = source_X[start : start + COPIED_AT_ONCE]
         if piece_X.is_floating_point() and not torch.isfinite(piece_X.sum(dtype=torch.float32)):

@@ -14,7 +14,7 @@ from llamita.backend.adamw import AdamWSettings as AdamWSettings
 from llamita.backend.adamw import clipping_scale as clipping_scale
 from llamita.backend.torch.model.fused import PackedParameter
 from llamita.backend.torch.model.weights import host_from_tensor, tensor_from_host
-from llamita.storage.checkpoint import HostArray
+from llamita.model.host_array import HostArray
 
 BUCKET_NUMBERS = 256 * 1024
 """Numbers per array that one pass works on, on a CPU: few enough to stay in its caches between operations."""

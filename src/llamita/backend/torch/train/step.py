@@ -27,9 +27,9 @@ from llamita.backend.torch.train.adamw import AdamW, AdamWSettings, clipping_sca
 from llamita.backend.torch.train.objectives import Hidden, TensorBatch
 from llamita.data.batches import Batch
 from llamita.model.config import ModelConfig
+from llamita.model.host_array import HostArray
 from llamita.model.lora import LoraSettings
 from llamita.model.parameters import CLASSIFIER, InitializationName
-from llamita.storage.checkpoint import HostArray
 
 Precision = Literal["auto", "bf16", "fp32"]
 

@@ -19,8 +19,8 @@ import llamita
 from llamita.backend.torch.model import weights
 from llamita.data import meadow
 from llamita.model.config import ModelConfig
-from llamita.storage import checkpoint, files
-from llamita.storage.checkpoint import HostArray
+from llamita.model.host_array import HostArray
+from llamita.storage import files, model_directory, safetensors
 from llamita.text.bpe import train_bpe_from_iterator
 
 CONFIG = ModelConfig(300, 16, 32, 2, 4, 2, 64)
@@ -29,8 +29,8 @@ WEIGHTS = "model.safetensors"
 
 def make_model(directory: Path) -> None:
     with files.atomic_directory(directory) as temporary:
-        checkpoint.save_config(temporary, CONFIG)
-        checkpoint.save_tensors(temporary, weights.to_host_arrays(weights.build_model(CONFIG)))
+        model_directory.save_config(temporary, CONFIG)
+        model_directory.save_tensors(temporary, weights.to_host_arrays(weights.build_model(CONFIG)))
         train_bpe_from_iterator(meadow.corpus(0, 200, "train"), 300).save(temporary)
 
 
@@ -87,9 +87,9 @@ def copied(arrays: dict[str, HostArray]) -> dict[str, HostArray]:
 
 def edit_arrays(change: Callable[[dict[str, HostArray]], object]) -> Callable[[Path], None]:
     def edit(directory: Path) -> None:
-        arrays = copied(checkpoint.load_tensors(directory))
+        arrays = copied(model_directory.load_tensors(directory))
         change(arrays)
-        checkpoint.save_tensors(directory, arrays)
+        model_directory.save_tensors(directory, arrays)
 
     return edit
 
@@ -102,12 +102,12 @@ def with_index(change: Callable[[dict, Path], None]) -> Callable[[Path], None]:
     """Two shards and an index, which `change` edits."""
 
     def edit(directory: Path) -> None:
-        arrays = copied(checkpoint.load_tensors(directory))
+        arrays = copied(model_directory.load_tensors(directory))
         names = list(arrays)
         index = {"weight_map": {}}
         for number, part in enumerate((names[:5], names[5:]), 1):
             file = f"model-{number:05d}-of-00002.safetensors"
-            checkpoint.write_safetensors(directory / file, {name: arrays[name] for name in part})
+            safetensors.write_safetensors(directory / file, {name: arrays[name] for name in part})
             index["weight_map"] |= dict.fromkeys(part, file)
         (directory / WEIGHTS).unlink()
         change(index, directory)
@@ -126,8 +126,8 @@ def link_outside(index: dict, directory: Path) -> None:
 
 
 def repeat_a_tensor(index: dict, directory: Path) -> None:
-    first, second = (copied(checkpoint.read_safetensors(directory / name)) for name in (FIRST, SECOND))
-    checkpoint.write_safetensors(directory / SECOND, dict([first.popitem()]) | second)
+    first, second = (copied(safetensors.read_safetensors(directory / name)) for name in (FIRST, SECOND))
+    safetensors.write_safetensors(directory / SECOND, dict([first.popitem()]) | second)
 
 
 DEEP = "[" * 100_000

@@ -1,95 +1,31 @@
-"""Model directories, on disk or on the Hugging Face hub: safetensors files and `config.json`.
+"""Model directories, on disk or on the Hugging Face hub: `config.json`, and weights in one file or in shards.
 
-Knows nothing of frameworks: an array is a dtype name, a shape and bytes, since numpy has no bfloat16. The safetensors
-format (https://github.com/huggingface/safetensors) is read and written here rather than through its library because
-that maps files only into a framework's tensors.
+Knows nothing of frameworks.
 """
 
 import json
-import math
-import mmap
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
-import numpy as np
 
 from llamita.model.config import ModelConfig, unknown_keys
+from llamita.model.host_array import DTYPE_NAMES, HostArray
 from llamita.model.parameters import shortened
-from llamita.storage.files import MAX_JSON_BYTES, parse_json, read_json
+from llamita.storage.files import read_json
+from llamita.storage.safetensors import Layout, layout_of, read_safetensors, size_of, write_file
 
 MAX_SHARD_BYTES = 5_000_000_000
 HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 ADAPTER_CONFIG = "adapter_config.json"  # a directory that has it holds an adapter over another model
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-NUMPY_TYPES = {
-    "F64": "<f8",
-    "F32": "<f4",
-    "F16": "<f2",
-    "I64": "<i8",
-    "I32": "<i4",
-    "I16": "<i2",
-    "I8": "i1",
-    "U8": "u1",
-}
-Layout = dict[str, tuple[str, tuple[int, ...]]]  # the dtype and shape of each array of a file
-DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-
-
-@dataclass(frozen=True)
-class HostArray:
-    """An array in host memory or in a mapped file: little-endian, row-major bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: memoryview
-    mapping: mmap.mmap | None = field(default=None, repr=False)
-    """The file that the bytes are mapped from, and where in it they begin."""
-    offset: int = 0
-
-    @classmethod
-    def from_numpy(cls, array: np.ndarray) -> "HostArray":
-        names = {np.dtype(code): name for name, code in NUMPY_TYPES.items()}
-        return cls(names[array.dtype], array.shape, _bytes_of(array))
-
-    @classmethod
-    def from_bf16_bits(cls, bits: np.ndarray) -> "HostArray":
-        """An array of bfloat16 given as uint16 bit patterns."""
-        return cls("BF16", bits.shape, _bytes_of(bits))
-
-    def to_numpy(self) -> np.ndarray:
-        """A numpy array: a view of the bytes, but for bfloat16, which is widened to float32."""
-        if self.dtype == "BF16":
-            bits = np.frombuffer(self.data, dtype="<u2").astype(np.uint32) << 16
-            return bits.view(np.float32).reshape(self.shape)
-        return np.frombuffer(self.data, dtype=NUMPY_TYPES[self.dtype]).reshape(self.shape)
-
-    def forget(self, start: int, stop: int) -> None:
-        """Give the memory of bytes that were read back to the system, where a file can give them again."""
-        if self.mapping is None:
-            return
-        page = mmap.PAGESIZE
-        first, last = -(-(self.offset + start) // page) * page, (self.offset + stop) // page * page
-        if first < last:
-            self.mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
-
-
-def _bytes_of(array: np.ndarray) -> memoryview:
-    flat = np.ascontiguousarray(array).reshape(-1)
-    return flat.view(np.uint8).data
-
-
-# --- tensors ---------------------------------------------------------------------------------------------------------
 
 
 def save_tensors(directory: Path | str, tensors: Mapping[str, HostArray], name: str = "model") -> None:
     """Write `<name>.safetensors`, or shards of at most 5 GB and an index. The directory should be an atomic one."""
-    stream_tensors(directory, _layout(tensors), tensors.items(), name)
+    stream_tensors(directory, layout_of(tensors), tensors.items(), name)
 
 
 def stream_tensors(
@@ -100,53 +36,21 @@ def stream_tensors(
     shards: list[Layout] = [{}]
     used = total = 0
     for key, (dtype, shape) in layout.items():
-        size = _size(dtype, shape)
+        size = size_of(dtype, shape)
         if used and used + size > MAX_SHARD_BYTES:
             shards.append({})
             used = 0
         shards[-1][key] = (dtype, shape)
         used, total = used + size, total + size
     if len(shards) == 1:
-        return _write_file(directory / f"{name}.safetensors", shards[0], arrays)
+        return write_file(directory / f"{name}.safetensors", shards[0], arrays)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file_name = f"{name}-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(directory / file_name, shard, arrays)
+        write_file(directory / file_name, shard, arrays)
         weight_map |= dict.fromkeys(shard, file_name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, HostArray]) -> None:
-    """Write one file."""
-    _write_file(path, _layout(tensors), iter(tensors.items()))
-
-
-def _layout(tensors: Mapping[str, HostArray]) -> Layout:
-    return {key: (array.dtype, array.shape) for key, array in tensors.items()}
-
-
-def _write_file(path: Path, layout: Layout, tensors: Iterator[tuple[str, HostArray]]) -> None:
-    """Write one file: its header from `layout`, then as many arrays as that has."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for key, (dtype, shape) in layout.items():
-        end = offset + _size(dtype, shape)
-        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # tensors begin aligned to eight bytes
-    with open(path, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for key, (dtype, shape) in layout.items():
-            given, array = next(tensors)
-            assert (given, array.dtype, array.shape) == (key, dtype, shape), f"{given} came, {key} was announced"
-            file.write(array.data)
-
-
-def _size(dtype: str, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * ITEM_BYTES[dtype]
 
 
 def load_tensors(directory: Path | str, name: str = "model") -> dict[str, HostArray]:
@@ -194,51 +98,6 @@ def _shard(directory: Path, name: str, index_file: Path) -> Path:
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist, but {index_file.name} names it; the download is incomplete")
     return file
-
-
-def read_safetensors(path: Path) -> dict[str, HostArray]:
-    """Map one safetensors file; every header entry is checked against the file before it is used."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_JSON_BYTES):
-            raise ValueError(f"{path} is truncated or no safetensors file: {size} bytes, header of {length}")
-        header = parse_json(file.read(length), f"{path} has a broken header")
-        if not isinstance(header, dict):
-            raise ValueError(f"{path} has a broken header: expected an object of tensors")
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    header.pop("__metadata__", None)
-    data = memoryview(mapping)[8 + length :]
-    result, expected_start = {}, 0
-    for key, entry in sorted(header.items(), key=lambda item: _span(path, *item)):
-        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if dtype not in ITEM_BYTES:
-            raise ValueError(f"{path}: {key} has dtype {dtype!r}; supported are {', '.join(ITEM_BYTES)}")
-        if end - start != math.prod(shape) * ITEM_BYTES[dtype]:
-            raise ValueError(f"{path}: {key} of shape {list(shape)} and {dtype} cannot fill {end - start} bytes")
-        if start != expected_start:
-            raise ValueError(
-                f"{path}: {key} begins at byte {start}, expected {expected_start}; tensors overlap or gape"
-            )
-        if end > len(data):
-            raise ValueError(f"{path} is truncated: {key} ends at byte {end}, the file holds {len(data)}")
-        result[key] = HostArray(dtype, shape, data[start:end], mapping, 8 + length + start)
-        expected_start = end
-    if expected_start != len(data):
-        raise ValueError(f"{path}: its tensors end at byte {expected_start}, the file holds {len(data)}")
-    return result
-
-
-def _span(path: Path, key: str, entry: Any) -> tuple[int, int]:
-    """The data offsets of a header entry, for sorting; ValueError where it is not of the format's form."""
-    try:
-        start, end = entry["data_offsets"]
-        numbers = [start, end, *entry["shape"]]
-        if not isinstance(entry["dtype"], str) or not all(type(n) is int and n >= 0 for n in numbers) or start > end:
-            raise ValueError
-        return start, end
-    except (TypeError, KeyError, ValueError):
-        raise ValueError(f"{path}: the header entry of {key!r} is broken") from None
 
 
 # --- model directories -----------------------------------------------------------------------------------------------

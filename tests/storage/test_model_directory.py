@@ -9,9 +9,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from llamita.model.host_array import HostArray
 from llamita.model.presets import preset
-from llamita.storage import checkpoint, files
-from llamita.storage.checkpoint import HostArray
+from llamita.storage import files, model_directory
 
 
 def arrays():
@@ -24,10 +24,10 @@ def arrays():
 
 
 def test_what_is_written_the_library_reads_and_back(tmp_path):
-    checkpoint.save_tensors(tmp_path, {name: HostArray.from_numpy(a) for name, a in arrays().items()})
+    model_directory.save_tensors(tmp_path, {name: HostArray.from_numpy(a) for name, a in arrays().items()})
     theirs = load_file(tmp_path / "model.safetensors")
     save_file(arrays(), tmp_path / "theirs.safetensors")
-    ours = checkpoint.load_tensors(tmp_path, "theirs")
+    ours = model_directory.load_tensors(tmp_path, "theirs")
     assert set(theirs) == set(ours) == set(arrays())
     for name, expected in arrays().items():
         for read in (theirs[name], ours[name].to_numpy()):
@@ -37,8 +37,8 @@ def test_what_is_written_the_library_reads_and_back(tmp_path):
 
 def test_bfloat16_bits_are_kept(tmp_path):
     bits = np.array([0x3F80, 0xC020, 0x7F80], dtype=np.uint16)  # 1, -2.5, infinity
-    checkpoint.save_tensors(tmp_path, {"x": HostArray.from_bf16_bits(bits)})
-    read = checkpoint.load_tensors(tmp_path)["x"]
+    model_directory.save_tensors(tmp_path, {"x": HostArray.from_bf16_bits(bits)})
+    read = model_directory.load_tensors(tmp_path)["x"]
     assert read.dtype == "BF16"
     np.testing.assert_array_equal(read.to_numpy(), np.array([1, -2.5, np.inf], dtype=np.float32))
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
@@ -46,18 +46,18 @@ def test_bfloat16_bits_are_kept(tmp_path):
 
 
 def test_shards_and_their_index(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 30)
+    monkeypatch.setattr(model_directory, "MAX_SHARD_BYTES", 30)
     tensors = {name: HostArray.from_numpy(a) for name, a in arrays().items()}
-    checkpoint.save_tensors(tmp_path, tensors)
+    model_directory.save_tensors(tmp_path, tensors)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) == 2
-    read = checkpoint.load_tensors(tmp_path)
+    read = model_directory.load_tensors(tmp_path)
     for name, expected in arrays().items():
         np.testing.assert_array_equal(read[name].to_numpy(), expected)
     index["weight_map"]["a"] = "../outside.safetensors"
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="must lie in the same directory"):
-        checkpoint.load_tensors(tmp_path)
+        model_directory.load_tensors(tmp_path)
 
 
 def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
@@ -82,7 +82,7 @@ def test_broken_files_are_refused_by_name(tmp_path, header, data, words):
     encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
     with pytest.raises(ValueError, match=words) as error:
-        checkpoint.load_tensors(tmp_path)
+        model_directory.load_tensors(tmp_path)
     assert "model.safetensors" in str(error.value)
 
 
@@ -90,7 +90,7 @@ def test_broken_files_are_refused_by_name(tmp_path, header, data, words):
 def test_files_too_short_for_their_header(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="truncated or no safetensors file"):
-        checkpoint.load_tensors(tmp_path)
+        model_directory.load_tensors(tmp_path)
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):
@@ -125,12 +125,12 @@ def test_a_file_is_replaced_in_one_step(tmp_path):
 
 def test_a_user_s_path_finds_its_model(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist; expected a model directory or a training run"):
-        checkpoint.resolve_model_directory(tmp_path / "nothing")
+        model_directory.resolve_model_directory(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
-        checkpoint.resolve_model_directory(tmp_path)
+        model_directory.resolve_model_directory(tmp_path)
     for name in ("last", "best"):
         (tmp_path / name).mkdir()
-        checkpoint.save_config(tmp_path / name, preset("tiny"))
-        assert checkpoint.resolve_model_directory(tmp_path) == tmp_path / name
-    assert checkpoint.resolve_model_directory(tmp_path / "last") == tmp_path / "last"
-    assert checkpoint.load_config(tmp_path / "best") == preset("tiny")
+        model_directory.save_config(tmp_path / name, preset("tiny"))
+        assert model_directory.resolve_model_directory(tmp_path) == tmp_path / name
+    assert model_directory.resolve_model_directory(tmp_path / "last") == tmp_path / "last"
+    assert model_directory.load_config(tmp_path / "best") == preset("tiny")

@@ -1,0 +1,64 @@
+"""Arrays on the host: a dtype by its safetensors name, a shape, and bytes, since numpy has no bfloat16."""
+
+import mmap
+from dataclasses import dataclass, field
+
+import numpy as np
+
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+NUMPY_TYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U8": "u1",
+}
+DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+FLOATING = ("F32", "BF16", "F16", "F64")
+"""The types that weights may have."""
+
+
+@dataclass(frozen=True)
+class HostArray:
+    """An array in host memory or in a mapped file: little-endian, row-major bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+    mapping: mmap.mmap | None = field(default=None, repr=False)
+    """The file that the bytes are mapped from, and where in it they begin."""
+    offset: int = 0
+
+    @classmethod
+    def from_numpy(cls, array: np.ndarray) -> "HostArray":
+        names = {np.dtype(code): name for name, code in NUMPY_TYPES.items()}
+        return cls(names[array.dtype], array.shape, _bytes_of(array))
+
+    @classmethod
+    def from_bf16_bits(cls, bits: np.ndarray) -> "HostArray":
+        """An array of bfloat16 given as uint16 bit patterns."""
+        return cls("BF16", bits.shape, _bytes_of(bits))
+
+    def to_numpy(self) -> np.ndarray:
+        """A numpy array: a view of the bytes, but for bfloat16, which is widened to float32."""
+        if self.dtype == "BF16":
+            bits = np.frombuffer(self.data, dtype="<u2").astype(np.uint32) << 16
+            return bits.view(np.float32).reshape(self.shape)
+        return np.frombuffer(self.data, dtype=NUMPY_TYPES[self.dtype]).reshape(self.shape)
+
+    def forget(self, start: int, stop: int) -> None:
+        """Give the memory of bytes that were read back to the system, where a file can give them again."""
+        if self.mapping is None:
+            return
+        page = mmap.PAGESIZE
+        first, last = -(-(self.offset + start) // page) * page, (self.offset + stop) // page * page
+        if first < last:
+            self.mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return flat.view(np.uint8).data
