@@ -16,6 +16,13 @@ from llamita.model.host_array import HostArray
 
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
+FOLDERS = {
+    **dict.fromkeys(("layers", "attention", "fused", "weights", "quantize"), "model"),
+    **dict.fromkeys(("losses", "adamw"), "train"),
+    **dict.fromkeys(("runner", "sampling", "paged_attention", "kv_cache"), "infer"),
+}
+"""Where a module lies in a backend's folder."""
+
 
 class Framework:
     """What both have in common."""
@@ -23,7 +30,7 @@ class Framework:
     name = ""
 
     def __getattr__(self, module: str) -> ModuleType:
-        return importlib.import_module(f"llamita.{self.name}_backend.{module}")
+        return importlib.import_module(f"llamita.backend.{self.name}.{FOLDERS[module]}.{module}")
 
     def model(self, config: ModelConfig, arrays: dict[str, np.ndarray], precision: str) -> Any:
         return self.weights.build_model(config, host(arrays), dtype=self.dtype(precision))
@@ -53,7 +60,7 @@ class Torch(Framework):
     def adamw(self, values: np.ndarray, decays: bool, settings: Any) -> Any:
         """(an optimiser of one parameter, a function that steps it with a gradient, one that reads the parameter)"""
         parameter = torch.nn.Parameter(self.array(values))
-        packed = self.packed.PackedParameter("w", parameter, ("w",), (len(values),), decays)
+        packed = self.fused.PackedParameter("w", parameter, ("w",), (len(values),), decays)
         optimizer = self.__getattr__("adamw").AdamW([packed], settings)
 
         def step(gradient: np.ndarray, rate: float) -> None:
@@ -84,7 +91,7 @@ class Mlx(Framework):
 
     def adamw(self, values: np.ndarray, decays: bool, settings: Any) -> Any:
         owner = {"w": self.array(values)}
-        packed = self.packed.PackedParameter("w", owner, "w", ("w",), (len(values),), decays)
+        packed = self.fused.PackedParameter("w", owner, "w", ("w",), (len(values),), decays)
         optimizer = self.__getattr__("adamw").AdamW([packed], settings)
         return lambda gradient, rate: optimizer.step([self.array(gradient)], rate), lambda: self.numbers(owner["w"])
 
