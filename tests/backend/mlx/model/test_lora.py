@@ -81,7 +81,7 @@ def test_logits_loss_and_gradients_are_pytorch_s(targets, stabilized):
 
 def test_ten_updates_of_a_fresh_adapter_follow_pytorch_s_and_leave_the_base_alone():
     """Micro-batches, clipping and decay included."""
-    options = {"adapter": EVERYTHING, "max_grad_norm": 1.0, "weight_decay": 0.1}
+    options = {"adapter": EVERYTHING, "max_grad_norm": 1.0, "optimizer": AdamWSettings(weight_decay=0.1)}
     ours, theirs = (make(one, **options) for one in ("mlx", "torch"))
     assert same(ours.weights(), theirs.weights()), "the same beginning, bit for bit"
     base = to_host_arrays(ours.model)

@@ -5,7 +5,6 @@ import pytest
 
 pytest.importorskip("mlx.core", reason="mlx is not installed")
 
-from llamita.backend.adamw import AdamWSettings
 from llamita.backend.mlx.backend import BACKEND as MLX
 from llamita.backend.mlx.infer.runner import load_runner
 from llamita.backend.torch.backend import BACKEND as TORCH
@@ -37,13 +36,7 @@ def run(config, backend, display=None):
 
 @pytest.mark.medium
 def test_a_run_of_either_backend_goes_on_in_the_other(tmp_path, data):
-    config = {
-        "steps": STEPS,
-        "evaluate_every": 3,
-        "checkpoint_every": 3,
-        "dropout": 0.0,
-        "optimizer": AdamWSettings(epsilon=1e-6),
-    }
+    config = {"steps": STEPS, "evaluate_every": 3, "checkpoint_every": 3, "dropout": 0.0, "epsilon": 1e-6}
     backends = {"mlx": MLX, "torch": TORCH}
     whole = {}
     for name, backend in backends.items():
