@@ -20,7 +20,7 @@ import numpy as np
 
 from llamita.backend.adamw import StepMetrics as StepMetrics
 from llamita.backend.mlx.devices import choose_device
-from llamita.backend.mlx.infer.runner import MlxRunner
+from llamita.backend.mlx.infer.runner import OWN, MlxRunner
 from llamita.backend.mlx.model import lora, weights
 from llamita.backend.mlx.model.attention import Dropout
 from llamita.backend.mlx.model.llama import Linear, Llama
@@ -67,7 +67,8 @@ class MlxTrainStep:
             )
         # A quantised weight is read where its twin keeps it, which an input of a compiled function may not be.
         self.frozen = [e for e in every if not (all(map(trainable, e.parts)) or isinstance(e.owner, QuantizedLinear))]
-        self.adapter = lora.attach_new(model, adapter, seed) if adapter else None
+        self.adapter = lora.fresh_adapter(model, adapter, seed) if adapter else None
+        self._adapter_dropout = adapter.dropout if adapter else 0.0
         trained += self.adapter.packed() if self.adapter else []
         if not trained:
             raise ValueError("no parameter of the model is to be trained")
@@ -109,7 +110,7 @@ class MlxTrainStep:
     def log_probs(self, batch: Batch) -> np.ndarray:
         """The log-probability of every label that is scored, float32 (B, T), 0 elsewhere; without dropout."""
         with mx.stream(self.device), self._parameters_kept() as parameters:
-            hidden, output_weight_VD = self._output(self.model.hidden, self._take(*parameters))
+            hidden, output_weight_VD = self._output(self.model.hidden, self._take(*parameters), self.adapter)
             return np.array(log_probs(hidden, output_weight_VD, TensorBatch(**_arrays(batch))))
 
     def weights(self) -> dict[str, HostArray]:
@@ -133,7 +134,9 @@ class MlxTrainStep:
 
     def runner(self) -> MlxRunner:
         """Generates with the weights as they are now."""
-        return MlxRunner(self.model, self.device)
+        if self.adapter is None:
+            return MlxRunner(self.model, self.device)
+        return MlxRunner(self.model, self.device, {OWN: self.adapter}, OWN)
 
     def conditions(self) -> dict[str, Any]:
         """What the last bits of the result depend on besides the configuration and the data."""
@@ -189,20 +192,24 @@ class MlxTrainStep:
     ) -> LossOutput:
         """The loss as a function of the parameters and of a batch's arrays; with a key for dropout, while training."""
         output_weight_VD = self._take(trained, frozen)
-        hidden, own_key = self.model.hidden, None
+        hidden, adapter, own_key = self.model.hidden, self.adapter, None
         if key is not None:
             key, own_key = mx.random.split(key)
-            if self.adapter:
+            if adapter:
                 key, drawn = mx.random.split(key)
-                self.adapter.drop(drawn)
+                adapter = adapter.dropping(self._adapter_dropout, drawn)
             probability = self.model.config.dropout
             hidden = functools.partial(hidden, dropout=Dropout(probability, key) if probability else None)
-        hidden, output_weight_VD = self._output(hidden, output_weight_VD)
+        hidden, output_weight_VD = self._output(hidden, output_weight_VD, adapter)
         return loss_function(self.objective, own_key)(hidden, output_weight_VD, TensorBatch(**arrays))
 
-    def _output(self, hidden: Hidden, output_weight_VD: mx.array) -> tuple[Hidden, mx.array]:
+    def _output(
+        self, hidden: Hidden, output_weight_VD: mx.array, adapter: lora.ModelAdapter | None
+    ) -> tuple[Hidden, mx.array]:
         """Hidden states and the output matrix, as losses take them."""
-        return self.adapter.output(hidden, output_weight_VD) if self.adapter else (hidden, output_weight_VD)
+        if adapter is None:
+            return hidden, output_weight_VD
+        return adapter.output(functools.partial(hidden, adapters=adapter), output_weight_VD)
 
     def _take(self, trained: Sequence[mx.array], frozen: Sequence[mx.array]) -> mx.array:
         """Put parameters into the model, in bf16 those of linear maps rounded; returns its output weight, as rounded.
@@ -238,8 +245,6 @@ class MlxTrainStep:
         finally:
             for item, values in zip(items, parameters, strict=True):
                 item.replace(values)
-            if self.adapter:
-                self.adapter.drop(None)
 
     def _key_of_step(self) -> mx.array:
         """What dropout draws from: a function of (seed, step)."""
