@@ -104,7 +104,7 @@ class Chat:
 
     @functools.cached_property
     def end_of_turn(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """What ends an answer besides an end-of-sequence token: token ids, stop strings.
+        """The ends of an answer besides an end-of-sequence token: token ids, stop strings.
 
         The control token that the template writes after an answer, or else the text there up to a space.
         """
@@ -121,8 +121,9 @@ class Chat:
 
     @functools.cached_property
     def _spaces_given(self) -> int | None:
-        """How many spaces end the beginning of an answer that the template gives; those that follow before its text are
-        the assistant's to write. None where answers do not begin as the template begins one."""
+        """Counts the spaces at the end of the beginning that the template gives an answer.
+
+        Those that follow before its text are the assistant's to write. None where answers do not begin as the template begins one."""
         messages = [{"role": role, "content": letter} for role, letter in (("user", "a"), ("assistant", "b"))]
         given = self._layout(messages[:1], True, False, None, {}, find=False).text
         whole = self._layout(messages, False, False, None, {}, find=True)
@@ -264,7 +265,7 @@ class Chat:
         return tuple(any(written[start:end]) for start, end in places)
 
     def _places(self, tokens: list[int], text: str) -> list[tuple[int, int]] | None:
-        """Which bytes of the text each token stands for; None where their bytes are not the text's."""
+        """Returns the bytes of the text that each token stands for; None where their bytes are not the text's."""
         data = text.encode()
         names = {token_id: name.encode() for name, token_id in self._control.items()}
         places, position = [], 0
