@@ -123,7 +123,9 @@ class Chat:
     def _spaces_given(self) -> int | None:
         """Counts the spaces at the end of the beginning that the template gives an answer.
 
-        Those that follow before its text are the assistant's to write. None where answers do not begin as the template begins one."""
+        Those that follow before its text are the assistant's to write. None where answers do not begin as the template
+        begins one.
+        """
         messages = [{"role": role, "content": letter} for role, letter in (("user", "a"), ("assistant", "b"))]
         given = self._layout(messages[:1], True, False, None, {}, find=False).text
         whole = self._layout(messages, False, False, None, {}, find=True)

@@ -115,8 +115,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         for found in list(tree.find_all(nodes.Concat)):
             # `a ~ b` has no hook of its own: it becomes the sum of two texts, which has.
             found.nodes = [nodes.Call(nodes.Name("__join", "load"), [nodes.List(found.nodes)], [], None, None)]
-        for node in tree.find_all(nodes.Node):
-            node.set_lineno(node.lineno or 1)
+        for any_node in tree.find_all(nodes.Node):
+            any_node.set_lineno(any_node.lineno or 1)
         return tree
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
