@@ -156,7 +156,7 @@ def merge(model: Llama, adapter: Adapter, sign: float = 1.0) -> None:
     What the adapter replaces whole (a classification head) is not touched: it is not a sum.
     """
     if model.config.quantization:
-        raise ValueError(f"the weights are {model.config.quantization} and take no sums; pass the adapter beside them instead")
+        raise ValueError(f"the weights are {model.config.quantization} and take no sums; pass the adapter with them")
     for packed in model.packed_parameters():
         modules = [name.removesuffix(".weight") for name in packed.parts]
         if not set(modules) & adapter.factors.keys():

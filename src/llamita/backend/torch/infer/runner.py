@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llamita.backend.plan import CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult, token_array
 from llamita.backend.step_layout import begins, packing_order, rows_drawn, rows_wanted
-from llamita.backend.torch.devices import choose_device, fast_few_rows, table_kernel
+from llamita.backend.torch.devices import choose_device, table_kernel
 from llamita.backend.torch.infer.adapters import adapters_of_rows, exact_adapter
 from llamita.backend.torch.infer.exact import exact_model
 from llamita.backend.torch.infer.graphs import DecodeGraphs, TableStep, cuda_recorder
@@ -153,10 +153,8 @@ class TorchRunner:
             return StepResult(())
         order = packing_order(plan.chunks)
         chunks = [plan.chunks[i] for i in order]
-        rows = sum(len(chunk.tokens) for chunk in chunks)
-        with fast_few_rows(self.device, self.dtype, rows):
-            states = self._recorded(chunks, memory) or self._computed(chunks, memory)
-            sampled = self._sample(chunks, states, memory.sampler)
+        states = self._recorded(chunks, memory) or self._computed(chunks, memory)
+        sampled = self._sample(chunks, states, memory.sampler)
         scores = self._score(chunks, states)
         places = {number: place for place, number in enumerate(order)}
         return StepResult(

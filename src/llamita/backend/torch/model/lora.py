@@ -152,7 +152,7 @@ def merge(model: Llama, adapter: Adapter, sign: float = 1.0) -> None:
     What the adapter replaces whole (a classification head) is not touched: it is not a sum.
     """
     if model.config.quantization:
-        raise ValueError(f"the weights are {model.config.quantization} and take no sums; pass the adapter beside them instead")
+        raise ValueError(f"the weights are {model.config.quantization} and take no sums; pass the adapter with them")
     assert not model.prepacked, "what is added to prepacked weights would be lost"
     state = model.canonical_state()
     for module, one in adapter.factors.items():
