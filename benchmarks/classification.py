@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from llamita.backend.torch.infer.runner import load_runner
+from llamita.backend.torch.backend import BACKEND
 from llamita.cli.main import main as llamita
 from llamita.data.labelled import LabelledTexts, read_labelled, read_mapping
 from llamita.evaluation.classification import classification_report
@@ -47,7 +47,7 @@ def baseline(train: LabelledTexts, held_out: list[LabelledTexts], seed: int) -> 
 
 def tuned(run: Path, held_out: list[LabelledTexts]) -> list[float]:
     """Accuracies of a run's best checkpoint, in %."""
-    model = Classifier.load(run, load_runner)
+    model = Classifier.load(run, BACKEND)
     found = []
     for texts in held_out:
         log_p = model.log_probabilities(model.encode(texts.texts, texts.source))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import transformers
 
-from llamita.backend.plan import SamplingParams
+from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.runner import TorchRunner, load_runner
 from llamita.backend.torch.infer.sampling import Sampler
 from llamita.inference.config import EngineConfig

@@ -27,11 +27,12 @@ from mlx_lm.utils import load_model
 from rich.console import Console
 from rich.table import Table
 
+from llamita.backend.interface import CacheLayout, SampleSpec, ScheduledChunk
 from llamita.backend.mlx.devices import choose_device
 from llamita.backend.mlx.infer.runner import DTYPES, MlxRunner, load_runner
 from llamita.backend.mlx.model.llama import Context
 from llamita.backend.mlx.model.weights import build_model, to_host_arrays
-from llamita.backend.plan import CacheLayout, SampleSpec, SamplingParams, ScheduledChunk
+from llamita.backend.sampling_params import SamplingParams
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
 from llamita.inference.request import Request

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import llamita
-from llamita.backend.plan import SamplingParams
+from llamita.backend.sampling_params import SamplingParams
 from llamita.inference.config import EngineConfig
 from llamita.inference.llm import LLM
 

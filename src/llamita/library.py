@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from llamita.backend.choice import load_backend
-from llamita.backend.plan import BackendName
+from llamita.backend.interface import BackendName
 from llamita.inference.config import EngineConfig
 from llamita.inference.interfaces import Drafter
 from llamita.inference.llm import LLM

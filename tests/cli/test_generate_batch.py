@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llamita.backend.plan import SamplingParams
+from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.runner import load_runner
 from llamita.backend.torch.model.weights import build_model, to_host_arrays
 from llamita.cli.main import main

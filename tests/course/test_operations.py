@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llamita.backend.plan import CacheLayout, Plan, SampleSpec, SamplingParams, ScheduledChunk
+from llamita.backend.interface import CacheLayout, Plan, SampleSpec, ScheduledChunk
+from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.train.adamw import AdamWSettings
 from llamita.model.config import ModelConfig
 from llamita.model.parameters import parameter_table

@@ -9,8 +9,8 @@ from functools import partial
 import pytest
 
 import llamita
-from llamita.backend.plan import SamplingParams
-from llamita.backend.torch.train.step import build_train_step
+from llamita.backend.sampling_params import SamplingParams
+from llamita.backend.torch.backend import BACKEND
 from llamita.cli.main import main
 from llamita.data import meadow
 from llamita.evaluation import records
@@ -51,7 +51,7 @@ def made(tmp_path_factory):
              "num_key_value_heads=2", "head_dim=32", f"max_position_embeddings={POSITIONS}"),
         learning_rate=1e-2, weight_decay=0.0, evaluate_every=0, sample_tokens=0, precision="fp32", device="cpu",
     )  # fmt: skip
-    pretrain(settings, build_train_step, display=Silence())
+    pretrain(settings, BACKEND, display=Silence())
     stories = list(meadow.corpus(0, STORIES, "train"))
     lines = []
     for index, story in enumerate(stories[:10]):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llamita.backend.plan import CacheLayout, Plan, SampledToken, SampleSpec, ScheduledChunk, StepResult
+from llamita.backend.interface import CacheLayout, Plan, SampledToken, SampleSpec, ScheduledChunk, StepResult
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
 from llamita.inference.request import Request, SamplingParams, TokenEvent

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import llamita
-from llamita.backend.plan import CacheLayout, Plan, SamplingParams, ScheduledChunk
+from llamita.backend.interface import CacheLayout, Plan, ScheduledChunk
+from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.runner import TorchRunner
 from llamita.backend.torch.model import lora
 from llamita.cli.main import main

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamita.backend.plan import LONGEST_CHUNK, MAX_SEED
+from llamita.backend.interface import LONGEST_CHUNK
+from llamita.backend.sampling_params import MAX_SEED
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
 from llamita.inference.request import Request, SamplingParams

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from llamita.backend.plan import Plan, SampledToken, StepResult
+from llamita.backend.interface import Plan, SampledToken, StepResult
 from llamita.inference.config import EngineConfig
 from llamita.inference.drafting import DraftModel, PromptLookup
 from llamita.inference.engine import Engine

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import Phase
 
-from llamita.backend.plan import SampledToken, ScheduledChunk
+from llamita.backend.interface import SampledToken, ScheduledChunk
 from llamita.inference.block_manager import BlockManager, BlockPool, BlockTable
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine

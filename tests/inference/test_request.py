@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from llamita.backend.plan import MAX_CONTINUATIONS, MAX_TOP_LOGPROBS
+from llamita.backend.sampling_params import MAX_CONTINUATIONS, MAX_TOP_LOGPROBS
 from llamita.inference.request import MAX_SEED, SamplingParams
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from llamita.backend.plan import SampleSpec, SamplingParams
+from llamita.backend.interface import SampleSpec
+from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.sampling import Sampler
 from llamita.inference.detokenizer import IncrementalDetokenizer
 from llamita.inference.structured import Grammars, Matcher, fill

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llamita.backend.plan import SamplingParams
+from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.runner import load_runner
 from llamita.inference.config import EngineConfig
 from llamita.inference.llm import LLM

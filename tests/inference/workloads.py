@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from hypothesis import strategies as st
 
-from llamita.backend.plan import BlockCopy, CacheLayout, ScheduledChunk
+from llamita.backend.interface import BlockCopy, CacheLayout, ScheduledChunk
 from llamita.inference.config import EngineConfig
 from llamita.inference.drafting import DraftModel, PromptLookup
 from llamita.inference.engine import Engine

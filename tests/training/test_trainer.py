@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from llamita.backend.objectives import LossSums
+from llamita.backend.interface import LossSums
 from llamita.data.batches import NOT_SCORED
 from llamita.storage import model_directory
 from llamita.training.evaluation import evaluate

@@ -1,7 +1,6 @@
 """Tuning a classifier: the same logits in transformers, padding, class weights, heads, resuming, seeds, refusals."""
 
 import dataclasses
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from llamita.backend.objectives import Classification
-from llamita.backend.torch.infer.runner import load_runner
+from llamita.backend.torch.backend import BACKEND
 from llamita.backend.torch.model import weights
 from llamita.backend.torch.train.step import build_train_step
 from llamita.cli.main import main
@@ -24,7 +23,7 @@ from llamita.storage import model_directory
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.workflows import classify, classify_seeds
 from llamita.workflows.classify import Classifier, ClassifyConfig, train_classifier
-from tests.training.helpers import timeless, weights_of
+from tests.training.helpers import Altered, timeless, weights_of
 
 CONFIG = ModelConfig(
     vocab_size=300,
@@ -63,11 +62,7 @@ def files(tmp_path_factory):
     return directory
 
 
-@functools.wraps(build_train_step)
-def backend(*arguments, **options):
-    step = build_train_step(*arguments, **options)
-    step.peak_flops = lambda: 1e11
-    return step
+backend = Altered()
 
 
 def settings(output, base, files, **changes):
@@ -112,7 +107,7 @@ def test_a_checkpoint_gives_the_same_logits_in_transformers(trained, files):
     assert not report["unexpected_keys"]
     assert theirs.config.id2label == {0: "bad", 1: "average", 2: "good"}
     assert theirs.config.label2id == {"bad": 0, "average": 1, "good": 2}
-    model = Classifier.load(directory, load_runner)
+    model = Classifier.load(directory, BACKEND)
     texts = read_labelled([str(files / "dev.txt")], "validation", model.config.labels)
     ids = model.encode(texts.texts).tokens
     length = max(map(len, ids))
@@ -151,7 +146,7 @@ def test_what_is_told_and_recorded(trained):
 
 def test_evaluating_the_best_checkpoint_gives_the_accuracy_of_its_run(trained, files):
     output, result, _ = trained
-    model = Classifier.load(output, load_runner)
+    model = Classifier.load(output, BACKEND)
     texts = read_labelled([str(files / "dev.txt")], "validation", model.config.labels)
     log_p = model.log_probabilities(model.encode(texts.texts))
     assert (log_p.argmax(1) == texts.labels).mean() == pytest.approx(result.best.measures["accuracy"])
@@ -235,7 +230,7 @@ def test_head_only_leaves_the_rest_and_resumes(base, files, tmp_path):
 def test_an_adapter_with_its_head_opens_as_a_model_and_in_transformers(base, files, tmp_path):
     run(settings(tmp_path / "run", base, files, tuning="lora", lora_rank=4))
     assert not list((tmp_path / "run").rglob("model.safetensors"))
-    model = Classifier.load(tmp_path / "run", load_runner)
+    model = Classifier.load(tmp_path / "run", BACKEND)
     assert model.config.labels == ("bad", "average", "good")
     assert (model.context, model.keep) == (64, "end")
     texts = [meadow.story(0, 3), "A fox."]
@@ -268,9 +263,7 @@ class StopError(Exception):
 def stopping_at(update):
     """A backend whose runs break off before that update."""
 
-    @functools.wraps(build_train_step)
-    def build(*arguments, **options):
-        step = backend(*arguments, **options)
+    def break_off(step):
         go_on = step.step
 
         def step_until(micro_batches, rate):
@@ -279,9 +272,8 @@ def stopping_at(update):
             return go_on(micro_batches, rate)
 
         step.step = step_until
-        return step
 
-    return build
+    return Altered(break_off)
 
 
 def test_a_run_that_is_stopped_resumes_to_the_same_bytes(trained, base, files, tmp_path):
@@ -349,7 +341,7 @@ def test_an_adapter_and_a_head_over_a_quantised_base(base, files, tmp_path, sche
     model_directory.save_tensors(directory, weights.to_host_arrays(weights.build_model(whole, seed=1)))
     assert main(["quantize", str(directory), str(tmp_path / "base"), "--to", scheme]) == 0
     result, _ = run(settings(tmp_path / "run", tmp_path / "base", files, tuning="lora"))
-    tuned = Classifier.load(tmp_path / "run", load_runner)
+    tuned = Classifier.load(tmp_path / "run", BACKEND)
     texts = read_labelled([str(files / "dev.txt")], "validation", tuned.config.labels)
     found = tuned.log_probabilities(tuned.encode(texts.texts)).argmax(axis=1)
     assert (found == texts.labels).mean() == pytest.approx(result.best.measures["accuracy"], abs=0.051)
@@ -365,4 +357,4 @@ def test_a_tokenizer_of_another_model_is_refused(base, files, tmp_path):
 
 def test_a_language_model_is_no_classifier(base):
     with pytest.raises(ValueError, match="without a classification head; tune it with"):
-        Classifier.load(base, load_runner)
+        Classifier.load(base, BACKEND)

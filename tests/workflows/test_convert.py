@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import llamita
-from llamita.backend.torch.infer.runner import runner_over
+from llamita.backend.torch.backend import BACKEND
 from llamita.backend.torch.model import weights
 from llamita.backend.torch.pickles import read_pickle, write_pickle
 from llamita.cli.main import main
@@ -23,7 +23,7 @@ from llamita.workflows.convert import ConvertConfig, Tools, convert
 from tests.text.test_tiktoken_ranks import RANKS
 from tests.text.test_tiktoken_ranks import write as write_ranks
 
-TOOLS = Tools(runner_over, read_pickle, write_pickle)
+TOOLS = Tools(BACKEND, read_pickle, write_pickle)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_a_source_without_a_tokenizer_generates_from_ids(source, tmp_path, capsy
 
 
 def llamita_params():
-    from llamita.backend.plan import SamplingParams
+    from llamita.backend.sampling_params import SamplingParams
 
     return SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 

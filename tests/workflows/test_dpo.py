@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 
 from llamita.backend.torch.infer.runner import load_runner
-from llamita.backend.torch.train.step import build_train_step
 from llamita.data import meadow_tasks
 from llamita.storage import model_directory, safetensors
 from llamita.text.chat_templates import BUILT_IN
 from llamita.text.tokenizer import Tokenizer
 from llamita.training import metrics
 from llamita.workflows.dpo import DpoConfig, dpo
-from tests.training.helpers import Silence, timeless, weights_of
+from tests.training.helpers import QUICK, Altered, Silence, timeless, weights_of
 from tests.workflows.test_sft import save_model
 
 NAMES = ["Ann", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal", "Ida", "Jon", "Kim", "Leo"]
@@ -51,16 +50,10 @@ def config(given, output, **changes):
     return DpoConfig(**values | changes)
 
 
-def tune(config, backend=build_train_step):
+def tune(config, backend=QUICK):
     """(result, what was reported)."""
     reported = []
-
-    def quick(*arguments, **options):
-        step = backend(*arguments, **options)
-        step.peak_flops = lambda: 1e11  # measuring it takes longer than these runs
-        return step
-
-    return dpo(config, quick, report=reported.append, display=Silence()), reported
+    return dpo(config, backend, report=reported.append, display=Silence()), reported
 
 
 def stored(run):
@@ -108,8 +101,7 @@ def stopping(after):
     """A backend whose step fails after some updates, as a crash would; and a count of what it was asked to score."""
     scored = []
 
-    def backend(*arguments, **options):
-        step = build_train_step(*arguments, **options)
+    def watch(step):
         update, log_probs = step.step, step.log_probs
 
         def fail(micro_batches, rate):
@@ -119,9 +111,8 @@ def stopping(after):
 
         step.step = fail
         step.log_probs = lambda batch: scored.append(batch) or log_probs(batch)
-        return step
 
-    return backend, scored
+    return Altered(watch), scored
 
 
 def test_a_run_cut_short_resumes_to_the_same_bytes_with_the_stored_reference(given, tmp_path, whole):

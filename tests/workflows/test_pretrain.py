@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from llamita.backend.torch.infer.runner import load_runner
-from llamita.backend.torch.train.step import build_train_step
 from llamita.data import shards
 from llamita.data.batches import NOT_SCORED
 from llamita.data.packing import RowsConfig
 from llamita.inference.llm import LLM
 from llamita.storage import model_directory
 from llamita.workflows.pretrain import PretrainConfig, make_examples, model_config, parse_change, pretrain
-from tests.training.helpers import Silence, prepare_stories, timeless, weights_of
+from tests.training.helpers import Altered, Silence, prepare_stories, timeless, weights_of
 
 SMALL = (
     "hidden_size=16",
@@ -34,10 +33,7 @@ def data(tmp_path_factory):
     return prepare_stories(tmp_path_factory.mktemp("stories"))
 
 
-def backend(*arguments, **options):
-    step = build_train_step(*arguments, **options)
-    step.peak_flops = lambda: 1e11
-    return step
+backend = Altered()
 
 
 def settings(output, data, **changes):

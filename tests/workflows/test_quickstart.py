@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from llamita.backend.plan import SamplingParams
+from llamita.backend.sampling_params import SamplingParams
+from llamita.backend.torch.backend import BACKEND
 from llamita.backend.torch.infer.runner import load_runner
-from llamita.backend.torch.train.step import build_train_step
 from llamita.data import meadow
 from llamita.inference.llm import LLM
 from llamita.text.bpe import train_bpe_from_iterator
@@ -50,7 +50,7 @@ def test_prediction_adds_up_whole_stories_and_finds_the_determined_words():
 @pytest.mark.medium
 def test_a_small_quickstart_writes_everything_and_goes_on(tmp_path, capsys):
     config = QuickstartConfig(output=tmp_path / "quick", steps=6, stories=400, vocab_size=500, scored_stories=4)
-    assert quickstart.quickstart(config, build_train_step, load_runner) == 0
+    assert quickstart.quickstart(config, BACKEND) == 0
     output = capsys.readouterr().out
     assert "times the floor" in output
     assert output.count("; seed 100000") == quickstart.STORIES_SHOWN
@@ -61,7 +61,7 @@ def test_a_small_quickstart_writes_everything_and_goes_on(tmp_path, capsys):
     assert (config.output / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     before = (config.output / "run" / "last" / "model.safetensors").read_bytes()
 
-    assert quickstart.quickstart(config, build_train_step, load_runner) == 0
+    assert quickstart.quickstart(config, BACKEND) == 0
     assert "3. A model" not in capsys.readouterr().out
     assert json.loads((config.output / "report.json").read_text()) == report
     assert (config.output / "run" / "last" / "model.safetensors").read_bytes() == before
@@ -69,7 +69,7 @@ def test_a_small_quickstart_writes_everything_and_goes_on(tmp_path, capsys):
 
 def test_stories_sampled_together_are_those_of_each_seed_alone(tmp_path, monkeypatch):
     config = QuickstartConfig(output=tmp_path / "quick", steps=3, stories=400, vocab_size=500, scored_stories=4)
-    quickstart.quickstart(config, build_train_step, load_runner)
+    quickstart.quickstart(config, BACKEND)
     monkeypatch.setattr(quickstart, "SAMPLED_AT_ONCE", 3)
     model = LLM.load(config.output / "run" / "last", lambda directory: load_runner(directory, exact=True))
     together = list(quickstart.sample_stories(model, range(10, 18), Console(quiet=True)))
@@ -83,7 +83,7 @@ def test_stories_sampled_together_are_those_of_each_seed_alone(tmp_path, monkeyp
 def test_the_quickstart_reaches_its_scores(tmp_path):
     """At most 1.05 times the floor and 3 nats above it; 98% grammatical, 85% consistent."""
     config = QuickstartConfig(output=tmp_path / "quick")
-    assert quickstart.quickstart(config, build_train_step, load_runner) == 0
+    assert quickstart.quickstart(config, BACKEND) == 0
     report = json.loads((config.output / "report.json").read_text())
     assert report["times_floor"] <= 1.05
     assert report["nats_per_story"] <= report["floor_per_story"] + 3
@@ -94,13 +94,13 @@ def test_the_quickstart_reaches_its_scores(tmp_path):
 @pytest.mark.medium
 def test_after_pretraining_everything_is_tuned_reported_and_not_done_twice(tmp_path, capsys):
     config = QuickstartConfig(output=tmp_path / "quick", steps=6, stories=400, vocab_size=500, scored_stories=4)
-    assert quickstart.quickstart(config, build_train_step, load_runner) == 0
+    assert quickstart.quickstart(config, BACKEND) == 0
     amounts = Amounts(
         answer_steps=3, conversations=30, pair_steps=2, pairs=40, label_steps=4, texts=40, asked=2, labelled=10
     )
 
     def tune():
-        return tune_and_report(config, build_train_step, load_runner, Console(highlight=False), amounts)
+        return tune_and_report(config, BACKEND, Console(highlight=False), amounts)
 
     capsys.readouterr()
     assert tune() == 0

@@ -19,7 +19,7 @@ from llamita.workflows import rewards, sampling
 from llamita.workflows.reinforcement import RlConfig, reinforce
 from llamita.workflows.rewards import Reward, Sample
 from llamita.workflows.sampling import Answerer, Rules
-from tests.training.helpers import Silence, timeless, weights_of
+from tests.training.helpers import QUICK, Altered, Silence, timeless, weights_of
 from tests.workflows.test_sft import save_model
 
 
@@ -62,13 +62,8 @@ def config(given, output, **changes):
     return RlConfig(**values | changes)
 
 
-def tune(config, backend=build_train_step, reward=vowels):
-    def quick(*arguments, **options):
-        step = backend(*arguments, **options)
-        step.peak_flops = lambda: 1e11  # measuring it takes longer than these runs
-        return step
-
-    return reinforce(config, quick, rewarding(reward), report=lambda text: None, display=Silence())
+def tune(config, backend=QUICK, reward=vowels):
+    return reinforce(config, backend, rewarding(reward), report=lambda text: None, display=Silence())
 
 
 @pytest.mark.medium
@@ -97,8 +92,7 @@ def test_rewards_rise(given, tmp_path, changes):
 def stopping(after):
     """A backend whose step fails after some updates, as a crash would."""
 
-    def backend(*arguments, **options):
-        step = build_train_step(*arguments, **options)
+    def break_off(step):
         update = step.step
 
         def fail(micro_batches, rate):
@@ -107,9 +101,8 @@ def stopping(after):
             return update(micro_batches, rate)
 
         step.step = fail
-        return step
 
-    return backend
+    return Altered(break_off)
 
 
 @pytest.mark.parametrize("changes", [{}, {"updates": 2, "kl_weight": 0.1, "micro_batch_size": 3}])
@@ -310,7 +303,7 @@ def test_another_reward_is_refused_when_resuming(given, tmp_path):
     with pytest.raises(ValueError, match=r"reward\.sha256 was 'a hash' and is now 'another'"):
         reinforce(
             RlConfig(output=tmp_path / "run", resume=True),
-            build_train_step,
+            Altered(),
             lambda name: Reward(name, vowels, "another"),
         )
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from llamita.backend.torch.backend import BACKEND
 from llamita.backend.torch.model.weights import build_model, to_host_arrays
-from llamita.backend.torch.train.step import build_train_step
 from llamita.cli.main import main
 from llamita.data import meadow
 from llamita.model.config import ModelConfig
@@ -69,7 +69,7 @@ def config(given, output, **changes):
 def tune(config):
     """(result, what was reported)."""
     reported = []
-    return sft(config, build_train_step, report=reported.append, display=Silence()), reported
+    return sft(config, BACKEND, report=reported.append, display=Silence()), reported
 
 
 @pytest.mark.medium

@@ -1,10 +1,9 @@
-"""What the updates of every backend share: AdamW's constants, the scale of clipping, and what an update reports.
+"""What the updates of every backend share: AdamW's constants and the scale of clipping.
 
 Numbers alone; knows nothing of frameworks, models or schedules.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 
@@ -30,22 +29,6 @@ class AdamWSettings:
             raise ValueError(f"weight_decay={self.weight_decay!r} must be 0 or more")
         if self.bias_correction not in ("textbook", "efficient"):
             raise ValueError(f"bias_correction={self.bias_correction!r} must be 'textbook' or 'efficient'")
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """What an update did. `loss` is nats per target before it, `grad_norm` that of the mean gradient before clipping.
-
-    Where either is not finite the update was not made: the weights are as before, and `faulty_micro_batches` numbers
-    those whose own loss was not finite (none, where only the gradient was not).
-    """
-
-    loss: float
-    grad_norm: float
-    targets: int
-    faulty_micro_batches: tuple[int, ...] = ()
-    measures: Mapping[str, float] = field(default_factory=dict)
-    """Means over the targets of what else the objective measures."""
 
 
 def clipping_scale(norm: float, max_norm: float) -> float:

@@ -1,7 +1,7 @@
 """Which framework computes: chooses between PyTorch and MLX, and imports the one chosen.
 
 The one place that does: verbs and `llamita.load` ask here and pass on what they get. Importing this file loads neither
-framework. Knows nothing of models; what a backend has is the same names in either folder.
+framework. Knows nothing of models; what a backend is, interface.py says.
 """
 
 import contextlib
@@ -9,29 +9,13 @@ import importlib
 import importlib.util
 import platform
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Literal
 
-from llamita.backend.plan import BackendName
+from llamita.backend.interface import Backend, BackendName
 
 PACKAGES = {"torch": "torch", "mlx": "'mlx[cpu]'" if sys.platform == "linux" else "mlx"}
 """What pip is to install for each."""
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A framework's face: a training step, runners over a model directory and over host arrays, rounded weights.
-
-    `device` is where it computes when that is left to it: "cpu", "cuda" (PyTorch) or "gpu" (MLX).
-    """
-
-    name: Literal["torch", "mlx"]
-    device: str
-    build_train_step: Callable[..., Any]
-    load_runner: Callable[..., Any]
-    runner_over: Callable[..., Any]
-    quantize_arrays: Callable[..., Any]
 
 
 def load_backend(name: BackendName = "auto", *, device: str = "auto", threads: int = 0, exact: bool = False) -> Backend:
@@ -43,18 +27,8 @@ def load_backend(name: BackendName = "auto", *, device: str = "auto", threads: i
     """
     chosen = choose(name, device, exact, threads)
     with importing(chosen):
-        train_step = importlib.import_module(f"llamita.backend.{chosen}.train.step")
-        runner = importlib.import_module(f"llamita.backend.{chosen}.infer.runner")
-        weights = importlib.import_module(f"llamita.backend.{chosen}.model.weights")
-    where = runner.choose_device("auto")
-    return Backend(
-        chosen,
-        where if isinstance(where, str) else where.name,  # MLX's devices are of a type of their own
-        train_step.build_train_step,
-        runner.load_runner,
-        runner.runner_over,
-        weights.quantize_arrays,
-    )
+        backend: Backend = importlib.import_module(f"llamita.backend.{chosen}.backend").BACKEND
+    return backend
 
 
 def choose(

@@ -5,17 +5,8 @@ compute it, and of the workflows, which choose it. Knows no tensor.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
-
-
-class LossSums(NamedTuple):
-    """A loss summed over the targets of a batch, in nats, their number, and sums of whatever else was measured."""
-
-    nats: float
-    targets: int
-    measures: Mapping[str, float]
+from typing import Literal
 
 
 @dataclass(frozen=True)

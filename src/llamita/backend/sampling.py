@@ -6,7 +6,7 @@ Knows no tensor; the steps themselves are in each backend's sampling.py.
 import math
 from dataclasses import dataclass
 
-from llamita.backend.plan import SampledToken, SampleSpec
+from llamita.backend.interface import SampledToken, SampleSpec
 
 DROPPED = -math.inf
 """The score of a token that may not come."""

@@ -10,7 +10,7 @@ from typing import Self, TypeVar
 
 import numpy as np
 
-from llamita.backend.plan import SampleSpec, ScheduledChunk
+from llamita.backend.interface import SampleSpec, ScheduledChunk
 
 LEAST_ALIKE = 0.75
 """Shortest context in a batch of single queries, as a share of its longest: what is computed in vain stays small."""

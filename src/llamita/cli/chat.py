@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.markdown import Markdown
 
-from llamita.backend.plan import SamplingParams
+from llamita.backend.sampling_params import SamplingParams
 from llamita.cli.generate import harmless
 from llamita.inference.conversation import Conversation
 from llamita.inference.llm import LLM

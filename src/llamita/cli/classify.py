@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from llamita.backend.plan import BackendName
+from llamita.backend.interface import BackendName
 from llamita.cli.tuning import INTERRUPTED
 from llamita.workflows.classify import ClassifyConfig
 
@@ -38,14 +38,14 @@ def train(config: ClassifyConfig) -> int:
     config = with_options_of_run(config)
     backend = load_backend(config.backend, device=config.device, threads=config.threads)
     if over_seeds(config):
-        found = train_seeds(config, backend.build_train_step)
+        found = train_seeds(config, backend)
         if found.interrupted:
             return _go_on(config.output)
         each = ", ".join(f"{value:.4f}" for value in found.accuracies)
         print(f"validation accuracy of {len(found.accuracies)} seeds: {each}")
         print(f"mean {found.mean:.4f}, standard deviation {found.deviation:.4f}; in {config.output / 'seeds.json'}")
         return 0
-    result = train_classifier(config, backend.build_train_step)
+    result = train_classifier(config, backend)
     if result.interrupted:
         return _go_on(config.output)
     print(f"trained {result.step} updates, smoothed training loss {result.loss:.4f}; saved {result.checkpoint}")
@@ -102,7 +102,7 @@ def evaluate(options: EvaluateOptions) -> None:
 
     _check_output(options.output)
     backend = load_backend(options.backend, device=options.device)
-    model = Classifier.load(options.model, backend.load_runner, options.dtype, options.device)
+    model = Classifier.load(options.model, backend, options.dtype, options.device)
     fields = Fields(options.text_field, options.label_field)
     texts = read_labelled(options.data, "validation", model.config.labels, fields)
     encoded = model.encode(texts.texts, texts.source)
@@ -150,7 +150,7 @@ def predict(options: PredictOptions) -> None:
     if options.output and options.output.exists() and not options.overwrite:
         raise FileExistsError(f"{options.output} exists already; choose another name, or pass --overwrite")
     backend = load_backend(options.backend, device=options.device)
-    model = Classifier.load(options.model, backend.load_runner, options.dtype, options.device)
+    model = Classifier.load(options.model, backend, options.dtype, options.device)
     labels = model.config.labels
     if options.text is not None:
         (log_p,) = model.log_probabilities(model.encode([options.text], "--text"))

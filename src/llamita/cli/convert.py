@@ -21,11 +21,11 @@ class ConvertOptions:
 
 
 def run(options: ConvertOptions) -> None:
-    from llamita.backend.torch.infer.runner import runner_over
+    from llamita.backend.choice import load_backend
     from llamita.backend.torch.pickles import read_pickle, write_pickle
     from llamita.workflows.convert import Tools, convert
 
-    tools = Tools(runner_over, read_pickle, write_pickle)
+    tools = Tools(load_backend("torch"), read_pickle, write_pickle)
     done = convert(options.source, options.destination, options.options, tools)
     print(f"{options.source}: {done.kind}, {done.config.num_hidden_layers} layers of width {done.config.hidden_size}")
     equal = "its logits equal the source's" if done.difference == 0 else f"its logits differ by {done.difference:.1e}"

@@ -1,14 +1,14 @@
 """`llamita evaluate`: what a model is worth, by one of four measures; the figures are left in the run that it is of."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from llamita.backend.plan import BackendName
+from llamita.backend.interface import BackendName, Runner
 
 TASKS = ("perplexity", "meadow", "multiple-choice")
 HARNESS = "lm-eval:"
@@ -118,7 +118,7 @@ def _perplexity(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
             f"{options.data} was prepared with another tokenizer than {directory} has; prepare the text again with "
             f"--tokenizer {vocabulary}"
         )
-    runner = _load_runner(options)(directory)
+    runner = _runner(options)
     documents = [shards.document(i) for i in range(shards.num_documents)]
     text = documents if options.within_documents else np.concatenate(documents)
     result = strided_perplexity(
@@ -150,8 +150,7 @@ def _meadow(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
 
     settings = quickstart.QuickstartConfig(scored_stories=options.limit or SCORED_STORIES, seed=options.seed)
     floor = meadow.floor(meadow.corpus(options.seed, settings.scored_stories, "validation"))
-    load_runner = _load_runner(options)
-    report = quickstart.evaluate(settings, _model(options.model), load_runner, floor, Console(stderr=True))
+    report = quickstart.evaluate(settings, _model(options.model), _runner(options), floor, Console(stderr=True))
     return {"meadow": asdict(report)}
 
 
@@ -167,7 +166,7 @@ def _multiple_choice(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     if options.bos == "always" and tokenizer.bos_id is None:
         raise ValueError(f"bos=always: the tokenizer of {directory} has no token that begins a text")
     bos = tokenizer.bos_id is not None and options.bos != "never"
-    runner = _load_runner(options)(directory)
+    runner = _runner(options)
     result = multiple_choice.evaluate(
         runner,
         lambda text: tokenizer.encode(text, bos=bos),
@@ -193,14 +192,12 @@ def _harness(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     return {f"{HARNESS}{task}": values for task, values in lm_eval_adapter.figures(results).items()}
 
 
-def _load_runner(options: EvaluateOptions) -> Callable[[Path], Any]:
-    """The backend's `load_runner`, given what the options say."""
-    from functools import partial
-
+def _runner(options: EvaluateOptions) -> Runner:
+    """Returns the model as the options say."""
     from llamita.backend.choice import load_backend
 
     backend = load_backend(options.backend, device=options.device)
-    return partial(backend.load_runner, dtype=options.dtype, device=options.device)
+    return backend.load_runner(_model(options.model), options.dtype, options.device)
 
 
 def _model(model: Path) -> Path:

@@ -21,10 +21,10 @@ class MergeOptions:
 
 
 def run(options: MergeOptions) -> None:
-    from llamita.backend.torch.model.lora import merged_arrays
+    from llamita.backend.choice import load_backend
     from llamita.workflows.adapters import merge
 
-    opened = merge(options.adapter, options.output, options.overwrite, merged_arrays, options.base)
+    opened = merge(options.adapter, options.output, options.overwrite, load_backend("torch"), options.base)
     ranks = sorted({one.rank for one in opened.adapter.factors.values()})
     print(
         f"{options.output}: {opened.base} with {len(opened.adapter.factors)} linear maps changed, "

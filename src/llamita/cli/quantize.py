@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from llamita.backend.plan import BackendName
+from llamita.backend.interface import BackendName
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ def run(options: QuantizeOptions) -> None:
     from llamita.cli.info import short_bytes
     from llamita.workflows.quantize import quantize
 
-    quantize_arrays = load_backend(options.backend).quantize_arrays
-    done = quantize(options.model, options.output, options.to, options.overwrite, quantize_arrays)
+    backend = load_backend(options.backend)
+    done = quantize(options.model, options.output, options.to, options.overwrite, backend)
     share = done.bytes_after / done.bytes_before
     print(f"{options.model}: {short_bytes(done.bytes_before)}")
     print(f"{options.output}: {options.to}, {short_bytes(done.bytes_after)}, {share:.0%} of the source's bytes")

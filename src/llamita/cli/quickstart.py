@@ -18,7 +18,7 @@ def run(config: QuickstartConfig) -> int:
     backend = load_backend(config.backend)
     if config.size == "auto" and backend.name == "mlx" and backend.device == "cpu":
         config = replace(config, size="small")
-    status = quickstart(config, backend.build_train_step, backend.load_runner)
+    status = quickstart(config, backend)
     if status or not config.full:
         return status
     from rich.console import Console
@@ -27,8 +27,7 @@ def run(config: QuickstartConfig) -> int:
 
     return tune_and_report(
         config,
-        backend.build_train_step,
-        backend.load_runner,
+        backend,
         Console(highlight=False),
         SMALL if config.size == "small" else Amounts(),
     )

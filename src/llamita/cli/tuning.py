@@ -5,20 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from llamita.backend.interface import Backend
     from llamita.training.config import TrainingConfig
     from llamita.training.interfaces import TrainingResult
-    from llamita.workflows.pretrain import Backend
 
 INTERRUPTED = 130  # the exit status of shells for Ctrl-C
 
 
 def training_backend(config: TrainingConfig) -> Backend:
-    """The `build_train_step` that a run takes; one that is resumed takes over what it was begun with."""
+    """Returns the backend of a run; one that is resumed takes over what it was begun with."""
     from llamita.backend.choice import load_backend
     from llamita.workflows.pretrain import taken_over
 
     config = taken_over(config)
-    return load_backend(config.backend, device=config.device, threads=config.threads).build_train_step
+    return load_backend(config.backend, device=config.device, threads=config.threads)
 
 
 def stopped(verb: str, config: TrainingConfig, result: TrainingResult) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from llamita.workflows.verify import Tracing
+    from llamita.backend.interface import Forward
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def run(options: VerifyOptions) -> int:
     return 1
 
 
-def load_reference(options: VerifyOptions) -> "Tracing":
+def load_reference(options: VerifyOptions) -> "Forward":
     """What the model is held to. ValueError, OSError or ModuleNotFoundError in one line where that cannot be run."""
     from llamita.backend import choice
 
@@ -83,11 +83,9 @@ def load_reference(options: VerifyOptions) -> "Tracing":
         return MlxLmRunner(options.model)
     if options.against in ("mlx", "torch"):
         other: Literal["mlx", "torch"] = "mlx" if options.against == "mlx" else "torch"
-        found: Tracing = choice.load_backend(other).load_runner(options.model, "float32", "cpu")
-        return found
+        return choice.load_backend(other).load_runner(options.model, "float32", "cpu")
     if Path(options.against).is_file():
         from llamita.storage.formats.llama_cpp import LlamaCppRunner
 
         return LlamaCppRunner(options.against)
-    same: Tracing = choice.load_backend(options.backend).load_runner(options.against, "float32", "cpu")
-    return same
+    return choice.load_backend(options.backend).load_runner(options.against, "float32", "cpu")

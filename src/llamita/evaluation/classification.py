@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from llamita.backend.interface import Forward
 from llamita.data.labelled_batches import by_length
 from llamita.evaluation import records
-from llamita.evaluation.perplexity import Forward
 from llamita.storage import files
 
 BINS = 15

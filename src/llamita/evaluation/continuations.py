@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llamita.evaluation.perplexity import Forward, score_sequences
+from llamita.backend.interface import Forward
+from llamita.evaluation.perplexity import score_sequences
 
 Encode = Callable[[str], Sequence[int]]
 

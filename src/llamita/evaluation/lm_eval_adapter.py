@@ -20,10 +20,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
 
-from llamita.backend.plan import SamplingParams
+from llamita.backend.interface import Forward
+from llamita.backend.sampling_params import SamplingParams
 from llamita.evaluation import continuations
 from llamita.evaluation.continuations import Pair
-from llamita.evaluation.perplexity import Forward
 from llamita.inference.llm import LLM
 from llamita.text.chat import Chat
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from llamita.backend.interface import Forward
 from llamita.data import textfiles
 from llamita.evaluation import continuations
 from llamita.evaluation.continuations import Encode, Likelihood
-from llamita.evaluation.perplexity import Forward
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from typing import Literal
 
 import numpy as np
 
+from llamita.backend.interface import Forward
 from llamita.data.labelled_batches import Keep, by_length, truncate
 from llamita.evaluation.classification import log_softmax
-from llamita.evaluation.perplexity import MAX_LOGITS, Forward
+from llamita.evaluation.perplexity import MAX_LOGITS
 from llamita.text.tokenizer import Tokenizer
 
 CONTENT_FREE = ("N/A", "[MASK]", "")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llamita.backend.plan import SamplingParams
+from llamita.backend.sampling_params import SamplingParams
 from llamita.inference import many
 from llamita.inference.conversation import with_end_of_turn
 from llamita.inference.generation import Generation

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llamita.backend.plan import BlockCopy, CacheLayout
+from llamita.backend.interface import BlockCopy, CacheLayout
 from llamita.inference.prefixes import Prefix, Prefixes
 
 MISSING = -1

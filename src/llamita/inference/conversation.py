@@ -6,7 +6,7 @@ Knows templates and context lengths; knows nothing of terminals, and nothing of 
 import dataclasses
 from typing import Any
 
-from llamita.backend.plan import SamplingParams
+from llamita.backend.sampling_params import SamplingParams
 from llamita.text.chat import Chat, Message
 
 

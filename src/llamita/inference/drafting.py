@@ -11,8 +11,7 @@ from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from llamita.backend.plan import BlockCopy, CacheLayout, Plan, SampleSpec, ScheduledChunk
-from llamita.inference.interfaces import Runner
+from llamita.backend.interface import BlockCopy, CacheLayout, Plan, Runner, SampleSpec, ScheduledChunk
 from llamita.inference.sequence import Continuation
 from llamita.model.config import ModelConfig
 

@@ -12,10 +12,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from llamita.backend.plan import BlockCopy, CacheLayout, Plan, SampledToken, ScheduledChunk
+from llamita.backend.interface import BlockCopy, CacheLayout, Plan, Runner, SampledToken, ScheduledChunk
 from llamita.inference.block_manager import BlockManager
 from llamita.inference.config import EngineConfig
-from llamita.inference.interfaces import Drafter, Runner
+from llamita.inference.interfaces import Drafter
 from llamita.inference.request import Request, TokenEvent
 from llamita.inference.scheduler import Scheduled, Scheduler
 from llamita.inference.sequence import Continuation

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from llamita.backend.plan import BlockCopy, CacheLayout, Plan, ScheduledChunk, StepResult
+from llamita.backend.interface import BlockCopy, CacheLayout, Plan, ScheduledChunk, StepResult
 from llamita.inference.sequence import Continuation
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray

@@ -19,11 +19,12 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapp
 from pathlib import Path
 from typing import cast, overload
 
+from llamita.backend.interface import Runner
 from llamita.inference import async_llm, many
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
 from llamita.inference.generation import Generation
-from llamita.inference.interfaces import Drafter, Runner
+from llamita.inference.interfaces import Drafter
 from llamita.inference.request import Request, SamplingParams, TokenEvent
 from llamita.inference.shared_engine import SharedEngine
 from llamita.model.config import ModelConfig

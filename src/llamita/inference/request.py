@@ -1,13 +1,13 @@
 """What a caller asks of the engine and what the engine reports back.
 
-What the engine asks of a runner in turn (plans, chunks, results) is in `llamita.backend.plan`; `SamplingParams`, which
-both sides read, is importable from here too. Nothing here knows how a request is scheduled.
+What the engine asks of a runner in turn (plans, chunks, results) is in `llamita.backend.interface`. Nothing here knows
+how a request is scheduled.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llamita.backend.plan import MAX_SEED, SamplingParams
+from llamita.backend.sampling_params import MAX_SEED, SamplingParams
 
 __all__ = ["MAX_SEED", "FinishReason", "Request", "SamplingParams", "Statistics", "TokenEvent"]
 

@@ -11,7 +11,7 @@ import bisect
 import time
 from dataclasses import dataclass
 
-from llamita.backend.plan import LONGEST_CHUNK
+from llamita.backend.interface import LONGEST_CHUNK
 from llamita.inference.block_manager import BlockManager
 from llamita.inference.config import EngineConfig
 from llamita.inference.sequence import Continuation

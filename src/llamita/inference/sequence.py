@@ -8,7 +8,8 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from llamita.backend.plan import MAX_SEED, SampledToken, SampleSpec, ScheduledChunk
+from llamita.backend.interface import SampledToken, SampleSpec, ScheduledChunk
+from llamita.backend.sampling_params import MAX_SEED
 from llamita.inference.block_manager import Tables
 from llamita.inference.detokenizer import IncrementalDetokenizer, StopMatcher, TokenBytes
 from llamita.inference.prefixes import Prefix

@@ -14,7 +14,7 @@ import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.numpy import fill_next_token_bitmask_par
 
-from llamita.backend.plan import SamplingParams
+from llamita.backend.sampling_params import SamplingParams
 from llamita.text.tokenizer import Tokenizer
 
 LONGEST_SCHEMA = 1 << 16  # characters

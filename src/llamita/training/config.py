@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
-from llamita.backend.plan import BackendName
+from llamita.backend.interface import BackendName
 from llamita.training.loggers import LoggerName
 from llamita.training.schedule import Schedule, ScheduleName
 

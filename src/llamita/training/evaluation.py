@@ -4,8 +4,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from llamita.backend.interface import TrainStep
 from llamita.data.batches import NOT_SCORED
-from llamita.training.interfaces import Examples, TrainStep
+from llamita.training.interfaces import Examples
 
 
 @dataclass(frozen=True)

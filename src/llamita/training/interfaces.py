@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llamita.backend.objectives import LossSums
+from llamita.backend.interface import LossSums
 from llamita.data.batches import Batch
 from llamita.model.host_array import HostArray
 

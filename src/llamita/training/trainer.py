@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from llamita.backend.interface import StepMetrics, TrainStep
 from llamita.data.batches import Batch
 from llamita.model.config import ModelConfig
 from llamita.model.sizes import flops_per_token
@@ -23,7 +24,7 @@ from llamita.training import metrics
 from llamita.training.config import TrainingConfig
 from llamita.training.display import Display, make_display
 from llamita.training.evaluation import evaluate
-from llamita.training.interfaces import Evaluation, Examples, OnEvaluation, StepMetrics, TrainingResult, TrainStep
+from llamita.training.interfaces import Evaluation, Examples, OnEvaluation, TrainingResult
 from llamita.training.loggers import Logger, make_loggers
 from llamita.training.record import INTERRUPTED, ended
 from llamita.training.run_directory import BEST, Checkpoint, RunDirectory

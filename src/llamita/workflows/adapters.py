@@ -1,24 +1,17 @@
 """An adapter and its base into an ordinary model directory, tensor by tensor; the backend that computes is given."""
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from llamita.model.host_array import HostArray
-from llamita.model.lora import Adapter
+from llamita.backend.interface import Backend
 from llamita.model.parameters import check_arrays, parameter_table
 from llamita.storage import files, model_directory, peft_directory
 from llamita.storage.peft_directory import Opened
 from llamita.workflows.quantize import CARRIED
 
-MergedArrays = Callable[[Mapping[str, HostArray], Adapter], Iterable[tuple[str, HostArray]]]
-"""(arrays of the base, adapter) -> arrays of a model without quantisation, one by one in the table's order."""
 
-
-def merge(
-    adapter: Path, output: Path, overwrite: bool, merged_arrays: MergedArrays, base: Path | None = None
-) -> Opened:
+def merge(adapter: Path, output: Path, overwrite: bool, backend: Backend, base: Path | None = None) -> Opened:
     """Write `adapter` (a directory or a training run), merged into its base, to `output`.
 
     `base` is a copy of the base, where that which the adapter names is gone. ValueError or OSError in one line.
@@ -45,5 +38,5 @@ def merge(
             found = [place / name for place in (opened.directory, opened.base) if (place / name).is_file()]
             if found:
                 shutil.copyfile(found[0], temporary / name)
-        model_directory.stream_tensors(temporary, layout, merged_arrays(arrays, opened.adapter))
+        model_directory.stream_tensors(temporary, layout, backend.merged_arrays(arrays, opened.adapter))
     return opened

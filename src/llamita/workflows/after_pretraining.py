@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from llamita.backend.interface import Backend
 from llamita.data.labelled import Fields, read_labelled
 from llamita.evaluation import classification
 from llamita.training.config import TrainingConfig
@@ -21,14 +22,12 @@ from llamita.training.interfaces import TrainingResult
 from llamita.training.record import FINISHED, command_line
 from llamita.training.run_directory import BEST, MANIFEST
 from llamita.workflows import report
-from llamita.workflows.classify import Classifier, ClassifyConfig, LabelRunner, train_classifier
+from llamita.workflows.classify import Classifier, ClassifyConfig, train_classifier
 from llamita.workflows.dpo import DpoConfig, dpo
-from llamita.workflows.pretrain import Backend
 from llamita.workflows.quickstart import QuickstartConfig
 from llamita.workflows.runs import open_run
 from llamita.workflows.sft import SftConfig, sft
 
-LoadLabelRunner = Callable[..., LabelRunner]
 PRETRAINED, ANSWERS, PREFERENCES, LABELS = "run", "answers", "preferences", "happy-or-sad"
 """Directories of the runs, the first of them the quickstart's own."""
 
@@ -63,7 +62,6 @@ class Part:
 def tune_and_report(
     config: QuickstartConfig,
     backend: Backend,
-    load_runner: LoadLabelRunner,
     console: Console,
     amounts: Amounts = Amounts(),
 ) -> int:
@@ -76,7 +74,7 @@ def tune_and_report(
         if part.run(replace(part.config, resume=begun)).interrupted:
             console.print("stopped and saved; the same command goes on from here")
             return 130
-    measure_classifier(config.output / LABELS, load_runner, amounts.labelled)
+    measure_classifier(config.output / LABELS, backend, amounts.labelled)
     console.print("[bold]7. Reports[/]")
     for name in (PRETRAINED, ANSWERS, PREFERENCES, LABELS):
         console.print(f"  {report.write(config.output / name)}")
@@ -127,9 +125,9 @@ def parts(config: QuickstartConfig, backend: Backend, console: Console, amounts:
     ]
 
 
-def measure_classifier(run: Path, load_runner: LoadLabelRunner, count: int) -> None:
+def measure_classifier(run: Path, backend: Backend, count: int) -> None:
     """Leave accuracy, confusion and calibration over held-out stories in the run."""
-    model = Classifier.load(run / BEST, load_runner)
+    model = Classifier.load(run / BEST, backend)
     texts = read_labelled((f"meadow:{count}",), "validation", model.config.labels, Fields())
     found = classification.classification_report(
         model.log_probabilities(model.encode(texts.texts, texts.source)), texts.labels, texts.names

@@ -6,14 +6,14 @@ The engine answers, with the chat template that the model learns. Knows nothing 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llamita.backend.plan import SamplingParams
+from llamita.backend.interface import TrainStep
+from llamita.backend.sampling_params import SamplingParams
 from llamita.data.conversations import Conversation
 from llamita.inference.config import EngineConfig
 from llamita.inference.conversation import with_end_of_turn
 from llamita.inference.llm import LLM
 from llamita.text.chat import Chat
 from llamita.training.interfaces import Evaluation
-from llamita.workflows.pretrain import TrainableStep
 
 MORE_TOKENS = 16  # an answer may be so much longer than the right one before it is cut off
 SHOWN = 3
@@ -77,7 +77,7 @@ def shown(answers: Sequence[Answer]) -> str:
 class Examination:
     """Questions put to the weights as they are, once for an evaluation: scored by `measure`, then written out."""
 
-    def __init__(self, step: TrainableStep, chat: Chat, asked: Sequence[Question]) -> None:
+    def __init__(self, step: TrainStep, chat: Chat, asked: Sequence[Question]) -> None:
         self._step, self._chat, self._asked = step, chat, asked
         self._answers: list[Answer] = []
 

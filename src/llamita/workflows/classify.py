@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
+from llamita.backend.interface import Backend, Runner
 from llamita.backend.objectives import Classification
 from llamita.data.labelled import Fields, LabelledTexts, absolute, read_labelled, read_mapping, validation_of
 from llamita.data.labelled_batches import (
@@ -25,7 +26,6 @@ from llamita.data.labelled_batches import (
     labelled_evaluation,
 )
 from llamita.evaluation.classification import label_log_probabilities
-from llamita.evaluation.perplexity import Forward
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.parameters import CLASSIFIER, OUTPUT_HEAD, initial_values, parameter_table
@@ -34,7 +34,7 @@ from llamita.storage import model_directory, peft_directory
 from llamita.text.tokenizer import Tokenizer
 from llamita.training.interfaces import Examples, TrainingResult
 from llamita.workflows.finetune import Base, FinetuneConfig, finetune, load_base
-from llamita.workflows.pretrain import Backend, resumed
+from llamita.workflows.pretrain import resumed
 
 ACCURACY = "accuracy"
 Report = Callable[[str], None]
@@ -235,13 +235,6 @@ def _described(what: str, texts: LabelledTexts, encoded: EncodedTexts, keep: Kee
 # --- a tuned model ---------------------------------------------------------------------------------------------------
 
 
-class LabelRunner(Forward, Protocol):
-    """A backend's runner."""
-
-    @property
-    def config(self) -> ModelConfig: ...
-
-
 @dataclass(frozen=True)
 class Classifier:
     """A tuned model that labels texts, cut as its tokenizer's files say."""
@@ -249,13 +242,13 @@ class Classifier:
     directory: Path
     config: ModelConfig
     tokenizer: Tokenizer
-    runner: LabelRunner
+    runner: Runner
 
     @classmethod
-    def load(cls, model: Path, load_runner: Callable[..., LabelRunner], *options: Any) -> Classifier:
-        """Open a model, a run or an adapter; `options` are those of load_runner. ValueError where it has no head."""
+    def load(cls, model: Path, backend: Backend, dtype: str = "auto", device: str = "auto") -> Classifier:
+        """Opens a model, a run or an adapter; ValueError where it has no head."""
         directory = model_directory.resolve_model_directory(model)
-        runner = load_runner(directory, *options)
+        runner = backend.load_runner(directory, dtype, device)
         if not runner.config.num_labels:
             raise ValueError(
                 f"{directory} is a language model without a classification head; tune it with llamita classify train, "

@@ -9,11 +9,12 @@ import statistics
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llamita.backend.interface import Backend
 from llamita.storage import files
 from llamita.training import run_directory
 from llamita.training.config import take_over
 from llamita.workflows.classify import ACCURACY, ClassifyConfig, Report, read_task, train_classifier
-from llamita.workflows.pretrain import Backend, taken_over
+from llamita.workflows.pretrain import taken_over
 
 SEEDS = "seeds.json"
 

@@ -12,9 +12,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from llamita.evaluation.perplexity import Forward
+from llamita.backend.interface import Backend
 from llamita.model.config import ModelConfig
-from llamita.model.host_array import HostArray
 from llamita.storage import files, model_directory, safetensors
 from llamita.storage.formats import checkpoints, gguf, llama2c, llama2c_tokenizer
 from llamita.storage.formats.foreign import ForeignModel
@@ -60,9 +59,9 @@ class ConvertConfig:
 
 @dataclass(frozen=True)
 class Tools:
-    """What a backend provides: runners over host arrays, and PyTorch's pickled files, in and out."""
+    """A backend that runs what is compared, and PyTorch's pickled files, in and out."""
 
-    runner_over: Callable[[ModelConfig, Mapping[str, HostArray]], Forward]
+    backend: Backend
     read_pickle: Callable[[Path], Any]
     write_pickle: Callable[[Path, Any], None]
 
@@ -149,7 +148,7 @@ def compare(model: ForeignModel, other: ForeignModel, tools: Tools) -> float:
     tokens = min(PROMPT_TOKENS, model.config.max_position_embeddings)
     prompts = np.random.default_rng(0).integers(model.config.vocab_size, size=(PROMPTS, tokens))
     logits, others = (
-        tools.runner_over(one.config, one.arrays).forward(prompts)["logits"].astype(np.float64)
+        tools.backend.runner_over(one.config, one.arrays).forward(prompts)["logits"].astype(np.float64)
         for one in (model, other)
     )
     if np.array_equal(logits, others):

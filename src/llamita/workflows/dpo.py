@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Literal
 
+from llamita.backend.interface import Backend
 from llamita.backend.objectives import Preference
 from llamita.data import preferences as pairs_data
 from llamita.data.conversations import Conversation, ConversationSource
@@ -21,7 +22,7 @@ from llamita.training.run_directory import RunDirectory
 from llamita.workflows import answers, reference
 from llamita.workflows.finetune import finetune, load_base, make_step
 from llamita.workflows.layouts import layout_of, source_of
-from llamita.workflows.pretrain import Backend, resumed
+from llamita.workflows.pretrain import resumed
 from llamita.workflows.reading import ValidatedConfig
 
 MEADOW_PAIRS = 4800

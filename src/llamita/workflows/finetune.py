@@ -3,13 +3,13 @@
 What is learned (examples, objective) is the caller's. The backend is passed in.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from llamita.backend.interface import Backend, TrainStep
 from llamita.backend.objectives import Objective
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
@@ -24,7 +24,7 @@ from llamita.training.display import Display
 from llamita.training.interfaces import Examples, OnEvaluation, TrainingResult
 from llamita.training.run_directory import RunDirectory, WeightFiles
 from llamita.training.trainer import Trainer
-from llamita.workflows.pretrain import Backend, TrainableStep, step_options
+from llamita.workflows.pretrain import step_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ def finetune(
     kind: str,
     identity: dict[str, Any],
     examples: Examples,
-    step: TrainableStep | None = None,
+    step: TrainStep | None = None,
     model: ModelConfig | None = None,
     objective: Objective | None = None,
     on_evaluation: OnEvaluation | None = None,
@@ -163,15 +163,12 @@ def make_step(
     model: ModelConfig,
     arrays: dict[str, HostArray],
     objective: Objective,
-    **more: Any,
-) -> TrainableStep:
+) -> TrainStep:
     """The backend's training step over a model with values, all of which are trained or what config.tuning says."""
     if config.tuning == "head" and not model.num_labels:
         raise ValueError("--tuning head trains a classifier's head, and a language model has none; use lora or full")
-    lacking = tuning_options(config).keys() - inspect.signature(backend).parameters.keys()
-    if lacking:
-        raise ValueError(f"this backend has no --tuning {config.tuning}; use --backend torch, or --tuning full")
-    return backend(model, arrays, objective=objective, **step_options(config), **tuning_options(config), **more)
+    options = step_options(config) | tuning_options(config)
+    return backend.build_train_step(model, arrays, objective=objective, **options)
 
 
 def tuning_options(config: FinetuneConfig) -> dict[str, Any]:

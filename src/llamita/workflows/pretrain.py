@@ -9,16 +9,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
-from llamita.backend.plan import SamplingParams
+from llamita.backend.adamw import AdamWSettings
+from llamita.backend.interface import Backend
+from llamita.backend.sampling_params import SamplingParams
 from llamita.data.batches import Batch, BatchIterator, evaluation_batches
 from llamita.data.packing import Rows, RowsConfig
 from llamita.data.shards import Manifest, TokenShards, load_tokenizer
 from llamita.inference.config import EngineConfig
-from llamita.inference.interfaces import Runner
 from llamita.inference.llm import LLM
 from llamita.model.config import ModelConfig
 from llamita.model.parameters import InitializationName
@@ -27,7 +28,7 @@ from llamita.text.tokenizer import Tokenizer
 from llamita.training import loggers, run_directory
 from llamita.training.config import Config, TrainingConfig, take_over
 from llamita.training.display import Display
-from llamita.training.interfaces import Evaluation, Examples, OnEvaluation, TokenText, TrainingResult, TrainStep
+from llamita.training.interfaces import Evaluation, Examples, OnEvaluation, TokenText, TrainingResult
 from llamita.training.trainer import Trainer
 
 TRAIN, VALIDATION = "train", "validation"
@@ -68,17 +69,6 @@ class PretrainConfig(TrainingConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
 
 
-class TrainableStep(TrainStep, Protocol):
-    """A `TrainStep` whose model can also generate, and score what others wrote."""
-
-    def runner(self) -> Runner: ...
-    def log_probs(self, batch: Batch) -> np.ndarray: ...
-
-
-Backend = Callable[..., TrainableStep]
-"""A backend's `build_train_step`: (model config, options by name) -> a freshly initialised step."""
-
-
 def pretrain(
     config: PretrainConfig,
     backend: Backend,
@@ -110,7 +100,7 @@ def pretrain(
     if config.resume:  # a changed option is named before the weights are made
         run_directory.compare(run_directory.read_manifest(config.output)["identity"], identity)
     examples = make_examples(config, tokenizer, rows)
-    step = backend(model, initialization=config.initialization, **step_options(config))
+    step = backend.build_train_step(model, initialization=config.initialization, **step_options(config))
     prompt = sample_prompt(config, tokenizer, examples)
 
     def after_evaluation(evaluation: Evaluation) -> str | None:
@@ -137,11 +127,11 @@ def pretrain(
 
 
 def step_options(config: TrainingConfig) -> dict[str, Any]:
-    """What a backend's `build_train_step` takes of the options that every kind of training has."""
+    """Returns what a backend's `build_train_step` takes of the options that every kind of training has."""
     names = ("seed", "precision", "device", "threads", "max_grad_norm")
-    adamw = ("beta1", "beta2", "epsilon", "weight_decay", "bias_correction")
-    compiled = ("compile",) if config.compile else ()  # left out, a backend does what is usual with it
-    return {name: getattr(config, name) for name in names + adamw + compiled}
+    adamw = {field.name: getattr(config, field.name) for field in dataclasses.fields(AdamWSettings)}
+    compiled = {"compile": True} if config.compile else {}  # left out, a backend does what is usual with it
+    return {name: getattr(config, name) for name in names} | {"optimizer": AdamWSettings(**adamw)} | compiled
 
 
 def taken_over(config: Config) -> Config:

@@ -1,24 +1,22 @@
 """A model directory into a smaller one whose matrices are int8 or int4, tensor by tensor.
 
 What is read is mapped and what is written is not kept, so that little more than one tensor is in memory. The rounding
-is the backend's, passed in.
+is the backend's.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from llamita.backend.interface import Backend
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.parameters import check_arrays, parameter_table, stored_arrays
 from llamita.storage import files, model_directory
 
 Scheme = Literal["int8", "int4"]
-Arrays = Iterable[tuple[str, HostArray]]
-QuantizeArrays = Callable[[ModelConfig, Arrays], Arrays]
-"""(config of the result, arrays of the source) -> arrays as the result stores them, one by one."""
 CARRIED = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
@@ -34,9 +32,7 @@ class Quantized:
     bytes_after: int
 
 
-def quantize(
-    model: Path | str, output: Path, scheme: Scheme, overwrite: bool, quantize_arrays: QuantizeArrays
-) -> Quantized:
+def quantize(model: Path | str, output: Path, scheme: Scheme, overwrite: bool, backend: Backend) -> Quantized:
     """Write `model` (a directory, a run, a name on the hub) to `output`, quantised.
 
     ValueError or OSError in one line.
@@ -58,7 +54,7 @@ def quantize(
         for name in CARRIED:
             if (directory / name).is_file():
                 shutil.copyfile(directory / name, temporary / name)
-        model_directory.stream_tensors(temporary, layout, quantize_arrays(result, _one_by_one(arrays, names)))
+        model_directory.stream_tensors(temporary, layout, backend.quantize_arrays(result, _one_by_one(arrays, names)))
     before = sum(len(arrays[name].data) for name in names)
     return Quantized(result, before, sum(array.stored_bytes for array in stored))
 

@@ -5,23 +5,23 @@ Every part is the one that a user's own run takes; only the choices are made her
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 from rich.console import Console
 from rich.padding import Padding
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
-from llamita.backend.plan import BackendName, SamplingParams
+from llamita.backend.interface import Backend, BackendName, Forward, Runner
+from llamita.backend.sampling_params import SamplingParams
 from llamita.data import meadow
 from llamita.data.prepare import PrepareConfig, prepare
 from llamita.data.shards import Manifest
 from llamita.evaluation import meadow_score, records
-from llamita.evaluation.perplexity import Forward, score_sequences
-from llamita.inference.interfaces import Runner
+from llamita.evaluation.perplexity import score_sequences
 from llamita.inference.llm import LLM
 from llamita.model.sizes import count_parameters
 from llamita.storage.files import atomic_directory, atomic_write
@@ -30,18 +30,11 @@ from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.tokenizer import Tokenizer
 from llamita.training.record import command_line
 from llamita.training.run_directory import LAST
-from llamita.workflows.pretrain import Backend, PretrainConfig, pretrain
+from llamita.workflows.pretrain import PretrainConfig, pretrain
 
 TOKENIZER_STORIES = 5000  # enough for the most frequent pairs to be known
 STORIES_SHOWN = 3
 SAMPLED_AT_ONCE = 100
-
-
-class ScoringRunner(Runner, Forward, Protocol):
-    """A backend's runner, that generates and that gives logits."""
-
-
-LoadRunner = Callable[..., ScoringRunner]
 
 
 @dataclass(frozen=True)
@@ -118,7 +111,7 @@ class Report:
     consistent: float
 
 
-def quickstart(config: QuickstartConfig, backend: Backend, load_runner: LoadRunner) -> int:
+def quickstart(config: QuickstartConfig, backend: Backend) -> int:
     """Run all parts, those of an earlier call excepted, and print what came out; the exit status."""
     config = config.resolved()
     console = Console(highlight=False)
@@ -151,10 +144,10 @@ def quickstart(config: QuickstartConfig, backend: Backend, load_runner: LoadRunn
         if result.interrupted:
             console.print("stopped and saved; the same command goes on from here")
             return 130
-    report = evaluate(config, run / LAST, load_runner, floor, console)
+    report = evaluate(config, run / LAST, backend.load_runner(run / LAST), floor, console)
     atomic_write(config.output / "report.json", json.dumps(asdict(report), indent=2) + "\n")
     records.write(run, "meadow", asdict(report), command_line(sys.argv), run / LAST)
-    show(report, config, run, load_runner, console)
+    show(report, config, run, backend, console)
     return 0
 
 
@@ -187,11 +180,8 @@ def training_options(config: QuickstartConfig, data: Path, run: Path) -> Pretrai
     )
 
 
-def evaluate(
-    config: QuickstartConfig, model: Path, load_runner: LoadRunner, floor: meadow.Floor, console: Console
-) -> Report:
+def evaluate(config: QuickstartConfig, model: Path, runner: Runner, floor: meadow.Floor, console: Console) -> Report:
     """Predict validation stories and check sampled ones."""
-    runner = load_runner(model)
     tokenizer = Tokenizer.load(model)
     stories = list(meadow.corpus(config.seed, config.scored_stories, "validation"))
     nats, hits, determined = predict(runner, tokenizer, stories)
@@ -241,7 +231,7 @@ def sample_stories(llm: LLM, seeds: range, console: Console) -> Iterator[str]:
                 yield generation.text
 
 
-def show(report: Report, config: QuickstartConfig, run: Path, load_runner: LoadRunner, console: Console) -> None:
+def show(report: Report, config: QuickstartConfig, run: Path, backend: Backend, console: Console) -> None:
     excess = report.nats_per_story - report.floor_per_story
     console.print()
     console.print(f"[bold]The model[/]: {report.parameters:,} parameters, {run / LAST}")
@@ -256,7 +246,7 @@ def show(report: Report, config: QuickstartConfig, run: Path, load_runner: LoadR
     )
     console.print("\n[bold]Three stories it wrote[/]")
     shown = range(10**6, 10**6 + STORIES_SHOWN)
-    for number, text in enumerate(sample_stories(LLM.load(run / LAST, load_runner), shown, console)):
+    for number, text in enumerate(sample_stories(LLM.load(run / LAST, backend.load_runner), shown, console)):
         verdict = "consistent" if meadow.parse(text.strip()) else "not consistent"
         console.print(Padding(f"{text}\n[dim]({verdict}; seed {10**6 + number})[/]", (0, 2, 1, 2)))
     console.print(f"[bold]The loss[/] as a picture: {run / 'loss.png'}; every figure: {run / 'metrics.jsonl'}")

@@ -10,16 +10,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from llamita.backend.interface import Backend
 from llamita.backend.objectives import PolicyGradient
-from llamita.backend.plan import MAX_CONTINUATIONS
+from llamita.backend.sampling_params import MAX_CONTINUATIONS
 from llamita.data import prompts as prompts_data
 from llamita.data.preferences import Layout
 from llamita.data.prompts import Prompt
 from llamita.training.display import Display
 from llamita.training.interfaces import Examples, TrainingResult
-from llamita.workflows.finetune import Base, finetune, load_base, make_step
+from llamita.workflows.finetune import finetune, load_base, make_step
 from llamita.workflows.layouts import TEXT, layout_of, source_of
-from llamita.workflows.pretrain import Backend, resumed, step_options
+from llamita.workflows.pretrain import resumed
 from llamita.workflows.reading import ReadingConfig
 from llamita.workflows.rewards import BUILT_IN, LoadReward
 from llamita.workflows.sampling import AnswerBatches, Answerer, HeldOut, Rules
@@ -147,7 +148,10 @@ def reinforce(
         check_length(layout, each, config.max_tokens, model.max_position_embeddings)
     report(f"{len(train):,} prompts to train on, {len(held_out):,} to validate on; reward {reward.name}")
     step = make_step(config, backend, model, base.arrays, config.objective())
-    reference = frozen(config, backend, base) if config.kl_weight else None
+    reference = None
+    if config.kl_weight:
+        options = {name: getattr(config, name) for name in ("precision", "device", "threads")}
+        reference = backend.build_scorer(base.config, base.arrays, **options)
     answerer = Answerer(config.rules(), step, layout, reward)
     validation = HeldOut(answerer, held_out, reference)
     return finetune(
@@ -205,8 +209,3 @@ def check_length(layout: Layout, prompt: Prompt, max_tokens: int, positions: int
             f"{prompt.where} has {length} tokens, and with max_tokens={max_tokens} that is more than the model's "
             f"{positions} positions; lower --max-tokens, or shorten the prompt"
         )
-
-
-def frozen(config: RlConfig, backend: Backend, base: Base) -> Any:
-    """The model before tuning. It is never updated, so of its parameters one alone has an optimiser's state."""
-    return backend(base.config, base.arrays, trainable="model.norm.weight".__eq__, **step_options(config))

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from llamita.backend.plan import SamplingParams
+from llamita.backend.interface import Scorer, TrainStep
+from llamita.backend.sampling_params import SamplingParams
 from llamita.data.batches import NOT_SCORED, Batch
 from llamita.data.preferences import Layout, plain
 from llamita.data.prompts import Prompt
@@ -20,7 +21,6 @@ from llamita.inference.config import EngineConfig
 from llamita.inference.conversation import with_end_of_turn
 from llamita.inference.llm import LLM
 from llamita.training.trainer import split
-from llamita.workflows.pretrain import TrainableStep
 from llamita.workflows.rewards import Reward, Sample
 
 ROUNDED_TO = 32  # lengths of rows, so that few shapes are compiled
@@ -60,7 +60,7 @@ class Rules:
 class Answerer:
     """A model under training with prompts to answer and a reward."""
 
-    def __init__(self, rules: Rules, step: TrainableStep, layout: Layout, reward: Reward) -> None:
+    def __init__(self, rules: Rules, step: TrainStep, layout: Layout, reward: Reward) -> None:
         self.rules = rules
         self.step = step
         self.layout = layout
@@ -113,9 +113,9 @@ class Answerer:
         return Batch(tokens_BT, labels_BT, None, row_ids, extras, self.rules.by_answer)
 
 
-def score(step: TrainableStep, batch: Batch, size: int) -> np.ndarray:
+def score(scorer: Scorer, batch: Batch, size: int) -> np.ndarray:
     """The log-probabilities of all answers, as many rows at a time as an update takes."""
-    return np.concatenate([step.log_probs(part) for part in split(batch, size)])
+    return np.concatenate([scorer.log_probs(part) for part in split(batch, size)])
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Round:
 class AnswerBatches:
     """Training batches: each round is sampled, judged, scored, and used for `rules.updates` updates."""
 
-    def __init__(self, answerer: Answerer, prompts: Sequence[Prompt], reference: TrainableStep | None) -> None:
+    def __init__(self, answerer: Answerer, prompts: Sequence[Prompt], reference: Scorer | None) -> None:
         self.answerer = answerer
         self.prompts = prompts
         self.reference = reference
@@ -193,7 +193,7 @@ class AnswerBatches:
 class HeldOut:
     """Answers to held-out prompts, one to each, with the same seeds at every evaluation."""
 
-    def __init__(self, answerer: Answerer, prompts: Sequence[Prompt], reference: TrainableStep | None) -> None:
+    def __init__(self, answerer: Answerer, prompts: Sequence[Prompt], reference: Scorer | None) -> None:
         self.answerer = answerer
         self.prompts = prompts
         self.reference = reference

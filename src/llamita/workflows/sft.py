@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Literal
 
+from llamita.backend.interface import Backend
 from llamita.backend.objectives import NextToken
 from llamita.data import conversations as talks
 from llamita.data.batches import BatchIterator, evaluation_batches
@@ -24,7 +25,7 @@ from llamita.training.interfaces import Examples, TrainingResult
 from llamita.workflows import answers
 from llamita.workflows.finetune import Base, finetune, load_base, make_step
 from llamita.workflows.layouts import ending_answers, learn, refuse_what_writes_nothing, source_of
-from llamita.workflows.pretrain import Backend, resumed
+from llamita.workflows.pretrain import resumed
 from llamita.workflows.reading import ValidatedConfig
 
 MEADOW_CONVERSATIONS = 16000

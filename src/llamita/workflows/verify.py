@@ -6,20 +6,14 @@ are relative to the largest magnitude there. Backends are passed in.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
+from llamita.backend.interface import Forward
 from llamita.model.config import ModelConfig
 
 TOLERANCE = 1e-4
 PROMPT_TOKENS = 64
-
-
-class Tracing(Protocol):
-    """A runner whose residual stream can be seen."""
-
-    def forward(self, tokens_BT: np.ndarray, capture: Sequence[str] = ()) -> dict[str, np.ndarray]: ...
 
 
 @dataclass(frozen=True)
@@ -55,8 +49,8 @@ class Verification:
 
 
 def verify(
-    model: Tracing,
-    reference: Tracing,
+    model: Forward,
+    reference: Forward,
     config: ModelConfig,
     tokens: Sequence[int] | None = None,
     tolerance: float = TOLERANCE,

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 import llamita
-from llamita.backend.plan import SamplingParams
+from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.model import weights
 from llamita.data import meadow
 from llamita.model.config import ModelConfig

@@ -18,7 +18,7 @@ from llamita.backend.mlx.model import lora
 from llamita.backend.mlx.model.weights import build_model, quantize_arrays
 from llamita.backend.mlx.train.step import build_train_step
 from llamita.backend.objectives import Classification
-from llamita.backend.plan import SamplingParams
+from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.runner import load_runner as load_torch
 from llamita.backend.torch.model.weights import to_host_arrays
 from llamita.cli.main import main

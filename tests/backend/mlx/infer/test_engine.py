@@ -15,15 +15,16 @@ import pytest
 
 mx = pytest.importorskip("mlx.core", reason="MLX is not installed here")
 
+from llamita.backend.interface import Runner  # noqa: E402
 from llamita.backend.mlx.infer.runner import MlxRunner, load_runner, runner_over  # noqa: E402
 from llamita.backend.mlx.model.weights import build_model, quantize_arrays, to_host_arrays  # noqa: E402
-from llamita.backend.plan import SamplingParams  # noqa: E402
+from llamita.backend.sampling_params import SamplingParams  # noqa: E402
 from llamita.backend.torch.infer.runner import load_runner as load_torch  # noqa: E402
 from llamita.backend.torch.infer.runner import runner_over as over_torch  # noqa: E402
 from llamita.inference.config import EngineConfig  # noqa: E402
 from llamita.inference.drafting import DraftModel, PromptLookup  # noqa: E402
 from llamita.inference.engine import Engine  # noqa: E402
-from llamita.inference.interfaces import Drafter, Runner  # noqa: E402
+from llamita.inference.interfaces import Drafter  # noqa: E402
 from llamita.inference.llm import LLM  # noqa: E402
 from llamita.inference.request import Request, TokenEvent  # noqa: E402
 from llamita.model.config import ModelConfig  # noqa: E402

@@ -7,10 +7,10 @@ import pytest
 
 mx = pytest.importorskip("mlx.core", reason="MLX is not installed here")
 
+from llamita.backend.interface import BlockCopy, CacheLayout, ScheduledChunk  # noqa: E402
 from llamita.backend.mlx.infer.kv_cache import PagedKVCache  # noqa: E402
 from llamita.backend.mlx.model.llama import Llama  # noqa: E402
 from llamita.backend.mlx.model.weights import build_model  # noqa: E402
-from llamita.backend.plan import BlockCopy, CacheLayout, ScheduledChunk  # noqa: E402
 from llamita.model.config import ModelConfig  # noqa: E402
 from tests.backend.torch.infer.paged import even_cuts, shuffled_tables, without_unseen  # noqa: E402
 

@@ -10,9 +10,9 @@ import pytest
 
 mx = pytest.importorskip("mlx.core", reason="MLX is not installed here")
 
+from llamita.backend.interface import BlockCopy, CacheLayout, Plan, SampledToken, SampleSpec, ScheduledChunk  # noqa: E402
 from llamita.backend.mlx.infer.runner import MlxRunner, load_runner, runner_over  # noqa: E402
 from llamita.backend.mlx.model.weights import build_model, quantize_arrays, to_host_arrays  # noqa: E402
-from llamita.backend.plan import BlockCopy, CacheLayout, Plan, SampledToken, SampleSpec, ScheduledChunk  # noqa: E402
 from llamita.backend.torch.infer.runner import load_runner as load_torch  # noqa: E402
 from llamita.backend.torch.infer.runner import runner_over as over_torch  # noqa: E402
 from llamita.backend.torch.model.weights import quantize_arrays as quantize_torch  # noqa: E402

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 mx = pytest.importorskip("mlx.core", reason="MLX is not installed here")
 
+from llamita.backend.interface import SampledToken, SampleSpec  # noqa: E402
 from llamita.backend.mlx.infer.noise import GumbelNoise, stream_keys  # noqa: E402
 from llamita.backend.mlx.infer.sampling import Columns, Sampler, logsumexp, truncate  # noqa: E402
-from llamita.backend.plan import SampledToken, SampleSpec, SamplingParams  # noqa: E402
+from llamita.backend.sampling_params import SamplingParams  # noqa: E402
 from llamita.backend.torch.infer import noise as torch_noise  # noqa: E402
 from llamita.backend.torch.infer.sampling import Sampler as TorchSampler  # noqa: E402
 from tests.backend.torch.infer.test_sampling import (  # noqa: E402

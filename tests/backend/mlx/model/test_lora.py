@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("mlx.core", reason="mlx is not installed")
 import mlx.core as mx
 
+from llamita.backend.adamw import AdamWSettings
 from llamita.backend.mlx.model import lora
 from llamita.backend.mlx.model.weights import build_model, copy_host_arrays, quantize_arrays, to_host_arrays
 from llamita.backend.mlx.train.step import build_train_step
@@ -80,7 +81,7 @@ def test_logits_loss_and_gradients_are_pytorch_s(targets, stabilized):
 
 def test_ten_updates_of_a_fresh_adapter_follow_pytorch_s_and_leave_the_base_alone():
     """Micro-batches, clipping and decay included."""
-    options = {"adapter": EVERYTHING, "max_grad_norm": 1.0, "weight_decay": 0.1}
+    options = {"adapter": EVERYTHING, "max_grad_norm": 1.0, "optimizer": AdamWSettings(weight_decay=0.1)}
     ours, theirs = (make(one, **options) for one in ("mlx", "torch"))
     assert same(ours.weights(), theirs.weights()), "the same beginning, bit for bit"
     base = to_host_arrays(ours.model)
@@ -101,7 +102,7 @@ def test_a_run_s_adapter_goes_on_in_the_other_backend(tmp_path, begun_on):
     base = save_base(tmp_path / "base")
     arrays = model_directory.load_tensors(base)
     first, second = (
-        make(one, arrays=arrays, adapter=EVERYTHING, epsilon=1e-4, seed=seed)
+        make(one, arrays=arrays, adapter=EVERYTHING, optimizer=AdamWSettings(epsilon=1e-4), seed=seed)
         for one, seed in ((begun_on, 3), (({*BUILDERS} - {begun_on}).pop(), 4))
     )
     for i in range(5):
@@ -177,7 +178,7 @@ def test_what_dropout_leaves_has_the_mean_of_the_whole():
 def test_an_adapter_over_quantised_weights_trains_as_pytorch_s(config, scheme):
     quantised = dataclasses.replace(config, quantization=scheme)
     arrays = dict(quantize_arrays(quantised, to_host_arrays(build_model(config, seed=1)).items()))
-    ours, theirs = both(quantised, arrays, adapter=EVERYTHING, epsilon=1e-4)
+    ours, theirs = both(quantised, arrays, adapter=EVERYTHING, optimizer=AdamWSettings(epsilon=1e-4))
     assert difference(ours.runner().forward(TOKENS), theirs.runner().forward(TOKENS)) < 1e-5
     for i in range(3):
         a, b = ours.step([batch(i)], 3e-3), theirs.step([batch(i)], 3e-3)

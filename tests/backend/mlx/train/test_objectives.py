@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("mlx.core", reason="mlx is not installed")
+from llamita.backend.adamw import AdamWSettings
 from llamita.backend.mlx.train.step import build_train_step
 from llamita.backend.objectives import Classification, PolicyGradient, Preference
 from llamita.backend.torch.train.step import build_train_step as build_torch
@@ -29,7 +30,7 @@ def texts(seed=0, rows=8, T=12) -> Batch:
 @pytest.mark.parametrize("objective", [Classification(), WEIGHTED], ids=["plain", "weighted"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_classification_is_pytorch_s(objective, precision):
-    options = OPTIONS | {"objective": objective, "precision": precision, "epsilon": 1e-6}
+    options = OPTIONS | {"objective": objective, "precision": precision, "optimizer": AdamWSettings(epsilon=1e-6)}
     ours, theirs = build_train_step(LABELS, **options), build_torch(LABELS, **options)
     rough, close = (1e-5, 1e-4) if precision == "fp32" else (2e-2, np.inf)
     for i in range(6):
@@ -119,7 +120,7 @@ def answers(objective, seed=0, rows=6, T=10) -> Batch:
     ids=["dpo", "dpo by length", "ipo", "policy", "policy held to a reference"],
 )
 def test_answers_are_learned_from_as_in_pytorch(objective):
-    options = OPTIONS | {"objective": objective, "epsilon": 1e-6}
+    options = OPTIONS | {"objective": objective, "optimizer": AdamWSettings(epsilon=1e-6)}
     ours, theirs = build_train_step(CONFIG, **options), build_torch(CONFIG, **options)
     for i in range(4):
         data = [answers(objective, i).rows(slice(0, 2)), answers(objective, i).rows(slice(2, 6))]

@@ -10,6 +10,8 @@ import pytest
 pytest.importorskip("mlx.core", reason="mlx is not installed")
 import mlx.core as mx
 
+from llamita.backend.adamw import AdamWSettings
+from llamita.backend.interface import TrainStep
 from llamita.backend.mlx.model.weights import build_model
 from llamita.backend.mlx.train import losses, objectives
 from llamita.backend.mlx.train import step as step_module
@@ -18,7 +20,6 @@ from llamita.backend.torch.train.step import build_train_step as build_torch
 from llamita.data import meadow
 from llamita.data.batches import NOT_SCORED, Batch
 from llamita.model.config import ModelConfig
-from llamita.training.interfaces import TrainStep
 from tests.backend.torch.train.test_step import CONFIG, batch, same, split
 
 OPTIONS = {"precision": "fp32", "device": "cpu", "seed": 3, "max_grad_norm": 1.0}
@@ -113,7 +114,7 @@ def test_a_run_goes_on_in_the_other_backend(begun_on, precision):
     """Weights and moments are carried over bit for bit; 5 further updates differ by rounding alone: 1e-4 in float32 at
     a learning rate of 1e-2, and the losses by 1%, in bfloat16, whose products each backend rounds elsewhere."""
     builders = {"torch": build_torch, "mlx": build_train_step}
-    options = OPTIONS | {"precision": precision, "epsilon": 1e-6}
+    options = OPTIONS | {"precision": precision, "optimizer": AdamWSettings(epsilon=1e-6)}
     begun = builders.pop(begun_on)(CONFIG, **options)
     other = next(iter(builders.values()))(CONFIG, **options | {"seed": 4})
     for i in range(5):
@@ -197,7 +198,7 @@ def test_build_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="threads=2 cannot be set"):
         make(threads=2)
     with pytest.raises(ValueError, match="beta1"):
-        make(beta1=1.5)
+        make(optimizer=AdamWSettings(beta1=1.5))
     with pytest.raises(ValueError, match="cannot be trained"):
         MlxTrainStep(build_model(dataclasses.replace(CONFIG, quantization="int8")))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llamita.backend.plan import CacheLayout, ScheduledChunk
+from llamita.backend.interface import CacheLayout, ScheduledChunk
 from llamita.backend.torch.infer.kv_cache import PagedKVCache
 from llamita.backend.torch.model.llama import Llama
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from llamita.backend.plan import SamplingParams
+from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.runner import TorchRunner
 from llamita.backend.torch.infer.sampling import Sampler
 from llamita.backend.torch.model.weights import build_model

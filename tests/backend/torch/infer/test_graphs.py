@@ -9,7 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from llamita.backend.plan import CacheLayout, Plan, SampleSpec, ScheduledChunk
+from llamita.backend.interface import CacheLayout, Plan, SampleSpec, ScheduledChunk
 from llamita.backend.torch.infer import runner
 from llamita.backend.torch.infer.graphs import DecodeGraphs, sizes_up_to
 from llamita.backend.torch.infer.kernels.table_attention import attention_over_tables

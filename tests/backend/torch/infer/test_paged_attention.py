@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from llamita.backend.plan import ScheduledChunk
+from llamita.backend.interface import ScheduledChunk
 from llamita.backend.step_layout import alike
 from llamita.backend.torch.infer.paged_attention import TILE, ChunkAttention, DecodeAttention, ExactAttention, Span
 from tests import reference

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from llamita.backend.plan import BlockCopy, CacheLayout, Plan, SampledToken, SampleSpec, SamplingParams, ScheduledChunk
+from llamita.backend.interface import BlockCopy, CacheLayout, Plan, SampledToken, SampleSpec, ScheduledChunk
+from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.runner import TorchRunner, load_runner
 from llamita.backend.torch.model.weights import build_model, to_host_arrays
 from llamita.model.config import ModelConfig

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from llamita.backend.plan import SampledToken, SampleSpec, SamplingParams
+from llamita.backend.interface import SampledToken, SampleSpec
+from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer import sampling, token_counts
 from llamita.backend.torch.infer.noise import GumbelNoise, stream_keys
 from llamita.backend.torch.infer.sampling import Columns, Sampler, penalize, truncate, unpack_bits

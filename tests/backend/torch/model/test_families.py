@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from llamita.backend.plan import SamplingParams
+from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.runner import runner_over
 from llamita.backend.torch.model import weights
 from llamita.backend.torch.model.llama import Llama

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 import mlx.core as mx
 import numpy as np
 
+from llamita.backend.interface import BlockCopy, CacheLayout, ScheduledChunk
 from llamita.backend.mlx.infer.paged_attention import ChunkAttention, DecodeAttention, Part, Span
-from llamita.backend.plan import BlockCopy, CacheLayout, ScheduledChunk
 from llamita.backend.step_layout import alike
 from llamita.model.config import ModelConfig
 

@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 import psutil
 
+from llamita.backend.interface import CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult, token_array
 from llamita.backend.mlx.devices import choose_device
 from llamita.backend.mlx.infer.adapters import adapters_of_rows
 from llamita.backend.mlx.infer.kv_cache import PagedKVCache, PagedStep
@@ -24,7 +25,6 @@ from llamita.backend.mlx.model.layers import Adapters
 from llamita.backend.mlx.model.llama import Llama
 from llamita.backend.mlx.model.quantized import QuantizedLinear
 from llamita.backend.mlx.model.weights import build_model, to_host_arrays
-from llamita.backend.plan import CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult, token_array
 from llamita.backend.step_layout import begins, packing_order, rows_drawn, rows_wanted
 from llamita.model import host_array
 from llamita.model.config import ModelConfig

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
+from llamita.backend.interface import SampledToken, SampleSpec
 from llamita.backend.mlx.infer.noise import GumbelNoise, stream_keys
 from llamita.backend.mlx.infer.token_counts import CountedRow, TokenCounts
-from llamita.backend.plan import SampledToken, SampleSpec, SamplingParams
 from llamita.backend.sampling import DROPPED, Steps, sampled_token
+from llamita.backend.sampling_params import SamplingParams
 
 LARGEST_K = 2**31 - 1
 """What top-k is cut to, since MLX counts in 32 bits; a vocabulary is smaller."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from llamita.backend.plan import SampleSpec
+from llamita.backend.interface import SampleSpec
 
 IN_PROMPT, OUTPUT = 1, 2  # a count is twice the occurrences in the output, plus one for a token of the prompt
 

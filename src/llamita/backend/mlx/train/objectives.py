@@ -9,6 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from llamita.backend.mlx.model.attention import Dropout
 from llamita.backend.mlx.train.losses import IGNORED, chunked_cross_entropy, chunked_log_probs
@@ -84,6 +85,15 @@ def log_probs(hidden: Hidden, output_weight_VD: mx.array, batch: TensorBatch) ->
     """The log-probability of every label that is scored, float32 (B, T); 0 elsewhere."""
     hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
     return chunked_log_probs(hidden_BTD, output_weight_VD, batch.labels_BT)
+
+
+def distributions(hidden: Hidden, output_weight_VD: mx.array, batch: TensorBatch, temperature: float) -> mx.array:
+    """Returns the log-probability of every token at each position whose label is scored, float32 (M, V)."""
+    hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
+    rows_M = mx.array(np.flatnonzero(np.array(batch.labels_BT) != IGNORED))
+    states_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[rows_M]
+    logits_MV = (states_MD @ output_weight_VD.T).astype(mx.float32) / temperature
+    return logits_MV - mx.logsumexp(logits_MV, axis=-1, keepdims=True)
 
 
 def preference_loss(

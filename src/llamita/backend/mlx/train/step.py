@@ -4,40 +4,36 @@ The loop, the schedule, the data's order and all files are the trainer's. Nothin
 that dropout draws are a function of (seed, number of the step), so a resumed run draws what the whole run drew.
 """
 
-import contextlib
 import functools
 import hashlib
 import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 
-from llamita.backend.adamw import StepMetrics as StepMetrics
-from llamita.backend.mlx.devices import choose_device
+from llamita.backend.interface import LossSums, Precision, StepMetrics
 from llamita.backend.mlx.infer.runner import OWN, MlxRunner
 from llamita.backend.mlx.model import lora, weights
 from llamita.backend.mlx.model.attention import Dropout
-from llamita.backend.mlx.model.llama import Linear, Llama
-from llamita.backend.mlx.model.quantized import QuantizedLinear
+from llamita.backend.mlx.model.llama import Llama
 from llamita.backend.mlx.train.adamw import AdamW, AdamWSettings, clipping_scale, global_norm
-from llamita.backend.mlx.train.objectives import Hidden, LossOutput, TensorBatch, log_probs, loss_function
-from llamita.backend.objectives import LossSums, NextToken, Objective
+from llamita.backend.mlx.train.objectives import LossOutput, TensorBatch, loss_function
+from llamita.backend.mlx.train.scorer import MlxScorer, arrays_of, choose
+from llamita.backend.objectives import NextToken, Objective
 from llamita.data.batches import Batch
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.lora import LoraSettings
 from llamita.model.parameters import CLASSIFIER, InitializationName
 
-Precision = Literal["auto", "bf16", "fp32"]
 
-
-class MlxTrainStep:
+class MlxTrainStep(MlxScorer):
     """A model with its optimiser. `precision` bf16 computes products in bfloat16, but over int8 and int4 weights."""
 
     def __init__(
@@ -56,28 +52,26 @@ class MlxTrainStep:
     ) -> None:
         """Of the model's parameters those are trained whose canonical name is `trainable`: all, or with a fresh
         `adapter` over them a classifier's head alone. What is not trained has neither gradients nor moments."""
-        self.model = model
+        super().__init__(model, precision, device)
         trainable = trainable or (lambda name: adapter is None or name == CLASSIFIER)
-        every = list(model.packed_parameters())
-        trained = [each for each in every if all(map(trainable, each.parts))]
+        trained = [each for each in model.packed_parameters() if all(map(trainable, each.parts))]
         if any(not mx.issubdtype(each.parameter.dtype, mx.floating) for each in trained):
             raise ValueError(
                 f"the model is quantised ({model.config.quantization}) and cannot be trained; train an adapter over it "
                 "(lora), or train the model that it was made from, then quantise that"
             )
-        # A quantised weight is read where its twin keeps it, which an input of a compiled function may not be.
-        self.frozen = [e for e in every if not (all(map(trainable, e.parts)) or isinstance(e.owner, QuantizedLinear))]
+        self.frozen = [each for each in self.frozen if not all(map(trainable, each.parts))]
         self.adapter = lora.fresh_adapter(model, adapter, seed) if adapter else None
         self._adapter_dropout = adapter.dropout if adapter else 0.0
         trained += self.adapter.packed() if self.adapter else []
         if not trained:
             raise ValueError("no parameter of the model is to be trained")
+        self.trained = trained
         self.optimizer = AdamW(trained, settings)
         self.objective = objective
         self.max_grad_norm = max_grad_norm
-        self.precision = precision
         self.seed = seed
-        self.compiled, self.device = compile, device
+        self.compiled = compile
         self._differentiated = self._loss_and_gradients()
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepMetrics:
@@ -101,17 +95,11 @@ class MlxTrainStep:
 
     def evaluate(self, batch: Batch) -> LossSums:
         """The loss and the measures summed over the batch's targets; without dropout."""
-        with mx.stream(self.device), self._parameters_kept() as parameters:
-            output = self._loss(*parameters, _arrays(batch))
+        with mx.stream(self.device), self.parameters_kept() as parameters:
+            output = self._loss(*parameters, arrays_of(batch))
             mx.eval(output.nats, list(output.measures.values()))
             measures = {name: float(np.array(value)) for name, value in output.measures.items()}
             return LossSums(float(np.array(output.nats)), batch.num_targets, measures)
-
-    def log_probs(self, batch: Batch) -> np.ndarray:
-        """The log-probability of every label that is scored, float32 (B, T), 0 elsewhere; without dropout."""
-        with mx.stream(self.device), self._parameters_kept() as parameters:
-            hidden, output_weight_VD = self._output(self.model.hidden, self._take(*parameters), self.adapter)
-            return np.array(log_probs(hidden, output_weight_VD, TensorBatch(**_arrays(batch))))
 
     def weights(self) -> dict[str, HostArray]:
         """The float32 weights under canonical names; with an adapter, only what is trained."""
@@ -173,11 +161,11 @@ class MlxTrainStep:
         """What each micro-batch gave, and the gradients of the mean over all targets; begun, not waited for."""
         outputs: list[LossOutput] = []
         gradients: list[mx.array] = []
-        with self._parameters_kept() as parameters:
+        with self.parameters_kept() as parameters:
             share, key = mx.array(1 / targets, dtype=mx.float32), self._key_of_step()
             for batch in micro_batches:
                 key, drawn = mx.random.split(key)
-                (_, nats, measures), found = self._differentiated(*parameters, _arrays(batch), share, drawn)
+                (_, nats, measures), found = self._differentiated(*parameters, arrays_of(batch), share, drawn)
                 gradients = [a + b for a, b in zip(gradients, found, strict=True)] if gradients else found
                 outputs.append(LossOutput(nats, measures))
                 mx.async_eval(nats, gradients)  # begun now, so that what a micro-batch holds is soon let go
@@ -191,7 +179,7 @@ class MlxTrainStep:
         key: mx.array | None = None,
     ) -> LossOutput:
         """The loss as a function of the parameters and of a batch's arrays; with a key for dropout, while training."""
-        output_weight_VD = self._take(trained, frozen)
+        output_weight_VD = self.take(trained, frozen)
         hidden, adapter, own_key = self.model.hidden, self.adapter, None
         if key is not None:
             key, own_key = mx.random.split(key)
@@ -200,27 +188,8 @@ class MlxTrainStep:
                 adapter = adapter.dropping(self._adapter_dropout, drawn)
             probability = self.model.config.dropout
             hidden = functools.partial(hidden, dropout=Dropout(probability, key) if probability else None)
-        hidden, output_weight_VD = self._output(hidden, output_weight_VD, adapter)
+        hidden, output_weight_VD = self.output(hidden, output_weight_VD, adapter)
         return loss_function(self.objective, own_key)(hidden, output_weight_VD, TensorBatch(**arrays))
-
-    def _output(
-        self, hidden: Hidden, output_weight_VD: mx.array, adapter: lora.ModelAdapter | None
-    ) -> tuple[Hidden, mx.array]:
-        """Hidden states and the output matrix, as losses take them."""
-        if adapter is None:
-            return hidden, output_weight_VD
-        return adapter.output(functools.partial(hidden, adapters=adapter), output_weight_VD)
-
-    def _take(self, trained: Sequence[mx.array], frozen: Sequence[mx.array]) -> mx.array:
-        """Put parameters into the model, in bf16 those of linear maps rounded; returns its output weight, as rounded.
-
-        The model holds what it was given last; `_parameters_kept` gives it its own again.
-        """
-        for item, values in zip([*self.optimizer.packed, *self.frozen], [*trained, *frozen], strict=True):
-            low = self.precision == "bf16" and isinstance(item.owner, Linear | lora.Part)
-            item.replace(values.astype(mx.bfloat16) if low else values)
-        output_weight_VD = self.model.output_weight_VD
-        return output_weight_VD.astype(mx.bfloat16) if self.precision == "bf16" else output_weight_VD
 
     def _loss_and_gradients(self) -> Callable[..., Any]:
         """(trained, frozen, arrays, share, key) -> ((loss x share, loss, measures), gradients of loss x share by the
@@ -235,29 +204,10 @@ class MlxTrainStep:
         function = mx.value_and_grad(weighted)
         return mx.compile(function) if self.compiled else function
 
-    @contextlib.contextmanager
-    def _parameters_kept(self) -> Iterator[tuple[list[mx.array], list[mx.array]]]:
-        """The model's parameters, trained and frozen; afterwards it has them again."""
-        items = [*self.optimizer.packed, *self.frozen]
-        parameters, trained = [item.parameter for item in items], len(self.optimizer.packed)
-        try:
-            yield parameters[:trained], parameters[trained:]
-        finally:
-            for item, values in zip(items, parameters, strict=True):
-                item.replace(values)
-
     def _key_of_step(self) -> mx.array:
         """What dropout draws from: a function of (seed, step)."""
         digest = hashlib.sha256(f"{self.seed}/{self.optimizer.t}".encode()).digest()
         return mx.random.key(int.from_bytes(digest[:4], "little"))
-
-
-def _arrays(batch: Batch) -> dict[str, Any]:
-    """The fields of a `TensorBatch`, in types that `mx.compile` takes."""
-    segments_BT = None if batch.segments_BT is None else mx.array(batch.segments_BT)
-    extras = {name: mx.array(values) for name, values in batch.extras.items()}
-    tokens_BT, labels_BT = mx.array(batch.tokens_BT), mx.array(batch.labels_BT)
-    return {"tokens_BT": tokens_BT, "labels_BT": labels_BT, "segments_BT": segments_BT, "extras": extras}
 
 
 def build_train_step(
@@ -269,26 +219,20 @@ def build_train_step(
     objective: Objective = NextToken(),  # noqa: B008 - it is frozen
     trainable: Callable[[str], bool] | None = None,
     adapter: LoraSettings | None = None,
+    optimizer: AdamWSettings | None = None,
     max_grad_norm: float = 0.0,
     precision: Precision = "auto",
     device: str = "auto",
     threads: int = 0,
     compile: bool | None = None,
-    **settings: Any,
 ) -> MlxTrainStep:
-    """A model of the values in `arrays`, or a freshly initialised one, and its optimiser; `settings` are the fields of
-    AdamWSettings.
+    """Returns a model of the values in `arrays`, or a freshly initialised one, with its optimiser.
 
     device "auto" is the GPU where there is one, Metal's on a Mac; precision "auto" is bf16 there and fp32 on a CPU.
     `compile` None is true there too: a CPU's kernels take a C++ compiler half a minute at their first use, and updates
     were no faster then.
     """
-    optimizer = AdamWSettings(**settings)
-    where = choose_device(device)
-    if threads:
-        raise ValueError(f"threads={threads} cannot be set: MLX chooses its threads itself; leave it at 0")
-    if precision == "auto":
-        precision = "bf16" if where == mx.gpu else "fp32"
+    where, chosen = choose(device, precision, threads)
     with mx.stream(where):
         model = weights.build_model(config, arrays, seed=seed, initialization=initialization)
         return MlxTrainStep(
@@ -298,7 +242,7 @@ def build_train_step(
             trainable=trainable,
             adapter=adapter,
             max_grad_norm=max_grad_norm,
-            precision=precision,
+            precision=chosen,
             seed=seed,
             compile=where == mx.gpu if compile is None else compile,
             device=where,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamita.backend.plan import ScheduledChunk
+from llamita.backend.interface import ScheduledChunk
 from llamita.backend.torch.infer.kv_cache import PagedKVCache
 from llamita.backend.torch.infer.paged_attention import TableAttention
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamita.backend.plan import BlockCopy, CacheLayout, ScheduledChunk
+from llamita.backend.interface import BlockCopy, CacheLayout, ScheduledChunk
 from llamita.backend.step_layout import alike
 from llamita.backend.torch.infer.paged_attention import (
     ChunkAttention,

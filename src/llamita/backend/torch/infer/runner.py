@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llamita.backend.plan import CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult, token_array
+from llamita.backend.interface import CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult, token_array
 from llamita.backend.step_layout import begins, packing_order, rows_drawn, rows_wanted
 from llamita.backend.torch.devices import choose_device, table_kernel
 from llamita.backend.torch.infer.adapters import adapters_of_rows, exact_adapter

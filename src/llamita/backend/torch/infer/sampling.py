@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamita.backend.plan import SampledToken, SampleSpec, SamplingParams
+from llamita.backend.interface import SampledToken, SampleSpec
 from llamita.backend.sampling import DROPPED, Steps, sampled_token
+from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.noise import GumbelNoise, stream_keys
 from llamita.backend.torch.infer.token_counts import CountedRow, TokenCounts, to_device
 

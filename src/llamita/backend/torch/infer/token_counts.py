@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamita.backend.plan import SampleSpec
+from llamita.backend.interface import SampleSpec
 
 IN_PROMPT, OUTPUT = 1, 2  # a count is twice the occurrences in the output, plus one for a token of the prompt
 

@@ -79,6 +79,13 @@ def log_probs(hidden: Hidden, output_weight_VD: Tensor, batch: TensorBatch) -> T
     return chunked_log_probs(hidden_BTD, output_weight_VD, batch.labels_BT)
 
 
+def distributions(hidden: Hidden, output_weight_VD: Tensor, batch: TensorBatch, temperature: float) -> Tensor:
+    """Returns the log-probability of every token at each position whose label is scored, float32 (M, V)."""
+    hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
+    states_MD = hidden_BTD[batch.labels_BT != IGNORED]
+    return (F.linear(states_MD, output_weight_VD).float() / temperature).log_softmax(-1)
+
+
 def preference_loss(objective: Preference, hidden: Hidden, output_weight_VD: Tensor, batch: TensorBatch) -> LossOutput:
     """How little each chosen answer has gained on its rejected one since the reference; both pass the model at once."""
     labels_BT = torch.cat([batch.labels_BT, batch.extras["rejected_labels_BT"]])

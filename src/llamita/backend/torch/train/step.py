@@ -15,28 +15,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from llamita.backend.adamw import StepMetrics as StepMetrics
-from llamita.backend.objectives import LossSums, NextToken, Objective
+from llamita.backend.interface import LossSums, Precision, StepMetrics
+from llamita.backend.objectives import NextToken, Objective
 from llamita.backend.torch.infer.runner import OWN, TorchRunner
 from llamita.backend.torch.model import lora, weights
 from llamita.backend.torch.model.llama import Llama
 from llamita.backend.torch.train import objectives
 from llamita.backend.torch.train.adamw import AdamW, AdamWSettings, clipping_scale, global_norm
-from llamita.backend.torch.train.objectives import Hidden, TensorBatch
+from llamita.backend.torch.train.objectives import Hidden
+from llamita.backend.torch.train.scorer import TorchScorer, choose, to_device
 from llamita.data.batches import Batch
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.lora import LoraSettings
 from llamita.model.parameters import CLASSIFIER, InitializationName
 
-Precision = Literal["auto", "bf16", "fp32"]
 
-
-class TorchTrainStep:
+class TorchTrainStep(TorchScorer):
     """A model with its optimiser. `precision` bf16 computes products in bfloat16 from float32 weights (autocast)."""
 
     def __init__(
@@ -54,7 +52,7 @@ class TorchTrainStep:
     ) -> None:
         """Of the model's parameters those are trained whose canonical name is `trainable`: all, or with a fresh
         `adapter` over them a classifier's head alone. What is not trained has neither gradients nor moments."""
-        self.model = model
+        super().__init__(model, precision)
         trainable = trainable or (lambda name: adapter is None or name == CLASSIFIER)
         packed = [each for each in model.packed_parameters() if all(map(trainable, each.parts))]
         if any(not each.parameter.is_floating_point() for each in packed):
@@ -69,18 +67,14 @@ class TorchTrainStep:
         packed += self.adapter.packed() if self.adapter else []
         if not packed:
             raise ValueError("no parameter of the model is to be trained")
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
         for each in packed:
             each.parameter.requires_grad_(True)
         self.optimizer = AdamW(packed, settings)
         self.objective = objective
         self.max_grad_norm = max_grad_norm
-        self.precision = precision
         self.seed = seed
         self.compiled = compile
         self.parameters = [each.parameter for each in packed]
-        self.device = self.parameters[0].device
         # Evaluation runs uncompiled: its batches have other shapes, and each would be compiled anew.
         self._hidden: Hidden = torch.compile(model.hidden, dynamic=False) if compile else model.hidden
 
@@ -95,8 +89,8 @@ class TorchTrainStep:
         outputs = []
         with self._random_numbers_of_step():
             for batch in micro_batches:
-                with self._autocast():
-                    output = loss_function(*self._output(self._hidden, training=True), self._to_device(batch))
+                with self.autocast():
+                    output = loss_function(*self.output(self._hidden, training=True), to_device(batch, self.device))
                 (output.nats / targets).backward()
                 outputs.append({"": output.nats.detach(), **output.measures})
         norm = global_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -115,17 +109,10 @@ class TorchTrainStep:
     def evaluate(self, batch: Batch) -> LossSums:
         """The loss and the measures summed over the batch's targets; without dropout."""
         loss_function = objectives.loss_function(self.objective, training=False)
-        with self._autocast():
-            output = loss_function(*self._output(self.model.hidden), self._to_device(batch))
+        with self.autocast():
+            output = loss_function(*self.output(self.model.hidden), to_device(batch, self.device))
         measures = {name: float(value) for name, value in output.measures.items()}
         return LossSums(float(output.nats), batch.num_targets, measures)
-
-    @torch.no_grad()
-    def log_probs(self, batch: Batch) -> np.ndarray:
-        """The log-probability of every label that is scored, float32 (B, T), 0 elsewhere; without dropout."""
-        with self._autocast():
-            found_BT = objectives.log_probs(*self._output(self.model.hidden), self._to_device(batch))
-        return found_BT.cpu().numpy()
 
     def weights(self) -> dict[str, HostArray]:
         """The float32 weights under canonical names; with an adapter, only what is trained."""
@@ -193,14 +180,11 @@ class TorchTrainStep:
             for part, view in zip(each.parts, each.split(each.parameter.detach()), strict=True)
         }
 
-    def _output(self, hidden: Hidden, training: bool = False) -> tuple[Hidden, Tensor]:
-        """Hidden states and the output matrix, as losses take them; with dropout while `training`."""
+    def output(self, hidden: Hidden, training: bool = False) -> tuple[Hidden, Tensor]:
+        """Returns hidden states and the output matrix, as losses take them; with dropout while `training`."""
         adapter = self._dropping if training else self.adapter
         hidden, weight_VD = functools.partial(hidden, training=training, adapters=adapter), self.model.output_weight_VD
         return adapter.output(hidden, weight_VD) if adapter else (hidden, weight_VD)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
     @contextlib.contextmanager
     def _random_numbers_of_step(self) -> Any:
@@ -214,17 +198,6 @@ class TorchTrainStep:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def _to_device(self, batch: Batch) -> TensorBatch:
-        def move(array: Any) -> Tensor:
-            return torch.from_numpy(array).to(self.device, dtype=torch.int64, non_blocking=True)
-
-        segments_BT = None if batch.segments_BT is None else move(batch.segments_BT)
-        extras = {
-            name: move(array) if array.dtype.kind in "iu" else torch.from_numpy(array).to(self.device)
-            for name, array in batch.extras.items()
-        }
-        return TensorBatch(move(batch.tokens_BT), move(batch.labels_BT), segments_BT, extras)
-
 
 def build_train_step(
     config: ModelConfig,
@@ -235,27 +208,19 @@ def build_train_step(
     objective: Objective = NextToken(),  # noqa: B008 - it is frozen
     trainable: Callable[[str], bool] | None = None,
     adapter: LoraSettings | None = None,
+    optimizer: AdamWSettings | None = None,
     max_grad_norm: float = 0.0,
     precision: Precision = "auto",
     device: str = "auto",
     threads: int = 0,
-    compile: bool = False,
-    **settings: Any,
+    compile: bool | None = None,
 ) -> TorchTrainStep:
-    """A model of the values in `arrays`, or a freshly initialised one, and its optimiser; `settings` are the fields of
-    AdamWSettings.
+    """Returns a model of the values in `arrays`, or a freshly initialised one, with its optimiser.
 
-    `threads` 0 leaves PyTorch's own choice; precision "auto" is bf16 where the processor multiplies it.
+    `threads` 0 leaves PyTorch's own choice; precision "auto" is bf16 where the processor multiplies it; `compile` None
+    is false.
     """
-    optimizer = AdamWSettings(**settings)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device={device!r} is not here; use {'cuda or cpu' if torch.cuda.is_available() else 'cpu'}")
-    if threads > 0:
-        torch.set_num_threads(threads)
-    if precision == "auto":
-        precision = "bf16" if device == "cuda" or cpu_multiplies_bf16() else "fp32"
+    device, chosen = choose(device, precision, threads)
     return TorchTrainStep(
         weights.build_model(config, arrays, seed=seed, initialization=initialization, device=device),
         optimizer,
@@ -263,13 +228,7 @@ def build_train_step(
         trainable=trainable,
         adapter=adapter,
         max_grad_norm=max_grad_norm,
-        precision=precision,
+        precision=chosen,
         seed=seed,
-        compile=compile,
+        compile=bool(compile),
     )
-
-
-def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for bfloat16 products; without them bf16 is slower than float32."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -1,41 +1,13 @@
-"""What an engine asks a backend's runner to do in one step, and what comes back.
-
-These types are the seam between policy and tensors: the engine (inference/) decides a `Plan`, a backend's
-`runner.run(plan) -> StepResult` does it. They lie below both, so that neither imports the other. Nothing here knows a
-tensor, a tokenizer, or why a token was scheduled.
-"""
+"""How one request picks its tokens and when it ends. Knows no tensor and no tokenizer."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-
-BackendName = Literal["auto", "torch", "mlx"]
-"""The backends there are; which one "auto" stands for, `backends.choose` says."""
 MAX_SEED = 2**64 - 1
 MAX_CONTINUATIONS = 128
 MAX_TOP_LOGPROBS = 100
-LONGEST_CHUNK = 512
-"""Most tokens of a sequence in a step: bounds the memory of a step, and how long it keeps others waiting."""
-
-
-def token_array(tokens_BT: Sequence[Sequence[int]] | np.ndarray, vocab_size: int) -> np.ndarray:
-    """Token ids [B, T] of a model with so many, int64; ValueError for none, ragged rows and ids that it has not.
-
-    An id outside the embedding would read other memory on some devices.
-    """
-    try:
-        array = np.asarray(tokens_BT, dtype=np.int64)
-    except (OverflowError, TypeError, ValueError):
-        array = np.empty(0, np.int64)
-    if array.ndim != 2 or not array.size:
-        raise ValueError("tokens must be rows of one length, at least 1, of whole numbers")
-    outside = array[(array < 0) | (array >= vocab_size)]
-    if outside.size:
-        raise ValueError(f"token id {outside[0]} is not one of this model's, 0 to {vocab_size - 1}")
-    return array
 
 
 @dataclass(frozen=True)
@@ -125,99 +97,6 @@ class SamplingParams:
     def reads_history(self) -> bool:
         """Whether the tokens so far change the logits."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-
-
-@dataclass(frozen=True)
-class SampleSpec:
-    """Asks for one token. `position` is its own absolute position: it is drawn from the logits of the one before."""
-
-    params: SamplingParams
-    seed: int
-    position: int
-    history: Sequence[int] = ()  # prompt and output so far; read only where `params.reads_history`
-    prompt_length: int = 0  # how many of them are the prompt's
-    banned: tuple[int, ...] = ()  # ids that may not come now
-    allowed: np.ndarray | None = None  # bit i % 32 of int32 word i // 32: whether id i may come; None: all may
-
-
-@dataclass(frozen=True)
-class ScheduledChunk:
-    """Consecutive tokens of one sequence, to be run on top of the `start` tokens of it that the cache already holds.
-
-    Position p of the sequence lies in block `tables[g][p // block_size]` of group g (see `CacheLayout`). Blocks of a
-    sliding window that no query of the chunk sees any more may be missing (-1).
-    """
-
-    sequence_id: int
-    tokens: tuple[int, ...]
-    start: int  # absolute position of tokens[0]
-    tables: tuple[np.ndarray, ...] = ()  # int32, a group each
-    samples: tuple[SampleSpec, ...] = ()  # tokens to draw, at positions start + 1 .. end; none: fill the cache only
-    targets: tuple[int, ...] = ()  # what follows tokens[0], tokens[1], ...: their log-probabilities are asked for
-    adapter: str | None = None  # the adapter that it goes through, by the runner's name for it
-
-    def __post_init__(self) -> None:
-        assert self.tokens, "a chunk holds at least one token"
-        assert self.start >= 0
-        assert len(self.targets) <= len(self.tokens)
-        assert all(self.start < sample.position <= self.end for sample in self.samples)
-
-    @property
-    def end(self) -> int:
-        """One past the absolute position of the last token."""
-        return self.start + len(self.tokens)
-
-
-@dataclass(frozen=True)
-class CacheLayout:
-    """How a runner's key/value memory is cut: blocks of so many positions, and so many of them for each group.
-
-    A group is the layers of one attention window, `windows` being the config's `attention_windows`: a sequence has a
-    table of blocks for each, since a sliding window gives blocks back that a full one keeps.
-    """
-
-    block_size: int
-    blocks: int
-    windows: tuple[int, ...] = (0,)
-
-
-@dataclass(frozen=True)
-class BlockCopy:
-    """Asks that a block's contents be copied before the step, since two sequences that shared it part there."""
-
-    group: int
-    source: int
-    target: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The work of one step: first the copies, then the chunks, all at once."""
-
-    chunks: tuple[ScheduledChunk, ...]
-    copies: tuple[BlockCopy, ...] = ()
-
-
-@dataclass(frozen=True)
-class SampledToken:
-    """A token and its natural log-probability under the model itself, before temperature, penalty and truncation.
-
-    `top` are the most probable tokens with theirs, as many as were asked for, the likeliest first. Where no token could
-    be picked, `error` says why in a line, and the rest means nothing.
-    """
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One entry a chunk of the plan, in its order: its sampled tokens, and the log-probabilities of its targets."""
-
-    sampled: tuple[tuple[SampledToken, ...], ...]
-    target_logprobs: tuple[tuple[float, ...], ...] = ()  # empty where no chunk had targets
 
 
 def _check(name: str, value: Any, kind: type, in_range: Callable[[Any], bool], allowed: str) -> None:

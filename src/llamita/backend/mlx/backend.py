@@ -1,0 +1,31 @@
+"""MLX behind the contract of a backend (backend/interface.py)."""
+
+from typing import Literal
+
+from llamita.backend.interface import Backend
+from llamita.backend.mlx.devices import choose_device
+from llamita.backend.mlx.infer.runner import load_runner, runner_over
+from llamita.backend.mlx.model.lora import merged_arrays
+from llamita.backend.mlx.model.weights import quantize_arrays
+from llamita.backend.mlx.train.scorer import build_scorer
+from llamita.backend.mlx.train.step import build_train_step
+
+
+class MlxBackend:
+    """What MLX makes, by the names of the contract."""
+
+    name: Literal["mlx"] = "mlx"
+    build_train_step = staticmethod(build_train_step)
+    build_scorer = staticmethod(build_scorer)
+    load_runner = staticmethod(load_runner)
+    runner_over = staticmethod(runner_over)
+    quantize_arrays = staticmethod(quantize_arrays)
+    merged_arrays = staticmethod(merged_arrays)
+
+    @property
+    def device(self) -> str:
+        """Where it computes when that is left to it: "cpu" or "gpu"."""
+        return choose_device("auto").name
+
+
+BACKEND: Backend = MlxBackend()
