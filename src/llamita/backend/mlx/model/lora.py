@@ -7,7 +7,7 @@ several in one pass are infer/adapters.py.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import mlx.core as mx
@@ -17,6 +17,7 @@ from llamita.backend import arrays as host_arrays
 from llamita.backend.mlx.model import quantize
 from llamita.backend.mlx.model.attention import Dropout
 from llamita.backend.mlx.model.fused import PackedParameter
+from llamita.backend.mlx.model.head import OutputHead
 from llamita.backend.mlx.model.llama import Linear, Llama
 from llamita.backend.mlx.model.quantized import QuantizedLinear
 from llamita.backend.mlx.model.weights import array_from_host, host_from_array
@@ -91,11 +92,11 @@ class ModelAdapter:
             for kind, key in ((DOWN, "down_RD"), (UP, "up_CR"))
         ]
 
-    def output(self, hidden: Callable[..., mx.array], weight_VD: mx.array) -> tuple[Callable[..., mx.array], mx.array]:
-        """Hidden states and output matrix as a loss takes them: where the output head is adapted, A's result stands
+    def output(self, hidden: Callable[..., mx.array], head: OutputHead) -> tuple[Callable[..., mx.array], OutputHead]:
+        """Hidden states and output head as a loss takes them: where the output head is adapted, A's result stands
         beside the states and B beside the matrix, so that one product gives the adapted logits."""
         if HEAD not in self.changes:
-            return hidden, weight_VD
+            return hidden, head
         (part,) = self.changes[HEAD].parts
 
         def wide(*arguments: mx.array, **named: mx.array) -> mx.array:
@@ -103,8 +104,8 @@ class ModelAdapter:
             low_BTR = self.dropped(HEAD, hidden_BTD).astype(part.down_RD.dtype) @ part.down_RD.T
             return mx.concatenate([hidden_BTD, low_BTR.astype(hidden_BTD.dtype)], axis=-1)
 
-        up_VR = (part.up_CR * part.scale).astype(weight_VD.dtype)
-        return wide, mx.concatenate([weight_VD, up_VR], axis=1)
+        up_VR = (part.up_CR * part.scale).astype(head.weight_VD.dtype)
+        return wide, replace(head, weight_VD=mx.concatenate([head.weight_VD, up_VR], axis=1))
 
 
 def fresh_adapter(model: Llama, settings: LoraSettings, seed: int) -> ModelAdapter:
