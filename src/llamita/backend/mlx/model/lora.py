@@ -13,6 +13,7 @@ from itertools import accumulate
 import mlx.core as mx
 import mlx.nn as nn
 
+from llamita.backend import arrays as host_arrays
 from llamita.backend.mlx.model import quantize
 from llamita.backend.mlx.model.attention import Dropout
 from llamita.backend.mlx.model.fused import PackedParameter
@@ -22,8 +23,7 @@ from llamita.backend.mlx.model.quantized import QuantizedLinear
 from llamita.backend.mlx.model.weights import array_from_host, host_from_array
 from llamita.model.host_array import HostArray
 from llamita.model.lora import DOWN, HEAD, UP, Adapter, Factors, LoraSettings, initialize_adapter, linear_maps
-from llamita.model.parameters import canonical_names, parameter_table, weight_bits
-from llamita.model.quantization import SCALE
+from llamita.model.parameters import canonical_names
 
 
 class Part(nn.Module):
@@ -157,9 +157,7 @@ def merge(model: Llama, adapter: Adapter, sign: float = 1.0) -> None:
     What the adapter replaces whole (a classification head) is not touched: it is not a sum.
     """
     if model.config.quantization:
-        raise ValueError(
-            f"the weights are {model.config.quantization} and take no sums; pass the adapter beside them instead"
-        )
+        raise ValueError(f"the weights are {model.config.quantization} and take no sums; pass the adapter with them")
     for packed in model.packed_parameters():
         modules = [name.removesuffix(".weight") for name in packed.parts]
         if not set(modules) & adapter.factors.keys():
@@ -186,21 +184,15 @@ def product(adapter: Adapter, module: str, factors: Factors) -> mx.array:
 
 
 def merged_arrays(arrays: Mapping[str, HostArray], adapter: Adapter) -> Iterator[tuple[str, HostArray]]:
-    """The base's arrays with the adapter merged in, one by one in the table's order, in the base's type; quantised
-    ones in bfloat16, so that the result is an ordinary model."""
-    base = adapter.over(arrays)
-    for row in parameter_table(adapter.config):
-        module, array = row.name.removesuffix(".weight"), base[row.name]
-        quantised = row.name not in adapter.replaced and weight_bits(adapter.config, row) > 0
-        if module not in adapter.factors and not quantised:
-            yield row.name, array
-            array.forget(0, len(array.data))
-            continue
+    """`arrays.merged_arrays`, summed here, in float32."""
+
+    def merged(array: HostArray, scale: HostArray | None, D: int, module: str) -> HostArray:
         weight = array_from_host(array)
-        dtype = mx.bfloat16 if quantised else weight.dtype
-        if quantised:
-            scale = array_from_host(base[row.name + SCALE])
-            weight = quantize.dequantize(weight, scale, row.shape[1], mx.float32)
+        dtype = weight.dtype
+        if scale is not None:
+            weight, dtype = quantize.dequantize(weight, array_from_host(scale), D, mx.float32), mx.bfloat16
         if module in adapter.factors:
             weight = weight.astype(mx.float32) + product(adapter, module, adapter.factors[module])
-        yield row.name, host_from_array(weight.astype(dtype))
+        return host_from_array(weight.astype(dtype))
+
+    return host_arrays.merged_arrays(arrays, adapter, merged)

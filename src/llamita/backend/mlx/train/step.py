@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from llamita.backend.interface import LossSums, Precision, StepMetrics
-from llamita.backend.mlx.infer.runner import OWN, MlxRunner
+from llamita.backend.mlx.infer.runner import MlxRunner
 from llamita.backend.mlx.model import lora, weights
 from llamita.backend.mlx.model.attention import Dropout
 from llamita.backend.mlx.model.llama import Llama
@@ -26,6 +26,7 @@ from llamita.backend.mlx.train.adamw import AdamW, AdamWSettings, clipping_scale
 from llamita.backend.mlx.train.objectives import LossOutput, TensorBatch, loss_function
 from llamita.backend.mlx.train.scorer import MlxScorer, arrays_of, choose
 from llamita.backend.objectives import NextToken, Objective
+from llamita.backend.opening import OWN
 from llamita.data.batches import Batch
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
