@@ -130,11 +130,6 @@ def test_nothing_that_is_carried_names_a_machine() -> None:
             assert match is None, f"{name} names {match[0].decode()}..."
 
 
-def test_files_stay_readable_in_one_sitting() -> None:
-    long = [f"{p.relative_to(ROOT)}" for p in (ROOT / "src").rglob("*.py") if len(p.read_text().splitlines()) > 300]
-    assert long == [], "split these files: 300 lines at most"
-
-
 def test_every_file_that_is_no_module_is_carried_too() -> None:
     package = ROOT / "src" / "llamita"
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["llamita"]

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -58,7 +61,7 @@ def mixed(vocabulary, **params):
 
 
 def answers(runner, asked, **limits):
-    engine = Engine(runner, config=EngineConfig(**limits), adapters=tuple(runner.serving.adapters))
+    engine = Engine(runner, config=EngineConfig(**limits), adapters=tuple(runner.adapters))
     for request in asked:
         engine.add(request)
     found = {request.id: [] for request in asked}
@@ -111,6 +114,48 @@ def test_rows_of_the_base_have_the_bits_of_a_run_without_adapters(dtype):
     with_adapters, without = scores_of_four(runner, names), scores_of_four(merged[None], [None] * 4)
     for name, one, other in zip(names, with_adapters, without, strict=True):
         assert (one == other) is (name is None)
+
+
+def check_that_two_threads_keep_their_adapters_apart(runner, monkeypatch):
+    """Two engines over one runner, at once: each has the tokens, and bit for bit the logits, that it has alone."""
+    seen, together, compute = {}, threading.Barrier(1), runner._logits
+
+    def watched(states, rows):
+        together.wait(10)  # neither thread goes ahead of the other's step
+        logits_RV = compute(states, rows)
+        seen[threading.get_ident()].append(np.asarray(logits_RV).copy())
+        return logits_RV
+
+    def serve(name):
+        seen[threading.get_ident()] = logits = []
+        names = (name, None, name, "a")
+        asked = [
+            Request(number, tuple(range(number, number + 9)), SamplingParams(temperature=0, max_tokens=12), adapter=one)
+            for number, one in enumerate(names)
+        ]
+        return answers(runner, asked, max_sequences=3), logits
+
+    monkeypatch.setattr(runner, "_logits", watched)
+    expected = [serve(name) for name in ("a", "b")]
+    together = threading.Barrier(2)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            found = list(threads.map(serve, ("a", "b")))
+    finally:
+        sys.setswitchinterval(before)
+    for (events, logits), (expected_events, expected_logits) in zip(found, expected, strict=True):
+        for number, own in expected_events.items():
+            assert [event.token_id for event in events[number]] == [event.token_id for event in own]
+            assert [event.logprob for event in events[number]] == [event.logprob for event in own]
+        for ours, theirs in zip(logits, expected_logits, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_two_threads_keep_their_adapters_apart(exact, monkeypatch):
+    check_that_two_threads_keep_their_adapters_apart(three(exact)[0], monkeypatch)
 
 
 @pytest.mark.parametrize("changes", [{}, {"hidden_size": 37, "intermediate_size": 53, "head_dim": 10}], ids=str)

@@ -39,7 +39,7 @@ class Batch:
 
     @property
     def num_targets(self) -> int:
-        """What the loss is a mean over: scored positions, or rows."""
+        """The number of targets that the loss is a mean over: scored positions, or rows."""
         return len(self.row_ids) if self.row_is_target else int((self.labels_BT != NOT_SCORED).sum())
 
     def rows(self, part: slice) -> Batch:
@@ -122,14 +122,14 @@ class BatchIterator:
 
     @property
     def epoch(self) -> float:
-        """How many times the rows have been gone through, with the fraction; for random rows, by tokens read."""
+        """The passes over the rows so far, with the fraction; for random rows, counted by tokens read."""
         rows = len(self.rows)
         if self.rows.config.mode == "random":
             rows = max(1, rows // self.rows.config.sequence_length)
         return self.step * self.batch_size / rows
 
     def state(self) -> dict[str, Any]:
-        """What load_state needs to go on exactly here; JSON-able."""
+        """Returns what `load_state` needs to go on exactly here; JSON-able."""
         return {"step": self.step, **self._identity()}
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -100,7 +100,7 @@ def conversation(record: Any, where: str) -> Conversation:
 
 def split(all_of: Iterable[Conversation], share: float, seed: int) -> tuple[list[Conversation], list[Conversation]]:
     """Those to train on, and a share to validate on, by a hash of what is said."""
-    return split_by(lambda each: said_in(each.messages), all_of, share, seed)
+    return split_by(lambda conversation: said_in(conversation.messages), all_of, share, seed)
 
 
 def split_by(
@@ -108,9 +108,9 @@ def split_by(
 ) -> tuple[list[Item], list[Item]]:
     """Two sides, the second a share of the whole: by a hash of what `said` gives, so equal ones lie on one side."""
     sides: tuple[list[Item], list[Item]] = ([], [])
-    for each in all_of:
-        digest = hashlib.blake2b(said(each), digest_size=8, key=str(seed).encode()).digest()
-        sides[int.from_bytes(digest, "little") < share * 2**64].append(each)
+    for item in all_of:
+        digest = hashlib.blake2b(said(item), digest_size=8, key=str(seed).encode()).digest()
+        sides[int.from_bytes(digest, "little") < share * 2**64].append(item)
     return sides
 
 
@@ -126,7 +126,7 @@ def for_validation(source: ConversationSource, share: float) -> ConversationSour
 
 
 def _check_message(message: Any, where: str) -> None:
-    """What a template would stumble over, told with the place."""
+    """Raises ValueError, naming the place, for a message that a template would stumble over."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(f"{where} must be an object with a role and a content, got {message!r:.100}")
     content = message.get("content")

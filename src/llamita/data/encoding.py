@@ -39,7 +39,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """How documents are encoded; small, and can be sent to another process."""
+    """The settings by which documents are encoded; small, and can be sent to another process."""
 
     tokenizer: Path
     tokenizer_hash: str

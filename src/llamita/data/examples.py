@@ -23,7 +23,7 @@ TooLong = Literal["drop", "truncate"]
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the conversations that were read: kept + dropped + nothing_to_learn of them."""
+    """Counts of the conversations that were read: kept + dropped + nothing_to_learn of them."""
 
     read: int
     kept: int
@@ -78,9 +78,9 @@ def encode(
     """
     tokens, scored = [np.zeros(0, dtype=np.int32)], [np.zeros(0, dtype=bool)]
     read = truncated = dropped = nothing = 0
-    for each in conversations:
+    for conversation in conversations:
         read += 1
-        ids, mask = _encode(chat, each)
+        ids, mask = _encode(chat, conversation)
         is_long = len(ids) > longest
         if is_long and too_long == "drop":
             dropped += 1
@@ -90,7 +90,7 @@ def encode(
             truncated += is_long
             tokens.append(ids[:longest])
             scored.append(mask[:longest])
-    starts = np.cumsum([len(each) for each in tokens]).astype(np.int64)
+    starts = np.cumsum([len(ids) for ids in tokens]).astype(np.int64)
     all_scored = np.concatenate(scored)
     all_scored[starts[:-1]] = False  # nothing precedes a conversation's first token
     counts = Counts(read, len(tokens) - 1, truncated, dropped, nothing, int(starts[-1]), int(all_scored.sum()))

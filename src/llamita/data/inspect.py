@@ -1,4 +1,4 @@
-"""What prepared data looks like to a model: counts over rows, documents in both splits, and a row as marked text.
+"""A look at prepared data as a model sees it: counts over rows, documents in both splits, a row as marked text.
 
 Knows nothing about terminals or colours: it says which stretches of a row are scored, read or padding.
 """
@@ -58,7 +58,7 @@ def count_rows(rows: Rows, limit: int = 50_000) -> RowCounts:
 
 
 def documents_in_both(train: TokenShards, validation: TokenShards) -> int:
-    """How many validation documents are also training documents, token for token; memory grows with validation."""
+    """Counts validation documents that are also training documents, token for token; memory grows with validation."""
     digests = [_digest(validation.document(i)) for i in range(validation.num_documents)]
     wanted = set(digests)
     found = {digest for i in range(train.num_documents) if (digest := _digest(train.document(i))) in wanted}

@@ -50,7 +50,7 @@ class LabelledTexts:
         return len(self.texts)
 
     def counts(self) -> np.ndarray:
-        """How many texts have each label."""
+        """The number of texts of each label."""
         return np.bincount(self.labels, minlength=len(self.names))
 
     def digest(self) -> str:
@@ -61,7 +61,7 @@ class LabelledTexts:
 
 @dataclass(frozen=True)
 class Fields:
-    """What the text and the label are called in CSV headers, JSON objects and hub datasets."""
+    """The names of the text and the label in CSV headers, JSON objects and hub datasets."""
 
     text: str = "text"
     label: str = "label"
@@ -144,7 +144,7 @@ def validation_of(sources: Sequence[str]) -> tuple[str, ...]:
 
 
 def absolute(source: str) -> str:
-    """What a source is called from anywhere: files, and directories of datasets, by their whole path."""
+    """Returns the name of a source from anywhere: files, and directories of datasets, by their whole path."""
     if MEADOW.fullmatch(source):
         return source
     found = HUB.fullmatch(source)

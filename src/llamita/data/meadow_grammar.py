@@ -32,7 +32,7 @@ class Mention(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """How the grammar reads a text, whether or not its facts agree."""
+    """A text as the grammar reads it, whether or not its facts agree."""
 
     plot: str
     options: tuple[int, ...]

@@ -31,10 +31,10 @@ def conversations(seed: int, count: int, split: Split, turns: int = 1) -> Iterat
             raise ValueError(f"turns={turns} must be between 1 and {len(asked)}, the questions that a story answers")
         messages = []
         for turn in range(turns):
-            each = asked[(number + turn) % len(asked)]
-            said = each.question if turn else prompt(story.text, each.question)
+            question = asked[(number + turn) % len(asked)]
+            said = question.question if turn else prompt(story.text, question.question)
             messages.append({"role": "user", "content": said})
-            messages.append({"role": "assistant", "content": each.answer})
+            messages.append({"role": "assistant", "content": question.answer})
         yield {"messages": messages}
 
 
@@ -42,11 +42,11 @@ def preferences(seed: int, count: int, split: Split) -> Iterator[dict[str, Any]]
     """Yield {"prompt", "chosen", "rejected"}, texts: a story with a question, its right answer, a wrong one."""
     for number, story in enumerate(_stories(seed, count, split)):
         asked = meadow.questions(story)
-        each = asked[number % len(asked)]
+        question = asked[number % len(asked)]
         yield {
-            "prompt": prompt(story.text, each.question),
-            "chosen": each.answer,
-            "rejected": each.wrong_answer,
+            "prompt": prompt(story.text, question.question),
+            "chosen": question.answer,
+            "rejected": question.wrong_answer,
         }
 
 
@@ -57,7 +57,7 @@ def labels(seed: int, count: int, split: Split) -> Iterator[dict[str, Any]]:
 
 
 def prompt(story: str, question: str) -> str:
-    """What a user says who asks about a story."""
+    """Returns the words of a user who asks about a story."""
     return f"{story}\n{question}"
 
 

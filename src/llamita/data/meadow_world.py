@@ -34,7 +34,7 @@ OWNER = "owner"  # a second name for hero or friend, as the plot ends
 
 @dataclass(frozen=True)
 class Character:
-    """What never changes about someone."""
+    """The traits of someone that never change."""
 
     kind: str
     he: bool
@@ -50,7 +50,7 @@ PRONOUNS: Mapping[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """What happens between hero and friend, how it can end, and which of the two then owns the thing."""
+    """A course of events between hero and friend, its endings, and which of the two then owns the thing."""
 
     event: tuple[str, ...]
     good: tuple[str, ...]

@@ -32,7 +32,7 @@ class TokenDocuments(Protocol):
 
 @dataclass(frozen=True)
 class RowsConfig:
-    """How documents become rows."""
+    """The options by which documents become rows."""
 
     mode: Literal["pad", "pack", "random"] = "pack"
     """pad: each document padded to whole rows; pack: documents back to back; random: windows at random offsets."""
@@ -135,7 +135,7 @@ class Rows:
         return row
 
     def span(self, index: int) -> tuple[int, int]:
-        """Where row `index` lies in the stream: its first token, and how many tokens before padding."""
+        """Returns the place of row `index` in the stream: its first token, and its number of tokens before padding."""
         if not 0 <= index < self._length:
             raise IndexError(f"row {index} of {self._length}")
         if self.config.mode == "pad":

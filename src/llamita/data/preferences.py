@@ -29,7 +29,7 @@ Messages = tuple[Mapping[str, Any], ...]
 
 @dataclass(frozen=True)
 class Preference:
-    """What was said, two ways to go on of which the first is preferred, and where that stands."""
+    """The messages so far, two ways to go on of which the first is preferred, and the place in the file."""
 
     prompt: Messages
     chosen: Messages
@@ -52,10 +52,10 @@ def preference(record: Any, where: str) -> Preference:
     if "prompt" in record:
         prompt = messages(record["prompt"], "user", f"{where}: prompt")
         chosen, rejected = (
-            each[len(prompt) :] if each[: len(prompt)] == prompt else each for each in (chosen, rejected)
+            answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer for answer in (chosen, rejected)
         )
     else:
-        alike = [one == other for one, other in zip(chosen, rejected, strict=False)]
+        alike = [a == b for a, b in zip(chosen, rejected, strict=False)]
         shared = alike.index(False) if False in alike else len(alike)
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
         if not prompt:
@@ -87,7 +87,7 @@ def messages(value: Any, role: str, where: str) -> Messages:
 
 @dataclass(frozen=True)
 class Layout:
-    """How what was said becomes tokens: by a chat template, or, where there is none, as one text after the other."""
+    """The way from messages to tokens: a chat template or, where there is none, one text after the other."""
 
     tokenizer: Tokenizer
     chat: Chat | None
@@ -116,7 +116,7 @@ class Layout:
 
 
 def plain(said: Messages) -> str:
-    """What messages say, without who said it; ValueError where that is not text."""
+    """Returns the texts of messages without their roles; ValueError for content that is not text."""
     for message in said:
         if not isinstance(message["content"], str):
             raise ValueError("a message has parts; without a chat template there can be text alone")
@@ -125,7 +125,7 @@ def plain(said: Messages) -> str:
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the pairs that were read: kept + too_long + without_preference of them."""
+    """Counts of the pairs that were read: kept + too_long + without_preference of them."""
 
     read: int
     kept: int
@@ -164,7 +164,7 @@ class Pairs:
 
     @property
     def lengths_N2(self) -> np.ndarray:
-        """How many tokens of the two answers of each pair are scored, float32."""
+        """The number of scored tokens of the two answers of each pair, float32."""
         sides = [[scored[1:].sum() for _, scored in side] for side in (self.chosen, self.rejected)]
         return np.array(sides, dtype=np.float32).T
 
@@ -184,19 +184,19 @@ def encode(layout: Layout, pairs: Iterable[Preference], longest: int) -> Pairs:
     chosen: list[Side] = []
     rejected: list[Side] = []
     read = too_long = same = 0
-    for each in pairs:
+    for pair in pairs:
         read += 1
         try:
-            one, other = (layout.answered(each.prompt, answer) for answer in (each.chosen, each.rejected))
+            better, worse = (layout.answered(pair.prompt, answer) for answer in (pair.chosen, pair.rejected))
         except ValueError as error:
-            raise ValueError(f"{each.where}: {error}") from None
-        if max(len(one[0]), len(other[0])) > longest:
+            raise ValueError(f"{pair.where}: {error}") from None
+        if max(len(better[0]), len(worse[0])) > longest:
             too_long += 1
-        elif not (one[1][1:].any() and other[1][1:].any()) or one[0].tolist() == other[0].tolist():
+        elif not (better[1][1:].any() and worse[1][1:].any()) or better[0].tolist() == worse[0].tolist():
             same += 1
         else:
-            chosen.append(one)
-            rejected.append(other)
+            chosen.append(better)
+            rejected.append(worse)
     return Pairs(chosen, rejected, Counts(read, len(chosen), too_long, same))
 
 
@@ -257,4 +257,4 @@ def pair_batches(rows: PairRows, batch_size: int, limit: int = 0) -> Iterator[Ba
 
 def split(pairs: Iterable[Preference], share: float, seed: int) -> tuple[list[Preference], list[Preference]]:
     """Those to train on, and a share to validate on: by a hash of the prompt, so equal prompts lie on one side."""
-    return split_by(lambda each: repr([sorted(said.items()) for said in each.prompt]).encode(), pairs, share, seed)
+    return split_by(lambda pair: repr([sorted(said.items()) for said in pair.prompt]).encode(), pairs, share, seed)

@@ -27,7 +27,7 @@ from llamita.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """What `llamita prepare` takes."""
+    """The options of `llamita prepare`."""
 
     output: Path
     """The data directory to write."""
@@ -76,7 +76,7 @@ class PrepareConfig:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a preparation has come; total_bytes is None where it is not known."""
+    """The progress of a preparation; total_bytes is None where it is not known."""
 
     documents: int
     tokens: int

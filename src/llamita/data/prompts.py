@@ -20,7 +20,7 @@ FORMS = '{"prompt": a text or messages, ...} or {"messages": [...]}'
 
 @dataclass(frozen=True)
 class Prompt:
-    """What was said, the whole record, and where that stands."""
+    """The messages so far, the whole record, and its place in the file."""
 
     said: Messages
     record: Mapping[str, Any]
@@ -50,12 +50,12 @@ def prompt(record: Any, where: str) -> Prompt:
 
 def split(all_of: Iterator[Prompt], share: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:
     """Those to train on, and a share to validate on, by a hash of what is said."""
-    return split_by(lambda each: said_in(each.said), all_of, share, seed)
+    return split_by(lambda prompt: said_in(prompt.said), all_of, share, seed)
 
 
 def digest(all_of: Sequence[Prompt]) -> str:
     """sha256 over the prompts and what their records hold."""
     total = hashlib.sha256()
-    for each in all_of:
-        total.update(json.dumps([each.said, each.record], sort_keys=True, default=str).encode() + b"\n")
+    for prompt in all_of:
+        total.update(json.dumps([prompt.said, prompt.record], sort_keys=True, default=str).encode() + b"\n")
     return total.hexdigest()

@@ -41,7 +41,7 @@ class DataFile:
 
 @dataclass(frozen=True)
 class SplitManifest:
-    """What one split holds. Characters and bytes (UTF-8) are of the documents' text, so without BOS, EOS or separators:
+    """One split. Characters and bytes (UTF-8) are of the documents' text, so without BOS, EOS or separators:
     nats per token * tokens / characters are nats per character."""
 
     documents: int
@@ -58,7 +58,7 @@ class SplitManifest:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json holds."""
+    """The content of manifest.json."""
 
     tokenizer_hash: str
     vocab_size: int

@@ -1,4 +1,4 @@
-"""Where documents come from: text files, WikiText, JSON lines, a Hugging Face dataset, or Meadow.
+"""The sources of documents: text files, WikiText, JSON lines, a Hugging Face dataset, or Meadow.
 
 `documents(source)` gives one string after another, the same each time, in memory bounded by the longest of them. Knows
 nothing about tokens, splits of a corpus or where documents go.

@@ -1,4 +1,4 @@
-"""Which documents train and which validate: a share by hash, the tail of the text, or a source of their own.
+"""The split into training and validation documents: a share by hash, the tail of the text, or a source of their own.
 
 Knows nothing about tokens or files.
 """

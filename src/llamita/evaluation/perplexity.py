@@ -6,19 +6,13 @@ Asks a runner for logits and works in numpy; knows nothing of frameworks, files 
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
+from llamita.backend.interface import Forward
 from llamita.data.batches import strided_windows
 
 MAX_LOGITS = 2**25  # numbers in the logits of a batch: 128 MB in float32
-
-
-class Forward(Protocol):
-    """What scoring needs of a backend's runner: (B, T) token ids to {"logits": (B, T, V) float32}."""
-
-    def forward(self, tokens_BT: np.ndarray) -> dict[str, np.ndarray]: ...
 
 
 @dataclass(frozen=True)

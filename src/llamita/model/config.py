@@ -3,18 +3,35 @@
 Field names are the keys of a Hugging Face `config.json`. Knows nothing of tensors, frameworks or files.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from llamita.model.config_values import HARMLESS_KEYS, nearest_divisor, token_ids
-from llamita.model.labels import default_labels, read_id2label
+import numpy as np
+
+from llamita.model.families import SWITCHES, family_named, family_of
 from llamita.model.quantization import QUANTIZATION_CONFIGS, Quantization
-from llamita.model.rope import RopeScaling, check_count, check_number
+from llamita.model.rope import RopeScaling, check_count, check_number, rotary_frequencies
 
 TOO_MANY_LAYERS = 10_000
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3"]
+Activation = Literal["silu", "gelu_pytorch_tanh"]
+NormPlacement = Literal["before", "after", "both"]
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """How attention turns products of queries and keys into scores, and how far it sees.
+
+    Every form of attention reads it: plain, fused, by tiles, over blocks. `scale` multiplies the products, None:
+    1 / sqrt(head size). `soft_cap` bends scores to cap * tanh(score / cap), 0: not. `window` is the number of positions
+    that a query sees, its own included, 0: all before it.
+    """
+
+    scale: float | None = None
+    soft_cap: float = 0.0
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +76,32 @@ class ModelConfig:
     pad_token_id: int | None = None
     quantization: Quantization = ""
     """How the matrices are stored: int8 with a scale a row, int4 with one for 32 inputs; empty: as they are."""
+    norm_all_heads: bool = False
+    """The norm of queries, and that of keys, is over all heads at once (OLMo 2)."""
+    full_attention_at: tuple[int, ...] = ()
+    """Further layers that see everything in spite of the sliding window (Gemma)."""
+    layers_without_rope: tuple[int, ...] = ()
+    """Layers whose queries and keys are not rotated (SmolLM 3)."""
+    rope_local_base_freq: float = 0.0
+    """`rope_theta` of the layers with a sliding window, whose positions are not scaled (Gemma 3); 0: as all layers."""
+    hidden_act: Activation = "silu"
+    """The gate of the feed-forward network: SiLU, or GELU in its approximation by tanh (Gemma)."""
+    norm_placement: NormPlacement = "before"
+    """RMSNorm before each sublayer, after it on what is added to the residual stream (OLMo 2), or both (Gemma)."""
+    unit_offset_norm: bool = False
+    """Norms multiply by 1 + their weight (Gemma)."""
+    embedding_multiplier: float = 1.0
+    """Embeddings are multiplied by it (Granite; Gemma: the root of hidden_size)."""
+    attention_multiplier: float = 0.0
+    """Products of queries and keys are multiplied by it (Granite, Gemma); 0 stands for 1 / sqrt(head_dim)."""
+    residual_multiplier: float = 1.0
+    """What a sublayer adds to the residual stream is multiplied by it (Granite)."""
+    logits_scaling: float = 1.0
+    """Logits are divided by it (Granite)."""
+    attn_logit_softcapping: float = 0.0
+    """Scores of attention are capped softly, cap * tanh(score / cap) (Gemma 2); 0: not."""
+    final_logit_softcapping: float = 0.0
+    """Logits are capped in the same way (Gemma 2); 0: not."""
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -74,14 +117,14 @@ class ModelConfig:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
                     f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads="
-                    f"{self.num_attention_heads}; try {nearest_divisor(self.hidden_size, self.num_attention_heads)}"
+                    f"{self.num_attention_heads}; try {_nearest_divisor(self.hidden_size, self.num_attention_heads)}"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}; "
-                f"try {nearest_divisor(self.num_attention_heads, self.num_key_value_heads)}"
+                f"try {_nearest_divisor(self.num_attention_heads, self.num_key_value_heads)}"
             )
         if self.head_dim <= 0 or self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be positive and even: RoPE rotates pairs of numbers")
@@ -89,17 +132,30 @@ class ModelConfig:
             check_number(name, getattr(self, name), 0.0)
         if self.sliding_window:
             check_count("sliding_window", self.sliding_window)
+        for name in ("full_attention_at", "layers_without_rope"):
+            if any(not isinstance(i, int) or not 0 <= i < self.num_hidden_layers for i in getattr(self, name)):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be layers from 0 to {self.num_hidden_layers - 1}"
+                )
+        for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling"):
+            check_number(name, getattr(self, name), 0.0)
+        for name in (
+            "attention_multiplier",
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+            "rope_local_base_freq",
+        ):
+            if getattr(self, name):
+                check_number(name, getattr(self, name), 0.0)
+        for name, choices in (("hidden_act", Activation), ("norm_placement", NormPlacement)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(get_args(choices))}")
         if not 0 <= self.full_attention_layers <= (self.num_hidden_layers if self.sliding_window else 0):
             raise ValueError(
                 f"full_attention_layers={self.full_attention_layers!r} needs a sliding_window, and at most "
                 f"num_hidden_layers={self.num_hidden_layers} layers"
             )
-        unknown = [name for name in _FOREIGN_TO[self.family] if getattr(self, name)]
-        if unknown:
-            raise ValueError(
-                f"{unknown[0]}={getattr(self, unknown[0])!r} does not go with {_MARKS[self.family]}: no family of "
-                "models has both, so nothing else could open the model"
-            )
+        family_of(self).check(self)
         if not isinstance(self.dropout, int | float) or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout!r} must lie in [0, 1)")
         if self.num_labels < 0:
@@ -110,17 +166,31 @@ class ModelConfig:
             raise ValueError(f"quantization={self.quantization!r} must be int8, int4, or empty for none")
 
     @property
-    def family(self) -> Family:
+    def family(self) -> str:
         """The `model_type` of the family that has these switches."""
-        if self.query_key_norm:
-            return "qwen3"
-        if self.query_key_value_bias:
-            return "qwen2"
-        return "mistral" if self.sliding_window else "llama"
+        return family_of(self).model_type
 
     def window(self, layer: int) -> int:
         """Positions that a query of this layer sees; 0: all before it."""
-        return 0 if layer < self.full_attention_layers else self.sliding_window
+        return 0 if layer < self.full_attention_layers or layer in self.full_attention_at else self.sliding_window
+
+    def attention(self, layer: int) -> AttentionSpec:
+        """How attention of this layer turns products of queries and keys into scores, and what it sees."""
+        return AttentionSpec(self.attention_multiplier or None, self.attn_logit_softcapping, self.window(layer))
+
+    def rotation(self, layer: int) -> int | None:
+        """Which of `rotations` turns this layer's queries and keys; None: they are not turned."""
+        if layer in self.layers_without_rope:
+            return None
+        return 1 if self.rope_local_base_freq and self.window(layer) else 0
+
+    @property
+    def rotations(self) -> tuple[tuple[np.ndarray, float], ...]:
+        """The frequencies of rotary positions [H/2], and the factor on what is turned, by the number of `rotation`."""
+        turns = rotary_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
+        if not self.rope_local_base_freq:
+            return (turns,)
+        return turns, rotary_frequencies(self.head_dim, self.rope_local_base_freq, None)
 
     @property
     def attention_windows(self) -> tuple[int, ...]:
@@ -141,19 +211,21 @@ class ModelConfig:
 
     def to_dict(self, dtype: str = "float32") -> dict[str, Any]:
         """The `config.json` of a Hugging Face model of this family; `dtype` is that of the weights beside it."""
+        family = family_of(self)
         eos = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
         scaling = {"rope_type": "default"} if self.rope_scaling is None else self.rope_scaling.to_dict()
-        result: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in ("query_key_value_bias", "query_key_norm", "full_attention_layers", "num_labels", "sliding_window"):
-            del result[name]
-        del result["quantization"], result["label_names"]
+        # Every model says whether it has these biases, as transformers' Llama does.
+        keys = {"attention_bias", "mlp_bias", *family.keys}
+        names = (field.name for field in fields(self) if field.name not in _NOT_KEYS)
+        result: dict[str, Any] = {name: getattr(self, name) for name in names if name not in SWITCHES or name in keys}
         if self.quantization:
             result["quantization_config"] = dict(QUANTIZATION_CONFIGS[self.quantization])
         head = "SequenceClassification" if self.num_labels else "CausalLM"
+        prefix = family.classifier if self.num_labels and family.classifier else family.classes
         result |= {
-            "architectures": [f"{self.family.capitalize()}For{head}"],
-            "model_type": self.family,
-            "hidden_act": "silu",
+            "architectures": [f"{prefix}For{head}"],
+            "model_type": family.model_type,
+            "hidden_act": self.hidden_act,
             "attention_dropout": self.dropout,
             "eos_token_id": eos,
             # transformers 5 reads `rope_parameters` and `dtype`; older ones and other readers the older names.
@@ -162,11 +234,7 @@ class ModelConfig:
             "dtype": dtype,
             "torch_dtype": dtype,
         }
-        if self.sliding_window:
-            result["sliding_window"] = self.sliding_window
-        if self.family in ("qwen2", "qwen3"):
-            result["use_sliding_window"] = bool(self.sliding_window)
-            result["max_window_layers"] = self.full_attention_layers if self.sliding_window else self.num_hidden_layers
+        result |= family.write(self)
         if self.num_labels:
             result["id2label"] = {str(i): name for i, name in enumerate(self.labels)}
             result["label2id"] = {name: i for i, name in enumerate(self.labels)}
@@ -174,32 +242,34 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
-        """Read a Hugging Face `config.json`; refuses, by key, mathematics that Llamita does not have."""
-        _refuse_foreign(values)
+        """Reads a Hugging Face `config.json`; refuses, by key, mathematics that Llamita does not have."""
+        family = family_named(values.get("model_type", "llama"))
+        values = {**family.defaults, "model_type": family.model_type} | dict(values)
         missing = [name for name in _REQUIRED if values.get(name) is None]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}; it must describe a Llama-family model")
         for name in _REQUIRED:
             check_count(name, values[name])
-        taken = [field.name for field in fields(cls) if field.name not in _DERIVED]
-        known = {name: values[name] for name in taken if values.get(name) is not None}
+        switches = family.implied(values) | family.read(values)
+        rope = _rope(values)
+        _refuse_foreign(values, rope, switches)
+        taken = [field.name for field in fields(cls) if field.name not in (*_NOT_KEYS, "rope_scaling", *SWITCHES)]
+        keys = [*taken, *(name for name in ("attention_bias", "mlp_bias", "rope_local_base_freq", *family.keys))]
+        known = {name: values[name] for name in keys if values.get(name) is not None}
         known.setdefault("num_key_value_heads", values["num_attention_heads"])
         known.setdefault("dropout", values.get("attention_dropout") or 0.0)
-        rope = values.get("rope_parameters") or {}
         known["rope_theta"] = values.get("rope_theta") or rope.get("rope_theta") or 10000.0
         scaling = {**(values.get("rope_scaling") or {}), **rope}
         known["rope_scaling"] = RopeScaling.from_dict(scaling, values["max_position_embeddings"])
-        known["query_key_value_bias"] = values.get("model_type") == "qwen2"
-        known["query_key_norm"] = values.get("model_type") == "qwen3"
-        known |= _window(values)
+        known |= switches
         scheme = values.get("quantization_config")
         known["quantization"] = next((name for name, its in QUANTIZATION_CONFIGS.items() if its == scheme), "")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            known[name] = token_ids(name, values.get(name), values["vocab_size"])
+            known[name] = _token_ids(name, values.get(name), values["vocab_size"])
         known["num_labels"] = 0
         if "SequenceClassification" in str(values.get("architectures")):
             known["num_labels"] = len(values.get("id2label") or ()) or 2  # transformers writes no id2label for two
-            known["label_names"] = read_id2label(values.get("id2label") or {})
+            known["label_names"] = _read_id2label(values.get("id2label") or {})
         return cls(**known)
 
 
@@ -207,71 +277,88 @@ _COUNTS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
 )
-_SWITCHES = ("tie_word_embeddings", "attention_bias", "query_key_value_bias", "query_key_norm", "mlp_bias")
-_REQUIRED = tuple(name for name in _COUNTS if name != "num_key_value_heads")  # absent in Llama 1 configs
-# Fields that are not read under their own name.
-_DERIVED = (
-    *("rope_scaling", "query_key_value_bias", "query_key_norm", "sliding_window", "full_attention_layers"),
-    *("quantization", "label_names"),
+_SWITCHES = (
+    *("tie_word_embeddings", "attention_bias", "query_key_value_bias", "query_key_norm", "mlp_bias"),
+    *("norm_all_heads", "unit_offset_norm"),
 )
-# Switches that a family lacks, and what marks the family.
-_FOREIGN_TO: Mapping[Family, tuple[str, ...]] = {
-    "llama": (),
-    "mistral": ("attention_bias", "mlp_bias", "full_attention_layers"),
-    "qwen2": ("attention_bias", "mlp_bias"),
-    "qwen3": ("query_key_value_bias", "mlp_bias"),
-}
-_MARKS = {"mistral": "a sliding_window", "qwen2": "query_key_value_bias", "qwen3": "query_key_norm", "llama": ""}
+_REQUIRED = tuple(name for name in _COUNTS if name != "num_key_value_heads")  # absent in Llama 1 configs
+_NOT_KEYS = ("num_labels", "label_names", "quantization")  # fields that no key has the name of
+_HARMLESS_KEYS = frozenset(
+    (
+        *("_name_or_path", "add_cross_attention", "architectures", "attention_dropout", "auto_map"),
+        *("chunk_size_feed_forward", "classifier_dropout", "cross_attention_hidden_size", "decoder_start_token_id"),
+        *("dtype", "finetuning_task", "hidden_act", "id2label", "initializer_range", "is_decoder"),
+        *("is_encoder_decoder", "label2id", "layer_types", "max_window_layers", "model_type", "name_or_path"),
+        *("num_labels", "output_attentions", "output_hidden_states", "partial_rotary_factor", "pretraining_tp"),
+        *("problem_type", "quantization_config", "return_dict", "rope_parameters", "sep_token_id"),
+        *("tie_encoder_decoder", "torch_dtype", "transformers.js_config", "transformers_version", "unsloth_version"),
+        *("use_cache", "use_mrope", "use_sliding_window"),
+    )
+)
+"""Keys of a `config.json` that change no logit here, besides those that are read."""
 
 
 def unknown_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """Keys of a `config.json` that are neither read nor known to change nothing."""
-    known = {field.name for field in fields(ModelConfig)} | HARMLESS_KEYS
+    """Returns the keys of a `config.json` that are neither read nor known to change nothing."""
+    known = {field.name for field in fields(ModelConfig)} | _HARMLESS_KEYS
     return tuple(sorted(key for key in values if key not in known))
 
 
-def _refuse_foreign(values: Mapping[str, Any]) -> None:
-    """Raise for keys of a `config.json` that ask for mathematics beyond this architecture."""
-    expected = {
-        "model_type": get_args(Family),
-        "hidden_act": ("silu", "swish"),
+def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The rotary positions of a `config.json`, those of full attention where layers differ."""
+    for key in ("rope_parameters", "rope_scaling", "id2label"):
+        if not isinstance(values.get(key) or {}, Mapping):
+            raise ValueError(f"{key}={values[key]!r} in config.json must be an object")
+    rope = values.get("rope_parameters") or {}
+    if values.get("model_type") == "gemma3_text" and isinstance(rope.get("full_attention"), Mapping):
+        rope = rope["full_attention"]
+    for key, given in (("rope_parameters", rope), ("rope_scaling", values.get("rope_scaling") or {})):
+        if any(isinstance(value, Mapping) for value in given.values()):
+            raise ValueError(f"{key} in config.json differs from layer to layer, which is not supported")
+    return rope
+
+
+def _refuse_foreign(values: Mapping[str, Any], rope: Mapping[str, Any], switches: Mapping[str, Any]) -> None:
+    """Raises for keys of a `config.json` that ask for mathematics beyond this architecture."""
+    expected: dict[str, tuple[Any, ...]] = {
         "partial_rotary_factor": (1,),
         "quantization_config": tuple(QUANTIZATION_CONFIGS.values()),
         "is_encoder_decoder": (False,),
         "use_mrope": (False,),
     }
-    for key in ("rope_parameters", "rope_scaling", "id2label"):
-        if not isinstance(values.get(key) or {}, Mapping):
-            raise ValueError(f"{key}={values[key]!r} in config.json must be an object")
-    rope = values.get("rope_parameters") or {}
+    if "hidden_act" not in switches:
+        expected["hidden_act"] = ("silu", "swish")
     for key, allowed in expected.items():
         value = values.get(key, rope.get(key)) if key == "partial_rotary_factor" else values.get(key)
         if value is not None and value not in allowed:
             has = f"; Llamita has {', '.join(map(str, allowed))}" if allowed else ""
             raise ValueError(f"{key}={value!r} in config.json is not supported{has}")
-    for key in ("rope_parameters", "rope_scaling"):
-        if any(isinstance(value, Mapping) for value in (values.get(key) or {}).values()):
-            raise ValueError(f"{key} in config.json differs from layer to layer, which is not supported")
 
 
-def _window(values: Mapping[str, Any]) -> dict[str, int]:
-    """The sliding window of a `config.json` and the first layers without it."""
-    layers, window = values["num_hidden_layers"], values.get("sliding_window") or 0
-    if values.get("model_type") not in ("mistral", "qwen2", "qwen3"):
-        if window:
-            raise ValueError(f"sliding_window={window!r} in config.json is not supported for a Llama; mistral has it")
-        return {}
-    if values["model_type"] != "mistral" and not values.get("use_sliding_window"):
-        window = 0
-    full = values.get("max_window_layers") or 0 if values["model_type"] != "mistral" else 0
-    types = values.get("layer_types")
-    if types is not None and not (isinstance(types, list) and all(isinstance(kind, str) for kind in types)):
-        raise ValueError("layer_types in config.json must be a list of names")
-    if types is not None:
-        slides = [kind == "sliding_attention" for kind in types]
-        full = len(slides) - sum(slides)
-        if set(types) - {"sliding_attention", "full_attention"} or slides != sorted(slides) or len(types) != layers:
-            raise ValueError("layer_types in config.json mixes kinds of attention in an order that is not supported")
-    if not window or full >= layers:
-        return {}
-    return {"sliding_window": window, "full_attention_layers": full}
+def default_labels(count: int) -> tuple[str, ...]:
+    """Returns the names that Hugging Face gives labels without any."""
+    return tuple(f"LABEL_{i}" for i in range(count))
+
+
+def _read_id2label(id2label: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names in an `id2label`; none where they say nothing, or are not a name each for 0, 1, ...."""
+    names = tuple(id2label.get(str(i)) for i in range(len(id2label)))
+    given = tuple(name for name in names if isinstance(name, str))
+    if given != names or len(set(names)) < len(names) or names == default_labels(len(names)):
+        return ()
+    return given
+
+
+def _token_ids(name: str, value: Any, vocab_size: int) -> Any:
+    """The id, or ids, of a special token; old configs say -1 for none."""
+    if value is None or value == -1:
+        return None
+    ids = value if isinstance(value, list) else [value]
+    if not all(type(token_id) is int and 0 <= token_id < vocab_size for token_id in ids):
+        raise ValueError(f"{name}={value!r} in config.json must be an id from 0 to {vocab_size - 1}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _nearest_divisor(number: int, near: int) -> int:
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]  # a broken config's number is large
+    return min((*small, *(number // d for d in small)), key=lambda d: (abs(d - near), d))

@@ -24,7 +24,7 @@ DOWN, UP = ".lora_A.weight", ".lora_B.weight"  # (rank, n_in) and (n_out, rank)
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What an adapter is trained with. ValueError names the field, its value and what is allowed."""
+    """The settings that an adapter is trained with. ValueError names the field, its value and what is allowed."""
 
     rank: int = 8
     alpha: float = 16.0
@@ -57,15 +57,16 @@ class LoraSettings:
         """The linear maps of a model that are to be changed; ValueError where it has none of a name."""
         maps = linear_maps(config)
         for name in self.names:
-            if not any(is_called(one, name) for one in maps):
+            if not any(is_called(module, name) for module in maps):
                 raise ValueError(f"this model has no {name} of its own to adapt; leave it out of the targets")
         scale = self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
-        return {one: Factors(self.rank, scale) for one in maps if any(is_called(one, name) for name in self.names)}
+        chosen = [module for module in maps if any(is_called(module, name) for name in self.names)]
+        return {module: Factors(self.rank, scale) for module in chosen}
 
 
 @dataclass(frozen=True)
 class Factors:
-    """How one linear map is changed."""
+    """The change of one linear map."""
 
     rank: int
     scale: float
@@ -115,9 +116,9 @@ def is_called(module: str, name: str) -> bool:
 def adapter_shapes(config: ModelConfig, factors: Mapping[str, Factors]) -> dict[str, tuple[int, int]]:
     """The shapes of all A and B, in order."""
     maps, result = linear_maps(config), {}
-    for module, one in factors.items():
+    for module, factor in factors.items():
         n_out, n_in = maps[module]
-        result[module + DOWN], result[module + UP] = (one.rank, n_in), (n_out, one.rank)
+        result[module + DOWN], result[module + UP] = (factor.rank, n_in), (n_out, factor.rank)
     return result
 
 

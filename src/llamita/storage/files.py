@@ -111,8 +111,8 @@ def sha256(path: Path) -> str:
 def combined_sha256(hashes: Iterable[str], beginning: str = "") -> str:
     """One hash over the hashes of several files, and over a text before them."""
     total = hashlib.sha256(beginning.encode())
-    for each in hashes:
-        total.update(bytes.fromhex(each))
+    for digest in hashes:
+        total.update(bytes.fromhex(digest))
     return total.hexdigest()
 
 

@@ -169,7 +169,7 @@ CONFIG = "config.json"
 
 
 def place_of(directory: Path, *names: str) -> Path:
-    """Where one of these files lies: in a model's directory or, of an adapter that came without it, in its base's."""
+    """Returns the directory of one of these files: a model's own or, for an adapter without it, its base's."""
     if is_adapter(directory) and not any((directory / name).is_file() for name in names):
         return base_directory(directory)
     return directory

@@ -22,7 +22,7 @@ MIN_FREQUENCY = 2  # a pair that occurs once teaches nothing about text
 
 @dataclass(frozen=True)
 class TokenizerTrainingConfig:
-    """What `llamita tokenizer train` takes."""
+    """The options of `llamita tokenizer train`."""
 
     files: tyro.conf.Positional[tuple[Path, ...]]
     """Text files in UTF-8; every character counts, line ends too."""

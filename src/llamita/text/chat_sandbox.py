@@ -41,11 +41,11 @@ ALLOWED_FILTERS, ALLOWED_METHODS = frozenset(FILTERS.split()), frozenset(METHODS
 
 
 class TemplateError(ValueError):
-    """What is wrong with a template, or what it says is wrong with the messages; one line."""
+    """A fault of a template, or one that it finds in the messages; one line."""
 
 
 class Budget:
-    """What one rendering may still spend."""
+    """The turns of loops and the seconds that one rendering may still take."""
 
     def __init__(self) -> None:
         self._turns = 0
@@ -74,7 +74,7 @@ def measured(value: Any) -> Any:
             if left < 0:
                 raise TemplateError(f"the chat template makes a list of more than {MAX_ENTRIES} entries")
             values = inner.values() if isinstance(inner, dict) else inner
-            waiting.extend(each for each in values if isinstance(each, list | tuple | dict))
+            waiting.extend(entry for entry in values if isinstance(entry, list | tuple | dict))
     return value
 
 
@@ -115,8 +115,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         for found in list(tree.find_all(nodes.Concat)):
             # `a ~ b` has no hook of its own: it becomes the sum of two texts, which has.
             found.nodes = [nodes.Call(nodes.Name("__join", "load"), [nodes.List(found.nodes)], [], None, None)]
-        for each in tree.find_all(nodes.Node):
-            each.set_lineno(each.lineno or 1)
+        for any_node in tree.find_all(nodes.Node):
+            any_node.set_lineno(any_node.lineno or 1)
         return tree
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:

@@ -83,7 +83,7 @@ class HuggingFaceCodec:
         return self._with_special.encode(text, add_special_tokens=False).ids
 
     def ids_around_nothing(self) -> list[int]:
-        """What the file's post-processor puts around an empty text; `encode` leaves it out."""
+        """The ids that the file's post-processor puts around an empty text; `encode` leaves them out."""
         return self._tokenizer.encode("", add_special_tokens=True).ids
 
     def fingerprint(self) -> str:

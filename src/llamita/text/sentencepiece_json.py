@@ -32,7 +32,7 @@ SPACE_MARK = "▁"
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """What decides the ids of a SentencePiece model: pieces as (text, score, type) in the order of their ids."""
+    """A SentencePiece model as far as it decides ids: pieces as (text, score, type) in the order of their ids."""
 
     pieces: tuple[tuple[str, float, int], ...]
     model_type: int = 1
@@ -133,7 +133,7 @@ def agree_on_spaces(converted: tokenizers.Tokenizer, processor: sentencepiece.Se
     """Whether both give the same ids for runs of 1 to 200 spaces between words and around them."""
     texts = [text for length in range(200) for text in ("a" + " " * length + "a", " " * length)]
     found = converted.encode_batch(texts, add_special_tokens=False)
-    return all(one.ids == ids for one, ids in zip(found, processor.encode(texts), strict=True))
+    return all(encoding.ids == ids for encoding, ids in zip(found, processor.encode(texts), strict=True))
 
 
 def _ties_are_harmless(longer: list[str], scores: dict[str, float]) -> bool:

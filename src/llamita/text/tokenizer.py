@@ -122,7 +122,7 @@ class Tokenizer:
 
     @property
     def keeps_end(self) -> bool:
-        """Which side of a text that is too long is kept: its end, or its start (as where the files do not say)."""
+        """Whether a text that is too long keeps its end; it keeps its start where the files do not say."""
         return self._config.get("truncation_side") == "left"
 
     def encode(self, text: str, bos: bool = False, eos: bool = False, allow_special: bool = False) -> list[int]:
@@ -234,7 +234,7 @@ def _tokenizer_file(directory: Path) -> Path:
 def _find_roles(
     codec: HuggingFaceCodec | SentencePieceCodec, config: dict[str, Any], directory: Path
 ) -> dict[str, int | None]:
-    """Which ids begin, end and pad a text: the first file that names a role decides, null included."""
+    """Returns the ids that begin, end and pad a text: the first file that names a role decides, null included."""
     roles = _default_roles(codec)
     by_name = (
         {**codec.vocabulary, **codec.special_tokens} if isinstance(codec, HuggingFaceCodec) else codec.special_tokens

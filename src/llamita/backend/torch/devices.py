@@ -1,4 +1,4 @@
-"""Where PyTorch computes and in which mode: devices by name, dropout off, the kernels that suit few rows."""
+"""Where PyTorch computes and in which mode: devices by name, the kernels that suit few rows."""
 
 import contextlib
 from collections.abc import Iterator
@@ -31,19 +31,6 @@ def choose_device(name: str) -> str:
 def table_kernel(device: torch.device) -> TableKernel | None:
     """The kernel that attends through tables of blocks: on a GPU, where there is Triton."""
     return attention_over_tables if device.type == "cuda" else None
-
-
-@contextlib.contextmanager
-def evaluation(model: torch.nn.Module) -> Iterator[None]:
-    """Switch dropout off for a while."""
-    training = model.training
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if training:
-            model.train()
 
 
 @contextlib.contextmanager

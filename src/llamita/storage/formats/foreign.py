@@ -1,4 +1,4 @@
-"""What every format is read into and written from: a config, host arrays under canonical names, perhaps a tokenizer.
+"""The common form that every format is read into and written from: config, host arrays, perhaps a tokenizer.
 
 Holds the names that Meta's code gave its parameters, and what other people's code made of them. Knows no file format.
 """

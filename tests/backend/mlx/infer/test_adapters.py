@@ -13,7 +13,7 @@ pytest.importorskip("mlx.core", reason="mlx is not installed")
 import mlx.core as mx
 
 import llamita
-from llamita.backend.mlx.infer.runner import MlxRunner, load_runner
+from llamita.backend.mlx.infer.runner import OWN, MlxRunner, load_runner
 from llamita.backend.mlx.model import lora
 from llamita.backend.mlx.model.weights import build_model, quantize_arrays
 from llamita.backend.mlx.train.step import build_train_step
@@ -32,6 +32,7 @@ from tests.inference.test_adapters import (
     SETTINGS,
     adapter_of,
     check_that_one_batch_equals_separate_runs,
+    check_that_two_threads_keep_their_adapters_apart,
     scores_of_four,
 )
 
@@ -60,6 +61,10 @@ def test_rows_of_the_base_have_the_bits_of_a_run_without_adapters(dtype):
     with_adapters, without = scores_of_four(runner, names), scores_of_four(merged[None], [None] * 4)
     for name, one, other in zip(names, with_adapters, without, strict=True):
         assert (one == other) is (name is None)
+
+
+def test_two_threads_keep_their_adapters_apart(monkeypatch):
+    check_that_two_threads_keep_their_adapters_apart(three()[0], monkeypatch)
 
 
 def save_adapter(directory, base, adapter, settings):
@@ -99,7 +104,8 @@ def test_an_adapter_is_opened_as_a_model_with_pytorch_s_logits(tmp_path, saved, 
         return
     merged = MlxRunner(build_model(CONFIG, ours.weights()))
     np.testing.assert_allclose(merged.forward(TOKENS)["logits"], logits, atol=1e-5 * np.abs(logits).max())
-    assert load_runner(directories["a"], "bfloat16").model.lm_head.change is not None
+    (part,) = load_runner(directories["a"], "bfloat16")._adapters[OWN].changes["lm_head"].parts
+    assert part.up_CR.dtype == mx.bfloat16
 
 
 def test_an_adapter_of_another_type_than_the_model_runs_in_whatever_thread_asks(saved):

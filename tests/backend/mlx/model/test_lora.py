@@ -150,11 +150,11 @@ def test_dropout_differs_between_steps_micro_batches_and_matrices(monkeypatch):
     assert len({step.step([row], 0.0).loss for _ in range(3)}) == 3
     seen = []
 
-    def watched(change, x_D):
-        seen.append(change.draw(mx.ones(x_D.shape)))
+    def watched(adapter, matrix, x_D):
+        seen.append(adapter.draws[matrix](mx.ones(x_D.shape)))
         return x_D
 
-    monkeypatch.setattr(lora.Change, "dropped", watched)
+    monkeypatch.setattr(lora.ModelAdapter, "dropped", watched)
     step.step([row, row], 0.0)
     drawn = [np.array(mask).tobytes() for mask in seen]
     assert len(drawn) == len(set(drawn)) == 2 * (2 * 4 + 1)
@@ -163,13 +163,12 @@ def test_dropout_differs_between_steps_micro_batches_and_matrices(monkeypatch):
 def test_what_dropout_leaves_has_the_mean_of_the_whole():
     """One matrix, no depth: over many draws B A (dropped x) averages to B A x, which grows with 1 / sqrt(draws)."""
     model = build_model(CONFIG, seed=1)
-    attached = lora.attach_new(model, dataclasses.replace(EVERYTHING, dropout=0.5), seed=3)
-    change = attached.changes["lm_head"]
-    change.parts[0].up_CR = mx.random.normal((61, 4), key=mx.random.key(1))
+    adapter = lora.fresh_adapter(model, EVERYTHING, seed=3)
+    adapter.changes["lm_head"].parts[0].up_CR = mx.random.normal((61, 4), key=mx.random.key(1))
     x_RD, y_RC = mx.ones((4000, 32)), mx.zeros((4000, 61))
-    whole_C = change(x_RD, y_RC)[0]
-    attached.drop(mx.random.key(2))
-    mean_C, deviation_C = (f(change(x_RD, y_RC), axis=0) for f in (mx.mean, mx.std))
+    whole_C = adapter.changed("lm_head", x_RD, y_RC)[0]
+    dropping = adapter.dropping(0.5, mx.random.key(2))
+    mean_C, deviation_C = (f(dropping.changed("lm_head", x_RD, y_RC), axis=0) for f in (mx.mean, mx.std))
     assert mx.all(mx.abs(mean_C - whole_C) < 5 * deviation_C / 4000**0.5).item()
     assert mx.all(deviation_C > 0).item()
 
@@ -224,20 +223,20 @@ def saved(tmp_path):
     return tmp_path / "adapter"
 
 
-def logits(model):
-    return np.array(model(mx.array(TOKENS)).logits_BTV)
+def logits(model, adapters=None):
+    return np.array(model(mx.array(TOKENS), adapters=adapters).logits_BTV)
 
 
 def test_merged_equals_unmerged_and_taking_it_away_restores_the_base(saved):
     opened = open_adapter(saved)
     arrays = model_directory.load_tensors(opened.base)
-    attached, model = build_model(CONFIG, arrays), build_model(CONFIG, arrays)
-    lora.attach_adapter(attached, opened.adapter)
+    model = build_model(CONFIG, arrays)
+    unmerged = logits(model, lora.loaded_adapter(model, opened.adapter))
     before = numpys(to_host_arrays(model))
     lora.merge(model, opened.adapter)
-    np.testing.assert_allclose(logits(model), logits(attached), atol=1e-5)
+    np.testing.assert_allclose(logits(model), unmerged, atol=1e-5)
     merged = dict(lora.merged_arrays(arrays, opened.adapter))
-    np.testing.assert_allclose(logits(build_model(CONFIG, merged)), logits(attached), atol=1e-5)
+    np.testing.assert_allclose(logits(build_model(CONFIG, merged)), unmerged, atol=1e-5)
     theirs = dict(torch_lora.merged_arrays(model_directory.load_tensors(opened.base), opened.adapter))
     assert difference(numpys(merged), numpys(theirs)) < 1e-6
     lora.unmerge(model, opened.adapter)

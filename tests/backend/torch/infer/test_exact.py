@@ -65,7 +65,7 @@ class Served:
 
     def __init__(self, runner: TorchRunner, waves: Sequence[Sequence[Request]], drafter=None, **limits) -> None:
         """Each wave is added five steps after the one before."""
-        names = tuple(runner.serving.adapters)
+        names = tuple(runner.adapters)
         self.engine = Engine(runner, config=EngineConfig(**limits), drafter=drafter, adapters=names)
         self.texts = {(request.id, i): list(request.prompt)
                       for wave in waves for request in wave for i in range(request.params.n)}  # fmt: skip

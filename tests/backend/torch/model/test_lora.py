@@ -87,12 +87,11 @@ def peft_model(base, adapter=None, kind=transformers.AutoModelForCausalLM, **opt
 
 
 def adapted(directory):
-    """Our model of an adapter directory, the adapter attached."""
+    """Logits of our model of an adapter directory, through the adapter."""
     opened = open_adapter(directory)
     arrays = opened.adapter.over(model_directory.load_tensors(opened.base))
-    model = build_model(opened.adapter.config, arrays).eval()
-    lora.attach_adapter(model, opened.adapter)
-    return model
+    model = build_model(opened.adapter.config, arrays)
+    return model(TOKENS, adapters=lora.loaded_adapter(model, opened.adapter)).logits_BTV
 
 
 def close(a, b, atol=1e-5):
@@ -107,12 +106,11 @@ def test_peft_opens_ours_with_equal_logits_and_gradients(tmp_path, targets, stab
     step = shake(make(arrays=model_directory.load_tensors(base), adapter=settings))
     directory = save_adapter(tmp_path / "adapter", step, settings, base)
     theirs = peft_model(base, directory)
-    ours = step.model.eval()
     with torch.no_grad():
-        logits = ours(TOKENS).logits_BTV
+        logits = step.model(TOKENS, adapters=step.adapter).logits_BTV
         assert (logits - build_model(CONFIG, model_directory.load_tensors(base))(TOKENS).logits_BTV).abs().max() > 0.01
         close(logits, theirs(TOKENS).logits)
-        close(adapted(directory)(TOKENS).logits_BTV, theirs(TOKENS).logits)
+        close(adapted(directory), theirs(TOKENS).logits)
 
     gradients = {}
     step.optimizer.step = lambda *_: gradients.update(
@@ -158,7 +156,7 @@ def test_ours_opens_what_peft_wrote(tmp_path, form):
         )
         theirs.save_pretrained(tmp_path / "adapter")
     with torch.no_grad():
-        close(adapted(tmp_path / "adapter")(TOKENS).logits_BTV, theirs.eval()(TOKENS).logits)
+        close(adapted(tmp_path / "adapter"), theirs.eval()(TOKENS).logits)
 
 
 @pytest.mark.parametrize("tuning", ["lora", "head"])
@@ -184,8 +182,8 @@ def test_a_classifier_trains_its_head_beside_the_adapter_or_alone(tmp_path, tuni
     directory = save_adapter(tmp_path / "adapter", step, settings, base)
     theirs = peft_model(base, directory, transformers.AutoModelForSequenceClassification, num_labels=3, pad_token_id=0)
     with torch.no_grad():
-        states = adapted(directory)(TOKENS).logits_BTV
-        close(states, step.model.eval()(TOKENS).logits_BTV)
+        states = adapted(directory)
+        close(states, step.model(TOKENS, adapters=step.adapter).logits_BTV)
         opened = open_adapter(directory)
         merged = dict(lora.merged_arrays(model_directory.load_tensors(base), opened.adapter))
         close(build_model(config, merged).eval()(TOKENS).logits_BTV, states)
@@ -242,7 +240,7 @@ def test_merged_equals_unmerged_and_taking_it_away_restores_the_base(tmp_path):
     model = build_model(CONFIG, arrays).eval()
     before = {name: value.clone() for name, value in model.canonical_state().items()}
     with torch.no_grad():
-        unmerged = adapted(opened.directory)(TOKENS).logits_BTV
+        unmerged = adapted(opened.directory)
         lora.merge(model, opened.adapter)
         close(model(TOKENS).logits_BTV, unmerged)
         written = build_model(CONFIG, dict(lora.merged_arrays(arrays, opened.adapter))).eval()

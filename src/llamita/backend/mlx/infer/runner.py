@@ -17,10 +17,11 @@ import psutil
 
 from llamita.backend.interface import CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult, token_array
 from llamita.backend.mlx.devices import choose_device
-from llamita.backend.mlx.infer.adapters import Serving
+from llamita.backend.mlx.infer.adapters import adapters_of_rows
 from llamita.backend.mlx.infer.kv_cache import PagedKVCache, PagedStep
 from llamita.backend.mlx.infer.sampling import Sampler
 from llamita.backend.mlx.model import lora
+from llamita.backend.mlx.model.layers import Adapters
 from llamita.backend.mlx.model.llama import Llama
 from llamita.backend.mlx.model.quantized import QuantizedLinear
 from llamita.backend.mlx.model.weights import build_model, to_host_arrays
@@ -51,22 +52,24 @@ class MlxMemory:
 class MlxRunner:
     """Does an engine's plans with `model`, which it does not copy.
 
-    `adapters` are put on the model by name; a chunk that names none goes through `default`, or the model alone.
+    A chunk goes through the one of `adapters` that it names, or through `default`, or the model alone.
     """
 
     def __init__(
         self,
         model: Llama,
         device: mx.DeviceType = mx.cpu,
-        adapters: Mapping[str, Adapter] | None = None,
+        adapters: Mapping[str, Adapter | lora.ModelAdapter] | None = None,
         default: str | None = None,
     ) -> None:
         self.model, self.device = model, device
         self.config: ModelConfig = model.config
         self.dtype = model.model.norm.weight.dtype  # never quantised: that of the activations and of the cache
-        self.serving, self.default = Serving(adapters or {}), default
-        self.serving.attach(model)
-        self._names: list[str | None] = []  # the adapters of a step's rows
+        self.adapters, self.default = dict(adapters or {}), default
+        self._adapters = {
+            name: adapter if isinstance(adapter, lora.ModelAdapter) else lora.loaded_adapter(model, adapter)
+            for name, adapter in self.adapters.items()
+        }
         one_row = (
             self.config.num_labels or not self.config.tie_word_embeddings
         )  # of an embedding that is no output head
@@ -89,7 +92,9 @@ class MlxRunner:
             return arrays
         if self.config.quantization:
             raise ValueError(f"an adapter over {self.config.quantization} weights is no one model; use llamita merge")
-        return dict(lora.merged_arrays(arrays, self.serving.adapters[self.default]))
+        adapter = self.adapters[self.default]
+        assert isinstance(adapter, Adapter), "the weights of an adapter in training are its step's to give"
+        return dict(lora.merged_arrays(arrays, adapter))
 
     def allocate(self, layout: CacheLayout, sequences: int = 0) -> MlxMemory:
         """Memory for the sequences of one engine; how many decode at once makes no difference to it."""
@@ -109,14 +114,13 @@ class MlxRunner:
             chunks = [plan.chunks[i] for i in order]
             tokens_1T = mx.array([[token for chunk in chunks for token in chunk.tokens]])
             names = [self.default if chunk.adapter is None else chunk.adapter for chunk in chunks for _ in chunk.tokens]
-            self._names = names
             # Adapters are told apart by rows of the whole step.
             wanted = list(range(len(names))) if len(set(names)) > 1 else rows_wanted(chunks)
-            with self.serving.rows(names):
-                hidden_RD = hidden_states(self.model, tokens_1T, memory.cache.step(chunks), wanted)
+            adapters = adapters_of_rows(self._adapters, names)
+            hidden_RD = hidden_states(self.model, tokens_1T, memory.cache.step(chunks), wanted, adapters)
             # What the memory has become is part of the step: left to a later one, graphs and memory would pile up.
             mx.async_eval(memory.cache.keys, memory.cache.values)
-            states = States(hidden_RD, {row: place for place, row in enumerate(wanted)})
+            states = States(hidden_RD, {row: place for place, row in enumerate(wanted)}, names)
             sampled = self._sample(chunks, states, memory.sampler)
             scores = self._score(chunks, states)
         places = {number: place for place, number in enumerate(order)}
@@ -154,8 +158,7 @@ class MlxRunner:
         places, hidden_RD = [states.place_of_row[row] for row in rows], states.hidden_RD
         if places != list(range(len(hidden_RD))):
             hidden_RD = hidden_RD[mx.array(places)]
-        with self.serving.rows([self._names[row] for row in rows]):
-            return self.model.logits(hidden_RD)
+        return self.model.logits(hidden_RD, adapters_of_rows(self._adapters, [states.names[row] for row in rows]))
 
     def forward(
         self,
@@ -176,8 +179,9 @@ class MlxRunner:
 
         with mx.stream(self.device):
             tokens = mx.array(token_array(tokens_BT, self.config.vocab_size).astype(np.int32))
-            with self.serving.rows([self.default if adapter is None else adapter] * tokens.size):
-                logits_BTV = self.model(tokens, trace=trace).logits_BTV
+            name = self.default if adapter is None else adapter
+            adapters = None if name is None else self._adapters[name]
+            logits_BTV = self.model(tokens, trace=trace, adapters=adapters).logits_BTV
             unknown = [name for name in capture if name not in captured]
             if unknown:
                 raise ValueError(
@@ -188,17 +192,22 @@ class MlxRunner:
 
 @dataclass(frozen=True)
 class States:
-    """The states after the final norm of those rows of a step that logits are made of, and where each row is."""
+    """The states after the final norm of those rows of a step that logits are made of, where each row is, and the
+    adapter of every row of the step."""
 
     hidden_RD: mx.array
     place_of_row: Mapping[int, int]
+    names: Sequence[str | None]
 
 
-def hidden_states(model: Llama, tokens_1T: mx.array, step: PagedStep, rows: Sequence[int]) -> mx.array:
+def hidden_states(
+    model: Llama, tokens_1T: mx.array, step: PagedStep, rows: Sequence[int], adapters: Adapters | None
+) -> mx.array:
     """The states (R, D) after the final norm of some rows of one packed row of tokens; all keys and values go into the
     memory."""
     every = len(rows) == tokens_1T.shape[1]
-    return model.hidden(tokens_1T, cache=step, rows_R=None if every else mx.array(list(rows), mx.int32))[0]
+    rows_R = None if every else mx.array(list(rows), mx.int32)
+    return model.hidden(tokens_1T, cache=step, adapters=adapters, rows_R=rows_R)[0]
 
 
 def load_runner(

@@ -7,7 +7,7 @@ from them.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -131,6 +131,13 @@ def interleaved_from_halves(weight: mx.array, head_dim: int) -> mx.array:
     """The inverse of `halves_from_interleaved`."""
     per_head = weight.reshape(-1, 2, head_dim // 2, *weight.shape[1:])
     return per_head.swapaxes(1, 2).reshape(weight.shape)
+
+
+class Adapters(Protocol):
+    """The adapters of a forward pass: one for all of it (lora.py), or each for its rows (infer/adapters.py)."""
+
+    def changed(self, matrix: str, x: mx.array, y: mx.array) -> mx.array:
+        """The output `y` that the linear map of this name has for `x`, changed as its adapters say."""
 
 
 @dataclass(frozen=True)

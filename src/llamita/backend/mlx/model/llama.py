@@ -15,15 +15,13 @@ import mlx.nn as nn
 from llamita.backend.mlx.infer.kv_cache import PagedStep
 from llamita.backend.mlx.model import attention as masks
 from llamita.backend.mlx.model.fused import PackedParameter
-from llamita.backend.mlx.model.layers import FUSED, Operations
+from llamita.backend.mlx.model.layers import FUSED, Adapters, Operations
 from llamita.backend.mlx.model.quantized import QuantizedEmbedding, QuantizedLinear
 from llamita.model.config import ModelConfig
 from llamita.model.parameters import canonical_names, stored_arrays
 from llamita.model.rope import rotary_frequencies
 
 Trace = Callable[[str, mx.array], None]
-Change = Callable[[mx.array, mx.array], mx.array]
-"""(input, output) of a linear map -> its output changed by an adapter; see lora.py."""
 
 
 class ModelOutput(NamedTuple):
@@ -38,14 +36,14 @@ class Linear(nn.Module):
 
     def __init__(self, n_out: int, n_in: int, bias: bool, operations: Operations) -> None:
         super().__init__()
+        self.name = ""  # its place in the model, by which adapters know it
         self.weight = mx.zeros((n_out, n_in))
         self.bias = mx.zeros(n_out) if bias else None
         self.product = operations.linear
-        self.change: Change | None = None
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, adapters: Adapters | None = None) -> mx.array:
         y = self.product(x, self.weight, self.bias)
-        return y if self.change is None else self.change(x, y)
+        return y if adapters is None else adapters.changed(self.name, x, y)
 
 
 class Embedding(nn.Module):
@@ -74,7 +72,7 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True)
 class Context:
-    """What every layer's attention needs to know of the tokens: rotations, and who sees whom.
+    """What every layer needs to know of one forward pass: rotations, who sees whom, dropout where drawn, adapters.
 
     `positions_BT` None stands for 0, 1, .... `window_mask` is for layers with a sliding window, None where all that
     `mask` and `causal` allow lies within it. With a `cache`, that is what knows.
@@ -88,6 +86,7 @@ class Context:
     window_mask: mx.array | None = None
     cache: PagedStep | None = None
     dropout: masks.Dropout | None = None
+    adapters: Adapters | None = None
 
 
 class Attention(nn.Module):
@@ -105,7 +104,7 @@ class Attention(nn.Module):
 
     def __call__(self, x_BTD: mx.array, context: Context) -> mx.array:
         N, K, H = self.N, self.K, self.H
-        heads_BTGH = self.qkv_proj(x_BTD).reshape(*x_BTD.shape[:2], N + 2 * K, H)  # G: query, key and value heads
+        heads_BTGH = self.qkv_proj(x_BTD, context.adapters).reshape(*x_BTD.shape[:2], N + 2 * K, H)  # G: all heads
         turning_BTGH = heads_BTGH[..., : N + K, :]
         if self.q_norm is not None and self.k_norm is not None:
             normed = [self.q_norm(turning_BTGH[..., :N, :]), self.k_norm(turning_BTGH[..., N:, :])]
@@ -114,7 +113,7 @@ class Attention(nn.Module):
         if context.cache is not None:
             rotated_TGH, v_TKH = rotated_BTGH[0], heads_BTGH[0, :, N + K :]
             mixed_TNH = context.cache.attend(self.layer, rotated_TGH[:, :N], rotated_TGH[:, N:], v_TKH)
-            return self.o_proj(mixed_TNH.flatten(-2)[None])
+            return self.o_proj(mixed_TNH.flatten(-2)[None], context.adapters)
         q_BNTH = rotated_BTGH[..., :N, :].swapaxes(1, 2)
         k_BKTH = rotated_BTGH[..., N:, :].swapaxes(1, 2)
         v_BKTH = heads_BTGH[..., N + K :, :].swapaxes(1, 2)
@@ -122,7 +121,7 @@ class Attention(nn.Module):
         if self.windowed and context.window_mask is not None:
             mask, causal = context.window_mask, False
         mixed_BNTH = self.attend(q_BNTH, k_BKTH, v_BKTH, mask, causal, context.dropout)
-        return self.o_proj(mixed_BNTH.swapaxes(1, 2).flatten(-2))
+        return self.o_proj(mixed_BNTH.swapaxes(1, 2).flatten(-2), context.adapters)
 
 
 class FeedForward(nn.Module):
@@ -133,8 +132,8 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(D, C, bias, operations)
         self.gate = operations.gated_silu
 
-    def __call__(self, x_BTD: mx.array) -> mx.array:
-        return self.down_proj(self.gate(self.gate_up_proj(x_BTD)))
+    def __call__(self, x_BTD: mx.array, adapters: Adapters | None = None) -> mx.array:
+        return self.down_proj(self.gate(self.gate_up_proj(x_BTD, adapters)), adapters)
 
 
 class Block(nn.Module):
@@ -150,7 +149,7 @@ class Block(nn.Module):
         drop = context.dropout or (lambda x: x)
         x_BTD = x_BTD + drop(self.self_attn(self.input_layernorm(x_BTD), context))
         x_BTD = x_BTD if rows_R is None else x_BTD[:, rows_R]
-        return x_BTD + drop(self.mlp(self.post_attention_layernorm(x_BTD)))
+        return x_BTD + drop(self.mlp(self.post_attention_layernorm(x_BTD), context.adapters))
 
 
 class Body(nn.Module):
@@ -181,6 +180,7 @@ class Llama(nn.Module):
             self.lm_head = Linear(config.vocab_size, config.hidden_size, False, operations)
         if config.quantization:
             self._take_twins(operations, 8 if config.quantization == "int8" else 4)
+        self._name_linear_maps()
 
     def _take_twins(self, operations: Operations, bits: int) -> None:
         """Put the quantised twin of each linear map and of the embedding in its place, but for a classifier's head."""
@@ -191,6 +191,11 @@ class Llama(nn.Module):
                 elif isinstance(child, Linear) and name != "score":
                     its_bits = 8 if name == "lm_head" else bits
                     parent[name] = QuantizedLinear(child.weight.shape, child.bias is not None, operations, its_bits)
+
+    def _name_linear_maps(self) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, Linear | QuantizedLinear):
+                module.name = name
 
     @property
     def output_weight_VD(self) -> mx.array:
@@ -208,6 +213,7 @@ class Llama(nn.Module):
         segments_BT: mx.array | None = None,
         cache: PagedStep | None = None,
         trace: Trace | None = None,
+        adapters: Adapters | None = None,
     ) -> ModelOutput:
         """Logits (B, T, V) and hidden states (B, T, D) after the final norm, for tokens (B, T) of whole numbers.
 
@@ -217,14 +223,14 @@ class Llama(nn.Module):
         embedding, after each block, and after the final norm.
         """
         hidden_BTD = self.hidden(
-            tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT, cache=cache, trace=trace
+            tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT, cache=cache, trace=trace, adapters=adapters
         )
-        return ModelOutput(self.logits(hidden_BTD), hidden_BTD)
+        return ModelOutput(self.logits(hidden_BTD, adapters), hidden_BTD)
 
-    def logits(self, hidden_BTD: mx.array) -> mx.array:
-        if self.config.num_labels or not self.config.tie_word_embeddings:
-            return (self.score if self.config.num_labels else self.lm_head)(hidden_BTD)
-        return self.model.embed_tokens.multiply(hidden_BTD)
+    def logits(self, hidden_BTD: mx.array, adapters: Adapters | None = None) -> mx.array:
+        if self.config.tie_word_embeddings and not self.config.num_labels:
+            return self.model.embed_tokens.multiply(hidden_BTD)
+        return (self.score if self.config.num_labels else self.lm_head)(hidden_BTD, adapters)
 
     def hidden(
         self,
@@ -235,15 +241,18 @@ class Llama(nn.Module):
         cache: PagedStep | None = None,
         trace: Trace | None = None,
         dropout: masks.Dropout | None = None,
+        adapters: Adapters | None = None,
         rows_R: mx.array | None = None,
     ) -> mx.array:
         """The hidden states of `__call__`, or of some rows, before the output head; with `dropout`, for training."""
         if cache is None:
-            context = self.context(tokens_BT, positions_BT, segments_BT, dropout)
+            context = self.context(tokens_BT, positions_BT, segments_BT, dropout, adapters)
         else:
             assert positions_BT is None, "the cache knows the positions"
             assert segments_BT is None, "the cache keeps sequences apart"
-            context = Context(mx.array(self._frequencies), self.rope_scale, cache.positions_1T, cache=cache)
+            context = Context(
+                mx.array(self._frequencies), self.rope_scale, cache.positions_1T, cache=cache, adapters=adapters
+            )
         x_BTD = self.model.embed_tokens(tokens_BT)
         x_BTD = dropout(x_BTD) if dropout else x_BTD
         if trace:
@@ -263,6 +272,7 @@ class Llama(nn.Module):
         positions_BT: mx.array | None,
         segments_BT: mx.array | None,
         dropout: masks.Dropout | None = None,
+        adapters: Adapters | None = None,
     ) -> Context:
         """Rotations and masks, computed once for all layers."""
         T = tokens_BT.shape[1]
@@ -272,7 +282,16 @@ class Llama(nn.Module):
             window_mask = masks.window_mask(T, window)
             window_mask = window_mask if mask is None else mask & window_mask
         frequencies_E, causal = mx.array(self._frequencies), mask is None
-        return Context(frequencies_E, self.rope_scale, positions_BT, mask, causal, window_mask, dropout=dropout)
+        return Context(
+            frequencies_E,
+            self.rope_scale,
+            positions_BT,
+            mask,
+            causal,
+            window_mask,
+            dropout=dropout,
+            adapters=adapters,
+        )
 
     # --- names and values ---
 

@@ -1,11 +1,13 @@
-"""Low-rank adapters on the model's linear maps: attached for training or for use, merged into weights and out again.
+"""Low-rank adapters on the model's linear maps: made for training or for use, merged into weights and out again.
 
-The model packs several linear maps into one matrix; an adapter has its own A and B for each of them, under its
-canonical name. `Change` is one adapter at one packed matrix. What an adapter is, and its files, are llamita/adapters.py
-and adapter_files.py; serving several at once is serving.py.
+The model fuses several linear maps into one matrix; an adapter has its own A and B for each of them, under its
+canonical name. `Change` is one adapter at one fused matrix, `ModelAdapter` all of them. The model does not hold it: it
+is an argument of each forward pass. What an adapter is stands in model/lora.py, its files in storage/peft_directory.py;
+several in one pass are infer/adapters.py.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import mlx.core as mx
@@ -24,7 +26,7 @@ from llamita.model.quantization import SCALE
 
 
 class Part(nn.Module):
-    """A (R, n_in) and B (n_out, R) of the linear map that is number `index` of those packed into one matrix."""
+    """A (R, n_in) and B (n_out, R) of the linear map that is number `index` of those fused into one matrix."""
 
     def __init__(self, module: str, index: int, down_RD: mx.array, up_CR: mx.array, scale: float) -> None:
         super().__init__()
@@ -33,33 +35,45 @@ class Part(nn.Module):
 
 
 class Change:
-    """What one adapter does to the output of one packed matrix; `sizes` are the widths of the maps that it packs.
+    """What one adapter does to the output of one fused matrix; `sizes` are the widths of the maps fused in it."""
 
-    `draw` is the dropout of what goes in, put there while training; None otherwise.
-    """
-
-    def __init__(self, parts: list[Part], sizes: tuple[int, ...], dropout: float = 0.0) -> None:
-        self.parts, self.sizes, self.dropout = parts, sizes, dropout
-        self.draw: Dropout | None = None
+    def __init__(self, parts: list[Part], sizes: tuple[int, ...]) -> None:
+        self.parts, self.sizes = parts, sizes
 
     def __call__(self, x_D: mx.array, y_C: mx.array) -> mx.array:
         """y + scale * B A x for every part; (..., D) and (..., C) to (..., C)."""
-        x_D = self.dropped(x_D)
         pieces = list(mx.split(y_C, list(accumulate(self.sizes))[:-1], axis=-1))
         for part in self.parts:
             low_R = x_D.astype(part.down_RD.dtype) @ part.down_RD.T
             pieces[part.index] = pieces[part.index] + (low_R @ part.up_CR.T * part.scale).astype(y_C.dtype)
         return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=-1)
 
-    def dropped(self, x_D: mx.array) -> mx.array:
-        return self.draw(x_D) if self.draw else x_D
 
+@dataclass(frozen=True)
+class ModelAdapter:
+    """An adapter with its parameters as arrays: what it does to each fused matrix, by the matrix's name.
 
-class Attached:
-    """An adapter that all that goes through a model goes through, with its parameters."""
+    Passed to a forward pass, it is for all that goes through the model there. `draws` are the dropouts on what goes
+    into it at each matrix, none where it is used as it is.
+    """
 
-    def __init__(self, changes: Mapping[str, Change]) -> None:
-        self.changes = changes
+    changes: Mapping[str, Change]
+    draws: Mapping[str, Dropout] = field(default_factory=dict)
+
+    def changed(self, matrix: str, x: mx.array, y: mx.array) -> mx.array:
+        change = self.changes.get(matrix)
+        return y if change is None else change(self.dropped(matrix, x), y)
+
+    def dropped(self, matrix: str, x: mx.array) -> mx.array:
+        return self.draws[matrix](x) if matrix in self.draws else x
+
+    def dropping(self, probability: float, key: mx.array) -> "ModelAdapter":
+        """The same with dropout, drawn by each matrix from a key of its own."""
+        draws = {}
+        for matrix in self.changes if probability else ():
+            key, own = mx.random.split(key)
+            draws[matrix] = Dropout(probability, own)
+        return ModelAdapter(self.changes, draws)
 
     def parts(self) -> Iterator[Part]:
         for change in self.changes.values():
@@ -77,66 +91,39 @@ class Attached:
             for kind, key in ((DOWN, "down_RD"), (UP, "up_CR"))
         ]
 
-    def drop(self, key: mx.array | None) -> None:
-        """Have dropout drawn from this key from now on, by each change its own; None: no dropout."""
-        for change in self.changes.values():
-            change.draw = None
-            if key is not None and change.dropout:
-                key, own = mx.random.split(key)
-                change.draw = Dropout(change.dropout, own)
-
     def output(self, hidden: Callable[..., mx.array], weight_VD: mx.array) -> tuple[Callable[..., mx.array], mx.array]:
         """Hidden states and output matrix as a loss takes them: where the output head is adapted, A's result stands
         beside the states and B beside the matrix, so that one product gives the adapted logits."""
         if HEAD not in self.changes:
             return hidden, weight_VD
-        change = self.changes[HEAD]
-        (part,) = change.parts
+        (part,) = self.changes[HEAD].parts
 
         def wide(*arguments: mx.array, **named: mx.array) -> mx.array:
             hidden_BTD = hidden(*arguments, **named)
-            low_BTR = change.dropped(hidden_BTD).astype(part.down_RD.dtype) @ part.down_RD.T
+            low_BTR = self.dropped(HEAD, hidden_BTD).astype(part.down_RD.dtype) @ part.down_RD.T
             return mx.concatenate([hidden_BTD, low_BTR.astype(hidden_BTD.dtype)], axis=-1)
 
         up_VR = (part.up_CR * part.scale).astype(weight_VD.dtype)
         return wide, mx.concatenate([weight_VD, up_VR], axis=1)
 
 
-def attach_new(model: Llama, settings: LoraSettings, seed: int) -> Attached:
-    """Attach a fresh adapter to a model, to be trained: float32, B zeros."""
+def fresh_adapter(model: Llama, settings: LoraSettings, seed: int) -> ModelAdapter:
+    """A new adapter over a model, to be trained: float32, B zeros."""
     factors = settings.factors(model.config)
     values = {name: mx.array(array) for name, array in initialize_adapter(model.config, factors, seed)}
-    return attach(model, factors, values, mx.float32, settings.dropout)
+    return model_adapter(model, factors, values, mx.float32)
 
 
-def attach(
-    model: Llama,
-    factors: Mapping[str, Factors],
-    values: Mapping[str, mx.array],
-    dtype: mx.Dtype,
-    dropout: float = 0.0,
-) -> Attached:
-    """Attach an adapter to a model for all that goes through it."""
-    changes = changes_of(model, factors, values, dtype, dropout)
-    for name, change in changes.items():
-        linear_of(model, name).change = change
-    return Attached(changes)
-
-
-def attach_adapter(model: Llama, adapter: Adapter) -> Attached:
-    """Attach an adapter's values, in the model's type."""
+def loaded_adapter(model: Llama, adapter: Adapter) -> ModelAdapter:
+    """An adapter's values over a model, in the model's type."""
     values = {name: array_from_host(array) for name, array in adapter.arrays.items()}
-    return attach(model, adapter.factors, values, model.model.norm.weight.dtype)
+    return model_adapter(model, adapter.factors, values, model.model.norm.weight.dtype)
 
 
-def changes_of(
-    model: Llama,
-    factors: Mapping[str, Factors],
-    values: Mapping[str, mx.array],
-    dtype: mx.Dtype,
-    dropout: float = 0.0,
-) -> dict[str, Change]:
-    """An adapter for each packed matrix that it changes, by the matrix's name; nothing is attached yet."""
+def model_adapter(
+    model: Llama, factors: Mapping[str, Factors], values: Mapping[str, mx.array], dtype: mx.Dtype
+) -> ModelAdapter:
+    """An adapter's values, sorted by the fused matrices of a model; ValueError for NaN or infinity."""
     maps = linear_maps(model.config)
 
     def parameter(name: str) -> mx.array:
@@ -156,15 +143,8 @@ def changes_of(
             for index, one in enumerate(packed)
             if one in factors
         ]
-        changes[name] = Change(parts, tuple(maps[one][0] for one in packed), dropout)
-    return changes
-
-
-def linear_of(model: Llama, name: str) -> Linear | QuantizedLinear:
-    """The packed matrix of this name."""
-    module = dict(model.named_modules())[name]
-    assert isinstance(module, Linear | QuantizedLinear)
-    return module
+        changes[name] = Change(parts, tuple(maps[one][0] for one in packed))
+    return ModelAdapter(changes)
 
 
 # --- merging ---------------------------------------------------------------------------------------------------------
@@ -176,7 +156,9 @@ def merge(model: Llama, adapter: Adapter, sign: float = 1.0) -> None:
     What the adapter replaces whole (a classification head) is not touched: it is not a sum.
     """
     if model.config.quantization:
-        raise ValueError(f"the weights are {model.config.quantization} and take no sums; attach the adapter instead")
+        raise ValueError(
+            f"the weights are {model.config.quantization} and take no sums; pass the adapter beside them instead"
+        )
     for packed in model.packed_parameters():
         modules = [name.removesuffix(".weight") for name in packed.parts]
         if not set(modules) & adapter.factors.keys():

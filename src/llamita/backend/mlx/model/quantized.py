@@ -4,13 +4,11 @@ Weight and scales have their names in a checkpoint and keep their types whatever
 how numbers are rounded, packed or multiplied: `quantize.py` does.
 """
 
-from collections.abc import Callable
-
 import mlx.core as mx
 import mlx.nn as nn
 
 from llamita.backend.mlx.model import quantize
-from llamita.backend.mlx.model.layers import Operations
+from llamita.backend.mlx.model.layers import Adapters, Operations
 from llamita.model.quantization import quantized_shapes
 
 
@@ -25,12 +23,12 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         n_out, n_in = size
         shape, scales = quantized_shapes(n_out, n_in, bits)
+        self.name = ""  # its place in the model, by which adapters know it
         self.n_in = n_in
         self.weight = mx.zeros(shape, mx.int8 if bits == 8 else mx.uint8)
         self.weight_scale = mx.zeros(scales, mx.bfloat16)
         self.bias = mx.zeros(n_out) if bias else None
         self.product = operations.linear
-        self.change: Callable[[mx.array, mx.array], mx.array] | None = None
         self.dtype = mx.float32
         self._packed: quantize.Packed | None = None
 
@@ -58,9 +56,9 @@ class QuantizedLinear(nn.Module):
         """The weight (n_out, n_in) in floating-point numbers."""
         return quantize.dequantize(self.plain_weight(), self.weight_scale, self.n_in, dtype)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, adapters: Adapters | None = None) -> mx.array:
         y = self.multiply(x)
-        return y if self.change is None else self.change(x, y)
+        return y if adapters is None else adapters.changed(self.name, x, y)
 
     def multiply(self, x: mx.array) -> mx.array:
         """(..., n_in) to (..., n_out)."""
@@ -76,7 +74,7 @@ class QuantizedEmbedding(QuantizedLinear):
     def __init__(self, size: tuple[int, ...], operations: Operations) -> None:
         super().__init__(size, False, operations, bits=8)
 
-    def __call__(self, tokens_BT: mx.array) -> mx.array:
+    def __call__(self, tokens_BT: mx.array) -> mx.array:  # type: ignore[override]  # no adapter changes it
         if self._packed is not None:
             return quantize.rows(self._packed, tokens_BT).astype(self.dtype)
         values_BTD, scale_BT = self.weight[tokens_BT], self.weight_scale[tokens_BT]

@@ -5,6 +5,7 @@ optimisers.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -31,24 +32,29 @@ class MlxScorer:
     ) -> None:
         self.model, self.precision, self.device = model, precision, device
         self.trained: list[PackedParameter] = []
+        self.adapter: lora.ModelAdapter | None = None
         # A quantised weight is read where its twin keeps it, which an input of a compiled function may not be.
         self.frozen = [each for each in model.packed_parameters() if not isinstance(each.owner, QuantizedLinear)]
 
     def log_probs(self, batch: Batch) -> np.ndarray:
         """Returns the log-probability of every label that is scored, float32 (B, T), 0 elsewhere; without dropout."""
         with mx.stream(self.device), self.parameters_kept() as parameters:
-            hidden, output_weight_VD = self.output(self.model.hidden, self.take(*parameters))
+            hidden, output_weight_VD = self.output(self.model.hidden, self.take(*parameters), self.adapter)
             return np.array(log_probs(hidden, output_weight_VD, TensorBatch(**arrays_of(batch))))
 
     def distributions(self, batch: Batch, temperature: float = 1.0) -> np.ndarray:
         """Returns the log-probability of every token where a label is scored, float32 (M, V); without dropout."""
         with mx.stream(self.device), self.parameters_kept() as parameters:
-            hidden, output_weight_VD = self.output(self.model.hidden, self.take(*parameters))
+            hidden, output_weight_VD = self.output(self.model.hidden, self.take(*parameters), self.adapter)
             return np.array(distributions(hidden, output_weight_VD, TensorBatch(**arrays_of(batch)), temperature))
 
-    def output(self, hidden: Hidden, output_weight_VD: mx.array) -> tuple[Hidden, mx.array]:
+    def output(
+        self, hidden: Hidden, output_weight_VD: mx.array, adapter: lora.ModelAdapter | None
+    ) -> tuple[Hidden, mx.array]:
         """Returns hidden states and the output matrix, as losses take them."""
-        return hidden, output_weight_VD
+        if adapter is None:
+            return hidden, output_weight_VD
+        return adapter.output(functools.partial(hidden, adapters=adapter), output_weight_VD)
 
     def take(self, trained: Sequence[mx.array], frozen: Sequence[mx.array]) -> mx.array:
         """Puts parameters into the model, in bf16 those of linear maps rounded; returns its output weight, as rounded.

@@ -4,14 +4,13 @@ The loop, the schedule, the data's order and all files are the trainer's. Nothin
 that dropout draws are a function of (seed, number of the step), so a resumed run draws what the whole run drew.
 """
 
-import contextlib
 import functools
 import hashlib
 import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -19,12 +18,12 @@ import mlx.core as mx
 import numpy as np
 
 from llamita.backend.interface import LossSums, Precision, StepMetrics
-from llamita.backend.mlx.infer.runner import MlxRunner
+from llamita.backend.mlx.infer.runner import OWN, MlxRunner
 from llamita.backend.mlx.model import lora, weights
 from llamita.backend.mlx.model.attention import Dropout
 from llamita.backend.mlx.model.llama import Llama
 from llamita.backend.mlx.train.adamw import AdamW, AdamWSettings, clipping_scale, global_norm
-from llamita.backend.mlx.train.objectives import Hidden, LossOutput, TensorBatch, loss_function
+from llamita.backend.mlx.train.objectives import LossOutput, TensorBatch, loss_function
 from llamita.backend.mlx.train.scorer import MlxScorer, arrays_of, choose
 from llamita.backend.objectives import NextToken, Objective
 from llamita.data.batches import Batch
@@ -62,7 +61,8 @@ class MlxTrainStep(MlxScorer):
                 "(lora), or train the model that it was made from, then quantise that"
             )
         self.frozen = [each for each in self.frozen if not all(map(trainable, each.parts))]
-        self.adapter = lora.attach_new(model, adapter, seed) if adapter else None
+        self.adapter = lora.fresh_adapter(model, adapter, seed) if adapter else None
+        self._adapter_dropout = adapter.dropout if adapter else 0.0
         trained += self.adapter.packed() if self.adapter else []
         if not trained:
             raise ValueError("no parameter of the model is to be trained")
@@ -122,7 +122,9 @@ class MlxTrainStep(MlxScorer):
 
     def runner(self) -> MlxRunner:
         """Generates with the weights as they are now."""
-        return MlxRunner(self.model, self.device)
+        if self.adapter is None:
+            return MlxRunner(self.model, self.device)
+        return MlxRunner(self.model, self.device, {OWN: self.adapter}, OWN)
 
     def conditions(self) -> dict[str, Any]:
         """What the last bits of the result depend on besides the configuration and the data."""
@@ -178,30 +180,16 @@ class MlxTrainStep(MlxScorer):
     ) -> LossOutput:
         """The loss as a function of the parameters and of a batch's arrays; with a key for dropout, while training."""
         output_weight_VD = self.take(trained, frozen)
-        hidden, own_key = self.model.hidden, None
+        hidden, adapter, own_key = self.model.hidden, self.adapter, None
         if key is not None:
             key, own_key = mx.random.split(key)
-            if self.adapter:
+            if adapter:
                 key, drawn = mx.random.split(key)
-                self.adapter.drop(drawn)
+                adapter = adapter.dropping(self._adapter_dropout, drawn)
             probability = self.model.config.dropout
             hidden = functools.partial(hidden, dropout=Dropout(probability, key) if probability else None)
-        hidden, output_weight_VD = self.output(hidden, output_weight_VD)
+        hidden, output_weight_VD = self.output(hidden, output_weight_VD, adapter)
         return loss_function(self.objective, own_key)(hidden, output_weight_VD, TensorBatch(**arrays))
-
-    def output(self, hidden: Hidden, output_weight_VD: mx.array) -> tuple[Hidden, mx.array]:
-        """Returns hidden states and the output matrix, as losses take them."""
-        return self.adapter.output(hidden, output_weight_VD) if self.adapter else (hidden, output_weight_VD)
-
-    @contextlib.contextmanager
-    def parameters_kept(self) -> Iterator[tuple[list[mx.array], list[mx.array]]]:
-        """The model's parameters, trained and frozen; afterwards it has them again, and drops nothing."""
-        try:
-            with super().parameters_kept() as parameters:
-                yield parameters
-        finally:
-            if self.adapter:
-                self.adapter.drop(None)
 
     def _loss_and_gradients(self) -> Callable[..., Any]:
         """(trained, frozen, arrays, share, key) -> ((loss x share, loss, measures), gradients of loss x share by the

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from llamita.backend.interface import CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult, token_array
 from llamita.backend.step_layout import begins, packing_order, rows_drawn, rows_wanted
-from llamita.backend.torch.devices import choose_device, evaluation, fast_few_rows, table_kernel
-from llamita.backend.torch.infer.adapters import Serving
+from llamita.backend.torch.devices import choose_device, fast_few_rows, table_kernel
+from llamita.backend.torch.infer.adapters import adapters_of_rows, exact_adapter
 from llamita.backend.torch.infer.exact import exact_model
 from llamita.backend.torch.infer.graphs import DecodeGraphs, TableStep, cuda_recorder
 from llamita.backend.torch.infer.kv_cache import EXACT_ROWS, PagedKVCache, PagedStep
 from llamita.backend.torch.infer.sampling import Sampler
 from llamita.backend.torch.model import lora
+from llamita.backend.torch.model.layers import Adapters
 from llamita.backend.torch.model.llama import Llama
 from llamita.backend.torch.model.quantized import QuantizedLinear
 from llamita.backend.torch.model.reordered import build_prepacked
@@ -54,19 +55,19 @@ class TorchMemory:
 
 
 class TorchRunner:
-    """Does an engine's plans with `model`, which it neither copies nor changes; dropout is off meanwhile.
+    """Does an engine's plans with `model`, which it neither copies nor changes; without dropout.
 
     With `exact`, on a CPU in float32, the logits after a text are the same bits however it came there: alone or with
     others, whole or in chunks, computed again or found in the prefix cache. It is slower.
 
-    `adapters` are put on the model by name; a chunk that names none goes through `default`, or the model alone.
+    A chunk goes through the one of `adapters` that it names, or through `default`, or the model alone.
     """
 
     def __init__(
         self,
         model: Llama,
         exact: bool = False,
-        adapters: Mapping[str, Adapter] | None = None,
+        adapters: Mapping[str, Adapter | lora.ModelAdapter] | None = None,
         default: str | None = None,
     ) -> None:
         self.model = model
@@ -78,11 +79,14 @@ class TorchRunner:
             raise ValueError(f"the exact mode runs on a CPU in float32, not on {self.device.type} in {form}")
         self.exact = exact
         self._running = exact_model(model) if exact else model
-        self.serving, self.default = Serving(adapters or {}), default
-        self.serving.attach(model)
+        self.adapters, self.default = dict(adapters or {}), default
+        self._adapters = {
+            name: adapter if isinstance(adapter, lora.ModelAdapter) else lora.loaded_adapter(model, adapter)
+            for name, adapter in self.adapters.items()
+        }
+        self._running_adapters = self._adapters
         if exact:
-            self.serving.attach(self._running, exactly=True)
-        self._names: list[str | None] = []  # the adapters of a step's rows
+            self._running_adapters = {name: exact_adapter(adapter) for name, adapter in self._adapters.items()}
         one_row = (
             self.config.num_labels or not self.config.tie_word_embeddings
         )  # of an embedding that is no output head
@@ -108,7 +112,9 @@ class TorchRunner:
             return arrays
         if self.config.quantization:
             raise ValueError(f"an adapter over {self.config.quantization} weights is no one model; use llamita merge")
-        return dict(lora.merged_arrays(arrays, self.serving.adapters[self.default]))
+        adapter = self.adapters[self.default]
+        assert isinstance(adapter, Adapter), "the weights of an adapter in training are its step's to give"
+        return dict(lora.merged_arrays(arrays, adapter))
 
     def allocate(self, layout: CacheLayout, sequences: int = 0) -> TorchMemory:
         """Memory for the sequences of one engine, of which so many decode at once.
@@ -122,7 +128,7 @@ class TorchRunner:
         )
         if cache.kernel is not None:
             try:
-                with torch.inference_mode(), evaluation(self._running):
+                with torch.inference_mode():
                     graphs = DecodeGraphs(self._decode, cache, sequences, cuda_recorder(self.device))
                 return TorchMemory(cache, sampler, graphs)
             except Exception as error:  # of Triton, its compiler, or the driver: all have errors of their own
@@ -133,7 +139,11 @@ class TorchRunner:
 
     def _decode(self, tokens_1T: Tensor, step: TableStep) -> Tensor:
         """The states after the final norm of one token each of several sequences."""
-        return self._running.hidden(tokens_1T, cache=step)[0]
+        return self._running.hidden(tokens_1T, cache=step, adapters=self._adapters_of([self.default]))[0]
+
+    def _adapters_of(self, names: Sequence[str | None]) -> Adapters | None:
+        """The adapters of so many rows of a step."""
+        return adapters_of_rows(self._running_adapters, names, self.device, EXACT_ROWS if self.exact else 1)
 
     @torch.inference_mode()
     def run(self, plan: Plan, memory: TorchMemory) -> StepResult:
@@ -144,7 +154,7 @@ class TorchRunner:
         order = packing_order(plan.chunks)
         chunks = [plan.chunks[i] for i in order]
         rows = sum(len(chunk.tokens) for chunk in chunks)
-        with evaluation(self._running), fast_few_rows(self.device, self.dtype, rows):
+        with fast_few_rows(self.device, self.dtype, rows):
             states = self._recorded(chunks, memory) or self._computed(chunks, memory)
             sampled = self._sample(chunks, states, memory.sampler)
         scores = self._score(chunks, states)
@@ -156,24 +166,22 @@ class TorchRunner:
 
     def _recorded(self, chunks: Sequence[ScheduledChunk], memory: TorchMemory) -> "States | None":
         """The states by replaying a recorded step; None where there is none for these chunks."""
-        plain = self.default is None and all(chunk.adapter is None for chunk in chunks)
-        if memory.graphs is None or not plain or not memory.graphs.fit(chunks):
+        default = all(chunk.adapter in (None, self.default) for chunk in chunks)
+        if memory.graphs is None or not default or not memory.graphs.fit(chunks):
             return None
-        self._names = [None] * len(chunks)
-        return States(memory.graphs.run(chunks), {row: row for row in range(len(chunks))})
+        return States(memory.graphs.run(chunks), {row: row for row in range(len(chunks))}, [self.default] * len(chunks))
 
     def _computed(self, chunks: Sequence[ScheduledChunk], memory: TorchMemory) -> "States":
         step = memory.cache.step(chunks, self.exact)
         tokens = [token for chunk in chunks for token in chunk.tokens]
         tokens_1T = torch.tensor([tokens + [0] * (step.padded - step.tokens)], device=self.device)
         names = [self.default if chunk.adapter is None else chunk.adapter for chunk in chunks for _ in chunk.tokens]
-        self._names = names + [None] * (step.padded - step.tokens)
-        with self.serving.rows(self._names, self.device):
-            # The exact mode has its own count of rows, and adapters are told apart by rows of the whole step.
-            every = self.exact or len(set(names)) > 1
-            wanted = list(range(step.padded)) if every else rows_wanted(chunks)
-            hidden_RD = hidden_states(self._running, tokens_1T, step, wanted)
-        return States(hidden_RD, {row: place for place, row in enumerate(wanted)})
+        # The exact mode has its own count of rows, and adapters are told apart by rows of the whole step.
+        every = self.exact or len(set(names)) > 1
+        wanted = list(range(step.padded)) if every else rows_wanted(chunks)
+        adapters = self._adapters_of(names + [None] * (step.padded - step.tokens))
+        hidden_RD = hidden_states(self._running, tokens_1T, step, wanted, adapters)
+        return States(hidden_RD, {row: place for place, row in enumerate(wanted)}, names)
 
     def _sample(
         self, chunks: Sequence[ScheduledChunk], states: "States", sampler: Sampler
@@ -204,9 +212,8 @@ class TorchRunner:
             hidden_RD = hidden_RD[torch.tensor(places, device=self.device)]
         if self.exact:
             hidden_RD = F.pad(hidden_RD, (0, 0, 0, -len(rows) % EXACT_ROWS))
-        names = [self._names[row] for row in rows] + [None] * (len(hidden_RD) - len(rows))
-        with self.serving.rows(names, self.device):
-            return self._running.logits(hidden_RD)[: len(rows)]
+        names = [states.names[row] for row in rows] + [None] * (len(hidden_RD) - len(rows))
+        return self._running.logits(hidden_RD, self._adapters_of(names))[: len(rows)]
 
     @torch.inference_mode()
     def forward(
@@ -227,9 +234,9 @@ class TorchRunner:
                 captured[name] = x_BTD
 
         tokens = torch.as_tensor(token_array(tokens_BT, self.config.vocab_size), device=self.device)
-        names = [self.default if adapter is None else adapter] * tokens.numel()
-        with evaluation(self.model), self.serving.rows(names, self.device):
-            logits_BTV = self.model(tokens, trace=trace).logits_BTV
+        name = self.default if adapter is None else adapter
+        adapters = None if name is None else self._adapters[name]
+        logits_BTV = self.model(tokens, trace=trace, adapters=adapters).logits_BTV
         unknown = [name for name in capture if name not in captured]
         if unknown:
             raise ValueError(
@@ -240,18 +247,22 @@ class TorchRunner:
 
 @dataclass(frozen=True)
 class States:
-    """The states after the final norm of those rows of a step that logits are made of, and where each row is."""
+    """The states after the final norm of those rows of a step that logits are made of, where each row is, and the
+    adapter of every row of the step."""
 
     hidden_RD: Tensor
     place_of_row: Mapping[int, int]
+    names: Sequence[str | None]
 
 
-def hidden_states(model: Llama, tokens_1T: Tensor, step: PagedStep, rows: Sequence[int]) -> Tensor:
+def hidden_states(
+    model: Llama, tokens_1T: Tensor, step: PagedStep, rows: Sequence[int], adapters: Adapters | None
+) -> Tensor:
     """The states (R, D) after the final norm of some rows of one packed row of tokens; all keys and values go into the
     memory."""
     every = len(rows) == tokens_1T.shape[1]
     rows_R = None if every else torch.tensor(rows, dtype=torch.int64, device=tokens_1T.device)
-    return model.hidden(tokens_1T, cache=step, rows_R=rows_R)[0]
+    return model.hidden(tokens_1T, cache=step, adapters=adapters, rows_R=rows_R)[0]
 
 
 def load_runner(
@@ -289,10 +300,10 @@ def load_runner(
         stored = "BF16" if config.quantization else next((array.dtype for array in arrays.values()), "F32")
         dtype = host_array.DTYPE_NAMES.get(stored, "float32")
     build = build_model if exact else build_prepacked
-    built = build(config, arrays, dtype=DTYPES.get(dtype, torch.float32), device=device).eval()
+    built = build(config, arrays, dtype=DTYPES.get(dtype, torch.float32), device=device)
     return TorchRunner(built, exact, named, OWN if own else None)
 
 
 def runner_over(config: ModelConfig, arrays: Mapping[str, HostArray], dtype: str = "float32") -> TorchRunner:
     """A runner over host arrays, on the CPU."""
-    return TorchRunner(build_prepacked(config, arrays, dtype=DTYPES[dtype]).eval())
+    return TorchRunner(build_prepacked(config, arrays, dtype=DTYPES[dtype]))

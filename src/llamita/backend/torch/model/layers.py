@@ -6,6 +6,7 @@ default. Tests hold the two equal. Knows nothing of the model that is built from
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +119,13 @@ def interleaved_from_halves(weight: Tensor, head_dim: int) -> Tensor:
     """The inverse of `halves_from_interleaved`."""
     per_head = weight.unflatten(0, (-1, 2, head_dim // 2))
     return per_head.transpose(1, 2).reshape(weight.shape)
+
+
+class Adapters(Protocol):
+    """The adapters of a forward pass: one for all of it (lora.py), or each for its rows (infer/adapters.py)."""
+
+    def changed(self, matrix: str, x: Tensor, y: Tensor) -> Tensor:
+        """The output `y` that the linear map of this name has for `x`, changed as its adapters say."""
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,13 @@ from llamita.backend.torch.model import attention as masks
 from llamita.backend.torch.model import layers
 from llamita.backend.torch.model.dropout import drop
 from llamita.backend.torch.model.fused import PackedParameter, canonical_names
-from llamita.backend.torch.model.layers import FUSED, Operations
+from llamita.backend.torch.model.layers import FUSED, Adapters, Operations
 from llamita.backend.torch.model.quantized import QuantizedEmbedding, QuantizedLinear
 from llamita.model.config import ModelConfig
 from llamita.model.parameters import stored_arrays
 from llamita.model.rope import rotary_frequencies
 
 Trace = Callable[[str, Tensor], None]
-Change = Callable[[Tensor, Tensor, bool], Tensor]
-"""(input, output, whether training) of a linear map -> its output changed by an adapter; see lora.py."""
 
 
 class ModelOutput(NamedTuple):
@@ -40,14 +38,14 @@ class Linear(nn.Module):
 
     def __init__(self, n_out: int, n_in: int, bias: bool, operations: Operations) -> None:
         super().__init__()
+        self.name = ""  # its place in the model, by which adapters know it
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
         self.product = operations.linear
-        self.change: Change | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, adapters: Adapters | None = None) -> Tensor:
         y = self.product(x, self.weight, self.bias)
-        return y if self.change is None else self.change(x, y, self.training)
+        return y if adapters is None else adapters.changed(self.name, x, y)
 
 
 class Embedding(nn.Module):
@@ -76,7 +74,7 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True)
 class Context:
-    """What every layer's attention needs to know of the tokens: rotations, and who sees whom.
+    """What every layer needs to know of one forward pass: rotations, who sees whom, whether dropout is drawn, adapters.
 
     `window_mask` is for layers with a sliding window, None where all that `mask` and `causal` allow lies within it.
     With a `cache`, that is what knows.
@@ -88,6 +86,8 @@ class Context:
     causal: bool = True
     window_mask: Tensor | None = None
     cache: CacheStep | None = None
+    training: bool = False
+    adapters: Adapters | None = None
 
 
 class Attention(nn.Module):
@@ -106,7 +106,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         N, K, H = self.N, self.K, self.H
-        heads_BTGH = self.qkv_proj(x_BTD).unflatten(-1, (N + 2 * K, H))  # G: query, key and value heads
+        heads_BTGH = self.qkv_proj(x_BTD, context.adapters).unflatten(-1, (N + 2 * K, H))  # G: all heads
         turning_BTGH = heads_BTGH[..., : N + K, :]
         if self.q_norm is not None and self.k_norm is not None:
             turning_BTGH = torch.cat((self.q_norm(turning_BTGH[..., :N, :]), self.k_norm(turning_BTGH[..., N:, :])), -2)
@@ -114,16 +114,16 @@ class Attention(nn.Module):
         if context.cache is not None:
             rotated_TGH, v_TKH = rotated_BTGH[0], heads_BTGH[0, :, N + K :]
             mixed_TNH = context.cache.attend(self.layer, rotated_TGH[:, :N], rotated_TGH[:, N:], v_TKH)
-            return self.o_proj(mixed_TNH.flatten(-2)[None])
+            return self.o_proj(mixed_TNH.flatten(-2)[None], context.adapters)
         q_BNTH = rotated_BTGH[..., :N, :].transpose(1, 2)
         k_BKTH = rotated_BTGH[..., N:, :].transpose(1, 2)
         v_BKTH = heads_BTGH[..., N + K :, :].transpose(1, 2)
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout if context.training else 0.0
         mask, causal = context.mask, context.causal
         if self.windowed and context.window_mask is not None:
             mask, causal = context.window_mask, False
         mixed_BNTH = self.attend(q_BNTH, k_BKTH, v_BKTH, mask, causal, dropout)
-        return self.o_proj(mixed_BNTH.transpose(1, 2).flatten(-2))
+        return self.o_proj(mixed_BNTH.transpose(1, 2).flatten(-2), context.adapters)
 
 
 class FeedForward(nn.Module):
@@ -134,8 +134,8 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(D, C, bias, operations)
         self.gate = operations.gated_silu
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(self.gate(self.gate_up_proj(x_BTD)))
+    def forward(self, x_BTD: Tensor, adapters: Adapters | None = None) -> Tensor:
+        return self.down_proj(self.gate(self.gate_up_proj(x_BTD, adapters)), adapters)
 
 
 class Block(nn.Module):
@@ -149,12 +149,12 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context, rows_R: Tensor | None = None) -> Tensor:
         """`rows_R` are the positions that are wanted, None for all; the others are spared the feed-forward layer."""
-        x_BTD = x_BTD + self.drop(self.self_attn(self.input_layernorm(x_BTD), context))
+        x_BTD = x_BTD + self.drop(self.self_attn(self.input_layernorm(x_BTD), context), context)
         x_BTD = x_BTD if rows_R is None else x_BTD[:, rows_R]
-        return x_BTD + self.drop(self.mlp(self.post_attention_layernorm(x_BTD)))
+        return x_BTD + self.drop(self.mlp(self.post_attention_layernorm(x_BTD), context.adapters), context)
 
-    def drop(self, x_BTD: Tensor) -> Tensor:
-        return drop(x_BTD, self.dropout) if self.dropout and self.training else x_BTD
+    def drop(self, x_BTD: Tensor, context: Context) -> Tensor:
+        return drop(x_BTD, self.dropout) if self.dropout and context.training else x_BTD
 
 
 class Body(nn.Module):
@@ -188,6 +188,7 @@ class Llama(nn.Module):
             self.lm_head = Linear(config.vocab_size, config.hidden_size, False, operations)
         if config.quantization:
             self._take_twins(operations, 8 if config.quantization == "int8" else 4)
+        self._name_linear_maps()
 
     def _take_twins(self, operations: Operations, bits: int) -> None:
         """Put the quantised twin of each linear map and of the embedding in its place, but for a classifier's head."""
@@ -198,6 +199,11 @@ class Llama(nn.Module):
                 elif isinstance(child, Linear) and name != "score":
                     has_bias, its_bits = child.bias is not None, 8 if name == "lm_head" else bits
                     setattr(parent, name, QuantizedLinear(child.weight.shape, has_bias, operations, its_bits))
+
+    def _name_linear_maps(self) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, Linear | QuantizedLinear):
+                module.name = name
 
     @property
     def output_weight_VD(self) -> Tensor:
@@ -215,23 +221,31 @@ class Llama(nn.Module):
         segments_BT: Tensor | None = None,
         cache: CacheStep | None = None,
         trace: Trace | None = None,
+        training: bool = False,
+        adapters: Adapters | None = None,
     ) -> ModelOutput:
         """Logits (B, T, V) and hidden states (B, T, D) after the final norm, for tokens (B, T) of whole numbers.
 
         positions_BT defaults to 0, 1, .... segments_BT keeps attention inside a document of a packed row, and marks
         padding on either side with 0. With a `cache`, there is one row of chunks of several sequences, whose positions
         and earlier keys and values the cache knows. `trace(name, x_BTD)` is shown the residual stream after the
-        embedding, after each block, and after the final norm.
+        embedding, after each block, and after the final norm. Dropout is drawn only where `training` is true.
         """
         hidden_BTD = self.hidden(
-            tokens_BT, positions_BT=positions_BT, segments_BT=segments_BT, cache=cache, trace=trace
+            tokens_BT,
+            positions_BT=positions_BT,
+            segments_BT=segments_BT,
+            cache=cache,
+            trace=trace,
+            training=training,
+            adapters=adapters,
         )
-        return ModelOutput(self.logits(hidden_BTD), hidden_BTD)
+        return ModelOutput(self.logits(hidden_BTD, adapters), hidden_BTD)
 
-    def logits(self, hidden_BTD: Tensor) -> Tensor:
-        if self.config.num_labels:
-            return self.score(hidden_BTD)
-        return (self.model.embed_tokens.multiply if self.config.tie_word_embeddings else self.lm_head)(hidden_BTD)
+    def logits(self, hidden_BTD: Tensor, adapters: Adapters | None = None) -> Tensor:
+        if self.config.tie_word_embeddings and not self.config.num_labels:
+            return self.model.embed_tokens.multiply(hidden_BTD)
+        return (self.score if self.config.num_labels else self.lm_head)(hidden_BTD, adapters)
 
     def hidden(
         self,
@@ -241,17 +255,19 @@ class Llama(nn.Module):
         segments_BT: Tensor | None = None,
         cache: CacheStep | None = None,
         trace: Trace | None = None,
+        training: bool = False,
+        adapters: Adapters | None = None,
         rows_R: Tensor | None = None,
     ) -> Tensor:
         """The hidden states of `forward`, or of some rows, without the product with the output head."""
         if cache is None:
-            context = self.context(tokens_BT, positions_BT, segments_BT)
+            context = self.context(tokens_BT, positions_BT, segments_BT, training, adapters)
         else:
             assert positions_BT is None, "the cache knows the positions"
             assert segments_BT is None, "the cache keeps sequences apart"
-            context = Context(*self.rope.at(cache.positions_1T, cache.longest), cache=cache)
+            context = Context(*self.rope.at(cache.positions_1T, cache.longest), cache=cache, adapters=adapters)
         x_BTD = self.model.embed_tokens(tokens_BT)
-        if self.config.dropout and self.training:
+        if self.config.dropout and training:
             x_BTD = drop(x_BTD, self.config.dropout)
         if trace:
             trace("embedding", x_BTD)
@@ -264,7 +280,14 @@ class Llama(nn.Module):
             trace("norm", x_BTD)
         return x_BTD
 
-    def context(self, tokens_BT: Tensor, positions_BT: Tensor | None, segments_BT: Tensor | None) -> Context:
+    def context(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None,
+        segments_BT: Tensor | None,
+        training: bool = False,
+        adapters: Adapters | None = None,
+    ) -> Context:
         """Rotations and masks, computed once for all layers."""
         T, device = tokens_BT.shape[1], tokens_BT.device
         if positions_BT is None:
@@ -275,7 +298,7 @@ class Llama(nn.Module):
         if window and window < T:
             window_mask = masks.window_mask(T, window, device)
             window_mask = window_mask if mask is None else mask & window_mask
-        return Context(cos_BTE, sin_BTE, mask, mask is None, window_mask)
+        return Context(cos_BTE, sin_BTE, mask, mask is None, window_mask, training=training, adapters=adapters)
 
     def packed_parameters(self) -> Iterator[PackedParameter]:
         """Every parameter with the canonical parameters that it holds, in the order of the table."""

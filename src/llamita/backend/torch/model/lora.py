@@ -1,8 +1,9 @@
-"""Low-rank adapters on the model's linear maps: attached for training or for use, merged into weights and out again.
+"""Low-rank adapters on the model's linear maps: made for training or for use, merged into weights and out again.
 
-The model packs several linear maps into one matrix; an adapter has its own A and B for each of them, under its
-canonical name. `Change` is one adapter at one packed matrix. What an adapter is, and its files, are llamita/adapters.py
-and adapter_files.py; serving several at once is serving.py.
+The model fuses several linear maps into one matrix; an adapter has its own A and B for each of them, under its
+canonical name. `Change` is one adapter at one fused matrix, `ModelAdapter` all of them. The model does not hold it: it
+is an argument of each forward pass. What an adapter is stands in model/lora.py, its files in storage/peft_directory.py;
+several in one pass are infer/adapters.py.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,7 @@ from llamita.model.quantization import SCALE
 
 @dataclass(frozen=True)
 class Part:
-    """A (R, n_in) and B (n_out, R) of the linear map that is number `index` of those packed into one matrix."""
+    """A (R, n_in) and B (n_out, R) of the linear map that is number `index` of those fused into one matrix."""
 
     module: str
     index: int
@@ -36,35 +37,38 @@ class Part:
 
 
 class Change:
-    """What one adapter does to the output of one packed matrix; `sizes` are the widths of the maps that it packs."""
+    """What one adapter does to the output of one fused matrix; `sizes` are the widths of the maps fused in it."""
 
     def __init__(
-        self,
-        parts: list[Part],
-        sizes: tuple[int, ...],
-        dropout: float = 0.0,
-        linear: Callable[[Tensor, Tensor], Tensor] = F.linear,
+        self, parts: list[Part], sizes: tuple[int, ...], linear: Callable[[Tensor, Tensor], Tensor] = F.linear
     ) -> None:
-        self.parts, self.sizes, self.dropout, self.linear = parts, sizes, dropout, linear
+        self.parts, self.sizes, self.linear = parts, sizes, linear
 
-    def __call__(self, x_D: Tensor, y_C: Tensor, training: bool) -> Tensor:
+    def __call__(self, x_D: Tensor, y_C: Tensor) -> Tensor:
         """y + scale * B A x for every part; (..., D) and (..., C) to (..., C)."""
-        x_D = self.dropped(x_D, training)
         pieces = list(y_C.split(self.sizes, dim=-1))
         for part in self.parts:
             low_R = self.linear(x_D.to(part.down_RD.dtype), part.down_RD)
             pieces[part.index] = pieces[part.index] + (self.linear(low_R, part.up_CR) * part.scale).to(y_C.dtype)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
-    def dropped(self, x_D: Tensor, training: bool) -> Tensor:
-        return drop(x_D, self.dropout) if self.dropout and training else x_D
 
+@dataclass(frozen=True)
+class ModelAdapter:
+    """An adapter with its parameters on a model's device: what it does to each fused matrix, by the matrix's name.
 
-class Attached:
-    """An adapter that all that goes through a model goes through, with its parameters."""
+    Passed to a forward pass, it is for all that goes through the model there. `dropout` is drawn on what goes into it.
+    """
 
-    def __init__(self, changes: Mapping[str, Change]) -> None:
-        self.changes = changes
+    changes: Mapping[str, Change]
+    dropout: float = 0.0
+
+    def changed(self, matrix: str, x: Tensor, y: Tensor) -> Tensor:
+        change = self.changes.get(matrix)
+        return y if change is None else change(self.dropped(x), y)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        return drop(x, self.dropout) if self.dropout else x
 
     def parts(self) -> Iterator[Part]:
         for change in self.changes.values():
@@ -84,60 +88,38 @@ class Attached:
             PackedParameter(name, value, (name,), (value.shape[0],), True) for name, value in self.parameters().items()
         ]
 
-    def output(
-        self, hidden: Callable[..., Tensor], weight_VD: Tensor, training: bool
-    ) -> tuple[Callable[..., Tensor], Tensor]:
+    def output(self, hidden: Callable[..., Tensor], weight_VD: Tensor) -> tuple[Callable[..., Tensor], Tensor]:
         """Hidden states and output matrix as a loss takes them: where the output head is adapted, A's result stands
         beside the states and B beside the matrix, so that one product gives the adapted logits."""
         if HEAD not in self.changes:
             return hidden, weight_VD
-        change = self.changes[HEAD]
-        (part,) = change.parts
+        (part,) = self.changes[HEAD].parts
 
         def wide(*arguments: Tensor, **named: Tensor) -> Tensor:
             hidden_BTD = hidden(*arguments, **named)
-            low_BTR = F.linear(change.dropped(hidden_BTD, training), part.down_RD)
+            low_BTR = F.linear(self.dropped(hidden_BTD), part.down_RD)
             return torch.cat((hidden_BTD, low_BTR.to(hidden_BTD.dtype)), dim=-1)
 
         return wide, torch.cat((weight_VD, part.up_CR * part.scale), dim=1)
 
 
-def attach_new(model: Llama, settings: LoraSettings, seed: int) -> Attached:
-    """Attach a fresh adapter to a model, to be trained: float32, B zeros."""
+def fresh_adapter(model: Llama, settings: LoraSettings, seed: int) -> ModelAdapter:
+    """A new adapter over a model, to be trained: float32, B zeros."""
     factors = settings.factors(model.config)
-    fresh = initialize_adapter(model.config, factors, seed)
-    values = {name: torch.from_numpy(array) for name, array in fresh}
-    return attach(model, factors, values, torch.float32, settings.dropout)
+    values = {name: torch.from_numpy(array) for name, array in initialize_adapter(model.config, factors, seed)}
+    return model_adapter(model, factors, values, torch.float32)
 
 
-def attach(
-    model: Llama,
-    factors: Mapping[str, Factors],
-    values: Mapping[str, Tensor],
-    dtype: torch.dtype,
-    dropout: float = 0.0,
-) -> Attached:
-    """Attach an adapter to a model for all that goes through it."""
-    changes = changes_of(model, factors, values, dtype, dropout)
-    for name, change in changes.items():
-        linear_of(model, name).change = change
-    return Attached(changes)
-
-
-def attach_adapter(model: Llama, adapter: Adapter) -> Attached:
-    """Attach an adapter's values, in the model's type."""
+def loaded_adapter(model: Llama, adapter: Adapter) -> ModelAdapter:
+    """An adapter's values over a model, in the model's type."""
     values = {name: tensor_from_host(array) for name, array in adapter.arrays.items()}
-    return attach(model, adapter.factors, values, model.model.norm.weight.dtype)
+    return model_adapter(model, adapter.factors, values, model.model.norm.weight.dtype)
 
 
-def changes_of(
-    model: Llama,
-    factors: Mapping[str, Factors],
-    values: Mapping[str, Tensor],
-    dtype: torch.dtype,
-    dropout: float = 0.0,
-) -> dict[str, Change]:
-    """An adapter for each packed matrix that it changes, by the matrix's name; nothing is attached yet."""
+def model_adapter(
+    model: Llama, factors: Mapping[str, Factors], values: Mapping[str, Tensor], dtype: torch.dtype
+) -> ModelAdapter:
+    """Copies of an adapter's values, sorted by the fused matrices of a model; ValueError for NaN or infinity."""
     maps, device = linear_maps(model.config), model.model.norm.weight.device
 
     def parameter(name: str) -> nn.Parameter:
@@ -156,15 +138,8 @@ def changes_of(
             for index, one in enumerate(packed)
             if one in factors
         ]
-        changes[name] = Change(parts, tuple(maps[one][0] for one in packed), dropout)
-    return changes
-
-
-def linear_of(model: Llama, name: str) -> Linear | QuantizedLinear:
-    """The packed matrix of this name."""
-    module = model.get_submodule(name)
-    assert isinstance(module, Linear | QuantizedLinear)
-    return module
+        changes[name] = Change(parts, tuple(maps[one][0] for one in packed))
+    return ModelAdapter(changes)
 
 
 # --- merging ---------------------------------------------------------------------------------------------------------
@@ -177,7 +152,9 @@ def merge(model: Llama, adapter: Adapter, sign: float = 1.0) -> None:
     What the adapter replaces whole (a classification head) is not touched: it is not a sum.
     """
     if model.config.quantization:
-        raise ValueError(f"the weights are {model.config.quantization} and take no sums; attach the adapter instead")
+        raise ValueError(
+            f"the weights are {model.config.quantization} and take no sums; pass the adapter beside them instead"
+        )
     assert not model.prepacked, "what is added to prepacked weights would be lost"
     state = model.canonical_state()
     for module, one in adapter.factors.items():

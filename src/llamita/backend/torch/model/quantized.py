@@ -5,7 +5,6 @@ what goes in has a gradient, so that an adapter can be trained over them.
 Knows nothing of how numbers are rounded or multiplied: `quantize.py` does.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamita.backend.torch.model import quantize
-from llamita.backend.torch.model.layers import Operations
+from llamita.backend.torch.model.layers import Adapters, Operations
 from llamita.model.quantization import quantized_shapes
 
 
@@ -29,12 +28,12 @@ class QuantizedLinear(nn.Module):
         n_out, n_in = size
         shape, scales = quantized_shapes(n_out, n_in, bits)
         dtype = torch.int8 if bits == 8 else torch.uint8
+        self.name = ""  # its place in the model, by which adapters know it
         self.n_out, self.n_in, self.bits = n_out, n_in, bits
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
         self.weight_scale = nn.Parameter(torch.empty(scales, dtype=torch.bfloat16), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
         self.product = operations.linear
-        self.change: Callable[[Tensor, Tensor, bool], Tensor] | None = None
         self.dtype = torch.float32
         self.kernel = False
         self.kernel_scale: Tensor | None = None  # where the weight lies in the order of the int4 kernel
@@ -64,9 +63,9 @@ class QuantizedLinear(nn.Module):
             return quantize.dequantize_blocks(self.weight, self.weight_scale, dtype)
         return quantize.dequantize(self.weight, self.weight_scale, self.n_in, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, adapters: Adapters | None = None) -> Tensor:
         y = self.multiply(x)
-        return y if self.change is None else self.change(x, y, self.training)
+        return y if adapters is None else adapters.changed(self.name, x, y)
 
     def multiply(self, x: Tensor) -> Tensor:
         """(..., n_in) to (..., n_out)."""
@@ -112,6 +111,6 @@ class QuantizedEmbedding(QuantizedLinear):
     def __init__(self, size: torch.Size, operations: Operations) -> None:
         super().__init__(size, False, operations, bits=8)
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
+    def forward(self, tokens_BT: Tensor) -> Tensor:  # type: ignore[override]  # no adapter changes it
         values_BTD = F.embedding(tokens_BT, self.weight).to(self.dtype)
         return values_BTD * self.weight_scale[tokens_BT].to(self.dtype)[..., None]

@@ -35,7 +35,6 @@ class TorchScorer:
     @torch.no_grad()
     def log_probs(self, batch: Batch) -> np.ndarray:
         """Returns the log-probability of every label that is scored, float32 (B, T), 0 elsewhere; without dropout."""
-        self.model.eval()
         with self.autocast():
             found_BT = objectives.log_probs(*self.output(self.model.hidden), to_device(batch, self.device))
         return found_BT.cpu().numpy()
@@ -43,7 +42,6 @@ class TorchScorer:
     @torch.no_grad()
     def distributions(self, batch: Batch, temperature: float = 1.0) -> np.ndarray:
         """Returns the log-probability of every token where a label is scored, float32 (M, V); without dropout."""
-        self.model.eval()
         with self.autocast():
             tensors = to_device(batch, self.device)
             found_MV = objectives.distributions(*self.output(self.model.hidden), tensors, temperature)

@@ -5,12 +5,14 @@ that dropout draws are a function of (seed, number of the step), so a resumed ru
 """
 
 import contextlib
+import functools
 import hashlib
 import math
 import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from llamita.backend.interface import LossSums, Precision, StepMetrics
 from llamita.backend.objectives import NextToken, Objective
-from llamita.backend.torch.infer.runner import TorchRunner
+from llamita.backend.torch.infer.runner import OWN, TorchRunner
 from llamita.backend.torch.model import lora, weights
 from llamita.backend.torch.model.llama import Llama
 from llamita.backend.torch.train import objectives
@@ -60,7 +62,8 @@ class TorchTrainStep(TorchScorer):
             )
         if compile and model.config.quantization:
             raise ValueError("products with quantised weights are not compiled; leave --compile out")
-        self.adapter = lora.attach_new(model, adapter, seed) if adapter else None
+        self.adapter = lora.fresh_adapter(model, adapter, seed) if adapter else None
+        self._dropping = replace(self.adapter, dropout=adapter.dropout) if self.adapter and adapter else None
         packed += self.adapter.packed() if self.adapter else []
         if not packed:
             raise ValueError("no parameter of the model is to be trained")
@@ -81,14 +84,13 @@ class TorchTrainStep(TorchScorer):
         if targets == 0:
             rows = [int(row) for batch in micro_batches for row in batch.row_ids]
             raise ValueError(f"rows {rows} have no target to learn from; use longer documents or mode=pack")
-        self.model.train()
         self._forget_gradients()
         loss_function = objectives.loss_function(self.objective, training=True)
         outputs = []
         with self._random_numbers_of_step():
             for batch in micro_batches:
                 with self.autocast():
-                    output = loss_function(*self.output(self._hidden), to_device(batch, self.device))
+                    output = loss_function(*self.output(self._hidden, training=True), to_device(batch, self.device))
                 (output.nats / targets).backward()
                 outputs.append({"": output.nats.detach(), **output.measures})
         norm = global_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -106,7 +108,6 @@ class TorchTrainStep(TorchScorer):
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> LossSums:
         """The loss and the measures summed over the batch's targets; without dropout."""
-        self.model.eval()
         loss_function = objectives.loss_function(self.objective, training=False)
         with self.autocast():
             output = loss_function(*self.output(self.model.hidden), to_device(batch, self.device))
@@ -133,7 +134,9 @@ class TorchTrainStep(TorchScorer):
 
     def runner(self) -> TorchRunner:
         """Generates with the weights as they are now."""
-        return TorchRunner(self.model)
+        if self.adapter is None:
+            return TorchRunner(self.model)
+        return TorchRunner(self.model, adapters={OWN: self.adapter}, default=OWN)
 
     def conditions(self) -> dict[str, Any]:
         """What the last bits of the result depend on besides the configuration and the data."""
@@ -177,10 +180,11 @@ class TorchTrainStep(TorchScorer):
             for part, view in zip(each.parts, each.split(each.parameter.detach()), strict=True)
         }
 
-    def output(self, hidden: Hidden) -> tuple[Hidden, Tensor]:
-        """Hidden states and the output matrix, as losses take them."""
-        weight_VD = self.model.output_weight_VD
-        return self.adapter.output(hidden, weight_VD, self.model.training) if self.adapter else (hidden, weight_VD)
+    def output(self, hidden: Hidden, training: bool = False) -> tuple[Hidden, Tensor]:
+        """Returns hidden states and the output matrix, as losses take them; with dropout while `training`."""
+        adapter = self._dropping if training else self.adapter
+        hidden, weight_VD = functools.partial(hidden, training=training, adapters=adapter), self.model.output_weight_VD
+        return adapter.output(hidden, weight_VD) if adapter else (hidden, weight_VD)
 
     @contextlib.contextmanager
     def _random_numbers_of_step(self) -> Any:
