@@ -87,9 +87,10 @@ class Distillation:
     at every label that is scored: the forward divergence, so that the student is to cover all that the teacher finds
     likely. Logits of both are divided by t in it, and t^2 keeps its gradients as large as they are at 1.
 
-    `extras` hold `teacher_log_probs_BSV`, float32: the teacher's log-probabilities at t where the s-th scored label of
-    a row stands. S is at least the most labels scored in a row; what lies behind a row's own is not read. They take
-    B x S x V x 4 bytes, and the loss a few times M x V x 4 (M labels scored), as the student's logits are all held.
+    `extras` hold `teacher_log_probs_BSV`, float32: the teacher's log-probabilities at t, [b, s] being those where the
+    s-th scored label of row b stands. S is at least the most labels scored in a row; behind a row's own lies anything
+    finite. They take B x S x V x 4 bytes, and the loss a few times M x V x 4, since the student's logits at all M
+    scored labels are held.
 
     Measures `cross_entropy` and `teacher_kl`, the divergence without t^2. An evaluation's loss is the cross-entropy
     alone, comparable with that of any other model and with that of the same one without a teacher.
