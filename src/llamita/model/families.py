@@ -78,6 +78,8 @@ class Family:
     """Switches to keys of `config.json`, beyond the fields that are keys of every family."""
     keys: tuple[str, ...] = ()
     """Switches that are keys of its `config.json` under their own names."""
+    other_keys: tuple[str, ...] = ()
+    """Further keys that `read` reads."""
     classifier: str = ""
     """The beginning of the name of its class for classification, where that is another."""
     gguf: Gguf | None = None
@@ -231,7 +233,6 @@ def _write_gemma(config: ModelConfig) -> dict[str, Any]:
 def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
     scaling = {"rope_type": "default"} if config.rope_scaling is None else config.rope_scaling.to_dict()
     return _write_gemma(config) | {
-        "rope_local_base_freq": config.rope_local_base_freq,
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": config.rope_local_base_freq},
             "full_attention": scaling | {"rope_theta": config.rope_theta},
@@ -242,6 +243,10 @@ def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
 GEMMA = (
     *("norm_placement", "unit_offset_norm", "hidden_act", "embedding_multiplier", "attention_multiplier"),
     *("attn_logit_softcapping", "final_logit_softcapping", "sliding_window", "full_attention_at", "attention_bias"),
+)
+GEMMA_KEYS = (
+    *("hidden_activation", "query_pre_attn_scalar", "use_bidirectional_attention", "sliding_window"),
+    *("sliding_window_pattern", "_sliding_window_pattern", "attn_logit_softcapping", "final_logit_softcapping"),
 )
 GEMMA_DEFAULTS = {
     "tie_word_embeddings": True,
@@ -295,7 +300,8 @@ FAMILIES: tuple[Family, ...] = (
         defaults=GEMMA_DEFAULTS | {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
         read=_read_gemma3,
         write=_write_gemma3,
-        keys=("attention_bias",),
+        keys=("attention_bias", "rope_local_base_freq"),
+        other_keys=GEMMA_KEYS,
         gguf=Gguf("gemma3", tensors=GEMMA_TENSORS, is_written=False),
     ),
     Family(
@@ -309,6 +315,7 @@ FAMILIES: tuple[Family, ...] = (
         read=_read_gemma,
         write=_write_gemma,
         keys=("attention_bias",),
+        other_keys=GEMMA_KEYS,
         gguf=Gguf("gemma2", tensors=GEMMA_TENSORS, is_written=False),
     ),
     Family(
@@ -339,6 +346,7 @@ FAMILIES: tuple[Family, ...] = (
         read=_read_smollm3,
         write=_write_smollm3,
         keys=("attention_bias", "mlp_bias"),
+        other_keys=("no_rope_layers", "no_rope_layer_interval", "sliding_window"),
         gguf=Gguf("smollm3", rotates_pairs=True, is_written=False),
     ),
     Family(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from llamita.backend.choice import load_backend
 from llamita.backend.objectives import Distillation, NextToken
+from llamita.backend.torch.model.head import OutputHead
 from llamita.data.batches import NOT_SCORED, Batch
 from llamita.model.config import ModelConfig
 from llamita.training.trainer import split
@@ -55,7 +56,8 @@ def ours(name, objective, training, states_BTD, head_VD, labels_BT, teacher_BSV)
         inputs = [torch.from_numpy(array).requires_grad_() for array in (states_BTD, head_VD)]
         labels = torch.from_numpy(labels_BT).long()
         batch = module.TensorBatch(labels, labels, None, {"teacher_log_probs_BSV": torch.from_numpy(teacher_BSV)})
-        loss = module.distillation_loss(objective, training, lambda *_, **__: inputs[0], inputs[1], batch)
+        head = OutputHead(inputs[1])
+        loss = module.distillation_loss(objective, training, lambda *_, **__: inputs[0], head, batch)
         gradients = torch.autograd.grad(loss.nats, inputs)
         loss = loss._replace(nats=loss.nats.detach())
     else:

@@ -53,7 +53,7 @@ def paged_logits(
     assert [sum(cut) for cut in cuts] == lengths
     blocks = sum(-(-length // block_size) for length in lengths) + spare
     layout = CacheLayout(block_size, blocks, model.config.attention_windows)
-    weight = model.output_weight_VD
+    weight = model.head.weight_VD
     cache = PagedKVCache(model.config, layout, weight.dtype, weight.device)
     generator = torch.Generator().manual_seed(3)
     for memory in (*cache.keys, *cache.values):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.train import losses
 from tests import reference
 
@@ -30,7 +31,7 @@ def test_cross_entropy_against_pytorch_and_the_oracle():
 def test_chunked_loss_and_gradients_equal_the_plain_ones(chunk_size):
     hidden, weight, labels = example()
     plain = losses.cross_entropy(hidden @ weight.mT, labels) / 17
-    chunked = losses.chunked_cross_entropy(hidden, weight, labels, chunk_size) / 17
+    chunked = losses.chunked_cross_entropy(hidden, OutputHead(weight), labels, chunk_size) / 17
     torch.testing.assert_close(chunked, plain)
     expected = torch.autograd.grad(plain, (hidden, weight))
     for ours, theirs in zip(torch.autograd.grad(chunked, (hidden, weight)), expected, strict=True):
@@ -41,7 +42,7 @@ def test_chunked_loss_under_autocast_follows_float32():
     hidden, weight, labels = example()
     exact = torch.autograd.grad(losses.cross_entropy(hidden @ weight.mT, labels), (hidden, weight))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = losses.chunked_cross_entropy(hidden, weight, labels, 4)
+        loss = losses.chunked_cross_entropy(hidden, OutputHead(weight), labels, 4)
     assert loss.dtype == torch.float32
     for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), exact, strict=True):
         assert ours.dtype == torch.float32
@@ -50,7 +51,7 @@ def test_chunked_loss_under_autocast_follows_float32():
 
 def test_nothing_scored_is_zero_with_zero_gradients():
     hidden, weight, labels = example()
-    loss = losses.chunked_cross_entropy(hidden, weight, torch.full_like(labels, losses.IGNORED))
+    loss = losses.chunked_cross_entropy(hidden, OutputHead(weight), torch.full_like(labels, losses.IGNORED))
     assert loss.item() == 0
     for gradient in torch.autograd.grad(loss, (hidden, weight)):
         assert not gradient.any()
@@ -59,5 +60,5 @@ def test_nothing_scored_is_zero_with_zero_gradients():
 def test_evaluation_computes_no_gradients():
     hidden, weight, labels = example()
     with torch.no_grad():
-        loss = losses.chunked_cross_entropy(hidden, weight, labels, 4)
+        loss = losses.chunked_cross_entropy(hidden, OutputHead(weight), labels, 4)
     torch.testing.assert_close(loss, losses.cross_entropy(hidden @ weight.mT, labels).detach())

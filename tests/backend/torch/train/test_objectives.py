@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from llamita.backend.objectives import PolicyGradient, Preference
+from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.train import losses, objectives
 from llamita.backend.torch.train.objectives import TensorBatch
 from llamita.backend.torch.train.step import build_train_step
@@ -71,7 +72,7 @@ class Case:
 @pytest.mark.parametrize("chunk_size", [1, 4, 1000])
 def test_log_probabilities_in_chunks_equal_the_plain_ones(chunk_size):
     case = Case(B)
-    ours = losses.chunked_log_probs(case.states_RTD, case.head_VD, case.labels_RT, chunk_size)
+    ours = losses.chunked_log_probs(case.states_RTD, OutputHead(case.head_VD), case.labels_RT, chunk_size)
     theirs = case.log_probs()
     weights = case.random(B, T)
     close(ours, theirs)
@@ -82,7 +83,7 @@ def test_log_probabilities_under_autocast_follow_float32():
     case = Case(B)
     weights = case.random(B, T)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = losses.chunked_log_probs(case.states_RTD, case.head_VD, case.labels_RT, 4)
+        ours = losses.chunked_log_probs(case.states_RTD, OutputHead(case.head_VD), case.labels_RT, 4)
     assert ours.dtype == torch.float32
     for one, other in zip(
         case.gradients((ours * weights).sum()), case.gradients((case.log_probs() * weights).sum()), strict=True
@@ -93,7 +94,9 @@ def test_log_probabilities_under_autocast_follow_float32():
 
 def test_log_probabilities_of_nothing_are_zero_with_zero_gradients():
     case = Case(B)
-    found = losses.chunked_log_probs(case.states_RTD, case.head_VD, torch.full_like(case.labels_RT, IGNORED))
+    found = losses.chunked_log_probs(
+        case.states_RTD, OutputHead(case.head_VD), torch.full_like(case.labels_RT, IGNORED)
+    )
     assert not found.any()
     assert not any(gradient.any() for gradient in case.gradients(found.sum()))
 
@@ -163,7 +166,7 @@ def test_preferences_equal_those_of_trl(objective, loss_type):
     sums_B2 = case.log_probs().sum(-1).view(2, B).T.detach() + case.random(B, 2)
     lengths_B2 = (case.labels_RT != IGNORED).sum(-1).view(2, B).T
     reference_B2 = sums_B2 / lengths_B2 if objective.normalize_lengths else sums_B2
-    ours = objectives.preference_loss(objective, case.hidden, case.head_VD, pair_batch(case, reference_B2))
+    ours = objectives.preference_loss(objective, case.hidden, OutputHead(case.head_VD), pair_batch(case, reference_B2))
     theirs, measured = trl_preference(loss_type, case.log_probs(), case.labels_RT, sums_B2, objective.beta)
     case.compare(ours.nats / B, theirs)
     if not objective.normalize_lengths:  # trl's rewards are those of sums in any case
@@ -183,7 +186,7 @@ def test_label_smoothing_equals_that_of_trl():
     case = Case(2 * B)
     reference_B2 = case.log_probs().sum(-1).view(2, B).T.detach() + case.random(B, 2)
     objective = Preference(beta=0.3, label_smoothing=0.2)
-    ours = objectives.preference_loss(objective, case.hidden, case.head_VD, pair_batch(case, reference_B2))
+    ours = objectives.preference_loss(objective, case.hidden, OutputHead(case.head_VD), pair_batch(case, reference_B2))
     pairs = [torch.tensor([pair, B + pair]) for pair in range(B)]
     theirs = [
         trl_preference("aot", case.log_probs()[p], case.labels_RT[p], reference_B2[p[:1]], 0.3, label_smoothing=0.2)[0]
@@ -196,7 +199,9 @@ def test_ipo_of_sums_is_the_square_of_the_paper():
     """(h - 1 / (2 tau))^2, h being the difference of log-ratios: equation 17 of arXiv:2310.12036."""
     case = Case(2 * B)
     reference_B2 = case.log_probs().sum(-1).view(2, B).T.detach() + case.random(B, 2)
-    ours = objectives.preference_loss(Preference("ipo", 0.5), case.hidden, case.head_VD, pair_batch(case, reference_B2))
+    ours = objectives.preference_loss(
+        Preference("ipo", 0.5), case.hidden, OutputHead(case.head_VD), pair_batch(case, reference_B2)
+    )
     sums_2B = case.log_probs().sum(-1).view(2, B)
     h_B = (sums_2B[0] - sums_2B[1]) - (reference_B2[:, 0] - reference_B2[:, 1])
     case.compare(ours.nats / B, ((h_B - 1.0) ** 2).mean())
@@ -240,7 +245,7 @@ def test_policy_gradients_equal_those_of_trl(normalization, kl_weight):
     if kl_weight:
         extras["reference_log_probs_BT"] = now_BT + 0.5 * case.random(B, T)
     batch = TensorBatch(case.tokens_RT, case.labels_RT, None, extras)
-    ours = objectives.policy_loss(objective, case.hidden, case.head_VD, batch)
+    ours = objectives.policy_loss(objective, case.hidden, OutputHead(case.head_VD), batch)
     targets = B if normalization == "answer" else int((case.labels_RT != IGNORED).sum())
     theirs, measured = trl_policy(objective, case.log_probs(), case.labels_RT, extras)
     case.compare(ours.nats / targets, theirs)

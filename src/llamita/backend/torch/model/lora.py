@@ -7,7 +7,7 @@ several in one pass are infer/adapters.py.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llamita.backend.torch.model import quantize
 from llamita.backend.torch.model.dropout import drop
 from llamita.backend.torch.model.fused import PackedParameter, canonical_names
+from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.model.llama import Linear, Llama
 from llamita.backend.torch.model.quantized import QuantizedLinear
 from llamita.backend.torch.model.weights import host_from_tensor, tensor_from_host
@@ -88,11 +89,11 @@ class ModelAdapter:
             PackedParameter(name, value, (name,), (value.shape[0],), True) for name, value in self.parameters().items()
         ]
 
-    def output(self, hidden: Callable[..., Tensor], weight_VD: Tensor) -> tuple[Callable[..., Tensor], Tensor]:
-        """Hidden states and output matrix as a loss takes them: where the output head is adapted, A's result stands
+    def output(self, hidden: Callable[..., Tensor], head: OutputHead) -> tuple[Callable[..., Tensor], OutputHead]:
+        """Hidden states and output head as a loss takes them: where the output head is adapted, A's result stands
         beside the states and B beside the matrix, so that one product gives the adapted logits."""
         if HEAD not in self.changes:
-            return hidden, weight_VD
+            return hidden, head
         (part,) = self.changes[HEAD].parts
 
         def wide(*arguments: Tensor, **named: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ class ModelAdapter:
             low_BTR = F.linear(self.dropped(hidden_BTD), part.down_RD)
             return torch.cat((hidden_BTD, low_BTR.to(hidden_BTD.dtype)), dim=-1)
 
-        return wide, torch.cat((weight_VD, part.up_CR * part.scale), dim=1)
+        return wide, replace(head, weight_VD=torch.cat((head.weight_VD, part.up_CR * part.scale), dim=1))
 
 
 def fresh_adapter(model: Llama, settings: LoraSettings, seed: int) -> ModelAdapter:
