@@ -14,7 +14,7 @@ import numpy as np
 from llamita.backend.mlx.model.attention import Dropout
 from llamita.backend.mlx.model.head import OutputHead
 from llamita.backend.mlx.train.losses import IGNORED, chunked_cross_entropy, chunked_log_probs
-from llamita.backend.objectives import Classification, NextToken, Objective, PolicyGradient, Preference
+from llamita.backend.objectives import Classification, Distillation, NextToken, Objective, PolicyGradient, Preference
 
 Hidden = Callable[..., mx.array]
 
@@ -49,6 +49,8 @@ def loss_function(objective: Objective, key: mx.array | None) -> LossFunction:
         return partial(classification_loss, objective, key)
     if isinstance(objective, Preference):
         return partial(preference_loss, objective)
+    if isinstance(objective, Distillation):
+        return partial(distillation_loss, objective, key is not None)
     return partial(policy_loss, objective)
 
 
@@ -95,6 +97,32 @@ def distributions(hidden: Hidden, head: OutputHead, batch: TensorBatch, temperat
     states_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[rows_M]
     logits_MV = head.logits(states_MD) / temperature
     return logits_MV - mx.logsumexp(logits_MV, axis=-1, keepdims=True)
+
+
+def distillation_loss(
+    objective: Distillation, training: bool, hidden: Hidden, head: OutputHead, batch: TensorBatch
+) -> LossOutput:
+    """-log p of every label that is scored, mixed while `training` with the divergence from the teacher there."""
+    hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
+    teacher_BSV, length = batch.extras["teacher_log_probs_BSV"], batch.labels_BT.shape[1]
+    # Scored places first, each in its order; as many of them as the teacher has, whichever they are.
+    order_BT = mx.argsort(mx.arange(length) + length * (batch.labels_BT == IGNORED), axis=-1)
+    order_BS = order_BT[:, : teacher_BSV.shape[1]]
+    labels_BS = mx.take_along_axis(batch.labels_BT, order_BS, axis=1)
+    states_BSD = mx.take_along_axis(hidden_BTD, order_BS[..., None], axis=1)
+    logits_BSV = head.logits(states_BSD)
+    log_probs_BSV = logits_BSV - mx.logsumexp(logits_BSV, axis=-1, keepdims=True)
+    chosen_BS = mx.take_along_axis(log_probs_BSV, mx.maximum(labels_BS, 0)[..., None], axis=-1)[..., 0]
+    weight, temperature = objective.teacher_weight, objective.teacher_temperature
+    softened_BSV = logits_BSV / temperature
+    softened_BSV = softened_BSV - mx.logsumexp(softened_BSV, axis=-1, keepdims=True)
+    divergence_BS = mx.sum(mx.exp(teacher_BSV) * (teacher_BSV - softened_BSV), axis=-1)
+    scored_BS = labels_BS != IGNORED
+    cross_entropy = -mx.sum(mx.where(scored_BS, chosen_BS, 0.0))
+    divergence = mx.sum(mx.where(scored_BS, divergence_BS, 0.0))
+    mixed = (1 - weight) * cross_entropy + weight * temperature**2 * divergence
+    measures = {"cross_entropy": cross_entropy, "teacher_kl": divergence}
+    return LossOutput(mixed if training else cross_entropy, measures)
 
 
 def preference_loss(objective: Preference, hidden: Hidden, head: OutputHead, batch: TensorBatch) -> LossOutput:

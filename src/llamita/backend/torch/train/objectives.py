@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llamita.backend.objectives import Classification, NextToken, Objective, PolicyGradient, Preference
+from llamita.backend.objectives import Classification, Distillation, NextToken, Objective, PolicyGradient, Preference
 from llamita.backend.torch.model.dropout import drop
 from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.train.losses import IGNORED, chunked_cross_entropy, chunked_log_probs
@@ -49,6 +49,8 @@ def loss_function(objective: Objective, training: bool) -> LossFunction:
         return partial(classification_loss, objective, training)
     if isinstance(objective, Preference):
         return partial(preference_loss, objective)
+    if isinstance(objective, Distillation):
+        return partial(distillation_loss, objective, training)
     return partial(policy_loss, objective)
 
 
@@ -85,6 +87,25 @@ def distributions(hidden: Hidden, head: OutputHead, batch: TensorBatch, temperat
     hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
     states_MD = hidden_BTD[batch.labels_BT != IGNORED]
     return (head.logits(states_MD).float() / temperature).log_softmax(-1)
+
+
+def distillation_loss(
+    objective: Distillation, training: bool, hidden: Hidden, head: OutputHead, batch: TensorBatch
+) -> LossOutput:
+    """-log p of every label that is scored, mixed while `training` with the divergence from the teacher there."""
+    hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
+    scored_BT, teacher_BSV = batch.labels_BT != IGNORED, batch.extras["teacher_log_probs_BSV"]
+    places_S = torch.arange(teacher_BSV.shape[1], device=scored_BT.device)
+    teacher_MV = teacher_BSV[places_S < scored_BT.sum(-1, keepdim=True)]
+    logits_MV = head.logits(hidden_BTD[scored_BT]).float()
+    log_probs_MV = logits_MV.log_softmax(-1)
+    cross_entropy = -log_probs_MV.gather(-1, batch.labels_BT[scored_BT][:, None]).sum()
+    weight, temperature = objective.teacher_weight, objective.teacher_temperature
+    softened_MV = log_probs_MV if temperature == 1 else (logits_MV / temperature).log_softmax(-1)
+    divergence = (teacher_MV.exp() * (teacher_MV - softened_MV)).sum()
+    mixed = (1 - weight) * cross_entropy + weight * temperature**2 * divergence
+    measures = {"cross_entropy": cross_entropy.detach(), "teacher_kl": divergence.detach()}
+    return LossOutput(mixed if training else cross_entropy, measures)
 
 
 def preference_loss(objective: Preference, hidden: Hidden, head: OutputHead, batch: TensorBatch) -> LossOutput:
