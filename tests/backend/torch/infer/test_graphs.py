@@ -11,6 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from llamita.backend.interface import CacheLayout, Plan, SampleSpec, ScheduledChunk
+from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer import runner
 from llamita.backend.torch.infer.graphs import DecodeGraphs, sizes_up_to
 from llamita.backend.torch.infer.kernels.table_attention import attention_over_tables
@@ -20,7 +21,7 @@ from llamita.backend.torch.infer.sampling import Sampler
 from llamita.backend.torch.model.weights import build_model
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
-from llamita.inference.request import Request, SamplingParams
+from llamita.inference.request import Request
 from llamita.model.config import ModelConfig
 from tests.backend.torch.infer.paged import shuffled_tables
 from tests.inference.test_adapters import SETTINGS, adapter_of
