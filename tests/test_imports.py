@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "llamita"
 # From top to bottom: a room may import from rooms above it, never from those beside it or below. The longest name that
 # a module's own begins with is its room.
 ORDER = (
-    ("model",),
+    ("model", "progress"),
     ("storage",),
     ("text",),
     ("storage.formats",),
@@ -23,12 +23,11 @@ ORDER = (
     ("evaluation",),
     ("workflows",),
     ("server", "learn"),
-    ("library",),
     ("cli",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 FRAMEWORKS = {"torch": "backend.torch", "mlx": "backend.mlx", "mlx_lm": "backend.mlx"}
-LAZY_ROOMS = ("cli", "", "library")
+LAZY_ROOMS = ("cli", "")
 LAZY_MODULES = ("llamita.backend.choice",)
 """What a user calls first loads no framework before it has to: verbs, the package's own face, and the choice of a
 backend, which imports the one chosen."""

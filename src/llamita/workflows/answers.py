@@ -92,5 +92,5 @@ class Examination:
 
     def _ask(self) -> list[Answer]:
         return answer(
-            LLM(self._step.runner(), self._chat.tokenizer, config=EngineConfig(warm_up=False)), self._chat, self._asked
+            LLM(self._step.runner(), self._chat.tokenizer, engine=EngineConfig(warm_up=False)), self._chat, self._asked
         )

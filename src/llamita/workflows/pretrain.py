@@ -107,7 +107,7 @@ def pretrain(
         texts = []
         if config.sample_tokens:
             params = SamplingParams(max_tokens=config.sample_tokens, seed=config.seed)
-            texts.append(sample(LLM(step.runner(), tokenizer, config=EngineConfig(warm_up=False)), prompt, params))
+            texts.append(sample(LLM(step.runner(), tokenizer, engine=EngineConfig(warm_up=False)), prompt, params))
         more = on_evaluation(evaluation) if on_evaluation else None
         return "\n".join([*texts, *([more] if more else [])]) or None
 

@@ -82,7 +82,7 @@ class Answerer:
         longest = max(map(len, tokens.values())) + self.rules.max_tokens
         blocks = (at_once + n) * -(-longest // EngineConfig.block_size)
         limits = EngineConfig(max_sequences=at_once, blocks=blocks, warm_up=False)
-        llm = LLM(self.step.runner(), self.layout.tokenizer, config=limits)
+        llm = LLM(self.step.runner(), self.layout.tokenizer, engine=limits)
         found = []
         for number, seed, generation in zip(
             numbers, seeds, llm.generate([tokens[number] for number in numbers], params), strict=True

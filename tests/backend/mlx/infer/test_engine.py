@@ -16,10 +16,9 @@ import pytest
 mx = pytest.importorskip("mlx.core", reason="MLX is not installed here")
 
 from llamita.backend.interface import Runner  # noqa: E402
-from llamita.backend.mlx.infer.runner import MlxRunner, load_runner, runner_over  # noqa: E402
+from llamita.backend.mlx.infer.runner import MlxRunner, runner_over  # noqa: E402
 from llamita.backend.mlx.model.weights import build_model, quantize_arrays, to_host_arrays  # noqa: E402
 from llamita.backend.sampling_params import SamplingParams  # noqa: E402
-from llamita.backend.torch.infer.runner import load_runner as load_torch  # noqa: E402
 from llamita.backend.torch.infer.runner import runner_over as over_torch  # noqa: E402
 from llamita.inference.config import EngineConfig  # noqa: E402
 from llamita.inference.drafting import (  # noqa: E402
@@ -156,7 +155,7 @@ def test_guesses_change_no_token(runners: tuple[MlxRunner, Runner], alone: Serve
 def test_continuations_share_a_prompt_and_part(runners: tuple[MlxRunner, Runner]) -> None:
     params = SamplingParams(seed=4, max_tokens=9, n=4)
     texts = [
-        [one.token_ids for one in LLM(runner, config=ROOMY).generate(BEGINNING, params).continuations]
+        [one.token_ids for one in LLM(runner, engine=ROOMY).generate(BEGINNING, params).continuations]
         for runner in runners
     ]
     assert texts[0] == texts[1]
@@ -195,8 +194,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_stops_and_forms_give_pytorchs_text(directory: Path) -> None:
     """All in one batch, each as its kind asks."""
     ours, theirs = (
-        LLM.load(directory, load, EngineConfig(block_size=8)).generate(["The fox"] * len(ASKED), list(ASKED.values()))
-        for load in (load_runner, lambda path: load_torch(path, device="cpu"))
+        LLM.load(directory, backend=backend, device="cpu", engine=EngineConfig(block_size=8)).generate(
+            ["The fox"] * len(ASKED), list(ASKED.values())
+        )
+        for backend in ("mlx", "torch")
     )
     assert [one.text for one in ours] == [one.text for one in theirs]
     assert [one.finish_reason for one in ours] == [one.finish_reason for one in theirs]
@@ -208,7 +209,7 @@ def test_stops_and_forms_give_pytorchs_text(directory: Path) -> None:
 
 
 def test_a_saved_model_is_the_model(directory: Path, tmp_path: Path) -> None:
-    llm = LLM.load(directory, load_runner)
+    llm = LLM.load(directory, backend="mlx")
     llm.save(tmp_path / "copy")
     for name, array in model_directory.load_tensors(directory).items():
         assert bytes(model_directory.load_tensors(tmp_path / "copy")[name].data) == bytes(array.data), name
