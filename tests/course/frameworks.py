@@ -17,7 +17,7 @@ from llamita.model.host_array import HostArray
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 FOLDERS = {
-    **dict.fromkeys(("layers", "attention", "fused", "weights", "quantize"), "model"),
+    **dict.fromkeys(("layers", "attention", "fused", "head", "weights", "quantize"), "model"),
     **dict.fromkeys(("losses", "adamw"), "train"),
     **dict.fromkeys(("runner", "sampling", "paged_attention", "kv_cache"), "infer"),
 }

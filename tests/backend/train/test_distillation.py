@@ -66,8 +66,10 @@ def ours(name, objective, training, states_BTD, head_VD, labels_BT, teacher_BSV)
         labels = mx.array(labels_BT)
         batch = module.TensorBatch(labels, labels, None, {"teacher_log_probs_BSV": mx.array(teacher_BSV)})
 
-        def compute(states, head):
-            output = module.distillation_loss(objective, training, lambda *_, **__: states, head, batch)
+        head_of = importlib.import_module("llamita.backend.mlx.model.head").OutputHead
+
+        def compute(states, weight):
+            output = module.distillation_loss(objective, training, lambda *_, **__: states, head_of(weight), batch)
             return output.nats, output.measures
 
         with mx.stream(mx.cpu):

@@ -61,7 +61,7 @@ def mlx_loss_and_gradients(model, tokens_BT, labels_BT, segments_BT=None):
         for item, values in zip(packed, parameters, strict=True):
             item.replace(values)
         hidden_BTD = model.hidden(tokens_BT, segments_BT=segments_BT)
-        return chunked_cross_entropy(hidden_BTD, model.output_weight_VD, labels_BT, chunk_size=13)
+        return chunked_cross_entropy(hidden_BTD, model.head, labels_BT, chunk_size=13)
 
     tokens_BT, labels_BT = mx.array(tokens_BT), mx.array(labels_BT)
     segments_BT = None if segments_BT is None else mx.array(segments_BT)

@@ -6,6 +6,7 @@ import pytest
 pytest.importorskip("mlx.core", reason="mlx is not installed")
 import mlx.core as mx
 
+from llamita.backend.mlx.model.head import OutputHead
 from llamita.backend.mlx.train import losses
 from tests import reference
 
@@ -28,16 +29,18 @@ def test_the_sum_over_scored_labels_is_the_oracle_s():
     logits = np.array(hidden).astype(np.float64) @ np.array(weight).astype(np.float64).T
     expected = reference.cross_entropy(logits, np.array(labels))
     assert whole(hidden, weight, labels).item() == pytest.approx(expected, rel=1e-6)
-    assert losses.chunked_cross_entropy(hidden, weight, labels, 7).item() == pytest.approx(expected, rel=1e-6)
+    assert losses.chunked_cross_entropy(hidden, OutputHead(weight), labels, 7).item() == pytest.approx(
+        expected, rel=1e-6
+    )
     nothing = mx.full(labels.shape, losses.IGNORED)
-    assert losses.chunked_cross_entropy(hidden, weight, nothing).item() == 0.0
+    assert losses.chunked_cross_entropy(hidden, OutputHead(weight), nothing).item() == 0.0
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 30, 60, 1000])
 def test_gradients_of_chunks_are_those_of_the_whole(chunk_size):
     hidden, weight, labels = example()
     expected = mx.grad(lambda h, w: whole(h, w, labels) / 7, argnums=(0, 1))(hidden, weight)
-    ours = mx.grad(lambda h, w: losses.chunked_cross_entropy(h, w, labels, chunk_size) / 7, argnums=(0, 1))(
+    ours = mx.grad(lambda h, w: losses.chunked_cross_entropy(h, OutputHead(w), labels, chunk_size) / 7, argnums=(0, 1))(
         hidden, weight
     )
     for a, b in zip(ours, expected, strict=True):
@@ -61,7 +64,7 @@ def test_memory_does_not_grow_with_the_positions(compile):
     """At 1 MB of logits a chunk, thousands of positions more take only their own hidden states and gradients."""
 
     def forward(hidden, weight, labels):
-        return losses.chunked_cross_entropy(hidden, weight, labels, 128)
+        return losses.chunked_cross_entropy(hidden, OutputHead(weight), labels, 128)
 
     peaks = []
     for function in (forward, mx.value_and_grad(forward, argnums=(0, 1))):

@@ -98,9 +98,9 @@ def test_dropout_differs_between_steps_rows_and_micro_batches_and_leaves_the_gen
     assert step.evaluate(row) == step.evaluate(row)
     seen = []
 
-    def watched(hidden, output_weight_VD, tensors):
+    def watched(hidden, head, tensors):
         seen.append(mx.stop_gradient(hidden(tensors.tokens_BT)))
-        return objectives.next_token_loss(hidden, output_weight_VD, tensors)
+        return objectives.next_token_loss(hidden, head, tensors)
 
     monkeypatch.setattr(step_module, "loss_function", lambda *_: watched)
     step.step([row, row], 0.0)
@@ -164,8 +164,8 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone():
 def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(monkeypatch):
     """A loss without fault whose slope at 0 is infinite."""
 
-    def rooted(hidden, output_weight_VD, tensors):
-        return objectives.LossOutput(mx.sum(mx.sqrt(mx.abs(0.0 * output_weight_VD))), {})
+    def rooted(hidden, head, tensors):
+        return objectives.LossOutput(mx.sum(mx.sqrt(mx.abs(0.0 * head.weight_VD))), {})
 
     monkeypatch.setattr(step_module, "loss_function", lambda *_: rooted)
     step = make()

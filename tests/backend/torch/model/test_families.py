@@ -14,6 +14,7 @@ from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.runner import runner_over
 from llamita.backend.torch.model import weights
 from llamita.backend.torch.model.llama import Llama
+from llamita.backend.torch.train.losses import chunked_cross_entropy
 from llamita.inference.llm import LLM
 from llamita.storage import files, model_directory
 from tests import reference
@@ -136,6 +137,24 @@ def test_logits_are_those_of_transformers(family, tmp_path):
     oracle = reference.forward(ours.config, weights_by_name, whole[0, :100])["logits"]
     assert close(expected[0, :100].double(), torch.from_numpy(oracle), 1e-5)
     assert close(ours(whole[:1, :100]).logits_BTV[0].double(), torch.from_numpy(oracle), 1e-5)
+
+
+@pytest.mark.parametrize("family", NEW)
+def test_gradients_are_those_of_transformers(family, tmp_path):
+    """Of the summed loss by each matrix of the last layer and by the embedding, through the chunked head."""
+    theirs, ours = made_by_transformers(family, tmp_path)
+    tokens_BT = tokens(2, 50)
+    expected = theirs(tokens_BT, labels=tokens_BT).loss
+    expected.backward()
+    labels_BT = torch.nn.functional.pad(tokens_BT[:, 1:], (0, 1), value=-100)
+    loss = chunked_cross_entropy(ours.hidden(tokens_BT, training=True), ours.head, labels_BT, 32) / (2 * 49)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for packed in ours.packed_parameters():
+        assert packed.parameter.grad is not None
+        for name, gradient in zip(packed.parts, packed.split(packed.parameter.grad), strict=True):
+            assert close(gradient, gradients[name]), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from llamita.backend.interface import LossSums, Precision, StepMetrics
 from llamita.backend.objectives import NextToken, Objective
-from llamita.backend.torch.infer.runner import OWN, TorchRunner
+from llamita.backend.opening import OWN
+from llamita.backend.torch.infer.runner import TorchRunner
 from llamita.backend.torch.model import lora, weights
 from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.model.llama import Llama
