@@ -16,11 +16,11 @@ import numpy as np
 
 from llamita.backend.interface import Backend, Runner
 from llamita.backend.objectives import Classification
+from llamita.data.batches import BatchIterator
 from llamita.data.labelled import Fields, LabelledTexts, absolute, read_labelled, read_mapping, validation_of
 from llamita.data.labelled_batches import (
     EncodedTexts,
     Keep,
-    LabelledBatches,
     LabelledRows,
     encode_texts,
     labelled_evaluation,
@@ -141,7 +141,7 @@ def read_task(config: ClassifyConfig, report: Report) -> Task:
         report(_described(what, texts, encoded, config.keep))
         return LabelledRows(encoded, texts.labels, pad_id, whole)
 
-    batches = LabelledBatches(rows("training", train, config.compile), config.batch_size, config.seed)
+    batches = BatchIterator(rows("training", train, config.compile), config.batch_size, config.seed)
     examples = Examples(batches, target="text")
     if validation is not None:
         held_out = rows("validation", validation, False)

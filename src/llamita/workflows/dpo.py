@@ -13,8 +13,9 @@ from typing import Literal
 from llamita.backend.interface import Backend
 from llamita.backend.objectives import Preference
 from llamita.data import preferences as pairs_data
+from llamita.data.batches import BatchIterator, evaluation_batches
 from llamita.data.conversations import Conversation, ConversationSource
-from llamita.data.preferences import Layout, PairBatches, PairRows, Pairs, encode, pair_batches
+from llamita.data.preferences import Layout, PairRows, Pairs, encode
 from llamita.data.preferences import Preference as Pair
 from llamita.training.display import Display
 from llamita.training.examples import Examples
@@ -127,8 +128,8 @@ def dpo(
             "answers": len(asked),
         },
         examples=Examples(
-            PairBatches(rows["train"], config.batch_size, config.seed),
-            partial(pair_batches, rows["validation"], size, config.evaluation_rows) if encoded[1] else tuple,
+            BatchIterator(rows["train"], config.batch_size, config.seed),
+            partial(evaluation_batches, rows["validation"], size, config.evaluation_rows) if encoded[1] else tuple,
             target="pair",
         ),
         step=step,

@@ -219,7 +219,7 @@ def sample_prompt(config: PretrainConfig, tokenizer: Tokenizer, examples: Exampl
         return config.sample_prompt
     batches = examples.batches
     assert isinstance(batches, BatchIterator)
-    return (int(batches.rows.row(0).tokens[0]),)
+    return (int(batches.rows.batch(np.zeros(1, dtype=np.int64)).tokens_BT[0, 0]),)
 
 
 def sample(llm: LLM, prompt: str | tuple[int, ...], params: SamplingParams) -> str:

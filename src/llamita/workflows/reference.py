@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llamita.data.batches import Batch
-from llamita.data.preferences import PairRows, pair_batches
+from llamita.data.batches import Batch, evaluation_batches
+from llamita.data.preferences import PairRows
 from llamita.model.host_array import HostArray
 from llamita.storage import files, safetensors
 from llamita.training.run_directory import RunDirectory
@@ -51,7 +51,7 @@ def attach(
 def score(rows: PairRows, log_probs: LogProbs, batch_size: int) -> np.ndarray:
     """The summed log-probabilities of the chosen and the rejected answer of each pair, float32 (N, 2)."""
     found = [np.zeros((0, 2), dtype=np.float32)]
-    for batch in pair_batches(rows, batch_size):
+    for batch in evaluation_batches(rows, batch_size):
         rejected = replace(
             batch, tokens_BT=batch.extras["rejected_tokens_BT"], labels_BT=batch.extras["rejected_labels_BT"], extras={}
         )
