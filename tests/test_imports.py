@@ -168,3 +168,18 @@ def test_the_command_loads_no_framework_before_a_verb_is_chosen() -> None:
 def test_one_backend_may_not_import_the_other() -> None:
     found = faults("llamita.backend.mlx.model.llama", "import llamita.backend.torch.model.llama")
     assert any("backend.torch is not above backend.mlx" in fault for fault in found)
+
+
+def test_importing_the_package_loads_nothing_and_its_names_are_found_when_asked_for() -> None:
+    code = (
+        "import sys, llamita\n"
+        "heavy = {'torch', 'mlx', 'numpy', 'rich', 'tyro'}\n"
+        "assert not heavy & set(sys.modules)\n"
+        "llamita.SamplingParams(max_tokens=1)\n"
+        "assert not heavy & set(sys.modules)\n"
+        "for name in llamita.__all__: getattr(llamita, name)\n"
+        "assert llamita.load == llamita.LLM.load and llamita.save is llamita.LLM.save\n"
+        "assert not {'torch', 'mlx'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

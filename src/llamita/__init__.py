@@ -1,9 +1,11 @@
 """Llamita: train, adapt, check and serve small Llama-family language models.
 
-import llamita
+From Python:
 
-model = llamita.load("runs/stories")
-print(model.generate("Once upon a time", llamita.SamplingParams(max_tokens=50, seed=1)).text)
+    import llamita
+
+    model = llamita.load("runs/stories")
+    print(model.generate("Once upon a time", llamita.SamplingParams(max_tokens=50, seed=1)).text)
 """
 
 import importlib

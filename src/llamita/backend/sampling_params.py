@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-import math
+import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,7 +133,7 @@ def _from_json(name: str, value: Any) -> Any:
     if name == "logit_bias":
         if not isinstance(value, dict):
             raise ValueError(f"{name}={value!r:.60} is not allowed; give an object of token ids and numbers")
-        faulty = next((key for key in value if not (key.isascii() and key.isdecimal())), None)
+        faulty = next((key for key in value if not re.fullmatch("[0-9]{1,20}", key)), None)
         if faulty is not None:
             raise ValueError(f"a token id of {name}={faulty!r:.60} is not allowed; give a whole number >= 0")
         return {int(key): bias for key, bias in value.items()}
@@ -144,8 +145,9 @@ def _from_json(name: str, value: Any) -> Any:
 def _check(name: str, value: Any, kind: type, in_range: Callable[[Any], bool], allowed: str) -> None:
     """Raises ValueError unless a value is of `kind` (whole numbers pass for floats, bools do not) and in range."""
     kinds = (int, float) if kind is float else (kind,)
-    is_number = kind in (int, float)
-    no_number = is_number and (isinstance(value, bool) or value in (math.inf, -math.inf))
-    if no_number or not isinstance(value, kinds) or not in_range(value):
-        shown = f"{value!r}" if is_number else f"{value!r:.60}"
+    fits = isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
+    if fits and kind is float:
+        fits = abs(value) <= sys.float_info.max  # a whole number may be longer than any float
+    if not fits or not in_range(value):
+        shown = f"{value!r}" if kind in (int, float) else f"{value!r:.60}"
         raise ValueError(f"{name}={shown} is not allowed; give {allowed}")

@@ -274,11 +274,11 @@ def changed(params: SamplingParams, assignment: str) -> SamplingParams:
         value = json.loads(given)
     except ValueError:
         value = given.strip()
-    if isinstance(getattr(params, name), tuple):
-        value = tuple(value) if isinstance(value, list) else (value,) if value != "" else ()
-    elif isinstance(getattr(params, name), str):
+    if value is None or value == "":
+        return dataclasses.replace(params, **{name: getattr(SamplingParams(), name)})
+    if isinstance(getattr(params, name), str):
         value = given.strip()
-    return dataclasses.replace(params, **{name: value})
+    return SamplingParams.from_json({name: value}, params)
 
 
 def described(params: SamplingParams) -> str:
