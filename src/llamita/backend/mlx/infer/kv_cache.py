@@ -61,7 +61,7 @@ class PagedKVCache:
 
 
 class PagedStep:
-    """Positions and attention of the chunks of one step, packed into one row of T tokens, single tokens first."""
+    """Positions and attention of the chunks of one step, laid into one row of T tokens, single tokens first."""
 
     def __init__(self, cache: PagedKVCache, chunks: Sequence[ScheduledChunk]) -> None:
         self._cache = cache

@@ -1,6 +1,6 @@
 """Runs the plans of an inference engine on an MLX model, over a paged key/value memory.
 
-The engine decides which tokens run and where their keys and values lie; here they are run, all chunks of a step packed
+The engine decides which tokens run and where their keys and values lie; here they are run, all chunks of a step laid
 into one row. A step is one graph, from the tokens to the draws, and is waited for once. `hidden_states` holds all that
 happens between tokens and the states that logits are made of. Deliberately knows nothing of requests, text, or when to
 stop.
@@ -175,7 +175,7 @@ class MlxRunner:
 def hidden_states(
     model: Llama, tokens_1T: mx.array, step: PagedStep, rows: Sequence[int], adapters: Adapters | None
 ) -> mx.array:
-    """The states (R, D) after the final norm of some rows of one packed row of tokens; all keys and values go into the
+    """The states (R, D) after the final norm of some rows of one row of tokens; all keys and values go into the
     memory."""
     every = len(rows) == tokens_1T.shape[1]
     rows_R = None if every else mx.array(list(rows), mx.int32)
@@ -235,12 +235,12 @@ def lay_columns_together(model: Llama) -> None:
 
     x W^T then reads W^T row by row, for which the BLAS of MLX on Linux takes three quarters to half of the time.
     """
-    for packed in model.packed_parameters():
-        weight = packed.parameter
+    for fused in model.fused_parameters():
+        weight = fused.parameter
         if weight.ndim == 2 and weight.dtype == mx.float32:
             columns = mx.contiguous(weight.T)
             mx.eval(columns)
-            packed.replace(columns.T)
+            fused.replace(columns.T)
 
 
 def named_arrays(model: nn.Module) -> Iterator[tuple[str, mx.array]]:

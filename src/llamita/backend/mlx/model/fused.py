@@ -9,8 +9,8 @@ import mlx.nn as nn
 
 
 @dataclass(frozen=True)
-class PackedParameter:
-    """A parameter of the module and the canonical parameters whose rows it stacks (one, where nothing is packed).
+class FusedParameter:
+    """A parameter of the module and the canonical parameters whose rows it stacks (one, where nothing is fused).
 
     Arrays of MLX do not change: an update puts a new one into its place, the `key` of the module `owner`.
     """

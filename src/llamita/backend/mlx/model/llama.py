@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from llamita.backend.mlx.infer.kv_cache import PagedStep
 from llamita.backend.mlx.model import attention as masks
-from llamita.backend.mlx.model.fused import PackedParameter
+from llamita.backend.mlx.model.fused import FusedParameter
 from llamita.backend.mlx.model.head import LogitTransform, OutputHead
 from llamita.backend.mlx.model.layers import FUSED, Adapters, Operations
 from llamita.backend.mlx.model.quantized import QuantizedEmbedding, QuantizedLinear
@@ -322,7 +322,7 @@ class Llama(nn.Module):
 
     # --- names and values ---
 
-    def packed_parameters(self) -> Iterator[PackedParameter]:
+    def fused_parameters(self) -> Iterator[FusedParameter]:
         """Every parameter with the canonical parameters that it holds, in the order of the table."""
         table = {array.name: array for array in stored_arrays(self.config)}
         found = {}
@@ -333,14 +333,14 @@ class Llama(nn.Module):
                 sizes = tuple(row.shape[0] for row in rows)
                 assert sum(sizes) == parameter.shape[0], f"{name} is not made of {[row.name for row in rows]}"
                 parts = tuple(row.name for row in rows)
-                found[parts[0]] = PackedParameter(name, owner, key, parts, sizes, rows[0].weight_decay)
+                found[parts[0]] = FusedParameter(name, owner, key, parts, sizes, rows[0].weight_decay)
         yield from (found[name] for name in table if name in found)
 
     def canonical_state(self) -> dict[str, mx.array]:
-        """The parameters under their canonical names, rows of packed ones cut apart."""
+        """The parameters under their canonical names, rows of fused ones cut apart."""
         result: dict[str, mx.array] = {}
-        for packed in self.packed_parameters():
-            of_twin = isinstance(packed.owner, QuantizedLinear) and packed.key == "weight"
-            values = packed.owner.plain_weight() if of_twin else packed.parameter
-            result |= zip(packed.parts, packed.split(values), strict=True)
+        for fused in self.fused_parameters():
+            of_twin = isinstance(fused.owner, QuantizedLinear) and fused.key == "weight"
+            values = fused.owner.plain_weight() if of_twin else fused.parameter
+            result |= zip(fused.parts, fused.split(values), strict=True)
         return result

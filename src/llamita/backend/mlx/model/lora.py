@@ -16,7 +16,7 @@ import mlx.nn as nn
 from llamita.backend import arrays as host_arrays
 from llamita.backend.mlx.model import quantize
 from llamita.backend.mlx.model.attention import Dropout
-from llamita.backend.mlx.model.fused import PackedParameter
+from llamita.backend.mlx.model.fused import FusedParameter
 from llamita.backend.mlx.model.head import OutputHead
 from llamita.backend.mlx.model.llama import Linear, Llama
 from llamita.backend.mlx.model.quantized import QuantizedLinear
@@ -82,12 +82,12 @@ class ModelAdapter:
 
     def parameters(self) -> dict[str, mx.array]:
         """A and B under canonical names."""
-        return {each.name: each.parameter for each in self.packed()}
+        return {each.name: each.parameter for each in self.fused_parameters()}
 
-    def packed(self) -> list[PackedParameter]:
+    def fused_parameters(self) -> list[FusedParameter]:
         """The parameters as the optimiser takes them."""
         return [
-            PackedParameter(part.module + kind, part, key, (part.module + kind,), (part[key].shape[0],), True)
+            FusedParameter(part.module + kind, part, key, (part.module + kind,), (part[key].shape[0],), True)
             for part in self.parts()
             for kind, key in ((DOWN, "down_RD"), (UP, "up_CR"))
         ]
@@ -136,15 +136,15 @@ def model_adapter(
 
     changes = {}
     for name, module in model.named_modules():
-        packed = [part.removesuffix(".weight") for part in canonical_names(f"{name}.weight")]
-        if not isinstance(module, Linear | QuantizedLinear) or not set(packed) & factors.keys():
+        fused = [part.removesuffix(".weight") for part in canonical_names(f"{name}.weight")]
+        if not isinstance(module, Linear | QuantizedLinear) or not set(fused) & factors.keys():
             continue
         parts = [
             Part(one, index, parameter(one + DOWN), parameter(one + UP), factors[one].scale)
-            for index, one in enumerate(packed)
+            for index, one in enumerate(fused)
             if one in factors
         ]
-        changes[name] = Change(parts, tuple(maps[one][0] for one in packed))
+        changes[name] = Change(parts, tuple(maps[one][0] for one in fused))
     return ModelAdapter(changes)
 
 
@@ -158,18 +158,18 @@ def merge(model: Llama, adapter: Adapter, sign: float = 1.0) -> None:
     """
     if model.config.quantization:
         raise ValueError(f"the weights are {model.config.quantization} and take no sums; pass the adapter with them")
-    for packed in model.packed_parameters():
-        modules = [name.removesuffix(".weight") for name in packed.parts]
+    for fused in model.fused_parameters():
+        modules = [name.removesuffix(".weight") for name in fused.parts]
         if not set(modules) & adapter.factors.keys():
             continue
-        pieces = list(packed.split(packed.parameter))
+        pieces = list(fused.split(fused.parameter))
         for i, module in enumerate(modules):
             if module in adapter.factors:
                 change_CD = sign * product(adapter, module, adapter.factors[module])
                 pieces[i] = pieces[i] + change_CD.astype(pieces[i].dtype)
         values = mx.concatenate(pieces)
         mx.eval(values)
-        packed.replace(values)
+        fused.replace(values)
 
 
 def unmerge(model: Llama, adapter: Adapter) -> None:

@@ -1,6 +1,6 @@
 """Values of a model: built from host arrays or freshly initialised, and given back as host arrays.
 
-The only place where canonical names and packed parameters meet; knows nothing of files.
+The only place where canonical names and fused parameters meet; knows nothing of files.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,7 +10,7 @@ import numpy as np
 
 from llamita.backend.arrays import missing_or_misshapen, part_shapes, quantized_arrays
 from llamita.backend.mlx.model import quantize
-from llamita.backend.mlx.model.fused import PackedParameter
+from llamita.backend.mlx.model.fused import FusedParameter
 from llamita.backend.mlx.model.layers import FUSED, Operations
 from llamita.backend.mlx.model.llama import Llama
 from llamita.backend.mlx.model.quantized import QuantizedLinear
@@ -35,7 +35,7 @@ def build_model(
 ) -> Llama:
     """A model with the values of `arrays` (canonical names), or freshly initialised from `seed` without them.
 
-    Memory is allocated once the arrays are known to fit; of mapped ones one packed parameter is read at a time. The
+    Memory is allocated once the arrays are known to fit; of mapped ones one fused parameter is read at a time. The
     numbers that `seed` gives are those of every backend.
     """
     if arrays is not None:
@@ -45,9 +45,9 @@ def build_model(
         fresh = initialize_parameters(config, seed, initialization)
         host = ((name, HostArray.from_numpy(array)) for name, array in fresh)
         values = dict(quantize_arrays(config, host) if config.quantization else host)
-        _copy_values(model.packed_parameters(), values.pop, dtype)
+        _copy_values(model.fused_parameters(), values.pop, dtype)
     else:
-        _copy_values(model.packed_parameters(), arrays.__getitem__, dtype)
+        _copy_values(model.fused_parameters(), arrays.__getitem__, dtype)
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.arrange(dtype)
@@ -71,10 +71,10 @@ def load_host_arrays(model: Llama, arrays: Mapping[str, HostArray]) -> None:
     """Give the parameters the values of `arrays`; ValueError lists all that is missing, extra or misshapen."""
     assert not model.config.quantization, "quantised weights may lie in a kernel's order; build the model anew"
     check_arrays(model.config, arrays)
-    _copy_values(model.packed_parameters(), arrays.__getitem__, model.model.norm.weight.dtype)
+    _copy_values(model.fused_parameters(), arrays.__getitem__, model.model.norm.weight.dtype)
 
 
-def copy_host_arrays(parameters: Iterable[PackedParameter], arrays: Mapping[str, HostArray]) -> None:
+def copy_host_arrays(parameters: Iterable[FusedParameter], arrays: Mapping[str, HostArray]) -> None:
     """Give some parameters the values of `arrays`; ValueError, naming them, for those missing or misshapen."""
     parameters = list(parameters)
     faults = missing_or_misshapen(part_shapes(parameters), arrays)
@@ -83,11 +83,11 @@ def copy_host_arrays(parameters: Iterable[PackedParameter], arrays: Mapping[str,
     _copy_values(parameters, arrays.__getitem__, mx.float32)
 
 
-def _copy_values(parameters: Iterable[PackedParameter], array_of: Callable[[str], HostArray], dtype: mx.Dtype) -> None:
-    """Put values in place one packed parameter after the other; ValueError for NaN or infinity."""
-    for packed in parameters:
+def _copy_values(parameters: Iterable[FusedParameter], array_of: Callable[[str], HostArray], dtype: mx.Dtype) -> None:
+    """Put values in place one fused parameter after the other; ValueError for NaN or infinity."""
+    for fused in parameters:
         pieces = []
-        for name in packed.parts:
+        for name in fused.parts:
             array = array_of(name)
             piece = array_from_host(array)
             if mx.issubdtype(piece.dtype, mx.floating):
@@ -99,7 +99,7 @@ def _copy_values(parameters: Iterable[PackedParameter], array_of: Callable[[str]
             array.forget(0, array.data.nbytes)
         values = mx.concatenate(pieces) if len(pieces) > 1 else pieces[0]
         mx.eval(values)
-        packed.replace(values)
+        fused.replace(values)
 
 
 MLX_DTYPES = {

@@ -16,7 +16,7 @@ import numpy as np
 from llamita.backend.interface import Precision
 from llamita.backend.mlx.devices import choose_device
 from llamita.backend.mlx.model import lora, weights
-from llamita.backend.mlx.model.fused import PackedParameter
+from llamita.backend.mlx.model.fused import FusedParameter
 from llamita.backend.mlx.model.head import OutputHead
 from llamita.backend.mlx.model.llama import Linear, Llama
 from llamita.backend.mlx.model.quantized import QuantizedLinear
@@ -33,10 +33,10 @@ class MlxScorer:
         self, model: Llama, precision: Literal["bf16", "fp32"] = "fp32", device: mx.DeviceType = mx.cpu
     ) -> None:
         self.model, self.precision, self.device = model, precision, device
-        self.trained: list[PackedParameter] = []
+        self.trained: list[FusedParameter] = []
         self.adapter: lora.ModelAdapter | None = None
         # A quantised weight is read where its twin keeps it, which an input of a compiled function may not be.
-        self.frozen = [each for each in model.packed_parameters() if not isinstance(each.owner, QuantizedLinear)]
+        self.frozen = [each for each in model.fused_parameters() if not isinstance(each.owner, QuantizedLinear)]
 
     def log_probs(self, batch: Batch) -> np.ndarray:
         """Returns the log-probability of every label that is scored, float32 (B, T), 0 elsewhere; without dropout."""

@@ -55,7 +55,7 @@ class MlxTrainStep(MlxScorer):
         `adapter` over them a classifier's head alone. What is not trained has neither gradients nor moments."""
         super().__init__(model, precision, device)
         trainable = trainable or (lambda name: adapter is None or name == CLASSIFIER)
-        trained = [each for each in model.packed_parameters() if all(map(trainable, each.parts))]
+        trained = [each for each in model.fused_parameters() if all(map(trainable, each.parts))]
         if any(not mx.issubdtype(each.parameter.dtype, mx.floating) for each in trained):
             raise ValueError(
                 f"the model is quantised ({model.config.quantization}) and cannot be trained; train an adapter over it "
@@ -64,7 +64,7 @@ class MlxTrainStep(MlxScorer):
         self.frozen = [each for each in self.frozen if not all(map(trainable, each.parts))]
         self.adapter = lora.fresh_adapter(model, adapter, seed) if adapter else None
         self._adapter_dropout = adapter.dropout if adapter else 0.0
-        trained += self.adapter.packed() if self.adapter else []
+        trained += self.adapter.fused_parameters() if self.adapter else []
         if not trained:
             raise ValueError("no parameter of the model is to be trained")
         self.trained = trained
@@ -106,7 +106,7 @@ class MlxTrainStep(MlxScorer):
         """The float32 weights under canonical names; with an adapter, only what is trained."""
         if self.adapter is None:
             return weights.to_host_arrays(self.model)
-        pieces = [zip(each.parts, each.split(each.parameter), strict=True) for each in self.optimizer.packed]
+        pieces = [zip(each.parts, each.split(each.parameter), strict=True) for each in self.optimizer.parameters]
         return {name: weights.host_from_array(piece) for each in pieces for name, piece in each}
 
     def state(self) -> dict[str, HostArray]:
@@ -118,7 +118,7 @@ class MlxTrainStep(MlxScorer):
         if self.adapter is None and not self.model.config.quantization:
             weights.load_host_arrays(self.model, arrays)
         else:
-            weights.copy_host_arrays(self.optimizer.packed, arrays)
+            weights.copy_host_arrays(self.optimizer.parameters, arrays)
         self.optimizer.load_state(state)
 
     def runner(self) -> MlxRunner:

@@ -23,9 +23,9 @@ SERIAL = 32768
 def exact_model(model: Llama) -> Llama:
     """A model over the same parameters whose rows do not depend on their neighbours.
 
-    Rows must be a multiple of `EXACT_ROWS`. ValueError for prepacked weights, whose products are another library's.
+    Rows must be a multiple of `EXACT_ROWS`. ValueError for reordered weights, whose products are another library's.
     """
-    if model.prepacked:
+    if model.reordered:
         raise ValueError("the exact mode reads plain weights; give load_runner exact=True")
     twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for module in twin.modules():

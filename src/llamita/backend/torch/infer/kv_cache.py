@@ -86,7 +86,7 @@ class CacheStep(Protocol):
 
 
 class PagedStep:
-    """Positions and attention of the chunks of one step, packed into one row of T tokens, single tokens first.
+    """Positions and attention of the chunks of one step, laid into one row of T tokens, single tokens first.
 
     In the exact mode the row is padded to a multiple of `EXACT_ROWS`.
     """

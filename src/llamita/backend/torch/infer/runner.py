@@ -1,6 +1,6 @@
 """Runs the plans of an inference engine on a PyTorch model, over a paged key/value memory.
 
-The engine decides which tokens run and where their keys and values lie; here they are run, all chunks of a step packed
+The engine decides which tokens run and where their keys and values lie; here they are run, all chunks of a step laid
 into one row. `hidden_states` holds all that happens between tokens and the states that logits are made of: it is the
 unit to compile or to replace by faster kernels. Deliberately knows nothing of requests, text, or when to stop.
 """
@@ -38,7 +38,7 @@ from llamita.backend.torch.model import lora
 from llamita.backend.torch.model.layers import Adapters
 from llamita.backend.torch.model.llama import Llama
 from llamita.backend.torch.model.quantized import QuantizedLinear
-from llamita.backend.torch.model.reordered import build_prepacked
+from llamita.backend.torch.model.reordered import build_reordered
 from llamita.backend.torch.model.weights import build_model, to_host_arrays
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
@@ -230,7 +230,7 @@ class TorchRunner:
 def hidden_states(
     model: Llama, tokens_1T: Tensor, step: PagedStep, rows: Sequence[int], adapters: Adapters | None
 ) -> Tensor:
-    """The states (R, D) after the final norm of some rows of one packed row of tokens; all keys and values go into the
+    """The states (R, D) after the final norm of some rows of one row of tokens; all keys and values go into the
     memory."""
     every = len(rows) == tokens_1T.shape[1]
     rows_R = None if every else torch.tensor(rows, dtype=torch.int64, device=tokens_1T.device)
@@ -258,11 +258,11 @@ def load_runner(
         torch.set_num_threads(threads)
     device = choose_device(device)
     opened = open_model(model, dtype, adapters)
-    build = build_model if exact else build_prepacked
+    build = build_model if exact else build_reordered
     built = build(opened.config, opened.arrays, dtype=DTYPES[opened.dtype], device=device)
     return TorchRunner(built, exact, opened.adapters, opened.default)
 
 
 def runner_over(config: ModelConfig, arrays: Mapping[str, HostArray], dtype: str = "float32") -> TorchRunner:
     """A runner over host arrays, on the CPU."""
-    return TorchRunner(build_prepacked(config, arrays, dtype=DTYPES[dtype]))
+    return TorchRunner(build_reordered(config, arrays, dtype=DTYPES[dtype]))

@@ -8,8 +8,8 @@ from llamita.model.parameters import canonical_names as canonical_names
 
 
 @dataclass(frozen=True)
-class PackedParameter:
-    """A parameter of the module and the canonical parameters whose rows it stacks (one, where nothing is packed)."""
+class FusedParameter:
+    """A parameter of the module and the canonical parameters whose rows it stacks (one, where nothing is fused)."""
 
     name: str
     parameter: nn.Parameter

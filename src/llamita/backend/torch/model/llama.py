@@ -16,7 +16,7 @@ from llamita.backend.torch.infer.kv_cache import CacheStep
 from llamita.backend.torch.model import attention as masks
 from llamita.backend.torch.model import layers
 from llamita.backend.torch.model.dropout import drop
-from llamita.backend.torch.model.fused import PackedParameter, canonical_names
+from llamita.backend.torch.model.fused import FusedParameter, canonical_names
 from llamita.backend.torch.model.head import LogitTransform, OutputHead
 from llamita.backend.torch.model.layers import FUSED, Adapters, Operations
 from llamita.backend.torch.model.quantized import QuantizedEmbedding, QuantizedLinear
@@ -211,7 +211,7 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig, operations: Operations = FUSED) -> None:
         super().__init__()
         self.config = config
-        self.prepacked = False  # whether weights lie in a kernel's order, to be used and not changed
+        self.reordered = False  # whether weights lie in a kernel's order, to be used and not changed
         self.ropes = [layers.RopeTable(torch.from_numpy(turns), scale) for turns, scale in config.rotations]
         self.transform = LogitTransform.of(config)
         self.model = Body(config, operations)
@@ -338,24 +338,24 @@ class Llama(nn.Module):
             window_mask = window_mask if mask is None else mask & window_mask
         return Context(rotations, mask, mask is None, window_mask, training=training, adapters=adapters)
 
-    def packed_parameters(self) -> Iterator[PackedParameter]:
+    def fused_parameters(self) -> Iterator[FusedParameter]:
         """Every parameter with the canonical parameters that it holds, in the order of the table."""
         table = {array.name: array for array in stored_arrays(self.config)}
         for name, parameter in self.named_parameters():
             rows = [table[part] for part in canonical_names(name)]
             sizes = [row.shape[0] for row in rows]
             assert sum(sizes) == parameter.shape[0], f"{name} is not made of {[row.name for row in rows]}"
-            yield PackedParameter(name, parameter, tuple(row.name for row in rows), tuple(sizes), rows[0].weight_decay)
+            yield FusedParameter(name, parameter, tuple(row.name for row in rows), tuple(sizes), rows[0].weight_decay)
 
     def canonical_state(self) -> dict[str, Tensor]:
         """Views of the parameters under their canonical names; copies, where the weights lie in a kernel's order."""
         result: dict[str, Tensor] = {}
-        for packed in self.packed_parameters():
-            module, _, kind = packed.name.rpartition(".")
-            owner, values = self.get_submodule(module), packed.parameter.detach()
+        for fused in self.fused_parameters():
+            module, _, kind = fused.name.rpartition(".")
+            owner, values = self.get_submodule(module), fused.parameter.detach()
             if isinstance(owner, QuantizedLinear) and kind == "weight":
                 values = owner.plain_weight()
             elif values.is_mkldnn:
                 values = values.to_dense()
-            result |= zip(packed.parts, packed.split(values), strict=True)
+            result |= zip(fused.parts, fused.split(values), strict=True)
         return result

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llamita.backend import arrays as host_arrays
 from llamita.backend.torch.model import quantize
 from llamita.backend.torch.model.dropout import drop
-from llamita.backend.torch.model.fused import PackedParameter, canonical_names
+from llamita.backend.torch.model.fused import FusedParameter, canonical_names
 from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.model.llama import Linear, Llama
 from llamita.backend.torch.model.quantized import QuantizedLinear
@@ -82,10 +82,10 @@ class ModelAdapter:
             for kind, value in ((DOWN, part.down_RD), (UP, part.up_CR))
         }
 
-    def packed(self) -> list[PackedParameter]:
+    def fused_parameters(self) -> list[FusedParameter]:
         """The parameters as the optimiser takes them."""
         return [
-            PackedParameter(name, value, (name,), (value.shape[0],), True) for name, value in self.parameters().items()
+            FusedParameter(name, value, (name,), (value.shape[0],), True) for name, value in self.parameters().items()
         ]
 
     def output(self, hidden: Callable[..., Tensor], head: OutputHead) -> tuple[Callable[..., Tensor], OutputHead]:
@@ -130,15 +130,15 @@ def model_adapter(
 
     changes = {}
     for name, module in model.named_modules():
-        packed = [part.removesuffix(".weight") for part in canonical_names(f"{name}.weight")]
-        if not isinstance(module, Linear | QuantizedLinear) or not set(packed) & factors.keys():
+        fused = [part.removesuffix(".weight") for part in canonical_names(f"{name}.weight")]
+        if not isinstance(module, Linear | QuantizedLinear) or not set(fused) & factors.keys():
             continue
         parts = [
             Part(one, index, parameter(one + DOWN), parameter(one + UP), factors[one].scale)
-            for index, one in enumerate(packed)
+            for index, one in enumerate(fused)
             if one in factors
         ]
-        changes[name] = Change(parts, tuple(maps[one][0] for one in packed))
+        changes[name] = Change(parts, tuple(maps[one][0] for one in fused))
     return ModelAdapter(changes)
 
 
@@ -153,7 +153,7 @@ def merge(model: Llama, adapter: Adapter, sign: float = 1.0) -> None:
     """
     if model.config.quantization:
         raise ValueError(f"the weights are {model.config.quantization} and take no sums; pass the adapter with them")
-    assert not model.prepacked, "what is added to prepacked weights would be lost"
+    assert not model.reordered, "what is added to reordered weights would be lost"
     state = model.canonical_state()
     for module, one in adapter.factors.items():
         weight_CD = state[f"{module}.weight"]

@@ -1,6 +1,6 @@
 """Values of a model: built from host arrays or freshly initialised, and given back as host arrays.
 
-The only place where canonical names and packed parameters meet; knows nothing of files.
+The only place where canonical names and fused parameters meet; knows nothing of files.
 """
 
 import warnings
@@ -82,7 +82,7 @@ def quantize_arrays(config: ModelConfig, arrays: Iterable[tuple[str, HostArray]]
 
 def load_host_arrays(model: Llama, arrays: Mapping[str, HostArray]) -> None:
     """Give the parameters the values of `arrays`; ValueError lists all that is missing, extra or misshapen."""
-    rearranged = model.config.quantization or model.prepacked
+    rearranged = model.config.quantization or model.reordered
     assert not rearranged, "the weights may lie in a kernel's order; build the model anew"
     check_arrays(model.config, arrays)
     state = model.canonical_state()

@@ -56,8 +56,8 @@ class TorchTrainStep(TorchScorer):
         `adapter` over them a classifier's head alone. What is not trained has neither gradients nor moments."""
         super().__init__(model, precision)
         trainable = trainable or (lambda name: adapter is None or name == CLASSIFIER)
-        packed = [each for each in model.packed_parameters() if all(map(trainable, each.parts))]
-        if any(not each.parameter.is_floating_point() for each in packed):
+        trained = [each for each in model.fused_parameters() if all(map(trainable, each.parts))]
+        if any(not each.parameter.is_floating_point() for each in trained):
             raise ValueError(
                 f"the model is quantised ({model.config.quantization}) and cannot be trained; train an adapter over it "
                 "(lora), or train the model that it was made from, then quantise that"
@@ -66,17 +66,17 @@ class TorchTrainStep(TorchScorer):
             raise ValueError("products with quantised weights are not compiled; leave --compile out")
         self.adapter = lora.fresh_adapter(model, adapter, seed) if adapter else None
         self._dropping = replace(self.adapter, dropout=adapter.dropout) if self.adapter and adapter else None
-        packed += self.adapter.packed() if self.adapter else []
-        if not packed:
+        trained += self.adapter.fused_parameters() if self.adapter else []
+        if not trained:
             raise ValueError("no parameter of the model is to be trained")
-        for each in packed:
+        for each in trained:
             each.parameter.requires_grad_(True)
-        self.optimizer = AdamW(packed, settings)
+        self.optimizer = AdamW(trained, settings)
         self.objective = objective
         self.max_grad_norm = max_grad_norm
         self.seed = seed
         self.compiled = compile
-        self.parameters = [each.parameter for each in packed]
+        self.parameters = [each.parameter for each in trained]
         # Evaluation runs uncompiled: its batches have other shapes, and each would be compiled anew.
         self._hidden: Hidden = torch.compile(model.hidden, dynamic=False) if compile else model.hidden
 
@@ -178,7 +178,7 @@ class TorchTrainStep(TorchScorer):
         """What is trained, under canonical names."""
         return {
             part: view
-            for each in self.optimizer.packed
+            for each in self.optimizer.parameters
             for part, view in zip(each.parts, each.split(each.parameter.detach()), strict=True)
         }
 
