@@ -1,4 +1,4 @@
-"""What a model is trained for, named so that either backend can compute it.
+"""The objectives that a model is trained for, named so that either backend can compute them.
 
 An objective is data: a training step turns it into a function of hidden states. It lies left of the backends, which
 compute it, and of the workflows, which choose it. Knows no tensor.
@@ -40,7 +40,7 @@ class Preference:
     form: Literal["dpo", "ipo"] = "dpo"
     """dpo: -log sigmoid(beta * margin). ipo: (margin - 1 / (2 beta))^2 (Azar et al. 2023, arXiv:2310.12036)."""
     beta: float = 0.1
-    """How strongly the model is held to the reference."""
+    """The strength with which the model is held to the reference."""
     normalize_lengths: bool = False
     """Compare means over the tokens of an answer instead of sums."""
     label_smoothing: float = 0.0

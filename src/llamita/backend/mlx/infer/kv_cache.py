@@ -34,7 +34,7 @@ class PagedKVCache:
         self.values = [empty] * config.num_hidden_layers
 
     def copy(self, copies: Iterable[BlockCopy]) -> None:
-        """Copy whole blocks, in order."""
+        """Copies whole blocks, in order."""
         size = self.layout.block_size
         for copy in copies:
             self.reserve(copy.group, max(copy.source, copy.target) + 1)
@@ -45,7 +45,7 @@ class PagedKVCache:
                     self.values[layer][:, target] = self.values[layer][:, source]
 
     def reserve(self, group: int, blocks: int) -> None:
-        """Have memory for the first so many blocks of a group."""
+        """Makes the memory of a group hold at least its first `blocks` blocks."""
         slots = blocks * self.layout.block_size
         for memory in (self.keys, self.values):
             for layer, its_group in enumerate(self.group_of_layer):
@@ -56,7 +56,7 @@ class PagedKVCache:
                     memory[layer] = mx.concatenate([memory[layer], more], axis=1)
 
     def step(self, chunks: Sequence[ScheduledChunk]) -> "PagedStep":
-        """The use of this memory by the chunks of one step, whose tokens follow one another in one row."""
+        """Returns the use of this memory by the chunks of one step, whose tokens follow one another in one row."""
         return PagedStep(self, chunks)
 
 
@@ -89,7 +89,7 @@ class PagedStep:
             self._parts.append(list(self._divide(spans, spec)))
 
     def _divide(self, spans: Sequence[Span], spec: AttentionSpec) -> Iterable[tuple[slice, Part]]:
-        """Which rows are attended to together: single tokens of similar context in one batch, each chunk alone."""
+        """Divides the rows as they are attended to: single tokens of similar context in one batch, each chunk alone."""
         row = 0
         for batch in alike(spans[: self._single]):
             yield slice(row, row + len(batch)), DecodeAttention(batch, spec)
@@ -99,7 +99,7 @@ class PagedStep:
             row += span.queries
 
     def attend(self, layer: int, q_TNH: mx.array, k_TKH: mx.array, v_TKH: mx.array) -> mx.array:
-        """Store new keys and values, then mix the values that each query sees: (T, N, H)."""
+        """Stores new keys and values, then returns the mix of values that each query sees: (T, N, H)."""
         group, keys, values = self._cache.group_of_layer[layer], self._cache.keys, self._cache.values
         for memory, x_TKH in ((keys, k_TKH), (values, v_TKH)):
             if (begun_X := self._begun[group]) is not None:
@@ -110,7 +110,7 @@ class PagedStep:
 
 
 def _begun(chunks: Sequence[ScheduledChunk], tables: Sequence[np.ndarray], size: int) -> mx.array | None:
-    """The slots of blocks that the chunks begin and do not fill; None for none.
+    """Returns the slots of blocks that the chunks begin and do not fill; None for none.
 
     They are emptied first: a batch reads the rest of them as well, to no effect unless an earlier sequence left NaN.
     """

@@ -21,7 +21,7 @@ from llamita.backend.sampling import DROPPED, Steps, allowed_words, banned, bias
 from llamita.backend.sampling_params import SamplingParams
 
 LARGEST_K = 2**31 - 1
-"""What top-k is cut to, since MLX counts in 32 bits; a vocabulary is smaller."""
+"""The most that top-k can be, since MLX counts in 32 bits; a vocabulary is smaller."""
 LIKELIEST = 1024
 """On a CPU, top-p looks for its nucleus among so many tokens before it sorts all."""
 
@@ -56,7 +56,7 @@ class Sampler:
     def sample(
         self, logits_RV: mx.array, specs: Sequence[SampleSpec], sequence_ids: Sequence[int]
     ) -> list[SampledToken]:
-        """Pick a token for each row as its spec says, with its natural log-probability under `softmax(logits)`.
+        """Picks a token for each row as its spec asks, with its natural log-probability under `softmax(logits)`.
 
         A row's token depends on its own logits and spec alone. Rows of one sequence have the same id; the counts of
         sequences that are not in a call are forgotten. A row that holds NaN or infinity, as the logits of broken
@@ -84,7 +84,7 @@ class Sampler:
     def _sample_block(
         self, logits_RV: mx.array, steps: Steps, specs: Sequence[SampleSpec], counts: Sequence[CountedRow]
     ) -> mx.array:
-        """[R, 3 + 2K]: id, its log-probability, its score; ids and log-probabilities of the K likeliest."""
+        """Returns [R, 3 + 2K]: id, log-probability, score; ids and log-probabilities of the K likeliest."""
         wide_RV = logits_RV.astype(self.dtype)
         total_R1 = logsumexp(wide_RV)
         if steps.plain_greedy:
@@ -112,7 +112,7 @@ class Sampler:
     def _score(
         self, scores_RV: mx.array, specs: Sequence[SampleSpec], columns: Columns, counts: Sequence[CountedRow]
     ) -> mx.array:
-        """The logits after bias, penalties and exclusions."""
+        """Returns the logits after bias, penalties and exclusions."""
         if (biased := biases(specs, self.vocab_size)) is not None:
             row_E, id_E, bias_E = biased
             scores_RV = scores_RV.at[mx.array(row_E), mx.array(id_E)].add(mx.array(bias_E, dtype=self.dtype))
@@ -127,20 +127,20 @@ class Sampler:
 
 
 def logsumexp(scores_RV: mx.array) -> mx.array:
-    """[R, 1], summed in the type of the scores: MLX's own sums in float32, and is off by 5e-5 over 32,000 ids."""
+    """Returns [R, 1], summed in the type of the scores; MLX's own, in float32, is off by 5e-5 over 32,000 ids."""
     largest_R1 = scores_RV.max(axis=-1, keepdims=True)
     return largest_R1 + mx.log(mx.exp(scores_RV - largest_R1).sum(axis=-1, keepdims=True))
 
 
 def largest_first(scores_RV: mx.array, count: int) -> mx.array:
-    """Ids [R, count] of the largest scores, in order."""
+    """Returns ids [R, count] of the largest scores, in order."""
     ids_RK = mx.argpartition(-scores_RV, count - 1, axis=-1)[:, :count]
     order_RK = mx.argsort(-mx.take_along_axis(scores_RV, ids_RK, axis=-1), axis=-1)
     return mx.take_along_axis(ids_RK, order_RK, axis=-1)
 
 
 def penalize(scores_RV: mx.array, seen_RV: mx.array, outputs_RV: mx.array, columns: Columns) -> mx.array:
-    """Make tokens less likely that have come before, for a repetition penalty above 1 and others above 0.
+    """Makes tokens less likely that have come before, for a repetition penalty above 1 and others above 0.
 
     Repetition (prompt and output, `seen_RV`): positive logits are divided by it; negative ones are multiplied, so that
     these fall as well (Keskar et al. 2019, CTRL, arXiv:1909.05858, section 4.1; the multiplication follows
@@ -156,13 +156,13 @@ def penalize(scores_RV: mx.array, seen_RV: mx.array, outputs_RV: mx.array, colum
 
 
 def unpack_bits(words_RW: mx.array, size: int) -> mx.array:
-    """Bool [R, size]: bit i % 32 of int32 word i // 32, for each i."""
+    """Returns bool [R, size]: bit i % 32 of int32 word i // 32, for each i."""
     bits_RW32 = (words_RW[..., None] >> mx.arange(32, dtype=mx.int32)) & 1
     return bits_RW32.astype(mx.bool_).flatten(1)[:, :size]
 
 
 def truncate(scores_RV: mx.array, columns: Columns) -> mx.array:
-    """The scores after top-k, top-p and min-p; dropped tokens have -inf."""
+    """Returns the scores after top-k, top-p and min-p; dropped tokens have -inf."""
     if columns.largest_k:
         scores_RV = keep_top_k(scores_RV, columns.top_k_R1, columns.largest_k)
     if columns.any_top_p:
@@ -171,7 +171,7 @@ def truncate(scores_RV: mx.array, columns: Columns) -> mx.array:
 
 
 def keep_top_k(scores_RV: mx.array, k_R1: mx.array, largest: int) -> mx.array:
-    """Keep the k largest scores, and any equal to the k-th (Fan et al. 2018, arXiv:1805.04833); 0 keeps all.
+    """Keeps the k largest scores, and any equal to the k-th (Fan et al. 2018, arXiv:1805.04833); 0 keeps all.
 
     `largest` is the largest k.
     """
@@ -182,7 +182,7 @@ def keep_top_k(scores_RV: mx.array, k_R1: mx.array, largest: int) -> mx.array:
 
 
 def keep_top_p(scores_RV: mx.array, p_R1: mx.array) -> mx.array:
-    """Keep the nucleus: the smallest set of most probable tokens whose mass is at least p, never none; 1 keeps all.
+    """Keeps the nucleus: the smallest set of most probable tokens whose mass is at least p, never none; 1 keeps all.
 
     Of equally probable tokens at the border, those with the smaller ids stay (Holtzman et al. 2019, arXiv:1904.09751).
     """
@@ -198,7 +198,7 @@ def keep_top_p(scores_RV: mx.array, p_R1: mx.array) -> mx.array:
 
 
 def most_probable(probabilities_RV: mx.array, p_R1: mx.array) -> mx.array:
-    """Probabilities in falling order: all, or so many that they hold the mass p of each row that has one."""
+    """Returns probabilities in falling order: all, or so many that they hold the mass p of each row that has one."""
     if probabilities_RV.dtype == mx.float64 and probabilities_RV.shape[-1] > 4 * LIKELIEST:
         # Float64 is the CPU, where a look at the numbers waits for nobody, and sorting all takes longest.
         likeliest_RC = mx.topk(probabilities_RV, LIKELIEST, axis=-1)
@@ -208,6 +208,6 @@ def most_probable(probabilities_RV: mx.array, p_R1: mx.array) -> mx.array:
 
 
 def drop_below_min_p(scores_RV: mx.array, min_p_R1: mx.array) -> mx.array:
-    """Drop tokens less probable than `min_p` times the most probable one (Nguyen et al. 2024, arXiv:2407.01082)."""
+    """Drops tokens less probable than `min_p` times the most probable one (Nguyen et al. 2024, arXiv:2407.01082)."""
     threshold_R1 = scores_RV.max(axis=-1, keepdims=True) + mx.log(min_p_R1)
     return mx.where(scores_RV < threshold_R1, DROPPED, scores_RV)

@@ -1,4 +1,4 @@
-"""Where a parameter of the module lies, and which parameters of a checkpoint it holds one below the other."""
+"""A parameter of the module: its place there, and the parameters of a checkpoint that it holds one below the other."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +30,6 @@ class FusedParameter:
         self.owner[self.key] = values
 
     def split(self, tensor: mx.array) -> Sequence[mx.array]:
-        """The rows of `tensor`, shaped like the parameter, that belong to each part."""
+        """Returns the rows of `tensor`, shaped like the parameter, that belong to each part."""
         ends = list(accumulate(self.sizes))
         return [tensor[end - size : end] for size, end in zip(self.sizes, ends, strict=True)]

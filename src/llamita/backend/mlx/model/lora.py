@@ -36,13 +36,13 @@ class Part(nn.Module):
 
 
 class Change:
-    """What one adapter does to the output of one fused matrix; `sizes` are the widths of the maps fused in it."""
+    """One adapter's change to the output of one fused matrix; `sizes` are the widths of the maps fused in it."""
 
     def __init__(self, parts: list[Part], sizes: tuple[int, ...]) -> None:
         self.parts, self.sizes = parts, sizes
 
     def __call__(self, x_D: mx.array, y_C: mx.array) -> mx.array:
-        """y + scale * B A x for every part; (..., D) and (..., C) to (..., C)."""
+        """Returns y + scale * B A x for every part; (..., D) and (..., C) to (..., C)."""
         pieces = list(mx.split(y_C, list(accumulate(self.sizes))[:-1], axis=-1))
         for part in self.parts:
             low_R = x_D.astype(part.down_RD.dtype) @ part.down_RD.T
@@ -52,7 +52,7 @@ class Change:
 
 @dataclass(frozen=True)
 class ModelAdapter:
-    """An adapter with its parameters as arrays: what it does to each fused matrix, by the matrix's name.
+    """An adapter with its parameters as arrays: its change to each fused matrix, by the matrix's name.
 
     Passed to a forward pass, it is for all that goes through the model there. `draws` are the dropouts on what goes
     into it at each matrix, none where it is used as it is.
@@ -69,7 +69,7 @@ class ModelAdapter:
         return self.draws[matrix](x) if matrix in self.draws else x
 
     def dropping(self, probability: float, key: mx.array) -> "ModelAdapter":
-        """The same with dropout, drawn by each matrix from a key of its own."""
+        """Returns the same adapter with dropout, drawn by each matrix from a key of its own."""
         draws = {}
         for matrix in self.changes if probability else ():
             key, own = mx.random.split(key)
@@ -81,11 +81,11 @@ class ModelAdapter:
             yield from change.parts
 
     def parameters(self) -> dict[str, mx.array]:
-        """A and B under canonical names."""
+        """Returns A and B under canonical names."""
         return {each.name: each.parameter for each in self.fused_parameters()}
 
     def fused_parameters(self) -> list[FusedParameter]:
-        """The parameters as the optimiser takes them."""
+        """Returns the parameters as the optimiser takes them."""
         return [
             FusedParameter(part.module + kind, part, key, (part.module + kind,), (part[key].shape[0],), True)
             for part in self.parts()
@@ -93,8 +93,8 @@ class ModelAdapter:
         ]
 
     def output(self, hidden: Callable[..., mx.array], head: OutputHead) -> tuple[Callable[..., mx.array], OutputHead]:
-        """Hidden states and output head as a loss takes them: where the output head is adapted, A's result stands
-        beside the states and B beside the matrix, so that one product gives the adapted logits."""
+        """Returns hidden states and output head as a loss takes them: where the output head is adapted, A's result
+        stands beside the states and B beside the matrix, so that one product gives the adapted logits."""
         if HEAD not in self.changes:
             return hidden, head
         (part,) = self.changes[HEAD].parts
@@ -109,14 +109,14 @@ class ModelAdapter:
 
 
 def fresh_adapter(model: Llama, settings: LoraSettings, seed: int) -> ModelAdapter:
-    """A new adapter over a model, to be trained: float32, B zeros."""
+    """Returns a new adapter over a model, to be trained: float32, B zeros."""
     factors = settings.factors(model.config)
     values = {name: mx.array(array) for name, array in initialize_adapter(model.config, factors, seed)}
     return model_adapter(model, factors, values, mx.float32)
 
 
 def loaded_adapter(model: Llama, adapter: Adapter) -> ModelAdapter:
-    """An adapter's values over a model, in the model's type."""
+    """Returns an adapter's values over a model, in the model's type."""
     values = {name: array_from_host(array) for name, array in adapter.arrays.items()}
     return model_adapter(model, adapter.factors, values, model.model.norm.weight.dtype)
 
@@ -124,7 +124,7 @@ def loaded_adapter(model: Llama, adapter: Adapter) -> ModelAdapter:
 def model_adapter(
     model: Llama, factors: Mapping[str, Factors], values: Mapping[str, mx.array], dtype: mx.Dtype
 ) -> ModelAdapter:
-    """An adapter's values, sorted by the fused matrices of a model; ValueError for NaN or infinity."""
+    """Returns an adapter's values, sorted by the fused matrices of a model; ValueError for NaN or infinity."""
     maps = linear_maps(model.config)
 
     def parameter(name: str) -> mx.array:
@@ -152,7 +152,7 @@ def model_adapter(
 
 
 def merge(model: Llama, adapter: Adapter, sign: float = 1.0) -> None:
-    """Add scale * B A to the weights of a model in memory; `unmerge` takes it away again, within rounding.
+    """Adds scale * B A to the weights of a model in memory; `unmerge` takes it away again, within rounding.
 
     What the adapter replaces whole (a classification head) is not touched: it is not a sum.
     """
@@ -173,18 +173,18 @@ def merge(model: Llama, adapter: Adapter, sign: float = 1.0) -> None:
 
 
 def unmerge(model: Llama, adapter: Adapter) -> None:
-    """The inverse of `merge`."""
+    """Takes away again what `merge` added."""
     merge(model, adapter, -1.0)
 
 
 def product(adapter: Adapter, module: str, factors: Factors) -> mx.array:
-    """scale * B A in float32."""
+    """Returns scale * B A in float32."""
     down_RD, up_CR = (array_from_host(adapter.arrays[module + kind]).astype(mx.float32) for kind in (DOWN, UP))
     return factors.scale * (up_CR @ down_RD)
 
 
 def merged_arrays(arrays: Mapping[str, HostArray], adapter: Adapter) -> Iterator[tuple[str, HostArray]]:
-    """`arrays.merged_arrays`, summed here, in float32."""
+    """Yields the arrays of `arrays.merged_arrays`, summed here in float32."""
 
     def merged(array: HostArray, scale: HostArray | None, D: int, module: str) -> HostArray:
         weight = array_from_host(array)

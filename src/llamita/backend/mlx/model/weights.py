@@ -33,7 +33,7 @@ def build_model(
     dtype: mx.Dtype = mx.float32,
     operations: Operations = FUSED,
 ) -> Llama:
-    """A model with the values of `arrays` (canonical names), or freshly initialised from `seed` without them.
+    """Returns a model with the values of `arrays` (canonical names), or freshly initialised from `seed` without them.
 
     Memory is allocated once the arrays are known to fit; of mapped ones one fused parameter is read at a time. The
     numbers that `seed` gives are those of every backend.
@@ -55,7 +55,7 @@ def build_model(
 
 
 def quantize_arrays(config: ModelConfig, arrays: Iterable[tuple[str, HostArray]]) -> Iterator[tuple[str, HostArray]]:
-    """`arrays.quantized_arrays`, rounded here."""
+    """Yields the arrays of `arrays.quantized_arrays`, rounded here."""
 
     def quantized(array: HostArray, bits: int) -> tuple[HostArray, HostArray]:
         values, scale = quantize.quantize(array_from_host(array), bits)
@@ -68,14 +68,14 @@ def quantize_arrays(config: ModelConfig, arrays: Iterable[tuple[str, HostArray]]
 
 
 def load_host_arrays(model: Llama, arrays: Mapping[str, HostArray]) -> None:
-    """Give the parameters the values of `arrays`; ValueError lists all that is missing, extra or misshapen."""
+    """Gives the parameters the values of `arrays`; ValueError lists all that is missing, extra or misshapen."""
     assert not model.config.quantization, "quantised weights may lie in a kernel's order; build the model anew"
     check_arrays(model.config, arrays)
     _copy_values(model.fused_parameters(), arrays.__getitem__, model.model.norm.weight.dtype)
 
 
 def copy_host_arrays(parameters: Iterable[FusedParameter], arrays: Mapping[str, HostArray]) -> None:
-    """Give some parameters the values of `arrays`; ValueError, naming them, for those missing or misshapen."""
+    """Gives some parameters the values of `arrays`; ValueError, naming them, for those missing or misshapen."""
     parameters = list(parameters)
     faults = missing_or_misshapen(part_shapes(parameters), arrays)
     if faults:
@@ -84,7 +84,7 @@ def copy_host_arrays(parameters: Iterable[FusedParameter], arrays: Mapping[str, 
 
 
 def _copy_values(parameters: Iterable[FusedParameter], array_of: Callable[[str], HostArray], dtype: mx.Dtype) -> None:
-    """Put values in place one fused parameter after the other; ValueError for NaN or infinity."""
+    """Puts values in place one fused parameter after the other; ValueError for NaN or infinity."""
     for fused in parameters:
         pieces = []
         for name in fused.parts:
@@ -109,7 +109,7 @@ MLX_DTYPES = {
 
 
 def array_from_host(array: HostArray) -> mx.array:
-    """An array of MLX with these values, copied. Float64, which no GPU of MLX has, becomes float32."""
+    """Returns an array of MLX with these values, copied. Float64, which no GPU of MLX has, becomes float32."""
     if array.dtype == "BF16":
         bits = np.frombuffer(array.data, dtype="<u2").reshape(array.shape)
         return mx.array(bits).view(mx.bfloat16)
@@ -118,7 +118,7 @@ def array_from_host(array: HostArray) -> mx.array:
 
 
 def host_from_array(array: mx.array) -> HostArray:
-    """The values of an array in host memory."""
+    """Returns the values of an array in host memory."""
     names = {dtype: name for name, dtype in MLX_DTYPES.items()}
     if array.dtype == mx.bfloat16:
         return HostArray.from_bf16_bits(np.array(array.view(mx.uint16)))
@@ -126,6 +126,6 @@ def host_from_array(array: mx.array) -> HostArray:
 
 
 def to_host_arrays(model: Llama) -> dict[str, HostArray]:
-    """The parameters under canonical names, in the order of the table, ready for `checkpoint.save_tensors`."""
+    """Returns the parameters under canonical names, in the table's order, for `model_directory.save_tensors`."""
     state = model.canonical_state()
     return {array.name: host_from_array(state[array.name]) for array in stored_arrays(model.config)}

@@ -28,7 +28,7 @@ def adamw_update(
     settings: AdamWSettings,
     decays: bool = True,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """`parameter`, `m` and `v` after step t = 1, 2, ...; the readable form."""
+    """Returns `parameter`, `m` and `v` after step t = 1, 2, ...; the readable form."""
     beta1, beta2, epsilon = settings.beta1, settings.beta2, settings.epsilon
     m = beta1 * m + (1 - beta1) * gradient
     v = beta2 * v + (1 - beta2) * gradient**2
@@ -56,7 +56,7 @@ class AdamW:
         self._update: Callable[..., Any] = mx.compile(self._updated)
 
     def step(self, gradients: Sequence[mx.array], learning_rate: float, gradient_scale: float = 1.0) -> None:
-        """Update every parameter from its gradient times `gradient_scale` (what clipping to a norm multiplies by).
+        """Updates every parameter from its gradient times `gradient_scale` (what clipping to a norm multiplies by).
 
         `gradients` are in the order of the parameters.
         """
@@ -96,7 +96,7 @@ class AdamW:
         return parameter - alpha_t * m / (mx.sqrt(v) + epsilon), m, v
 
     def state(self) -> dict[str, HostArray]:
-        """m and v under canonical names (`m.model.norm.weight`), and `t`, the number of steps taken."""
+        """Returns m and v under canonical names (`m.model.norm.weight`), and `t`, the number of steps taken."""
         moments = {
             f"{kind}.{name}": host_from_array(part)
             for kind, moments in (("m", self._m), ("v", self._v))
@@ -106,7 +106,7 @@ class AdamW:
         return saved_state(moments, self.t)
 
     def load_state(self, state: Mapping[str, HostArray]) -> None:
-        """Take over what state() gave; ValueError, naming them, for arrays that are missing or of another shape."""
+        """Takes over what `state()` gave; ValueError, naming them, for arrays that are missing or of another shape."""
         self.t = updates_made(state, self.parameters)
         for kind, moments in (("m", self._m), ("v", self._v)):
             for i, item in enumerate(self.parameters):
@@ -116,5 +116,5 @@ class AdamW:
 
 
 def global_norm(gradients: Sequence[mx.array]) -> mx.array:
-    """The Euclidean norm of all gradients laid end to end: a float32 scalar."""
+    """Returns the Euclidean norm of all gradients laid end to end: a float32 scalar."""
     return mx.sqrt(sum((mx.sum(mx.square(g.astype(mx.float32))) for g in gradients), mx.zeros(())))

@@ -69,7 +69,7 @@ class MlxScorer:
 
     @contextlib.contextmanager
     def parameters_kept(self) -> Iterator[tuple[list[mx.array], list[mx.array]]]:
-        """The model's parameters, trained and frozen; afterwards it has them again."""
+        """Lends the model's parameters, trained and frozen; afterwards the model has them again."""
         items = [*self.trained, *self.frozen]
         parameters = [item.parameter for item in items]
         try:

@@ -78,7 +78,7 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True)
 class Context:
-    """What every layer needs to know of one forward pass: rotations, who sees whom, whether dropout is drawn, adapters.
+    """All that a layer needs to know of one forward pass: rotations, who sees whom, whether dropout is drawn, adapters.
 
     `window_mask` is for layers with a sliding window, None where all that `mask` and `causal` allow lies within it.
     With a `cache`, that is what knows.
@@ -131,7 +131,7 @@ class Attention(nn.Module):
         return self.o_proj(mixed_BNTH.transpose(1, 2).flatten(-2), context.adapters)
 
     def normed(self, heads_BTGH: Tensor) -> Tensor:
-        """Queries and keys with their norms, where there are any: over each head, or over all heads at once."""
+        """Returns queries and keys with their norms, where there are any: over each head, or over all heads at once."""
         if self.q_norm is None or self.k_norm is None:
             return heads_BTGH
         q_BTNH, k_BTKH = heads_BTGH[..., : self.N, :], heads_BTGH[..., self.N :, :]
@@ -181,12 +181,12 @@ class Block(nn.Module):
         return x_BTD + self.added(self.normed(norms.after_feed_forward, y_BTD), context)
 
     def normed(self, norm: str, x_BTD: Tensor) -> Tensor:
-        """Through the norm of this name; unchanged where there is none in this place."""
+        """Returns the input through the norm of this name; unchanged where there is none in this place."""
         normed_BTD: Tensor = self.get_submodule(norm)(x_BTD) if norm else x_BTD
         return normed_BTD
 
     def added(self, y_BTD: Tensor, context: Context) -> Tensor:
-        """What a sublayer adds to the residual stream."""
+        """Returns a sublayer's result as it is added to the residual stream: after dropout, where drawn, and scaled."""
         y_BTD = drop(y_BTD, self.dropout) if self.dropout and context.training else y_BTD
         return y_BTD if self.multiplier == 1.0 else y_BTD * self.multiplier
 
@@ -224,7 +224,7 @@ class Llama(nn.Module):
         self._name_linear_maps()
 
     def _take_twins(self, operations: Operations, bits: int) -> None:
-        """Put the quantised twin of each linear map and of the embedding in its place, but for a classifier's head."""
+        """Puts the quantised twin of each linear map and of the embedding in its place, but for a classifier's head."""
         for parent in list(self.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, Embedding):
@@ -258,7 +258,7 @@ class Llama(nn.Module):
         training: bool = False,
         adapters: Adapters | None = None,
     ) -> ModelOutput:
-        """Logits (B, T, V) and hidden states (B, T, D) after the final norm, for tokens (B, T) of whole numbers.
+        """Returns logits (B, T, V) and hidden states (B, T, D) after the final norm, for tokens (B, T).
 
         positions_BT defaults to 0, 1, .... segments_BT keeps attention inside a document of a packed row, and marks
         padding on either side with 0. With a `cache`, there is one row of chunks of several sequences, whose positions
@@ -277,7 +277,7 @@ class Llama(nn.Module):
         return ModelOutput(self.logits(hidden_BTD, adapters), hidden_BTD)
 
     def logits(self, hidden_BTD: Tensor, adapters: Adapters | None = None) -> Tensor:
-        """Logits (..., V) of hidden states (..., D), or those of the labels."""
+        """Returns logits (..., V) of hidden states (..., D), or those of the labels."""
         if self.config.tie_word_embeddings and not self.config.num_labels:
             return self.transform(self.model.embed_tokens.multiply(hidden_BTD))
         return self.transform((self.score if self.config.num_labels else self.lm_head)(hidden_BTD, adapters))
@@ -294,7 +294,7 @@ class Llama(nn.Module):
         adapters: Adapters | None = None,
         rows_R: Tensor | None = None,
     ) -> Tensor:
-        """The hidden states of `forward`, or of some rows, without the product with the output head."""
+        """Returns the hidden states of `forward`, or of some rows, without the product with the output head."""
         if cache is None:
             context = self.context(tokens_BT, positions_BT, segments_BT, training, adapters)
         else:
@@ -326,7 +326,7 @@ class Llama(nn.Module):
         training: bool = False,
         adapters: Adapters | None = None,
     ) -> Context:
-        """Rotations and masks, computed once for all layers."""
+        """Returns rotations and masks, computed once for all layers."""
         T, device = tokens_BT.shape[1], tokens_BT.device
         if positions_BT is None:
             positions_BT = torch.arange(T, device=device)[None]
@@ -339,7 +339,7 @@ class Llama(nn.Module):
         return Context(rotations, mask, mask is None, window_mask, training=training, adapters=adapters)
 
     def fused_parameters(self) -> Iterator[FusedParameter]:
-        """Every parameter with the canonical parameters that it holds, in the order of the table."""
+        """Yields every parameter with the canonical parameters that it holds, in the order of the table."""
         table = {array.name: array for array in stored_arrays(self.config)}
         for name, parameter in self.named_parameters():
             rows = [table[part] for part in canonical_names(name)]
@@ -348,7 +348,7 @@ class Llama(nn.Module):
             yield FusedParameter(name, parameter, tuple(row.name for row in rows), tuple(sizes), rows[0].weight_decay)
 
     def canonical_state(self) -> dict[str, Tensor]:
-        """Views of the parameters under their canonical names; copies, where the weights lie in a kernel's order."""
+        """Returns views of the parameters under canonical names; copies, where weights lie in a kernel's order."""
         result: dict[str, Tensor] = {}
         for fused in self.fused_parameters():
             module, _, kind = fused.name.rpartition(".")

@@ -37,7 +37,7 @@ class Part:
 
 
 class Change:
-    """What one adapter does to the output of one fused matrix; `sizes` are the widths of the maps fused in it."""
+    """One adapter's change to the output of one fused matrix; `sizes` are the widths of the maps fused in it."""
 
     def __init__(
         self, parts: list[Part], sizes: tuple[int, ...], linear: Callable[[Tensor, Tensor], Tensor] = F.linear
@@ -45,7 +45,7 @@ class Change:
         self.parts, self.sizes, self.linear = parts, sizes, linear
 
     def __call__(self, x_D: Tensor, y_C: Tensor) -> Tensor:
-        """y + scale * B A x for every part; (..., D) and (..., C) to (..., C)."""
+        """Returns y + scale * B A x for every part; (..., D) and (..., C) to (..., C)."""
         pieces = list(y_C.split(self.sizes, dim=-1))
         for part in self.parts:
             low_R = self.linear(x_D.to(part.down_RD.dtype), part.down_RD)
@@ -55,7 +55,7 @@ class Change:
 
 @dataclass(frozen=True)
 class ModelAdapter:
-    """An adapter with its parameters on a model's device: what it does to each fused matrix, by the matrix's name.
+    """An adapter with its parameters on a model's device: its change to each fused matrix, by the matrix's name.
 
     Passed to a forward pass, it is for all that goes through the model there. `dropout` is drawn on what goes into it.
     """
@@ -75,7 +75,7 @@ class ModelAdapter:
             yield from change.parts
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """A and B under canonical names."""
+        """Returns A and B under canonical names."""
         return {
             part.module + kind: value
             for part in self.parts()
@@ -83,14 +83,14 @@ class ModelAdapter:
         }
 
     def fused_parameters(self) -> list[FusedParameter]:
-        """The parameters as the optimiser takes them."""
+        """Returns the parameters as the optimiser takes them."""
         return [
             FusedParameter(name, value, (name,), (value.shape[0],), True) for name, value in self.parameters().items()
         ]
 
     def output(self, hidden: Callable[..., Tensor], head: OutputHead) -> tuple[Callable[..., Tensor], OutputHead]:
-        """Hidden states and output head as a loss takes them: where the output head is adapted, A's result stands
-        beside the states and B beside the matrix, so that one product gives the adapted logits."""
+        """Returns hidden states and output head as a loss takes them: where the output head is adapted, A's result
+        stands beside the states and B beside the matrix, so that one product gives the adapted logits."""
         if HEAD not in self.changes:
             return hidden, head
         (part,) = self.changes[HEAD].parts
@@ -104,14 +104,14 @@ class ModelAdapter:
 
 
 def fresh_adapter(model: Llama, settings: LoraSettings, seed: int) -> ModelAdapter:
-    """A new adapter over a model, to be trained: float32, B zeros."""
+    """Returns a new adapter over a model, to be trained: float32, B zeros."""
     factors = settings.factors(model.config)
     values = {name: torch.from_numpy(array) for name, array in initialize_adapter(model.config, factors, seed)}
     return model_adapter(model, factors, values, torch.float32)
 
 
 def loaded_adapter(model: Llama, adapter: Adapter) -> ModelAdapter:
-    """An adapter's values over a model, in the model's type."""
+    """Returns an adapter's values over a model, in the model's type."""
     values = {name: tensor_from_host(array) for name, array in adapter.arrays.items()}
     return model_adapter(model, adapter.factors, values, model.model.norm.weight.dtype)
 
@@ -119,7 +119,7 @@ def loaded_adapter(model: Llama, adapter: Adapter) -> ModelAdapter:
 def model_adapter(
     model: Llama, factors: Mapping[str, Factors], values: Mapping[str, Tensor], dtype: torch.dtype
 ) -> ModelAdapter:
-    """Copies of an adapter's values, sorted by the fused matrices of a model; ValueError for NaN or infinity."""
+    """Copies an adapter's values, sorted by the fused matrices of a model; ValueError for NaN or infinity."""
     maps, device = linear_maps(model.config), model.model.norm.weight.device
 
     def parameter(name: str) -> nn.Parameter:
@@ -147,7 +147,7 @@ def model_adapter(
 
 @torch.no_grad()
 def merge(model: Llama, adapter: Adapter, sign: float = 1.0) -> None:
-    """Add scale * B A to the weights of a model in memory; `unmerge` takes it away again, within rounding.
+    """Adds scale * B A to the weights of a model in memory; `unmerge` takes it away again, within rounding.
 
     What the adapter replaces whole (a classification head) is not touched: it is not a sum.
     """
@@ -161,18 +161,18 @@ def merge(model: Llama, adapter: Adapter, sign: float = 1.0) -> None:
 
 
 def unmerge(model: Llama, adapter: Adapter) -> None:
-    """The inverse of `merge`."""
+    """Takes away again what `merge` added."""
     merge(model, adapter, -1.0)
 
 
 def product(adapter: Adapter, module: str, factors: Factors) -> Tensor:
-    """scale * B A in float32."""
+    """Returns scale * B A in float32."""
     down_RD, up_CR = (tensor_from_host(adapter.arrays[module + kind]).float() for kind in (DOWN, UP))
     return factors.scale * (up_CR @ down_RD)
 
 
 def merged_arrays(arrays: Mapping[str, HostArray], adapter: Adapter) -> Iterator[tuple[str, HostArray]]:
-    """`arrays.merged_arrays`, summed here, in float32."""
+    """Yields the arrays of `arrays.merged_arrays`, summed here in float32."""
 
     def merged(array: HostArray, scale: HostArray | None, D: int, module: str) -> HostArray:
         weight = tensor_from_host(array)

@@ -22,7 +22,7 @@ QUANTIZED_AT_ONCE = 2**20  # numbers
 
 
 def quantize(weight_CD: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The nearest values, as they are stored, and their scales: int8 (C, D) and (C,), or uint8 (C, D/2) and (C, D/32).
+    """Returns the nearest values, as stored, and their scales: int8 (C, D) and (C,), or uint8 (C, D/2) and (C, D/32).
 
     ValueError where a weight is NaN or infinite. Rows are done a few megabytes at a time.
     """
@@ -41,7 +41,7 @@ def _quantize_int8(weight_CD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_int4(weight_CD: Tensor) -> tuple[Tensor, Tensor]:
-    """The number of largest magnitude in a group becomes -8, its scale having the sign for it.
+    """Rounds so that the number of largest magnitude in a group becomes -8, its scale having the sign for it.
 
     Over weights from a normal distribution the error is 8.6% of their size; with values of -7 to 7 only it is 9.7%.
     """
@@ -55,12 +55,12 @@ def _quantize_int4(weight_CD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _divisor(scale: Tensor) -> Tensor:
-    """The scale as it is stored, 1 where all that it stands for is zero."""
+    """Returns the scale as it is stored, 1 where it is zero."""
     return torch.where(scale == 0, 1.0, scale.float())
 
 
 def dequantize(values: Tensor, scale: Tensor, D: int, dtype: torch.dtype) -> Tensor:
-    """The weights (C, D) that stored values and scales stand for."""
+    """Returns the weights (C, D) that stored values and scales stand for."""
     if values.dtype == torch.int8:
         return values.to(dtype).mul_(scale[:, None])
     unpacked_CD = torch.stack((values & 15, values >> 4), dim=-1).flatten(1)[:, :D]
@@ -68,7 +68,7 @@ def dequantize(values: Tensor, scale: Tensor, D: int, dtype: torch.dtype) -> Ten
 
 
 def _scaled(unpacked_CD: Tensor, scale_CG: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unpacked int4 values, 0 to 15, as weights."""
+    """Turns unpacked int4 values, 0 to 15, into weights."""
     C, D = unpacked_CD.shape
     if D % GROUP:
         return (unpacked_CD - 8).to(dtype) * scale_CG.to(dtype).repeat_interleave(GROUP, dim=1)[:, :D]
@@ -80,7 +80,7 @@ def _scaled(unpacked_CD: Tensor, scale_CG: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def kernel_fits(values: Tensor, C: int, D: int, dtype: torch.dtype) -> bool:
-    """Whether PyTorch has a fast product of few rows for a weight of this shape, on this device, with this type.
+    """Returns whether PyTorch has a fast product of few rows for a weight of this shape, device and type.
 
     With activations in float32 the kernels run at a tenth of their speed, and for an input that is no multiple of 16
     the one for int8 reads past its weights (torch 2.13).
@@ -91,17 +91,17 @@ def kernel_fits(values: Tensor, C: int, D: int, dtype: torch.dtype) -> bool:
 
 
 def int8_product(x_MD: Tensor, values_CD: Tensor, scale_C: Tensor) -> Tensor:
-    """A few rows times int8 weights, the plain order being the kernel's: (M, D) to (M, C)."""
+    """Multiplies a few rows by int8 weights, the plain order being the kernel's: (M, D) to (M, C)."""
     return torch._weight_int8pack_mm(x_MD, values_CD, scale_C)
 
 
 def int4_product(x_MD: Tensor, blocked: Tensor, scales_and_zeros_GC2: Tensor) -> Tensor:
-    """A few rows times int4 weights in the kernel's order: (M, D) to (M, C)."""
+    """Multiplies a few rows by int4 weights in the kernel's order: (M, D) to (M, C)."""
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x_MD, blocked, GROUP, scales_and_zeros_GC2)
 
 
 def scales_and_zeros(scale_CG: Tensor) -> Tensor:
-    """Scales as the int4 kernel takes them, (G, C, 2): it computes scale * value + zero, with values from -8 to 7."""
+    """Returns scales as the int4 kernel takes them, (G, C, 2): it computes scale * value + zero, value -8 to 7."""
     return torch.stack((scale_CG, torch.zeros_like(scale_CG)), dim=-1).transpose(0, 1).contiguous()
 
 
@@ -112,18 +112,18 @@ def to_blocks(values: Tensor) -> Tensor:
 
 
 def from_blocks(blocked: Tensor) -> Tensor:
-    """The inverse of `to_blocks`."""
+    """Inverts `to_blocks`."""
     unpacked_CD = _unblocked(blocked, _rows_of_block())
     return unpacked_CD[:, 0::2] | unpacked_CD[:, 1::2] << 4
 
 
 def dequantize_blocks(blocked: Tensor, scale_CG: Tensor, dtype: torch.dtype) -> Tensor:
-    """`dequantize` of values in the kernel's order."""
+    """Dequantises values in the kernel's order."""
     return _scaled(_unblocked(blocked, _rows_of_block()).view(torch.int8), scale_CG, dtype)
 
 
 def _unblocked(blocked: Tensor, rows: int) -> Tensor:
-    """Values 0 to 15 in plain rows, (C, D) of uint8.
+    """Returns values 0 to 15 in plain rows, (C, D) of uint8.
 
     The kernel reads `rows` rows side by side: for each input a byte holds a row of the block's first half below, and
     its partner of the second half above. In the rest that fills no block, neighbours are partners.
@@ -145,7 +145,8 @@ def _unblocked(blocked: Tensor, rows: int) -> Tensor:
 
 @functools.cache
 def _rows_of_block() -> int:
-    """How many rows the int4 kernel of this CPU reads side by side; 0 where its order is unknown or it is missing."""
+    """Returns the rows that this CPU's int4 kernel reads side by side; 0 where its order is unknown or it is not
+    there."""
     known = torch.randint(0, 256, (112, GROUP // 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     plain_CD = torch.stack((known & 15, known >> 4), dim=-1).flatten(1)
     try:

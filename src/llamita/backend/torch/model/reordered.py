@@ -33,7 +33,7 @@ SUM = 0  # an embedding bag's mode
 
 
 def linear(x_D: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None) -> Tensor:
-    """`layers.linear` over a reordered weight; it has no gradient.
+    """Computes `layers.linear` over a reordered weight; it has no gradient.
 
     PyTorch's compiler puts frozen weights through the same operator.
     """
@@ -41,9 +41,9 @@ def linear(x_D: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None) -> Tens
 
 
 def linear_of_columns(x_D: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None) -> Tensor:
-    """`layers.linear` over a bfloat16 weight that lies column by column: W x is the sum of the columns of W, each times
-    a number of x. For one row PyTorch's embedding bag computes just that, summing in float32, in a third to a half of
-    the time of oneDNN's product."""
+    """Computes `layers.linear` over a bfloat16 weight stored column by column: W x is the sum of the columns of W, each
+    times a number of x. For one row PyTorch's embedding bag computes just that, summing in float32, in a third to a
+    half of the time of oneDNN's product."""
     n_out, n_in = weight_CD.shape
     if x_D.numel() != n_in:
         return F.linear(x_D, weight_CD, bias_C)
@@ -59,13 +59,13 @@ def _every_column(count: int) -> tuple[Tensor, Tensor]:
 
 
 def reorder(weight_CD: Tensor) -> Tensor:
-    """The same values in an order that is oneDNN's own; `to_dense` gives them back as they were."""
+    """Returns the same values in an order that is oneDNN's own; `to_dense` gives them back as they were."""
     return torch.ops.mkldnn._reorder_linear_weight(weight_CD)
 
 
 @functools.cache
 def can_reorder(dtype: torch.dtype) -> bool:
-    """Whether reordered weights of this type can be multiplied on this processor by this build of PyTorch."""
+    """Returns whether reordered weights of this type can be multiplied on this processor by this build of PyTorch."""
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
     x_RD, weight_CD = torch.ones(1, 16, dtype=dtype), torch.ones(16, 16, dtype=dtype)
@@ -90,7 +90,7 @@ class ReorderedEmbedding(Embedding):
         self._forget()
 
     def _forget(self) -> None:
-        """A system reads more of a file than was asked for; without this all of it would be in memory in the end."""
+        """Lets go of the file's pages: a system reads more than was asked for, in the end all of it."""
         if self.array is not None:
             self.array.forget(0, len(self.array.data))
 
@@ -107,7 +107,7 @@ class ReorderedEmbedding(Embedding):
 def build_reordered(
     config: ModelConfig, arrays: Mapping[str, HostArray], *, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Llama:
-    """`weights.build_model` of a model that is only used; the weights of linear maps lie as their kernels read them.
+    """Builds a model to be used alone, as `weights.build_model` does: linear maps lie as their kernels read them.
 
     Where there are no kernels for that, it is an ordinary one. Each weight is reordered as it is read, so that memory
     holds one plain weight at a time. An embedding that is the output head too, in a mapped file with numbers of this
@@ -140,12 +140,12 @@ def build_reordered(
 
 
 def _memory_of_its_own(size: int, dtype: torch.dtype) -> Tensor:
-    """Room for so many numbers that goes back to the system when it is let go, and not to the allocator."""
+    """Returns room for so many numbers that goes back to the system when it is let go, and not to the allocator."""
     return torch.frombuffer(mmap.mmap(-1, size * dtype.itemsize), dtype=dtype)
 
 
 def _read(fused: FusedParameter, arrays: Mapping[str, HostArray], room_X: Tensor) -> Tensor:
-    """The values of a parameter in its shape, from the arrays of its parts."""
+    """Returns the values of a parameter in its shape, from the arrays of its parts."""
     values = room_X.view(fused.parameter.shape)
     parts = dict(zip(fused.parts, fused.split(values), strict=True))
     copy_values(parts, ((name, arrays[name]) for name in parts))

@@ -31,7 +31,7 @@ def adamw_update(
     settings: AdamWSettings,
     decays: bool = True,
 ) -> None:
-    """Update `parameter`, `m` and `v` in place at step t = 1, 2, ...; the readable form."""
+    """Updates `parameter`, `m` and `v` in place at step t = 1, 2, ...; the readable form."""
     beta1, beta2, epsilon = settings.beta1, settings.beta2, settings.epsilon
     m.copy_(beta1 * m + (1 - beta1) * gradient)
     v.copy_(beta2 * v + (1 - beta2) * gradient**2)
@@ -67,7 +67,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
-        """Update every parameter from its `.grad` times `gradient_scale` (what clipping to a norm multiplies by)."""
+        """Updates every parameter from its `.grad` times `gradient_scale` (what clipping to a norm multiplies by)."""
         self.t += 1
         beta1, beta2 = self.settings.beta1, self.settings.beta2
         # m-hat / (sqrt(v-hat) + eps) = sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps sqrt(1 - beta2^t))
@@ -89,11 +89,11 @@ class AdamW:
             torch._foreach_addcdiv_(bucket.parameters, bucket.m, denominators, -alpha_t)
 
     def state(self) -> dict[str, HostArray]:
-        """m and v under canonical names (`m.model.norm.weight`), and `t`, the number of steps taken."""
+        """Returns m and v under canonical names (`m.model.norm.weight`), and `t`, the number of steps taken."""
         return saved_state({name: host_from_tensor(view) for name, view in self._canonical_moments().items()}, self.t)
 
     def load_state(self, state: Mapping[str, HostArray]) -> None:
-        """Take over what state() gave; ValueError, naming them, for arrays that are missing or of another shape."""
+        """Takes over what `state()` gave; ValueError, naming them, for arrays that are missing or of another shape."""
         self.t = updates_made(state, self.parameters)
         for name, target in self._canonical_moments().items():
             target.copy_(tensor_from_host(state[name]))
@@ -114,7 +114,7 @@ class AdamW:
         return pieces
 
     def _make_buckets(self, limit: int | None) -> list["_Bucket"]:
-        """Fill buckets with pieces of at most `limit` numbers in all, those that decay apart from the others."""
+        """Fills buckets with pieces of at most `limit` numbers in all, those that decay apart from the others."""
         pieces = [
             piece
             for p, m, v in zip(self._tensors, self._m, self._v, strict=True)
@@ -154,5 +154,5 @@ class _Bucket:
 
 
 def global_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The Euclidean norm of all gradients laid end to end: a float32 scalar on their device."""
+    """Returns the Euclidean norm of all gradients laid end to end: a float32 scalar on their device."""
     return torch.linalg.vector_norm(torch.stack(list(torch._foreach_norm(list(gradients), 2.0, dtype=torch.float32))))
