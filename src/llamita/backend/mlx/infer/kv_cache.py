@@ -48,9 +48,9 @@ class PagedKVCache:
         """Makes the memory of a group hold at least its first `blocks` blocks."""
         slots = blocks * self.layout.block_size
         for memory in (self.keys, self.values):
-            for layer, its_group in enumerate(self.group_of_layer):
+            for layer, layer_group in enumerate(self.group_of_layer):
                 K, held, H = memory[layer].shape
-                if its_group == group and held < slots:
+                if layer_group == group and held < slots:
                     wanted = max(slots, min(2 * held, self.layout.blocks * self.layout.block_size))
                     more = mx.zeros((K, wanted - held, H), memory[layer].dtype)
                     memory[layer] = mx.concatenate([memory[layer], more], axis=1)

@@ -76,7 +76,8 @@ class MlxRunner:
             for name, adapter in self.adapters.items()
         }
         read = [(name, array.nbytes) for name, array in named_arrays(model)]
-        read += [(name, each.kernel_bytes) for name, each in model.named_modules() if isinstance(each, QuantizedLinear)]
+        modules = model.named_modules()
+        read += [(name, module.kernel_bytes) for name, module in modules if isinstance(module, QuantizedLinear)]
         self.weight_bytes = bytes_read_per_token(self.config, read)
         """Bytes of weights that decoding one token reads."""
         self.kv_bytes_per_token = kv_bytes_per_token(self.config, self.dtype.size)

@@ -31,16 +31,16 @@ class Columns:
 
     def __init__(self, params: Sequence[SamplingParams], dtype: mx.Dtype = mx.float64) -> None:
         def column(name: str) -> mx.array:
-            return mx.array(np.array([[getattr(each, name)] for each in params], dtype=np.float64), dtype=dtype)
+            return mx.array(np.array([[getattr(row, name)] for row in params], dtype=np.float64), dtype=dtype)
 
         self.temperature_R1, self.top_p_R1, self.min_p_R1 = map(column, ("temperature", "top_p", "min_p"))
         self.repetition_R1 = column("repetition_penalty")
         self.frequency_R1, self.presence_R1 = map(column, ("frequency_penalty", "presence_penalty"))
-        self.largest_k = max(each.top_k for each in params)
-        self.top_k_R1 = mx.array([[min(each.top_k, LARGEST_K)] for each in params])
-        self.any_repetition = any(each.repetition_penalty != 1 for each in params)
-        self.any_output_penalty = any(each.frequency_penalty or each.presence_penalty for each in params)
-        self.any_top_p, self.any_min_p = any(each.top_p < 1 for each in params), any(each.min_p > 0 for each in params)
+        self.largest_k = max(row.top_k for row in params)
+        self.top_k_R1 = mx.array([[min(row.top_k, LARGEST_K)] for row in params])
+        self.any_repetition = any(row.repetition_penalty != 1 for row in params)
+        self.any_output_penalty = any(row.frequency_penalty or row.presence_penalty for row in params)
+        self.any_top_p, self.any_min_p = any(row.top_p < 1 for row in params), any(row.min_p > 0 for row in params)
 
 
 class Sampler:
@@ -69,15 +69,15 @@ class Sampler:
         counted = self._counts.update([specs[row] for row in readers], [sequence_ids[row] for row in readers])
         counts_of = dict(zip(readers, counted, strict=True))
         groups = rows_by_steps(specs)
-        packed = []
+        blocks = []
         with mx.stream(self.device):
             for steps, rows in groups.items():
                 block_RV = logits_RV if len(groups) == 1 else logits_RV[mx.array(rows)]
                 counts = [counts_of[row] for row in rows] if steps.penalized else []
-                packed.append(self._sample_block(block_RV, steps, [specs[row] for row in rows], counts))
-            mx.eval(packed)  # the one wait for the device
+                blocks.append(self._sample_block(block_RV, steps, [specs[row] for row in rows], counts))
+            mx.eval(blocks)  # the one wait for the device
         values_of: dict[int, list[float]] = {}
-        for rows, block in zip(groups.values(), packed, strict=True):
+        for rows, block in zip(groups.values(), blocks, strict=True):
             values_of |= zip(rows, np.array(block).tolist(), strict=True)
         return [sampled_token(values_of[row], spec.params.top_logprobs) for row, spec in enumerate(specs)]
 

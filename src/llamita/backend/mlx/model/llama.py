@@ -219,8 +219,8 @@ class Llama(nn.Module):
                 if isinstance(child, Embedding):
                     parent[name] = QuantizedEmbedding(child.weight.shape, operations)
                 elif isinstance(child, Linear) and name != "score":
-                    its_bits = 8 if name == "lm_head" else bits
-                    parent[name] = QuantizedLinear(child.weight.shape, child.bias is not None, operations, its_bits)
+                    child_bits = 8 if name == "lm_head" else bits
+                    parent[name] = QuantizedLinear(child.weight.shape, child.bias is not None, operations, child_bits)
 
     def _name_linear_maps(self) -> None:
         for name, module in self.named_modules():

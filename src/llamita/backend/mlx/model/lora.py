@@ -82,7 +82,7 @@ class ModelAdapter:
 
     def parameters(self) -> dict[str, mx.array]:
         """Returns A and B under canonical names."""
-        return {each.name: each.parameter for each in self.fused_parameters()}
+        return {fused.name: fused.parameter for fused in self.fused_parameters()}
 
     def fused_parameters(self) -> list[FusedParameter]:
         """Returns the parameters as the optimiser takes them."""
@@ -135,16 +135,16 @@ def model_adapter(
         return value
 
     changes = {}
-    for name, module in model.named_modules():
-        fused = [part.removesuffix(".weight") for part in canonical_names(f"{name}.weight")]
-        if not isinstance(module, Linear | QuantizedLinear) or not set(fused) & factors.keys():
+    for name, layer in model.named_modules():
+        modules = [part.removesuffix(".weight") for part in canonical_names(f"{name}.weight")]
+        if not isinstance(layer, Linear | QuantizedLinear) or not set(modules) & factors.keys():
             continue
         parts = [
-            Part(one, index, parameter(one + DOWN), parameter(one + UP), factors[one].scale)
-            for index, one in enumerate(fused)
-            if one in factors
+            Part(module, index, parameter(module + DOWN), parameter(module + UP), factors[module].scale)
+            for index, module in enumerate(modules)
+            if module in factors
         ]
-        changes[name] = Change(parts, tuple(maps[one][0] for one in fused))
+        changes[name] = Change(parts, tuple(maps[module][0] for module in modules))
     return ModelAdapter(changes)
 
 

@@ -36,7 +36,7 @@ class MlxScorer:
         self.trained: list[FusedParameter] = []
         self.adapter: lora.ModelAdapter | None = None
         # A quantised weight is read where its twin keeps it, which an input of a compiled function may not be.
-        self.frozen = [each for each in model.fused_parameters() if not isinstance(each.owner, QuantizedLinear)]
+        self.frozen = [fused for fused in model.fused_parameters() if not isinstance(fused.owner, QuantizedLinear)]
 
     def log_probs(self, batch: Batch) -> np.ndarray:
         """Returns the log-probability of every label that is scored, float32 (B, T), 0 elsewhere; without dropout."""

@@ -55,13 +55,13 @@ class MlxTrainStep(MlxScorer):
         a classifier's head alone. What is not trained has neither gradients nor moments."""
         super().__init__(model, precision, device)
         trainable = trainable or (lambda name: adapter is None or name == CLASSIFIER)
-        trained = [each for each in model.fused_parameters() if all(map(trainable, each.parts))]
-        if any(not mx.issubdtype(each.parameter.dtype, mx.floating) for each in trained):
+        trained = [fused for fused in model.fused_parameters() if all(map(trainable, fused.parts))]
+        if any(not mx.issubdtype(fused.parameter.dtype, mx.floating) for fused in trained):
             raise ValueError(
                 f"the model is quantised ({model.config.quantization}) and cannot be trained; train an adapter over it "
                 "(lora), or train the model that it was made from, then quantise that"
             )
-        self.frozen = [each for each in self.frozen if not all(map(trainable, each.parts))]
+        self.frozen = [fused for fused in self.frozen if not all(map(trainable, fused.parts))]
         self.adapter = lora.fresh_adapter(model, adapter, seed) if adapter else None
         self._adapter_dropout = adapter.dropout if adapter else 0.0
         trained += self.adapter.fused_parameters() if self.adapter else []
@@ -106,8 +106,8 @@ class MlxTrainStep(MlxScorer):
         """Returns the float32 weights under canonical names; with an adapter, only what is trained."""
         if self.adapter is None:
             return weights.to_host_arrays(self.model)
-        pieces = [zip(each.parts, each.split(each.parameter), strict=True) for each in self.optimizer.parameters]
-        return {name: weights.host_from_array(piece) for each in pieces for name, piece in each}
+        pieces = [zip(fused.parts, fused.split(fused.parameter), strict=True) for fused in self.optimizer.parameters]
+        return {name: weights.host_from_array(piece) for pairs in pieces for name, piece in pairs}
 
     def state(self) -> dict[str, HostArray]:
         """Returns all that the next update depends on besides the weights: moments, and the number of updates made."""

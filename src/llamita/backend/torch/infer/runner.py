@@ -93,7 +93,8 @@ class TorchRunner:
         if exact:
             self._running_adapters = {name: exact_adapter(adapter) for name, adapter in self._adapters.items()}
         read = [(name, parameter.nbytes) for name, parameter in model.named_parameters()]
-        read += [(name, each.kernel_bytes) for name, each in model.named_modules() if isinstance(each, QuantizedLinear)]
+        modules = model.named_modules()
+        read += [(name, module.kernel_bytes) for name, module in modules if isinstance(module, QuantizedLinear)]
         self.weight_bytes = bytes_read_per_token(self.config, read)
         """Bytes of weights that decoding one token reads."""
         self.kv_bytes_per_token = kv_bytes_per_token(self.config, weight.element_size())

@@ -32,14 +32,14 @@ class Columns:
     def __init__(self, params: Sequence[SamplingParams], device: torch.device | str = "cpu") -> None:
         names = ("temperature", "top_k", "top_p", "min_p")
         penalties = ("repetition_penalty", "frequency_penalty", "presence_penalty")
-        table = np.array([[getattr(each, name) for name in names + penalties] for each in params], dtype=np.float64)
+        table = np.array([[getattr(row, name) for name in names + penalties] for row in params], dtype=np.float64)
         columns = to_device(table, device).split(1, dim=1)
         self.temperature_R1, self.top_k_R1, self.top_p_R1, self.min_p_R1 = columns[:4]
         self.repetition_R1, self.frequency_R1, self.presence_R1 = columns[4:]
-        self.largest_k = max(each.top_k for each in params)
-        self.any_repetition = any(each.repetition_penalty != 1 for each in params)
-        self.any_output_penalty = any(each.frequency_penalty or each.presence_penalty for each in params)
-        self.any_top_p, self.any_min_p = any(each.top_p < 1 for each in params), any(each.min_p > 0 for each in params)
+        self.largest_k = max(row.top_k for row in params)
+        self.any_repetition = any(row.repetition_penalty != 1 for row in params)
+        self.any_output_penalty = any(row.frequency_penalty or row.presence_penalty for row in params)
+        self.any_top_p, self.any_min_p = any(row.top_p < 1 for row in params), any(row.min_p > 0 for row in params)
 
 
 class Sampler:
@@ -67,14 +67,14 @@ class Sampler:
         if not specs:
             return []
         order: list[int] = []
-        packed: list[Tensor] = []
+        blocks: list[Tensor] = []
         for steps, rows in self._blocks(specs):
             block_RV = logits_RV if rows == list(range(len(specs))) else logits_RV[self._index(rows)]
             counts = [counts_of[row] for row in rows] if steps.penalized else []
-            packed.append(self._sample_block(block_RV, steps, [specs[row] for row in rows], counts))
+            blocks.append(self._sample_block(block_RV, steps, [specs[row] for row in rows], counts))
             order += rows
-        width = max(block.shape[1] for block in packed)
-        results = torch.cat([torch.nn.functional.pad(block, (0, width - block.shape[1])) for block in packed])
+        width = max(block.shape[1] for block in blocks)
+        results = torch.cat([torch.nn.functional.pad(block, (0, width - block.shape[1])) for block in blocks])
         values_of = dict(zip(order, results.tolist(), strict=True))  # the one wait for the device
         return [sampled_token(values_of[row], spec.params.top_logprobs) for row, spec in enumerate(specs)]
 

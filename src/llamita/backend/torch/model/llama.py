@@ -230,8 +230,8 @@ class Llama(nn.Module):
                 if isinstance(child, Embedding):
                     setattr(parent, name, QuantizedEmbedding(child.weight.shape, operations))
                 elif isinstance(child, Linear) and name != "score":
-                    has_bias, its_bits = child.bias is not None, 8 if name == "lm_head" else bits
-                    setattr(parent, name, QuantizedLinear(child.weight.shape, has_bias, operations, its_bits))
+                    has_bias, child_bits = child.bias is not None, 8 if name == "lm_head" else bits
+                    setattr(parent, name, QuantizedLinear(child.weight.shape, has_bias, operations, child_bits))
 
     def _name_linear_maps(self) -> None:
         for name, module in self.named_modules():

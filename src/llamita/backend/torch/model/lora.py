@@ -129,16 +129,16 @@ def model_adapter(
         return nn.Parameter(value)
 
     changes = {}
-    for name, module in model.named_modules():
-        fused = [part.removesuffix(".weight") for part in canonical_names(f"{name}.weight")]
-        if not isinstance(module, Linear | QuantizedLinear) or not set(fused) & factors.keys():
+    for name, layer in model.named_modules():
+        modules = [part.removesuffix(".weight") for part in canonical_names(f"{name}.weight")]
+        if not isinstance(layer, Linear | QuantizedLinear) or not set(modules) & factors.keys():
             continue
         parts = [
-            Part(one, index, parameter(one + DOWN), parameter(one + UP), factors[one].scale)
-            for index, one in enumerate(fused)
-            if one in factors
+            Part(module, index, parameter(module + DOWN), parameter(module + UP), factors[module].scale)
+            for index, module in enumerate(modules)
+            if module in factors
         ]
-        changes[name] = Change(parts, tuple(maps[one][0] for one in fused))
+        changes[name] = Change(parts, tuple(maps[module][0] for module in modules))
     return ModelAdapter(changes)
 
 
@@ -155,9 +155,9 @@ def merge(model: Llama, adapter: Adapter, sign: float = 1.0) -> None:
         raise ValueError(f"the weights are {model.config.quantization} and take no sums; pass the adapter with them")
     assert not model.reordered, "what is added to reordered weights would be lost"
     state = model.canonical_state()
-    for module, one in adapter.factors.items():
+    for module, factors in adapter.factors.items():
         weight_CD = state[f"{module}.weight"]
-        weight_CD += (sign * product(adapter, module, one)).to(weight_CD)
+        weight_CD += (sign * product(adapter, module, factors)).to(weight_CD)
 
 
 def unmerge(model: Llama, adapter: Adapter) -> None:

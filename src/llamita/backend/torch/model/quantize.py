@@ -27,8 +27,8 @@ def quantize(weight_CD: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     ValueError where a weight is NaN or infinite. Rows are done a few megabytes at a time.
     """
     rows = max(1, QUANTIZED_AT_ONCE // max(1, weight_CD.shape[1]))
-    one = _quantize_int8 if bits == 8 else _quantize_int4
-    pieces = [one(piece_CD.float()) for piece_CD in weight_CD.split(rows)]
+    quantize_piece = _quantize_int8 if bits == 8 else _quantize_int4
+    pieces = [quantize_piece(piece_CD.float()) for piece_CD in weight_CD.split(rows)]
     if not all(torch.isfinite(scale).all() for _, scale in pieces):
         raise ValueError("holds NaN or infinite values; the weights are damaged")
     return torch.cat([values for values, _ in pieces]), torch.cat([scale for _, scale in pieces])

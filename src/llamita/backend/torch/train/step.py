@@ -56,8 +56,8 @@ class TorchTrainStep(TorchScorer):
         a classifier's head alone. What is not trained has neither gradients nor moments."""
         super().__init__(model, precision)
         trainable = trainable or (lambda name: adapter is None or name == CLASSIFIER)
-        trained = [each for each in model.fused_parameters() if all(map(trainable, each.parts))]
-        if any(not each.parameter.is_floating_point() for each in trained):
+        trained = [fused for fused in model.fused_parameters() if all(map(trainable, fused.parts))]
+        if any(not fused.parameter.is_floating_point() for fused in trained):
             raise ValueError(
                 f"the model is quantised ({model.config.quantization}) and cannot be trained; train an adapter over it "
                 "(lora), or train the model that it was made from, then quantise that"
@@ -69,14 +69,14 @@ class TorchTrainStep(TorchScorer):
         trained += self.adapter.fused_parameters() if self.adapter else []
         if not trained:
             raise ValueError("no parameter of the model is to be trained")
-        for each in trained:
-            each.parameter.requires_grad_(True)
+        for fused in trained:
+            fused.parameter.requires_grad_(True)
         self.optimizer = AdamW(trained, settings)
         self.objective = objective
         self.max_grad_norm = max_grad_norm
         self.seed = seed
         self.compiled = compile
-        self.parameters = [each.parameter for each in trained]
+        self.parameters = [fused.parameter for fused in trained]
         # Evaluation runs uncompiled: its batches have other shapes, and each would be compiled anew.
         self._hidden: Hidden = torch.compile(model.hidden, dynamic=False) if compile else model.hidden
 
@@ -178,8 +178,8 @@ class TorchTrainStep(TorchScorer):
         """Returns the trained parameters under canonical names."""
         return {
             part: view
-            for each in self.optimizer.parameters
-            for part, view in zip(each.parts, each.split(each.parameter.detach()), strict=True)
+            for fused in self.optimizer.parameters
+            for part, view in zip(fused.parts, fused.split(fused.parameter.detach()), strict=True)
         }
 
     def output(self, hidden: Hidden, training: bool = False) -> tuple[Hidden, OutputHead]:
