@@ -1,6 +1,8 @@
 """The part of sampling that both backends share: the steps that each row takes, and the meaning of a row's results.
 
 Knows no tensor; the steps themselves are in each backend's sampling.py.
+
+Letters beyond the usual: R rows, E entries (a row and an id), W words of 32 bits.
 """
 
 import math

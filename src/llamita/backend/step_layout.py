@@ -2,6 +2,8 @@
 and the positions that each chunk sees.
 
 Shared by the backends, in plain Python and numpy. Knows no tensor and no model.
+
+Letters beyond the usual: R rows of a step that logits are made of, M blocks of a table.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

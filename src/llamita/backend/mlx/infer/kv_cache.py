@@ -4,6 +4,8 @@
 what each chunk's queries attend to. Attention needs one verb of it, `attend`. Arrays of MLX do not change, but one
 that nobody else holds gives its memory to its successor: as long as a layer's array has no other name, an update
 writes the new positions alone. Knows nothing of models or requests.
+
+Letters beyond the usual: X slots to be emptied.
 """
 
 from collections.abc import Iterable, Sequence

@@ -6,6 +6,8 @@ they are the same on every device and in every backend; only the last two logari
 these are float64. Metal has none: there they are float32, taken from the nearer end of the interval so that they are
 as fine in both tails, and a draw is the CPU's unless its two best scores are within about a millionth of each other.
 Knows nothing of logits.
+
+Letters beyond the usual: R rows, C some ids of the vocabulary.
 """
 
 from collections.abc import Sequence

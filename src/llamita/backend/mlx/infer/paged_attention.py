@@ -2,6 +2,8 @@
 
 Two ways: a batch of single queries, and a chunk of one sequence. Each takes the queries (T, N, H) and a layer's whole
 memory (K, slots, H), of which it reads blocks that lie one after the other where they are, and gathers others.
+
+Letters beyond the usual: M blocks of a table, X positions of a block.
 """
 
 from collections.abc import Sequence
@@ -39,7 +41,7 @@ class Part(Protocol):
 def gather(memory: mx.array, blocks_BM: mx.array, block_size: int) -> mx.array:
     """Returns the contents of blocks of a memory (K, slots, H), those of a row one after the other: (B, K, S, H)."""
     K, _, H = memory.shape
-    x_KBMXH = memory.reshape(K, -1, block_size, H)[:, blocks_BM]  # X: positions of a block
+    x_KBMXH = memory.reshape(K, -1, block_size, H)[:, blocks_BM]
     return x_KBMXH.reshape(K, len(blocks_BM), -1, H).swapaxes(0, 1)
 
 

@@ -111,7 +111,7 @@ class Attention(nn.Module):
 
     def __call__(self, x_BTD: mx.array, context: Context) -> mx.array:
         N, K, H = self.N, self.K, self.H
-        heads_BTGH = self.qkv_proj(x_BTD, context.adapters).reshape(*x_BTD.shape[:2], N + 2 * K, H)  # G: all heads
+        heads_BTGH = self.qkv_proj(x_BTD, context.adapters).reshape(*x_BTD.shape[:2], N + 2 * K, H)
         rotated_BTGH = self.normed(heads_BTGH[..., : N + K, :])
         if self.rotation is not None:
             rotated_BTGH = self.rotate(rotated_BTGH, context.positions_BT, *context.rotations[self.rotation])

@@ -2,6 +2,8 @@
 
 The base's product is taken for all rows at once; then the rows of each adapter are changed, and no other row is
 touched. Knows nothing of requests: it is told the adapter of each row.
+
+Letters beyond the usual: R rows of a forward pass (in A and B: the rank), M rows of one adapter.
 """
 
 from collections.abc import Mapping, Sequence

@@ -2,6 +2,8 @@
 
 `PagedKVCache` is the memory; `PagedStep` is one step's use of it: where the new keys and values of all chunks go, and
 what each chunk's queries attend to. Attention needs one verb of it, `attend`. Knows nothing of models or requests.
+
+Letters beyond the usual: M blocks to be emptied.
 """
 
 import math

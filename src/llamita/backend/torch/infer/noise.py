@@ -3,6 +3,8 @@
 No generator is advanced: every number is a hash of its three coordinates, so a draw does not depend on the batch, the
 chunk, or what was drawn before. Whole-number operations alone make the bits, in wrapping 64-bit arithmetic, so that
 they are the same on every device; only the last two logarithms are a device's own. Knows nothing of logits.
+
+Letters beyond the usual: R rows, C some ids of the vocabulary.
 """
 
 from collections.abc import Sequence

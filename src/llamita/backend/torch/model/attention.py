@@ -101,7 +101,7 @@ def attention_by_products(
     N, T, H = query.shape[-3:]
     K, S = key.shape[-3:-1]
     leading, group = query.shape[:-3], N // K
-    rows_MRH = query.reshape(-1, group * T, H)  # M: leading dimensions and key heads; R: every query of a key head
+    rows_MRH = query.reshape(-1, group * T, H)
     key_MSH, value_MSH = key.reshape(-1, S, H), value.reshape(-1, S, H)
     bias = torch.zeros((), dtype=query.dtype, device=query.device)
     if mask is not None:
@@ -128,7 +128,7 @@ def attention_by_query_tiles(
     """
     N, T, H = query.shape[-3:]
     K, S = key.shape[-3:-1]
-    query_MGTH = query.reshape(-1, N // K, T, H)  # M: leading dimensions and key heads; G: the query heads of each
+    query_MGTH = query.reshape(-1, N // K, T, H)
     key_MSH, value_MSH = key.reshape(-1, S, H), value.reshape(-1, S, H)
     unused_bias = torch.zeros((), dtype=query.dtype)
     tile = max(1, min(QUERY_TILE, MAX_SCORES // (query.shape[:-2].numel() * S)))

@@ -112,7 +112,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         N, K, H = self.N, self.K, self.H
-        heads_BTGH = self.qkv_proj(x_BTD, context.adapters).unflatten(-1, (N + 2 * K, H))  # G: all heads
+        heads_BTGH = self.qkv_proj(x_BTD, context.adapters).unflatten(-1, (N + 2 * K, H))
         rotated_BTGH = self.normed(heads_BTGH[..., : N + K, :])
         if self.rotation is not None:
             rotated_BTGH = layers.apply_rope(rotated_BTGH, *context.rotations[self.rotation])
