@@ -4,6 +4,8 @@ The engine decides which tokens run and where their keys and values lie; here th
 into one row. A step is one graph, from the tokens to the draws, and is waited for once. `hidden_states` holds all that
 happens between tokens and the states that logits are made of. Deliberately knows nothing of requests, text, or when to
 stop.
+
+Letters beyond the usual: R rows of a step.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

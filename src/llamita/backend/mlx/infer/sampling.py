@@ -7,6 +7,8 @@ Metal, which has nothing wider; MLX's exponential is good to a millionth in eith
 other side of the border of top-p only where its mass is that near. The functions below `Sampler` take a column of
 parameters, one a row. All results come over in one piece, and nothing waits before them. Knows nothing of models or
 caches.
+
+Letters beyond the usual: R rows, E entries (a row and an id), W words of 32 bits, C the likeliest ids.
 """
 
 from collections.abc import Sequence

@@ -4,6 +4,8 @@ The counts are numpy's: where MLX is at home, host and device have one memory, s
 of it and no wait. Whatever the engine does with a sequence (it preempts it, takes drafted tokens back, continues it in
 several ways), they are those of the history that comes with a call: they are carried on only where that history
 continues the one counted last, and made anew otherwise. Knows nothing of penalties.
+
+Letters beyond the usual: R rows of a call.
 """
 
 from collections.abc import Hashable, Sequence
@@ -53,7 +55,7 @@ class TokenCounts:
         for row in sorted(range(len(specs)), key=lambda row: len(histories[row])):
             key: Hashable = sequence_ids[row]
             if key in known and not _carries_on(histories[row], specs[row].prompt_length, known[key]):
-                key = (sequence_ids[row], row)  # another continuation of the same number
+                key = (sequence_ids[row], row)  # another sequence of the same id
             if key not in known:
                 known[key] = self._count(self._known.get(key), histories[row], specs[row].prompt_length)
             rows[row] = CountedRow(known[key], histories[row][len(known[key].tokens) :])

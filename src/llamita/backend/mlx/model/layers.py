@@ -3,6 +3,8 @@
 Each is written twice: a plain form from array operations, to be read beside its paper, and the form that runs by
 default, on MLX's fused kernels where it has one. Tests hold the two equal. Knows nothing of the model that is built
 from them.
+
+Letters beyond the usual: E half a head size, R tokens as rows.
 """
 
 import math

@@ -4,6 +4,8 @@ The model fuses several linear maps into one matrix; an adapter has its own A an
 canonical name. `Change` is one adapter at one fused matrix, `ModelAdapter` all of them. The model does not hold it: it
 is an argument of each forward pass. What an adapter is stands in model/lora.py, its files in storage/peft_directory.py;
 several in one pass are infer/adapters.py.
+
+Letters beyond the usual: R the rank.
 """
 
 from collections.abc import Callable, Iterator, Mapping

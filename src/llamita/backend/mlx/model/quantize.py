@@ -5,6 +5,8 @@ for 32 numbers along the input, values from -8 to 7, stored as value + 8, two to
 half. Scales are bfloat16; values are rounded with the scale as it is stored. MLX's form is scale * q + bias with q from
 0, packed into words of 32 bits from the lowest; `pack` gets from one to the other without rounding anything, since the
 bias is -8 or -128 times the scale. Knows nothing of models, names or files.
+
+Letters beyond the usual: G groups that share a scale, X numbers of a group, or bytes of a row.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,8 @@
 """Losses of a language model, as sums in nats; the caller divides by what it counts.
 
 Knows nothing of optimisers, batches or files.
+
+Letters beyond the usual: M positions of a batch, R positions of a chunk.
 """
 
 from typing import Any

@@ -3,6 +3,8 @@
 A small model's step is hundreds of kernels of a few microseconds each, which the host cannot start as fast as a GPU
 does them; a graph starts them all at once. It reads its numbers from memory that stays where it is: `TableStep` is such
 a step, of a fixed count of rows, and `DecodeGraphs` has one of each size. Knows nothing of requests or sampling.
+
+Letters beyond the usual: R rows of a step, G groups of layers, M blocks of a table.
 """
 
 import threading

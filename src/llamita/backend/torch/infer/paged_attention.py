@@ -3,6 +3,9 @@
 Four ways: a batch of single queries, the same by kernels that follow the tables of blocks, a chunk of one sequence,
 and the exact one, whose result for a query does not depend on what else is computed with it. Each takes the queries
 (T, N, H) and a layer's whole memory (slots, K, H).
+
+Letters beyond the usual: M blocks of a table, G query heads of a key head, R all queries of a key head, U keys of a
+tile.
 """
 
 import math

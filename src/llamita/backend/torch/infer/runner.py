@@ -3,6 +3,8 @@
 The engine decides which tokens run and where their keys and values lie; here they are run, all chunks of a step laid
 into one row. `hidden_states` holds all that happens between tokens and the states that logits are made of: it is the
 unit to compile or to replace by faster kernels. Deliberately knows nothing of requests, text, or when to stop.
+
+Letters beyond the usual: R rows of a step.
 """
 
 import warnings

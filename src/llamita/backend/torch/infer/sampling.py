@@ -5,6 +5,8 @@ temperature; top-k; top-p; min-p; and a draw by the Gumbel-max trick. Each is sw
 a temperature alone samples exactly from `softmax(logits / temperature)`. What is kept is decided in float64, so that it
 does not depend on rounding. The functions below `Sampler` take a column of parameters, one a row. On a device nothing
 waits for the host before the results, which come over in one piece. Knows nothing of models or caches.
+
+Letters beyond the usual: R rows, E entries (a row and an id), W words of 32 bits, C some ids, K the largest scores.
 """
 
 from collections.abc import Iterator, Sequence

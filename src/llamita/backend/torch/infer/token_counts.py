@@ -3,6 +3,8 @@
 Whatever the engine does with a sequence (it preempts it, takes drafted tokens back, continues it in several ways), the
 counts are those of the history that comes with a call: they are carried on only where that history continues the one
 counted last, and made anew otherwise. Knows nothing of penalties.
+
+Letters beyond the usual: R rows of a call, S rows of the table.
 """
 
 from collections.abc import Hashable, Sequence

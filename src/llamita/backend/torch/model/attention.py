@@ -1,6 +1,8 @@
 """Scaled dot-product attention with grouped heads, and the masks it takes.
 
 Knows nothing of projections, positions or caches: queries, keys and values come ready.
+
+Letters beyond the usual: M leading dimensions and key heads, G query heads of a key head, R all queries of a key head.
 """
 
 import math

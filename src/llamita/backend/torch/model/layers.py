@@ -2,6 +2,8 @@
 
 Each is written twice: a plain form from array operations, to be read beside its paper, and the fused form that runs by
 default. Tests hold the two equal. Knows nothing of the model that is built from them.
+
+Letters beyond the usual: E half a head size.
 """
 
 import math

@@ -6,6 +6,9 @@ which one of them wants its weights. Knows nothing of models, names or files.
 int8: a scale a row, weight = scale * value, values from -127 to 127. int4: a scale for 32 numbers along the input,
 values from -8 to 7, stored as value + 8, two to a byte, the earlier input in the low half. Scales are bfloat16, as the
 kernels take them; values are rounded with the scale as it is stored, so that it costs no further error.
+
+Letters beyond the usual: M rows of activations, G groups that share a scale, X numbers of a group, P pairs of rows in a
+block, B blocks there.
 """
 
 import functools

@@ -3,6 +3,8 @@
 Weight and scales have their names in a checkpoint, are not trained, and keep their types whatever that of the model is;
 what goes in has a gradient, so that an adapter can be trained over them.
 Knows nothing of how numbers are rounded or multiplied: `quantize.py` does.
+
+Letters beyond the usual: M rows of activations.
 """
 
 from typing import Any

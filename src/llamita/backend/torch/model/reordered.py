@@ -3,6 +3,8 @@
 Large ones lie in oneDNN's own order, which PyTorch calls prepacked: a plain weight is reordered anew at each product,
 which for few rows takes longer than the product itself. Small ones in bfloat16 lie column by column, for a kernel that
 costs less to call. Knows nothing of runners.
+
+Letters beyond the usual: R rows, X numbers laid end to end.
 """
 
 import functools

@@ -1,6 +1,8 @@
 """Values of a model: built from host arrays or freshly initialised, and given back as host arrays.
 
 The only place where canonical names and fused parameters meet; knows nothing of files.
+
+Letters beyond the usual: X numbers laid end to end.
 """
 
 import warnings

@@ -1,6 +1,8 @@
 """Losses of a language model, as sums in nats; the caller divides by what it counts.
 
 Knows nothing of optimisers, batches or files.
+
+Letters beyond the usual: M positions of a batch laid end to end, or the scored ones.
 """
 
 from typing import Any

@@ -1,6 +1,8 @@
 """The objectives of training as functions of a model's hidden states: each a loss summed over the targets of a batch.
 
 The meaning of each, and the contents that its batch must have, stand in backend/objectives.py. Knows no optimiser.
+
+Letters beyond the usual: M scored positions; for distillation S the scored positions of a row.
 """
 
 from collections.abc import Callable, Mapping

@@ -3,6 +3,8 @@
 Nothing is gathered: each program follows a sequence's table of blocks. The keys of a sequence are divided into parts,
 so that few sequences still fill a GPU (as in flash decoding, Dao et al. 2023), and a second kernel joins the parts.
 Needs Triton, and a GPU or its interpreter (TRITON_INTERPRET=1).
+
+Letters beyond the usual: M blocks of a table, P parts, R query heads of a key head, filled up.
 """
 
 import contextlib
