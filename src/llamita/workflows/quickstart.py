@@ -39,7 +39,7 @@ SAMPLED_AT_ONCE = 100
 
 @dataclass(frozen=True)
 class Size:
-    """How much there is to learn, and how large a model learns it for how long."""
+    """The amount to learn, and the size of the model that learns it for so many updates."""
 
     steps: int
     stories: int
@@ -65,7 +65,7 @@ SIZES = {
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartConfig:
-    """What `llamita quickstart` takes."""
+    """The options of `llamita quickstart`."""
 
     output: Path = Path("runs/quickstart")
     """Directory for all of it: tokenizer, data, the training run, the report. An unfinished one is gone on with."""
@@ -98,7 +98,7 @@ class QuickstartConfig:
 
 @dataclass(frozen=True)
 class Report:
-    """What the trained model was found to be; written as report.json. Losses are over whole validation stories."""
+    """The scores of the trained model; written as report.json. Losses are over whole validation stories."""
 
     parameters: int
     validation_stories: int

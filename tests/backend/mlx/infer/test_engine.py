@@ -21,11 +21,7 @@ from llamita.backend.mlx.model.weights import build_model, quantize_arrays, to_h
 from llamita.backend.sampling_params import SamplingParams  # noqa: E402
 from llamita.backend.torch.infer.runner import runner_over as over_torch  # noqa: E402
 from llamita.inference.config import EngineConfig  # noqa: E402
-from llamita.inference.drafting import (  # noqa: E402
-    Drafter,
-    DraftModel,
-    PromptLookup,
-)
+from llamita.inference.drafting import Drafter, DraftModel, PromptLookup  # noqa: E402
 from llamita.inference.engine import Engine  # noqa: E402
 from llamita.inference.llm import LLM  # noqa: E402
 from llamita.inference.request import Request, TokenEvent  # noqa: E402

@@ -16,12 +16,7 @@ from llamita.backend.mlx.model.llama import Llama
 from llamita.backend.mlx.model.quantized import QuantizedLinear
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
-from llamita.model.parameters import (
-    InitializationName,
-    check_arrays,
-    initialize_parameters,
-    stored_arrays,
-)
+from llamita.model.parameters import InitializationName, check_arrays, initialize_parameters, stored_arrays
 
 
 def build_model(

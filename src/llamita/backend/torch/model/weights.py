@@ -19,12 +19,7 @@ from llamita.backend.torch.model.quantized import QuantizedLinear
 from llamita.model import host_array
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
-from llamita.model.parameters import (
-    InitializationName,
-    check_arrays,
-    initialize_parameters,
-    stored_arrays,
-)
+from llamita.model.parameters import InitializationName, check_arrays, initialize_parameters, stored_arrays
 
 COPIED_AT_ONCE = 2**20  # numbers
 
