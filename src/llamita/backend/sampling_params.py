@@ -111,12 +111,12 @@ class SamplingParams:
 
     @property
     def is_constrained(self) -> bool:
-        """Whether a grammar says which tokens may come."""
+        """True where a grammar restricts the tokens."""
         return bool(self.json_schema or self.regex or self.choices)
 
     @property
     def reads_history(self) -> bool:
-        """Whether the tokens so far change the logits."""
+        """True where the tokens so far change the logits."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 

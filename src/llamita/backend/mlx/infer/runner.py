@@ -115,7 +115,7 @@ class MlxRunner:
             wanted = list(range(len(names))) if len(set(names)) > 1 else rows_wanted(layout.chunks)
             adapters = adapters_of_rows(self._adapters, names)
             hidden_RD = hidden_states(self.model, tokens_1T, memory.cache.step(layout.chunks), wanted, adapters)
-            # What the memory has become is part of the step: left to a later one, graphs and memory would pile up.
+            # The changed memory is part of the step: left to a later one, graphs and memory would pile up.
             mx.async_eval(memory.cache.keys, memory.cache.values)
             states = States(hidden_RD, {row: place for place, row in enumerate(wanted)}, names)
             sampled = self._sample(layout.chunks, states, memory.sampler)

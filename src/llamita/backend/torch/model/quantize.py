@@ -109,7 +109,7 @@ def scales_and_zeros(scale_CG: Tensor) -> Tensor:
 
 
 def to_blocks(values: Tensor) -> Tensor:
-    """Stored int4 values (C, D/2) in the order of the CPU's kernel; the same bytes in number."""
+    """Puts stored int4 values (C, D/2) into the order of the CPU's kernel; the number of bytes stays."""
     unpacked_CD = torch.stack((values & 15, values >> 4), dim=-1).flatten(1)
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpacked_CD.int(), 1)
 

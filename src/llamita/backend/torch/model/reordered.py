@@ -92,7 +92,7 @@ class ReorderedEmbedding(Embedding):
         self._forget()
 
     def _forget(self) -> None:
-        """Lets go of the file's pages: a system reads more than was asked for, in the end all of it."""
+        """Lets go of the file's pages: a system reads ahead, and would end with all of it in memory."""
         if self.array is not None:
             self.array.forget(0, len(self.array.data))
 
@@ -109,7 +109,7 @@ class ReorderedEmbedding(Embedding):
 def build_reordered(
     config: ModelConfig, arrays: Mapping[str, HostArray], *, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Llama:
-    """Builds a model to be used alone, as `weights.build_model` does: linear maps lie as their kernels read them.
+    """Builds a model for inference, as `weights.build_model` does: linear maps lie as their kernels read them.
 
     Where there are no kernels for that, it is an ordinary one. Each weight is reordered as it is read, so that memory
     holds one plain weight at a time. An embedding that is the output head too, in a mapped file with numbers of this
