@@ -60,8 +60,8 @@ class Torch(Framework):
     def adamw(self, values: np.ndarray, decays: bool, settings: Any) -> Any:
         """(an optimiser of one parameter, a function that steps it with a gradient, one that reads the parameter)"""
         parameter = torch.nn.Parameter(self.array(values))
-        packed = self.fused.PackedParameter("w", parameter, ("w",), (len(values),), decays)
-        optimizer = self.__getattr__("adamw").AdamW([packed], settings)
+        fused = self.fused.FusedParameter("w", parameter, ("w",), (len(values),), decays)
+        optimizer = self.__getattr__("adamw").AdamW([fused], settings)
 
         def step(gradient: np.ndarray, rate: float) -> None:
             parameter.grad = self.array(gradient)
@@ -91,8 +91,8 @@ class Mlx(Framework):
 
     def adamw(self, values: np.ndarray, decays: bool, settings: Any) -> Any:
         owner = {"w": self.array(values)}
-        packed = self.fused.PackedParameter("w", owner, "w", ("w",), (len(values),), decays)
-        optimizer = self.__getattr__("adamw").AdamW([packed], settings)
+        fused = self.fused.FusedParameter("w", owner, "w", ("w",), (len(values),), decays)
+        optimizer = self.__getattr__("adamw").AdamW([fused], settings)
         return lambda gradient, rate: optimizer.step([self.array(gradient)], rate), lambda: self.numbers(owner["w"])
 
 

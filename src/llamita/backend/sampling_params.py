@@ -1,4 +1,4 @@
-"""How one request picks its tokens and when it ends. Knows no tensor and no tokenizer."""
+"""The choices of one request: the way its tokens are picked, and its end. Knows no tensor and no tokenizer."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ MAX_TOP_LOGPROBS = 100
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request picks its tokens and when it ends.
+    """The choices of one request: the way its tokens are picked, and its end.
 
     The defaults are plain sampling from the model's own distribution, `softmax(logits)`, with nothing else switched
     on, for at most 256 tokens. Raises ValueError naming the field, its value and what is allowed.
@@ -40,7 +40,7 @@ class SamplingParams:
     seed: int | None = None
     """The same seed gives the same text; without one it is drawn, and reported with the statistics."""
     n: int = 1
-    """How many continuations of the prompt to draw; the i-th has the seed `seed + i`."""
+    """The number of continuations of the prompt to draw; the i-th has the seed `seed + i`."""
     max_tokens: int = 256
     """Most tokens to generate."""
     min_tokens: int = 0
@@ -112,17 +112,17 @@ class SamplingParams:
 
     @property
     def is_constrained(self) -> bool:
-        """Whether a grammar says which tokens may come."""
+        """True where a grammar restricts the tokens."""
         return bool(self.json_schema or self.regex or self.choices)
 
     @property
     def reads_history(self) -> bool:
-        """Whether the tokens so far change the logits."""
+        """True where the tokens so far change the logits."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 def _from_json(name: str, value: Any) -> Any:
-    """A value of JSON in the type that the field has for it, as far as its form is that of one."""
+    """Converts a value of JSON to the type of the field, where its form allows that."""
     if name in ("stop", "choices"):
         texts = value if isinstance(value, list) else [value]
         if not all(isinstance(text, str) and text for text in texts):

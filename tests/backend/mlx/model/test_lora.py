@@ -54,11 +54,11 @@ def numpys(arrays):
 
 def gradients_of(step, data):
     """The loss of a step, and the gradients that its optimiser was given."""
-    found, packed = {}, step.optimizer.packed
+    found, fused = {}, step.optimizer.parameters
 
     def keep(gradients, *_):
-        values = [each.parameter.grad.numpy() for each in packed] if isinstance(gradients, float) else gradients
-        found.update((each.name, np.array(value)) for each, value in zip(packed, values, strict=True))
+        values = [each.parameter.grad.numpy() for each in fused] if isinstance(gradients, float) else gradients
+        found.update((each.name, np.array(value)) for each, value in zip(fused, values, strict=True))
 
     step.optimizer.step = keep
     return step.step([data], 0.0).loss, found
@@ -260,7 +260,7 @@ def test_weights_that_do_not_fit_are_refused():
     weights = step.weights()
     name = "model.layers.0.self_attn.q_proj.lora_A.weight"
     with pytest.raises(ValueError, match=f"the weights lack {name}"):
-        copy_host_arrays(step.optimizer.packed, {key: value for key, value in weights.items() if key != name})
+        copy_host_arrays(step.optimizer.parameters, {key: value for key, value in weights.items() if key != name})
     damaged = weights | {name: dataclasses.replace(weights[name], data=memoryview(b"\xff" * len(weights[name].data)))}
     with pytest.raises(ValueError, match="NaN or infinite"):
         step.load_state(damaged, step.state())

@@ -54,11 +54,11 @@ def forward(model, tokens_BT, **more) -> dict[str, np.ndarray]:
 
 
 def mlx_loss_and_gradients(model, tokens_BT, labels_BT, segments_BT=None):
-    packed = list(model.packed_parameters())
-    own = [item.parameter for item in packed]
+    fused = list(model.fused_parameters())
+    own = [item.parameter for item in fused]
 
     def loss(parameters):
-        for item, values in zip(packed, parameters, strict=True):
+        for item, values in zip(fused, parameters, strict=True):
             item.replace(values)
         hidden_BTD = model.hidden(tokens_BT, segments_BT=segments_BT)
         return chunked_cross_entropy(hidden_BTD, model.head, labels_BT, chunk_size=13)
@@ -66,10 +66,10 @@ def mlx_loss_and_gradients(model, tokens_BT, labels_BT, segments_BT=None):
     tokens_BT, labels_BT = mx.array(tokens_BT), mx.array(labels_BT)
     segments_BT = None if segments_BT is None else mx.array(segments_BT)
     nats, gradients = mx.value_and_grad(loss)(own)
-    for item, values in zip(packed, own, strict=True):
+    for item, values in zip(fused, own, strict=True):
         item.replace(values)
     parts = [
-        zip(item.parts, item.split(gradient), strict=True) for item, gradient in zip(packed, gradients, strict=True)
+        zip(item.parts, item.split(gradient), strict=True) for item, gradient in zip(fused, gradients, strict=True)
     ]
     return nats.item(), {name: np.array(gradient) for pairs in parts for name, gradient in pairs}
 
@@ -80,7 +80,7 @@ def torch_loss_and_gradients(config, arrays, tokens_BT, labels_BT, segments_BT=N
     logits_BTV = model(torch.from_numpy(tokens_BT), segments_BT=segments_BT).logits_BTV
     nats = torch_losses.cross_entropy(logits_BTV, torch.from_numpy(labels_BT))
     nats.backward()
-    pairs = [zip(item.parts, item.split(item.parameter.grad), strict=True) for item in model.packed_parameters()]
+    pairs = [zip(item.parts, item.split(item.parameter.grad), strict=True) for item in model.fused_parameters()]
     return nats.item(), {name: gradient.numpy() for group in pairs for name, gradient in group}
 
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from llamita.backend.mlx.model import weights
-from llamita.backend.mlx.model.fused import PackedParameter
+from llamita.backend.mlx.model.fused import FusedParameter
 from llamita.backend.mlx.train.adamw import AdamW, AdamWSettings, adamw_update, clipping_scale, global_norm
 from llamita.backend.mlx.train.step import MlxTrainStep
 from llamita.backend.torch.model import weights as torch_weights
@@ -20,13 +20,13 @@ from tests.backend.torch.model.test_model import small
 from tests.backend.torch.train import test_adamw as twin
 
 
-def packed():
+def fused():
     """The parameters of the PyTorch test, of which the first holds two canonical ones."""
     owner, items = nn.Module(), []
-    for theirs in twin.packed(twin.parameters()):
+    for theirs in twin.fused(twin.parameters()):
         owner[theirs.name] = mx.array(theirs.parameter.detach().numpy())
         items.append(
-            PackedParameter(theirs.name, owner, theirs.name, *(theirs.parts, theirs.sizes, theirs.weight_decay))
+            FusedParameter(theirs.name, owner, theirs.name, *(theirs.parts, theirs.sizes, theirs.weight_decay))
         )
     return items
 
@@ -36,7 +36,7 @@ def gradients(step):
 
 
 def run(settings, steps, scale=1.0):
-    items = packed()
+    items = fused()
     optimizer = AdamW(items, settings)
     for t in range(1, steps + 1):
         optimizer.step(gradients(t), twin.rates(t), scale)
@@ -79,7 +79,7 @@ def test_a_model_follows_pytorch_over_100_steps(form):
 def test_fast_step_equals_the_plain_form(form, scale):
     settings = AdamWSettings(weight_decay=0.3, bias_correction=form)
     fast, _ = run(settings, 20, scale)
-    for i, item in enumerate(packed()):
+    for i, item in enumerate(fused()):
         parameter, m, v = item.parameter, mx.zeros_like(item.parameter), mx.zeros_like(item.parameter)
         for t in range(1, 21):
             g = gradients(t)[i] * scale
@@ -88,7 +88,7 @@ def test_fast_step_equals_the_plain_form(form, scale):
 
 
 def test_decay_alone_shrinks_only_the_flagged_rows():
-    items = packed()
+    items = fused()
     before = [item.parameter for item in items]
     AdamW(items, AdamWSettings(weight_decay=0.5)).step([mx.zeros_like(p) for p in before], 0.1)
     for item, old in zip(items, before, strict=True):
@@ -116,7 +116,7 @@ def test_state_has_canonical_names_continues_bit_for_bit_and_is_pytorch_s():
     for name, array in their_state.items():
         assert (array.dtype, array.shape) == (state[name].dtype, state[name].shape)
         np.testing.assert_allclose(state[name].to_numpy(), array.to_numpy(), rtol=1e-4, atol=1e-7)
-    other_way = torch_adamw.AdamW(twin.packed(params), settings)
+    other_way = torch_adamw.AdamW(twin.fused(params), settings)
     other_way.load_state(state)
     assert all(bytes(other_way.state()[name].data) == bytes(array.data) for name, array in state.items())
     second.load_state(their_state)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llamita.backend.torch.model.fused import PackedParameter
+from llamita.backend.torch.model.fused import FusedParameter
 from llamita.backend.torch.train import adamw
 from llamita.backend.torch.train.adamw import AdamW, AdamWSettings, adamw_update, clipping_scale, global_norm
 
@@ -14,14 +14,14 @@ SHAPES = [(40, 16), (7,), (64, 3), (1,)]
 DECAYS = [True, False, True, False]
 
 
-def packed(parameters, decays=DECAYS):
+def fused(parameters, decays=DECAYS):
     """Parameters as a model hands them out; the first holds two canonical tensors."""
     items = []
     for i, (parameter, decay) in enumerate(zip(parameters, decays, strict=True)):
         parts, sizes = (f"w{i}",), (parameter.shape[0],)
         if i == 0:
             parts, sizes = ("w0.q", "w0.k"), (24, 16)
-        items.append(PackedParameter(f"p{i}", parameter, parts, sizes, decay))
+        items.append(FusedParameter(f"p{i}", parameter, parts, sizes, decay))
     return items
 
 
@@ -70,7 +70,7 @@ def numpy_reference(settings, steps):
 
 def run(settings, steps, dtype=torch.float32):
     params = parameters(dtype)
-    optimizer = AdamW(packed(params), settings)
+    optimizer = AdamW(fused(params), settings)
     for t in range(1, steps + 1):
         for p, g in zip(params, gradients(t, dtype), strict=True):
             p.grad = g
@@ -125,7 +125,7 @@ def test_fast_step_equals_the_plain_form(form, scale, monkeypatch):
     monkeypatch.setattr(adamw, "BUCKET_NUMBERS", 100)
     settings = AdamWSettings(weight_decay=0.3, bias_correction=form)
     fast, plain = parameters(torch.float64), parameters(torch.float64)
-    optimizer = AdamW(packed(fast), settings)
+    optimizer = AdamW(fused(fast), settings)
     m, v = [torch.zeros_like(p) for p in plain], [torch.zeros_like(p) for p in plain]
     for t in range(1, 51):
         for i, g in enumerate(gradients(t, torch.float64)):
@@ -139,7 +139,7 @@ def test_fast_step_equals_the_plain_form(form, scale, monkeypatch):
 
 def test_decay_alone_shrinks_only_the_flagged_rows():
     params = [torch.nn.Parameter(torch.ones(40, 2)), torch.nn.Parameter(torch.ones(3))]
-    optimizer = AdamW(packed(params, [True, False]), AdamWSettings(weight_decay=0.5))
+    optimizer = AdamW(fused(params, [True, False]), AdamWSettings(weight_decay=0.5))
     for p in params:
         p.grad = torch.zeros_like(p)
     optimizer.step(0.1)
@@ -151,7 +151,7 @@ def test_state_has_canonical_names_and_continues_bit_for_bit():
     settings = AdamWSettings()
     straight, _ = run(settings, 40)
     params = parameters()
-    first = AdamW(packed(params), settings)
+    first = AdamW(fused(params), settings)
     for t in range(1, 21):
         for p, g in zip(params, gradients(t), strict=True):
             p.grad = g
@@ -160,7 +160,7 @@ def test_state_has_canonical_names_and_continues_bit_for_bit():
     assert set(state) == {"t"} | {f"{k}.{n}" for k in "mv" for n in ("w0.q", "w0.k", "w1", "w2", "w3")}
     assert state["m.w0.k"].shape == (16, 16)
     resumed = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    second = AdamW(packed(resumed), settings)
+    second = AdamW(fused(resumed), settings)
     second.load_state(state)
     for t in range(21, 41):
         for p, g in zip(resumed, gradients(t), strict=True):

@@ -57,8 +57,8 @@ def ours(step, micro_batches):
     found = {}
 
     def keep(rate, scale):
-        for packed in step.model.packed_parameters():
-            found.update(zip(packed.parts, packed.split(packed.parameter.grad.clone()), strict=True))
+        for fused in step.model.fused_parameters():
+            found.update(zip(fused.parts, fused.split(fused.parameter.grad.clone()), strict=True))
 
     step.optimizer.step = keep
     result = step.step(micro_batches, 1e-3)

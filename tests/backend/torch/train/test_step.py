@@ -97,7 +97,7 @@ def test_loss_is_nats_per_target_and_matches_the_plain_loss():
 def test_an_update_follows_torch_optim():
     """Autograd's gradient of the mean loss, clipped by torch, stepped by torch.optim.AdamW."""
     step, other = make(max_grad_norm=0.1), make()
-    table = list(other.model.packed_parameters())
+    table = list(other.model.fused_parameters())
     groups = [
         {"params": [p.parameter for p in table if p.weight_decay is flag], "weight_decay": 0.1 * flag}
         for flag in (True, False)
