@@ -22,8 +22,8 @@ from llamita.backend.torch.train.adamw import AdamWSettings
 from llamita.model.config import ModelConfig
 from llamita.model.parameters import parameter_table
 from llamita.model.quantization import SCALE
-from tests.course.frameworks import PRECISIONS, Mlx, Torch, host
-from tests.course.tolerances import BLOCK, OPERATION, assert_close
+from tests.backend.frameworks import PRECISIONS, Mlx, Torch, host
+from tests.backend.tolerances import BLOCK, OPERATION, assert_close
 
 HAS_MLX = importlib.util.find_spec("mlx") is not None
 MODELS = [  # width 32: multi-head, grouped-query, multi-query; heads of 8 and of 16; tied and not

@@ -12,7 +12,7 @@ from llamita.backend.mlx.infer.kv_cache import PagedKVCache  # noqa: E402
 from llamita.backend.mlx.model.llama import Llama  # noqa: E402
 from llamita.backend.mlx.model.weights import build_model  # noqa: E402
 from llamita.model.config import ModelConfig  # noqa: E402
-from tests.backend.torch.infer.paged import even_cuts, shuffled_tables, without_unseen  # noqa: E402
+from tests.backend.paged import even_cuts, shuffled_tables, without_unseen  # noqa: E402
 
 CONFIG = ModelConfig(
     vocab_size=60,

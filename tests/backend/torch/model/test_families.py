@@ -17,7 +17,7 @@ from llamita.backend.torch.model.llama import Llama
 from llamita.inference.llm import LLM
 from llamita.storage import files, model_directory
 from tests import reference
-from tests.backend.torch.infer.paged import even_cuts, paged_logits
+from tests.backend.paged import even_cuts, paged_logits
 
 transformers = pytest.importorskip("transformers")
 

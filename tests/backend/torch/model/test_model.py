@@ -13,7 +13,7 @@ from llamita.model.presets import PRESETS, preset
 from llamita.model.rope import RopeScaling
 from llamita.storage import files, model_directory
 from tests import reference
-from tests.backend.torch.infer.paged import even_cuts, paged_logits
+from tests.backend.paged import even_cuts, paged_logits
 
 KINDS = {"multi-head": 4, "grouped-query": 2, "multi-query": 1}
 
