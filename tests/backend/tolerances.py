@@ -1,14 +1,30 @@
 """How far a result may be from the exact one: the one place that maps a precision to its tolerance.
 
-A tolerance is a share of the largest magnitude of the expected result. Neighbouring numbers of a precision are apart by
-2^-23 (fp32), 2^-10 (fp16) or 2^-7 (bf16) of their size; rounding once is off by half of that, and an operation of
-several steps rounds in between. So OPERATION is a few such distances. BLOCK is for some twenty operations in a row.
+Neighbouring numbers of a precision are apart by 2^-23 (fp32), 2^-10 (fp16) or 2^-7 (bf16) of their size; rounding once
+is off by half of that, and an operation of several steps rounds in between. Most tolerances are a share of the largest
+magnitude of the expected result: OPERATION is a few such distances, BLOCK is for some twenty operations in a row, MODEL
+for a whole small model. ELEMENT is held by each element for itself.
 """
 
 import numpy as np
 
 OPERATION = {"fp32": 2e-6, "fp16": 3e-3, "bf16": 2e-2}
 BLOCK = {"fp32": 5e-6, "fp16": 6e-3, "bf16": 4e-2}
+MODEL = {"fp32": 1e-5, "bf16": 5e-2}
+ELEMENT = {"fp32": 1e-5, "bf16": 2e-2}
+"""Of an element's own magnitude, and as much in addition."""
+
+
+def assert_each_close(found: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+    """Fails where an element differs by more than `tolerance` of itself and of one."""
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, as a share of the largest magnitude."""
+    found, expected = (np.asarray(each, dtype=np.float64) for each in (found, expected))
+    assert found.shape == expected.shape
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
