@@ -25,11 +25,12 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.runner import DTYPES, TorchRunner, load_runner
 from llamita.backend.torch.model.weights import build_model, to_host_arrays
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
-from llamita.inference.request import Request, SamplingParams
+from llamita.inference.request import Request
 from llamita.model.presets import preset
 from llamita.storage import files, model_directory
 

@@ -52,7 +52,7 @@ def products(name: str, config: ModelConfig, dtype: torch.dtype, passes: int) ->
     """Every product of a step of so many tokens; the output head's for at most 16 of them."""
     model = build_model(config, dtype=dtype)
     plain = [module.weight for module in model.modules() if isinstance(module, Linear)]
-    plain = [weight for weight in plain if weight is not model.output_weight_VD] + [model.output_weight_VD]
+    plain = [weight for weight in plain if weight is not model.head.weight_VD] + [model.head.weight_VD]
     packed = [reordered.prepack(weight) for weight in plain]
     inputs = {weight.shape[1]: torch.randn(ROWS[-1], weight.shape[1], dtype=dtype) for weight in plain}
     data, square = torch.ones(READ_BYTES // 4), torch.randn(SQUARE, SQUARE, dtype=dtype)

@@ -18,11 +18,11 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.runner import runner_over
 from llamita.backend.torch.model import quantize
 from llamita.backend.torch.model.weights import build_model, quantize_arrays, to_host_arrays
 from llamita.inference.llm import LLM
-from llamita.inference.request import SamplingParams
 from llamita.model.presets import preset
 
 SCHEMES = ("bfloat16", "int8", "int4")

@@ -19,11 +19,12 @@ import psutil
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.runner import TorchRunner
 from llamita.backend.torch.model.weights import build_model
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
-from llamita.inference.request import Request, SamplingParams
+from llamita.inference.request import Request
 from llamita.model.presets import preset
 
 POINTS = 40

@@ -27,9 +27,18 @@ def rope(x, positions, frequencies, scale=1.0):
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
-def rope_frequencies(config):
-    """Radians per position of each pair and the factor on rotated vectors, pair by pair from the papers."""
+def gelu(x):
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def rope_frequencies(config, local=False):
+    """Radians per position of each pair and the factor on rotated vectors, pair by pair from the papers.
+
+    `local` layers, which have a sliding window, may turn by a base of their own, unscaled.
+    """
     H, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
+    if local and config.rope_local_base_freq:
+        theta, scaling = config.rope_local_base_freq, None
     frequencies, scale = [], 1.0
     for i in range(H // 2):
         frequency = theta ** (-2 * i / H)
@@ -61,9 +70,13 @@ def rope_frequencies(config):
     return frequencies, scale
 
 
-def attention(q, k, v, allowed):
+def soft_cap(x, cap):
+    return cap * np.tanh(x / cap) if cap else x
+
+
+def attention(q, k, v, allowed, scale=None, cap=0.0):
     """One head: q (T, H), k and v (S, H), allowed (T, S) of booleans."""
-    scores = q @ k.T / np.sqrt(q.shape[-1])
+    scores = soft_cap(q @ k.T * (1 / np.sqrt(q.shape[-1]) if scale is None else scale), cap)
     return softmax(np.where(allowed, scores, -np.inf)) @ v
 
 
@@ -80,7 +93,6 @@ def forward(config, weights, tokens, segments=None):
     allowed = (positions[None, :] <= positions[:, None]) & (segments[None, :] == segments[:, None])
     group = config.num_attention_heads // config.num_key_value_heads
     H = config.head_dim
-    frequencies, rope_scale = rope_frequencies(config)
 
     def linear(x, name):
         return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
@@ -88,32 +100,52 @@ def forward(config, weights, tokens, segments=None):
     def head(x, i):
         return x[:, i * H : (i + 1) * H]
 
-    x = weights["model.embed_tokens.weight"][tokens]
+    def norm(x, name):
+        """x through the norm of that name; as it is where the model has none there."""
+        if f"{name}.weight" not in weights:
+            return x
+        return rms_norm(x, weights[f"{name}.weight"] + config.unit_offset_norm, config.rms_norm_eps)
+
+    x = weights["model.embed_tokens.weight"][tokens] * config.embedding_multiplier
     streams = {"embedding": x}
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
-        y = rms_norm(x, weights[f"{prefix}.input_layernorm.weight"], config.rms_norm_eps)
+        window = config.window(layer)
+        seen = allowed & (positions[:, None] - positions[None, :] < window) if window else allowed
+        after = config.norm_placement == "after"
+        y = norm(x, f"{prefix}.input_layernorm")
         q, k, v = (linear(y, f"{prefix}.self_attn.{n}_proj") for n in "qkv")
-        seen = allowed
-        if config.sliding_window and layer >= config.full_attention_layers:
-            seen = allowed & (positions[:, None] - positions[None, :] < config.sliding_window)
+        if config.norm_all_heads:
+            q, k = norm(q, f"{prefix}.self_attn.q_norm"), norm(k, f"{prefix}.self_attn.k_norm")
+        frequencies, rope_scale = rope_frequencies(config, local=window > 0)
         heads = []
         for i in range(config.num_attention_heads):
             q_i, k_i = head(q, i), head(k, i // group)
-            if config.query_key_norm:
-                q_i = rms_norm(q_i, weights[f"{prefix}.self_attn.q_norm.weight"], config.rms_norm_eps)
-                k_i = rms_norm(k_i, weights[f"{prefix}.self_attn.k_norm.weight"], config.rms_norm_eps)
-            q_i, k_i = (rope(x_i, positions, frequencies, rope_scale) for x_i in (q_i, k_i))
-            heads.append(attention(q_i, k_i, head(v, i // group), seen))
-        x = x + linear(np.concatenate(heads, axis=-1), f"{prefix}.self_attn.o_proj")
-        y = rms_norm(x, weights[f"{prefix}.post_attention_layernorm.weight"], config.rms_norm_eps)
-        gated = silu(linear(y, f"{prefix}.mlp.gate_proj")) * linear(y, f"{prefix}.mlp.up_proj")
-        x = x + linear(gated, f"{prefix}.mlp.down_proj")
+            if config.query_key_norm and not config.norm_all_heads:
+                q_i, k_i = norm(q_i, f"{prefix}.self_attn.q_norm"), norm(k_i, f"{prefix}.self_attn.k_norm")
+            if layer not in config.layers_without_rope:
+                q_i, k_i = (rope(x_i, positions, frequencies, rope_scale) for x_i in (q_i, k_i))
+            scale = config.attention_multiplier or None
+            heads.append(attention(q_i, k_i, head(v, i // group), seen, scale, config.attn_logit_softcapping))
+        y = linear(np.concatenate(heads, axis=-1), f"{prefix}.self_attn.o_proj")
+        if config.norm_placement in ("after", "both"):
+            y = norm(y, f"{prefix}.post_attention_layernorm")
+        x = x + y * config.residual_multiplier
+        if config.norm_placement == "before":
+            y = norm(x, f"{prefix}.post_attention_layernorm")
+        else:
+            y = x if after else norm(x, f"{prefix}.pre_feedforward_layernorm")
+        gate = {"silu": silu, "gelu_pytorch_tanh": gelu}[config.hidden_act]
+        gated = gate(linear(y, f"{prefix}.mlp.gate_proj")) * linear(y, f"{prefix}.mlp.up_proj")
+        y = linear(gated, f"{prefix}.mlp.down_proj")
+        x = x + norm(y, f"{prefix}.post_feedforward_layernorm") * config.residual_multiplier
         streams[f"layers.{layer}"] = x
-    x = rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps)
+    x = norm(x, "model.norm")
     head_name = "score.weight" if config.num_labels else "lm_head.weight"
-    output = weights.get(head_name, weights["model.embed_tokens.weight"])
-    return streams | {"norm": x, "logits": x @ output.T}
+    logits = x @ weights.get(head_name, weights["model.embed_tokens.weight"]).T
+    if not config.num_labels:
+        logits = soft_cap(logits / config.logits_scaling, config.final_logit_softcapping)
+    return streams | {"norm": x, "logits": logits}
 
 
 def cross_entropy(logits, labels):

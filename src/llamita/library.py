@@ -10,7 +10,7 @@ import tyro
 from llamita.backend.choice import load_backend
 from llamita.backend.interface import BackendName
 from llamita.inference.config import EngineConfig
-from llamita.inference.interfaces import Drafter
+from llamita.inference.drafting import Drafter
 from llamita.inference.llm import LLM
 
 

@@ -21,7 +21,7 @@ NAMES = ("torch", "mlx")
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 FOLDERS = {
-    **dict.fromkeys(("layers", "attention", "fused", "weights", "lora", "quantize"), "model"),
+    **dict.fromkeys(("layers", "attention", "fused", "head", "weights", "lora", "quantize"), "model"),
     **dict.fromkeys(("losses", "objectives", "adamw", "step"), "train"),
     **dict.fromkeys(("runner", "sampling", "noise", "paged_attention", "kv_cache"), "infer"),
 }

@@ -37,6 +37,25 @@ VARIANTS = {
     "qwen3 with biases and a window": {"query_key_norm": True, "attention_bias": True, "sliding_window": 6},
 } | {kind: {"num_key_value_heads": K} for kind, K in KINDS.items()}
 
+SWITCHES = {
+    "smollm 3": {"layers_without_rope": (1,), "tie_word_embeddings": True},
+    "olmo 2": {"norm_placement": "after", "query_key_norm": True, "norm_all_heads": True},
+    "granite 3": {
+        "embedding_multiplier": 12.0, "attention_multiplier": 0.3, "residual_multiplier": 0.22, "logits_scaling": 8.0,
+    },
+    "gemma 2": {
+        "hidden_act": "gelu_pytorch_tanh", "norm_placement": "both", "unit_offset_norm": True,
+        "embedding_multiplier": 32**0.5, "attention_multiplier": 24**-0.5, "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0, "sliding_window": 6, "full_attention_at": (1,), "tie_word_embeddings": True,
+    },
+    "gemma 3": {
+        "hidden_act": "gelu_pytorch_tanh", "norm_placement": "both", "unit_offset_norm": True,
+        "embedding_multiplier": 32**0.5, "query_key_norm": True, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+        "rope_scaling": RopeScaling("linear", 8.0), "sliding_window": 6, "full_attention_at": (1,),
+    },
+}  # fmt: skip
+"""The families whose switches no other has; transformers' models of them are in torch/model/test_families.py."""
+
 
 def small(**changes) -> ModelConfig:
     values = {

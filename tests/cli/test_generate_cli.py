@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.runner import load_runner
 from llamita.backend.torch.model.weights import build_model, to_host_arrays
 from llamita.cli.generate import harmless, read_prompt
 from llamita.cli.main import main
 from llamita.inference.llm import LLM
-from llamita.inference.request import SamplingParams
 from llamita.model.config import ModelConfig
 from llamita.storage import files, model_directory
 from llamita.text.bpe import train_bpe_from_iterator

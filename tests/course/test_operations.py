@@ -256,7 +256,9 @@ def test_cross_entropy(framework, precision, shape, chunk):
     def loss(hidden, weight):
         if not chunk:
             return framework.losses.cross_entropy(framework.layers.linear(hidden, weight), framework.array(labels))
-        return framework.losses.chunked_cross_entropy(hidden, weight, framework.array(labels), chunk)
+        return framework.losses.chunked_cross_entropy(
+            hidden, framework.head.OutputHead(weight), framework.array(labels), chunk
+        )
 
     given = framework.array(hidden, precision), framework.array(weight, precision)
     leaves = wide(hidden).requires_grad_(), wide(weight).requires_grad_()

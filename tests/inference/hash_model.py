@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from llamita.backend.interface import CacheLayout, Plan, SampledToken, SampleSpec, ScheduledChunk, StepResult
+from llamita.backend.sampling_params import SamplingParams
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
-from llamita.inference.request import Request, SamplingParams, TokenEvent
+from llamita.inference.request import Request, TokenEvent
 from llamita.model.config import ModelConfig
 
 POSITIONS = 96

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamita.backend.interface import LONGEST_CHUNK
-from llamita.backend.sampling_params import MAX_SEED
+from llamita.backend.sampling_params import MAX_SEED, SamplingParams
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
-from llamita.inference.request import Request, SamplingParams
+from llamita.inference.request import Request
 from llamita.model.config import ModelConfig
 from tests.inference.hash_model import (
     POSITIONS,

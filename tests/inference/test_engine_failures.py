@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from llamita.backend.interface import Plan, SampledToken, StepResult
+from llamita.backend.sampling_params import SamplingParams
 from llamita.inference.config import EngineConfig
 from llamita.inference.drafting import DraftModel, PromptLookup
 from llamita.inference.engine import Engine
-from llamita.inference.request import Request, SamplingParams
+from llamita.inference.request import Request
 from llamita.text.tokenizer import Tokenizer
 from tests.inference.hash_model import HashRunner, Memory, check_invariants, expected, serve, shape
 

@@ -19,9 +19,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from llamita.backend.sampling_params import SamplingParams
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
-from llamita.inference.request import Request, SamplingParams
+from llamita.inference.request import Request
 from llamita.model.config import ModelConfig
 from tests.inference.hash_model import Answer, Answers, HashRunner, check_invariants
 from tests.inference.workloads import DRAFTERS, drafter, judge, limits, prompts, sampling, shapes

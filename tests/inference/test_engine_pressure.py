@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamita.backend.sampling_params import SamplingParams
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
-from llamita.inference.request import Request, SamplingParams
+from llamita.inference.request import Request
 from llamita.model.config import ModelConfig
 from tests.inference.hash_model import Answer, Answers, HashRunner, check_invariants, expected, serve, shape
 from tests.inference.workloads import BEGINNING, DRAFTERS, arrivals, drafter, judge, limits, play, servable, shapes

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamita.backend.sampling_params import SamplingParams
+from llamita.inference.block_manager import Prefixes, chained_key
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
-from llamita.inference.prefixes import Prefixes, chained_key
-from llamita.inference.request import Request, SamplingParams
+from llamita.inference.request import Request
 from llamita.model.config import ModelConfig
 from tests.inference.hash_model import HashRunner, Said, alone, check_invariants, expected, serve, shape
 from tests.inference.workloads import (

@@ -6,13 +6,13 @@ import tracemalloc
 
 import pytest
 
+from llamita.backend.sampling_params import SamplingParams
+from llamita.inference.block_manager import Prefix
 from llamita.inference.config import EngineConfig
-from llamita.inference.drafting import PromptLookup
+from llamita.inference.drafting import Drafter, PromptLookup
 from llamita.inference.engine import Engine
-from llamita.inference.interfaces import Drafter
-from llamita.inference.prefixes import Prefix
-from llamita.inference.request import Request, SamplingParams
-from llamita.inference.sequence import Continuation
+from llamita.inference.request import Request
+from llamita.inference.sequence import Sequence
 from tests.inference.hash_model import Answer, Answers, HashRunner, check_invariants, expected, shape
 
 
@@ -50,7 +50,7 @@ def soak(engine: Engine, targets: tuple[int, ...], seed: int) -> list[tuple[int,
         assert not requests
         answers.clear()
         gc.collect()
-        found.append((tracemalloc.get_traced_memory()[0], alive(Continuation), alive(Prefix)))
+        found.append((tracemalloc.get_traced_memory()[0], alive(Sequence), alive(Prefix)))
     assert cancelled > targets[-1] / 50
     assert engine.scheduler.preemptions > targets[-1] / 200
     return found

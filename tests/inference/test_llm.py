@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.runner import TorchRunner, load_runner
 from llamita.inference.llm import LLM
-from llamita.inference.request import SamplingParams
 from llamita.text.tokenizer import Tokenizer
 
 FREE = SamplingParams(seed=4, max_tokens=40, ignore_eos=True)

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.runner import TorchRunner
 from llamita.inference.llm import LLM
-from llamita.inference.request import SamplingParams
 from llamita.text.tokenizer import Tokenizer
 
 PROMPTS = ["The fox", "by the river", "Où est", "a red kite", "and then they sat"]

@@ -1,18 +1,18 @@
 """The engine's tests can fail: bugs planted one at a time are found by a named test, and by the state machine."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections import abc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import Phase
 
 from llamita.backend.interface import SampledToken, ScheduledChunk
-from llamita.inference.block_manager import BlockManager, BlockPool, BlockTable
+from llamita.inference.block_manager import BlockManager, BlockPool, BlockTable, Prefix, Prefixes, chained_key
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
-from llamita.inference.prefixes import Prefix, Prefixes, chained_key
-from llamita.inference.sequence import Continuation
+from llamita.inference.sequence import Sequence
 from tests.inference import test_engine, test_engine_machine, test_engine_pressure, test_engine_properties
 from tests.inference.hash_model import shape
 
@@ -69,21 +69,21 @@ def _() -> Planted:
 
 @planted("a prefix key over one block alone")
 def _() -> Planted:
-    def known(self: Prefixes, parent: Prefix | None, tokens: Sequence[int]) -> Prefix | None:
+    def known(self: Prefixes, parent: Prefix | None, tokens: abc.Sequence[int]) -> Prefix | None:
         self._key = lambda before, tokens: chained_key(b"", tokens)
         return self._known.get(self._key(b"", tokens))
 
     return Prefixes, "known", known
 
 
-def shifted(change: Callable[[Continuation, ScheduledChunk], ScheduledChunk]) -> Planted:
-    right = Continuation.chunk
+def shifted(change: Callable[[Sequence, ScheduledChunk], ScheduledChunk]) -> Planted:
+    right = Sequence.chunk
 
-    def chunk(self: Continuation, *arguments: Any) -> ScheduledChunk:
+    def chunk(self: Sequence, *arguments: Any) -> ScheduledChunk:
         made = right(self, *arguments)
         return change(self, made) if made.start and len(made.tokens) > 1 else made
 
-    return Continuation, "chunk", chunk
+    return Sequence, "chunk", chunk
 
 
 @planted("a chunk that starts one late")
@@ -120,7 +120,9 @@ def _() -> Planted:
 def _() -> Planted:
     right = Engine._take
 
-    def take(self: Engine, sequence: Continuation, chunk: ScheduledChunk, sampled: Sequence, scores: Sequence) -> Any:
+    def take(
+        self: Engine, sequence: Sequence, chunk: ScheduledChunk, sampled: abc.Sequence, scores: abc.Sequence
+    ) -> Any:
         drafts = chunk.tokens[len(sequence.tokens) - chunk.start :]
         kept = [SampledToken(token, one.logprob) for token, one in zip(drafts, sampled, strict=False)]
         return right(self, sequence, chunk, (*kept, *sampled[len(kept) :]), scores)
@@ -146,7 +148,7 @@ def _() -> Planted:
 def _() -> Planted:
     right = BlockManager.find
 
-    def find(self: BlockManager, tokens: Sequence[int], adapter: str | None) -> tuple[list[Prefix], int]:
+    def find(self: BlockManager, tokens: abc.Sequence[int], adapter: str | None) -> tuple[list[Prefix], int]:
         found, count = right(self, tokens, adapter)
         return found, count + (count > 0 and len(tokens) > (count + 1) * self.block_size)
 

@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from llamita.backend.sampling_params import MAX_CONTINUATIONS, MAX_TOP_LOGPROBS
-from llamita.inference.request import MAX_SEED, SamplingParams
+from llamita.backend.sampling_params import MAX_CONTINUATIONS, MAX_SEED, MAX_TOP_LOGPROBS, SamplingParams
 
 
 def test_the_defaults_are_plain_sampling() -> None:

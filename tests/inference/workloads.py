@@ -5,17 +5,18 @@ sequences are preempted. `judge` compares with the definition.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections import abc
+from collections.abc import Iterable
 
 from hypothesis import strategies as st
 
 from llamita.backend.interface import BlockCopy, CacheLayout, ScheduledChunk
+from llamita.backend.sampling_params import SamplingParams
 from llamita.inference.config import EngineConfig
-from llamita.inference.drafting import DraftModel, PromptLookup
+from llamita.inference.drafting import Drafter, DraftModel, PromptLookup
 from llamita.inference.engine import Engine
-from llamita.inference.interfaces import Drafter
-from llamita.inference.request import Request, SamplingParams
-from llamita.inference.sequence import Continuation
+from llamita.inference.request import Request
+from llamita.inference.sequence import Sequence
 from llamita.model.config import ModelConfig
 from tests.inference.hash_model import Answer, Answers, HashRunner, check_invariants, expected, shape
 
@@ -120,10 +121,10 @@ class Oracle:
     def start(self, config: ModelConfig, layout: CacheLayout) -> None:
         assert config == self.config
 
-    def prepare(self, copies: Sequence[BlockCopy], reading: Sequence[ScheduledChunk]) -> None:
+    def prepare(self, copies: abc.Sequence[BlockCopy], reading: abc.Sequence[ScheduledChunk]) -> None:
         """It needs none of it."""
 
-    def propose(self, wanted: Sequence[tuple[Continuation, int]]) -> list[list[int]]:
+    def propose(self, wanted: abc.Sequence[tuple[Sequence, int]]) -> list[list[int]]:
         guesses = []
         for sequence, count in wanted:
             params = dataclasses.replace(

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import llamita
+from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.runner import load_runner
 from llamita.backend.torch.model import quantize, weights
 from llamita.cli.main import main
 from llamita.data import meadow
-from llamita.inference.request import SamplingParams
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.parameters import check_arrays

@@ -1,10 +1,16 @@
-"""What the updates of every backend share: AdamW's constants and the scale of clipping.
+"""What the updates of every backend share: AdamW's constants, the scale of clipping, and the state as it is saved.
 
 Numbers alone; knows nothing of frameworks, models or schedules.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
+
+from llamita.backend.arrays import FusedParameter, missing_or_misshapen, part_shapes
+from llamita.model.host_array import HostArray
 
 
 @dataclass(frozen=True)
@@ -34,3 +40,18 @@ class AdamWSettings:
 def clipping_scale(norm: float, max_norm: float) -> float:
     """What gradients of this norm must be multiplied by to have at most `max_norm` (0 stands for no limit)."""
     return max_norm / norm if 0.0 < max_norm < norm else 1.0
+
+
+def saved_state(moments: Mapping[str, HostArray], updates: int) -> dict[str, HostArray]:
+    """m and v under canonical names (`m.model.norm.weight`), and `t`, the number of updates made."""
+    return {**moments, "t": HostArray.from_numpy(np.array([updates], dtype=np.int64))}
+
+
+def updates_made(state: Mapping[str, HostArray], parameters: Iterable[FusedParameter]) -> int:
+    """`t` of a saved state; ValueError, naming them, for arrays that it lacks or that have another shape."""
+    shapes = part_shapes(parameters)
+    expected = {"t": (1,)} | {f"{kind}.{name}": shape for kind in "mv" for name, shape in shapes.items()}
+    faults = missing_or_misshapen(expected, state)
+    if faults:
+        raise ValueError(f"the optimizer's state lacks {faults}, or has another shape there")
+    return int(state["t"].to_numpy()[0])

@@ -78,4 +78,36 @@ class PolicyGradient:
             raise ValueError(f"kl_weight={self.kl_weight} must not be negative; 0 leaves the reference out")
 
 
-Objective = NextToken | Classification | Preference | PolicyGradient
+@dataclass(frozen=True)
+class Distillation:
+    """A teacher's distribution over the vocabulary beside the label (Hinton et al. 2015, arXiv:1503.02531).
+
+        (1 - w) * -log p(label) + w * t^2 * KL(teacher_t || student_t),   w = teacher_weight, t = teacher_temperature
+
+    at every label that is scored: the forward divergence, so that the student is to cover all that the teacher finds
+    likely. Logits of both are divided by t in it, and t^2 keeps its gradients as large as they are at 1.
+
+    `extras` hold `teacher_log_probs_BSV`, float32: the teacher's log-probabilities at t, [b, s] being those where the
+    s-th scored label of row b stands. S is at least the most labels scored in a row; behind a row's own lies anything
+    finite. They take B x S x V x 4 bytes, and the loss a few times M x V x 4, since the student's logits at all M
+    scored labels are held.
+
+    Measures `cross_entropy` and `teacher_kl`, the divergence without t^2. An evaluation's loss is the cross-entropy
+    alone, comparable with that of any other model and with that of the same one without a teacher.
+    """
+
+    teacher_weight: float = 0.5
+    """Of the divergence; the cross-entropy has what is left to 1."""
+    teacher_temperature: float = 1.0
+    """Above 1, what the teacher finds unlikely counts for more."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.teacher_weight <= 1:
+            raise ValueError(f"teacher_weight={self.teacher_weight} must be above 0 and at most 1; 0.5 is usual")
+        if not 0 < self.teacher_temperature < math.inf:
+            raise ValueError(
+                f"teacher_temperature={self.teacher_temperature} must be a number above 0; 1 leaves logits as they are"
+            )
+
+
+Objective = NextToken | Classification | Preference | PolicyGradient | Distillation

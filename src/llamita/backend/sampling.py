@@ -4,7 +4,10 @@ Knows no tensor; the steps themselves are in each backend's sampling.py.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from llamita.backend.interface import SampledToken, SampleSpec
 
@@ -34,6 +37,42 @@ class Steps:
     @property
     def plain_greedy(self) -> bool:
         return self.greedy and not self.penalized and not self.changed
+
+
+def rows_by_steps(specs: Sequence[SampleSpec]) -> dict[Steps, list[int]]:
+    """The rows that have their steps in common."""
+    rows: dict[Steps, list[int]] = {}
+    for row, spec in enumerate(specs):
+        rows.setdefault(Steps.of(spec), []).append(row)
+    return rows
+
+
+def biases(specs: Sequence[SampleSpec], vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Rows, ids and what is added to the logits there; None where no row has a bias. ValueError for an unknown id."""
+    found = [(row, i, bias) for row, spec in enumerate(specs) for i, bias in spec.params.logit_bias.items()]
+    if not found:
+        return None
+    row_E, id_E, bias_E = map(np.array, zip(*found, strict=True))
+    if id_E.max() >= vocab_size:
+        raise ValueError(f"logit_bias has token id {id_E.max()}, but this model's ids are 0 to {vocab_size - 1}")
+    return row_E, id_E, bias_E
+
+
+def banned(specs: Sequence[SampleSpec], vocab_size: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Rows and ids that may not come there; None where none is banned."""
+    found = [(row, i) for row, spec in enumerate(specs) for i in spec.banned if i < vocab_size]
+    if not found:
+        return None
+    row_E, id_E = np.array(found, dtype=np.int64).T
+    return row_E, id_E
+
+
+def allowed_words(specs: Sequence[SampleSpec], vocab_size: int) -> np.ndarray | None:
+    """The masks of allowed ids, int32 (R, words), all bits set where a row has none; None where no row has one."""
+    if all(spec.allowed is None for spec in specs):
+        return None
+    every = np.full((vocab_size + 31) // 32, -1, dtype=np.int32)
+    return np.stack([every if spec.allowed is None else spec.allowed for spec in specs])
 
 
 def sampled_token(values: list[float], top_logprobs: int) -> SampledToken:

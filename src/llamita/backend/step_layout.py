@@ -1,52 +1,129 @@
-"""How the chunks of a step lie one after the other in a row of tokens, and which positions each of them sees.
+"""How the chunks of a step lie one after the other in a row of tokens, what is drawn and scored after which row, and
+which positions each of them sees.
 
-What the backends share of that, in plain Python and numpy. Knows no tensor and no model.
+What the backends share of a step, in plain Python and numpy. Knows no tensor and no model.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 import numpy as np
 
-from llamita.backend.interface import SampleSpec, ScheduledChunk
+from llamita.backend.interface import SampledToken, SampleSpec, ScheduledChunk, StepResult
 
 LEAST_ALIKE = 0.75
 """Shortest context in a batch of single queries, as a share of its longest: what is computed in vain stays small."""
 
 
-def packing_order(chunks: Sequence[ScheduledChunk]) -> list[int]:
-    """The places of the chunks in the order to pack them: single tokens first, those of similar context together."""
-    return sorted(range(len(chunks)), key=lambda i: (len(chunks[i].tokens) > 1, chunks[i].end))
+SCORED_ROWS = 64
+"""Logits of so many positions at a time, where those of a prompt are asked for: bounds the memory they take."""
+
+Array = TypeVar("Array")
+
+
+@dataclass(frozen=True)
+class States(Generic[Array]):
+    """The states after the final norm of those rows of a step that logits are made of, where each row is, and the
+    adapter of every row of the step."""
+
+    hidden_RD: Array
+    place_of_row: Mapping[int, int]
+    adapters: Sequence[str | None]
+
+    def places(self, rows: Iterable[int]) -> list[int]:
+        """Where some rows of the step lie in `hidden_RD`."""
+        return [self.place_of_row[row] for row in rows]
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """The chunks of a plan in the order in which they lie in a row of tokens: single tokens first, those of similar
+    context together."""
+
+    chunks: Sequence[ScheduledChunk]
+    places: Sequence[int]
+    """Where each chunk of the plan lies among them."""
+
+    @classmethod
+    def of(cls, chunks: Sequence[ScheduledChunk]) -> Self:
+        order = sorted(range(len(chunks)), key=lambda number: (len(chunks[number].tokens) > 1, chunks[number].end))
+        places = {number: place for place, number in enumerate(order)}
+        return cls([chunks[number] for number in order], [places[number] for number in range(len(order))])
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        return [token for chunk in self.chunks for token in chunk.tokens]
+
+    def adapters(self, default: str | None) -> list[str | None]:
+        """The adapter of each row; `default` is that of the chunks that name none."""
+        names = [default if chunk.adapter is None else chunk.adapter for chunk in self.chunks]
+        return [name for name, chunk in zip(names, self.chunks, strict=True) for _ in chunk.tokens]
+
+    def result(self, sampled: Sequence[tuple[SampledToken, ...]], scores: Sequence[tuple[float, ...]]) -> StepResult:
+        """What the chunks gave, in the order of the plan; no scores where no chunk asked for them."""
+        return StepResult(
+            tuple(sampled[place] for place in self.places),
+            tuple(scores[place] for place in self.places) if scores else (),
+        )
 
 
 def begins(chunks: Sequence[ScheduledChunk]) -> Iterator[tuple[ScheduledChunk, int]]:
-    """Each packed chunk with the row of its first token."""
+    """Each chunk with the row of its first token."""
     begin = 0
     for chunk in chunks:
         yield chunk, begin
         begin += len(chunk.tokens)
 
 
-def rows_drawn(chunks: Sequence[ScheduledChunk]) -> tuple[list[int], list[SampleSpec], list[int]]:
-    """The rows after which tokens are to be drawn, what is asked of each, and whose they are: ids of sequences."""
-    rows: list[int] = []
-    specs: list[SampleSpec] = []
-    ids: list[int] = []
-    for chunk, begin in begins(chunks):
-        rows += [begin + sample.position - 1 - chunk.start for sample in chunk.samples]
-        specs += chunk.samples
-        ids += [chunk.sequence_id] * len(chunk.samples)
-    return rows, specs, ids
-
-
 def rows_wanted(chunks: Sequence[ScheduledChunk]) -> list[int]:
     """The rows after which a token is drawn or scored, in order."""
-    wanted = set(rows_drawn(chunks)[0])
+    wanted = set(_rows_drawn(chunks))
     for chunk, begin in begins(chunks):
         wanted |= set(range(begin, begin + len(chunk.targets)))
     return sorted(wanted)
+
+
+def _rows_drawn(chunks: Sequence[ScheduledChunk]) -> list[int]:
+    return [begin + sample.position - 1 - chunk.start for chunk, begin in begins(chunks) for sample in chunk.samples]
+
+
+Draw = Callable[[list[int], list[SampleSpec], list[int]], Iterable[SampledToken]]
+"""(rows, what is asked of each, ids of their sequences) -> a token after each row."""
+Score = Callable[[range, Sequence[int]], list[float]]
+"""(rows, the token that follows each) -> the log-probability of each."""
+
+
+def sample_chunks(chunks: Sequence[ScheduledChunk], draw: Draw) -> list[tuple[SampledToken, ...]]:
+    """The tokens that each chunk asks for, all drawn at once."""
+    specs = [spec for chunk in chunks for spec in chunk.samples]
+    ids = [chunk.sequence_id for chunk in chunks for _ in chunk.samples]
+    tokens = iter(draw(_rows_drawn(chunks), specs, ids) if specs else ())
+    return [tuple(next(tokens) for _ in chunk.samples) for chunk in chunks]
+
+
+def score_chunks(chunks: Sequence[ScheduledChunk], score: Score) -> list[tuple[float, ...]]:
+    """The log-probabilities of each chunk's targets, SCORED_ROWS of them at a time; empty where no chunk has any."""
+    if not any(chunk.targets for chunk in chunks):
+        return []
+    found = []
+    for chunk, begin in begins(chunks):
+        scores: list[float] = []
+        for first in range(0, len(chunk.targets), SCORED_ROWS):
+            targets = chunk.targets[first : first + SCORED_ROWS]
+            scores += score(range(begin + first, begin + first + len(targets)), targets)
+        found.append(tuple(scores))
+    return found
+
+
+def rows_of_adapters(names: Sequence[str | None]) -> dict[str, list[int]]:
+    """The rows of each adapter, by its name, for the adapter of every row; those without one are left out."""
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        if name is not None:
+            rows.setdefault(name, []).append(row)
+    return rows
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,15 @@ import contextlib
 import difflib
 import importlib
 import inspect
+import io
 import os
 import shlex
 import sys
+import traceback
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,42 +168,35 @@ def parse_and_call(
         text = ""
     if defaults is not None:
         shown["default"] = defaults
-    with _unchecked(taken):
-        given = tyro.cli(taken, description=inspect.getdoc(function) or text or description, **shown)
-    _check(given)
+    given = _parsed(taken, description=inspect.getdoc(function) or text or description, **shown)
     return function(given)
 
 
-@contextlib.contextmanager
-def _unchecked(taken: type) -> Iterator[None]:
-    """Let tyro fill dataclasses without their checks: what they refuse is to be our one line, not tyro's box."""
-    checks = {kind: kind.__dict__["__post_init__"] for kind in _dataclasses(taken) if "__post_init__" in kind.__dict__}
-    for kind in checks:
-        kind.__post_init__ = lambda self: None  # type: ignore[attr-defined]
+def _parsed(taken: type, **shown: Any) -> Any:
+    """The dataclass that the arguments come to. What it refuses is our one line, not tyro's box."""
+    import tyro
+
     try:
-        yield
-    finally:
-        for kind, check in checks.items():
-            kind.__post_init__ = check  # type: ignore[attr-defined]
+        with contextlib.redirect_stderr(io.StringIO()):
+            return tyro.cli(taken, **shown)
+    except SystemExit as stop:
+        refusal = _refusal(stop)
+        if refusal is not None:
+            raise refusal from None
+        if not stop.code:  # help, which went to stdout
+            raise
+    return tyro.cli(taken, **shown)  # once more, for tyro to say what is wrong with the flags
 
 
-def _check(value: Any) -> None:
-    """Make up for the checks that were left out, innermost first."""
-    for field in fields(value):
-        if is_dataclass(getattr(value, field.name)):
-            _check(getattr(value, field.name))
-    if hasattr(value, "__post_init__"):
-        value.__post_init__()
-
-
-def _dataclasses(hint: Any) -> set[type]:
-    """The dataclasses in a type: itself, its bases, and those of its fields."""
-    if not isinstance(hint, type):
-        return {kind for argument in typing.get_args(hint) for kind in _dataclasses(argument)}
-    if not is_dataclass(hint):
-        return set()
-    inside = typing.get_type_hints(hint, include_extras=True).values()
-    return {kind for kind in hint.__mro__ if is_dataclass(kind)}.union(*map(_dataclasses, inside))
+def _refusal(stop: SystemExit) -> ValueError | None:
+    """The ValueError of a dataclass's own check among the causes of what tyro ended with."""
+    error: BaseException | None = stop
+    while error is not None:
+        frames = traceback.walk_tb(error.__traceback__)
+        if isinstance(error, ValueError) and any(frame.f_code.co_name == "__post_init__" for frame, _ in frames):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def overview(group: str = "") -> str:

@@ -9,8 +9,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
 
-from llamita.inference.generation import Collector, Generation
-from llamita.inference.request import Request, TokenEvent
+from llamita.inference.request import Collector, Generation, Request, TokenEvent
 from llamita.inference.shared_engine import Outcome, SharedEngine
 
 

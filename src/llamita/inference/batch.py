@@ -20,9 +20,8 @@ from typing import Any, BinaryIO
 from llamita.backend.sampling_params import SamplingParams
 from llamita.inference import many
 from llamita.inference.conversation import with_end_of_turn
-from llamita.inference.generation import Generation
 from llamita.inference.llm import LLM
-from llamita.inference.request import Request
+from llamita.inference.request import Generation, Request
 from llamita.storage import files
 from llamita.text.chat import Chat
 

@@ -6,31 +6,44 @@ one that would have come without, sampled or greedy. A draft model draws with th
 have similar distributions they mostly draw the same token. Knows no tensor.
 """
 
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from llamita.backend.interface import BlockCopy, CacheLayout, Plan, Runner, SampleSpec, ScheduledChunk
-from llamita.inference.sequence import Continuation
+from llamita.inference.sequence import Sequence
 from llamita.model.config import ModelConfig
 
 LONGEST_MATCH, SHORTEST_MATCH = 4, 2
+
+
+class Drafter(Protocol):
+    """Guesses what comes next, cheaply; a wrong guess costs time, never a token."""
+
+    def start(self, config: ModelConfig, layout: CacheLayout) -> None:
+        """Get ready for an engine over this model and memory; ValueError where it cannot draft for it."""
+
+    def propose(self, wanted: abc.Sequence[tuple[Sequence, int]]) -> list[list[int]]:
+        """At most so many tokens for each sequence."""
+
+    def prepare(self, copies: abc.Sequence[BlockCopy], reading: abc.Sequence[ScheduledChunk]) -> None:
+        """Be shown what is about to be copied and read of prompts, before `propose`."""
 
 
 class PromptLookup:
     """Guesses that what followed the last few tokens earlier in the text follows them again (Saxena 2023)."""
 
     def __init__(self) -> None:
-        self._seen: WeakKeyDictionary[Continuation, _Places] = WeakKeyDictionary()
+        self._seen: WeakKeyDictionary[Sequence, _Places] = WeakKeyDictionary()
 
     def start(self, config: ModelConfig, layout: CacheLayout) -> None:
         """It goes with any model."""
 
-    def prepare(self, copies: Sequence[BlockCopy], reading: Sequence[ScheduledChunk]) -> None:
+    def prepare(self, copies: abc.Sequence[BlockCopy], reading: abc.Sequence[ScheduledChunk]) -> None:
         """It needs nothing but the tokens of those that it guesses for."""
 
-    def propose(self, wanted: Sequence[tuple[Continuation, int]]) -> list[list[int]]:
+    def propose(self, wanted: abc.Sequence[tuple[Sequence, int]]) -> list[list[int]]:
         """What followed the latest earlier place of the longest match; nothing where there is none."""
         guesses = []
         for sequence, count in wanted:
@@ -48,14 +61,14 @@ class _Places:
         self._after: dict[tuple[int, ...], int] = {}
         self._read = 0
 
-    def read(self, tokens: Sequence[int]) -> None:
+    def read(self, tokens: abc.Sequence[int]) -> None:
         """Take note of the runs that end before the last token, those known already left out."""
         for end in range(max(self._read, SHORTEST_MATCH), len(tokens)):
             for length in range(SHORTEST_MATCH, min(LONGEST_MATCH, end) + 1):
                 self._after[tuple(tokens[end - length : end])] = end
         self._read = max(self._read, len(tokens))
 
-    def find(self, tokens: Sequence[int]) -> int | None:
+    def find(self, tokens: abc.Sequence[int]) -> int | None:
         """Where the text went on after the longest earlier run that equals its end."""
         for length in range(min(LONGEST_MATCH, len(tokens)), SHORTEST_MATCH - 1, -1):
             place = self._after.get(tuple(tokens[-length:]))
@@ -76,7 +89,7 @@ class DraftModel:
         self._runner = runner
         self._memory: Any = None
         self._layout = CacheLayout(1, 0)
-        self._held: WeakKeyDictionary[Continuation, int] = WeakKeyDictionary()
+        self._held: WeakKeyDictionary[Sequence, int] = WeakKeyDictionary()
 
     def start(self, config: ModelConfig, layout: CacheLayout) -> None:
         """Take memory beside the engine's. ValueError where the two models do not go together."""
@@ -94,13 +107,13 @@ class DraftModel:
             )
         self._memory, self._layout = self._runner.allocate(layout), layout
 
-    def prepare(self, copies: Sequence[BlockCopy], reading: Sequence[ScheduledChunk]) -> None:
+    def prepare(self, copies: abc.Sequence[BlockCopy], reading: abc.Sequence[ScheduledChunk]) -> None:
         """Copy what the engine copies, and read what it reads of prompts."""
         chunks = tuple(replace(chunk, samples=(), targets=(), adapter=None) for chunk in reading)
         if chunks or copies:
             self._runner.run(Plan(chunks, tuple(copies)), self._memory)
 
-    def propose(self, wanted: Sequence[tuple[Continuation, int]]) -> list[list[int]]:
+    def propose(self, wanted: abc.Sequence[tuple[Sequence, int]]) -> list[list[int]]:
         """Draw the next tokens of all sequences together, one step of the draft model after the other."""
         guesses: list[list[int]] = [[] for _ in wanted]
         for number in range(max(count for _, count in wanted)):
@@ -124,7 +137,7 @@ class DraftModel:
                 guesses[place] += [] if token.error else [token.token_id]
         return guesses
 
-    def _start(self, sequence: Continuation) -> int:
+    def _start(self, sequence: Sequence) -> int:
         """From where to read: what it has missed, as far as all that the first of it sees has not been given back."""
         start = min(self._held.get(sequence, sequence.computed), sequence.computed)
         for window, table in zip(self._layout.windows, sequence.tables, strict=True):

@@ -8,17 +8,18 @@ Deliberately knows no tensor and no framework: the runner is passed in, and so i
 import secrets
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import abc
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 
 from llamita.backend.interface import BlockCopy, CacheLayout, Plan, Runner, SampledToken, ScheduledChunk
 from llamita.inference.block_manager import BlockManager
 from llamita.inference.config import EngineConfig
-from llamita.inference.interfaces import Drafter
+from llamita.inference.drafting import Drafter
 from llamita.inference.request import Request, TokenEvent
 from llamita.inference.scheduler import Scheduled, Scheduler
-from llamita.inference.sequence import Continuation
+from llamita.inference.sequence import Sequence
 from llamita.inference.structured import Grammars, fill
 from llamita.text.tokenizer import Tokenizer
 
@@ -27,7 +28,7 @@ class Engine:
     """Generates for many requests at once.
 
     `tokenizer` gives text for ids; without one, events carry ids alone, and stop strings and structured output are
-    refused. `eos_token_ids` end a continuation, by default those of the model's config. `adapters` are the names of
+    refused. `eos_token_ids` end a sequence, by default those of the model's config. `adapters` are the names of
     those that the runner has.
     """
 
@@ -106,7 +107,7 @@ class Engine:
         seed = secrets.randbits(32) if params.seed is None else params.seed
         self._arrivals += 1
         first, *forks = (
-            Continuation(
+            Sequence(
                 id=self._sequences + index,
                 request=request,
                 index=index,
@@ -157,7 +158,9 @@ class Engine:
             events += self._take(one.sequence, chunk, result.sampled[number], scores)
         return events
 
-    def _masks(self, scheduled: Sequence[Scheduled]) -> tuple[list[Scheduled], dict[int, np.ndarray], list[TokenEvent]]:
+    def _masks(
+        self, scheduled: abc.Sequence[Scheduled]
+    ) -> tuple[list[Scheduled], dict[int, np.ndarray], list[TokenEvent]]:
         """What grammars allow next; sequences whose grammar can be followed no further are ended, the others stay."""
         constrained = [one.sequence for one in scheduled if one.sequence.matcher is not None]
         matchers = [sequence.matcher for sequence in constrained if sequence.matcher is not None]
@@ -170,7 +173,7 @@ class Engine:
         return [one for one in scheduled if one.sequence.id not in broken], allowed, failed
 
     def _chunks(
-        self, scheduled: Sequence[Scheduled], copies: Sequence[BlockCopy], allowed: Mapping[int, np.ndarray]
+        self, scheduled: abc.Sequence[Scheduled], copies: abc.Sequence[BlockCopy], allowed: Mapping[int, np.ndarray]
     ) -> list[ScheduledChunk]:
         """What the runner is to run: known tokens, guesses, and what may come after them."""
         drafts: dict[int, list[int]] = {}
@@ -191,7 +194,11 @@ class Engine:
         ]
 
     def _take(
-        self, sequence: Continuation, chunk: ScheduledChunk, sampled: Sequence[SampledToken], scores: Sequence[float]
+        self,
+        sequence: Sequence,
+        chunk: ScheduledChunk,
+        sampled: abc.Sequence[SampledToken],
+        scores: abc.Sequence[float],
     ) -> Iterator[TokenEvent]:
         """Take in what came of one chunk; guesses are kept as long as the model says the same."""
         known = len(sequence.tokens)
@@ -220,8 +227,8 @@ class Engine:
         if drafts and sequence.finish_reason is None:
             self._advance(sequence)
 
-    def _take_one(self, sequence: Continuation, token: SampledToken) -> TokenEvent:
-        """Take in a token; where there is none, or its grammar can be followed no further, the continuation ends."""
+    def _take_one(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
+        """Take in a token; where there is none, or its grammar can be followed no further, the sequence ends."""
         try:
             if token.error:
                 raise ValueError(token.error)
@@ -232,17 +239,17 @@ class Engine:
             self.scheduler.remove(sequence)
         return event
 
-    def _fail(self, sequence: Continuation, error: Exception) -> Iterator[TokenEvent]:
+    def _fail(self, sequence: Sequence, error: Exception) -> Iterator[TokenEvent]:
         self.scheduler.remove(sequence)
         for one in (sequence, *sequence.forks):
             yield one.end("error", _line(error))
 
-    def _advance(self, sequence: Continuation) -> None:
+    def _advance(self, sequence: Sequence) -> None:
         self.manager.advance(
             sequence.tables, sequence.prefixes, sequence.tokens, sequence.computed, sequence.request.adapter
         )
 
-    def _count(self, sequence: Continuation, chunk: ScheduledChunk, seconds: float) -> None:
+    def _count(self, sequence: Sequence, chunk: ScheduledChunk, seconds: float) -> None:
         """Book the time of a step: as decoding once a token has been generated, else as prefill."""
         statistics = sequence.statistics
         if statistics.generated_tokens == 0:

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import cast, overload
 
 from llamita.backend.interface import Runner
+from llamita.backend.sampling_params import SamplingParams
 from llamita.inference import async_llm, many
 from llamita.inference.config import EngineConfig
+from llamita.inference.drafting import Drafter
 from llamita.inference.engine import Engine
-from llamita.inference.generation import Generation
-from llamita.inference.interfaces import Drafter
-from llamita.inference.request import Request, SamplingParams, TokenEvent
+from llamita.inference.request import Generation, Request, TokenEvent
 from llamita.inference.shared_engine import SharedEngine
 from llamita.model.config import ModelConfig
 from llamita.storage import files, model_directory, peft_directory

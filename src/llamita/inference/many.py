@@ -12,8 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llamita.inference.generation import Collector, Generation
-from llamita.inference.request import Request, TokenEvent
+from llamita.inference.request import Collector, Generation, Request, TokenEvent
 from llamita.inference.shared_engine import Outcome, SharedEngine
 
 WINDOW = 512

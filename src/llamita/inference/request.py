@@ -1,15 +1,18 @@
-"""What a caller asks of the engine and what the engine reports back.
+"""What a caller asks of the engine, and what comes back: events as they happen, and all of it put together.
+
+    Request     a prompt as token ids, and how to go on from it
+    TokenEvent  one generated token of it
+    Generation  all that was written; a `Collector` makes it of the events
 
 What the engine asks of a runner in turn (plans, chunks, results) is in `llamita.backend.interface`. Nothing here knows
-how a request is scheduled.
+how a request is scheduled, nor how its events are waited for.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from llamita.backend.sampling_params import MAX_SEED, SamplingParams
-
-__all__ = ["MAX_SEED", "FinishReason", "Request", "SamplingParams", "Statistics", "TokenEvent"]
+from llamita.backend.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "error"]
 """`stop`: an end-of-sequence token, a stop token or a stop string came, or what was asked to be written is complete;
@@ -88,3 +91,66 @@ class TokenEvent:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     prompt_logprobs: tuple[float, ...] = ()  # with the first event, where asked for: of prompt tokens 1, 2, ...
     error: str = ""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One continuation of a prompt. `text` ends before a stop string; `token_ids` and `logprobs` have all sampled.
+
+    Where several were asked for (`n`), this is the first, and `continuations` are all of them, in the order of their
+    seeds, this one included.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    statistics: Statistics
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()  # a row a token, where asked for
+    prompt_logprobs: tuple[float, ...] = ()  # of prompt tokens 1, 2, ..., where asked for
+    index: int = 0
+    others: tuple["Generation", ...] = field(default=(), repr=False)
+
+    @property
+    def continuations(self) -> tuple["Generation", ...]:
+        """All `n` continuations of the prompt; of one that is not the first, itself alone."""
+        return (self, *self.others)
+
+
+class Collector:
+    """Takes the events of one request, its continuations interleaved, and makes a `Generation` of them."""
+
+    def __init__(self, n: int) -> None:
+        self._events: list[list[TokenEvent]] = [[] for _ in range(n)]
+        self._open = n
+
+    def feed(self, events: Iterable[TokenEvent]) -> bool:
+        """Take in events; True once every continuation has ended. RuntimeError where one failed."""
+        for event in events:
+            if event.finish_reason == "error":
+                raise RuntimeError(event.error)
+            self._events[event.index].append(event)
+            self._open -= event.finish_reason is not None
+        return self._open == 0
+
+    def generation(self) -> Generation:
+        """What was written, once all of it is there."""
+        scored = next((event.prompt_logprobs for row in self._events for event in row if event.prompt_logprobs), ())
+        first, *others = (_generation(events, scored) for events in self._events)
+        return replace(first, others=tuple(others))
+
+
+def _generation(events: list[TokenEvent], prompt_logprobs: tuple[float, ...]) -> Generation:
+    last = events[-1]
+    assert last.finish_reason is not None
+    sampled = [event for event in events if event.token_id is not None]
+    return Generation(
+        text="".join(event.text for event in events),
+        token_ids=tuple(event.token_id for event in sampled if event.token_id is not None),
+        logprobs=tuple(event.logprob for event in sampled),
+        finish_reason=last.finish_reason,
+        statistics=last.statistics,
+        top_logprobs=tuple(event.top_logprobs for event in sampled) if any(e.top_logprobs for e in sampled) else (),
+        prompt_logprobs=prompt_logprobs,
+        index=last.index,
+    )

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from llamita.backend.interface import LONGEST_CHUNK
 from llamita.inference.block_manager import BlockManager
 from llamita.inference.config import EngineConfig
-from llamita.inference.sequence import Continuation
+from llamita.inference.sequence import Sequence
 
 
 @dataclass
 class Scheduled:
     """A sequence's part in a step: `count` of its known tokens, and room for `drafts` guessed ones after them."""
 
-    sequence: Continuation
+    sequence: Sequence
     count: int
     drafts: int = 0
     is_decoding: bool = False
@@ -33,16 +33,16 @@ class Scheduler:
     def __init__(self, manager: BlockManager, limits: EngineConfig, drafts: bool = False) -> None:
         self.manager, self.limits = manager, limits
         self.draft_tokens = limits.draft_tokens if drafts else 0
-        self.running: list[Continuation] = []
-        self.waiting: list[Continuation] = []
-        self._out_of_memory: list[Continuation] = []
+        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []
+        self._out_of_memory: list[Sequence] = []
         self.preemptions = 0
 
     @property
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
 
-    def add(self, sequence: Continuation) -> None:
+    def add(self, sequence: Sequence) -> None:
         bisect.insort(self.waiting, sequence, key=_order)
 
     def next(self) -> list[Scheduled]:
@@ -74,8 +74,8 @@ class Scheduler:
             scheduled.append(part)
         return scheduled
 
-    def start_forks(self, sequence: Continuation) -> None:
-        """Let the continuations run that share the prompt which this sequence has just read."""
+    def start_forks(self, sequence: Sequence) -> None:
+        """Let the sequences run that share the prompt which this sequence has just read."""
         for fork in sequence.forks:
             fork.tables = self.manager.fork(sequence.tables)
             fork.computed, fork.prefixes, fork.scores = sequence.computed, list(sequence.prefixes), sequence.scores[:]
@@ -84,7 +84,7 @@ class Scheduler:
             bisect.insort(self.running, fork, key=_order)
         sequence.forks = []
 
-    def remove(self, sequence: Continuation) -> None:
+    def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it stands, and give its memory back."""
         for queue in (self.running, self.waiting):
             if sequence in queue:
@@ -93,16 +93,16 @@ class Scheduler:
             self.manager.close(sequence.tables)
             sequence.tables = ()
 
-    def select(self, request_id: int) -> list[Continuation]:
+    def select(self, request_id: int) -> list[Sequence]:
         """The sequences of a request, running or waiting."""
         return [one for one in (*self.running, *self.waiting) if one.request.id == request_id]
 
-    def take_out_of_memory(self) -> list[Continuation]:
+    def take_out_of_memory(self) -> list[Sequence]:
         """The sequences that even the whole memory did not suffice for, since the last call; they are out already."""
         found, self._out_of_memory = self._out_of_memory, []
         return found
 
-    def _make_room(self, sequence: Continuation, count: int) -> Scheduled | None:
+    def _make_room(self, sequence: Sequence, count: int) -> Scheduled | None:
         """Take memory for `count` tokens and perhaps drafts, or as many as fit; None where not a single one does."""
         drafts = 0
         if sequence.is_decoding and sequence.may_be_drafted:
@@ -125,7 +125,7 @@ class Scheduler:
                     return None
         return Scheduled(sequence, count, drafts, sequence.is_decoding)
 
-    def _preempt(self, sequence: Continuation) -> None:
+    def _preempt(self, sequence: Sequence) -> None:
         """Give a sequence's memory back; it waits to be read again, its output as a part of its prompt."""
         self.remove(sequence)
         sequence.computed, sequence.prefixes, sequence.scores = 0, [], []
@@ -133,7 +133,7 @@ class Scheduler:
         self.preemptions += 1
         self.add(sequence)
 
-    def _admit(self, sequence: Continuation) -> bool:
+    def _admit(self, sequence: Sequence) -> bool:
         """Begin a sequence where there is a place for it and memory for all its tokens, and for a block more of each
         running one, lest it be preempted at once."""
         places = self.limits.max_sequences - sum(one.width for one in self.running)
@@ -154,5 +154,5 @@ class Scheduler:
         return True
 
 
-def _order(sequence: Continuation) -> tuple[int, ...]:
+def _order(sequence: Sequence) -> tuple[int, ...]:
     return sequence.order

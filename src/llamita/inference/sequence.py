@@ -1,26 +1,26 @@
-"""One continuation of a request under way: its tokens, the memory it holds, its text, and when it ends.
+"""One text under way in the engine: its tokens, the memory it holds, its text, and when it ends.
 
 Knows nothing of other sequences, nor of how tokens are made.
 """
 
 import time
-from collections.abc import Collection, Sequence
+from collections import abc
+from collections.abc import Collection
 
 import numpy as np
 
 from llamita.backend.interface import SampledToken, SampleSpec, ScheduledChunk
 from llamita.backend.sampling_params import MAX_SEED
-from llamita.inference.block_manager import Tables
+from llamita.inference.block_manager import Prefix, Tables
 from llamita.inference.detokenizer import IncrementalDetokenizer, StopMatcher, TokenBytes
-from llamita.inference.prefixes import Prefix
 from llamita.inference.request import FinishReason, Request, Statistics, TokenEvent
 from llamita.inference.structured import Matcher
 
 
-class Continuation:
-    """A sequence of the engine: a prompt, what has been generated after it, and how far the cache holds both.
+class Sequence:
+    """A prompt, what has been generated after it, and how far the cache holds both.
 
-    `computed` counts the tokens whose keys and values lie in the blocks of `tables`. `forks` are the continuations
+    `computed` counts the tokens whose keys and values lie in the blocks of `tables`. `forks` are the sequences
     that will begin with this one's prompt once it has been read.
     """
 
@@ -45,7 +45,7 @@ class Continuation:
         self.computed = 0
         self.tables: Tables = ()
         self.prefixes: list[Prefix] = []
-        self.forks: list[Continuation] = []
+        self.forks: list[Sequence] = []
         self.statistics = Statistics(seed=(seed + index) & MAX_SEED, prompt_tokens=self.prompt_length)
         self.finish_reason: FinishReason | None = None
         self.matcher = matcher
@@ -74,7 +74,7 @@ class Continuation:
         """Whether several tokens may be asked for at once: none of them changes how the next one is picked."""
         return not (self.matcher or self.params.reads_history or self.params.prompt_logprobs)
 
-    def chunk(self, count: int, drafts: Sequence[int] = (), allowed: np.ndarray | None = None) -> ScheduledChunk:
+    def chunk(self, count: int, drafts: abc.Sequence[int] = (), allowed: np.ndarray | None = None) -> ScheduledChunk:
         """The next `count` known tokens and the drafts after them; tokens are asked for once all known ones are run."""
         end = self.computed + count
         samples: list[SampleSpec] = []
@@ -103,7 +103,7 @@ class Continuation:
         return SampleSpec(self.params, seed, position, self.tokens, self.prompt_length, banned, allowed)
 
     def take(self, token: SampledToken) -> TokenEvent:
-        """Take in a sampled token: its text as far as it is certain, and whether it ends the continuation."""
+        """Take in a sampled token: its text as far as it is certain, and whether it ends the sequence."""
         if self.matcher is not None:
             self.matcher.accept(token.token_id)
         self.tokens.append(token.token_id)
@@ -151,7 +151,7 @@ class Continuation:
         )
 
 
-def _without(allowed: np.ndarray, banned: Sequence[int]) -> np.ndarray:
+def _without(allowed: np.ndarray, banned: abc.Sequence[int]) -> np.ndarray:
     """A mask of allowed ids (see `SampleSpec`) without some of them."""
     words = allowed.view(np.uint32).copy()
     for token_id in banned:

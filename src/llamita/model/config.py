@@ -254,7 +254,7 @@ class ModelConfig:
         rope = _rope(values)
         _refuse_foreign(values, rope, switches)
         taken = [field.name for field in fields(cls) if field.name not in (*_NOT_KEYS, "rope_scaling", *SWITCHES)]
-        keys = [*taken, *(name for name in ("attention_bias", "mlp_bias", "rope_local_base_freq", *family.keys))]
+        keys = {*taken, "attention_bias", "mlp_bias", *family.keys}
         known = {name: values[name] for name in keys if values.get(name) is not None}
         known.setdefault("num_key_value_heads", values["num_attention_heads"])
         known.setdefault("dropout", values.get("attention_dropout") or 0.0)
@@ -300,8 +300,10 @@ _HARMLESS_KEYS = frozenset(
 
 def unknown_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns the keys of a `config.json` that are neither read nor known to change nothing."""
-    known = {field.name for field in fields(ModelConfig)} | _HARMLESS_KEYS
-    return tuple(sorted(key for key in values if key not in known))
+    family = family_named(values.get("model_type", "llama"))
+    named = {field.name for field in fields(ModelConfig)} - set(SWITCHES)
+    read = {"attention_bias", "mlp_bias", "sliding_window", *family.keys, *family.other_keys}
+    return tuple(sorted(key for key in values if key not in named | read | _HARMLESS_KEYS))
 
 
 def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:

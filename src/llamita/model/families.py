@@ -36,8 +36,10 @@ class Gguf:
     """Whether queries and keys rotate pairs (2 i, 2 i + 1) there, where models rotate halves."""
     tensors: Mapping[str, str] = field(default_factory=dict)
     """Tensors of a layer: their names there, and here; those of `GGUF_LAYER` where nothing is said."""
-    is_written: bool = True
-    """Whether models are exported to it."""
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    """Keys of its metadata that hold a switch as a number: the key without the architecture, and the switch."""
+    read: Callable[[Values], dict[str, Any]] = lambda values: {}
+    """Switches that follow from the shape alone, since llama.cpp's code has them; `values` as in `config.json`."""
 
 
 GGUF_LAYER = {
@@ -78,6 +80,8 @@ class Family:
     """Switches to keys of `config.json`, beyond the fields that are keys of every family."""
     keys: tuple[str, ...] = ()
     """Switches that are keys of its `config.json` under their own names."""
+    other_keys: tuple[str, ...] = ()
+    """Further keys that `read` reads."""
     classifier: str = ""
     """The beginning of the name of its class for classification, where that is another."""
     gguf: Gguf | None = None
@@ -102,6 +106,16 @@ class Family:
 def family_of(config: ModelConfig) -> Family:
     """Returns the family that has the switches of a config."""
     return next(family for family in FAMILIES if family.is_marked(config))
+
+
+def family_in_gguf(architecture: Any) -> Family:
+    """Returns the family of a GGUF file's architecture; ValueError for one that Llamita does not have."""
+    families = [family for family in reversed(FAMILIES) if family.gguf is not None]
+    for family in families:
+        if family.gguf is not None and family.gguf.architecture == architecture:
+            return family
+    known = ", ".join(family.gguf.architecture for family in families if family.gguf is not None)
+    raise ValueError(f"general.architecture={architecture!r} is not supported; Llamita has {known}")
 
 
 def family_named(model_type: Any) -> Family:
@@ -231,7 +245,6 @@ def _write_gemma(config: ModelConfig) -> dict[str, Any]:
 def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
     scaling = {"rope_type": "default"} if config.rope_scaling is None else config.rope_scaling.to_dict()
     return _write_gemma(config) | {
-        "rope_local_base_freq": config.rope_local_base_freq,
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": config.rope_local_base_freq},
             "full_attention": scaling | {"rope_theta": config.rope_theta},
@@ -239,9 +252,20 @@ def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _gguf_gemma(values: Values, every: int, largest: int) -> dict[str, Any]:
+    """Which layers slide, and the scale of attention: in the largest model that of the width a head, else of a head."""
+    layers, heads = values["num_hidden_layers"], values["num_attention_heads"]
+    scalar = values["hidden_size"] / heads if layers == largest else values["head_dim"]
+    return {"full_attention_at": tuple(range(every - 1, layers, every)), "attention_multiplier": scalar**-0.5}
+
+
 GEMMA = (
     *("norm_placement", "unit_offset_norm", "hidden_act", "embedding_multiplier", "attention_multiplier"),
     *("attn_logit_softcapping", "final_logit_softcapping", "sliding_window", "full_attention_at", "attention_bias"),
+)
+GEMMA_KEYS = (
+    *("hidden_activation", "query_pre_attn_scalar", "use_bidirectional_attention", "sliding_window"),
+    *("sliding_window_pattern", "_sliding_window_pattern", "attn_logit_softcapping", "final_logit_softcapping"),
 )
 GEMMA_DEFAULTS = {
     "tie_word_embeddings": True,
@@ -295,8 +319,14 @@ FAMILIES: tuple[Family, ...] = (
         defaults=GEMMA_DEFAULTS | {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
         read=_read_gemma3,
         write=_write_gemma3,
-        keys=("attention_bias",),
-        gguf=Gguf("gemma3", tensors=GEMMA_TENSORS, is_written=False),
+        keys=("attention_bias", "rope_local_base_freq"),
+        other_keys=GEMMA_KEYS,
+        gguf=Gguf(
+            "gemma3",
+            tensors=GEMMA_TENSORS,
+            numbers={"attention.sliding_window": "sliding_window", "rope.freq_base_swa": "rope_local_base_freq"},
+            read=lambda values: _gguf_gemma(values, every=6, largest=62) | {"rope_local_base_freq": 10000.0},
+        ),
     ),
     Family(
         model_type="gemma2",
@@ -309,7 +339,17 @@ FAMILIES: tuple[Family, ...] = (
         read=_read_gemma,
         write=_write_gemma,
         keys=("attention_bias",),
-        gguf=Gguf("gemma2", tensors=GEMMA_TENSORS, is_written=False),
+        other_keys=GEMMA_KEYS,
+        gguf=Gguf(
+            "gemma2",
+            tensors=GEMMA_TENSORS,
+            numbers={
+                "attention.sliding_window": "sliding_window",
+                "attn_logit_softcapping": "attn_logit_softcapping",
+                "final_logit_softcapping": "final_logit_softcapping",
+            },
+            read=lambda values: _gguf_gemma(values, every=2, largest=46),
+        ),
     ),
     Family(
         model_type="olmo2",
@@ -326,7 +366,6 @@ FAMILIES: tuple[Family, ...] = (
                 "post_attention_norm": "post_attention_layernorm",
                 "post_ffw_norm": "post_feedforward_layernorm",
             },
-            is_written=False,
         ),
     ),
     Family(
@@ -339,7 +378,12 @@ FAMILIES: tuple[Family, ...] = (
         read=_read_smollm3,
         write=_write_smollm3,
         keys=("attention_bias", "mlp_bias"),
-        gguf=Gguf("smollm3", rotates_pairs=True, is_written=False),
+        other_keys=("no_rope_layers", "no_rope_layer_interval", "sliding_window"),
+        gguf=Gguf(
+            "smollm3",
+            rotates_pairs=True,
+            read=lambda values: {"layers_without_rope": tuple(range(3, values["num_hidden_layers"], 4))},
+        ),
     ),
     Family(
         model_type="granite",
@@ -352,7 +396,16 @@ FAMILIES: tuple[Family, ...] = (
         defaults={"rms_norm_eps": 1e-6} | dict.fromkeys(MULTIPLIERS, 1.0),
         read=_no_window,
         keys=(*MULTIPLIERS, "attention_bias", "mlp_bias"),
-        gguf=Gguf("granite", rotates_pairs=True, is_written=False),
+        gguf=Gguf(
+            "granite",
+            rotates_pairs=True,
+            numbers={
+                "embedding_scale": "embedding_multiplier",
+                "attention.scale": "attention_multiplier",
+                "residual_scale": "residual_multiplier",
+                "logit_scale": "logits_scaling",
+            },
+        ),
     ),
     Family(
         model_type="qwen3",

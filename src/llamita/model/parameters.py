@@ -7,11 +7,11 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from llamita.model.config import ModelConfig
+from llamita.model.config import ModelConfig, NormPlacement
 from llamita.model.host_array import FLOATING
 from llamita.model.quantization import SCALE, quantized_shapes
 
@@ -45,6 +45,24 @@ ONES, ZEROS = Initialization("ones"), Initialization("zeros")
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT_HEAD = "lm_head.weight"
 CLASSIFIER = "score.weight"
+
+
+class BlockNorms(NamedTuple):
+    """The norms of a block by their place, under canonical names; empty where there is none."""
+
+    before_attention: str
+    after_attention: str
+    before_feed_forward: str
+    after_feed_forward: str
+
+
+BLOCK_NORMS: Mapping[NormPlacement, BlockNorms] = {
+    "before": BlockNorms("input_layernorm", "", "post_attention_layernorm", ""),
+    "after": BlockNorms("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
+    "both": BlockNorms(
+        *("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    ),
+}
 # Which linear maps lie in one matrix inside a model, one below the other, since one large product is faster than three.
 PACKING = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -73,28 +91,39 @@ def parameter_table(config: ModelConfig, initialization: InitializationName = "f
             rows.append(Parameter(f"{name}.bias", (n_out,), ZEROS, False, 0 if axis == 0 else None))
         return rows
 
+    def norm(name: str, size: int) -> Parameter:
+        return Parameter(f"{name}.weight", (size,), ZEROS if config.unit_offset_norm else ONES, False)
+
     def block(prefix: str) -> list[Parameter]:
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
         input_bias = config.attention_bias or config.query_key_value_bias
-        norms = [Parameter(f"{attention}.{name}_norm.weight", (H,), ONES, False) for name in "qk"]
+        heads = {"q": N, "k": K} if config.norm_all_heads else {"q": 1, "k": 1}
+        head_norms = [norm(f"{attention}.{name}_norm", count * H) for name, count in heads.items()]
+        norms = BLOCK_NORMS[config.norm_placement]
+
+        def block_norm(name: str) -> list[Parameter]:
+            return [norm(f"{prefix}.{name}", D)] if name else []
+
         return [
-            Parameter(f"{prefix}.input_layernorm.weight", (D,), ONES, False),
+            *block_norm(norms.before_attention),
             *linear(f"{attention}.q_proj", N * H, D, 0, input_bias),
             *linear(f"{attention}.k_proj", K * H, D, 0, input_bias),
             *linear(f"{attention}.v_proj", K * H, D, 0, input_bias),
-            *(norms if config.query_key_norm else ()),
+            *(head_norms if config.query_key_norm else ()),
             *linear(f"{attention}.o_proj", D, N * H, 1, config.attention_bias, residual=True),
-            Parameter(f"{prefix}.post_attention_layernorm.weight", (D,), ONES, False),
+            *block_norm(norms.after_attention),
+            *block_norm(norms.before_feed_forward),
             *linear(f"{mlp}.gate_proj", C, D, 0, config.mlp_bias),
             *linear(f"{mlp}.up_proj", C, D, 0, config.mlp_bias),
             *linear(f"{mlp}.down_proj", D, C, 1, config.mlp_bias, residual=True),
+            *block_norm(norms.after_feed_forward),
         ]
 
     embedding_std = 0.02 if initialization == "gpt-2" else 1 / math.sqrt(D) if config.tie_word_embeddings else 1.0
     table = [Parameter(EMBEDDING, (V, D), Initialization("normal", embedding_std), True, 0)]
     for layer in range(L):
         table += block(f"model.layers.{layer}")
-    table.append(Parameter("model.norm.weight", (D,), ONES, False))
+    table.append(norm("model.norm", D))
     if config.num_labels:
         table += linear("score", config.num_labels, D, None, bias=False)
     elif not config.tie_word_embeddings:

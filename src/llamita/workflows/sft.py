@@ -1,7 +1,8 @@
 """Instruction tuning: a trained model learns, from conversations, to answer.
 
-The loss is that of pre-training, over the assistant's tokens alone, the token that ends its turn included. What is read
-where lies in data/conversations.py, what becomes a row in data/examples.py. The backend is passed in.
+The loss is that of pre-training, over the assistant's tokens alone, the token that ends its turn included; with a
+teacher it is mixed with the divergence from what that model finds likely there. What is read where lies in
+data/conversations.py, what becomes a row in data/examples.py. The backend is passed in.
 """
 
 import hashlib
@@ -9,19 +10,22 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from llamita.backend.interface import Backend
-from llamita.backend.objectives import NextToken
+import numpy as np
+
+from llamita.backend.interface import Backend, Scorer
+from llamita.backend.objectives import Distillation, NextToken
 from llamita.data import conversations as talks
-from llamita.data.batches import BatchIterator, evaluation_batches
+from llamita.data.batches import NOT_SCORED, Batch, BatchIterator, evaluation_batches
 from llamita.data.conversations import Conversation, ConversationSource
 from llamita.data.examples import ConversationRows, EncodedConversations, TooLong, encode
 from llamita.data.packing import RowsConfig
 from llamita.model.config import ModelConfig
 from llamita.text.chat import Chat
 from llamita.training.display import Display
-from llamita.training.interfaces import Examples, TrainingResult
+from llamita.training.interfaces import Batches, Examples, TrainingResult
 from llamita.workflows import answers
 from llamita.workflows.finetune import Base, finetune, load_base, make_step
 from llamita.workflows.layouts import ending_answers, learn, refuse_what_writes_nothing, source_of
@@ -60,6 +64,13 @@ class SftConfig(ValidatedConfig):
     answers: int | None = None
     """Held-out questions to answer at each evaluation, greedily; the share of answers that are right to the letter
     becomes the measure `exact`, and chooses the best checkpoint. Left out: 200 for meadow; elsewhere 3, only shown."""
+    teacher: Path | None = None
+    """A model of the same tokenizer whose distribution over the next token is learned beside the token itself: a
+    directory, a training run, a name on the hub. It is held in memory too."""
+    teacher_weight: float = 0.5
+    """Of the divergence from the teacher, in the place of as much of the ordinary loss."""
+    teacher_temperature: float = 1.0
+    """Divides the logits of teacher and student in the divergence."""
     learning_rate: float = 3e-4
     """The highest learning rate, reached after the warm-up."""
     weight_decay: float = 0.0
@@ -69,6 +80,10 @@ class SftConfig(ValidatedConfig):
         super().__post_init__()
         if self.conversations is not None and self.conversations < 1:
             raise ValueError(f"conversations={self.conversations} must be at least 1")
+        self.distillation()
+
+    def distillation(self) -> Distillation:
+        return Distillation(self.teacher_weight, self.teacher_temperature)
 
 
 def sft(
@@ -89,6 +104,7 @@ def sft(
     longest = _longest(config, base.config)
     encoded, held_out = read(config, chat, longest, train_source, validation_source)
     rows = make_rows(config, encoded, base)
+    teacher = load_teacher(config, backend, base, rows[0].block - 1)
     report(f"training: {encoded[0].counts}, in {len(rows[0]):,} rows of {rows[0].block - 1} tokens")
     report(f"validation: {encoded[1].counts}, in {len(rows[1]):,} rows")
     if config.epochs:
@@ -98,8 +114,14 @@ def sft(
     count = count if config.answers is None else config.answers
     asked = answers.questions(chat, held_out, count, model.max_position_embeddings)
     measured = bool(asked) and (config.on_meadow or config.answers is not None)
-    step = make_step(config, backend, model, base.arrays, NextToken())
+    step = make_step(config, backend, model, base.arrays, config.distillation() if teacher else NextToken())
     examination = answers.Examination(step, chat, asked)
+    examples = Examples(
+        BatchIterator(rows[0], config.batch_size, config.seed),
+        partial(evaluation_batches, rows[1], config.micro_batch_size or config.batch_size, config.evaluation_rows)
+        if len(rows[1])
+        else tuple,
+    )
     return finetune(
         config,
         base,
@@ -111,13 +133,9 @@ def sft(
             "template": hashlib.sha256(config.template.encode()).hexdigest(),
             "rows": asdict(rows[0].config),
             "answers": len(asked),
+            **({"teacher": {"model": teacher.digest, **asdict(config.distillation())}} if teacher else {}),
         },
-        examples=Examples(
-            BatchIterator(rows[0], config.batch_size, config.seed),
-            partial(evaluation_batches, rows[1], config.micro_batch_size or config.batch_size, config.evaluation_rows)
-            if len(rows[1])
-            else tuple,
-        ),
+        examples=teacher.taught(examples) if teacher else examples,
         step=step,
         model=model,
         on_evaluation=examination.shown if asked else None,
@@ -171,6 +189,90 @@ def make_rows(config: SftConfig, encoded: Sequence[EncodedConversations], base: 
         length = max(length, min(PACKED_LENGTH, base.config.max_position_embeddings))
     layout = RowsConfig(config.mode, config.sequence_length or length, within_documents=config.mode == "pack")
     return [ConversationRows(each, layout, base.tokenizer.pad_id) for each in encoded]
+
+
+# --- the teacher -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model, asked about each batch when it is its turn; what it says is not kept."""
+
+    scorer: Scorer
+    digest: str
+    temperature: float
+    rows_at_once: int
+    vocab_size: int
+
+    def taught(self, examples: Examples) -> Examples:
+        """Returns the same examples, each batch with what the teacher says about it."""
+        return replace(
+            examples,
+            batches=TaughtBatches(examples.batches, self),
+            validation=lambda: map(self.teach, examples.validation()),
+        )
+
+    def teach(self, batch: Batch) -> Batch:
+        """Returns the batch with `teacher_log_probs_BSV`, as `Distillation` describes it.
+
+        S is a power of two where the rows are long enough, so that a backend that compiles for shapes meets few.
+        """
+        counts_B1 = (batch.labels_BT != NOT_SCORED).sum(-1, keepdims=True)
+        length = min(batch.labels_BT.shape[1], 1 << (int(counts_B1.max()) - 1).bit_length())
+        log_probs_BSV = np.zeros((len(counts_B1), length, self.vocab_size), dtype=np.float32)
+        scored_BS = np.arange(length) < counts_B1
+        for start in range(0, len(counts_B1), self.rows_at_once):
+            part = slice(start, start + self.rows_at_once)
+            log_probs_BSV[part][scored_BS[part]] = self.scorer.distributions(batch.rows(part), self.temperature)
+        return replace(batch, extras={**batch.extras, "teacher_log_probs_BSV": log_probs_BSV})
+
+
+class TaughtBatches:
+    """Training batches with what the teacher says about each."""
+
+    def __init__(self, batches: Batches, teacher: Teacher) -> None:
+        self.batches, self.teacher = batches, teacher
+
+    def next(self) -> Batch:
+        return self.teacher.teach(self.batches.next())
+
+    def state(self) -> dict[str, Any]:
+        return self.batches.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.batches.load_state(state)
+
+
+def load_teacher(config: SftConfig, backend: Backend, base: Base, longest_row: int) -> Teacher | None:
+    """Returns the teacher that is asked for; ValueError, in one line, for one that has nothing to say to `base`."""
+    if config.teacher is None:
+        if config.distillation() != Distillation():
+            raise ValueError("--teacher-weight and --teacher-temperature say how to learn from a --teacher; give one")
+        return None
+    found = load_base(replace(config, model=config.teacher), "--teacher")
+    if found.config.num_labels:
+        raise ValueError(f"{found.directory} is a classifier, which predicts no tokens; give a language model")
+    if found.tokenizer.hash != base.tokenizer.hash:
+        raise ValueError(f"the teacher {found.directory} has another tokenizer than {base.directory}; both must be one")
+    if found.config.vocab_size != base.config.vocab_size:
+        raise ValueError(
+            f"the teacher {found.directory} has embeddings for {found.config.vocab_size} tokens and {base.directory} "
+            f"for {base.config.vocab_size}; they must be as many"
+        )
+    if found.config.max_position_embeddings < longest_row:
+        raise ValueError(
+            f"the rows have {longest_row} tokens and the teacher {found.directory} has "
+            f"{found.config.max_position_embeddings} positions; give a shorter --sequence-length"
+        )
+    return Teacher(
+        backend.build_scorer(
+            found.config, found.arrays, precision=config.precision, device=config.device, threads=config.threads
+        ),
+        found.digest(),
+        config.teacher_temperature,
+        config.micro_batch_size or config.batch_size,
+        found.config.vocab_size,
+    )
 
 
 def _longest(config: SftConfig, model: ModelConfig) -> int:

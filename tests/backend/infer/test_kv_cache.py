@@ -8,11 +8,12 @@ import pytest
 from llamita.backend.interface import BlockCopy, CacheLayout
 from tests import reference
 from tests.backend.frameworks import to_numpy
-from tests.backend.models import KINDS, VARIANTS, perturbed, random_tokens, small
+from tests.backend.models import KINDS, SWITCHES, VARIANTS, perturbed, random_tokens, small
 from tests.backend.paged import even_cuts, paged_logits
 from tests.backend.tolerances import MODEL, relative_difference
 
 TOLERANCE = MODEL["fp32"]
+CAUSAL = {name: changes for name, changes in (VARIANTS | SWITCHES).items() if name != "classifier"}
 LATER = {"query_key_value_bias": True, "sliding_window": 5, "full_attention_layers": 1}
 SHAPES = {
     "grouped": {},
@@ -34,9 +35,9 @@ def test_cached_logits_are_those_of_full_recomputation(framework, kind, chunk, b
     assert relative_difference(np.stack(cached), framework.logits(model, tokens_BT)) < TOLERANCE
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "classifier"])
+@pytest.mark.parametrize("variant", CAUSAL)
 def test_cached_logits_of_every_variant_follow_the_oracle(framework, variant):
-    config = small(**VARIANTS[variant])
+    config = small(**CAUSAL[variant])
     arrays = perturbed(config)
     model = framework.build_model(config, arrays)
     rows = [random_tokens(config, length) for length in (29, 12, 1, 40)]

@@ -3,11 +3,15 @@
 tests/course asks the same of more shapes; here are the types, gradients and layouts that it leaves out.
 """
 
+import functools
+from dataclasses import astuple
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from llamita.model.config import AttentionSpec
 from tests import reference
 from tests.backend.frameworks import normal
 from tests.backend.tolerances import ELEMENT, assert_each_close
@@ -39,6 +43,9 @@ def forms(framework, operation):
     return [getattr(getattr(framework.layers, form), operation) for form in FORMS]
 
 
+GATES = {"silu": F.silu, "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh")}
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("form", FORMS)
 def test_rms_norm(framework, form, precision):
@@ -60,13 +67,15 @@ def test_linear(framework, bias, form, precision):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("form", FORMS)
-def test_gated_silu(framework, form, precision):
+@pytest.mark.parametrize("gate", GATES)
+def test_gates(framework, gate, form, precision):
     gate_up = normal(3, 10, precision=precision, scale=5)
-    wide = gate_up.astype(np.float64)
-    found = getattr(framework.layers, form).gated_silu(framework.array(gate_up, precision))
-    check(framework, precision, found, reference.silu(wide[:, :5]) * wide[:, 5:])
-    found = framework.layers.silu(framework.array(gate_up, precision))
-    check(framework, precision, found, F.silu(torch.from_numpy(wide)).numpy())
+    gates, ups = torch.from_numpy(gate_up.astype(np.float64)).chunk(2, dim=-1)
+    found = getattr(framework.layers, form).gates[gate](framework.array(gate_up, precision))
+    check(framework, precision, found, (GATES[gate](gates) * ups).numpy())
+    if gate == "silu":
+        silu = framework.layers.silu(framework.array(gate_up[:, :5], precision))
+        check(framework, precision, silu, reference.silu(gates.numpy()))
 
 
 def test_gradients_of_plain_and_fused_operations_agree(framework):
@@ -75,7 +84,9 @@ def test_gradients_of_plain_and_fused_operations_agree(framework):
     x, weight, bias = normal(2, 5, 8), normal(6, 8), normal(6)
     same_both_ways(framework, *forms(framework, "linear"), x, weight)
     same_both_ways(framework, *forms(framework, "linear"), x, weight, bias)
-    same_both_ways(framework, *forms(framework, "gated_silu"), normal(3, 10, scale=5))
+    for gate in GATES:
+        plain, fused = (gates[gate] for gates in forms(framework, "gates"))
+        same_both_ways(framework, plain, fused, normal(3, 10, scale=5))
 
 
 def frequencies(H, theta):
@@ -172,6 +183,20 @@ def test_attention_against_pytorch(framework, precision, leading, K, T, S, maski
     asked = framework.array(mask) if masking in ("mask", "both") else None
     for attend in forms(framework, "attention"):
         check(framework, precision, attend(*given, asked, causal), by_pytorch(q, k, v, allowed))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("spec", [AttentionSpec(0.3), AttentionSpec(soft_cap=0.7), AttentionSpec(0.3, 0.7)], ids=str)
+def test_attention_with_another_scale_and_a_soft_cap(framework, spec, precision, form):
+    attend = getattr(framework.layers, form).attention
+    q, k, v = (normal(4, 6, 8, precision=precision, seed=seed) for seed in range(3))
+    found = attend(*(framework.array(x[None], precision) for x in (q, k, v)), causal=True, spec=spec)
+    expected = [
+        reference.attention(*(x[head].astype(np.float64) for x in (q, k, v)), np.tri(6, dtype=bool), *astuple(spec)[:2])
+        for head in range(4)
+    ]
+    check(framework, precision, found, np.stack(expected)[None])
 
 
 @pytest.mark.parametrize("form", FORMS)

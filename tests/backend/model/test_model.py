@@ -15,6 +15,7 @@ from tests import reference
 from tests.backend.frameworks import to_numpy
 from tests.backend.models import (
     KINDS,
+    SWITCHES,
     VARIANTS,
     gradients_by_pytorch,
     perturbed,
@@ -27,6 +28,7 @@ from tests.backend.models import (
 from tests.backend.tolerances import MODEL, relative_difference
 
 TOLERANCE = MODEL["fp32"]
+EVERY = VARIANTS | SWITCHES
 
 
 def check_every_layer(framework, config, arrays, model, tokens_BT):
@@ -53,9 +55,9 @@ def check_gradients(framework, config, arrays, model, *batch):
 
 
 @pytest.mark.parametrize("operations", ["PLAIN", "FUSED"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", EVERY)
 def test_every_layer_follows_the_oracle_and_every_gradient_autograd(framework, variant, operations):
-    config = small(**VARIANTS[variant])
+    config = small(**EVERY[variant])
     arrays, tokens_BT, labels_BT = perturbed(config), random_tokens(config, 2, 17), random_labels(config, 2, 17)
     model = framework.build_model(config, arrays, operations=operations)
     seen = check_every_layer(framework, config, arrays, model, tokens_BT)

@@ -22,10 +22,24 @@ def example():
     return hidden, weight, labels
 
 
-def by_pytorch(hidden, weight, function):
+HEADS = {"plain": (1.0, 0.0), "scaled": (4.0, 0.0), "capped": (2.0, 5.0)}
+"""What logits are divided by, and their soft cap."""
+
+
+def head_of(framework, weight, kind="plain"):
+    module = framework.head
+    return module.OutputHead(weight, module.LogitTransform(*HEADS[kind]))
+
+
+def transformed(logits, kind):
+    scaling, cap = HEADS[kind]
+    return cap * torch.tanh(logits / scaling / cap) if cap else logits / scaling
+
+
+def by_pytorch(hidden, weight, kind, function):
     """A value of all logits, float64, and its gradients."""
     leaves = [torch.from_numpy(x).double().requires_grad_() for x in (hidden, weight)]
-    value = function(leaves[0] @ leaves[1].mT)
+    value = function(transformed(leaves[0] @ leaves[1].mT, kind))
     value.backward()
     return value.item(), [leaf.grad.numpy() for leaf in leaves]
 
@@ -37,46 +51,46 @@ def check(framework, ours, hidden, weight, expected):
         assert relative_difference(framework.numbers(found), theirs) < TOLERANCE
 
 
+@pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("chunk_size", [0, 1, 4, 5, 7, 21, 100])
-def test_cross_entropy_and_its_gradients_whole_and_in_chunks(framework, chunk_size):
+def test_cross_entropy_and_its_gradients_whole_and_in_chunks(framework, chunk_size, kind):
     hidden, weight, labels = example()
     labels_BT = framework.array(labels)
 
     def ours(hidden, weight):
+        head = head_of(framework, weight, kind)
         if not chunk_size:
-            return framework.losses.cross_entropy(framework.layers.linear(hidden, weight), labels_BT) / 17
-        return framework.losses.chunked_cross_entropy(hidden, weight, labels_BT, chunk_size) / 17
+            return framework.losses.cross_entropy(head.logits(hidden), labels_BT) / 17
+        return framework.losses.chunked_cross_entropy(hidden, head, labels_BT, chunk_size) / 17
 
     def theirs(logits_BTV):
         labels_M = torch.from_numpy(labels).flatten()
         return F.cross_entropy(logits_BTV.flatten(0, 1), labels_M, ignore_index=IGNORED, reduction="sum") / 17
 
-    expected = by_pytorch(hidden, weight, theirs)
-    assert expected[0] == pytest.approx(reference.cross_entropy(hidden.astype(np.float64) @ weight.T, labels) / 17)
+    expected = by_pytorch(hidden, weight, kind, theirs)
+    logits_BTV = transformed(torch.from_numpy(hidden.astype(np.float64) @ weight.T.astype(np.float64)), kind)
+    assert expected[0] == pytest.approx(reference.cross_entropy(logits_BTV, labels) / 17)
     check(framework, ours, hidden, weight, expected)
 
 
+@pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("chunk_size", [1, 4, 1000])
-def test_log_probabilities_in_chunks_and_their_gradients(framework, chunk_size):
+def test_log_probabilities_in_chunks_and_their_gradients(framework, chunk_size, kind):
     hidden, weight, labels = example()
     shares, labels_BT = normal(3, 7, seed=3), framework.array(labels)
 
-    def theirs(logits_BTV):
-        scored = torch.from_numpy(labels != IGNORED)
-        picked = torch.from_numpy(labels).clamp(min=0)[..., None]
-        found_BT = logits_BTV.log_softmax(-1).gather(-1, picked)[..., 0]
-        return (torch.where(scored, found_BT, 0.0) * torch.from_numpy(shares)).sum()
+    def picked(logits_BTV):
+        found_BT = logits_BTV.log_softmax(-1).gather(-1, torch.from_numpy(labels).clamp(min=0)[..., None])[..., 0]
+        return torch.where(torch.from_numpy(labels != IGNORED), found_BT, 0.0)
 
-    def ours(hidden, weight):
-        return (
-            framework.losses.chunked_log_probs(hidden, weight, labels_BT, chunk_size) * framework.array(shares)
-        ).sum()
+    def log_probs(hidden, weight):
+        return framework.losses.chunked_log_probs(hidden, head_of(framework, weight, kind), labels_BT, chunk_size)
 
-    check(framework, ours, hidden, weight, by_pytorch(hidden, weight, theirs))
-    found = framework.losses.chunked_log_probs(framework.array(hidden), framework.array(weight), labels_BT, chunk_size)
-    logits = torch.from_numpy(hidden.astype(np.float64) @ weight.astype(np.float64).T)
-    expected = logits.log_softmax(-1).gather(-1, torch.from_numpy(labels).clamp(min=0)[..., None])[..., 0].numpy()
-    assert relative_difference(framework.numbers(found), np.where(labels == IGNORED, 0, expected)) < TOLERANCE
+    expected = by_pytorch(hidden, weight, kind, lambda x: (picked(x) * torch.from_numpy(shares)).sum())
+    check(framework, lambda *given: (log_probs(*given) * framework.array(shares)).sum(), hidden, weight, expected)
+    logits_BTV = transformed(torch.from_numpy(hidden.astype(np.float64) @ weight.T.astype(np.float64)), kind)
+    found = framework.numbers(log_probs(framework.array(hidden), framework.array(weight)))
+    assert relative_difference(found, picked(logits_BTV)) < TOLERANCE
 
 
 @pytest.mark.parametrize("loss", ["chunked_cross_entropy", "chunked_log_probs"])
@@ -85,8 +99,8 @@ def test_nothing_scored_is_zero_with_zero_gradients(framework, loss):
     nothing, given = framework.array(np.full_like(labels, IGNORED)), [framework.array(x) for x in (hidden, weight)]
 
     def ours(hidden, weight):
-        return getattr(framework.losses, loss)(hidden, weight, nothing).sum()
+        return getattr(framework.losses, loss)(hidden, head_of(framework, weight), nothing)
 
-    assert not framework.numbers(getattr(framework.losses, loss)(*given, nothing)).any()
-    for gradient in framework.gradients(ours, *given):
+    assert not framework.numbers(ours(*given)).any()
+    for gradient in framework.gradients(lambda *leaves: ours(*leaves).sum(), *given):
         assert not framework.numbers(gradient).any()

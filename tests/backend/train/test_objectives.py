@@ -66,7 +66,8 @@ class Case:
         """The framework's loss, per target, and its gradients beside theirs; gives the measures, per target."""
 
         def output(states_RTD, head_VD):
-            return loss(lambda tokens_BT, segments_BT=None: states_RTD[tokens_BT[:, 0]], head_VD, batch)
+            head = self.framework.head.OutputHead(head_VD)
+            return loss(lambda tokens_BT, segments_BT=None: states_RTD[tokens_BT[:, 0]], head, batch)
 
         given = [self.framework.array(x.detach().numpy()) for x in (self.states_RTD, self.head_VD)]
         found = output(*given)

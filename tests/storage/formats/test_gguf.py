@@ -22,6 +22,14 @@ from llamita.text.huggingface_codec import HuggingFaceCodec
 from llamita.text.tokenizer import Tokenizer
 from tests.storage.formats.helpers import as_pairs, equal, model
 
+GEMMA = {
+    "norm_placement": "both",
+    "unit_offset_norm": True,
+    "hidden_act": "gelu_pytorch_tanh",
+    "embedding_multiplier": 32**0.5,
+    "attention_multiplier": 8**-0.5,
+    "sliding_window": 8,
+}
 FAMILIES = {
     "llama": {},
     "untied": {"tie_word_embeddings": False},
@@ -33,6 +41,30 @@ FAMILIES = {
     "qwen2": {"query_key_value_bias": True, "rms_norm_eps": 1e-6, "rope_theta": 1e6},
     "qwen3": {"query_key_norm": True},
     "qwen3 with biases": {"query_key_norm": True, "attention_bias": True},
+    "smollm3": {"num_hidden_layers": 5, "layers_without_rope": (3,)},
+    "olmo2": {"norm_placement": "after", "query_key_norm": True, "norm_all_heads": True, "tie_word_embeddings": False},
+    "granite": {
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.0078125,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 8.0,
+    },
+    "gemma2": {
+        **GEMMA,
+        "num_hidden_layers": 4,
+        "full_attention_at": (1, 3),
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    "gemma3": {
+        **GEMMA,
+        "num_hidden_layers": 7,
+        "full_attention_at": (5,),
+        "query_key_norm": True,
+        "rope_local_base_freq": 10000.0,
+        "rope_theta": 1e6,
+        "rope_scaling": RopeScaling("linear", 8.0),
+    },
 }
 PLAIN = {"bos_token_id": None, "eos_token_id": None}  # without a tokenizer a file names no special tokens
 
@@ -42,8 +74,41 @@ def test_there_and_back_is_bit_identical(tmp_path, family):
     ours = model(**PLAIN, **FAMILIES[family])
     gguf.write_model(tmp_path / "m.gguf", ours, "f32")
     again = gguf.read_model(tmp_path / "m.gguf")
+    if ours.config.unit_offset_norm:  # a norm's weight plus 1, and minus 1 again, is rounded
+        again, ours = (without_norms(each) for each in close_norms(again, ours))
     assert equal(again, ours)
     assert again.tokenizer is None
+
+
+def close_norms(*models):
+    """The models, once their norms are known to be within a rounding of each other."""
+    first, second = (model.arrays for model in models)
+    for name in (name for name in first if name.endswith("norm.weight")):
+        np.testing.assert_allclose(first[name].to_numpy(), second[name].to_numpy(), rtol=0, atol=1e-7)
+    return models
+
+
+def without_norms(model):
+    kept = {name: array for name, array in model.arrays.items() if not name.endswith("norm.weight")}
+    return dataclasses.replace(model, arrays=kept)
+
+
+def test_gemmas_norms_are_stored_with_their_one(tmp_path):
+    ours = model(**PLAIN, **FAMILIES["gemma2"])
+    gguf.write_model(tmp_path / "m.gguf", ours)
+    tensors = {tensor.name: tensor.data for tensor in library.GGUFReader(tmp_path / "m.gguf").tensors}
+    for theirs, canonical in (
+        ("post_ffw_norm", "post_feedforward_layernorm"),
+        ("ffn_norm", "pre_feedforward_layernorm"),
+    ):
+        stored = ours.arrays[f"model.layers.1.{canonical}.weight"].to_numpy()
+        np.testing.assert_array_equal(tensors[f"blk.1.{theirs}.weight"], stored + np.float32(1))
+
+
+def test_layers_that_llama_cpp_would_turn_otherwise_are_refused(tmp_path):
+    ours = model(**PLAIN, layers_without_rope=(1,))
+    with pytest.raises(ValueError, match=r"layers_without_rope=\(1,\); llama.cpp's code has \(\)"):
+        gguf.write_model(tmp_path / "m.gguf", ours)
 
 
 def test_tensors_and_settings_are_llama_cpps(tmp_path):

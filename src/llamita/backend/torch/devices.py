@@ -1,7 +1,4 @@
-"""Where PyTorch computes and in which mode: devices by name, the kernels that suit few rows."""
-
-import contextlib
-from collections.abc import Iterator
+"""Where PyTorch computes: its devices by name, and the kernels that there are for them."""
 
 import torch
 
@@ -31,19 +28,3 @@ def choose_device(name: str) -> str:
 def table_kernel(device: torch.device) -> TableKernel | None:
     """The kernel that attends through tables of blocks: on a GPU, where there is Triton."""
     return attention_over_tables if device.type == "cuda" else None
-
-
-@contextlib.contextmanager
-def fast_few_rows(device: torch.device, dtype: torch.dtype, rows: int) -> Iterator[None]:
-    """The settings under which PyTorch multiplies so many rows fastest.
-
-    On a CPU, oneDNN reads bfloat16 weights for one row at half the speed of PyTorch's own matrix-vector product.
-    """
-    if device.type != "cpu" or dtype != torch.bfloat16 or rows > 1:
-        yield
-        return
-    enabled, *_ = torch.backends.mkldnn.set_flags(_enabled=False, _fp32_precision=None)
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.set_flags(_enabled=enabled, _fp32_precision=None)

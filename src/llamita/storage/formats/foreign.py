@@ -5,12 +5,13 @@ Holds the names that Meta's code gave its parameters, and what other people's co
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 from llamita.model.config import ModelConfig
+from llamita.model.families import SWITCHES
 from llamita.model.host_array import NUMPY_TYPES, HostArray
 from llamita.model.parameters import EMBEDDING, OUTPUT_HEAD, check_arrays, parameter_table, shortened
 from llamita.text.tokenizer import Tokenizer
@@ -123,16 +124,9 @@ def to_meta_names(model: ForeignModel, layer_names: Mapping[str, str] = META_LAY
 
 def refuse_switches(config: ModelConfig, form: str, fixed: Mapping[str, Any]) -> None:
     """Raise ValueError where a model has what a form of plain Llamas cannot hold; `fixed` names more that it fixes."""
-    plain = {
-        "rope_scaling": None,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "query_key_value_bias": False,
-        "query_key_norm": False,
-        "sliding_window": 0,
-        "num_labels": 0,
-        "head_dim": config.hidden_size // config.num_attention_heads,
-    }
+    usual = {field.name: field.default for field in fields(config)}
+    plain = {name: usual[name] for name in (*SWITCHES, "rope_scaling", "num_labels")}
+    plain["head_dim"] = config.hidden_size // config.num_attention_heads
     for name, value in {**plain, **fixed}.items():
         if getattr(config, name) != value:
             raise ValueError(f"{form} cannot hold a model with {name}={getattr(config, name)!r}; there it is {value!r}")

@@ -5,6 +5,7 @@ and keys rotate pairs (2 i, 2 i + 1) there, Qwen's halves. Every length in a fil
 it.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,9 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
+from llamita.model import families
 from llamita.model.config import ModelConfig
+from llamita.model.families import Family, Gguf
 from llamita.model.host_array import HostArray
 from llamita.model.parameters import EMBEDDING, OUTPUT_HEAD
 from llamita.model.rope import TOO_LARGE, RopeScaling, rotary_frequencies
@@ -25,22 +28,8 @@ NumberType = Literal["f32", "f16", "bf16", "q8_0"]
 KINDS = {"f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}  # llama_ftype
 READ_KINDS = (Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_K, Kind.Q6_K)
-LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 OUTSIDE = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": OUTPUT_HEAD}
 ROPE_FACTORS = "rope_freqs.weight"
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 
 def is_gguf(head: bytes) -> bool:
@@ -56,15 +45,21 @@ def read_model(path: Path) -> ForeignModel:
     except (ValueError, KeyError, IndexError, TypeError, OverflowError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no GGUF file that can be read: {error}") from None
     try:
-        config = _config(metadata, {tensor.name: tensor for tensor in reader.tensors})
-        arrays = {}
+        family = families.family_in_gguf(metadata.get("general.architecture"))
+        assert family.gguf is not None
+        layout, arrays = family.gguf, {}
+        config = _config(metadata, {tensor.name: tensor for tensor in reader.tensors}, family, layout)
         for tensor in reader.tensors:
             if tensor.name == ROPE_FACTORS:
                 continue
-            name = _canonical(tensor.name)
+            name = _canonical(tensor.name, layout)
             array = _array(tensor)
-            if config.family in ("llama", "mistral") and ROTATED.fullmatch(name.replace(".bias", ".weight")):
+            if layout.rotates_pairs and ROTATED.fullmatch(name.replace(".bias", ".weight")):
                 array = to_halves(array, config.head_dim)
+            if config.unit_offset_norm and name.endswith("norm.weight"):
+                array = HostArray.from_numpy(
+                    array.to_numpy().astype(np.float32) - 1
+                )  # llama.cpp adds the 1 to the file
             arrays[name] = array
         return ForeignModel.in_order(config, arrays, gguf_tokenizer.read(metadata))
     except ValueError as error:
@@ -74,14 +69,20 @@ def read_model(path: Path) -> ForeignModel:
 def write_model(path: Path, model: ForeignModel, numbers: NumberType = "f32", name: str = "") -> None:
     """Write a model with its tokenizer. Matrices have the type asked for, norms and biases float32."""
     config = model.config
-    if config.num_labels or config.sliding_window:
+    layout = families.family_of(config).gguf
+    if config.num_labels or layout is None or (config.sliding_window and not layout.numbers):
         key = "num_labels" if config.num_labels else "sliding_window"
         raise ValueError(f"llama.cpp runs no model of this architecture with {key}={getattr(config, key)}")
+    for name, implied in layout.read(dataclasses.asdict(config)).items():
+        if name not in layout.numbers.values() and getattr(config, name) != implied:
+            raise ValueError(
+                f"a GGUF file of the architecture {layout.architecture} cannot hold a model with "
+                f"{name}={getattr(config, name)!r}; llama.cpp's code has {implied!r} there"
+            )
     scaling = config.rope_scaling
     if scaling is not None and (scaling.attention_factor, scaling.mscale, scaling.truncate) != (None, None, True):
         raise ValueError("a GGUF file holds YaRN scaling only with its own attention factor and whole borders")
-    family = config.family
-    writer = gguf.GGUFWriter(path, family)
+    writer = gguf.GGUFWriter(path, layout.architecture)
     writer.add_name(name or path.stem)
     writer.add_file_type(FILE_TYPES[numbers])
     writer.add_vocab_size(config.vocab_size)
@@ -96,6 +97,10 @@ def write_model(path: Path, model: ForeignModel, numbers: NumberType = "f32", na
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_rope_dimension_count(config.head_dim)
+    for key, name in layout.numbers.items():
+        number = getattr(config, name)
+        add = writer.add_uint32 if isinstance(number, int) else writer.add_float32
+        add(f"{layout.architecture}.{key}", number)
     if scaling is not None and scaling.rope_type != "llama3":
         writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.rope_type))
         writer.add_rope_scaling_factor(scaling.factor)
@@ -111,9 +116,11 @@ def write_model(path: Path, model: ForeignModel, numbers: NumberType = "f32", na
             ROPE_FACTORS, plain / rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)[0]
         )
     for canonical, array in model.arrays.items():
-        if family == "llama" and ROTATED.fullmatch(canonical.replace(".bias", ".weight")):
+        if layout.rotates_pairs and ROTATED.fullmatch(canonical.replace(".bias", ".weight")):
             array = to_pairs(array, config.head_dim)
-        _write_tensor(writer, _foreign(canonical), array, numbers)
+        if config.unit_offset_norm and canonical.endswith("norm.weight"):
+            array = HostArray.from_numpy(array.to_numpy().astype(np.float32) + 1)
+        _write_tensor(writer, _foreign(canonical, layout), array, numbers)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -131,10 +138,8 @@ def _write_tensor(writer: gguf.GGUFWriter, name: str, array: HostArray, numbers:
     writer.add_tensor(name, np.ascontiguousarray(stored), raw_dtype=kind)
 
 
-def _config(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> ModelConfig:
-    kind = metadata.get("general.architecture")
-    if kind not in ARCHITECTURES:
-        raise ValueError(f"general.architecture={kind!r} is not supported; Llamita has {', '.join(ARCHITECTURES)}")
+def _config(metadata: Mapping[str, Any], tensors: Mapping[str, Any], family: Family, layout: Gguf) -> ModelConfig:
+    kind = layout.architecture
     if "token_embd.weight" not in tensors:
         raise ValueError("token_embd.weight is missing")
 
@@ -164,6 +169,20 @@ def _config(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> ModelCon
             value("context_length"),
         )
     bias = "blk.0.attn_q.bias" in tensors
+    shape = {
+        "hidden_size": width,
+        "num_hidden_layers": value("block_count"),
+        "num_attention_heads": heads,
+        "head_dim": head_dim,
+    }
+    switches = family.implied(shape) | layout.read(shape)
+    for key, name in layout.numbers.items():
+        if (number := metadata.get(f"{kind}.{key}")) is not None:
+            switches[name] = _short_float(number) if isinstance(number, float) else number
+    if family.model_type == "qwen3" or (bias and "blk.0.attn_output.bias" in tensors):
+        switches["attention_bias"] = bias
+    if "blk.0.ffn_gate.bias" in tensors:
+        switches["mlp_bias"] = True
     config = ModelConfig(
         vocab_size=int(tensors["token_embd.weight"].shape[1]) if len(tensors["token_embd.weight"].shape) == 2 else 0,
         hidden_size=width,
@@ -177,13 +196,10 @@ def _config(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> ModelCon
         rope_theta=_short_float(value("rope.freq_base", 10000.0)),
         tie_word_embeddings="output.weight" not in tensors,
         rope_scaling=scaling,
-        attention_bias=bias and (kind == "qwen3" or "blk.0.attn_output.bias" in tensors),
-        query_key_value_bias=kind == "qwen2",
-        query_key_norm=kind == "qwen3",
-        mlp_bias="blk.0.ffn_gate.bias" in tensors,
         bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
         eos_token_id=metadata.get("tokenizer.ggml.eos_token_id"),
         pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
+        **switches,
     )
     return config if ROPE_FACTORS not in tensors else _with_llama3_scaling(config, tensors[ROPE_FACTORS])
 
@@ -228,20 +244,20 @@ def _short_float(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _canonical(name: str) -> str:
+def _canonical(name: str, layout: Gguf) -> str:
     if name in OUTSIDE:
         return OUTSIDE[name]
-    parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in LAYER and parts[3] in ("weight", "bias"):
-        return f"model.layers.{parts[1]}.{LAYER[parts[2]]}.{parts[3]}"
+    parts, names = name.split("."), {**families.GGUF_LAYER, **layout.tensors}
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in names and parts[3] in ("weight", "bias"):
+        return f"model.layers.{parts[1]}.{names[parts[2]]}.{parts[3]}"
     raise ValueError(f"{name} is not part of a model that Llamita has")
 
 
-def _foreign(canonical: str) -> str:
+def _foreign(canonical: str, layout: Gguf) -> str:
     outside = {ours: theirs for theirs, ours in OUTSIDE.items()}
     if canonical in outside:
         return outside[canonical]
-    inside = {ours: theirs for theirs, ours in LAYER.items()}
+    inside = {ours: theirs for theirs, ours in {**families.GGUF_LAYER, **layout.tensors}.items()}
     _, _, layer, rest = canonical.split(".", 3)
     module, _, kind = rest.rpartition(".")
     return f"blk.{layer}.{inside[module]}.{kind}"

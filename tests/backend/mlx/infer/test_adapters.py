@@ -13,11 +13,12 @@ pytest.importorskip("mlx.core", reason="mlx is not installed")
 import mlx.core as mx
 
 import llamita
-from llamita.backend.mlx.infer.runner import OWN, MlxRunner, load_runner
+from llamita.backend.mlx.infer.runner import MlxRunner, load_runner
 from llamita.backend.mlx.model import lora
 from llamita.backend.mlx.model.weights import build_model, quantize_arrays
 from llamita.backend.mlx.train.step import build_train_step
 from llamita.backend.objectives import Classification
+from llamita.backend.opening import OWN
 from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.runner import load_runner as load_torch
 from llamita.backend.torch.model.weights import to_host_arrays

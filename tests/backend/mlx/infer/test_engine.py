@@ -22,9 +22,12 @@ from llamita.backend.sampling_params import SamplingParams  # noqa: E402
 from llamita.backend.torch.infer.runner import load_runner as load_torch  # noqa: E402
 from llamita.backend.torch.infer.runner import runner_over as over_torch  # noqa: E402
 from llamita.inference.config import EngineConfig  # noqa: E402
-from llamita.inference.drafting import DraftModel, PromptLookup  # noqa: E402
+from llamita.inference.drafting import (  # noqa: E402
+    Drafter,
+    DraftModel,
+    PromptLookup,
+)
 from llamita.inference.engine import Engine  # noqa: E402
-from llamita.inference.interfaces import Drafter  # noqa: E402
 from llamita.inference.llm import LLM  # noqa: E402
 from llamita.inference.request import Request, TokenEvent  # noqa: E402
 from llamita.model.config import ModelConfig  # noqa: E402

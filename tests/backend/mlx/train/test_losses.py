@@ -6,6 +6,7 @@ import pytest
 pytest.importorskip("mlx.core", reason="mlx is not installed")
 import mlx.core as mx
 
+from llamita.backend.mlx.model.head import OutputHead
 from llamita.backend.mlx.train import losses
 from tests.backend.models import IGNORED
 
@@ -21,7 +22,11 @@ def example(M=60, D=16, V=50, seed=0):
 
 def test_a_bfloat16_weight_gives_bfloat16_products_and_gradients_close_to_those_of_float32():
     hidden, weight, labels = example()
-    f = mx.value_and_grad(losses.chunked_cross_entropy, argnums=(0, 1))
+
+    def chunked(hidden, weight, labels):
+        return losses.chunked_cross_entropy(hidden, OutputHead(weight), labels)
+
+    f = mx.value_and_grad(chunked, argnums=(0, 1))
     loss, (grad_hidden, grad_weight) = f(hidden, weight, labels)
     low_loss, (low_hidden, low_weight) = f(hidden, weight.astype(mx.bfloat16), labels)
     assert low_loss.item() == pytest.approx(loss.item(), rel=0.01)
@@ -36,7 +41,7 @@ def test_memory_does_not_grow_with_the_positions(compile):
     """At 1 MB of logits a chunk, thousands of positions more take only their own hidden states and gradients."""
 
     def forward(hidden, weight, labels):
-        return losses.chunked_cross_entropy(hidden, weight, labels, 128)
+        return losses.chunked_cross_entropy(hidden, OutputHead(weight), labels, 128)
 
     peaks = []
     for function in (forward, mx.value_and_grad(forward, argnums=(0, 1))):

@@ -24,9 +24,9 @@ def test_dropout_of_micro_batches_is_drawn_for_each(monkeypatch):
     step, row = make(dataclasses.replace(CONFIG, dropout=0.5)), batch(rows=1)
     seen = []
 
-    def watched(hidden, output_weight_VD, tensors):
+    def watched(hidden, head, tensors):
         seen.append(mx.stop_gradient(hidden(tensors.tokens_BT)))
-        return objectives.next_token_loss(hidden, output_weight_VD, tensors)
+        return objectives.next_token_loss(hidden, head, tensors)
 
     monkeypatch.setattr(step_module, "loss_function", lambda *_: watched)
     step.step([row, row], 0.0)
@@ -37,8 +37,8 @@ def test_dropout_of_micro_batches_is_drawn_for_each(monkeypatch):
 def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(monkeypatch):
     """A loss without fault whose slope at 0 is infinite."""
 
-    def rooted(hidden, output_weight_VD, tensors):
-        return objectives.LossOutput(mx.sum(mx.sqrt(mx.abs(0.0 * output_weight_VD))), {})
+    def rooted(hidden, head, tensors):
+        return objectives.LossOutput(mx.sum(mx.sqrt(mx.abs(0.0 * head.weight_VD))), {})
 
     monkeypatch.setattr(step_module, "loss_function", lambda *_: rooted)
     step = make()

@@ -4,14 +4,14 @@ import pytest
 
 from tests import reference
 from tests.backend.frameworks import Torch, to_numpy
-from tests.backend.models import VARIANTS, perturbed, random_tokens, small
+from tests.backend.models import SWITCHES, VARIANTS, perturbed, random_tokens, small
 from tests.backend.paged import even_cuts, paged_logits
 from tests.backend.tolerances import MODEL, relative_difference
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "classifier"])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS | SWITCHES if name != "classifier"])
 def test_cached_logits_of_every_variant_in_the_exact_mode_follow_the_oracle(variant):
-    config = small(**VARIANTS[variant])
+    config = small(**(VARIANTS | SWITCHES)[variant])
     arrays = perturbed(config)
     model = Torch().build_model(config, arrays)
     rows = [random_tokens(config, length) for length in (29, 12, 1, 40)]

@@ -1,5 +1,6 @@
 """Recorded steps: on a CPU recorded as what computes them anew, by Triton's interpreter; on a GPU as CUDA graphs."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from llamita.backend.interface import CacheLayout, Plan, SampleSpec, ScheduledChunk
+from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer import runner
 from llamita.backend.torch.infer.graphs import DecodeGraphs, sizes_up_to
 from llamita.backend.torch.infer.kernels.table_attention import attention_over_tables
@@ -19,9 +21,10 @@ from llamita.backend.torch.infer.sampling import Sampler
 from llamita.backend.torch.model.weights import build_model
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
-from llamita.inference.request import Request, SamplingParams
+from llamita.inference.request import Request
 from llamita.model.config import ModelConfig
 from tests.backend.paged import shuffled_tables
+from tests.inference.test_adapters import SETTINGS, adapter_of
 
 PLAIN = ModelConfig(60, 16, 24, 2, 4, 2, 64, eos_token_id=None)
 WINDOWED = ModelConfig(
@@ -116,6 +119,25 @@ def test_a_chunk_a_crowd_or_an_adapter_is_no_recorded_step() -> None:
     assert graphs.fit([ScheduledChunk(i, (1,), 3, table) for i in range(4)])
     assert not graphs.fit([ScheduledChunk(i, (1,), 3, table) for i in range(5)])
     assert not graphs.fit([ScheduledChunk(0, (1, 2), 3, table)])
+
+
+def test_the_default_adapter_decodes_by_recorded_steps_and_another_does_not() -> None:
+    """Recorded with that of the model itself, as an adapter directory opens; a chunk that names another is computed."""
+    config = dataclasses.replace(PLAIN, tie_word_embeddings=False)
+    model, layout = build_model(config, seed=1), CacheLayout(4, 12)
+    adapters = {name: adapter_of(config, SETTINGS[name], seed) for seed, name in enumerate("ab")}
+    recording = RecordingRunner(model, adapters=adapters, default="a")
+    plain = TorchRunner(model, adapters=adapters, default="a")
+    tables = shuffled_tables(layout, [16] * 2)
+    memories = [one.allocate(layout, 2) for one in (recording, plain)]
+    for position, names in enumerate(((None, None), ("a", None), (None, "b"))):
+        chunks = tuple(
+            ScheduledChunk(i, (7 + i,), position, tables[i], (SampleSpec(GREEDY, 0, position + 1),), (3,), name)
+            for i, name in enumerate(names)
+        )
+        ours, theirs = (one.run(Plan(chunks), memory) for one, memory in zip((recording, plain), memories, strict=True))
+        np.testing.assert_allclose(ours.target_logprobs, theirs.target_logprobs, atol=1e-5)
+    assert recording.used == [2, 2]
 
 
 def test_a_replay_that_gives_something_else_is_refused() -> None:

@@ -10,8 +10,10 @@ import torch
 from llamita.backend.interface import ScheduledChunk
 from llamita.backend.step_layout import alike
 from llamita.backend.torch.infer.paged_attention import TILE, ChunkAttention, DecodeAttention, ExactAttention, Span
+from llamita.model.config import AttentionSpec
 from tests import reference
 
+PLAIN = AttentionSpec()
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 """Of a difference, as a share of the largest value: bfloat16 has 8 bits, and rounds weights as well as results."""
@@ -94,9 +96,9 @@ def test_a_chunk_attends_as_by_the_oracle(heads, block_size, shuffled, dtype):
     for (start, length), window in itertools.product(STARTS, (0, 1, 5, 64, 100)):
         (sequence,), keys, values = lay_out([(start, length)], heads, block_size, window, shuffled, dtype)
         assert (sequence.span.begin is not None) or shuffled
-        ways = [ChunkAttention(sequence.span, CPU)]
-        ways += [DecodeAttention([sequence.span], CPU)] if length == 1 else []
-        ways += [ExactAttention(sequence.span)] if dtype == torch.float32 else []
+        ways = [ChunkAttention(sequence.span, PLAIN, CPU)]
+        ways += [DecodeAttention([sequence.span], PLAIN, CPU)] if length == 1 else []
+        ways += [ExactAttention(sequence.span, PLAIN)] if dtype == torch.float32 else []
         for way in ways:
             check(way.attend(queries(sequence, keys), keys, values), sequence.expected())
 
@@ -108,7 +110,7 @@ def test_a_chunk_attends_as_by_the_oracle(heads, block_size, shuffled, dtype):
 def test_single_queries_of_several_sequences_attend_as_by_the_oracle(heads, block_size, window, dtype):
     chunks = [(start, 1) for start in (33, 0, 62, 40, 100, 15, 16)]
     sequences, keys, values = lay_out(chunks, heads, block_size, window, True, dtype)
-    together = DecodeAttention([sequence.span for sequence in sequences], CPU)
+    together = DecodeAttention([sequence.span for sequence in sequences], PLAIN, CPU)
     mixed_TNH = together.attend(torch.cat([queries(sequence, keys) for sequence in sequences]), keys, values)
     for row, sequence in enumerate(sequences):
         check(mixed_TNH[row : row + 1], sequence.expected())
@@ -126,7 +128,7 @@ def test_an_exact_query_is_the_same_bits_however_its_chunk_is_cut(heads, window)
         for start in starts:
             length = min(cut, 140 - start)
             chunk = ScheduledChunk(0, (0,) * length, start)
-            exact = ExactAttention(Span.of(chunk, whole.span.blocks, block_size, window))
+            exact = ExactAttention(Span.of(chunk, whole.span.blocks, block_size, window), PLAIN)
             q_TNH = torch.from_numpy(_numbers(heads, 140)[start : start + length])
             k_SKH, v_SKH = (torch.from_numpy(_numbers(heads, 140, kind)) for kind in (1, 2))
             slots = (whole.span.blocks[:, None] * block_size + np.arange(block_size)).ravel()[:140]

@@ -10,7 +10,6 @@ import torch
 
 from llamita.backend.interface import BlockCopy, CacheLayout, Plan, SampledToken, SampleSpec, ScheduledChunk
 from llamita.backend.sampling_params import SamplingParams
-from llamita.backend.torch.devices import fast_few_rows
 from llamita.backend.torch.infer.runner import TorchRunner, load_runner
 from llamita.backend.torch.model.weights import build_model, to_host_arrays
 from llamita.model.config import ModelConfig
@@ -249,24 +248,20 @@ def test_greedy_tokens_are_those_of_transformers(runner: TorchRunner, tmp_path: 
             break
 
 
-def test_bfloat16_decodes_like_its_own_prefill_and_leaves_onednn_on() -> None:
+def test_bfloat16_decodes_like_its_own_prefill() -> None:
     half = TorchRunner(build_model(CONFIG, seed=1, dtype=torch.bfloat16))
-    before = torch.backends.mkldnn.enabled
     tokens = list(greedy(half, PROMPT, 20))
-    assert torch.backends.mkldnn.enabled == before
     text = [*PROMPT, *(token.token_id for token in tokens)]
     logprobs_TV = log_softmax(half.forward([text])["logits"][0])[len(PROMPT) - 1 : -1]
     forced = logprobs_TV[np.arange(20), text[len(PROMPT) :]]
     np.testing.assert_allclose([token.logprob for token in tokens], forced, atol=0.1)
 
 
-def test_a_model_in_training_is_run_without_dropout_and_goes_on_training() -> None:
-    model = build_model(ModelConfig(**{**vars(CONFIG), "dropout": 0.5}), seed=1).train()
+def test_a_model_in_training_is_run_without_dropout() -> None:
+    model = build_model(ModelConfig(**{**vars(CONFIG), "dropout": 0.5}), seed=1)
     noisy, still = TorchRunner(model), TorchRunner(build_model(CONFIG, seed=1))
     assert list(greedy(noisy, PROMPT, 5)) == list(greedy(still, PROMPT, 5))
     np.testing.assert_array_equal(noisy.forward([PROMPT])["logits"], still.forward([PROMPT])["logits"])
-    assert model.training
-    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -318,18 +313,3 @@ def test_wrong_names_are_refused_in_one_line(runner: TorchRunner, tmp_path: Path
         load_runner(save_model(tmp_path / "model"), device="meta")
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
         load_runner(tmp_path)
-
-
-def test_the_fast_setting_is_for_bfloat16_on_a_cpu_alone() -> None:
-    cpu = torch.device("cpu")
-    on = torch.backends.mkldnn.enabled
-    with fast_few_rows(cpu, torch.float32, 1):
-        assert torch.backends.mkldnn.enabled == on
-    with fast_few_rows(cpu, torch.bfloat16, 1):
-        assert not torch.backends.mkldnn.enabled
-    assert torch.backends.mkldnn.enabled == on
-    with fast_few_rows(cpu, torch.bfloat16, 2):
-        assert torch.backends.mkldnn.enabled == on
-    with pytest.raises(ZeroDivisionError), fast_few_rows(cpu, torch.bfloat16, 1):
-        _ = 1 / 0
-    assert torch.backends.mkldnn.enabled == on

@@ -8,6 +8,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from llamita.backend.torch.infer.kernels.table_attention import TILE, attention_over_tables, parts_for
 from llamita.backend.torch.infer.paged_attention import TableAttention
+from llamita.model.config import AttentionSpec
 from tests.backend.torch.infer.test_paged_attention import HEADS, Sequence_, lay_out
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -31,7 +32,9 @@ def check(mixed_BNH: torch.Tensor, sequences: list[Sequence_]) -> None:
 @pytest.mark.parametrize(("heads", "window"), [*zip(HEADS, (0, 20, 1, 100, 0), strict=True)], ids=str)
 def test_single_queries_attend_as_by_the_oracle(heads, window, dtype):
     sequences, keys, values = lay_out([(start, 1) for start in STARTS], heads, 4, window, True, dtype)
-    attention = TableAttention.of(attention_over_tables, [sequence.span for sequence in sequences], DEVICE)
+    attention = TableAttention.of(
+        attention_over_tables, [sequence.span for sequence in sequences], AttentionSpec(window=window), DEVICE
+    )
     q_BNH = queries(sequences, dtype).to(DEVICE)
     check(attention.attend(q_BNH, keys.to(DEVICE), values.to(DEVICE)), sequences)
 
@@ -40,11 +43,20 @@ def test_single_queries_attend_as_by_the_oracle(heads, window, dtype):
 def test_however_keys_are_cut(block_size, parts):
     """Into parts of which some are empty; queries, too, as they lie beside keys and values in one product."""
     sequences, keys, values = lay_out([(start, 1) for start in STARTS], (6, 2, 12), block_size, 0, True)
-    attention = TableAttention.of(attention_over_tables, [sequence.span for sequence in sequences], DEVICE)
+    attention = TableAttention.of(
+        attention_over_tables, [sequence.span for sequence in sequences], AttentionSpec(), DEVICE
+    )
     beside_BGH = torch.cat([queries(sequences, torch.float32), torch.full((len(STARTS), 4, 12), 1e6)], dim=1)
     q_BNH = beside_BGH.to(DEVICE)[:, :6]
     mixed_BNH = attention_over_tables(
-        q_BNH, keys.to(DEVICE), values.to(DEVICE), attention.tables_BM, attention.lengths_B, block_size, 0, parts
+        q_BNH,
+        keys.to(DEVICE),
+        values.to(DEVICE),
+        attention.tables_BM,
+        attention.lengths_B,
+        block_size,
+        AttentionSpec(),
+        parts,
     )
     check(mixed_BNH, sequences)
 
@@ -58,7 +70,9 @@ def test_what_no_query_sees_may_be_anything():
             slots = (sequence.span.blocks[:, None] * 16 + np.arange(16)).ravel()[: sequence.span.stop]
             clean[torch.from_numpy(slots)] = torch.from_numpy(getattr(sequence, which)).float()
         memory.copy_(clean)
-    attention = TableAttention.of(attention_over_tables, [sequence.span for sequence in sequences], DEVICE)
+    attention = TableAttention.of(
+        attention_over_tables, [sequence.span for sequence in sequences], AttentionSpec(), DEVICE
+    )
     q_BNH = queries(sequences, torch.float32).to(DEVICE)
     check(attention.attend(q_BNH, keys.to(DEVICE), values.to(DEVICE)), sequences)
 

@@ -14,6 +14,7 @@ from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.runner import runner_over
 from llamita.backend.torch.model import weights
 from llamita.backend.torch.model.llama import Llama
+from llamita.backend.torch.train.losses import chunked_cross_entropy
 from llamita.inference.llm import LLM
 from llamita.storage import files, model_directory
 from tests import reference
@@ -22,6 +23,8 @@ from tests.backend.paged import even_cuts, paged_logits
 
 transformers = pytest.importorskip("transformers")
 
+NEW = ("smollm 3", "olmo 2", "olmo 2 32b", "granite 3", "gemma 2", "gemma 3")
+SMALL_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}  # theirs are beyond the small vocabulary
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
@@ -47,13 +50,35 @@ FAMILIES = {
     "qwen 3": ("qwen3", 3, 16, 8, 32, {"rms_norm_eps": 1e-6, "tie_word_embeddings": True}),
     "smollm 2": ("llama", 3, 9, 3, 32, {"tie_word_embeddings": True}),
     "tinyllama": ("llama", 3, 32, 4, 16, {}),
+    "smollm 3": ("smollm3", 5, 16, 4, 16, {"tie_word_embeddings": True, "no_rope_layer_interval": 4}),
+    "olmo 2": ("olmo2", 3, 16, 16, 16, {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
+    "olmo 2 32b": ("olmo2", 2, 20, 4, 16, {}),
+    "granite 3": (
+        "granite", 3, 32, 8, 16,
+        {"embedding_multiplier": 12.0, "attention_multiplier": 0.05, "residual_multiplier": 0.22,
+         "logits_scaling": 8.0},
+    ),
+    "gemma 2": (
+        "gemma2", 4, 8, 4, 32,
+        {"sliding_window": 32, "query_pre_attn_scalar": 24, "tie_word_embeddings": True, "attn_logit_softcapping": 5.0,
+         "final_logit_softcapping": 3.0},
+    ),
+    "gemma 3": (
+        "gemma3_text", 7, 4, 1, 32,
+        {"sliding_window": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True, "sliding_window_pattern": 6,
+         "rope_parameters": {
+             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+             "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+         }},
+    ),
 }  # fmt: skip
 
 
 def made_by_transformers(family: str, tmp_path, full_width: bool = False):
     """A model of transformers, saved, and the same read here. Norms and biases are moved off their ones and zeros."""
     kind, layers, heads, kv_heads, head_dim, more = FAMILIES[family]
-    width = heads * head_dim if family not in ("mistral nemo", "qwen 3") else heads * head_dim // 2
+    halved = ("mistral nemo", "qwen 3", "gemma 2", "gemma 3")
+    width = heads * head_dim // 2 if family in halved else heads * head_dim
     if full_width:
         layers, head_dim, width = 2, 64, heads * 64
     config = transformers.AutoConfig.for_model(
@@ -66,7 +91,7 @@ def made_by_transformers(family: str, tmp_path, full_width: bool = False):
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=512,
-        **{"tie_word_embeddings": False} | more,
+        **{"tie_word_embeddings": False} | (SMALL_IDS if family in NEW else {}) | more,
     )
     torch.manual_seed(0)
     theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -113,6 +138,24 @@ def test_logits_are_those_of_transformers(family, tmp_path):
     oracle = reference.forward(ours.config, weights_by_name, whole[0, :100])["logits"]
     assert close(expected[0, :100].double(), torch.from_numpy(oracle), 1e-5)
     assert close(ours(whole[:1, :100]).logits_BTV[0].double(), torch.from_numpy(oracle), 1e-5)
+
+
+@pytest.mark.parametrize("family", NEW)
+def test_gradients_are_those_of_transformers(family, tmp_path):
+    """Of the summed loss by each matrix of the last layer and by the embedding, through the chunked head."""
+    theirs, ours = made_by_transformers(family, tmp_path)
+    tokens_BT = tokens(2, 50)
+    expected = theirs(tokens_BT, labels=tokens_BT).loss
+    expected.backward()
+    labels_BT = torch.nn.functional.pad(tokens_BT[:, 1:], (0, 1), value=-100)
+    loss = chunked_cross_entropy(ours.hidden(tokens_BT, training=True), ours.head, labels_BT, 32) / (2 * 49)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for packed in ours.packed_parameters():
+        assert packed.parameter.grad is not None
+        for name, gradient in zip(packed.parts, packed.split(packed.parameter.grad), strict=True):
+            assert close(gradient, gradients[name]), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -178,7 +221,7 @@ def test_greedy_tokens_agree_where_the_margin_is_clear(tmp_path):
 
 def test_what_is_written_names_its_family(tmp_path):
     """Each family's directory, written here, is opened by transformers as that family, with equal logits."""
-    for family in ("mistral", "qwen 2", "qwen 3", "llama 3.2"):
+    for family in ("mistral", "qwen 2", "qwen 3", "llama 3.2", *NEW):
         theirs, ours = made_by_transformers(family, tmp_path / family)
         with files.atomic_directory(tmp_path / f"{family} again") as directory:
             model_directory.save_config(directory, ours.config)

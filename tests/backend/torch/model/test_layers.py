@@ -104,7 +104,7 @@ def test_the_exact_operations_give_a_row_the_same_bits_wherever_it_stands(thread
             weight_CD = torch.randn(C, D, generator=generator)
             for name, fast, own, rows in (
                 ("linear", layers.FUSED.linear, exact.linear, x_TD),
-                ("silu", layers.FUSED.gated_silu, exact.gated_silu, gate_up_TE),
+                ("silu", layers.FUSED.gates["silu"], exact.GATES["silu"], gate_up_TE),
             ):
                 weights = (weight_CD,) if name == "linear" else ()
                 whole, fast_whole = own(rows, *weights), fast(rows, *weights)

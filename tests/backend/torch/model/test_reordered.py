@@ -70,6 +70,22 @@ def test_products_are_those_of_the_plain_weight(dtype, rows, n_out, n_in, bias) 
     assert torch.equal(strided, y)
 
 
+@pytest.mark.parametrize("rows", [(0,), (), (1,), (1, 1), (2,), (2, 3)])
+@pytest.mark.parametrize(("n_out", "n_in"), [(48, 32), (101, 77), (1, 300), (900, 288)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_with_columns_are_those_of_the_plain_weight(rows, n_out, n_in, bias) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, offset = (
+        torch.randn(*shape, generator=generator).bfloat16() for shape in ((*rows, n_in), (n_out, n_in), (n_out,))
+    )
+    columns = weight.mT.contiguous().mT
+    with torch.inference_mode():
+        y = reordered.linear_of_columns(x, columns, offset if bias else None)
+    expected = F.linear(x.double(), weight.double(), offset.double() if bias else None)
+    assert (y.dtype, y.shape) == (x.dtype, expected.shape)
+    torch.testing.assert_close(y.double(), expected, rtol=TOLERANCE["bfloat16"], atol=20 * TOLERANCE["bfloat16"])
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_loaded_model_computes_as_the_plain_one_and_gives_the_same_weights_back(tied, dtype, tmp_path) -> None:
@@ -181,6 +197,6 @@ def test_pages_of_the_file_do_not_stay_in_memory(tmp_path) -> None:
         pytest.skip("needs Linux to read what of a file is in memory")
     for first in range(0, 40_000, 400):
         runner.model.model.embed_tokens(torch.arange(first, first + 400))
-    (mapped,) = [part for part in status.read_text().split("VmFlags") if "model.safetensors" in part]
+    (mapped,) = [part for part in status.read_text().split("VmFlags") if str(tmp_path) in part]
     resident = int(mapped.split("Rss:")[1].split()[0]) * 1024
     assert resident < 2 * 2**20

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.train import losses
 from tests.backend.models import IGNORED
 
@@ -21,7 +22,7 @@ def test_chunked_loss_under_autocast_follows_float32():
     hidden, weight, labels = example()
     exact = torch.autograd.grad(losses.cross_entropy(hidden @ weight.mT, labels), (hidden, weight))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = losses.chunked_cross_entropy(hidden, weight, labels, 4)
+        loss = losses.chunked_cross_entropy(hidden, OutputHead(weight), labels, 4)
     assert loss.dtype == torch.float32
     for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), exact, strict=True):
         assert ours.dtype == torch.float32
@@ -34,7 +35,7 @@ def test_log_probabilities_under_autocast_follow_float32():
     logits = (hidden @ weight.mT).flatten(0, 1)
     exact = -F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="none").view(3, 7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = losses.chunked_log_probs(hidden, weight, labels, 4)
+        ours = losses.chunked_log_probs(hidden, OutputHead(weight), labels, 4)
     assert ours.dtype == torch.float32
     found, expected = (torch.autograd.grad((each * shares).sum(), (hidden, weight)) for each in (ours, exact))
     for one, other in zip(found, expected, strict=True):
@@ -45,5 +46,5 @@ def test_log_probabilities_under_autocast_follow_float32():
 def test_evaluation_computes_no_gradients():
     hidden, weight, labels = example()
     with torch.no_grad():
-        loss = losses.chunked_cross_entropy(hidden, weight, labels, 4)
+        loss = losses.chunked_cross_entropy(hidden, OutputHead(weight), labels, 4)
     torch.testing.assert_close(loss, losses.cross_entropy(hidden @ weight.mT, labels).detach())

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from llamita.backend.mlx.model import lora
 from llamita.backend.mlx.model.layers import Adapters
+from llamita.backend.step_layout import rows_of_adapters
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,9 @@ class AdapterRows:
 
 def adapters_of_rows(adapters: Mapping[str, lora.ModelAdapter], names: Sequence[str | None]) -> Adapters | None:
     """The adapters of a forward pass over so many rows, each row going through that of its name, or none."""
-    places: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        if name is not None:
-            places.setdefault(name, []).append(row)
-    if not places:
+    found = rows_of_adapters(names)
+    if not found:
         return None
     if len(set(names)) == 1:
-        return adapters[next(iter(places))]
-    return AdapterRows([(adapters[name], mx.array(rows, mx.int32)) for name, rows in places.items()])
+        return adapters[next(iter(found))]
+    return AdapterRows([(adapters[name], mx.array(rows, mx.int32)) for name, rows in found.items()])

@@ -14,7 +14,7 @@ import numpy as np
 from llamita.backend.interface import BlockCopy, CacheLayout, ScheduledChunk
 from llamita.backend.mlx.infer.paged_attention import ChunkAttention, DecodeAttention, Part, Span
 from llamita.backend.step_layout import alike
-from llamita.model.config import ModelConfig
+from llamita.model.config import AttentionSpec, ModelConfig
 
 
 class PagedKVCache:
@@ -28,6 +28,7 @@ class PagedKVCache:
         assert layout.windows == config.attention_windows
         self.layout = layout
         self.group_of_layer = [layout.windows.index(config.window(i)) for i in range(config.num_hidden_layers)]
+        self.specs = [config.attention(self.group_of_layer.index(group)) for group in range(len(layout.windows))]
         empty = mx.zeros((config.num_key_value_heads, 0, config.head_dim), dtype)
         self.keys = [empty] * config.num_hidden_layers
         self.values = [empty] * config.num_hidden_layers
@@ -72,7 +73,7 @@ class PagedStep:
         self._slots: list[slice | mx.array] = []
         self._begun: list[mx.array | None] = []
         self._parts: list[list[tuple[slice, Part]]] = []
-        for group, window in enumerate(cache.layout.windows):
+        for group, spec in enumerate(cache.specs):
             tables = [chunk.tables[group] for chunk in chunks]
             slots = np.concatenate(
                 [
@@ -80,21 +81,21 @@ class PagedStep:
                     for table, chunk in zip(tables, chunks, strict=True)
                 ]
             )
-            spans = [Span.of(chunk, table, size, window) for chunk, table in zip(chunks, tables, strict=True)]
+            spans = [Span.of(chunk, table, size, spec.window) for chunk, table in zip(chunks, tables, strict=True)]
             cache.reserve(group, max(int(span.blocks.max()) for span in spans) + 1)
             begin, together = int(slots[0]), (np.diff(slots) == 1).all()
             self._slots.append(slice(begin, begin + len(slots)) if together else mx.array(slots.astype(np.int32)))
             self._begun.append(_begun(chunks, tables, size))
-            self._parts.append(list(self._divide(spans)))
+            self._parts.append(list(self._divide(spans, spec)))
 
-    def _divide(self, spans: Sequence[Span]) -> Iterable[tuple[slice, Part]]:
+    def _divide(self, spans: Sequence[Span], spec: AttentionSpec) -> Iterable[tuple[slice, Part]]:
         """Which rows are attended to together: single tokens of similar context in one batch, each chunk alone."""
         row = 0
         for batch in alike(spans[: self._single]):
-            yield slice(row, row + len(batch)), DecodeAttention(batch)
+            yield slice(row, row + len(batch)), DecodeAttention(batch, spec)
             row += len(batch)
         for span in spans[self._single :]:
-            yield slice(row, row + span.queries), ChunkAttention(span)
+            yield slice(row, row + span.queries), ChunkAttention(span, spec)
             row += span.queries
 
     def attend(self, layer: int, q_TNH: mx.array, k_TKH: mx.array, v_TKH: mx.array) -> mx.array:

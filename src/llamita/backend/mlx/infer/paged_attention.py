@@ -13,6 +13,7 @@ import numpy as np
 
 from llamita.backend.mlx.model.attention import attention_fused
 from llamita.backend.step_layout import BlockSpan, blocks_side_by_side
+from llamita.model.config import AttentionSpec
 
 
 class Span(BlockSpan):
@@ -45,8 +46,8 @@ def gather(memory: mx.array, blocks_BM: mx.array, block_size: int) -> mx.array:
 class DecodeAttention:
     """One query each of several sequences."""
 
-    def __init__(self, spans: Sequence[Span]) -> None:
-        self.spans = spans
+    def __init__(self, spans: Sequence[Span], spec: AttentionSpec) -> None:
+        self.spans, self.spec = spans, spec
         keys = spans[0].keys
         if len(spans) > 1:
             blocks_BM = blocks_side_by_side(spans)
@@ -62,21 +63,20 @@ class DecodeAttention:
             k_BKSH, v_BKSH = self.spans[0].read(keys), self.spans[0].read(values)
         else:
             k_BKSH, v_BKSH = (gather(memory, self.blocks_BM, self.spans[0].block_size) for memory in (keys, values))
-        return attention_fused(q_TNH[:, :, None], k_BKSH, v_BKSH, self.mask)[:, :, 0]
+        return attention_fused(q_TNH[:, :, None], k_BKSH, v_BKSH, self.mask, spec=self.spec)[:, :, 0]
 
 
 class ChunkAttention:
     """Consecutive queries of one sequence."""
 
-    def __init__(self, span: Span) -> None:
-        self.span = span
+    def __init__(self, span: Span, spec: AttentionSpec) -> None:
+        self.span, self.spec = span, spec
         self.mask: mx.array | None = None
         if span.window and span.stop > span.window:
             self.mask = mx.array(span.seen(np.arange(span.start, span.stop), np.arange(span.first, span.stop)))
 
     def attend(self, q_TNH: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         q_1NTH = q_TNH.swapaxes(0, 1)[None]
-        mixed_1NTH = attention_fused(
-            q_1NTH, self.span.read(keys), self.span.read(values), self.mask, causal=self.mask is None
-        )
+        k_1KSH, v_1KSH = self.span.read(keys), self.span.read(values)
+        mixed_1NTH = attention_fused(q_1NTH, k_1KSH, v_1KSH, self.mask, causal=self.mask is None, spec=self.spec)
         return mixed_1NTH[0].swapaxes(0, 1)

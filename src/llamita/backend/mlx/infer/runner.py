@@ -15,7 +15,15 @@ import mlx.nn as nn
 import numpy as np
 import psutil
 
-from llamita.backend.interface import CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult, token_array
+from llamita.backend.interface import (
+    CacheLayout,
+    Plan,
+    SampledToken,
+    SampleSpec,
+    ScheduledChunk,
+    StepResult,
+    token_array,
+)
 from llamita.backend.mlx.devices import choose_device
 from llamita.backend.mlx.infer.adapters import adapters_of_rows
 from llamita.backend.mlx.infer.kv_cache import PagedKVCache, PagedStep
@@ -25,20 +33,17 @@ from llamita.backend.mlx.model.layers import Adapters
 from llamita.backend.mlx.model.llama import Llama
 from llamita.backend.mlx.model.quantized import QuantizedLinear
 from llamita.backend.mlx.model.weights import build_model, to_host_arrays
-from llamita.backend.step_layout import begins, packing_order, rows_drawn, rows_wanted
-from llamita.model import host_array
+from llamita.backend.opening import open_model
+from llamita.backend.runner import bytes_read_per_token, check_captured, with_adapter
+from llamita.backend.step_layout import States, StepLayout, rows_wanted, sample_chunks, score_chunks
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.lora import Adapter
 from llamita.model.sizes import kv_bytes_per_token
-from llamita.storage import model_directory, peft_directory
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-OWN = ""  # the name of the adapter that was loaded as a model
 CACHE_SHARE = 0.25
 """Of the memory that is free once the weights are loaded, what keys and values may take: others need the rest."""
-SCORED_ROWS = 64
-"""Logits of so many positions at a time, where those of a prompt are asked for: bounds the memory they take."""
 
 
 @dataclass
@@ -70,12 +75,9 @@ class MlxRunner:
             name: adapter if isinstance(adapter, lora.ModelAdapter) else lora.loaded_adapter(model, adapter)
             for name, adapter in self.adapters.items()
         }
-        one_row = (
-            self.config.num_labels or not self.config.tie_word_embeddings
-        )  # of an embedding that is no output head
         read = [(name, array.nbytes) for name, array in named_arrays(model)]
         read += [(name, each.kernel_bytes) for name, each in model.named_modules() if isinstance(each, QuantizedLinear)]
-        self.weight_bytes = sum(size for name, size in read if not (one_row and "embed_tokens" in name))
+        self.weight_bytes = bytes_read_per_token(self.config, read)
         """Bytes of weights that decoding one token reads."""
         self.kv_bytes_per_token = kv_bytes_per_token(self.config, self.dtype.size)
         """Bytes of keys and values that one earlier position adds to what decoding a token reads."""
@@ -87,14 +89,8 @@ class MlxRunner:
 
     def weights(self) -> dict[str, HostArray]:
         """The values under canonical names, in the type they have here; those of the default adapter merged in."""
-        arrays = to_host_arrays(self.model)
-        if self.default is None:
-            return arrays
-        if self.config.quantization:
-            raise ValueError(f"an adapter over {self.config.quantization} weights is no one model; use llamita merge")
-        adapter = self.adapters[self.default]
-        assert isinstance(adapter, Adapter), "the weights of an adapter in training are its step's to give"
-        return dict(lora.merged_arrays(arrays, adapter))
+        adapter = None if self.default is None else self.adapters[self.default]
+        return with_adapter(self.config, to_host_arrays(self.model), adapter, lora.merged_arrays)
 
     def allocate(self, layout: CacheLayout, sequences: int = 0) -> MlxMemory:
         """Memory for the sequences of one engine; how many decode at once makes no difference to it."""
@@ -110,55 +106,45 @@ class MlxRunner:
             if not plan.chunks:
                 mx.eval(memory.cache.keys, memory.cache.values)
                 return StepResult(())
-            order = packing_order(plan.chunks)
-            chunks = [plan.chunks[i] for i in order]
-            tokens_1T = mx.array([[token for chunk in chunks for token in chunk.tokens]])
-            names = [self.default if chunk.adapter is None else chunk.adapter for chunk in chunks for _ in chunk.tokens]
+            layout = StepLayout.of(plan.chunks)
+            tokens_1T, names = mx.array([layout.tokens]), layout.adapters(self.default)
             # Adapters are told apart by rows of the whole step.
-            wanted = list(range(len(names))) if len(set(names)) > 1 else rows_wanted(chunks)
+            wanted = list(range(len(names))) if len(set(names)) > 1 else rows_wanted(layout.chunks)
             adapters = adapters_of_rows(self._adapters, names)
-            hidden_RD = hidden_states(self.model, tokens_1T, memory.cache.step(chunks), wanted, adapters)
+            hidden_RD = hidden_states(self.model, tokens_1T, memory.cache.step(layout.chunks), wanted, adapters)
             # What the memory has become is part of the step: left to a later one, graphs and memory would pile up.
             mx.async_eval(memory.cache.keys, memory.cache.values)
             states = States(hidden_RD, {row: place for place, row in enumerate(wanted)}, names)
-            sampled = self._sample(chunks, states, memory.sampler)
-            scores = self._score(chunks, states)
-        places = {number: place for place, number in enumerate(order)}
-        return StepResult(
-            tuple(sampled[places[number]] for number in range(len(order))),
-            tuple(scores[places[number]] for number in range(len(order))) if scores else (),
-        )
+            sampled = self._sample(layout.chunks, states, memory.sampler)
+            return layout.result(sampled, self._score(layout.chunks, states))
 
     def _sample(
-        self, chunks: Sequence[ScheduledChunk], states: "States", sampler: Sampler
+        self, chunks: Sequence[ScheduledChunk], states: States[mx.array], sampler: Sampler
     ) -> list[tuple[SampledToken, ...]]:
         """The tokens that each chunk asks for, all drawn in one pass."""
-        rows, specs, ids = rows_drawn(chunks)
-        tokens = iter(sampler.sample(self._logits(states, rows), specs, ids) if rows else ())
-        return [tuple(next(tokens) for _ in chunk.samples) for chunk in chunks]
 
-    def _score(self, chunks: Sequence[ScheduledChunk], states: "States") -> list[tuple[float, ...]]:
+        def draw(rows: list[int], specs: list[SampleSpec], ids: list[int]) -> list[SampledToken]:
+            return sampler.sample(self._logits(states, rows), specs, ids)
+
+        return sample_chunks(chunks, draw)
+
+    def _score(self, chunks: Sequence[ScheduledChunk], states: States[mx.array]) -> list[tuple[float, ...]]:
         """The log-probabilities of each chunk's targets."""
-        if not any(chunk.targets for chunk in chunks):
-            return []
-        found = []
-        for chunk, begin in begins(chunks):
-            scores: list[float] = []
-            for first in range(0, len(chunk.targets), SCORED_ROWS):
-                targets_R1 = mx.array(chunk.targets[first : first + SCORED_ROWS])[:, None]
-                rows = range(begin + first, begin + first + len(targets_R1))
-                logits_RV = self._logits(states, rows).astype(mx.float32)
-                scores_R = mx.take_along_axis(logits_RV, targets_R1, axis=-1)[:, 0] - mx.logsumexp(logits_RV, axis=-1)
-                scores += np.array(scores_R).tolist()
-            found.append(tuple(scores))
-        return found
 
-    def _logits(self, states: "States", rows: Sequence[int]) -> mx.array:
+        def score(rows: range, targets: Sequence[int]) -> list[float]:
+            targets_R1 = mx.array(list(targets))[:, None]
+            logits_RV = self._logits(states, rows).astype(mx.float32)
+            scores_R = mx.take_along_axis(logits_RV, targets_R1, axis=-1)[:, 0] - mx.logsumexp(logits_RV, axis=-1)
+            return np.array(scores_R).tolist()
+
+        return score_chunks(chunks, score)
+
+    def _logits(self, states: States[mx.array], rows: Sequence[int]) -> mx.array:
         """Logits (R, V) of some rows of the step."""
-        places, hidden_RD = [states.place_of_row[row] for row in rows], states.hidden_RD
+        places, hidden_RD = states.places(rows), states.hidden_RD
         if places != list(range(len(hidden_RD))):
             hidden_RD = hidden_RD[mx.array(places)]
-        return self.model.logits(hidden_RD, adapters_of_rows(self._adapters, [states.names[row] for row in rows]))
+        return self.model.logits(hidden_RD, adapters_of_rows(self._adapters, [states.adapters[row] for row in rows]))
 
     def forward(
         self,
@@ -182,22 +168,8 @@ class MlxRunner:
             name = self.default if adapter is None else adapter
             adapters = None if name is None else self._adapters[name]
             logits_BTV = self.model(tokens, trace=trace, adapters=adapters).logits_BTV
-            unknown = [name for name in capture if name not in captured]
-            if unknown:
-                raise ValueError(
-                    f"capture={unknown[0]!r} is unknown; there are embedding, layers.0, layers.1, ... and norm"
-                )
+            check_captured(capture, captured)
             return {name: np.array(x.astype(mx.float32)) for name, x in {**captured, "logits": logits_BTV}.items()}
-
-
-@dataclass(frozen=True)
-class States:
-    """The states after the final norm of those rows of a step that logits are made of, where each row is, and the
-    adapter of every row of the step."""
-
-    hidden_RD: mx.array
-    place_of_row: Mapping[int, int]
-    names: Sequence[str | None]
 
 
 def hidden_states(
@@ -231,22 +203,9 @@ def load_runner(
         )
     if threads:
         raise ValueError(f"threads={threads} cannot be set: MLX chooses its threads itself; leave it at 0")
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not supported; give auto or one of {', '.join(DTYPES)}")
     where = choose_device(device)
-    directory = model_directory.resolve_model_directory(model)
-    own = peft_directory.open_adapter(directory) if peft_directory.is_adapter(directory) else None
-    base = own.base if own else directory
-    arrays = model_directory.load_tensors(base)
-    named = peft_directory.open_beside(adapters or {}, base, arrays)
-    if own is not None:
-        arrays = own.adapter.over(arrays)
-        named[OWN] = own.adapter
-    config = own.adapter.config if own else model_directory.load_config(directory)
-    if dtype == "auto":
-        stored = "BF16" if config.quantization else next((array.dtype for array in arrays.values()), "F32")
-        dtype = host_array.DTYPE_NAMES.get(stored, "float32")
-    return _arranged(config, arrays, DTYPES.get(dtype, mx.float32), where, named, OWN if own else None)
+    opened = open_model(model, dtype, adapters)
+    return _arranged(opened.config, opened.arrays, DTYPES[opened.dtype], where, opened.adapters, opened.default)
 
 
 def runner_over(config: ModelConfig, arrays: Mapping[str, HostArray], dtype: str = "float32") -> MlxRunner:

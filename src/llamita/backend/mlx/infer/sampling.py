@@ -17,7 +17,7 @@ import numpy as np
 from llamita.backend.interface import SampledToken, SampleSpec
 from llamita.backend.mlx.infer.noise import GumbelNoise, stream_keys
 from llamita.backend.mlx.infer.token_counts import CountedRow, TokenCounts
-from llamita.backend.sampling import DROPPED, Steps, sampled_token
+from llamita.backend.sampling import DROPPED, Steps, allowed_words, banned, biases, rows_by_steps, sampled_token
 from llamita.backend.sampling_params import SamplingParams
 
 LARGEST_K = 2**31 - 1
@@ -68,9 +68,7 @@ class Sampler:
         readers = [row for row, spec in enumerate(specs) if spec.params.reads_history]
         counted = self._counts.update([specs[row] for row in readers], [sequence_ids[row] for row in readers])
         counts_of = dict(zip(readers, counted, strict=True))
-        groups: dict[Steps, list[int]] = {}
-        for row, spec in enumerate(specs):
-            groups.setdefault(Steps.of(spec), []).append(row)
+        groups = rows_by_steps(specs)
         packed = []
         with mx.stream(self.device):
             for steps, rows in groups.items():
@@ -115,22 +113,15 @@ class Sampler:
         self, scores_RV: mx.array, specs: Sequence[SampleSpec], columns: Columns, counts: Sequence[CountedRow]
     ) -> mx.array:
         """The logits after bias, penalties and exclusions."""
-        biases = [(row, i, bias) for row, spec in enumerate(specs) for i, bias in spec.params.logit_bias.items()]
-        if biases:
-            row_E, id_E, bias_E = map(np.array, zip(*biases, strict=True))
-            if id_E.max() >= self.vocab_size:
-                last = self.vocab_size - 1
-                raise ValueError(f"logit_bias has token id {id_E.max()}, but this model's ids are 0 to {last}")
+        if (biased := biases(specs, self.vocab_size)) is not None:
+            row_E, id_E, bias_E = biased
             scores_RV = scores_RV.at[mx.array(row_E), mx.array(id_E)].add(mx.array(bias_E, dtype=self.dtype))
         if counts:
             scores_RV = penalize(scores_RV, *self._counts.gather(counts), columns)
-        banned = [(row, i) for row, spec in enumerate(specs) for i in spec.banned if i < self.vocab_size]
-        if banned:
-            row_E, id_E = map(np.array, zip(*banned, strict=True))
+        if (dropped := banned(specs, self.vocab_size)) is not None:
+            row_E, id_E = dropped
             scores_RV = scores_RV.at[mx.array(row_E), mx.array(id_E)].minimum(DROPPED)
-        if any(spec.allowed is not None for spec in specs):
-            every = np.full((self.vocab_size + 31) // 32, -1, dtype=np.int32)
-            words_RW = np.stack([every if spec.allowed is None else spec.allowed for spec in specs])
+        if (words_RW := allowed_words(specs, self.vocab_size)) is not None:
             scores_RV = mx.where(unpack_bits(mx.array(words_RW), self.vocab_size), scores_RV, DROPPED)
         return scores_RV
 

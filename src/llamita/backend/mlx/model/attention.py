@@ -7,6 +7,10 @@ import math
 
 import mlx.core as mx
 
+from llamita.model.config import AttentionSpec
+
+PLAIN = AttentionSpec()
+
 
 class Dropout:
     """Zeroes each number with this probability, divides the others by 1 - probability (Srivastava et al. 2014).
@@ -30,19 +34,24 @@ def attention(
     mask: mx.array | None = None,
     causal: bool = False,
     dropout: Dropout | None = None,
+    spec: AttentionSpec = PLAIN,
 ) -> mx.array:
     """softmax(Q K^T / sqrt(H)) V (Vaswani et al. 2017), each group of query heads sharing a key/value head.
 
     query (..., N, T, H), key and value (..., K, S, H) with N a multiple of K: multi-head for K = N, multi-query for
     K = 1, grouped-query between (Ainslie et al. 2023, arXiv:2305.13245). Any number of leading dimensions. mask is
     boolean, True where a query may look, and broadcasts to (..., N, T, S); `causal` lets query t see keys 0..t + S - T.
-    The softmax is taken in float32. Returns (..., N, T, H).
+    `spec` has another scale than 1 / sqrt(H), and a soft cap on scores (Gemma 2, arXiv:2408.00118); its window is the
+    mask's business. The softmax is taken in float32. Returns (..., N, T, H).
     """
     *leading, N, T, H = query.shape
     K, S = key.shape[-3:-1]
     grouped = query.reshape(*leading, K, N // K, T, H)
-    scores = grouped @ mx.expand_dims(key, -3).swapaxes(-1, -2) / math.sqrt(H)  # (..., K, N/K, T, S)
+    products = grouped @ mx.expand_dims(key, -3).swapaxes(-1, -2)  # (..., K, N/K, T, S)
+    scores = products / math.sqrt(H) if spec.scale is None else products * spec.scale
     scores = scores.reshape(*leading, N, T, S).astype(mx.float32)
+    if spec.soft_cap:
+        scores = spec.soft_cap * mx.tanh(scores / spec.soft_cap)
     if causal:
         scores = mx.where(causal_mask(T, S), scores, -math.inf)
     if mask is not None:
@@ -61,10 +70,11 @@ def attention_fused(
     mask: mx.array | None = None,
     causal: bool = False,
     dropout: Dropout | None = None,
+    spec: AttentionSpec = PLAIN,
 ) -> mx.array:
-    """`attention` by MLX's kernel, which takes one mask and has no dropout; with dropout, the plain form."""
-    if dropout:
-        return attention(query, key, value, mask, causal, dropout)
+    """`attention` by MLX's kernel, which takes one mask; with dropout or a soft cap, which it lacks, the plain form."""
+    if dropout or spec.soft_cap:
+        return attention(query, key, value, mask, causal, dropout, spec)
     *leading, N, T, H = query.shape
     K, S = key.shape[-3:-1]
     if causal and mask is not None:
@@ -75,7 +85,7 @@ def attention_fused(
         query.reshape(-1, N, T, H),
         key.reshape(-1, K, S, H),
         value.reshape(-1, K, S, H),
-        scale=1 / math.sqrt(H),
+        scale=1 / math.sqrt(H) if spec.scale is None else spec.scale,
         mask="causal" if causal and mask is None else mask,
     )
     return mixed.reshape(query.shape)

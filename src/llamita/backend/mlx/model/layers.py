@@ -5,13 +5,15 @@ default, on MLX's fused kernels where it has one. Tests hold the two equal. Know
 from them.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import mlx.core as mx
 
 from llamita.backend.mlx.model import attention
+from llamita.model.config import Activation
 
 
 def rms_norm(x_D: mx.array, weight_D: mx.array, eps: float) -> mx.array:
@@ -52,6 +54,21 @@ def gated_silu(gate_up: mx.array) -> mx.array:
     """The gate of SwiGLU (Shazeer 2020, arXiv:2002.05202): silu(gate) * up, from (..., 2 C) to (..., C)."""
     gate_C, up_C = mx.split(gate_up, 2, axis=-1)
     return silu(gate_C) * up_C
+
+
+def gelu_tanh(x: mx.array) -> mx.array:
+    """x times the normal distribution's integral, approximated by tanh (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
+    return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def gated_gelu(gate_up: mx.array) -> mx.array:
+    """The gate of GeGLU (Shazeer 2020, arXiv:2002.05202): gelu(gate) * up, from (..., 2 C) to (..., C)."""
+    gate_C, up_C = mx.split(gate_up, 2, axis=-1)
+    return gelu_tanh(gate_C) * up_C
+
+
+gated_gelu_fused = mx.compile(gated_gelu)
+"""`gated_gelu` as one kernel."""
 
 
 @mx.compile
@@ -146,10 +163,16 @@ class Operations:
 
     rms_norm: Callable[[mx.array, mx.array, float], mx.array]
     linear: Callable[..., mx.array]
-    gated_silu: Callable[[mx.array], mx.array]
+    gates: Mapping[Activation, Callable[[mx.array], mx.array]]
     attention: Callable[..., mx.array]
     rotate: Callable[..., mx.array]
 
 
-PLAIN = Operations(rms_norm, linear, gated_silu, attention.attention, rotate)
-FUSED = Operations(rms_norm_fused, linear_fused, gated_silu_fused, attention.attention_fused, rotate_fused)
+PLAIN = Operations(rms_norm, linear, {"silu": gated_silu, "gelu_pytorch_tanh": gated_gelu}, attention.attention, rotate)
+FUSED = Operations(
+    rms_norm_fused,
+    linear_fused,
+    {"silu": gated_silu_fused, "gelu_pytorch_tanh": gated_gelu_fused},
+    attention.attention_fused,
+    rotate_fused,
+)

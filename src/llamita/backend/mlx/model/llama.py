@@ -15,11 +15,11 @@ import mlx.nn as nn
 from llamita.backend.mlx.infer.kv_cache import PagedStep
 from llamita.backend.mlx.model import attention as masks
 from llamita.backend.mlx.model.fused import PackedParameter
+from llamita.backend.mlx.model.head import LogitTransform, OutputHead
 from llamita.backend.mlx.model.layers import FUSED, Adapters, Operations
 from llamita.backend.mlx.model.quantized import QuantizedEmbedding, QuantizedLinear
 from llamita.model.config import ModelConfig
-from llamita.model.parameters import canonical_names, stored_arrays
-from llamita.model.rope import rotary_frequencies
+from llamita.model.parameters import BLOCK_NORMS, canonical_names, stored_arrays
 
 Trace = Callable[[str, mx.array], None]
 
@@ -60,13 +60,18 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
+    """The norm of a model; with a unit offset it multiplies by 1 + weight, all of it in float32."""
+
     def __init__(self, size: int, config: ModelConfig, operations: Operations) -> None:
         super().__init__()
         self.weight = mx.zeros(size)
-        self.eps = config.rms_norm_eps
+        self.eps, self.unit_offset = config.rms_norm_eps, config.unit_offset_norm
         self.norm = operations.rms_norm
 
     def __call__(self, x_BTD: mx.array) -> mx.array:
+        if self.unit_offset:
+            weight_D = 1 + self.weight.astype(mx.float32)
+            return self.norm(x_BTD.astype(mx.float32), weight_D, self.eps).astype(x_BTD.dtype)
         return self.norm(x_BTD, self.weight, self.eps)
 
 
@@ -78,8 +83,8 @@ class Context:
     `mask` and `causal` allow lies within it. With a `cache`, that is what knows.
     """
 
-    frequencies_E: mx.array
-    rope_scale: float
+    rotations: tuple[tuple[mx.array, float], ...]
+    """Frequencies [H/2], and the factor on what is turned, of the rotations that layers choose from."""
     positions_BT: mx.array | None = None
     mask: mx.array | None = None
     causal: bool = True
@@ -97,19 +102,19 @@ class Attention(nn.Module):
         D, bias = config.hidden_size, config.attention_bias
         self.qkv_proj = Linear((self.N + 2 * self.K) * self.H, D, bias or config.query_key_value_bias, operations)
         self.o_proj = Linear(D, self.N * self.H, bias, operations)
-        self.q_norm = RMSNorm(self.H, config, operations) if config.query_key_norm else None
-        self.k_norm = RMSNorm(self.H, config, operations) if config.query_key_norm else None
-        self.windowed = config.window(layer) > 0
+        normed = (self.N, self.K) if config.norm_all_heads else (1, 1)
+        self.q_norm = RMSNorm(normed[0] * self.H, config, operations) if config.query_key_norm else None
+        self.k_norm = RMSNorm(normed[1] * self.H, config, operations) if config.query_key_norm else None
+        self.norm_all_heads = config.norm_all_heads
+        self.spec, self.rotation = config.attention(layer), config.rotation(layer)
         self.attend, self.rotate = operations.attention, operations.rotate
 
     def __call__(self, x_BTD: mx.array, context: Context) -> mx.array:
         N, K, H = self.N, self.K, self.H
         heads_BTGH = self.qkv_proj(x_BTD, context.adapters).reshape(*x_BTD.shape[:2], N + 2 * K, H)  # G: all heads
-        turning_BTGH = heads_BTGH[..., : N + K, :]
-        if self.q_norm is not None and self.k_norm is not None:
-            normed = [self.q_norm(turning_BTGH[..., :N, :]), self.k_norm(turning_BTGH[..., N:, :])]
-            turning_BTGH = mx.concatenate(normed, axis=-2).astype(heads_BTGH.dtype)
-        rotated_BTGH = self.rotate(turning_BTGH, context.positions_BT, context.frequencies_E, context.rope_scale)
+        rotated_BTGH = self.normed(heads_BTGH[..., : N + K, :])
+        if self.rotation is not None:
+            rotated_BTGH = self.rotate(rotated_BTGH, context.positions_BT, *context.rotations[self.rotation])
         if context.cache is not None:
             rotated_TGH, v_TKH = rotated_BTGH[0], heads_BTGH[0, :, N + K :]
             mixed_TNH = context.cache.attend(self.layer, rotated_TGH[:, :N], rotated_TGH[:, N:], v_TKH)
@@ -118,10 +123,23 @@ class Attention(nn.Module):
         k_BKTH = rotated_BTGH[..., N:, :].swapaxes(1, 2)
         v_BKTH = heads_BTGH[..., N + K :, :].swapaxes(1, 2)
         mask, causal = context.mask, context.causal
-        if self.windowed and context.window_mask is not None:
+        if self.spec.window and context.window_mask is not None:
             mask, causal = context.window_mask, False
-        mixed_BNTH = self.attend(q_BNTH, k_BKTH, v_BKTH, mask, causal, context.dropout)
+        mixed_BNTH = self.attend(q_BNTH, k_BKTH, v_BKTH, mask, causal, context.dropout, self.spec)
         return self.o_proj(mixed_BNTH.swapaxes(1, 2).flatten(-2), context.adapters)
+
+    def normed(self, heads_BTGH: mx.array) -> mx.array:
+        """Queries and keys with their norms, where there are any: over each head, or over all heads at once."""
+        if self.q_norm is None or self.k_norm is None:
+            return heads_BTGH
+        q_BTNH, k_BTKH = heads_BTGH[..., : self.N, :], heads_BTGH[..., self.N :, :]
+        if self.norm_all_heads:
+            normed = [
+                norm(x.flatten(-2)).reshape(x.shape) for norm, x in ((self.q_norm, q_BTNH), (self.k_norm, k_BTKH))
+            ]
+        else:
+            normed = [self.q_norm(q_BTNH), self.k_norm(k_BTKH)]
+        return mx.concatenate(normed, axis=-2).astype(heads_BTGH.dtype)
 
 
 class FeedForward(nn.Module):
@@ -130,7 +148,7 @@ class FeedForward(nn.Module):
         D, C, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_up_proj = Linear(2 * C, D, bias, operations)
         self.down_proj = Linear(D, C, bias, operations)
-        self.gate = operations.gated_silu
+        self.gate = operations.gates[config.hidden_act]
 
     def __call__(self, x_BTD: mx.array, adapters: Adapters | None = None) -> mx.array:
         return self.down_proj(self.gate(self.gate_up_proj(x_BTD, adapters)), adapters)
@@ -139,17 +157,29 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, operations: Operations) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config, operations)
+        self.norms, self.multiplier = BLOCK_NORMS[config.norm_placement], config.residual_multiplier
+        for name in filter(None, self.norms):
+            self[name] = RMSNorm(config.hidden_size, config, operations)
         self.self_attn = Attention(config, layer, operations)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config, operations)
         self.mlp = FeedForward(config, operations)
 
     def __call__(self, x_BTD: mx.array, context: Context, rows_R: mx.array | None = None) -> mx.array:
         """`rows_R` are the positions that are wanted, None for all; the others are spared the feed-forward layer."""
-        drop = context.dropout or (lambda x: x)
-        x_BTD = x_BTD + drop(self.self_attn(self.input_layernorm(x_BTD), context))
+        norms = self.norms
+        y_BTD = self.self_attn(self.normed(norms.before_attention, x_BTD), context)
+        x_BTD = x_BTD + self.added(self.normed(norms.after_attention, y_BTD), context)
         x_BTD = x_BTD if rows_R is None else x_BTD[:, rows_R]
-        return x_BTD + drop(self.mlp(self.post_attention_layernorm(x_BTD), context.adapters))
+        y_BTD = self.mlp(self.normed(norms.before_feed_forward, x_BTD), context.adapters)
+        return x_BTD + self.added(self.normed(norms.after_feed_forward, y_BTD), context)
+
+    def normed(self, norm: str, x_BTD: mx.array) -> mx.array:
+        """Through the norm of this name; unchanged where there is none in this place."""
+        return self[norm](x_BTD) if norm else x_BTD
+
+    def added(self, y_BTD: mx.array, context: Context) -> mx.array:
+        """What a sublayer adds to the residual stream."""
+        y_BTD = context.dropout(y_BTD) if context.dropout else y_BTD
+        return y_BTD if self.multiplier == 1.0 else y_BTD * self.multiplier
 
 
 class Body(nn.Module):
@@ -172,7 +202,7 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig, operations: Operations = FUSED) -> None:
         super().__init__()
         self.config = config
-        self._frequencies, self.rope_scale = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        self.transform, self._rotations = LogitTransform.of(config), config.rotations
         self.model = Body(config, operations)
         if config.num_labels:
             self.score = Linear(config.num_labels, config.hidden_size, False, operations)
@@ -198,12 +228,13 @@ class Llama(nn.Module):
                 module.name = name
 
     @property
-    def output_weight_VD(self) -> mx.array:
-        """The matrix that turns hidden states into logits: the output head's, or the embedding's where tied."""
+    def head(self) -> OutputHead:
+        """The output head as losses take it: its own matrix, or the embedding's where tied, or the classifier's."""
         if self.config.num_labels:
-            return self.score.weight
+            return OutputHead(self.score.weight, self.transform)
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return head.dequantized(head.dtype) if isinstance(head, QuantizedLinear) else head.weight
+        weight_VD = head.dequantized(head.dtype) if isinstance(head, QuantizedLinear) else head.weight
+        return OutputHead(weight_VD, self.transform)
 
     def __call__(
         self,
@@ -228,9 +259,10 @@ class Llama(nn.Module):
         return ModelOutput(self.logits(hidden_BTD, adapters), hidden_BTD)
 
     def logits(self, hidden_BTD: mx.array, adapters: Adapters | None = None) -> mx.array:
+        """Logits (..., V) of hidden states (..., D), or those of the labels."""
         if self.config.tie_word_embeddings and not self.config.num_labels:
-            return self.model.embed_tokens.multiply(hidden_BTD)
-        return (self.score if self.config.num_labels else self.lm_head)(hidden_BTD, adapters)
+            return self.transform(self.model.embed_tokens.multiply(hidden_BTD))
+        return self.transform((self.score if self.config.num_labels else self.lm_head)(hidden_BTD, adapters))
 
     def hidden(
         self,
@@ -250,10 +282,10 @@ class Llama(nn.Module):
         else:
             assert positions_BT is None, "the cache knows the positions"
             assert segments_BT is None, "the cache keeps sequences apart"
-            context = Context(
-                mx.array(self._frequencies), self.rope_scale, cache.positions_1T, cache=cache, adapters=adapters
-            )
+            context = Context(self.rotations(), cache.positions_1T, cache=cache, adapters=adapters)
         x_BTD = self.model.embed_tokens(tokens_BT)
+        if self.config.embedding_multiplier != 1.0:  # rounded to the type of the embeddings first
+            x_BTD = x_BTD * mx.array(self.config.embedding_multiplier, x_BTD.dtype)
         x_BTD = dropout(x_BTD) if dropout else x_BTD
         if trace:
             trace("embedding", x_BTD)
@@ -281,17 +313,12 @@ class Llama(nn.Module):
         if window and window < T:
             window_mask = masks.window_mask(T, window)
             window_mask = window_mask if mask is None else mask & window_mask
-        frequencies_E, causal = mx.array(self._frequencies), mask is None
-        return Context(
-            frequencies_E,
-            self.rope_scale,
-            positions_BT,
-            mask,
-            causal,
-            window_mask,
-            dropout=dropout,
-            adapters=adapters,
-        )
+        causal = mask is None
+        return Context(self.rotations(), positions_BT, mask, causal, window_mask, dropout=dropout, adapters=adapters)
+
+    def rotations(self) -> tuple[tuple[mx.array, float], ...]:
+        """What `Context.rotations` is."""
+        return tuple((mx.array(frequencies_E), scale) for frequencies_E, scale in self._rotations)
 
     # --- names and values ---
 

@@ -7,22 +7,23 @@ several in one pass are infer/adapters.py.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from llamita.backend import arrays as host_arrays
 from llamita.backend.mlx.model import quantize
 from llamita.backend.mlx.model.attention import Dropout
 from llamita.backend.mlx.model.fused import PackedParameter
+from llamita.backend.mlx.model.head import OutputHead
 from llamita.backend.mlx.model.llama import Linear, Llama
 from llamita.backend.mlx.model.quantized import QuantizedLinear
 from llamita.backend.mlx.model.weights import array_from_host, host_from_array
 from llamita.model.host_array import HostArray
 from llamita.model.lora import DOWN, HEAD, UP, Adapter, Factors, LoraSettings, initialize_adapter, linear_maps
-from llamita.model.parameters import canonical_names, parameter_table, weight_bits
-from llamita.model.quantization import SCALE
+from llamita.model.parameters import canonical_names
 
 
 class Part(nn.Module):
@@ -91,11 +92,11 @@ class ModelAdapter:
             for kind, key in ((DOWN, "down_RD"), (UP, "up_CR"))
         ]
 
-    def output(self, hidden: Callable[..., mx.array], weight_VD: mx.array) -> tuple[Callable[..., mx.array], mx.array]:
-        """Hidden states and output matrix as a loss takes them: where the output head is adapted, A's result stands
+    def output(self, hidden: Callable[..., mx.array], head: OutputHead) -> tuple[Callable[..., mx.array], OutputHead]:
+        """Hidden states and output head as a loss takes them: where the output head is adapted, A's result stands
         beside the states and B beside the matrix, so that one product gives the adapted logits."""
         if HEAD not in self.changes:
-            return hidden, weight_VD
+            return hidden, head
         (part,) = self.changes[HEAD].parts
 
         def wide(*arguments: mx.array, **named: mx.array) -> mx.array:
@@ -103,8 +104,8 @@ class ModelAdapter:
             low_BTR = self.dropped(HEAD, hidden_BTD).astype(part.down_RD.dtype) @ part.down_RD.T
             return mx.concatenate([hidden_BTD, low_BTR.astype(hidden_BTD.dtype)], axis=-1)
 
-        up_VR = (part.up_CR * part.scale).astype(weight_VD.dtype)
-        return wide, mx.concatenate([weight_VD, up_VR], axis=1)
+        up_VR = (part.up_CR * part.scale).astype(head.weight_VD.dtype)
+        return wide, replace(head, weight_VD=mx.concatenate([head.weight_VD, up_VR], axis=1))
 
 
 def fresh_adapter(model: Llama, settings: LoraSettings, seed: int) -> ModelAdapter:
@@ -156,9 +157,7 @@ def merge(model: Llama, adapter: Adapter, sign: float = 1.0) -> None:
     What the adapter replaces whole (a classification head) is not touched: it is not a sum.
     """
     if model.config.quantization:
-        raise ValueError(
-            f"the weights are {model.config.quantization} and take no sums; pass the adapter beside them instead"
-        )
+        raise ValueError(f"the weights are {model.config.quantization} and take no sums; pass the adapter with them")
     for packed in model.packed_parameters():
         modules = [name.removesuffix(".weight") for name in packed.parts]
         if not set(modules) & adapter.factors.keys():
@@ -185,21 +184,15 @@ def product(adapter: Adapter, module: str, factors: Factors) -> mx.array:
 
 
 def merged_arrays(arrays: Mapping[str, HostArray], adapter: Adapter) -> Iterator[tuple[str, HostArray]]:
-    """The base's arrays with the adapter merged in, one by one in the table's order, in the base's type; quantised
-    ones in bfloat16, so that the result is an ordinary model."""
-    base = adapter.over(arrays)
-    for row in parameter_table(adapter.config):
-        module, array = row.name.removesuffix(".weight"), base[row.name]
-        quantised = row.name not in adapter.replaced and weight_bits(adapter.config, row) > 0
-        if module not in adapter.factors and not quantised:
-            yield row.name, array
-            array.forget(0, len(array.data))
-            continue
+    """`arrays.merged_arrays`, summed here, in float32."""
+
+    def merged(array: HostArray, scale: HostArray | None, D: int, module: str) -> HostArray:
         weight = array_from_host(array)
-        dtype = mx.bfloat16 if quantised else weight.dtype
-        if quantised:
-            scale = array_from_host(base[row.name + SCALE])
-            weight = quantize.dequantize(weight, scale, row.shape[1], mx.float32)
+        dtype = weight.dtype
+        if scale is not None:
+            weight, dtype = quantize.dequantize(weight, array_from_host(scale), D, mx.float32), mx.bfloat16
         if module in adapter.factors:
             weight = weight.astype(mx.float32) + product(adapter, module, adapter.factors[module])
-        yield row.name, host_from_array(weight.astype(dtype))
+        return host_from_array(weight.astype(dtype))
+
+    return host_arrays.merged_arrays(arrays, adapter, merged)

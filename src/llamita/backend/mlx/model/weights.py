@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import mlx.core as mx
 import numpy as np
 
+from llamita.backend.arrays import missing_or_misshapen, part_shapes, quantized_arrays
 from llamita.backend.mlx.model import quantize
 from llamita.backend.mlx.model.fused import PackedParameter
 from llamita.backend.mlx.model.layers import FUSED, Operations
@@ -19,11 +20,8 @@ from llamita.model.parameters import (
     InitializationName,
     check_arrays,
     initialize_parameters,
-    parameter_table,
     stored_arrays,
-    weight_bits,
 )
-from llamita.model.quantization import SCALE
 
 
 def build_model(
@@ -57,23 +55,16 @@ def build_model(
 
 
 def quantize_arrays(config: ModelConfig, arrays: Iterable[tuple[str, HostArray]]) -> Iterator[tuple[str, HostArray]]:
-    """The arrays of a model without quantisation as one of `config`, which has it, stores them; one by one.
+    """`arrays.quantized_arrays`, rounded here."""
 
-    What is not quantised becomes bfloat16, the type that activations have beside such weights. ValueError for NaN.
-    """
-    table = {row.name: row for row in parameter_table(config)}
-    for name, array in arrays:
-        bits = weight_bits(config, table[name])
-        weight = array_from_host(array)
-        if not bits:
-            yield name, host_from_array(weight.astype(mx.bfloat16))
-            continue
-        try:
-            values, scale = quantize.quantize(weight, bits)
-        except ValueError as error:
-            raise ValueError(f"{name} {error}") from None
-        yield name, host_from_array(values)
-        yield name + SCALE, host_from_array(scale)
+    def quantized(array: HostArray, bits: int) -> tuple[HostArray, HostArray]:
+        values, scale = quantize.quantize(array_from_host(array), bits)
+        return host_from_array(values), host_from_array(scale)
+
+    def to_bfloat16(array: HostArray) -> HostArray:
+        return host_from_array(array_from_host(array).astype(mx.bfloat16))
+
+    return quantized_arrays(config, arrays, quantized, to_bfloat16)
 
 
 def load_host_arrays(model: Llama, arrays: Mapping[str, HostArray]) -> None:
@@ -86,14 +77,9 @@ def load_host_arrays(model: Llama, arrays: Mapping[str, HostArray]) -> None:
 def copy_host_arrays(parameters: Iterable[PackedParameter], arrays: Mapping[str, HostArray]) -> None:
     """Give some parameters the values of `arrays`; ValueError, naming them, for those missing or misshapen."""
     parameters = list(parameters)
-    shapes = {
-        name: (size, *packed.parameter.shape[1:])
-        for packed in parameters
-        for name, size in zip(packed.parts, packed.sizes, strict=True)
-    }
-    faults = [name for name, shape in shapes.items() if name not in arrays or arrays[name].shape != shape]
+    faults = missing_or_misshapen(part_shapes(parameters), arrays)
     if faults:
-        raise ValueError(f"the weights lack {', '.join(faults[:5])}, or have another shape there")
+        raise ValueError(f"the weights lack {faults}, or have another shape there")
     _copy_values(parameters, arrays.__getitem__, mx.float32)
 
 

@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from llamita.backend.adamw import AdamWSettings as AdamWSettings
 from llamita.backend.adamw import clipping_scale as clipping_scale
+from llamita.backend.adamw import saved_state, updates_made
 from llamita.backend.mlx.model.fused import PackedParameter
 from llamita.backend.mlx.model.weights import array_from_host, host_from_array
 from llamita.model.host_array import HostArray
@@ -102,26 +103,16 @@ class AdamW:
             for item, moment in zip(self.packed, moments, strict=True)
             for name, part in zip(item.parts, item.split(moment), strict=True)
         }
-        return moments | {"t": host_from_array(mx.array([self.t], dtype=mx.int64))}
+        return saved_state(moments, self.t)
 
     def load_state(self, state: Mapping[str, HostArray]) -> None:
         """Take over what state() gave; ValueError, naming them, for arrays that are missing or of another shape."""
-        expected = {
-            f"{kind}.{name}": (size, *item.parameter.shape[1:])
-            for kind in "mv"
-            for item in self.packed
-            for name, size in zip(item.parts, item.sizes, strict=True)
-        }
-        faults = [name for name in ("t", *expected) if name not in state]
-        faults += [name for name, shape in expected.items() if name in state and state[name].shape != shape]
-        if faults:
-            raise ValueError(f"the optimizer's state lacks {', '.join(faults[:5])}, or has another shape there")
+        self.t = updates_made(state, self.packed)
         for kind, moments in (("m", self._m), ("v", self._v)):
             for i, item in enumerate(self.packed):
                 parts = [array_from_host(state[f"{kind}.{name}"]) for name in item.parts]
                 moments[i] = mx.concatenate(parts).astype(item.parameter.dtype)
         mx.eval(self._m, self._v)
-        self.t = int(state["t"].to_numpy()[0])
 
 
 def global_norm(gradients: Sequence[mx.array]) -> mx.array:

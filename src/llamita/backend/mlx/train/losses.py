@@ -7,6 +7,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from llamita.backend.mlx.model.head import LogitTransform, OutputHead
+
 IGNORED = -100  # the label of a position that is not scored
 
 
@@ -21,15 +23,13 @@ def cross_entropy(logits_BTV: mx.array, labels_BT: mx.array) -> mx.array:
 
 
 def chunked_cross_entropy(
-    hidden_BTD: mx.array, weight_VD: mx.array, labels_BT: mx.array, chunk_size: int = 1024
+    hidden_BTD: mx.array, head: OutputHead, labels_BT: mx.array, chunk_size: int = 1024
 ) -> mx.array:
     """`cross_entropy` of hidden states through an output head, without ever holding all logits."""
-    return -mx.sum(chunked_log_probs(hidden_BTD, weight_VD, labels_BT, chunk_size))
+    return -mx.sum(chunked_log_probs(hidden_BTD, head, labels_BT, chunk_size))
 
 
-def chunked_log_probs(
-    hidden_BTD: mx.array, weight_VD: mx.array, labels_BT: mx.array, chunk_size: int = 1024
-) -> mx.array:
+def chunked_log_probs(hidden_BTD: mx.array, head: OutputHead, labels_BT: mx.array, chunk_size: int = 1024) -> mx.array:
     """The log-probability of every label that is scored, float32 (B, T); 0 elsewhere.
 
     The logits of `chunk_size` positions exist at a time: memory is chunk_size x V instead of B x T x V. Each chunk's
@@ -37,11 +37,11 @@ def chunked_log_probs(
     the type of the weight, sums are float32.
     """
     hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    log_probs_M = _head_log_probs(chunk_size)(hidden_MD, weight_VD, labels_BT.reshape(-1))
+    log_probs_M = _head_log_probs(chunk_size, head.transform)(hidden_MD, head.weight_VD, labels_BT.reshape(-1))
     return log_probs_M.reshape(labels_BT.shape)
 
 
-def _head_log_probs(chunk_size: int) -> Any:
+def _head_log_probs(chunk_size: int, transform: LogitTransform) -> Any:
     @mx.custom_function
     def log_probs(hidden_MD: mx.array, weight_VD: mx.array, labels_M: mx.array) -> mx.array:
         pieces_R: list[mx.array] = []
@@ -49,7 +49,7 @@ def _head_log_probs(chunk_size: int) -> Any:
             rows = slice(start, start + chunk_size)
             # MLX orders a graph as it likes: made to wait for the chunk before, no two chunks' logits exist at once.
             (hidden_RD,) = mx.depends([hidden_MD[rows]], pieces_R[-1:]) if pieces_R else (hidden_MD[rows],)
-            logits_RV = (hidden_RD.astype(weight_VD.dtype) @ weight_VD.T).astype(mx.float32)
+            logits_RV = transform((hidden_RD.astype(weight_VD.dtype) @ weight_VD.T).astype(mx.float32))
             scored_R, targets_R1 = labels_M[rows] != IGNORED, mx.maximum(labels_M[rows], 0)[:, None]
             chosen_R = mx.take_along_axis(logits_RV, targets_R1, axis=-1)[:, 0]
             pieces_R.append(mx.where(scored_R, chosen_R - mx.logsumexp(logits_RV, axis=-1), 0.0))
@@ -67,10 +67,11 @@ def _head_log_probs(chunk_size: int) -> Any:
             rows = slice(start, start + chunk_size)
             (hidden_RD,) = mx.depends([hidden_MD[rows].astype(weight_VD.dtype)], before)
             labels_R1 = labels_M[rows, None]
-            softmax_RV = mx.softmax((hidden_RD @ weight_VD.T).astype(mx.float32), axis=-1)
+            logits_RV = transform((hidden_RD @ weight_VD.T).astype(mx.float32))
+            softmax_RV = mx.softmax(logits_RV, axis=-1)
             one_hot_RV = labels_R1 == mx.arange(weight_VD.shape[0])
             slopes_RV = mx.where(labels_R1 == IGNORED, 0.0, (one_hot_RV - softmax_RV) * cotangent_M[rows, None])
-            slopes_RV = slopes_RV.astype(weight_VD.dtype)
+            slopes_RV = (slopes_RV * transform.slope(logits_RV)).astype(weight_VD.dtype)
             pieces_RD.append((slopes_RV @ weight_VD).astype(hidden_MD.dtype))
             grad_VD = grad_VD + slopes_RV.T @ hidden_RD
             before = [pieces_RD[-1], grad_VD]

@@ -7,6 +7,7 @@ optimisers.
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -16,6 +17,7 @@ from llamita.backend.interface import Precision
 from llamita.backend.mlx.devices import choose_device
 from llamita.backend.mlx.model import lora, weights
 from llamita.backend.mlx.model.fused import PackedParameter
+from llamita.backend.mlx.model.head import OutputHead
 from llamita.backend.mlx.model.llama import Linear, Llama
 from llamita.backend.mlx.model.quantized import QuantizedLinear
 from llamita.backend.mlx.train.objectives import Hidden, TensorBatch, distributions, log_probs
@@ -39,33 +41,31 @@ class MlxScorer:
     def log_probs(self, batch: Batch) -> np.ndarray:
         """Returns the log-probability of every label that is scored, float32 (B, T), 0 elsewhere; without dropout."""
         with mx.stream(self.device), self.parameters_kept() as parameters:
-            hidden, output_weight_VD = self.output(self.model.hidden, self.take(*parameters), self.adapter)
-            return np.array(log_probs(hidden, output_weight_VD, TensorBatch(**arrays_of(batch))))
+            hidden, head = self.output(self.model.hidden, self.take(*parameters), self.adapter)
+            return np.array(log_probs(hidden, head, TensorBatch(**arrays_of(batch))))
 
     def distributions(self, batch: Batch, temperature: float = 1.0) -> np.ndarray:
         """Returns the log-probability of every token where a label is scored, float32 (M, V); without dropout."""
         with mx.stream(self.device), self.parameters_kept() as parameters:
-            hidden, output_weight_VD = self.output(self.model.hidden, self.take(*parameters), self.adapter)
-            return np.array(distributions(hidden, output_weight_VD, TensorBatch(**arrays_of(batch)), temperature))
+            hidden, head = self.output(self.model.hidden, self.take(*parameters), self.adapter)
+            return np.array(distributions(hidden, head, TensorBatch(**arrays_of(batch)), temperature))
 
-    def output(
-        self, hidden: Hidden, output_weight_VD: mx.array, adapter: lora.ModelAdapter | None
-    ) -> tuple[Hidden, mx.array]:
-        """Returns hidden states and the output matrix, as losses take them."""
+    def output(self, hidden: Hidden, head: OutputHead, adapter: lora.ModelAdapter | None) -> tuple[Hidden, OutputHead]:
+        """Returns hidden states and the output head, as losses take them."""
         if adapter is None:
-            return hidden, output_weight_VD
-        return adapter.output(functools.partial(hidden, adapters=adapter), output_weight_VD)
+            return hidden, head
+        return adapter.output(functools.partial(hidden, adapters=adapter), head)
 
-    def take(self, trained: Sequence[mx.array], frozen: Sequence[mx.array]) -> mx.array:
-        """Puts parameters into the model, in bf16 those of linear maps rounded; returns its output weight, as rounded.
+    def take(self, trained: Sequence[mx.array], frozen: Sequence[mx.array]) -> OutputHead:
+        """Puts parameters into the model, in bf16 those of linear maps rounded; returns its output head, as rounded.
 
         The model holds what it was given last; `parameters_kept` gives it its own again.
         """
         for item, values in zip([*self.trained, *self.frozen], [*trained, *frozen], strict=True):
             low = self.precision == "bf16" and isinstance(item.owner, Linear | lora.Part)
             item.replace(values.astype(mx.bfloat16) if low else values)
-        output_weight_VD = self.model.output_weight_VD
-        return output_weight_VD.astype(mx.bfloat16) if self.precision == "bf16" else output_weight_VD
+        head = self.model.head
+        return replace(head, weight_VD=head.weight_VD.astype(mx.bfloat16)) if self.precision == "bf16" else head
 
     @contextlib.contextmanager
     def parameters_kept(self) -> Iterator[tuple[list[mx.array], list[mx.array]]]:

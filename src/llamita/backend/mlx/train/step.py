@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from llamita.backend.interface import LossSums, Precision, StepMetrics
-from llamita.backend.mlx.infer.runner import OWN, MlxRunner
+from llamita.backend.mlx.infer.runner import MlxRunner
 from llamita.backend.mlx.model import lora, weights
 from llamita.backend.mlx.model.attention import Dropout
 from llamita.backend.mlx.model.llama import Llama
@@ -26,6 +26,7 @@ from llamita.backend.mlx.train.adamw import AdamW, AdamWSettings, clipping_scale
 from llamita.backend.mlx.train.objectives import LossOutput, TensorBatch, loss_function
 from llamita.backend.mlx.train.scorer import MlxScorer, arrays_of, choose
 from llamita.backend.objectives import NextToken, Objective
+from llamita.backend.opening import OWN
 from llamita.data.batches import Batch
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
@@ -179,7 +180,7 @@ class MlxTrainStep(MlxScorer):
         key: mx.array | None = None,
     ) -> LossOutput:
         """The loss as a function of the parameters and of a batch's arrays; with a key for dropout, while training."""
-        output_weight_VD = self.take(trained, frozen)
+        head = self.take(trained, frozen)
         hidden, adapter, own_key = self.model.hidden, self.adapter, None
         if key is not None:
             key, own_key = mx.random.split(key)
@@ -188,8 +189,8 @@ class MlxTrainStep(MlxScorer):
                 adapter = adapter.dropping(self._adapter_dropout, drawn)
             probability = self.model.config.dropout
             hidden = functools.partial(hidden, dropout=Dropout(probability, key) if probability else None)
-        hidden, output_weight_VD = self.output(hidden, output_weight_VD, adapter)
-        return loss_function(self.objective, own_key)(hidden, output_weight_VD, TensorBatch(**arrays))
+        hidden, head = self.output(hidden, head, adapter)
+        return loss_function(self.objective, own_key)(hidden, head, TensorBatch(**arrays))
 
     def _loss_and_gradients(self) -> Callable[..., Any]:
         """(trained, frozen, arrays, share, key) -> ((loss x share, loss, measures), gradients of loss x share by the

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llamita.backend.step_layout import rows_of_adapters
 from llamita.backend.torch.infer import exact
 from llamita.backend.torch.infer.kv_cache import EXACT_ROWS
 from llamita.backend.torch.model import lora
@@ -42,15 +43,12 @@ def adapters_of_rows(
     adapters: Mapping[str, lora.ModelAdapter], names: Sequence[str | None], device: torch.device, multiple: int = 1
 ) -> Adapters | None:
     """The adapters of a forward pass over so many rows, each row going through that of its name, or none."""
-    places: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        if name is not None:
-            places.setdefault(name, []).append(row)
-    if not places:
+    found = rows_of_adapters(names)
+    if not found:
         return None
     if len(set(names)) == 1:
-        return adapters[next(iter(places))]
-    groups = [(adapters[name], torch.tensor(rows, device=device)) for name, rows in places.items()]
+        return adapters[next(iter(found))]
+    groups = [(adapters[name], torch.tensor(rows, device=device)) for name, rows in found.items()]
     return AdapterRows(groups, multiple)
 
 

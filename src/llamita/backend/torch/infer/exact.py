@@ -5,6 +5,8 @@ odd address, or in too narrow a result. Found by comparing bits over many sizes;
 """
 
 import copy
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,7 @@ def exact_model(model: Llama) -> Llama:
         if isinstance(module, Linear | Embedding):
             module.product = linear
         elif isinstance(module, FeedForward):
-            module.gate = gated_silu
+            module.gate = GATES[module.activation]
     return twin
 
 
@@ -47,9 +49,15 @@ def linear(x_D: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None) -> Tens
     return torch.cat([F.linear(piece, weight_CD, bias_C) for piece in pieces]).view(*x_D.shape[:-1], -1)
 
 
-def gated_silu(gate_up: Tensor) -> Tensor:
-    """`layers.gated_silu` so few rows at a time that no two threads share them: what a thread has left over after
+def gated(activation: Callable[[Tensor], Tensor], gate_up: Tensor) -> Tensor:
+    """A gate of `layers.py` so few rows at a time that no two threads share them: what a thread has left over after
     whole vectors goes through another exponential, and that may be in the middle of a row."""
     gate_C, up_C = gate_up.chunk(2, dim=-1)
     pieces = gate_C.flatten(0, -2).split(max(1, SERIAL // gate_C.shape[-1]))
-    return torch.cat([F.silu(piece) for piece in pieces]).view(up_C.shape) * up_C
+    return torch.cat([activation(piece) for piece in pieces]).view(up_C.shape) * up_C
+
+
+GATES = {
+    "silu": functools.partial(gated, F.silu),
+    "gelu_pytorch_tanh": functools.partial(gated, functools.partial(F.gelu, approximate="tanh")),
+}

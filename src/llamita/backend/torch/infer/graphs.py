@@ -57,8 +57,8 @@ class TableStep:
         )  # fmt: skip
         self._lengths_R = torch.ones(rows, dtype=torch.int32, device=device)
         self._parts = [
-            TableAttention(cache.kernel, numbers.tables_GRM[group], self._lengths_R, layout.block_size, window)
-            for group, window in enumerate(layout.windows)
+            TableAttention(cache.kernel, numbers.tables_GRM[group], self._lengths_R, layout.block_size, spec)
+            for group, spec in enumerate(cache.specs)
         ]
         self.fill(())
 

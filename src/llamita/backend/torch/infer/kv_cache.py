@@ -24,7 +24,7 @@ from llamita.backend.torch.infer.paged_attention import (
     TableAttention,
     TableKernel,
 )
-from llamita.model.config import ModelConfig
+from llamita.model.config import AttentionSpec, ModelConfig
 
 EXACT_ROWS = 16
 """In the exact mode every matrix product takes so many rows."""
@@ -50,6 +50,7 @@ class PagedKVCache:
         self.layout, self.kernel = layout, kernel
         self.positions = config.max_position_embeddings
         self.group_of_layer = [layout.windows.index(config.window(i)) for i in range(config.num_hidden_layers)]
+        self.specs = [config.attention(self.group_of_layer.index(group)) for group in range(len(layout.windows))]
         blocks = layout.blocks + (kernel is not None)
         shape = (blocks * layout.block_size, config.num_key_value_heads, config.head_dim)
         self.keys = [_zeros(shape, dtype, device) for _ in self.group_of_layer]
@@ -105,7 +106,7 @@ class PagedStep:
         self._slots: list[Tensor] = []
         self._begun: list[Tensor | None] = []
         self._parts: list[list[tuple[slice, Part]]] = []
-        for group, window in enumerate(cache.layout.windows):
+        for group, spec in enumerate(cache.specs):
             tables = [chunk.tables[group] for chunk in chunks]
             slots = [
                 table[np.arange(chunk.start, chunk.end) // size] * size + np.arange(chunk.start, chunk.end) % size
@@ -113,23 +114,25 @@ class PagedStep:
             ]
             self._slots.append(torch.from_numpy(np.concatenate(slots).astype(np.int64)).to(device))
             self._begun.append(_begun(chunks, tables, size, device))
-            spans = [Span.of(chunk, table, size, window) for chunk, table in zip(chunks, tables, strict=True)]
-            self._parts.append(list(self._divide(spans, exact, device)))
+            spans = [Span.of(chunk, table, size, spec.window) for chunk, table in zip(chunks, tables, strict=True)]
+            self._parts.append(list(self._divide(spans, spec, exact, device)))
 
-    def _divide(self, spans: Sequence[Span], exact: bool, device: torch.device) -> Iterable[tuple[slice, Part]]:
+    def _divide(
+        self, spans: Sequence[Span], spec: AttentionSpec, exact: bool, device: torch.device
+    ) -> Iterable[tuple[slice, Part]]:
         """Which rows are attended to together: single tokens of similar context in one batch, each chunk alone."""
         row = 0
         if not exact:
             if self._cache.kernel is not None and self._single:
-                yield slice(0, self._single), TableAttention.of(self._cache.kernel, spans[: self._single], device)
+                yield slice(0, self._single), TableAttention.of(self._cache.kernel, spans[: self._single], spec, device)
                 row = self._single
             for batch in alike(spans[row : self._single]):
-                yield slice(row, row + len(batch)), DecodeAttention(batch, device)
+                yield slice(row, row + len(batch)), DecodeAttention(batch, spec, device)
                 row += len(batch)
             spans = spans[self._single :]
         for span in spans:
             rows = slice(row, row + span.queries)
-            yield rows, ExactAttention(span) if exact else ChunkAttention(span, device)
+            yield rows, ExactAttention(span, spec) if exact else ChunkAttention(span, spec, device)
             row = rows.stop
 
     def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llamita.backend.step_layout import BlockSpan, blocks_side_by_side
-from llamita.backend.torch.model.attention import attention_fused
+from llamita.backend.torch.model.attention import attention, attention_fused, scaled
+from llamita.model.config import AttentionSpec
 
 TILE = 64
 """Keys that the exact mode takes at a time, counted from position 0."""
@@ -41,8 +42,8 @@ class Span(BlockSpan):
         return memory.unflatten(0, (-1, self.block_size)).index_select(0, blocks_M).flatten(0, 1)[: self.keys]
 
 
-TableKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
-"""`paged_decode.attention_over_tables`."""
+TableKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, AttentionSpec], Tensor]
+"""`kernels.table_attention.attention_over_tables`."""
 
 
 class Part(Protocol):
@@ -54,8 +55,8 @@ class Part(Protocol):
 class DecodeAttention:
     """One query each of several sequences, the query heads of a key head taken as its rows."""
 
-    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
-        self.spans = spans
+    def __init__(self, spans: Sequence[Span], spec: AttentionSpec, device: torch.device) -> None:
+        self.spans, self.spec = spans, spec
         self.size = spans[0].block_size
         if len(spans) == 1:
             self.mask = self._mask(spans[0].window > 0, device)
@@ -83,9 +84,11 @@ class DecodeAttention:
         q_BKGH = q_TNH.view(B, K, N // K, H)
         if N == K and q_TNH.device.type == "cpu" and q_TNH.dtype != torch.float32:
             q_BKGH = q_BKGH.expand(-1, -1, 2, -1)  # a CPU's kernel takes twice as long for a single row as for two
-        mixed_BKGH = F.scaled_dot_product_attention(
-            q_BKGH, k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2), attn_mask=self.mask
-        )
+        k_BKSH, v_BKSH = k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2)
+        if self.spec.soft_cap:
+            mixed_BKGH = attention(q_BKGH, k_BKSH, v_BKSH, self.mask, spec=self.spec)
+        else:
+            mixed_BKGH = F.scaled_dot_product_attention(q_BKGH, k_BKSH, v_BKSH, self.mask, scale=self.spec.scale)
         return mixed_BKGH[:, :, : N // K].reshape(B, N, H)
 
 
@@ -95,12 +98,14 @@ class TableAttention:
     `tables_BM` and `lengths_B`, int32, are read anew by each call.
     """
 
-    def __init__(self, kernel: TableKernel, tables_BM: Tensor, lengths_B: Tensor, block_size: int, window: int) -> None:
-        self.kernel, self.block_size, self.window = kernel, block_size, window
+    def __init__(
+        self, kernel: TableKernel, tables_BM: Tensor, lengths_B: Tensor, block_size: int, spec: AttentionSpec
+    ) -> None:
+        self.kernel, self.block_size, self.spec = kernel, block_size, spec
         self.tables_BM, self.lengths_B = tables_BM, lengths_B
 
     @classmethod
-    def of(cls, kernel: TableKernel, spans: Sequence[Span], device: torch.device) -> Self:
+    def of(cls, kernel: TableKernel, spans: Sequence[Span], spec: AttentionSpec, device: torch.device) -> Self:
         """The last positions of these sequences, all of one window."""
         begins = [span.first // span.block_size for span in spans]
         width = max(begin + len(span.blocks) for begin, span in zip(begins, spans, strict=True))
@@ -109,17 +114,17 @@ class TableAttention:
             tables_BM[row, begin : begin + len(span.blocks)] = span.blocks
         lengths_B = np.array([span.stop for span in spans], dtype=np.int32)
         tables, lengths = (torch.from_numpy(x).to(device) for x in (tables_BM, lengths_B))
-        return cls(kernel, tables, lengths, spans[0].block_size, spans[0].window)
+        return cls(kernel, tables, lengths, spans[0].block_size, spec)
 
     def attend(self, q_TNH: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return self.kernel(q_TNH, keys, values, self.tables_BM, self.lengths_B, self.block_size, self.window)
+        return self.kernel(q_TNH, keys, values, self.tables_BM, self.lengths_B, self.block_size, self.spec)
 
 
 class ChunkAttention:
     """Consecutive queries of one sequence."""
 
-    def __init__(self, span: Span, device: torch.device) -> None:
-        self.span = span
+    def __init__(self, span: Span, spec: AttentionSpec, device: torch.device) -> None:
+        self.span, self.spec = span, spec
         self.mask: Tensor | None = None
         if span.window and span.stop > span.window:
             seen = span.seen(np.arange(span.start, span.stop), np.arange(span.first, span.stop))
@@ -127,7 +132,7 @@ class ChunkAttention:
 
     def attend(self, q_TNH: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in (q_TNH, self.span.gather(keys), self.span.gather(values)))
-        mixed_1NTH = attention_fused(q, k, v, self.mask, causal=self.mask is None)
+        mixed_1NTH = attention_fused(q, k, v, self.mask, causal=self.mask is None, spec=self.spec)
         return mixed_1NTH[0].transpose(0, 1)
 
 
@@ -138,8 +143,8 @@ class ExactAttention:
     same bits however its sequence is cut. A tile of which a query sees nothing changes nothing.
     """
 
-    def __init__(self, span: Span) -> None:
-        self.span = span
+    def __init__(self, span: Span, spec: AttentionSpec) -> None:
+        self.span, self.spec = span, spec
         self.begin = span.first // TILE * TILE
         self.padding = -span.queries % 16
         queries = np.pad(np.arange(span.start, span.stop), (0, self.padding), mode="edge")
@@ -158,7 +163,7 @@ class ExactAttention:
         mixed_KRH = torch.zeros(*q_KRH.shape[:-1], v_KSH.shape[-1])
         for tile in range(0, self.hidden_TS.shape[1], TILE):
             k_KUH, v_KUH = k_KSH[:, tile : tile + TILE], v_KSH[:, tile : tile + TILE]
-            scores_KRU = q_KRH @ k_KUH.mT / math.sqrt(H)
+            scores_KRU = scaled(q_KRH @ k_KUH.mT, H, self.spec)
             hidden_RU = self.hidden_TS[:, tile : tile + TILE].repeat(N // K, 1)
             scores_KRU = scores_KRU.masked_fill(hidden_RU, -math.inf)
             new_KR1 = torch.maximum(largest_KR1, scores_KRU.amax(-1, keepdim=True))

@@ -16,9 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llamita.backend.interface import CacheLayout, Plan, SampledToken, ScheduledChunk, StepResult, token_array
-from llamita.backend.step_layout import begins, packing_order, rows_drawn, rows_wanted
-from llamita.backend.torch.devices import choose_device, fast_few_rows, table_kernel
+from llamita.backend.interface import (
+    CacheLayout,
+    Plan,
+    SampledToken,
+    SampleSpec,
+    ScheduledChunk,
+    StepResult,
+    token_array,
+)
+from llamita.backend.opening import open_model
+from llamita.backend.runner import bytes_read_per_token, check_captured, with_adapter
+from llamita.backend.step_layout import States, StepLayout, rows_wanted, sample_chunks, score_chunks
+from llamita.backend.torch.devices import choose_device, table_kernel
 from llamita.backend.torch.infer.adapters import adapters_of_rows, exact_adapter
 from llamita.backend.torch.infer.exact import exact_model
 from llamita.backend.torch.infer.graphs import DecodeGraphs, TableStep, cuda_recorder
@@ -30,19 +40,14 @@ from llamita.backend.torch.model.llama import Llama
 from llamita.backend.torch.model.quantized import QuantizedLinear
 from llamita.backend.torch.model.reordered import build_prepacked
 from llamita.backend.torch.model.weights import build_model, to_host_arrays
-from llamita.model import host_array
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.lora import Adapter
 from llamita.model.sizes import kv_bytes_per_token
-from llamita.storage import model_directory, peft_directory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CACHE_SHARE = {"cpu": 0.25, "cuda": 0.8}
 """Of the memory that is free once the weights are loaded, what keys and values may take."""
-OWN = ""  # the name of the adapter that was loaded as a model
-SCORED_ROWS = 64
-"""Logits of so many positions at a time, where those of a prompt are asked for: bounds the memory they take."""
 
 
 @dataclass
@@ -87,12 +92,9 @@ class TorchRunner:
         self._running_adapters = self._adapters
         if exact:
             self._running_adapters = {name: exact_adapter(adapter) for name, adapter in self._adapters.items()}
-        one_row = (
-            self.config.num_labels or not self.config.tie_word_embeddings
-        )  # of an embedding that is no output head
         read = [(name, parameter.nbytes) for name, parameter in model.named_parameters()]
         read += [(name, each.kernel_bytes) for name, each in model.named_modules() if isinstance(each, QuantizedLinear)]
-        self.weight_bytes = sum(size for name, size in read if not (one_row and "embed_tokens" in name))
+        self.weight_bytes = bytes_read_per_token(self.config, read)
         """Bytes of weights that decoding one token reads."""
         self.kv_bytes_per_token = kv_bytes_per_token(self.config, weight.element_size())
         """Bytes of keys and values that one earlier position adds to what decoding a token reads."""
@@ -107,14 +109,8 @@ class TorchRunner:
 
     def weights(self) -> dict[str, HostArray]:
         """The values under canonical names, in the type they have here; those of the default adapter merged in."""
-        arrays = to_host_arrays(self.model)
-        if self.default is None:
-            return arrays
-        if self.config.quantization:
-            raise ValueError(f"an adapter over {self.config.quantization} weights is no one model; use llamita merge")
-        adapter = self.adapters[self.default]
-        assert isinstance(adapter, Adapter), "the weights of an adapter in training are its step's to give"
-        return dict(lora.merged_arrays(arrays, adapter))
+        adapter = None if self.default is None else self.adapters[self.default]
+        return with_adapter(self.config, to_host_arrays(self.model), adapter, lora.merged_arrays)
 
     def allocate(self, layout: CacheLayout, sequences: int = 0) -> TorchMemory:
         """Memory for the sequences of one engine, of which so many decode at once.
@@ -151,68 +147,58 @@ class TorchRunner:
         memory.cache.copy(plan.copies)
         if not plan.chunks:
             return StepResult(())
-        order = packing_order(plan.chunks)
-        chunks = [plan.chunks[i] for i in order]
-        rows = sum(len(chunk.tokens) for chunk in chunks)
-        with fast_few_rows(self.device, self.dtype, rows):
-            states = self._recorded(chunks, memory) or self._computed(chunks, memory)
-            sampled = self._sample(chunks, states, memory.sampler)
-        scores = self._score(chunks, states)
-        places = {number: place for place, number in enumerate(order)}
-        return StepResult(
-            tuple(sampled[places[number]] for number in range(len(order))),
-            tuple(scores[places[number]] for number in range(len(order))) if scores else (),
-        )
+        layout = StepLayout.of(plan.chunks)
+        states = self._recorded(layout, memory) or self._computed(layout, memory)
+        sampled = self._sample(layout.chunks, states, memory.sampler)
+        return layout.result(sampled, self._score(layout.chunks, states))
 
-    def _recorded(self, chunks: Sequence[ScheduledChunk], memory: TorchMemory) -> "States | None":
+    def _recorded(self, layout: StepLayout, memory: TorchMemory) -> States[Tensor] | None:
         """The states by replaying a recorded step; None where there is none for these chunks."""
-        default = all(chunk.adapter in (None, self.default) for chunk in chunks)
-        if memory.graphs is None or not default or not memory.graphs.fit(chunks):
+        chunks, names = layout.chunks, layout.adapters(self.default)
+        if memory.graphs is None or {*names} != {self.default} or not memory.graphs.fit(chunks):
             return None
-        return States(memory.graphs.run(chunks), {row: row for row in range(len(chunks))}, [self.default] * len(chunks))
+        return States(memory.graphs.run(chunks), {row: row for row in range(len(chunks))}, names)
 
-    def _computed(self, chunks: Sequence[ScheduledChunk], memory: TorchMemory) -> "States":
-        step = memory.cache.step(chunks, self.exact)
-        tokens = [token for chunk in chunks for token in chunk.tokens]
-        tokens_1T = torch.tensor([tokens + [0] * (step.padded - step.tokens)], device=self.device)
-        names = [self.default if chunk.adapter is None else chunk.adapter for chunk in chunks for _ in chunk.tokens]
+    def _computed(self, layout: StepLayout, memory: TorchMemory) -> States[Tensor]:
+        step = memory.cache.step(layout.chunks, self.exact)
+        padding = step.padded - step.tokens
+        tokens_1T = torch.tensor([layout.tokens + [0] * padding], device=self.device)
+        names = layout.adapters(self.default)
         # The exact mode has its own count of rows, and adapters are told apart by rows of the whole step.
         every = self.exact or len(set(names)) > 1
-        wanted = list(range(step.padded)) if every else rows_wanted(chunks)
-        adapters = self._adapters_of(names + [None] * (step.padded - step.tokens))
+        wanted = list(range(step.padded)) if every else rows_wanted(layout.chunks)
+        adapters = self._adapters_of(names + [None] * padding)
         hidden_RD = hidden_states(self._running, tokens_1T, step, wanted, adapters)
         return States(hidden_RD, {row: place for place, row in enumerate(wanted)}, names)
 
     def _sample(
-        self, chunks: Sequence[ScheduledChunk], states: "States", sampler: Sampler
+        self, chunks: Sequence[ScheduledChunk], states: States[Tensor], sampler: Sampler
     ) -> list[tuple[SampledToken, ...]]:
         """The tokens that each chunk asks for, all drawn in one pass."""
-        rows, specs, ids = rows_drawn(chunks)
-        tokens = iter(sampler.sample(self._logits(states, rows), specs, ids) if rows else ())
-        return [tuple(next(tokens) for _ in chunk.samples) for chunk in chunks]
 
-    def _score(self, chunks: Sequence[ScheduledChunk], states: "States") -> list[tuple[float, ...]]:
+        def draw(rows: list[int], specs: list[SampleSpec], ids: list[int]) -> list[SampledToken]:
+            return sampler.sample(self._logits(states, rows), specs, ids)
+
+        return sample_chunks(chunks, draw)
+
+    def _score(self, chunks: Sequence[ScheduledChunk], states: States[Tensor]) -> list[tuple[float, ...]]:
         """The log-probabilities of each chunk's targets."""
-        if not any(chunk.targets for chunk in chunks):
-            return []
-        found = []
-        for chunk, begin in begins(chunks):
-            scores: list[float] = []
-            for first in range(0, len(chunk.targets), SCORED_ROWS):
-                targets_R1 = torch.tensor(chunk.targets[first : first + SCORED_ROWS], device=self.device)[:, None]
-                logits_RV = self._logits(states, range(begin + first, begin + first + len(targets_R1))).float()
-                scores += (logits_RV.gather(1, targets_R1)[:, 0] - logits_RV.logsumexp(-1)).tolist()
-            found.append(tuple(scores))
-        return found
 
-    def _logits(self, states: "States", rows: Sequence[int]) -> Tensor:
+        def score(rows: range, targets: Sequence[int]) -> list[float]:
+            targets_R1 = torch.tensor(targets, device=self.device)[:, None]
+            logits_RV = self._logits(states, rows).float()
+            return (logits_RV.gather(1, targets_R1)[:, 0] - logits_RV.logsumexp(-1)).tolist()
+
+        return score_chunks(chunks, score)
+
+    def _logits(self, states: States[Tensor], rows: Sequence[int]) -> Tensor:
         """Logits (R, V) of some rows of the step."""
-        places, hidden_RD = [states.place_of_row[row] for row in rows], states.hidden_RD
+        places, hidden_RD = states.places(rows), states.hidden_RD
         if places != list(range(len(hidden_RD))):
             hidden_RD = hidden_RD[torch.tensor(places, device=self.device)]
         if self.exact:
             hidden_RD = F.pad(hidden_RD, (0, 0, 0, -len(rows) % EXACT_ROWS))
-        names = [states.names[row] for row in rows] + [None] * (len(hidden_RD) - len(rows))
+        names = [states.adapters[row] for row in rows] + [None] * (len(hidden_RD) - len(rows))
         return self._running.logits(hidden_RD, self._adapters_of(names))[: len(rows)]
 
     @torch.inference_mode()
@@ -237,22 +223,8 @@ class TorchRunner:
         name = self.default if adapter is None else adapter
         adapters = None if name is None else self._adapters[name]
         logits_BTV = self.model(tokens, trace=trace, adapters=adapters).logits_BTV
-        unknown = [name for name in capture if name not in captured]
-        if unknown:
-            raise ValueError(
-                f"capture={unknown[0]!r} is unknown; there are embedding, layers.0, layers.1, ... and norm"
-            )
+        check_captured(capture, captured)
         return {name: x.float().cpu().numpy() for name, x in {**captured, "logits": logits_BTV}.items()}
-
-
-@dataclass(frozen=True)
-class States:
-    """The states after the final norm of those rows of a step that logits are made of, where each row is, and the
-    adapter of every row of the step."""
-
-    hidden_RD: Tensor
-    place_of_row: Mapping[int, int]
-    names: Sequence[str | None]
 
 
 def hidden_states(
@@ -284,24 +256,11 @@ def load_runner(
         dtype, device = ("float32" if dtype == "auto" else dtype), ("cpu" if device == "auto" else device)
     if threads > 0:
         torch.set_num_threads(threads)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not supported; give auto or one of {', '.join(DTYPES)}")
     device = choose_device(device)
-    directory = model_directory.resolve_model_directory(model)
-    own = peft_directory.open_adapter(directory) if peft_directory.is_adapter(directory) else None
-    base = own.base if own else directory
-    arrays = model_directory.load_tensors(base)
-    named = peft_directory.open_beside(adapters or {}, base, arrays)
-    if own is not None:
-        arrays = own.adapter.over(arrays)
-        named[OWN] = own.adapter
-    config = own.adapter.config if own else model_directory.load_config(directory)
-    if dtype == "auto":
-        stored = "BF16" if config.quantization else next((array.dtype for array in arrays.values()), "F32")
-        dtype = host_array.DTYPE_NAMES.get(stored, "float32")
+    opened = open_model(model, dtype, adapters)
     build = build_model if exact else build_prepacked
-    built = build(config, arrays, dtype=DTYPES.get(dtype, torch.float32), device=device)
-    return TorchRunner(built, exact, named, OWN if own else None)
+    built = build(opened.config, opened.arrays, dtype=DTYPES[opened.dtype], device=device)
+    return TorchRunner(built, exact, opened.adapters, opened.default)
 
 
 def runner_over(config: ModelConfig, arrays: Mapping[str, HostArray], dtype: str = "float32") -> TorchRunner:

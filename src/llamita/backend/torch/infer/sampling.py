@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llamita.backend.interface import SampledToken, SampleSpec
-from llamita.backend.sampling import DROPPED, Steps, sampled_token
+from llamita.backend.sampling import DROPPED, Steps, allowed_words, banned, biases, rows_by_steps, sampled_token
 from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.noise import GumbelNoise, stream_keys
 from llamita.backend.torch.infer.token_counts import CountedRow, TokenCounts, to_device
@@ -80,10 +80,7 @@ class Sampler:
 
     def _blocks(self, specs: Sequence[SampleSpec]) -> Iterator[tuple[Steps, list[int]]]:
         """The rows that have their steps in common, not too many at a time."""
-        groups: dict[Steps, list[int]] = {}
-        for row, spec in enumerate(specs):
-            groups.setdefault(Steps.of(spec), []).append(row)
-        for steps, rows in groups.items():
+        for steps, rows in rows_by_steps(specs).items():
             block = CPU_BLOCK if self.device.type == "cpu" and not steps.plain_greedy else BLOCK
             size = max(1, block // self.vocab_size)
             for start in range(0, len(rows), size):
@@ -130,24 +127,16 @@ class Sampler:
         self, scores_RV: Tensor, specs: Sequence[SampleSpec], columns: Columns, counts: Sequence[CountedRow]
     ) -> Tensor:
         """The logits after bias, penalties and exclusions."""
-        biases = [(row, i, bias) for row, spec in enumerate(specs) for i, bias in spec.params.logit_bias.items()]
-        if biases:
-            row_E, id_E, bias_E = map(np.array, zip(*biases, strict=True))
-            if id_E.max() >= self.vocab_size:
-                last = self.vocab_size - 1
-                raise ValueError(f"logit_bias has token id {id_E.max()}, but this model's ids are 0 to {last}")
+        if (biased := biases(specs, self.vocab_size)) is not None:
+            row_E, id_E, bias_E = biased
             places_E = self._to_device(row_E * self.vocab_size + id_E)
             scores_RV.view(-1).index_add_(0, places_E, self._to_device(bias_E.astype(np.float64)))
         if counts:
             scores_RV = penalize(scores_RV, *self._counts.gather(counts), columns)
-        banned = [
-            row * self.vocab_size + i for row, spec in enumerate(specs) for i in spec.banned if i < self.vocab_size
-        ]
-        if banned:
-            scores_RV.view(-1).index_fill_(0, self._index(banned), DROPPED)
-        if any(spec.allowed is not None for spec in specs):
-            every = np.full((self.vocab_size + 31) // 32, -1, dtype=np.int32)
-            words_RW = np.stack([every if spec.allowed is None else spec.allowed for spec in specs])
+        if (dropped := banned(specs, self.vocab_size)) is not None:
+            row_E, id_E = dropped
+            scores_RV.view(-1).index_fill_(0, self._to_device(row_E * self.vocab_size + id_E), DROPPED)
+        if (words_RW := allowed_words(specs, self.vocab_size)) is not None:
             scores_RV = scores_RV.masked_fill_(~unpack_bits(self._to_device(words_RW), self.vocab_size), DROPPED)
         return scores_RV
 

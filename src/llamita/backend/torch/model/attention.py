@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llamita.backend.torch.model.dropout import drop
+from llamita.model.config import AttentionSpec
 
+PLAIN = AttentionSpec()
 MAX_SCORES = 2**26
 """Scores that `attention_by_products` may hold: 128 MB in bfloat16."""
 QUERY_TILE = 128
@@ -24,18 +26,20 @@ def attention(
     mask: Tensor | None = None,
     causal: bool = False,
     dropout: float = 0.0,
+    spec: AttentionSpec = PLAIN,
 ) -> Tensor:
     """softmax(Q K^T / sqrt(H)) V (Vaswani et al. 2017), each group of query heads sharing a key/value head.
 
     query (..., N, T, H), key and value (..., K, S, H) with N a multiple of K: multi-head for K = N, multi-query for
     K = 1, grouped-query between (Ainslie et al. 2023, arXiv:2305.13245). Any number of leading dimensions. mask is
     boolean, True where a query may look, and broadcasts to (..., N, T, S); `causal` lets query t see keys 0..t + S - T.
-    The softmax is taken in float32. Returns (..., N, T, H).
+    `spec` has another scale than 1 / sqrt(H), and a soft cap on scores; its window is the mask's business. The softmax
+    is taken in float32. Returns (..., N, T, H).
     """
     N, T, H = query.shape[-3:]
     K, S = key.shape[-3:-1]
     grouped = query.unflatten(-3, (K, N // K))  # (..., K, N/K, T, H)
-    scores = grouped @ key.unsqueeze(-3).mT / math.sqrt(H)  # (..., K, N/K, T, S)
+    scores = scaled(grouped @ key.unsqueeze(-3).mT, H, spec)  # (..., K, N/K, T, S)
     scores = scores.flatten(-4, -3).float()  # (..., N, T, S)
     if causal:
         scores = scores.masked_fill(~causal_mask(T, S, query.device), -math.inf)
@@ -55,8 +59,9 @@ def attention_fused(
     mask: Tensor | None = None,
     causal: bool = False,
     dropout: float = 0.0,
+    spec: AttentionSpec = PLAIN,
 ) -> Tensor:
-    """`attention` by whichever of PyTorch's kernels is fastest for it."""
+    """`attention` by whichever of PyTorch's kernels is fastest for it; none of them has a soft cap."""
     N, T = query.shape[-3:-1]
     K, S = key.shape[-3:-1]
     if causal and mask is not None:
@@ -64,21 +69,29 @@ def attention_fused(
     if query.device.type == "cpu":
         trains_in_bf16 = query.requires_grad and query.dtype == torch.bfloat16
         if trains_in_bf16 and query.shape[:-1].numel() * S <= MAX_SCORES:
-            return attention_by_products(query, key, value, causal_mask(T, S) if causal else mask, dropout)
-        infers_in_bf16 = query.dtype == torch.bfloat16 and not query.requires_grad and not dropout
-        if infers_in_bf16 and T >= QUERY_TILE // 2 and (causal or (mask is not None and mask.shape == (T, S))):
-            return attention_by_query_tiles(query, key, value, mask)
-        if K != N:  # the flash kernel of CPUs takes a slow path for grouped heads
-            key, value = (x.repeat_interleave(N // K, dim=-3) for x in (key, value))
+            return attention_by_products(query, key, value, causal_mask(T, S) if causal else mask, dropout, spec)
+        infers = not query.requires_grad and not dropout and (spec.soft_cap or query.dtype == torch.bfloat16)
+        if infers and T >= QUERY_TILE // 2 and (causal or (mask is not None and mask.shape == (T, S))):
+            return attention_by_query_tiles(query, key, value, mask, spec)
+    if spec.soft_cap:
+        return attention(query, key, value, mask, causal, dropout, spec)
+    if query.device.type == "cpu" and K != N:  # the flash kernel of CPUs takes a slow path for grouped heads
+        key, value = (x.repeat_interleave(N // K, dim=-3) for x in (key, value))
     if causal and T != S:  # PyTorch aligns its triangle to the first key
         causal, mask = False, causal_mask(T, S, query.device)
+    grouped = key.shape[-3] != N
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=key.shape[-3] != N
+        query, key, value, mask, dropout_p=dropout, is_causal=causal, scale=spec.scale, enable_gqa=grouped
     )
 
 
 def attention_by_products(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    spec: AttentionSpec = PLAIN,
 ) -> Tensor:
     """`attention` as two batched products around one softmax, all scores held at once.
 
@@ -94,14 +107,19 @@ def attention_by_products(
     if mask is not None:
         bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, -math.inf)
         bias = bias.repeat(group, 1) if mask.ndim == 2 else bias.expand(*leading, N, T, S).reshape(-1, group * T, S)
-    scores_MRS = torch.baddbmm(bias, rows_MRH, key_MSH.mT, alpha=1 / math.sqrt(H))
+    if spec.soft_cap:  # before what is masked is taken away
+        scores_MRS = capped(torch.bmm(rows_MRH, key_MSH.mT) * factor(H, spec), spec) + bias
+    else:
+        scores_MRS = torch.baddbmm(bias, rows_MRH, key_MSH.mT, alpha=factor(H, spec))
     weights_MRS = torch.softmax(scores_MRS, dim=-1)
     if dropout:
         weights_MRS = drop(weights_MRS, dropout)
     return (weights_MRS @ value_MSH).view(*leading, N, T, H)
 
 
-def attention_by_query_tiles(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention_by_query_tiles(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, spec: AttentionSpec = PLAIN
+) -> Tensor:
     """`attention`, causal or under a mask (T, S), as two batched products around a softmax for each tile of queries.
 
     Without a mask a tile meets the keys up to its last query's own. On a CPU in bfloat16 this takes 0.4 to 0.8 of the
@@ -123,11 +141,29 @@ def attention_by_query_tiles(query: Tensor, key: Tensor, value: Tensor, mask: Te
         else:
             end_key, first_masked, allowed = S, 0, mask[start:stop]
         rows_MRH = query_MGTH[:, :, start:stop].flatten(1, 2)
-        scores_MRS = torch.baddbmm(unused_bias, rows_MRH, key_MSH[:, :end_key].mT, beta=0, alpha=1 / math.sqrt(H))
+        keys_MHS = key_MSH[:, :end_key].mT
+        scores_MRS = torch.baddbmm(unused_bias, rows_MRH, keys_MHS, beta=0, alpha=factor(H, spec))
+        scores_MRS = capped(scores_MRS, spec)
         scores_MRS.unflatten(1, (N // K, -1))[..., first_masked:].masked_fill_(~allowed, -math.inf)
         mixed_MRH = torch.softmax(scores_MRS, dim=-1) @ value_MSH[:, :end_key]
         tiles.append(mixed_MRH.unflatten(1, (N // K, -1)))
     return torch.cat(tiles, dim=-2).view(query.shape)
+
+
+def factor(head_dim: int, spec: AttentionSpec) -> float:
+    """What products of queries and keys are multiplied by."""
+    return 1 / math.sqrt(head_dim) if spec.scale is None else spec.scale
+
+
+def scaled(products: Tensor, head_dim: int, spec: AttentionSpec) -> Tensor:
+    """Products of queries and keys as scores: scaled, and softly capped where the model does so."""
+    scores = products / math.sqrt(head_dim) if spec.scale is None else products * spec.scale
+    return capped(scores, spec)
+
+
+def capped(scores: Tensor, spec: AttentionSpec) -> Tensor:
+    """cap * tanh(score / cap) (Gemma 2, arXiv:2408.00118), or the scores as they are."""
+    return spec.soft_cap * torch.tanh(scores / spec.soft_cap) if spec.soft_cap else scores
 
 
 def softmax(x: Tensor) -> Tensor:

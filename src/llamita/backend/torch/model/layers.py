@@ -4,7 +4,8 @@ Each is written twice: a plain form from array operations, to be read beside its
 default. Tests hold the two equal. Knows nothing of the model that is built from them.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llamita.backend.torch.model import attention
+from llamita.model.config import Activation
 
 
 def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -60,6 +62,22 @@ def rope_table(positions_BT: Tensor, frequencies_E: Tensor, scale: float = 1.0) 
     """
     angles_BTE = positions_BT[..., None].float() * frequencies_E
     return angles_BTE.cos() * scale, angles_BTE.sin() * scale
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """x times the normal distribution's integral, approximated by tanh (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def gated_gelu(gate_up: Tensor) -> Tensor:
+    """The gate of GeGLU (Shazeer 2020, arXiv:2002.05202): gelu(gate) * up, from (..., 2 C) to (..., C)."""
+    gate_C, up_C = gate_up.chunk(2, dim=-1)
+    return gelu_tanh(gate_C) * up_C
+
+
+def gated_gelu_fused(gate_up: Tensor) -> Tensor:
+    gate_C, up_C = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate_C, approximate="tanh") * up_C
 
 
 class RopeTable:
@@ -134,9 +152,14 @@ class Operations:
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     linear: Callable[..., Tensor]
-    gated_silu: Callable[[Tensor], Tensor]
+    gates: Mapping[Activation, Callable[[Tensor], Tensor]]
     attention: Callable[..., Tensor]
 
 
-PLAIN = Operations(rms_norm, linear, gated_silu, attention.attention)
-FUSED = Operations(rms_norm_fused, F.linear, gated_silu_fused, attention.attention_fused)
+PLAIN = Operations(rms_norm, linear, {"silu": gated_silu, "gelu_pytorch_tanh": gated_gelu}, attention.attention)
+FUSED = Operations(
+    rms_norm_fused,
+    F.linear,
+    {"silu": gated_silu_fused, "gelu_pytorch_tanh": gated_gelu_fused},
+    attention.attention_fused,
+)

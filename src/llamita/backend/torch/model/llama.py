@@ -17,11 +17,11 @@ from llamita.backend.torch.model import attention as masks
 from llamita.backend.torch.model import layers
 from llamita.backend.torch.model.dropout import drop
 from llamita.backend.torch.model.fused import PackedParameter, canonical_names
+from llamita.backend.torch.model.head import LogitTransform, OutputHead
 from llamita.backend.torch.model.layers import FUSED, Adapters, Operations
 from llamita.backend.torch.model.quantized import QuantizedEmbedding, QuantizedLinear
 from llamita.model.config import ModelConfig
-from llamita.model.parameters import stored_arrays
-from llamita.model.rope import rotary_frequencies
+from llamita.model.parameters import BLOCK_NORMS, stored_arrays
 
 Trace = Callable[[str, Tensor], None]
 
@@ -62,13 +62,17 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
+    """The norm of a model; with a unit offset it multiplies by 1 + weight, all of it in float32."""
+
     def __init__(self, size: int, config: ModelConfig, operations: Operations) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
-        self.eps = config.rms_norm_eps
+        self.eps, self.unit_offset = config.rms_norm_eps, config.unit_offset_norm
         self.norm = operations.rms_norm
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        if self.unit_offset:
+            return self.norm(x_BTD.float(), 1 + self.weight.float(), self.eps).to(x_BTD.dtype)
         return self.norm(x_BTD, self.weight, self.eps)
 
 
@@ -80,8 +84,8 @@ class Context:
     With a `cache`, that is what knows.
     """
 
-    cos_BTE: Tensor
-    sin_BTE: Tensor
+    rotations: tuple[tuple[Tensor, Tensor], ...]
+    """Cosines and sines, each (B, T, H/2), of the rotations that layers choose from."""
     mask: Tensor | None = None
     causal: bool = True
     window_mask: Tensor | None = None
@@ -98,19 +102,20 @@ class Attention(nn.Module):
         D, bias = config.hidden_size, config.attention_bias
         self.qkv_proj = Linear((self.N + 2 * self.K) * self.H, D, bias or config.query_key_value_bias, operations)
         self.o_proj = Linear(D, self.N * self.H, bias, operations)
-        self.q_norm = RMSNorm(self.H, config, operations) if config.query_key_norm else None
-        self.k_norm = RMSNorm(self.H, config, operations) if config.query_key_norm else None
-        self.windowed = config.window(layer) > 0
+        normed = (self.N, self.K) if config.norm_all_heads else (1, 1)
+        self.q_norm = RMSNorm(normed[0] * self.H, config, operations) if config.query_key_norm else None
+        self.k_norm = RMSNorm(normed[1] * self.H, config, operations) if config.query_key_norm else None
+        self.norm_all_heads = config.norm_all_heads
+        self.spec, self.rotation = config.attention(layer), config.rotation(layer)
         self.dropout = config.dropout
         self.attend = operations.attention
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         N, K, H = self.N, self.K, self.H
         heads_BTGH = self.qkv_proj(x_BTD, context.adapters).unflatten(-1, (N + 2 * K, H))  # G: all heads
-        turning_BTGH = heads_BTGH[..., : N + K, :]
-        if self.q_norm is not None and self.k_norm is not None:
-            turning_BTGH = torch.cat((self.q_norm(turning_BTGH[..., :N, :]), self.k_norm(turning_BTGH[..., N:, :])), -2)
-        rotated_BTGH = layers.apply_rope(turning_BTGH, context.cos_BTE, context.sin_BTE)
+        rotated_BTGH = self.normed(heads_BTGH[..., : N + K, :])
+        if self.rotation is not None:
+            rotated_BTGH = layers.apply_rope(rotated_BTGH, *context.rotations[self.rotation])
         if context.cache is not None:
             rotated_TGH, v_TKH = rotated_BTGH[0], heads_BTGH[0, :, N + K :]
             mixed_TNH = context.cache.attend(self.layer, rotated_TGH[:, :N], rotated_TGH[:, N:], v_TKH)
@@ -120,10 +125,21 @@ class Attention(nn.Module):
         v_BKTH = heads_BTGH[..., N + K :, :].transpose(1, 2)
         dropout = self.dropout if context.training else 0.0
         mask, causal = context.mask, context.causal
-        if self.windowed and context.window_mask is not None:
+        if self.spec.window and context.window_mask is not None:
             mask, causal = context.window_mask, False
-        mixed_BNTH = self.attend(q_BNTH, k_BKTH, v_BKTH, mask, causal, dropout)
+        mixed_BNTH = self.attend(q_BNTH, k_BKTH, v_BKTH, mask, causal, dropout, self.spec)
         return self.o_proj(mixed_BNTH.transpose(1, 2).flatten(-2), context.adapters)
+
+    def normed(self, heads_BTGH: Tensor) -> Tensor:
+        """Queries and keys with their norms, where there are any: over each head, or over all heads at once."""
+        if self.q_norm is None or self.k_norm is None:
+            return heads_BTGH
+        q_BTNH, k_BTKH = heads_BTGH[..., : self.N, :], heads_BTGH[..., self.N :, :]
+        if self.norm_all_heads:
+            q_BTNH = self.q_norm(q_BTNH.flatten(-2)).view_as(q_BTNH)
+            k_BTKH = self.k_norm(k_BTKH.flatten(-2)).view_as(k_BTKH)
+            return torch.cat((q_BTNH, k_BTKH), -2)
+        return torch.cat((self.q_norm(q_BTNH), self.k_norm(k_BTKH)), -2)
 
 
 class FeedForward(nn.Module):
@@ -132,7 +148,8 @@ class FeedForward(nn.Module):
         D, C, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_up_proj = Linear(2 * C, D, bias, operations)
         self.down_proj = Linear(D, C, bias, operations)
-        self.gate = operations.gated_silu
+        self.activation = config.hidden_act
+        self.gate = operations.gates[config.hidden_act]
 
     def forward(self, x_BTD: Tensor, adapters: Adapters | None = None) -> Tensor:
         return self.down_proj(self.gate(self.gate_up_proj(x_BTD, adapters)), adapters)
@@ -141,20 +158,37 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, operations: Operations) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config, operations)
+        self.norms = BLOCK_NORMS[config.norm_placement]
+
+        def add(*norms: str) -> None:
+            for name in filter(None, norms):
+                self.add_module(name, RMSNorm(config.hidden_size, config, operations))
+
+        add(self.norms.before_attention)
         self.self_attn = Attention(config, layer, operations)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config, operations)
+        add(self.norms.after_attention, self.norms.before_feed_forward)
         self.mlp = FeedForward(config, operations)
-        self.dropout = config.dropout
+        add(self.norms.after_feed_forward)
+        self.dropout, self.multiplier = config.dropout, config.residual_multiplier
 
     def forward(self, x_BTD: Tensor, context: Context, rows_R: Tensor | None = None) -> Tensor:
         """`rows_R` are the positions that are wanted, None for all; the others are spared the feed-forward layer."""
-        x_BTD = x_BTD + self.drop(self.self_attn(self.input_layernorm(x_BTD), context), context)
+        norms = self.norms
+        y_BTD = self.self_attn(self.normed(norms.before_attention, x_BTD), context)
+        x_BTD = x_BTD + self.added(self.normed(norms.after_attention, y_BTD), context)
         x_BTD = x_BTD if rows_R is None else x_BTD[:, rows_R]
-        return x_BTD + self.drop(self.mlp(self.post_attention_layernorm(x_BTD), context.adapters), context)
+        y_BTD = self.mlp(self.normed(norms.before_feed_forward, x_BTD), context.adapters)
+        return x_BTD + self.added(self.normed(norms.after_feed_forward, y_BTD), context)
 
-    def drop(self, x_BTD: Tensor, context: Context) -> Tensor:
-        return drop(x_BTD, self.dropout) if self.dropout and context.training else x_BTD
+    def normed(self, norm: str, x_BTD: Tensor) -> Tensor:
+        """Through the norm of this name; unchanged where there is none in this place."""
+        normed_BTD: Tensor = self.get_submodule(norm)(x_BTD) if norm else x_BTD
+        return normed_BTD
+
+    def added(self, y_BTD: Tensor, context: Context) -> Tensor:
+        """What a sublayer adds to the residual stream."""
+        y_BTD = drop(y_BTD, self.dropout) if self.dropout and context.training else y_BTD
+        return y_BTD if self.multiplier == 1.0 else y_BTD * self.multiplier
 
 
 class Body(nn.Module):
@@ -178,9 +212,8 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.prepacked = False  # whether weights lie in a kernel's order, to be used and not changed
-        frequencies, self.rope_scale = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        self.frequencies_E = torch.from_numpy(frequencies)
-        self.rope = layers.RopeTable(self.frequencies_E, self.rope_scale)
+        self.ropes = [layers.RopeTable(torch.from_numpy(turns), scale) for turns, scale in config.rotations]
+        self.transform = LogitTransform.of(config)
         self.model = Body(config, operations)
         if config.num_labels:
             self.score = Linear(config.num_labels, config.hidden_size, False, operations)
@@ -206,12 +239,13 @@ class Llama(nn.Module):
                 module.name = name
 
     @property
-    def output_weight_VD(self) -> Tensor:
-        """The matrix that turns hidden states into logits: the output head's, or the embedding's where tied."""
+    def head(self) -> OutputHead:
+        """The output head as losses take it: its own matrix, or the embedding's where tied, or the classifier's."""
         if self.config.num_labels:
-            return self.score.weight
+            return OutputHead(self.score.weight, self.transform)
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return head.dequantized(head.dtype) if isinstance(head, QuantizedLinear) else head.weight
+        weight_VD = head.dequantized(head.dtype) if isinstance(head, QuantizedLinear) else head.weight
+        return OutputHead(weight_VD, self.transform)
 
     def forward(
         self,
@@ -243,9 +277,10 @@ class Llama(nn.Module):
         return ModelOutput(self.logits(hidden_BTD, adapters), hidden_BTD)
 
     def logits(self, hidden_BTD: Tensor, adapters: Adapters | None = None) -> Tensor:
+        """Logits (..., V) of hidden states (..., D), or those of the labels."""
         if self.config.tie_word_embeddings and not self.config.num_labels:
-            return self.model.embed_tokens.multiply(hidden_BTD)
-        return (self.score if self.config.num_labels else self.lm_head)(hidden_BTD, adapters)
+            return self.transform(self.model.embed_tokens.multiply(hidden_BTD))
+        return self.transform((self.score if self.config.num_labels else self.lm_head)(hidden_BTD, adapters))
 
     def hidden(
         self,
@@ -265,8 +300,11 @@ class Llama(nn.Module):
         else:
             assert positions_BT is None, "the cache knows the positions"
             assert segments_BT is None, "the cache keeps sequences apart"
-            context = Context(*self.rope.at(cache.positions_1T, cache.longest), cache=cache, adapters=adapters)
+            rotations = tuple(rope.at(cache.positions_1T, cache.longest) for rope in self.ropes)
+            context = Context(rotations, cache=cache, adapters=adapters)
         x_BTD = self.model.embed_tokens(tokens_BT)
+        if self.config.embedding_multiplier != 1.0:  # rounded to the type of the embeddings first
+            x_BTD = x_BTD * torch.tensor(self.config.embedding_multiplier, dtype=x_BTD.dtype, device=x_BTD.device)
         if self.config.dropout and training:
             x_BTD = drop(x_BTD, self.config.dropout)
         if trace:
@@ -292,13 +330,13 @@ class Llama(nn.Module):
         T, device = tokens_BT.shape[1], tokens_BT.device
         if positions_BT is None:
             positions_BT = torch.arange(T, device=device)[None]
-        cos_BTE, sin_BTE = layers.rope_table(positions_BT, self.frequencies_E.to(device), self.rope_scale)
+        rotations = tuple(layers.rope_table(positions_BT, r.frequencies_E.to(device), r.scale) for r in self.ropes)
         mask = None if segments_BT is None else masks.segment_mask(segments_BT)
         window, window_mask = self.config.sliding_window, None
         if window and window < T:
             window_mask = masks.window_mask(T, window, device)
             window_mask = window_mask if mask is None else mask & window_mask
-        return Context(cos_BTE, sin_BTE, mask, mask is None, window_mask, training=training, adapters=adapters)
+        return Context(rotations, mask, mask is None, window_mask, training=training, adapters=adapters)
 
     def packed_parameters(self) -> Iterator[PackedParameter]:
         """Every parameter with the canonical parameters that it holds, in the order of the table."""

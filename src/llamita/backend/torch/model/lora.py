@@ -7,22 +7,22 @@ several in one pass are infer/adapters.py.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llamita.backend import arrays as host_arrays
 from llamita.backend.torch.model import quantize
 from llamita.backend.torch.model.dropout import drop
 from llamita.backend.torch.model.fused import PackedParameter, canonical_names
+from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.model.llama import Linear, Llama
 from llamita.backend.torch.model.quantized import QuantizedLinear
 from llamita.backend.torch.model.weights import host_from_tensor, tensor_from_host
 from llamita.model.host_array import HostArray
 from llamita.model.lora import DOWN, HEAD, UP, Adapter, Factors, LoraSettings, initialize_adapter, linear_maps
-from llamita.model.parameters import parameter_table, weight_bits
-from llamita.model.quantization import SCALE
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,11 @@ class ModelAdapter:
             PackedParameter(name, value, (name,), (value.shape[0],), True) for name, value in self.parameters().items()
         ]
 
-    def output(self, hidden: Callable[..., Tensor], weight_VD: Tensor) -> tuple[Callable[..., Tensor], Tensor]:
-        """Hidden states and output matrix as a loss takes them: where the output head is adapted, A's result stands
+    def output(self, hidden: Callable[..., Tensor], head: OutputHead) -> tuple[Callable[..., Tensor], OutputHead]:
+        """Hidden states and output head as a loss takes them: where the output head is adapted, A's result stands
         beside the states and B beside the matrix, so that one product gives the adapted logits."""
         if HEAD not in self.changes:
-            return hidden, weight_VD
+            return hidden, head
         (part,) = self.changes[HEAD].parts
 
         def wide(*arguments: Tensor, **named: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class ModelAdapter:
             low_BTR = F.linear(self.dropped(hidden_BTD), part.down_RD)
             return torch.cat((hidden_BTD, low_BTR.to(hidden_BTD.dtype)), dim=-1)
 
-        return wide, torch.cat((weight_VD, part.up_CR * part.scale), dim=1)
+        return wide, replace(head, weight_VD=torch.cat((head.weight_VD, part.up_CR * part.scale), dim=1))
 
 
 def fresh_adapter(model: Llama, settings: LoraSettings, seed: int) -> ModelAdapter:
@@ -152,9 +152,7 @@ def merge(model: Llama, adapter: Adapter, sign: float = 1.0) -> None:
     What the adapter replaces whole (a classification head) is not touched: it is not a sum.
     """
     if model.config.quantization:
-        raise ValueError(
-            f"the weights are {model.config.quantization} and take no sums; pass the adapter beside them instead"
-        )
+        raise ValueError(f"the weights are {model.config.quantization} and take no sums; pass the adapter with them")
     assert not model.prepacked, "what is added to prepacked weights would be lost"
     state = model.canonical_state()
     for module, one in adapter.factors.items():
@@ -174,21 +172,15 @@ def product(adapter: Adapter, module: str, factors: Factors) -> Tensor:
 
 
 def merged_arrays(arrays: Mapping[str, HostArray], adapter: Adapter) -> Iterator[tuple[str, HostArray]]:
-    """The base's arrays with the adapter merged in, one by one in the table's order, in the base's type; quantised
-    ones in bfloat16, so that the result is an ordinary model."""
-    base = adapter.over(arrays)
-    for row in parameter_table(adapter.config):
-        module, array = row.name.removesuffix(".weight"), base[row.name]
-        quantised = row.name not in adapter.replaced and weight_bits(adapter.config, row) > 0
-        if module not in adapter.factors and not quantised:
-            yield row.name, array
-            array.forget(0, len(array.data))
-            continue
+    """`arrays.merged_arrays`, summed here, in float32."""
+
+    def merged(array: HostArray, scale: HostArray | None, D: int, module: str) -> HostArray:
         weight = tensor_from_host(array)
-        dtype = torch.bfloat16 if quantised else weight.dtype
-        if quantised:
-            scale = tensor_from_host(base[row.name + SCALE])
-            weight = quantize.dequantize(weight, scale, row.shape[1], torch.float32)
+        dtype = weight.dtype
+        if scale is not None:
+            weight, dtype = quantize.dequantize(weight, tensor_from_host(scale), D, torch.float32), torch.bfloat16
         if module in adapter.factors:
             weight = weight.float() + product(adapter, module, adapter.factors[module])
-        yield row.name, host_from_tensor(weight.to(dtype))
+        return host_from_tensor(weight.to(dtype))
+
+    return host_arrays.merged_arrays(arrays, adapter, merged)

@@ -1,7 +1,8 @@
-"""A model's weights on a CPU in the order in which oneDNN's kernels read them, which PyTorch calls prepacked.
+"""A model's weights on a CPU in the order in which their kernels read them, for a model that is used, not trained.
 
-A plain weight is packed anew at each product, which for few rows takes longer than the product itself.
-Here it is done once, for a model that is used and no longer trained. Knows nothing of runners.
+Large ones lie in oneDNN's own order, which PyTorch calls prepacked: a plain weight is packed anew at each product,
+which for few rows takes longer than the product itself. Small ones in bfloat16 lie column by column, for a kernel that
+costs less to call. Knows nothing of runners.
 """
 
 import functools
@@ -28,6 +29,7 @@ from llamita.model.parameters import check_arrays
 
 SMALLEST = 2**18
 """Numbers in a weight from which on it is faster prepacked: below, what it costs to call the operator is more."""
+SUM = 0  # an embedding bag's mode
 
 
 def linear(x_D: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None) -> Tensor:
@@ -36,6 +38,24 @@ def linear(x_D: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None) -> Tens
     PyTorch's compiler puts frozen weights through the same operator.
     """
     return torch.ops.mkldnn._linear_pointwise(x_D, weight_CD, bias_C, "none", [], "")
+
+
+def linear_of_columns(x_D: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None) -> Tensor:
+    """`layers.linear` over a bfloat16 weight that lies column by column: W x is the sum of the columns of W, each times
+    a number of x. For one row PyTorch's embedding bag computes just that, summing in float32, in a third to a half of
+    the time of oneDNN's product."""
+    n_out, n_in = weight_CD.shape
+    if x_D.numel() != n_in:
+        return F.linear(x_D, weight_CD, bias_C)
+    columns_D, begin_1 = _every_column(n_in)
+    y_1C = torch.embedding_bag(weight_CD.mT, columns_D, begin_1, mode=SUM, per_sample_weights=x_D.reshape(-1))[0]
+    y_C = y_1C.view(*x_D.shape[:-1], n_out)
+    return y_C if bias_C is None else y_C + bias_C
+
+
+@functools.cache
+def _every_column(count: int) -> tuple[Tensor, Tensor]:
+    return torch.arange(count), torch.zeros(1, dtype=torch.int64)
 
 
 def prepack(weight_CD: Tensor) -> Tensor:
@@ -87,7 +107,7 @@ class PrepackedEmbedding(Embedding):
 def build_prepacked(
     config: ModelConfig, arrays: Mapping[str, HostArray], *, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Llama:
-    """`weights.build_model` of a model that is only used; the weights of linear maps are prepacked, but for small ones.
+    """`weights.build_model` of a model that is only used; the weights of linear maps lie as their kernels read them.
 
     Where there are no kernels for that, it is an ordinary one. Each weight is packed as it is read, so that memory
     holds one plain weight at a time. An embedding that is the output head too, in a mapped file with numbers of this
@@ -113,6 +133,8 @@ def build_prepacked(
             model.model.embed_tokens = _tied_embedding(packed, arrays, dtype)
         else:
             values = _read(packed, arrays, torch.empty(size, dtype=dtype))
+            if kind == "weight" and isinstance(owner, Linear) and dtype == torch.bfloat16:
+                values, owner.product = values.mT.contiguous().mT, linear_of_columns
             setattr(owner, kind, nn.Parameter(values, requires_grad=False))
     return model
 

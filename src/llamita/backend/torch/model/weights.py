@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from llamita.backend.arrays import missing_or_misshapen, quantized_arrays
 from llamita.backend.torch.model import quantize
 from llamita.backend.torch.model.layers import FUSED, Operations
 from llamita.backend.torch.model.llama import Llama
@@ -20,11 +21,8 @@ from llamita.model.parameters import (
     InitializationName,
     check_arrays,
     initialize_parameters,
-    parameter_table,
     stored_arrays,
-    weight_bits,
 )
-from llamita.model.quantization import SCALE
 
 COPIED_AT_ONCE = 2**20  # numbers
 
@@ -70,23 +68,16 @@ def model_without_values(config: ModelConfig, dtype: torch.dtype, operations: Op
 
 
 def quantize_arrays(config: ModelConfig, arrays: Iterable[tuple[str, HostArray]]) -> Iterator[tuple[str, HostArray]]:
-    """The arrays of a model without quantisation as one of `config`, which has it, stores them; one by one.
+    """`arrays.quantized_arrays`, rounded here."""
 
-    What is not quantised becomes bfloat16, the type that activations have beside such weights. ValueError for NaN.
-    """
-    table = {row.name: row for row in parameter_table(config)}
-    for name, array in arrays:
-        bits = weight_bits(config, table[name])
-        tensor = tensor_from_host(array)
-        if not bits:
-            yield name, host_from_tensor(tensor.bfloat16())
-            continue
-        try:
-            values, scale = quantize.quantize(tensor, bits)
-        except ValueError as error:
-            raise ValueError(f"{name} {error}") from None
-        yield name, host_from_tensor(values)
-        yield name + SCALE, host_from_tensor(scale)
+    def quantized(array: HostArray, bits: int) -> tuple[HostArray, HostArray]:
+        values, scale = quantize.quantize(tensor_from_host(array), bits)
+        return host_from_tensor(values), host_from_tensor(scale)
+
+    def to_bfloat16(array: HostArray) -> HostArray:
+        return host_from_tensor(tensor_from_host(array).bfloat16())
+
+    return quantized_arrays(config, arrays, quantized, to_bfloat16)
 
 
 def load_host_arrays(model: Llama, arrays: Mapping[str, HostArray]) -> None:
@@ -100,9 +91,9 @@ def load_host_arrays(model: Llama, arrays: Mapping[str, HostArray]) -> None:
 
 def copy_host_arrays(state: Mapping[str, Tensor], arrays: Mapping[str, HostArray]) -> None:
     """Give some parameters the values of `arrays`; ValueError, naming them, for those missing or misshapen."""
-    faults = [name for name in state if name not in arrays or arrays[name].shape != tuple(state[name].shape)]
+    faults = missing_or_misshapen({name: tensor.shape for name, tensor in state.items()}, arrays)
     if faults:
-        raise ValueError(f"the weights lack {', '.join(faults[:5])}, or have another shape there")
+        raise ValueError(f"the weights lack {faults}, or have another shape there")
     copy_values(state, ((name, arrays[name]) for name in state))
 
 

@@ -12,6 +12,7 @@ import torch
 
 from llamita.backend.adamw import AdamWSettings as AdamWSettings
 from llamita.backend.adamw import clipping_scale as clipping_scale
+from llamita.backend.adamw import saved_state, updates_made
 from llamita.backend.torch.model.fused import PackedParameter
 from llamita.backend.torch.model.weights import host_from_tensor, tensor_from_host
 from llamita.model.host_array import HostArray
@@ -89,19 +90,13 @@ class AdamW:
 
     def state(self) -> dict[str, HostArray]:
         """m and v under canonical names (`m.model.norm.weight`), and `t`, the number of steps taken."""
-        moments = {name: host_from_tensor(view) for name, view in self._canonical_moments().items()}
-        return moments | {"t": host_from_tensor(torch.tensor([self.t]))}
+        return saved_state({name: host_from_tensor(view) for name, view in self._canonical_moments().items()}, self.t)
 
     def load_state(self, state: Mapping[str, HostArray]) -> None:
         """Take over what state() gave; ValueError, naming them, for arrays that are missing or of another shape."""
-        expected = self._canonical_moments()
-        faults = [name for name in ("t", *expected) if name not in state]
-        faults += [name for name in expected if name in state and state[name].shape != tuple(expected[name].shape)]
-        if faults:
-            raise ValueError(f"the optimizer's state lacks {', '.join(faults[:5])}, or has another shape there")
-        for name, target in expected.items():
+        self.t = updates_made(state, self.packed)
+        for name, target in self._canonical_moments().items():
             target.copy_(tensor_from_host(state[name]))
-        self.t = int(state["t"].to_numpy()[0])
 
     def _canonical_moments(self) -> dict[str, torch.Tensor]:
         return {

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llamita.backend.torch.model.head import LogitTransform, OutputHead
+
 IGNORED = -100  # the label of a position that is not scored
 
 
@@ -21,7 +23,7 @@ def cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     return (normalizer_M - logits_MV.gather(-1, labels_M[:, None])[:, 0]).sum()
 
 
-def chunked_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, chunk_size: int = 1024) -> Tensor:
+def chunked_cross_entropy(hidden_BTD: Tensor, head: OutputHead, labels_BT: Tensor, chunk_size: int = 1024) -> Tensor:
     """`cross_entropy` of hidden states through an output head, without ever holding all logits.
 
     The logits of `chunk_size` positions exist at a time, and the gradients with respect to hidden states and head are
@@ -29,10 +31,11 @@ def chunked_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tens
     """
     labels_M = labels_BT.reshape(-1).long()
     hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    return _ChunkedCrossEntropy.apply(hidden_MD, weight_VD, labels_M, chunk_size, _product_dtype(hidden_BTD))
+    dtype = _product_dtype(hidden_BTD)
+    return _ChunkedCrossEntropy.apply(hidden_MD, head.weight_VD, labels_M, chunk_size, dtype, head.transform)
 
 
-def chunked_log_probs(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, chunk_size: int = 1024) -> Tensor:
+def chunked_log_probs(hidden_BTD: Tensor, head: OutputHead, labels_BT: Tensor, chunk_size: int = 1024) -> Tensor:
     """log softmax(logits)[label] of each scored position, float32 (B, T), 0 elsewhere; never all logits are held.
 
     Unlike those of a sum, the gradients of each depend on what is done with it, so the logits of a chunk are computed a
@@ -40,7 +43,8 @@ def chunked_log_probs(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, 
     """
     scored_BT = labels_BT != IGNORED
     hidden_MD, labels_M = hidden_BTD[scored_BT], labels_BT[scored_BT].long()
-    found_M = _ChunkedLogProbs.apply(hidden_MD, weight_VD, labels_M, chunk_size, _product_dtype(hidden_BTD))
+    dtype = _product_dtype(hidden_BTD)
+    found_M = _ChunkedLogProbs.apply(hidden_MD, head.weight_VD, labels_M, chunk_size, dtype, head.transform)
     return torch.zeros(labels_BT.shape, dtype=torch.float32, device=found_M.device).masked_scatter(scored_BT, found_M)
 
 
@@ -53,7 +57,13 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, chunk_size: int, dtype: torch.dtype
+        ctx: Any,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        labels_M: Tensor,
+        chunk_size: int,
+        dtype: torch.dtype,
+        transform: LogitTransform,
     ) -> Tensor:
         with torch.autocast(hidden_MD.device.type, enabled=False):
             wants_hidden, wants_weight = ctx.needs_input_grad[:2]  # a frozen head has no gradient, nor its memory
@@ -65,7 +75,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for start in range(0, hidden_MD.shape[0], chunk_size):
                 rows = slice(start, start + chunk_size)
                 logits_MV = low_hidden_MD[rows] @ low_weight_VD.mT
-                total += _loss_and_gradient_(logits_MV, labels_M[rows, None], wants_gradients)
+                if transform.changes_nothing:
+                    total += _loss_and_gradient_(logits_MV, labels_M[rows, None], wants_gradients)
+                else:
+                    logits_MV = transform(logits_MV.float())
+                    slope_MV = transform.slope(logits_MV)
+                    total += _loss_and_gradient_(logits_MV, labels_M[rows, None], wants_gradients)
+                    logits_MV = (logits_MV * slope_MV).to(dtype)
                 if grad_hidden_MD is not None:
                     grad_hidden_MD[rows] = logits_MV @ low_weight_VD
                 if grad_weight_VD is not None:
@@ -81,7 +97,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (
             None if grad_hidden_MD is None else grad_hidden_MD * grad_output,
             None if grad_weight_VD is None else (grad_weight_VD * grad_output).to(ctx.weight_dtype),
-            *(None, None, None),
+            *(None, None, None, None),
         )
 
 
@@ -108,7 +124,13 @@ def _loss_and_gradient_(logits_MV: Tensor, labels_M1: Tensor, wants_gradients: b
 class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, chunk_size: int, dtype: torch.dtype
+        ctx: Any,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        labels_M: Tensor,
+        chunk_size: int,
+        dtype: torch.dtype,
+        transform: LogitTransform,
     ) -> Tensor:
         found_M = torch.empty(len(labels_M), dtype=torch.float32, device=hidden_MD.device)
         normalizers_M = torch.empty_like(found_M)
@@ -116,11 +138,11 @@ class _ChunkedLogProbs(torch.autograd.Function):
             low_weight_VD = weight_VD.to(dtype)
             for start in range(0, len(labels_M), chunk_size):
                 rows = slice(start, start + chunk_size)
-                logits_MV = (hidden_MD[rows].to(dtype) @ low_weight_VD.mT).float()
+                logits_MV = transform((hidden_MD[rows].to(dtype) @ low_weight_VD.mT).float())
                 normalizers_M[rows] = logits_MV.logsumexp(-1)
                 found_M[rows] = logits_MV.gather(-1, labels_M[rows, None])[:, 0] - normalizers_M[rows]
         ctx.save_for_backward(hidden_MD, weight_VD, labels_M, normalizers_M)
-        ctx.chunk_size, ctx.dtype = chunk_size, dtype
+        ctx.chunk_size, ctx.dtype, ctx.transform = chunk_size, dtype, transform
         return found_M
 
     @staticmethod
@@ -134,10 +156,12 @@ class _ChunkedLogProbs(torch.autograd.Function):
         for start in range(0, len(labels_M), ctx.chunk_size):
             rows = slice(start, start + ctx.chunk_size)
             low_hidden_MD = hidden_MD[rows].to(ctx.dtype)
-            logits_MV = (low_hidden_MD @ low_weight_VD.mT).float()
+            logits_MV = ctx.transform((low_hidden_MD @ low_weight_VD.mT).float())
+            slope_MV = None if ctx.transform.changes_nothing else ctx.transform.slope(logits_MV)
             gradient_MV = logits_MV.sub_(normalizers_M[rows, None]).exp_().neg_()
             gradient_MV.scatter_add_(-1, labels_M[rows, None], torch.ones_like(grad_M[rows, None]))
-            low_gradient_MV = gradient_MV.mul_(grad_M[rows, None]).to(ctx.dtype)
+            gradient_MV = gradient_MV.mul_(grad_M[rows, None])
+            low_gradient_MV = (gradient_MV if slope_MV is None else gradient_MV * slope_MV).to(ctx.dtype)
             grad_hidden_MD[rows] = (low_gradient_MV @ low_weight_VD).to(grad_hidden_MD.dtype)
             grad_weight_VD += low_gradient_MV.mT @ low_hidden_MD
-        return grad_hidden_MD, grad_weight_VD.to(weight_VD.dtype), None, None, None
+        return grad_hidden_MD, grad_weight_VD.to(weight_VD.dtype), None, None, None, None

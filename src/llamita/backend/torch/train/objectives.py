@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llamita.backend.objectives import Classification, NextToken, Objective, PolicyGradient, Preference
+from llamita.backend.objectives import Classification, Distillation, NextToken, Objective, PolicyGradient, Preference
 from llamita.backend.torch.model.dropout import drop
+from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.train.losses import IGNORED, chunked_cross_entropy, chunked_log_probs
 
 Hidden = Callable[..., Tensor]
@@ -36,8 +37,8 @@ class LossOutput(NamedTuple):
     measures: Mapping[str, Tensor]
 
 
-LossFunction = Callable[[Hidden, Tensor, TensorBatch], LossOutput]
-"""(hidden, output_weight_VD, batch) -> sums. `hidden` is `Llama.hidden`, compiled where that was asked for."""
+LossFunction = Callable[[Hidden, OutputHead, TensorBatch], LossOutput]
+"""(hidden, head, batch) -> sums. `hidden` is `Llama.hidden`, compiled where that was asked for."""
 
 
 def loss_function(objective: Objective, training: bool) -> LossFunction:
@@ -48,17 +49,19 @@ def loss_function(objective: Objective, training: bool) -> LossFunction:
         return partial(classification_loss, objective, training)
     if isinstance(objective, Preference):
         return partial(preference_loss, objective)
+    if isinstance(objective, Distillation):
+        return partial(distillation_loss, objective, training)
     return partial(policy_loss, objective)
 
 
-def next_token_loss(hidden: Hidden, output_weight_VD: Tensor, batch: TensorBatch) -> LossOutput:
+def next_token_loss(hidden: Hidden, head: OutputHead, batch: TensorBatch) -> LossOutput:
     """-log p of every label that is scored, in nats."""
     hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
-    return LossOutput(chunked_cross_entropy(hidden_BTD, output_weight_VD, batch.labels_BT), {})
+    return LossOutput(chunked_cross_entropy(hidden_BTD, head, batch.labels_BT), {})
 
 
 def classification_loss(
-    objective: Classification, training: bool, hidden: Hidden, output_weight_VD: Tensor, batch: TensorBatch
+    objective: Classification, training: bool, hidden: Hidden, head: OutputHead, batch: TensorBatch
 ) -> LossOutput:
     """-log p of each text's label, V being the number of labels; and how many labels are the likeliest."""
     hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
@@ -66,31 +69,50 @@ def classification_loss(
     labels_M = batch.labels_BT[scored_BT]
     states_MD = hidden_BTD[scored_BT]
     states_MD = drop(states_MD, objective.dropout) if objective.dropout and training else states_MD
-    logits_MV = F.linear(states_MD, output_weight_VD).float()
+    logits_MV = head.logits(states_MD).float()
     nats_M = -logits_MV.log_softmax(-1).gather(-1, labels_M[:, None])[:, 0]
     if objective.class_weights:
         nats_M = nats_M * torch.tensor(objective.class_weights, device=nats_M.device)[labels_M]
     return LossOutput(nats_M.sum(), {"accuracy": (logits_MV.argmax(-1) == labels_M).float().sum()})
 
 
-def log_probs(hidden: Hidden, output_weight_VD: Tensor, batch: TensorBatch) -> Tensor:
+def log_probs(hidden: Hidden, head: OutputHead, batch: TensorBatch) -> Tensor:
     """The log-probability of every label that is scored, float32 (B, T); 0 elsewhere."""
     hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
-    return chunked_log_probs(hidden_BTD, output_weight_VD, batch.labels_BT)
+    return chunked_log_probs(hidden_BTD, head, batch.labels_BT)
 
 
-def distributions(hidden: Hidden, output_weight_VD: Tensor, batch: TensorBatch, temperature: float) -> Tensor:
+def distributions(hidden: Hidden, head: OutputHead, batch: TensorBatch, temperature: float) -> Tensor:
     """Returns the log-probability of every token at each position whose label is scored, float32 (M, V)."""
     hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
     states_MD = hidden_BTD[batch.labels_BT != IGNORED]
-    return (F.linear(states_MD, output_weight_VD).float() / temperature).log_softmax(-1)
+    return (head.logits(states_MD).float() / temperature).log_softmax(-1)
 
 
-def preference_loss(objective: Preference, hidden: Hidden, output_weight_VD: Tensor, batch: TensorBatch) -> LossOutput:
+def distillation_loss(
+    objective: Distillation, training: bool, hidden: Hidden, head: OutputHead, batch: TensorBatch
+) -> LossOutput:
+    """-log p of every label that is scored, mixed while `training` with the divergence from the teacher there."""
+    hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
+    scored_BT, teacher_BSV = batch.labels_BT != IGNORED, batch.extras["teacher_log_probs_BSV"]
+    places_S = torch.arange(teacher_BSV.shape[1], device=scored_BT.device)
+    teacher_MV = teacher_BSV[places_S < scored_BT.sum(-1, keepdim=True)]
+    logits_MV = head.logits(hidden_BTD[scored_BT]).float()
+    log_probs_MV = logits_MV.log_softmax(-1)
+    cross_entropy = -log_probs_MV.gather(-1, batch.labels_BT[scored_BT][:, None]).sum()
+    weight, temperature = objective.teacher_weight, objective.teacher_temperature
+    softened_MV = log_probs_MV if temperature == 1 else (logits_MV / temperature).log_softmax(-1)
+    divergence = (teacher_MV.exp() * (teacher_MV - softened_MV)).sum()
+    mixed = (1 - weight) * cross_entropy + weight * temperature**2 * divergence
+    measures = {"cross_entropy": cross_entropy.detach(), "teacher_kl": divergence.detach()}
+    return LossOutput(mixed if training else cross_entropy, measures)
+
+
+def preference_loss(objective: Preference, hidden: Hidden, head: OutputHead, batch: TensorBatch) -> LossOutput:
     """How little each chosen answer has gained on its rejected one since the reference; both pass the model at once."""
     labels_BT = torch.cat([batch.labels_BT, batch.extras["rejected_labels_BT"]])
     tokens_BT = torch.cat([batch.tokens_BT, batch.extras["rejected_tokens_BT"]])
-    log_probs_B = log_probs(hidden, output_weight_VD, TensorBatch(tokens_BT, labels_BT, None)).sum(-1)
+    log_probs_B = log_probs(hidden, head, TensorBatch(tokens_BT, labels_BT, None)).sum(-1)
     if objective.normalize_lengths:
         log_probs_B = log_probs_B / (labels_BT != IGNORED).sum(-1)
     chosen_B, rejected_B = log_probs_B.view(2, -1) - batch.extras["reference_B2"].T
@@ -109,13 +131,13 @@ def preference_loss(objective: Preference, hidden: Hidden, output_weight_VD: Ten
     return LossOutput(nats_B.sum(), measures)
 
 
-def policy_loss(objective: PolicyGradient, hidden: Hidden, output_weight_VD: Tensor, batch: TensorBatch) -> LossOutput:
+def policy_loss(objective: PolicyGradient, hidden: Hidden, head: OutputHead, batch: TensorBatch) -> LossOutput:
     """Minus the clipped advantage of each token, and the divergence from the reference where that counts.
 
     Its estimate for a token is r - 1 - log r, r being reference / model (k3 of Schulman 2020, "Approximating KL
     divergence"): never negative, and right in the mean over what the model samples.
     """
-    log_probs_BT = log_probs(hidden, output_weight_VD, batch)
+    log_probs_BT = log_probs(hidden, head, batch)
     scored_BT, advantages_B1 = batch.labels_BT != IGNORED, batch.extras["advantages_B"][:, None]
     ratio_BT = (log_probs_BT - batch.extras["old_log_probs_BT"]).exp()
     limited_BT = ratio_BT.clamp(1 - objective.clip, 1 + objective.clip)

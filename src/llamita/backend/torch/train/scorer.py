@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llamita.backend.interface import Precision
 from llamita.backend.torch.model import weights
+from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.model.llama import Llama
 from llamita.backend.torch.train import objectives
 from llamita.backend.torch.train.objectives import Hidden, TensorBatch
@@ -47,9 +48,9 @@ class TorchScorer:
             found_MV = objectives.distributions(*self.output(self.model.hidden), tensors, temperature)
         return found_MV.cpu().numpy()
 
-    def output(self, hidden: Hidden) -> tuple[Hidden, Tensor]:
-        """Returns hidden states and the output matrix, as losses take them."""
-        return hidden, self.model.output_weight_VD
+    def output(self, hidden: Hidden) -> tuple[Hidden, OutputHead]:
+        """Returns hidden states and the output head, as losses take them."""
+        return hidden, self.model.head
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")

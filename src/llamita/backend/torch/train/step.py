@@ -20,8 +20,10 @@ from torch import Tensor
 
 from llamita.backend.interface import LossSums, Precision, StepMetrics
 from llamita.backend.objectives import NextToken, Objective
-from llamita.backend.torch.infer.runner import OWN, TorchRunner
+from llamita.backend.opening import OWN
+from llamita.backend.torch.infer.runner import TorchRunner
 from llamita.backend.torch.model import lora, weights
+from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.model.llama import Llama
 from llamita.backend.torch.train import objectives
 from llamita.backend.torch.train.adamw import AdamW, AdamWSettings, clipping_scale, global_norm
@@ -180,11 +182,11 @@ class TorchTrainStep(TorchScorer):
             for part, view in zip(each.parts, each.split(each.parameter.detach()), strict=True)
         }
 
-    def output(self, hidden: Hidden, training: bool = False) -> tuple[Hidden, Tensor]:
+    def output(self, hidden: Hidden, training: bool = False) -> tuple[Hidden, OutputHead]:
         """Returns hidden states and the output matrix, as losses take them; with dropout while `training`."""
         adapter = self._dropping if training else self.adapter
-        hidden, weight_VD = functools.partial(hidden, training=training, adapters=adapter), self.model.output_weight_VD
-        return adapter.output(hidden, weight_VD) if adapter else (hidden, weight_VD)
+        hidden, head = functools.partial(hidden, training=training, adapters=adapter), self.model.head
+        return adapter.output(hidden, head) if adapter else (hidden, head)
 
     @contextlib.contextmanager
     def _random_numbers_of_step(self) -> Any:

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llamita.model.config import AttentionSpec
+
 TILE = 64
 """Keys that a program takes at a time."""
 LEAST_ROWS = 16
@@ -27,15 +29,16 @@ def attention_over_tables(
     tables_BM: Tensor,
     lengths_B: Tensor,
     block_size: int,
-    window: int,
+    spec: AttentionSpec,
     parts: int = 0,
 ) -> Tensor:
     """softmax(Q K^T / sqrt(H)) V for the last position of each of B sequences: (B, N, H).
 
     `keys` and `values` are a layer's memory (slots, K, H), contiguous; position p of sequence b lies in slot
     `tables_BM[b, p // block_size] * block_size + p % block_size`. Its query sees the `lengths_B[b]` positions that
-    there are, or with a `window` the last so many of them; blocks that it does not see are not looked up. `parts`, a
-    power of two, is into how many the keys of a sequence are divided; 0 leaves it to the device.
+    there are, or with a window in `spec` the last so many of them; blocks that it does not see are not looked up.
+    `spec` has another scale and a soft cap of scores too. `parts`, a power of two, is into how many the keys of a
+    sequence are divided; 0 leaves it to the device.
     """
     B, N, H = q_BNH.shape
     K = keys.shape[1]
@@ -50,8 +53,8 @@ def attention_over_tables(
     with torch.cuda.device(q_BNH.device) if q_BNH.device.type == "cuda" else contextlib.nullcontext():
         _attend_to_part[(B, K, parts)](
             q_BNH, keys, values, tables_BM, lengths_B, mixed_BNPH, largest_BNP, total_BNP,
-            q_BNH.stride(0), *tables_BM.stride(), 1 / math.sqrt(H),
-            K, N // K, rows, H, columns, block_size, window, parts, TILE,
+            q_BNH.stride(0), *tables_BM.stride(), 1 / math.sqrt(H) if spec.scale is None else spec.scale,
+            K, N // K, rows, H, columns, block_size, spec.window, spec.soft_cap, parts, TILE,
         )  # fmt: skip
         _join_parts[(B * N,)](mixed_BNPH, largest_BNP, total_BNP, joined_BNH, H, columns, parts)
     return joined_BNH
@@ -71,7 +74,7 @@ def _attend_to_part(
     q, keys, values, tables, lengths, mixed_out, largest_out, total_out,
     q_stride, table_stride, block_stride, scale,
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr, WINDOW: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One part of one sequence's keys, for the query heads of one key head; a running softmax over tiles of keys."""
     sequence, key_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -101,6 +104,8 @@ def _attend_to_part(
         k_TH = tl.load(keys + places_TH, mask=real_TH, other=0.0)
         v_TH = tl.load(values + places_TH, mask=real_TH, other=0.0)
         scores_RT = tl.dot(q_RH, tl.trans(k_TH), input_precision="ieee") * scale
+        if SOFT_CAP:
+            scores_RT = SOFT_CAP * (2 * tl.sigmoid(2 * scores_RT / SOFT_CAP) - 1)  # cap * tanh(score / cap)
         scores_RT = tl.where(seen_T[None, :], scores_RT, float("-inf"))
         new_R = tl.maximum(largest_R, tl.max(scores_RT, 1))
         weights_RT = tl.exp(scores_RT - new_R[:, None])
