@@ -81,6 +81,35 @@ class Framework:
     def runner_over(self, config: ModelConfig, arrays: Mapping[str, Any], precision: str = "fp32") -> Any:
         return self.backend.runner_over(config, host(arrays), PRECISIONS[precision])
 
+    # --- sampling ---
+
+    def distributions(
+        self, logits_RV: np.ndarray, params: Sequence[Any], seen_RV: np.ndarray | None = None
+    ) -> np.ndarray:
+        """What tokens are drawn from, float64 (R, V), where prompts hold the tokens `seen_RV`."""
+        sampling, columns = self.sampling, self.sampling.Columns(params)
+        scores_RV = self.array(logits_RV.astype(np.float64))
+        if seen_RV is not None:
+            outputs_RV = self.array(np.zeros(seen_RV.shape, dtype=np.int32))
+            scores_RV = sampling.penalize(scores_RV, self.array(seen_RV), outputs_RV, columns)
+        scores_RV = sampling.truncate(self.below_the_largest(scores_RV) / columns.temperature_R1, columns)
+        return self.softmax(scores_RV)
+
+    def noise_of(
+        self, seeds: Sequence[int], positions: Sequence[int], size: int, ids: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """The Gumbel noise of each pair of seed and position, over a vocabulary or some of its ids."""
+        keys_R2 = self.array(self.noise.stream_keys(list(seeds), list(positions)))
+        some = [] if ids is None else [self.array(np.array(ids))]
+        return self.numbers(self.noise.GumbelNoise(size).rows(keys_R2, *some))
+
+    def below_the_largest(self, scores_RV: Any) -> Any:
+        """Scores with each row's largest subtracted."""
+        raise NotImplementedError
+
+    def softmax(self, scores_RV: Any) -> np.ndarray:
+        raise NotImplementedError
+
     # --- training ---
 
     def train_step(self, config: ModelConfig, arrays: Mapping[str, HostArray] | None = None, **options: Any) -> Any:
@@ -179,6 +208,12 @@ class Torch(Framework):
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 
+    def below_the_largest(self, scores_RV: torch.Tensor) -> torch.Tensor:
+        return scores_RV - scores_RV.amax(-1, keepdim=True)
+
+    def softmax(self, scores_RV: torch.Tensor) -> np.ndarray:
+        return self.numbers(scores_RV.softmax(-1))
+
     def optimizer(self, values: Sequence[np.ndarray], decays: Sequence[bool], settings: Any) -> "TorchOptimizer":
         return TorchOptimizer(self, values, decays, settings)
 
@@ -241,6 +276,12 @@ class Mlx(Framework):
 
     def seed(self, seed: int) -> None:
         self.mx.random.seed(seed)
+
+    def below_the_largest(self, scores_RV: Any) -> Any:
+        return scores_RV - scores_RV.max(-1, keepdims=True)
+
+    def softmax(self, scores_RV: Any) -> np.ndarray:
+        return np.exp(self.numbers(scores_RV - self.sampling.logsumexp(scores_RV)))
 
     def optimizer(self, values: Sequence[np.ndarray], decays: Sequence[bool], settings: Any) -> "MlxOptimizer":
         return MlxOptimizer(self, values, decays, settings)

@@ -13,6 +13,10 @@ BLOCK = {"fp32": 5e-6, "fp16": 6e-3, "bf16": 4e-2}
 MODEL = {"fp32": 1e-5, "bf16": 5e-2}
 ELEMENT = {"fp32": 1e-5, "bf16": 2e-2}
 """Of an element's own magnitude, and as much in addition."""
+DRAW = {"torch": 1e-12, "mlx": 1e-5}
+"""Of the probabilities that a token is drawn with, by backend: MLX's exponential is good to a millionth in float64."""
+BORDER = {"torch": 1e-9, "mlx": 1e-5}
+"""How near its border a mass or a share has to be for rounding to decide what is kept."""
 
 
 def assert_each_close(found: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
