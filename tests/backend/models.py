@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from llamita.backend.torch.model import layers
-from llamita.backend.torch.model.weights import build_model
+from llamita.backend.torch.model.weights import build_model, tensor_from_host
 from llamita.data.batches import Batch
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.parameters import initialize_parameters
 from llamita.model.presets import preset
+from llamita.model.quantization import SCALE
 from llamita.model.rope import RopeScaling
 from llamita.storage import files, model_directory
 
@@ -110,6 +111,24 @@ def save(config: ModelConfig, arrays: Mapping[str, HostArray], directory: Path, 
         model_directory.save_config(temporary, config, dtype)
         model_directory.save_tensors(temporary, arrays)
     return directory
+
+
+def dequantized(stored: Mapping[str, HostArray]) -> dict[str, np.ndarray]:
+    """The numbers that int8 and int4 arrays stand for, unpacked with PyTorch's operators; float32 under their names."""
+    meant = {}
+    for name in (name for name in stored if not name.endswith(SCALE)):
+        values = tensor_from_host(stored[name])
+        if name + SCALE not in stored:
+            meant[name] = values.float().numpy()
+            continue
+        scale = tensor_from_host(stored[name + SCALE]).float()
+        if values.dtype == torch.uint8:  # two numbers a byte, the first in its lower half, 8 standing for 0
+            values = torch.stack((values & 15, values >> 4), -1).flatten(-2).float() - 8
+            scale = scale.repeat_interleave(32, dim=-1)
+            width = min(values.shape[-1], scale.shape[-1])
+            values, scale = values[:, :width], scale[:, :width]
+        meant[name] = (values.float() * (scale if scale.ndim == 2 else scale[:, None])).numpy()
+    return meant
 
 
 def loss_by_pytorch(model: torch.nn.Module, batch: Batch) -> torch.Tensor:

@@ -11,6 +11,8 @@ import numpy as np
 OPERATION = {"fp32": 2e-6, "fp16": 3e-3, "bf16": 2e-2}
 BLOCK = {"fp32": 5e-6, "fp16": 6e-3, "bf16": 4e-2}
 MODEL = {"fp32": 1e-5, "bf16": 5e-2}
+QUANTIZED = {"fp32": 1e-5, "bf16": 3e-2}
+"""Of a small model over int8 or int4 weights: two layers in bfloat16 in different orders of summation."""
 ELEMENT = {"fp32": 1e-5, "bf16": 2e-2}
 """Of an element's own magnitude, and as much in addition."""
 DRAW = {"torch": 1e-12, "mlx": 1e-5}

@@ -21,8 +21,8 @@ from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.train.adamw import AdamWSettings
 from llamita.model.config import ModelConfig
 from llamita.model.parameters import parameter_table
-from llamita.model.quantization import SCALE
 from tests.backend.frameworks import PRECISIONS, host, normal
+from tests.backend.models import dequantized
 from tests.backend.tolerances import BLOCK, OPERATION, assert_close
 
 MODELS = [  # width 32: multi-head, grouped-query, multi-query; heads of 8 and of 16; tied and not
@@ -369,19 +369,8 @@ def test_quantised_product(framework, scheme, precision, rows):
 
 
 def quantised(config, arrays):
-    """(the arrays as they are stored, the numbers that these stand for, unpacked with PyTorch's operators)"""
+    """(the arrays as they are stored, the numbers that these stand for)"""
     from llamita.backend.torch.model.weights import quantize_arrays
 
     stored = dict(quantize_arrays(config, host(arrays).items()))
-    meant = {}
-    for name in arrays:
-        values = torch.from_numpy(stored[name].to_numpy().copy())
-        if name + SCALE not in stored:
-            meant[name] = values.float().numpy()
-            continue
-        scale = torch.from_numpy(stored[name + SCALE].to_numpy().copy()).float()
-        if values.dtype == torch.uint8:  # two numbers a byte, the first in its lower half, 8 standing for 0
-            values = torch.stack((values & 15, values >> 4), -1).flatten(-2).float() - 8
-            scale = scale.repeat_interleave(32, dim=-1)[:, : values.shape[-1]]
-        meant[name] = (values.float() * (scale if scale.ndim == 2 else scale[:, None])).numpy()
-    return stored, meant
+    return stored, dequantized(stored)
