@@ -4,7 +4,7 @@ Each is written twice: a plain form from array operations, to be read beside its
 default, on MLX's fused kernels where it has one. Tests hold the two equal. Knows nothing of the model that is built
 from them.
 
-Letters beyond the usual: E half a head size, R tokens as rows.
+Letters beyond the usual: E the pairs of a head that rotate, R tokens as rows.
 """
 
 import math
@@ -85,7 +85,7 @@ def gated_silu_fused(gate_up: mx.array) -> mx.array:
 
 
 def rope_table(positions_BT: mx.array, frequencies_E: mx.array, scale: float = 1.0) -> tuple[mx.array, mx.array]:
-    """Returns cosines and sines of the rotation angles, float32, each (B, T, H/2), times `scale`.
+    """Returns cosines and sines of the rotation angles, float32, each (B, T, E), times `scale`.
 
     Pair i of a head turns by position * frequency i (Su et al. 2021, arXiv:2104.09864). Angles are computed in float32,
     as transformers does; `rope.rotary_frequencies` gives frequencies and scale.
@@ -97,7 +97,7 @@ def rope_table(positions_BT: mx.array, frequencies_E: mx.array, scale: float = 1
 def apply_rope(x_BTNH: mx.array, cos_BTE: mx.array, sin_BTE: mx.array) -> mx.array:
     """Rotates the pairs (i, i + H/2): the layout of Hugging Face checkpoints, and of every model here.
 
-    x_BTNH is (..., T, heads, H); the table is (..., T, H/2), shared by all heads. Keeps the type of x_BTNH.
+    x_BTNH is (..., T, heads, H); the table is (..., T, E), shared by all heads. Keeps the type of x_BTNH.
     """
     first, second = mx.split(x_BTNH, 2, axis=-1)
     cos, sin = cos_BTE[..., None, :], sin_BTE[..., None, :]

@@ -4,7 +4,8 @@ Built from the architecture table, whose names it gives and takes; inside, query
 matrix, and so are gate and up, since one large product is faster than three. `nn.Module` is used as a tree of named
 arrays and no more. Knows nothing of training or requests.
 
-Letters beyond the usual: E half a head size, G heads of several kinds side by side, R positions that are wanted.
+Letters beyond the usual: E the pairs of a head that rotate, G heads of several kinds side by side, R positions that are
+wanted.
 """
 
 from collections.abc import Callable, Iterator
@@ -86,7 +87,7 @@ class Context:
     """
 
     rotations: tuple[tuple[mx.array, float], ...]
-    """Frequencies [H/2], and the factor on what is turned, of the rotations that layers choose from."""
+    """Frequencies [E], and the factor on what is turned, of the rotations that layers choose from."""
     positions_BT: mx.array | None = None
     mask: mx.array | None = None
     causal: bool = True

@@ -3,7 +3,7 @@
 Each is written twice: a plain form from array operations, to be read beside its paper, and the fused form that runs by
 default. Tests hold the two equal. Knows nothing of the model that is built from them.
 
-Letters beyond the usual: E half a head size.
+Letters beyond the usual: E the pairs of a head that rotate.
 """
 
 import math
@@ -57,7 +57,7 @@ def gated_silu_fused(gate_up: Tensor) -> Tensor:
 
 
 def rope_table(positions_BT: Tensor, frequencies_E: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Returns cosines and sines of the rotation angles, float32, each (B, T, H/2), times `scale`.
+    """Returns cosines and sines of the rotation angles, float32, each (B, T, E), times `scale`.
 
     Pair i of a head turns by position * frequency i (Su et al. 2021, arXiv:2104.09864). Angles are computed in float32,
     as transformers does; `rope.rotary_frequencies` gives frequencies and scale.
@@ -95,7 +95,7 @@ class RopeTable:
         self._cos_SE = self._sin_SE = torch.empty(0, len(frequencies_E))
 
     def at(self, positions_BT: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-        """Returns cosines and sines (B, T, H/2) of positions below `longest`."""
+        """Returns cosines and sines (B, T, E) of positions below `longest`."""
         device = positions_BT.device
         if self._cos_SE.device != device or len(self._cos_SE) < longest:
             blocks = [
@@ -111,7 +111,7 @@ class RopeTable:
 def apply_rope(x_BTNH: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
     """Rotates the pairs (i, i + H/2): the layout of Hugging Face checkpoints, and of every model here.
 
-    x_BTNH is (..., T, heads, H); the table is (..., T, H/2), shared by all heads. Keeps the type of x_BTNH.
+    x_BTNH is (..., T, heads, H); the table is (..., T, E), shared by all heads. Keeps the type of x_BTNH.
     """
     first, second = x_BTNH.chunk(2, dim=-1)
     cos, sin = cos_BTE.unsqueeze(-2), sin_BTE.unsqueeze(-2)

@@ -3,7 +3,8 @@
 Built from the architecture table, whose names it gives and takes; inside, query, key and value projections are one
 matrix, and so are gate and up, since one large product is faster than three. Knows nothing of training or requests.
 
-Letters beyond the usual: E half a head size, G heads of several kinds side by side, R positions that are wanted.
+Letters beyond the usual: E the pairs of a head that rotate, G heads of several kinds side by side, R positions that are
+wanted.
 """
 
 from collections.abc import Callable, Iterator
@@ -87,7 +88,7 @@ class Context:
     """
 
     rotations: tuple[tuple[Tensor, Tensor], ...]
-    """Cosines and sines, each (B, T, H/2), of the rotations that layers choose from."""
+    """Cosines and sines, each (B, T, E), of the rotations that layers choose from."""
     mask: Tensor | None = None
     causal: bool = True
     window_mask: Tensor | None = None
