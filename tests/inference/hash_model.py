@@ -17,6 +17,7 @@ from llamita.backend.sampling_params import SamplingParams
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
 from llamita.inference.request import Request, TokenEvent
+from llamita.inference.scheduler import serving_order
 from llamita.model.config import ModelConfig
 
 POSITIONS = 96
@@ -245,7 +246,7 @@ def check_invariants(engine: Engine) -> None:
     manager, scheduler, runner = engine.manager, engine.scheduler, engine._runner
     running, waiting, size = scheduler.running, scheduler.waiting, manager.block_size
     for queue in (running, waiting):
-        assert [one.order for one in queue] == sorted(one.order for one in queue)
+        assert queue == sorted(queue, key=serving_order)
     assert not {one.id for one in running} & {one.id for one in waiting}
     assert sum(one.width for one in running) <= engine.config.max_sequences
     assert all(one.tables == () and one.computed == 0 for one in waiting)

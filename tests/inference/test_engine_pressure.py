@@ -8,6 +8,7 @@ from llamita.backend.sampling_params import SamplingParams
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
 from llamita.inference.request import Request
+from llamita.inference.scheduler import serving_order
 from llamita.model.config import ModelConfig
 from tests.inference.hash_model import Answer, Answers, HashRunner, check_invariants, expected, serve, shape
 from tests.inference.workloads import BEGINNING, DRAFTERS, arrivals, drafter, judge, limits, play, servable, shapes
@@ -72,7 +73,7 @@ def test_one_that_is_preempted_with_more_than_the_pool_holds_ends_with_length() 
 
 def progress(engine: Engine) -> tuple[int, int] | None:
     """Of the one that is served first: who it is, and how far it is."""
-    queue = sorted([*engine.scheduler.running, *engine.scheduler.waiting], key=lambda one: one.order)
+    queue = sorted([*engine.scheduler.running, *engine.scheduler.waiting], key=serving_order)
     return (queue[0].id, queue[0].computed + len(queue[0].tokens)) if queue else None
 
 

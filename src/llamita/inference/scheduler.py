@@ -39,7 +39,7 @@ class Scheduler:
         self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
-        bisect.insort(self.waiting, sequence, key=_order)
+        bisect.insort(self.waiting, sequence, key=serving_order)
 
     def next(self) -> list[Scheduled]:
         """The work of the next step, memory for it taken: running sequences first, then new ones as far as they fit."""
@@ -61,7 +61,7 @@ class Scheduler:
             scheduled.append(part)
         while budget and self.waiting and self._admit(self.waiting[0]):
             sequence = self.waiting.pop(0)
-            bisect.insort(self.running, sequence, key=_order)
+            bisect.insort(self.running, sequence, key=serving_order)
             count = min(len(sequence.tokens) - sequence.computed, budget, LONGEST_CHUNK)
             part = self._make_room(sequence, count)
             if part is None:  # alone, and as long as the memory
@@ -77,7 +77,7 @@ class Scheduler:
             fork.computed, fork.prefixes, fork.scores = sequence.computed, list(sequence.prefixes), sequence.scores[:]
             for name in ("cached_tokens", "queue_seconds", "prefill_seconds"):
                 setattr(fork.statistics, name, getattr(sequence.statistics, name))
-            bisect.insort(self.running, fork, key=_order)
+            bisect.insort(self.running, fork, key=serving_order)
         sequence.forks = []
 
     def remove(self, sequence: Sequence) -> None:
@@ -150,5 +150,7 @@ class Scheduler:
         return True
 
 
-def _order(sequence: Sequence) -> tuple[int, ...]:
-    return sequence.order
+def serving_order(sequence: Sequence) -> tuple[int, ...]:
+    """Returns a sequence's place among the others, smaller first; fixed, so that none is overtaken for ever."""
+    priority = sequence.request.priority
+    return (sequence.arrival + priority, priority, sequence.index)

@@ -37,8 +37,8 @@ class Sequence:
         matcher: Matcher | None = None,
     ) -> None:
         self.id, self.request, self.index, self.params = id, request, index, request.params
-        self.order = (arrival + request.priority, request.priority, index)
-        """Smaller is served first; fixed, so that none is overtaken for ever."""
+        self.arrival = arrival
+        """The number of its request among all that came."""
         self.limit = limit
         self.tokens = list(request.prompt)
         self.prompt_length = len(request.prompt)
