@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.backend import frameworks
+
 # Without a GPU, Triton's kernels are interpreted. Triton looks when it is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -24,3 +26,9 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no corpora at {SHARED_DATA}; this test needs them")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="module", params=frameworks.NAMES)
+def framework(request: pytest.FixtureRequest) -> frameworks.Framework:
+    """Each backend in turn; the tests of MLX are skipped where it is not installed."""
+    return frameworks.make(request.param)

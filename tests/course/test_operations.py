@@ -5,10 +5,10 @@
     pytest tests/course -k "torch and fp32"   one backend, one precision
 
 Inputs are rounded to the precision first; PyTorch's operator then computes in float64, so that what differs is our own
-rounding. tolerances.py says how much of that there may be. MLX's tests are left out where it is not installed.
+rounding. tests/backend/tolerances.py says how much of that there may be. MLX's tests are left out where it is not
+installed.
 """
 
-import importlib.util
 from collections import Counter
 
 import numpy as np
@@ -21,24 +21,16 @@ from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.train.adamw import AdamWSettings
 from llamita.model.config import ModelConfig
 from llamita.model.parameters import parameter_table
-from llamita.model.quantization import SCALE
-from tests.course.frameworks import PRECISIONS, Mlx, Torch, host
-from tests.course.tolerances import BLOCK, OPERATION, assert_close
+from tests.backend.frameworks import PRECISIONS, host, normal
+from tests.backend.models import dequantized
+from tests.backend.tolerances import BLOCK, OPERATION, assert_close
 
-HAS_MLX = importlib.util.find_spec("mlx") is not None
 MODELS = [  # width 32: multi-head, grouped-query, multi-query; heads of 8 and of 16; tied and not
     ModelConfig(61, 32, 48, 1, 4, 4, 64),
     ModelConfig(61, 32, 80, 1, 4, 2, 64, tie_word_embeddings=True),
     ModelConfig(61, 32, 64, 1, 2, 1, 64, rope_theta=500.0),
 ]
 HEADS = ["multi-head", "grouped-query", "multi-query"]
-
-
-@pytest.fixture(params=["torch", "mlx"])
-def framework(request):
-    if request.param == "mlx" and not HAS_MLX:
-        pytest.skip("MLX is not installed: pip install 'llamita[mlx]'")
-    return Torch() if request.param == "torch" else Mlx()
 
 
 @pytest.fixture(params=PRECISIONS)
@@ -50,12 +42,6 @@ def precision(request):
 def operations(request, framework):
     """The form of each operation that is to be read, or the one that runs."""
     return framework.layers.PLAIN if request.param == "plain" else framework.layers.FUSED
-
-
-def normal(*shape, precision="fp32", seed=0, scale=1.0):
-    """Float32 numbers that are those of the precision."""
-    numbers = scale * np.random.default_rng([seed, *shape]).standard_normal(shape)
-    return torch.from_numpy(numbers).to(getattr(torch, PRECISIONS[precision])).float().numpy()
 
 
 def wide(numbers):
@@ -109,7 +95,7 @@ def test_rms_norm(framework, operations, precision, shape, eps):
 def test_embedding(framework, precision, config):
     """A row of a table for each token. Nothing is computed, so nothing may differ, the rounding of the table apart."""
     arrays, tokens = weights_of(config, precision), tokens_of(2, 9)
-    found = framework.model(config, arrays, precision).model.embed_tokens(framework.array(tokens))
+    found = framework.build_model(config, arrays, precision).model.embed_tokens(framework.array(tokens))
     expected = F.embedding(torch.from_numpy(tokens), wide(arrays["model.embed_tokens.weight"]))
     assert_close(framework.numbers(found), expected.numpy(), 0)
 
@@ -181,7 +167,7 @@ def tokens_of(rows, length, vocabulary=61):
 def test_feed_forward(framework, precision, config, rows):
     """SwiGLU: one projection, through SiLU, gates another, and a third leads back (Shazeer 2020, arXiv:2002.05202)."""
     arrays, x = weights_of(config, precision), normal(1, rows, config.hidden_size, precision=precision, seed=50)
-    found = framework.model(config, arrays, precision).model.layers[0].mlp(framework.array(x, precision))
+    found = framework.build_model(config, arrays, precision).model.layers[0].mlp(framework.array(x, precision))
     assert_close(framework.numbers(found), feed_forward(wide(x), arrays, 0).numpy(), BLOCK[precision])
 
 
@@ -227,7 +213,7 @@ def test_block(framework, precision, config, length):
     arXiv:2302.13971), here between the embedding and the next."""
     arrays, tokens = weights_of(config, precision), tokens_of(2, length)
     found = {}
-    model = framework.model(config, arrays, precision)
+    model = framework.build_model(config, arrays, precision)
     model(framework.array(tokens), trace=lambda name, x: found.update({name: x}))
     x = F.embedding(torch.from_numpy(tokens), wide(arrays["model.embed_tokens.weight"]))
     assert_close(framework.numbers(found["layers.0"]), block(x, arrays, config).numpy(), BLOCK[precision])
@@ -240,7 +226,7 @@ def test_decoding_with_a_cache(framework, precision, config, prompt):
     again. Its log-probabilities must be those of the whole text, which PyTorch's operators compute anew."""
     config = ModelConfig(**{**vars(config), "num_hidden_layers": 2})
     arrays, tokens = weights_of(config, precision), tokens_of(1, 20)[0]
-    runner = framework.runner(config, arrays, precision)
+    runner = framework.runner_over(config, arrays, precision)
     memory = runner.allocate(CacheLayout(8, 4, config.attention_windows))
     tables = tuple(np.array([2, 0, 3], dtype=np.int32) for _ in config.attention_windows)  # blocks lie anywhere
     steps = [(0, prompt), *((i, i + 1) for i in range(prompt, 19))]
@@ -293,17 +279,17 @@ def test_adamw_step(framework, weight_decay, shape):
     settings = AdamWSettings(beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=weight_decay)
     theirs = torch.nn.Parameter(wide(values))
     reference = torch.optim.AdamW([theirs], betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay)
-    step, read = framework.adamw(values, True, settings)
+    optimizer = framework.optimizer([values], [True], settings)
     plain = [framework.array(each) for each in (values, np.zeros_like(values), np.zeros_like(values))]
-    update = framework.__getattr__("adamw").adamw_update
+    update = framework.adamw.adamw_update
     for t, rate in enumerate(rates, 1):
         gradient = normal(*shape, seed=t, scale=0.1)
         theirs.grad = wide(gradient)
         reference.param_groups[0]["lr"] = rate
         reference.step()
-        step(gradient, rate)
+        optimizer.step([gradient], rate)
         plain = update(plain[0], framework.array(gradient), *plain[1:], t, rate, settings) or plain  # in place, or new
-        assert_close(read(), theirs.detach().numpy(), OPERATION["fp32"])
+        assert_close(optimizer.values()[0], theirs.detach().numpy(), OPERATION["fp32"])
         assert_close(framework.numbers(plain[0]), theirs.detach().numpy(), OPERATION["fp32"])
 
 
@@ -376,26 +362,15 @@ def test_quantised_product(framework, scheme, precision, rows):
     config = ModelConfig(64, 64, 96, 1, 4, 2, 64, quantization=scheme)
     plain = ModelConfig(64, 64, 96, 1, 4, 2, 64)
     stored, meant = quantised(config, weights_of(plain, "bf16"))
-    runner = framework.__getattr__("runner").runner_over(config, stored, PRECISIONS[precision])
+    runner = framework.runner_over(config, stored, precision)
     tokens = tokens_of(1, rows)
     found = runner.forward(tokens)["logits"]
     assert_close(found, logits(tokens, meant, plain).numpy(), BLOCK[precision])
 
 
 def quantised(config, arrays):
-    """(the arrays as they are stored, the numbers that these stand for, unpacked with PyTorch's operators)"""
+    """(the arrays as they are stored, the numbers that these stand for)"""
     from llamita.backend.torch.model.weights import quantize_arrays
 
     stored = dict(quantize_arrays(config, host(arrays).items()))
-    meant = {}
-    for name in arrays:
-        values = torch.from_numpy(stored[name].to_numpy().copy())
-        if name + SCALE not in stored:
-            meant[name] = values.float().numpy()
-            continue
-        scale = torch.from_numpy(stored[name + SCALE].to_numpy().copy()).float()
-        if values.dtype == torch.uint8:  # two numbers a byte, the first in its lower half, 8 standing for 0
-            values = torch.stack((values & 15, values >> 4), -1).flatten(-2).float() - 8
-            scale = scale.repeat_interleave(32, dim=-1)[:, : values.shape[-1]]
-        meant[name] = (values.float() * (scale if scale.ndim == 2 else scale[:, None])).numpy()
-    return stored, meant
+    return stored, dequantized(stored)

@@ -18,7 +18,7 @@ from llamita.backend.torch.infer.runner import runner_over as over_torch  # noqa
 from llamita.backend.torch.model.weights import quantize_arrays as quantize_torch  # noqa: E402
 from llamita.model.config import ModelConfig  # noqa: E402
 from llamita.storage import files, model_directory  # noqa: E402
-from tests.backend.torch.infer.paged import shuffled_tables  # noqa: E402
+from tests.backend.paged import shuffled_tables  # noqa: E402
 from tests.backend.torch.infer.test_runner import CONFIG, GREEDY, PROMPT, log_softmax  # noqa: E402
 
 

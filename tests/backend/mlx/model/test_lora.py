@@ -19,8 +19,8 @@ from llamita.backend.torch.train.step import build_train_step as build_torch
 from llamita.model.lora import LoraSettings
 from llamita.storage import model_directory
 from llamita.storage.peft_directory import AdapterFiles, BaseModel, open_adapter, weights_digest
+from tests.backend.steps import same
 from tests.backend.torch.model.test_lora import CONFIG, TARGETS, batch, labelled, save_base, shake
-from tests.backend.torch.train.test_step import same
 
 TOKENS = np.random.Generator(np.random.Philox(key=5)).integers(0, 61, (3, 12))
 BUILDERS = {"torch": build_torch, "mlx": build_train_step}

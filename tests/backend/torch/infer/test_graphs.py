@@ -23,7 +23,7 @@ from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
 from llamita.inference.request import Request
 from llamita.model.config import ModelConfig
-from tests.backend.torch.infer.paged import shuffled_tables
+from tests.backend.paged import shuffled_tables
 from tests.inference.test_adapters import SETTINGS, adapter_of
 
 PLAIN = ModelConfig(60, 16, 24, 2, 4, 2, 64, eos_token_id=None)

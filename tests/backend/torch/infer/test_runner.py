@@ -14,7 +14,7 @@ from llamita.backend.torch.infer.runner import TorchRunner, load_runner
 from llamita.backend.torch.model.weights import build_model, to_host_arrays
 from llamita.model.config import ModelConfig
 from llamita.storage import files, model_directory
-from tests.backend.torch.infer.paged import shuffled_tables
+from tests.backend.paged import shuffled_tables
 
 CONFIG = ModelConfig(
     vocab_size=97,

@@ -18,7 +18,8 @@ from llamita.backend.torch.train.losses import chunked_cross_entropy
 from llamita.inference.llm import LLM
 from llamita.storage import files, model_directory
 from tests import reference
-from tests.backend.torch.infer.paged import even_cuts, paged_logits
+from tests.backend.frameworks import Torch
+from tests.backend.paged import even_cuts, paged_logits
 
 transformers = pytest.importorskip("transformers")
 
@@ -118,7 +119,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> 
 def cached_logits(model: Llama, tokens_BT: torch.Tensor, prompt: int, chunk: int = 512) -> torch.Tensor:
     """Logits at every position: a prompt read in chunks, then one token after the other."""
     cuts = even_cuts(tokens_BT.shape[1], chunk, prompt)
-    return torch.stack(paged_logits(model, tokens_BT, [cuts] * len(tokens_BT), block_size=16))
+    return torch.from_numpy(np.stack(paged_logits(Torch(), model, tokens_BT, [cuts] * len(tokens_BT), block_size=16)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -177,9 +178,9 @@ def test_padded_batches_are_those_of_transformers(family, tmp_path):
         assert close(left[row, -len(text) :], expected[row])
         assert close(left[row, -len(text) :], batch[row, -len(text) :])
 
-    cached = paged_logits(ours, texts, [[length] + [1] * more for length in lengths], block_size=16)
+    cached = paged_logits(Torch(), ours, texts, [[length] + [1] * more for length in lengths], block_size=16)
     for row, logits in enumerate(cached):
-        assert close(logits, expected[row])
+        assert close(torch.from_numpy(logits), expected[row])
 
 
 @pytest.mark.parametrize("block_size", [1, 5, 16])
@@ -191,8 +192,8 @@ def test_windows_of_some_layers_need_only_the_blocks_they_see(chunk, block_size,
         _, model = made_by_transformers("qwen 2.5, long", tmp_path)
     assert model.config.attention_windows == (0, 32)
     tokens_BT = tokens(2, 200)
-    cached = paged_logits(model, tokens_BT, [even_cuts(200, chunk)] * 2, block_size)
-    assert close(torch.stack(cached), model(tokens_BT).logits_BTV)
+    cached = paged_logits(Torch(), model, tokens_BT, [even_cuts(200, chunk)] * 2, block_size)
+    assert close(torch.from_numpy(np.stack(cached)), model(tokens_BT).logits_BTV)
 
 
 @pytest.mark.slow

@@ -5,15 +5,12 @@ Stands where the engine would: it knows tables and chunks, and picks no token.
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from llamita.backend.interface import CacheLayout, ScheduledChunk
-from llamita.backend.torch.infer.kv_cache import PagedKVCache
-from llamita.backend.torch.model.llama import Llama
+from tests.backend.frameworks import Framework, normal
 
 
 def shuffled_tables(layout: CacheLayout, lengths: Sequence[int], seed: int = 0) -> list[tuple[np.ndarray, ...]]:
@@ -35,29 +32,26 @@ def without_unseen(tables: Sequence[np.ndarray], layout: CacheLayout, start: int
     return tuple(seen)
 
 
-@torch.inference_mode()
 def paged_logits(
-    model: Llama,
-    rows: Sequence[Tensor],
+    framework: Framework,
+    model: Any,
+    rows: Sequence[np.ndarray],
     cuts: Sequence[Sequence[int]],
     block_size: int = 4,
     exact: bool = False,
     spare: int = 3,
-) -> list[Tensor]:
+) -> list[np.ndarray]:
     """Logits (T, V) of each row, row i being read in chunks of `cuts[i]` tokens.
 
     Step j runs the j-th chunk of all rows. The memory begins full of large numbers, so that reading what was never
-    written shows.
+    written shows. `exact`: by PyTorch's exact mode.
     """
     lengths = [len(row) for row in rows]
     assert [sum(cut) for cut in cuts] == lengths
     blocks = sum(-(-length // block_size) for length in lengths) + spare
     layout = CacheLayout(block_size, blocks, model.config.attention_windows)
-    weight = model.head.weight_VD
-    cache = PagedKVCache(model.config, layout, weight.dtype, weight.device)
-    generator = torch.Generator().manual_seed(3)
-    for memory in (*cache.keys, *cache.values):
-        memory.copy_(50 * torch.randn(memory.shape, generator=generator))
+    cache = framework.kv_cache.PagedKVCache(model.config, layout, model.model.norm.weight.dtype)
+    framework.fill(cache, 50 * normal(blocks * block_size, model.config.num_key_value_heads, model.config.head_dim))
     tables = shuffled_tables(layout, lengths)
     starts, found = [0] * len(rows), [[] for _ in rows]
     for step in range(max(map(len, cuts))):
@@ -66,20 +60,22 @@ def paged_logits(
         chunks = [
             ScheduledChunk(
                 sequence_id=i,
-                tokens=tuple(rows[i][starts[i] : starts[i] + cuts[i][step]].tolist()),
+                tokens=tuple(map(int, rows[i][starts[i] : starts[i] + cuts[i][step]])),
                 start=starts[i],
                 tables=without_unseen(tables[i], layout, starts[i]),
             )
             for i in now
         ]
-        use = cache.step(chunks, exact)
-        tokens_1T = torch.tensor([[token for chunk in chunks for token in chunk.tokens]])
-        tokens_1T = F.pad(tokens_1T, (0, use.padded - use.tokens))
-        logits_TV = model(tokens_1T, cache=use).logits_BTV[0, : use.tokens]
-        for i, part in zip(now, logits_TV.split([len(chunk.tokens) for chunk in chunks]), strict=True):
+        use = cache.step(chunks, exact) if exact else cache.step(chunks)
+        tokens = [token for chunk in chunks for token in chunk.tokens]
+        padding = (use.padded if exact else len(tokens)) - len(tokens)
+        tokens_1T = np.array([tokens + [0] * padding])
+        logits_TV = framework.cached_logits(model, tokens_1T, use)[: len(tokens)]
+        ends = np.cumsum([len(chunk.tokens) for chunk in chunks])
+        for i, part in zip(now, np.split(logits_TV, ends[:-1]), strict=True):
             found[i].append(part)
             starts[i] += len(part)
-    return [torch.cat(parts) for parts in found]
+    return [np.concatenate(parts) for parts in found]
 
 
 def even_cuts(length: int, chunk: int, prompt: int | None = None) -> list[int]:

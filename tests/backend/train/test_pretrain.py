@@ -1,15 +1,11 @@
-"""The training loop over MLX, its samples and checkpoints; a run broken off in one backend goes on in the other."""
+"""The training loop over each backend, its samples and checkpoints; a run broken off in one goes on in the other."""
 
 import numpy as np
 import pytest
 
-pytest.importorskip("mlx.core", reason="mlx is not installed")
-
-from llamita.backend.mlx.backend import BACKEND as MLX
-from llamita.backend.mlx.infer.runner import load_runner
-from llamita.backend.torch.backend import BACKEND as TORCH
 from llamita.storage import model_directory
 from llamita.workflows.pretrain import PretrainConfig, pretrain
+from tests.backend.frameworks import NAMES, make
 from tests.training.helpers import Altered, Silence, prepare_stories
 from tests.workflows.test_pretrain import settings
 
@@ -37,7 +33,7 @@ def run(config, backend, display=None):
 @pytest.mark.medium
 def test_a_run_of_either_backend_goes_on_in_the_other(tmp_path, data):
     config = {"steps": STEPS, "evaluate_every": 3, "checkpoint_every": 3, "dropout": 0.0, "epsilon": 1e-6}
-    backends = {"mlx": MLX, "torch": TORCH}
+    backends = {name: make(name).backend for name in NAMES}
     whole = {}
     for name, backend in backends.items():
         result, display = run(settings(tmp_path / name, data, **config), backend)
@@ -60,4 +56,5 @@ def test_a_run_of_either_backend_goes_on_in_the_other(tmp_path, data):
             assert weights.keys() == reference.keys()
             for name, array in reference.items():
                 np.testing.assert_allclose(weights[name].to_numpy(), array.to_numpy(), rtol=0, atol=1e-4, err_msg=name)
-    assert np.isfinite(load_runner(tmp_path / "mlx").forward([[1, 2, 3]])["logits"]).all()
+    for name, backend in backends.items():
+        assert np.isfinite(backend.load_runner(tmp_path / name).forward([[1, 2, 3]])["logits"]).all()
