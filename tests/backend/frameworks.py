@@ -211,6 +211,9 @@ class Torch(Framework):
         with torch.no_grad():
             model.canonical_state()[name].copy_(self.array(values))
 
+    def parameters(self, model: Any) -> Sequence[torch.Tensor]:
+        return list(model.parameters())
+
     def draw(self) -> list[float]:
         """Numbers of the generator that everybody shares."""
         return torch.rand(3).tolist()
@@ -285,6 +288,9 @@ class Mlx(Framework):
     def slots(self, memory: Any) -> np.ndarray:
         """What a layer's memory holds, a slot after another: (S, K, H)."""
         return self.numbers(memory).swapaxes(0, 1)
+
+    def parameters(self, model: Any) -> Sequence[Any]:
+        return [packed.parameter for packed in model.packed_parameters()]
 
     def set_values(self, model: Any, name: str, values: np.ndarray) -> None:
         (packed,) = [each for each in model.packed_parameters() if each.parts == (name,)]
