@@ -2,7 +2,7 @@
 
     python benchmarks/products.py [--presets stories-110m qwen2-0.5b] [--dtype bfloat16] [--passes 5]
 
-All products of one step with weights as they are and prepacked, taking turns with a sum over an array that no cache
+All products of one step with weights as they are and reordered, taking turns with a sum over an array that no cache
 holds: milliseconds, the share of the memory read, and the share of the best product of large square matrices. Then
 attention of a prompt to itself by PyTorch's kernel and by tiles of queries.
 """
@@ -37,8 +37,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     arguments = parser.parse_args()
     dtype = DTYPES[arguments.dtype]
-    if not reordered.can_prepack(dtype):
-        raise SystemExit(f"oneDNN packs no weights of {arguments.dtype} on this processor")
+    if not reordered.can_reorder(dtype):
+        raise SystemExit(f"oneDNN reorders no weights of {arguments.dtype} on this processor")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.dtype}")
     console = Console()
     with torch.inference_mode():
@@ -53,11 +53,11 @@ def products(name: str, config: ModelConfig, dtype: torch.dtype, passes: int) ->
     model = build_model(config, dtype=dtype)
     plain = [module.weight for module in model.modules() if isinstance(module, Linear)]
     plain = [weight for weight in plain if weight is not model.head.weight_VD] + [model.head.weight_VD]
-    packed = [reordered.prepack(weight) for weight in plain]
+    relaid = [reordered.reorder(weight) for weight in plain]
     inputs = {weight.shape[1]: torch.randn(ROWS[-1], weight.shape[1], dtype=dtype) for weight in plain}
     data, square = torch.ones(READ_BYTES // 4), torch.randn(SQUARE, SQUARE, dtype=dtype)
     table = Table(title=f"{name}: all products of a step", title_justify="left")
-    for column in ("rows", "plain, ms", "prepacked, ms", "times as fast", "of the memory read", "of the best product"):
+    for column in ("rows", "plain, ms", "reordered, ms", "times as fast", "of the memory read", "of the best product"):
         table.add_column(column, justify="right")
     for rows in ROWS:
         count = [rows] * (len(plain) - 1) + [min(rows, 16)]
@@ -72,7 +72,7 @@ def products(name: str, config: ModelConfig, dtype: torch.dtype, passes: int) ->
             with fast_few_rows(torch.device("cpu"), dtype, rows):
                 before = step(F.linear, plain)
             peak = 2 * SQUARE**3 / better_of_two(lambda: square @ square)
-            found.append((before, step(reordered.linear, packed), read_bandwidth(data), peak))
+            found.append((before, step(reordered.linear, relaid), read_bandwidth(data), peak))
         found = found[1:]
         size = sum(weight.nbytes for weight in plain)
         work = sum(2 * weight.numel() * n for weight, n in zip(plain, count, strict=True))

@@ -169,7 +169,7 @@ def compare_optimizers(name: str, passes: int, console: Console) -> None:
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, 1e-3)
         if options is None:
-            ours = AdamW(model.packed_parameters())
+            ours = AdamW(model.fused_parameters())
             steps[optimizer] = lambda ours=ours: ours.step(LEARNING_RATE)
         else:
             steps[optimizer] = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, **options).step

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "llamita"
 # From top to bottom: a room may import from rooms above it, never from those beside it or below. The longest name that
 # a module's own begins with is its room.
 ORDER = (
-    ("model",),
+    ("model", "progress"),
     ("storage",),
     ("text",),
     ("storage.formats",),
@@ -23,12 +23,11 @@ ORDER = (
     ("evaluation",),
     ("workflows",),
     ("server", "learn"),
-    ("library",),
     ("cli",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 FRAMEWORKS = {"torch": "backend.torch", "mlx": "backend.mlx", "mlx_lm": "backend.mlx"}
-LAZY_ROOMS = ("cli", "", "library")
+LAZY_ROOMS = ("cli", "")
 LAZY_MODULES = ("llamita.backend.choice",)
 """What a user calls first loads no framework before it has to: verbs, the package's own face, and the choice of a
 backend, which imports the one chosen."""
@@ -169,3 +168,18 @@ def test_the_command_loads_no_framework_before_a_verb_is_chosen() -> None:
 def test_one_backend_may_not_import_the_other() -> None:
     found = faults("llamita.backend.mlx.model.llama", "import llamita.backend.torch.model.llama")
     assert any("backend.torch is not above backend.mlx" in fault for fault in found)
+
+
+def test_importing_the_package_loads_nothing_and_its_names_are_found_when_asked_for() -> None:
+    code = (
+        "import sys, llamita\n"
+        "heavy = {'torch', 'mlx', 'numpy', 'rich', 'tyro'}\n"
+        "assert not heavy & set(sys.modules)\n"
+        "llamita.SamplingParams(max_tokens=1)\n"
+        "assert not heavy & set(sys.modules)\n"
+        "for name in llamita.__all__: getattr(llamita, name)\n"
+        "assert llamita.load == llamita.LLM.load and llamita.save is llamita.LLM.save\n"
+        "assert not {'torch', 'mlx'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

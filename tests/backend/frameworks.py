@@ -127,7 +127,7 @@ class Framework:
         optimizer = step.optimizer
 
         def keep(*arguments: Any) -> None:
-            for item, gradient in zip(optimizer.packed, self.given_gradients(optimizer, *arguments), strict=True):
+            for item, gradient in zip(optimizer.parameters, self.given_gradients(optimizer, *arguments), strict=True):
                 parts = zip(item.parts, item.split(gradient), strict=True)
                 found.update((name, self.numbers(values)) for name, values in parts)
 
@@ -181,7 +181,7 @@ class Torch(Framework):
         return [leaf.grad for leaf in leaves]
 
     def given_gradients(self, optimizer: Any, *arguments: Any) -> Sequence[torch.Tensor]:
-        return [item.parameter.grad.clone() for item in optimizer.packed]
+        return [item.parameter.grad.clone() for item in optimizer.parameters]
 
     @torch.no_grad()
     def cached_logits(self, model: Any, tokens_1T: np.ndarray, use: Any) -> np.ndarray:
@@ -293,7 +293,7 @@ class Mlx(Framework):
         return [packed.parameter for packed in model.packed_parameters()]
 
     def set_values(self, model: Any, name: str, values: np.ndarray) -> None:
-        (packed,) = [each for each in model.packed_parameters() if each.parts == (name,)]
+        (packed,) = [each for each in model.fused_parameters() if each.parts == (name,)]
         packed.replace(self.array(values))
 
     def draw(self) -> list[float]:
@@ -342,7 +342,7 @@ class Optimizer:
 
 class TorchOptimizer(Optimizer):
     def make_packed(self, i: int, parameter: Any, names: tuple[str, ...], sizes: tuple[int, ...], decays: bool) -> Any:
-        return self.framework.fused.PackedParameter(f"p{i}", torch.nn.Parameter(parameter), names, sizes, decays)
+        return self.framework.fused.FusedParameter(f"p{i}", torch.nn.Parameter(parameter), names, sizes, decays)
 
     def step(self, gradients: Sequence[np.ndarray], rate: float, scale: float = 1.0) -> None:
         for item, gradient in zip(self.packed, gradients, strict=True):
@@ -352,7 +352,7 @@ class TorchOptimizer(Optimizer):
 
 class MlxOptimizer(Optimizer):
     def make_packed(self, i: int, parameter: Any, names: tuple[str, ...], sizes: tuple[int, ...], decays: bool) -> Any:
-        return self.framework.fused.PackedParameter(f"p{i}", {"own": parameter}, "own", names, sizes, decays)
+        return self.framework.fused.FusedParameter(f"p{i}", {"own": parameter}, "own", names, sizes, decays)
 
     def step(self, gradients: Sequence[np.ndarray], rate: float, scale: float = 1.0) -> None:
         self.own.step([self.framework.array(gradient) for gradient in gradients], rate, scale)

@@ -148,5 +148,5 @@ def gradients_by_pytorch(
         parameter.requires_grad_(True)
     loss = loss_by_pytorch(model, batch)
     loss.backward()
-    pairs = [zip(item.parts, item.split(item.parameter.grad), strict=True) for item in model.packed_parameters()]
+    pairs = [zip(item.parts, item.split(item.parameter.grad), strict=True) for item in model.fused_parameters()]
     return loss.item(), {name: gradient.double().numpy() for group in pairs for name, gradient in group}

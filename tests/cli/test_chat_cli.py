@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from llamita.backend.sampling_params import SamplingParams
-from llamita.backend.torch.infer.runner import load_runner
 from llamita.backend.torch.model.weights import build_model, to_host_arrays
 from llamita.cli.chat import changed, end_of_blocks, read_message
 from llamita.cli.main import main
@@ -55,7 +54,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def llm(model: Path) -> LLM:
-    return LLM.load(model, lambda path: load_runner(path, device="cpu"))
+    return LLM.load(model, backend="torch", device="cpu")
 
 
 def talk(model: Path, said: str, *flags: object, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from llamita.backend.sampling_params import SamplingParams
-from llamita.backend.torch.infer.runner import load_runner
 from llamita.backend.torch.model.weights import build_model, to_host_arrays
 from llamita.cli.main import main
 from llamita.inference import batch
@@ -47,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(model: Path) -> LLM:
-    return LLM.load(model, lambda path: load_runner(path, device="cpu"))
+    return LLM.load(model, backend="torch", device="cpu")
 
 
 def write(path: Path, rows: list[Any]) -> Path:

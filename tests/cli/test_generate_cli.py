@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from llamita.backend.sampling_params import SamplingParams
-from llamita.backend.torch.infer.runner import load_runner
 from llamita.backend.torch.model.weights import build_model, to_host_arrays
 from llamita.cli.generate import harmless, read_prompt
 from llamita.cli.main import main
@@ -42,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def expected(model: Path, prompt: str, **params: object) -> str:
-    return LLM.load(model, lambda path: load_runner(path, device="cpu")).generate(prompt, SamplingParams(**params)).text
+    return LLM.load(model, backend="torch", device="cpu").generate(prompt, SamplingParams(**params)).text
 
 
 def generate(*arguments: object) -> int:
@@ -77,7 +76,7 @@ def test_every_sampling_option_reaches_the_engine(model: Path, capsys: pytest.Ca
 
 
 def test_token_ids_can_be_the_prompt(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ids = LLM.load(model, lambda path: load_runner(path, device="cpu")).encode("The fox")
+    ids = LLM.load(model, backend="torch", device="cpu").encode("The fox")
     assert generate(model, "--prompt-tokens", *ids, "--temperature", 0, "--max-tokens", 8) == 0
     assert capsys.readouterr().out == "The fox" + expected(model, "The fox", temperature=0, max_tokens=8) + "\n"
 

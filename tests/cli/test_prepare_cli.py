@@ -156,7 +156,4 @@ def test_show_on_a_terminal_of_few_characters(data_dir):
 
 
 def test_progress_line():
-    assert (
-        describe(Progress(1200, 34_000, 5_000_000, 20_000_000, 2.0)) == "25%, 1,200 documents, 34,000 tokens, 2.5 MB/s"
-    )
-    assert describe(Progress(1, 2, 3_000_000, None, 1.0)) == "1 documents, 2 tokens, 3.0 MB/s"
+    assert describe(Progress(1200, 34_000, 5_000_000, 20_000_000, 2.0)) == "1,200 documents, 34,000 tokens"

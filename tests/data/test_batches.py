@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamita.data.batches import NOT_SCORED, BatchIterator, collate, evaluation_batches, strided_windows
-from llamita.data.packing import InMemoryDocuments, Rows, RowsConfig
+from llamita.data.batches import NOT_SCORED, BatchIterator, collate, evaluation_batches
+from llamita.data.packing import InMemoryDocuments, Rows, RowsConfig, strided_windows
 
 
 def make_rows(tokens: int = 97, mode: str = "pack", sequence_length: int = 4, within: bool = False) -> Rows:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from llamita.data import meadow
-from llamita.data.batches import NOT_SCORED
+from llamita.data.batches import NOT_SCORED, BatchIterator
 from llamita.data.labelled import Fields, absolute, read_labelled, read_mapping, read_records, validation_of
-from llamita.data.labelled_batches import LabelledBatches, LabelledRows, encode_texts, labelled_evaluation
+from llamita.data.labelled_batches import LabelledRows, encode_texts, labelled_evaluation
 from llamita.text.bpe import train_bpe_from_iterator
 
 FORMS = {
@@ -199,7 +199,7 @@ def test_the_label_stands_at_the_last_token_alone(tokenizer):
     texts = list(meadow.corpus(0, 12, "train"))
     labels = np.arange(12) % 3
     rows = LabelledRows(encode_texts(tokenizer, texts, 100, "end"), labels, 2)
-    for batch in (*(LabelledBatches(rows, 5, 0).batch(step) for step in range(3)), *labelled_evaluation(rows, 5)):
+    for batch in (*(BatchIterator(rows, 5, 0).batch(step) for step in range(3)), *labelled_evaluation(rows, 5)):
         assert batch.tokens_BT.shape[1] % 32 == 0 or batch.tokens_BT.shape[1] == 100
         assert batch.num_targets == len(batch.row_ids)
         for tokens, row_labels, i in zip(batch.tokens_BT, batch.labels_BT, batch.row_ids, strict=True):
@@ -212,10 +212,10 @@ def test_the_label_stands_at_the_last_token_alone(tokenizer):
 
 def test_order_is_an_epochs_and_resumes(tokenizer):
     rows = LabelledRows(encode_texts(tokenizer, list("abcdefg"), 8, "end"), np.zeros(7, dtype=int), 0, whole=True)
-    batches = LabelledBatches(rows, 3, 5)
+    batches = BatchIterator(rows, 3, 5)
     ids = np.concatenate([batches.next().row_ids for _ in range(7)])
     assert [sorted(ids[i : i + 7]) for i in (0, 7, 14)] == [list(range(7))] * 3
-    again = LabelledBatches(rows, 3, 5)
+    again = BatchIterator(rows, 3, 5)
     again.load_state({**batches.state(), "step": 4})
     batch = again.next()
     assert batch.row_ids.tolist() == ids[12:15].tolist()

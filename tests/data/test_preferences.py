@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from llamita.data import meadow_tasks, preferences, prompts
-from llamita.data.batches import NOT_SCORED
+from llamita.data.batches import NOT_SCORED, BatchIterator, evaluation_batches
 from llamita.data.conversations import ConversationSource
-from llamita.data.preferences import Layout, PairBatches, PairRows, encode, pair_batches
+from llamita.data.preferences import Layout, PairRows, encode
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.chat import Chat
 
@@ -152,7 +152,7 @@ def test_a_batch_holds_both_answers_and_their_reference(tokenizer):
     pairs = encode(Layout(tokenizer, None), given, 100)
     rows = PairRows(pairs, pairs.longest + 3)
     pairs.reference_N2 = np.arange(14, dtype=np.float32).reshape(7, 2)
-    batches = PairBatches(rows, 3, seed=1)
+    batches = BatchIterator(rows, 3, seed=1)
     batch = batches.next()
     assert batch.row_is_target
     assert batch.num_targets == 3
@@ -171,8 +171,8 @@ def test_a_batch_holds_both_answers_and_their_reference(tokenizer):
     assert {name: len(array) for name, array in part.extras.items()} == dict.fromkeys(part.extras, 1)
     seen = [*batch.row_ids, *batches.next().row_ids, *batches.next().row_ids][:7]
     assert sorted(seen) == list(range(7))
-    assert [len(each.row_ids) for each in pair_batches(rows, 2, 5)] == [2, 2, 1]
-    assert list(pair_batches(PairRows(encode(Layout(tokenizer, None), [], 9), 9), 2)) == []
+    assert [len(each.row_ids) for each in evaluation_batches(rows, 2, 5)] == [2, 2, 1]
+    assert list(evaluation_batches(PairRows(encode(Layout(tokenizer, None), [], 9), 9), 2)) == []
 
 
 def test_pairs_of_one_prompt_lie_on_one_side():

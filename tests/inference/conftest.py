@@ -12,6 +12,7 @@ from llamita.storage import files
 from llamita.storage.model_directory import save_config, save_tensors
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.tokenizer import Tokenizer
+from tests.inference.helpers import Opens
 
 TEXT = "The fox gave the owl a red kite. Où est l'élève? 日本語 🦙🦙 naïve, and then they sat by the river. " * 20
 
@@ -49,4 +50,4 @@ def runner(tiny_model: Path) -> TorchRunner:
 
 @pytest.fixture
 def llm(tiny_model: Path, runner: TorchRunner) -> LLM:
-    return LLM.load(tiny_model, lambda directory: runner)
+    return LLM.load(tiny_model, backend=Opens(runner))

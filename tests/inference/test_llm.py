@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from llamita.backend.sampling_params import SamplingParams
-from llamita.backend.torch.infer.runner import TorchRunner, load_runner
+from llamita.backend.torch.infer.runner import TorchRunner
 from llamita.inference.llm import LLM
 from llamita.text.tokenizer import Tokenizer
+from tests.inference.helpers import Opens
 
 FREE = SamplingParams(seed=4, max_tokens=40, ignore_eos=True)
 
@@ -65,7 +66,7 @@ def test_an_empty_prompt_without_bos_is_refused(tiny_model: Path, runner: TorchR
 def test_a_model_without_a_tokenizer_goes_from_ids_to_ids(tiny_model: Path, llm: LLM, tmp_path: Path) -> None:
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         shutil.copy(tiny_model / name, tmp_path / name)
-    bare = LLM.load(tmp_path, lambda directory: load_runner(directory, device="cpu"))
+    bare = LLM.load(tmp_path, backend="torch", device="cpu")
     assert bare.tokenizer is None
     generation = bare.generate([1, 40, 41], FREE)
     assert (generation.text, generation.token_ids) == ("", llm.generate([1, 40, 41], FREE).token_ids)
@@ -80,7 +81,7 @@ def test_generation_config_may_name_more_end_tokens(
     first = next(i for i, token in enumerate(tokens) if i > 3 and token not in tokens[:i])
     shutil.copytree(tiny_model, tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, tokens[first]]}))
-    other = LLM.load(tmp_path / "model", lambda directory: runner)
+    other = LLM.load(tmp_path / "model", backend=Opens(runner))
     ended = other.generate([1, 40, 41], SamplingParams(seed=4, max_tokens=40))
     assert ended.finish_reason == "stop"
     assert ended.token_ids == tokens[: first + 1]

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rich.console
 
 from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.runner import TorchRunner
 from llamita.inference.llm import LLM
 from llamita.text.tokenizer import Tokenizer
+from tests.inference.helpers import Opens
 
 PROMPTS = ["The fox", "by the river", "Où est", "a red kite", "and then they sat"]
 
@@ -27,7 +29,7 @@ def drawn(seed: int, max_tokens: int = 24, **more: object) -> SamplingParams:
 @pytest.fixture
 def alone(tiny_model: Path, runner: TorchRunner) -> list[str]:
     """What each prompt gives by itself, from a model that did nothing else."""
-    llm = LLM.load(tiny_model, lambda directory: runner)
+    llm = LLM.load(tiny_model, backend=Opens(runner))
     return [llm.generate(prompt, drawn(seed)).text for seed, prompt in enumerate(PROMPTS)]
 
 
@@ -51,7 +53,7 @@ def test_one_prompt_in_a_list_gives_a_list_of_one(llm: LLM, alone: list[str]) ->
 
 
 def test_more_prompts_than_are_handed_over_at_once(llm: LLM, alone: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llamita.inference.many.WINDOW", 2)
+    monkeypatch.setattr("llamita.inference.service.WINDOW", 2)
     params = [drawn(seed) for seed in range(len(PROMPTS))]
     assert [one.text for one in llm.generate(PROMPTS, params)] == alone
 
@@ -64,7 +66,13 @@ def test_a_bad_prompt_is_named_before_any_is_begun(llm: LLM) -> None:
     assert not llm.engine.has_work
 
 
-def test_a_bar_goes_to_standard_error(llm: LLM, alone: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bar_is_drawn_on_a_terminal_alone(
+    llm: LLM, alone: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm.generate(PROMPTS, drawn(0), progress=True)
+    assert capsys.readouterr() == ("", "")
+    terminal = rich.console.Console(stderr=True, force_terminal=True, width=100)
+    monkeypatch.setattr("llamita.progress.Console", lambda stderr: terminal)
     texts = llm.generate(PROMPTS, [drawn(seed) for seed in range(len(PROMPTS))], progress=True)
     assert [one.text for one in texts] == alone
     out, err = capsys.readouterr()
@@ -183,7 +191,7 @@ def test_tasks_are_served_while_the_loop_runs_on(llm: LLM, alone: list[str]) -> 
 
 
 def test_the_steps_for_asyncio_run_in_one_thread_that_ends_when_idle(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llamita.inference.shared_engine.IDLE_SECONDS", 0.05)
+    monkeypatch.setattr("llamita.inference.service.IDLE_SECONDS", 0.05)
     ran: set[int] = set()
     step = llm.engine.step
     monkeypatch.setattr(llm.engine, "step", lambda: (ran.add(threading.get_ident()), step())[1])

@@ -1,6 +1,8 @@
 """Sampling parameters refuse what cannot be meant, in one line that says what can."""
 
+import json
 import math
+import re
 
 import pytest
 
@@ -107,3 +109,66 @@ def test_one_form_of_the_output_can_be_asked_for(values: dict) -> None:
 @pytest.mark.parametrize("field", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
 def test_what_reads_the_history_says_so(field: str) -> None:
     assert SamplingParams(**{field: 0.5}).reads_history
+
+
+# --- from JSON -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "fields"),
+    [
+        ({}, {}),
+        ({"temperature": None, "stop": None, "seed": None}, {}),
+        ({"temperature": 0, "max_tokens": 5, "seed": MAX_SEED}, {"temperature": 0, "max_tokens": 5, "seed": MAX_SEED}),
+        ({"stop": "end"}, {"stop": ("end",)}),
+        ({"stop": ["a", "b"], "choices": []}, {"stop": ("a", "b")}),
+        ({"choices": ["yes", "no"]}, {"choices": ("yes", "no")}),
+        ({"stop_token_ids": 7}, {"stop_token_ids": (7,)}),
+        ({"stop_token_ids": [7, 8]}, {"stop_token_ids": (7, 8)}),
+        ({"logit_bias": {"7": 1, "0": -2.5}}, {"logit_bias": {7: 1, 0: -2.5}}),
+        ({"json_schema": {"type": "object"}}, {"json_schema": '{"type": "object"}'}),
+        ({"json_schema": "{}"}, {"json_schema": "{}"}),
+        ({"ignore_eos": True, "prompt_logprobs": False}, {"ignore_eos": True}),
+    ],
+)
+def test_json_says_what_the_fields_say(values: dict, fields: dict) -> None:
+    assert SamplingParams.from_json(json.loads(json.dumps(values))) == SamplingParams(**fields)
+
+
+def test_what_json_leaves_out_is_as_in_the_defaults() -> None:
+    defaults = SamplingParams(temperature=0.5, stop=("end",), max_tokens=9)
+    found = SamplingParams.from_json({"stop": None, "max_tokens": 4}, defaults)
+    assert found == SamplingParams(temperature=0.5, stop=("end",), max_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"heat": 1}, "there is no field 'heat'; sampling parameters are temperature, top_k"),
+        ({"n\n": 1}, r"there is no field 'n\n'"),
+        ({"temperature": "1"}, "temperature='1' is not allowed; give 0 (greedy)"),
+        ({"temperature": [1]}, "temperature=[1] is not allowed"),
+        ({"temperature": 10**400}, "is not allowed; give 0 (greedy)"),
+        ({"max_tokens": 2.0}, "max_tokens=2.0 is not allowed; give a whole number >= 1"),
+        ({"seed": True}, "seed=True is not allowed"),
+        ({"stop": 5}, "stop=5 is not allowed; give a non-empty string, or a list of them"),
+        ({"stop": ["a", ""]}, "stop=['a', ''] is not allowed"),
+        ({"stop": {"a": 1}}, "stop={'a': 1} is not allowed"),
+        ({"choices": [1]}, "choices=[1] is not allowed"),
+        ({"stop_token_ids": "a"}, "a token id of stop_token_ids='a' is not allowed; give a whole number >= 0"),
+        ({"stop_token_ids": [1, None]}, "a token id of stop_token_ids=None is not allowed"),
+        ({"logit_bias": [1]}, "logit_bias=[1] is not allowed; give an object of token ids and numbers"),
+        ({"logit_bias": {"-1": 1}}, "a token id of logit_bias='-1' is not allowed; give a whole number >= 0"),
+        ({"logit_bias": {"9" * 5000: 1}}, "a token id of logit_bias='999"),
+        ({"logit_bias": {"1": None}}, "logit_bias of 1=None is not allowed; give a finite number"),
+        ({"json_schema": 5}, "json_schema=5 is not allowed; give a string"),
+        ({"regex": ["a"]}, "regex=['a'] is not allowed; give a string"),
+        ({"ignore_eos": "yes"}, "ignore_eos='yes' is not allowed; give true or false"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs=1 is not allowed; give true or false"),
+        ({"regex": "a", "choices": ["b"]}, "more than one of json_schema, regex and choices"),
+    ],
+)
+def test_what_json_may_not_say_is_named_in_one_line(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        SamplingParams.from_json(values)
+    assert "\n" not in str(error.value)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from llamita.backend.sampling_params import SamplingParams
-from llamita.backend.torch.infer.runner import load_runner
 from llamita.inference.config import EngineConfig
 from llamita.inference.llm import LLM
 
@@ -21,9 +20,7 @@ FORMS = {
 
 @pytest.fixture(scope="module")
 def exact(tiny_model: Path) -> LLM:
-    return LLM.load(
-        tiny_model, lambda directory: load_runner(directory, exact=True), EngineConfig(blocks=40, block_size=8)
-    )
+    return LLM.load(tiny_model, backend="torch", exact=True, engine=EngineConfig(blocks=40, block_size=8))
 
 
 def fits(form: str, text: str) -> bool:

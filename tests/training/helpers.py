@@ -16,7 +16,7 @@ from llamita.model.config import ModelConfig
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.training import metrics
 from llamita.training.config import TrainingConfig
-from llamita.training.interfaces import Examples, TokenText
+from llamita.training.examples import Examples, TokenText
 from llamita.training.run_directory import open_run
 from llamita.training.trainer import Trainer
 

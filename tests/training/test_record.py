@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import llamita
-from llamita.training import record, run_lock
+from llamita.training import record, run_directory
 from llamita.training.run_directory import open_run, read_manifest
 from tests.training.helpers import Silence, config, make_step, train
 
@@ -75,12 +75,12 @@ def test_a_killed_run_says_running_and_its_lock_says_otherwise(tmp_path):
             os.write(write_end, b"x")
             signal.pause()
     os.read(read_end, 1)
-    assert run_lock.is_held(tmp_path / "run")
+    assert run_directory.is_running(tmp_path / "run")
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert not run_lock.is_held(tmp_path / "run")
+    assert not run_directory.is_running(tmp_path / "run")
     assert sessions(tmp_path / "run")[-1]["state"] == "running"
-    assert not run_lock.is_held(tmp_path / "no-run")
+    assert not run_directory.is_running(tmp_path / "no-run")
 
 
 def git(directory, *arguments):

@@ -13,7 +13,7 @@ from llamita.backend.interface import LossSums
 from llamita.data.batches import NOT_SCORED
 from llamita.storage import model_directory
 from llamita.training.evaluation import evaluate
-from llamita.training.interfaces import Examples
+from llamita.training.examples import Examples
 from llamita.training.run_directory import open_run
 from llamita.training.trainer import Trainer
 from tests.training.helpers import (

@@ -21,7 +21,7 @@ from llamita.data.packing import Rows, RowsConfig
 from llamita.model.host_array import HostArray
 from llamita.storage import model_directory, safetensors
 from llamita.text.bpe import train_bpe_from_iterator
-from llamita.training.interfaces import Examples
+from llamita.training.examples import Examples
 from llamita.workflows.finetune import FinetuneConfig, finetune, load_base
 from llamita.workflows.pretrain import resumed
 from tests.training.helpers import MODEL, Altered, Silence, documents

@@ -67,7 +67,7 @@ def test_a_run_from_prepared_data(tmp_path, data):
     samples = (tmp_path / "run/samples.txt").read_text()
     assert "=== step 6 ===" in samples
     assert "=== step 12 ===" in samples
-    llm = LLM.load(tmp_path / "run", load_runner)
+    llm = LLM.load(tmp_path / "run", backend="torch")
     assert llm.tokenizer.hash == shards.load_tokenizer(data).hash
     assert len(llm.generate("The").token_ids) > 0
     config = model_directory.load_config(tmp_path / "run/best")

@@ -15,10 +15,10 @@ from llamita.storage import model_directory
 from llamita.text.chat import Chat
 from llamita.text.tokenizer import Tokenizer
 from llamita.training import metrics
-from llamita.workflows import rewards, sampling
+from llamita.workflows import rewards, rollouts
 from llamita.workflows.reinforcement import RlConfig, reinforce
 from llamita.workflows.rewards import Reward, Sample
-from llamita.workflows.sampling import Answerer, Rules
+from llamita.workflows.rollouts import Answerer, Rules
 from tests.training.helpers import QUICK, Altered, Silence, timeless, weights_of
 from tests.workflows.test_sft import save_model
 
@@ -155,14 +155,14 @@ def test_a_batch_scores_what_the_engine_drew(given):
     answers = asker.answer(PROMPTS, [0, 2], [7, 8], 3)
     assert [each.prompt for each in answers] == [0, 0, 0, 2, 2, 2]
     batch = asker.batch(PROMPTS, answers, range(6))
-    found_BT = sampling.score(asker.step, batch, 4)
-    llm = sampling.LLM(asker.step.runner(), asker.layout.tokenizer)
+    found_BT = rollouts.score(asker.step, batch, 4)
+    llm = rollouts.LLM(asker.step.runner(), asker.layout.tokenizer)
     for row, each in enumerate(answers):
         scored = batch.labels_BT[row] != NOT_SCORED
         assert tuple(batch.labels_BT[row][scored]) == each.tokens
         prompt = asker.layout.prompt(PROMPTS[each.prompt].said)
         assert tuple(batch.tokens_BT[row][: len(prompt)]) == prompt
-        params = sampling.SamplingParams(max_tokens=6, seed=[7, 8][row // 3] + row % 3)
+        params = rollouts.SamplingParams(max_tokens=6, seed=[7, 8][row // 3] + row % 3)
         again = llm.generate(prompt, params)
         assert again.token_ids == each.tokens
         np.testing.assert_allclose(found_BT[row][scored], again.logprobs, atol=1e-4)
@@ -193,14 +193,14 @@ def test_answers_to_messages_end_with_the_turn(given):
 
 
 def test_prompts_and_seeds_are_a_function_of_seed_and_round():
-    rounds = [sampling.numbers_of_round(7, 3, 11, number) for number in range(7)]
+    rounds = [rollouts.numbers_of_round(7, 3, 11, number) for number in range(7)]
     flat = [number for each in rounds for number in each]
     for epoch in range(3):
         assert sorted(flat[7 * epoch : 7 * epoch + 7]) == list(range(7))
-    assert rounds[4] == sampling.numbers_of_round(7, 3, 11, 4)
+    assert rounds[4] == rollouts.numbers_of_round(7, 3, 11, 4)
     assert flat[:7] != flat[7:14]
-    assert flat != [n for number in range(7) for n in sampling.numbers_of_round(7, 3, 12, number)]
-    seeds = {sampling.seed_of(s, p, r, k) for s in range(3) for p in ("train", "x") for r in range(5) for k in range(5)}
+    assert flat != [n for number in range(7) for n in rollouts.numbers_of_round(7, 3, 12, number)]
+    seeds = {rollouts.seed_of(s, p, r, k) for s in range(3) for p in ("train", "x") for r in range(5) for k in range(5)}
     assert len(seeds) == 150
     assert max(seeds) + 1000 < 2**63
 
@@ -211,9 +211,9 @@ def test_advantages_are_rewards_within_their_group():
     values[4:8] = 0.5
     groups = values.reshape(3, 4)
     expected = (groups - groups.mean(1, keepdims=True)) / (groups.std(1, ddof=1, keepdims=True) + 1e-4)
-    np.testing.assert_allclose(sampling.advantages(values.tolist(), 4), expected.ravel(), rtol=1e-12, atol=1e-12)
-    answers = [sampling.Answer(0, (1, 2), "", number != 3, value) for number, value in enumerate(values.tolist())]
-    found = sampling.figures(answers, 4)
+    np.testing.assert_allclose(rollouts.advantages(values.tolist(), 4), expected.ravel(), rtol=1e-12, atol=1e-12)
+    answers = [rollouts.Answer(0, (1, 2), "", number != 3, value) for number, value in enumerate(values.tolist())]
+    found = rollouts.figures(answers, 4)
     assert found["reward"] == pytest.approx(values.mean())
     assert found["reward_std"] == pytest.approx(values.std())
     assert (found["no_signal"], found["length"], found["cut_off"]) == (pytest.approx(1 / 3), 2, pytest.approx(1 / 12))
@@ -221,8 +221,8 @@ def test_advantages_are_rewards_within_their_group():
 
 def test_a_round_survives_json():
     numbers = np.random.Generator(np.random.Philox(key=2)).normal(size=(2, 5)).astype(np.float32)
-    before = sampling.Round([sampling.Answer(3, (1, 2), "é", True, 0.1)], numbers, None)
-    after = sampling.Round.of_state(json.loads(json.dumps(before.state())))
+    before = rollouts.Round([rollouts.Answer(3, (1, 2), "é", True, 0.1)], numbers, None)
+    after = rollouts.Round.of_state(json.loads(json.dumps(before.state())))
     assert after.answers == before.answers
     assert (after.old_log_probs_BT == numbers).all()
     assert after.reference_log_probs_BT is None

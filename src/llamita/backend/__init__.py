@@ -1,1 +1,1 @@
-"""What computes: the contract of a backend, what both share, and the two that there are."""
+"""The backends: their contract, all that both share, and the two that there are."""

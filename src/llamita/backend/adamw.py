@@ -1,4 +1,4 @@
-"""What the updates of every backend share: AdamW's constants, the scale of clipping, and the state as it is saved.
+"""The part of an update that every backend shares: AdamW's constants, the scale of clipping, the saved state.
 
 Numbers alone; knows nothing of frameworks, models or schedules.
 """
@@ -38,17 +38,17 @@ class AdamWSettings:
 
 
 def clipping_scale(norm: float, max_norm: float) -> float:
-    """What gradients of this norm must be multiplied by to have at most `max_norm` (0 stands for no limit)."""
+    """Returns the factor that brings gradients of this norm down to at most `max_norm`; 0 stands for no limit."""
     return max_norm / norm if 0.0 < max_norm < norm else 1.0
 
 
 def saved_state(moments: Mapping[str, HostArray], updates: int) -> dict[str, HostArray]:
-    """m and v under canonical names (`m.model.norm.weight`), and `t`, the number of updates made."""
+    """Returns m and v under canonical names (`m.model.norm.weight`), and `t`, the number of updates made."""
     return {**moments, "t": HostArray.from_numpy(np.array([updates], dtype=np.int64))}
 
 
 def updates_made(state: Mapping[str, HostArray], parameters: Iterable[FusedParameter]) -> int:
-    """`t` of a saved state; ValueError, naming them, for arrays that it lacks or that have another shape."""
+    """Returns `t` of a saved state; ValueError, naming them, for arrays that it lacks or that have another shape."""
     shapes = part_shapes(parameters)
     expected = {"t": (1,)} | {f"{kind}.{name}": shape for kind in "mv" for name, shape in shapes.items()}
     faults = missing_or_misshapen(expected, state)

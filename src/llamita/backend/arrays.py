@@ -32,7 +32,7 @@ class FusedParameter(Protocol):
 
 
 def part_shapes(parameters: Iterable[FusedParameter]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the canonical parameters that some fused ones are made of."""
+    """Returns the shapes of the canonical parameters that some fused ones are made of."""
     return {
         name: (size, *fused.parameter.shape[1:])
         for fused in parameters
@@ -46,7 +46,7 @@ def quantized_arrays(
     quantize: Quantize,
     to_bfloat16: Callable[[HostArray], HostArray],
 ) -> Iterator[tuple[str, HostArray]]:
-    """The arrays of a model without quantisation as one of `config`, which has it, stores them; one by one.
+    """Quantises the arrays of a plain model, one by one, into those that a model of the quantised `config` stores.
 
     What is not quantised becomes bfloat16, the type that activations have beside such weights. ValueError, naming the
     array, for NaN or infinity.
@@ -66,8 +66,8 @@ def quantized_arrays(
 
 
 def merged_arrays(arrays: Mapping[str, HostArray], adapter: Adapter, merge: Merge) -> Iterator[tuple[str, HostArray]]:
-    """The base's arrays with the adapter merged in, one by one in the table's order, in the base's type; quantised
-    ones in bfloat16, so that the result is an ordinary model."""
+    """Yields the base's arrays with the adapter merged in, in the table's order, in the base's type; quantised ones in
+    bfloat16, so that the result is an ordinary model."""
     base = adapter.over(arrays)
     for row in parameter_table(adapter.config):
         module, array = row.name.removesuffix(".weight"), base[row.name]
@@ -80,7 +80,7 @@ def merged_arrays(arrays: Mapping[str, HostArray], adapter: Adapter, merge: Merg
 
 
 def missing_or_misshapen(expected: Mapping[str, Sequence[int]], arrays: Mapping[str, HostArray]) -> str:
-    """The first few names that `arrays` lack or have in another shape, as a list in words; empty where none is."""
+    """Returns the first few names that `arrays` lack or have in another shape, as a list in words, or ""."""
     faults = [name for name in expected if name not in arrays]
     faults += [name for name in expected if name in arrays and arrays[name].shape != tuple(expected[name])]
     return ", ".join(faults[:5])

@@ -1,4 +1,4 @@
-"""Which framework computes: chooses between PyTorch and MLX, and imports the one chosen.
+"""Chooses between PyTorch and MLX, and imports the one chosen.
 
 The one place that does: verbs and `llamita.load` ask here and pass on what they get. Importing this file loads neither
 framework. Knows nothing of models; what a backend is, interface.py says.
@@ -15,11 +15,11 @@ from typing import Literal
 from llamita.backend.interface import Backend, BackendName
 
 PACKAGES = {"torch": "torch", "mlx": "'mlx[cpu]'" if sys.platform == "linux" else "mlx"}
-"""What pip is to install for each."""
+"""The package that pip installs for each."""
 
 
 def load_backend(name: BackendName = "auto", *, device: str = "auto", threads: int = 0, exact: bool = False) -> Backend:
-    """The backend of that name, imported; "auto" is MLX on Apple silicon where it is installed, else PyTorch.
+    """Returns the backend of that name, imported; "auto" is MLX on Apple silicon where it is installed, else PyTorch.
 
     The options are those that one of them lacks, so that with "auto" they decide: `exact`, `threads` and "cuda" are
     PyTorch's, "gpu" is MLX's. (A backend that is given what it lacks refuses it.) ModuleNotFoundError says what to
@@ -34,7 +34,7 @@ def load_backend(name: BackendName = "auto", *, device: str = "auto", threads: i
 def choose(
     name: BackendName = "auto", device: str = "auto", exact: bool = False, threads: int = 0
 ) -> Literal["torch", "mlx"]:
-    """What "auto" stands for on this machine, with these options; any other name is itself."""
+    """Returns the framework that "auto" stands for on this machine with these options; any other name unchanged."""
     if name not in ("auto", *PACKAGES):
         raise ValueError(f"backend={name!r} is not one of auto, {', '.join(PACKAGES)}")
     if name != "auto":
@@ -48,7 +48,7 @@ def choose(
 
 
 def is_installed(name: Literal["torch", "mlx"]) -> bool:
-    """Whether a framework can be imported; it is not."""
+    """Returns whether a framework can be imported, without importing it."""
     return importlib.util.find_spec(name) is not None
 
 

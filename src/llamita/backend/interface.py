@@ -78,7 +78,7 @@ class ScheduledChunk:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """How a runner's key/value memory is cut: blocks of so many positions, and so many of them for each group.
+    """The shape of a runner's key/value memory: positions in a block, and blocks for each group of layers.
 
     A group is the layers of one attention window, `windows` being the config's `attention_windows`: a sequence has a
     table of blocks for each, since a sliding window gives blocks back that a full one keeps.
@@ -145,7 +145,7 @@ class Forward(Protocol):
 
 
 class Runner(Forward, Protocol):
-    """A model that generates: it does the plans of engines, which share it, and its weights never change by that."""
+    """A model that generates: it runs the plans of engines, which share it, and its weights never change by that."""
 
     config: ModelConfig
     weight_bytes: int
@@ -190,7 +190,7 @@ class Scorer(Protocol):
 
 
 class LossSums(NamedTuple):
-    """A loss summed over the targets of a batch, in nats, their number, and sums of whatever else was measured."""
+    """A loss summed over the targets of a batch, in nats, their number, and sums of the other metrics."""
 
     nats: float
     targets: int
@@ -199,7 +199,7 @@ class LossSums(NamedTuple):
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What an update did. `loss` is nats per target before it, `grad_norm` that of the mean gradient before clipping.
+    """The result of an update: `loss` in nats per target before it, `grad_norm` of the mean gradient before clipping.
 
     Where either is not finite the update was not made: the weights are as before, and `faulty_micro_batches` numbers
     those whose own loss was not finite (none, where only the gradient was not).
@@ -210,7 +210,7 @@ class StepMetrics:
     targets: int
     faulty_micro_batches: tuple[int, ...] = ()
     measures: Mapping[str, float] = field(default_factory=dict)
-    """Means over the targets of what else the objective measures."""
+    """Means over the targets of the other metrics of the objective."""
 
 
 class TrainStep(Scorer, Protocol):
@@ -223,7 +223,7 @@ class TrainStep(Scorer, Protocol):
         """
 
     def evaluate(self, batch: Batch) -> LossSums:
-        """Returns the loss and the measures summed over the batch's targets; without dropout."""
+        """Returns the loss and the metrics summed over the batch's targets; without dropout."""
 
     def runner(self) -> Runner:
         """Returns a runner over the weights as they are now."""
@@ -255,7 +255,7 @@ class Backend(Protocol):
 
     @property
     def device(self) -> str:
-        """Where it computes when that is left to it: "cpu", "cuda" (PyTorch) or "gpu" (MLX)."""
+        """The device that it computes on by default: "cpu", "cuda" (PyTorch) or "gpu" (MLX)."""
 
     def build_train_step(
         self,
@@ -320,7 +320,7 @@ class Backend(Protocol):
 
 
 def token_array(tokens_BT: Sequence[Sequence[int]] | np.ndarray, vocab_size: int) -> np.ndarray:
-    """Token ids [B, T] of a model with so many, int64; ValueError for none, ragged rows and ids that it has not.
+    """Returns token ids [B, T], int64, all below `vocab_size`; ValueError for none, ragged rows and other ids.
 
     An id outside the embedding would read other memory on some devices.
     """

@@ -1,4 +1,4 @@
-"""What a model is trained for, named so that either backend can compute it.
+"""The objectives that a model is trained for, named so that either backend can compute them.
 
 An objective is data: a training step turns it into a function of hidden states. It lies left of the backends, which
 compute it, and of the workflows, which choose it. Knows no tensor.
@@ -16,7 +16,7 @@ class NextToken:
 
 @dataclass(frozen=True)
 class Classification:
-    """-log p of the label of each text, read from the state of its last token; measures `accuracy`.
+    """-log p of the label of each text, read from the state of its last token; metric: `accuracy`.
 
     A batch's label stands at that token and nowhere else in its row, so padding on either side changes nothing.
     """
@@ -33,14 +33,14 @@ class Preference:
 
     A row is a pair: the batch's own tokens and labels are the chosen answer, `extras` hold `rejected_tokens_BT`,
     `rejected_labels_BT`, and `reference_B2`, the summed log-probabilities that the model before tuning gave to the two
-    (with `normalize_lengths`: the means over their tokens). Measures `accuracy`, `margin`, `chosen_reward` and
+    (with `normalize_lengths`: the means over their tokens). Metrics: `accuracy`, `margin`, `chosen_reward` and
     `rejected_reward`; a reward is beta times the log-ratio to the reference.
     """
 
     form: Literal["dpo", "ipo"] = "dpo"
     """dpo: -log sigmoid(beta * margin). ipo: (margin - 1 / (2 beta))^2 (Azar et al. 2023, arXiv:2310.12036)."""
     beta: float = 0.1
-    """How strongly the model is held to the reference."""
+    """The strength with which the model is held to the reference."""
     normalize_lengths: bool = False
     """Compare means over the tokens of an answer instead of sums."""
     label_smoothing: float = 0.0
@@ -60,7 +60,7 @@ class PolicyGradient:
     """Group-relative policy optimisation (Shao et al. 2024, arXiv:2402.03300) from sampled answers.
 
     A row is an answer; its labels are its tokens. It is the unit too (`row_is_target`) where `normalization` is answer.
-    `extras` hold `advantages_B`, `old_log_probs_BT`, and `reference_log_probs_BT` where `kl_weight` is not 0. Measures
+    `extras` hold `advantages_B`, `old_log_probs_BT`, and `reference_log_probs_BT` where `kl_weight` is not 0. Metrics:
     `clipped`, `ratio` and `kl`.
     """
 
@@ -92,7 +92,7 @@ class Distillation:
     finite. They take B x S x V x 4 bytes, and the loss a few times M x V x 4, since the student's logits at all M
     scored labels are held.
 
-    Measures `cross_entropy` and `teacher_kl`, the divergence without t^2. An evaluation's loss is the cross-entropy
+    Metrics: `cross_entropy` and `teacher_kl`, the divergence without t^2. An evaluation's loss is the cross-entropy
     alone, comparable with that of any other model and with that of the same one without a teacher.
     """
 

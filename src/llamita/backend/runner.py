@@ -1,4 +1,4 @@
-"""What the runners of both backends have in common besides the layout of a step. Knows no framework."""
+"""The part that the runners of both backends share besides the layout of a step. Knows no framework."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
@@ -10,7 +10,7 @@ MergedArrays = Callable[[Mapping[str, HostArray], Adapter], Iterable[tuple[str, 
 
 
 def bytes_read_per_token(config: ModelConfig, sizes: Iterable[tuple[str, int]]) -> int:
-    """Bytes of weights that decoding one token reads, of the bytes of each array by its name.
+    """Returns the bytes of weights that decoding one token reads; `sizes` are the bytes of each array by its name.
 
     Of an embedding that is not the output head too, a token reads one row, which is not counted.
     """
@@ -19,7 +19,7 @@ def bytes_read_per_token(config: ModelConfig, sizes: Iterable[tuple[str, int]]) 
 
 
 def check_captured(capture: Sequence[str], captured: Collection[str]) -> None:
-    """Raise ValueError for a place that was asked for and that a model does not have."""
+    """Raises ValueError for a place that was asked for and that a model does not have."""
     unknown = [name for name in capture if name not in captured]
     if unknown:
         raise ValueError(f"capture={unknown[0]!r} is unknown; there are embedding, layers.0, layers.1, ... and norm")
@@ -28,7 +28,7 @@ def check_captured(capture: Sequence[str], captured: Collection[str]) -> None:
 def with_adapter(
     config: ModelConfig, arrays: dict[str, HostArray], adapter: object, merged_arrays: MergedArrays
 ) -> dict[str, HostArray]:
-    """The arrays of a runner's model with its default adapter merged in, where it has one.
+    """Returns the arrays of a runner's model with its default adapter merged in, where it has one.
 
     ValueError over quantised weights, which take no sums.
     """

@@ -1,6 +1,8 @@
-"""What a choice of tokens has of steps, and what its figures mean: the part of sampling that no backend differs in.
+"""The part of sampling that both backends share: the steps that each row takes, and the meaning of a row's results.
 
 Knows no tensor; the steps themselves are in each backend's sampling.py.
+
+Letters beyond the usual: R rows, E entries (a row and an id), W words of 32 bits.
 """
 
 import math
@@ -19,7 +21,7 @@ NOT_FINITE = "the model's logits are not finite; its weights hold NaN or infinit
 
 @dataclass(frozen=True)
 class Steps:
-    """Which steps some rows have in common. `changed`: logits are biased or ids excluded."""
+    """The steps of sampling that some rows have in common. `changed`: logits are biased or ids excluded."""
 
     greedy: bool
     penalized: bool
@@ -40,7 +42,7 @@ class Steps:
 
 
 def rows_by_steps(specs: Sequence[SampleSpec]) -> dict[Steps, list[int]]:
-    """The rows that have their steps in common."""
+    """Returns the rows that have their steps in common."""
     rows: dict[Steps, list[int]] = {}
     for row, spec in enumerate(specs):
         rows.setdefault(Steps.of(spec), []).append(row)
@@ -48,7 +50,7 @@ def rows_by_steps(specs: Sequence[SampleSpec]) -> dict[Steps, list[int]]:
 
 
 def biases(specs: Sequence[SampleSpec], vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Rows, ids and what is added to the logits there; None where no row has a bias. ValueError for an unknown id."""
+    """Returns rows, ids and what their logits gain; None where no row has a bias. ValueError for an unknown id."""
     found = [(row, i, bias) for row, spec in enumerate(specs) for i, bias in spec.params.logit_bias.items()]
     if not found:
         return None
@@ -59,7 +61,7 @@ def biases(specs: Sequence[SampleSpec], vocab_size: int) -> tuple[np.ndarray, np
 
 
 def banned(specs: Sequence[SampleSpec], vocab_size: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Rows and ids that may not come there; None where none is banned."""
+    """Returns rows, and ids that may not come there; None where none is banned."""
     found = [(row, i) for row, spec in enumerate(specs) for i in spec.banned if i < vocab_size]
     if not found:
         return None
@@ -68,7 +70,7 @@ def banned(specs: Sequence[SampleSpec], vocab_size: int) -> tuple[np.ndarray, np
 
 
 def allowed_words(specs: Sequence[SampleSpec], vocab_size: int) -> np.ndarray | None:
-    """The masks of allowed ids, int32 (R, words), all bits set where a row has none; None where no row has one."""
+    """Returns the masks of allowed ids, int32 (R, W), all bits set where a row has none; None where no row has one."""
     if all(spec.allowed is None for spec in specs):
         return None
     every = np.full((vocab_size + 31) // 32, -1, dtype=np.int32)
@@ -76,7 +78,7 @@ def allowed_words(specs: Sequence[SampleSpec], vocab_size: int) -> np.ndarray | 
 
 
 def sampled_token(values: list[float], top_logprobs: int) -> SampledToken:
-    """A row's figures as a token: id, its log-probability, its score, then ids and log-probabilities of the likeliest.
+    """Returns the token of a row's results: id, log-probability, score, then ids and log-probabilities of the top ones.
 
     Where a row has no token, that is said in its place.
     """

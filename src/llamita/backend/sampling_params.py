@@ -1,6 +1,9 @@
-"""How one request picks its tokens and when it ends. Knows no tensor and no tokenizer."""
+"""The choices of one request: the way its tokens are picked, and its end. Knows no tensor and no tokenizer."""
 
-import math
+import dataclasses
+import json
+import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +15,7 @@ MAX_TOP_LOGPROBS = 100
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request picks its tokens and when it ends.
+    """The choices of one request: the way its tokens are picked, and its end.
 
     The defaults are plain sampling from the model's own distribution, `softmax(logits)`, with nothing else switched
     on, for at most 256 tokens. Raises ValueError naming the field, its value and what is allowed.
@@ -37,7 +40,7 @@ class SamplingParams:
     seed: int | None = None
     """The same seed gives the same text; without one it is drawn, and reported with the statistics."""
     n: int = 1
-    """How many continuations of the prompt to draw; the i-th has the seed `seed + i`."""
+    """The number of continuations of the prompt to draw; the i-th has the seed `seed + i`."""
     max_tokens: int = 256
     """Most tokens to generate."""
     min_tokens: int = 0
@@ -85,22 +88,66 @@ class SamplingParams:
             texts = getattr(self, name)
             if not isinstance(texts, tuple) or not all(isinstance(text, str) and text for text in texts):
                 raise ValueError(f"{name}={texts!r} is not allowed; give a tuple of non-empty strings")
+        for name in ("json_schema", "regex"):
+            _check(name, getattr(self, name), str, lambda text: True, "a string (empty asks for nothing)")
+        for name in ("ignore_eos", "prompt_logprobs"):
+            _check(name, getattr(self, name), bool, lambda flag: True, "true or false")
         if sum(map(bool, (self.json_schema, self.regex, self.choices))) > 1:
             raise ValueError("more than one of json_schema, regex and choices was given; give one")
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], defaults: "SamplingParams | None" = None) -> "SamplingParams":
+        """Returns the parameters that a JSON object asks for: a line of `generate --input`, or the body of a request.
+
+        Its keys are names of fields; one that is missing or null is as in `defaults`. `stop`, `choices` and
+        `stop_token_ids` are one value or a list, the keys of `logit_bias` are token ids as strings, and `json_schema`
+        is an object or its text. ValueError, in one line, for a key that is no field and a value that is not allowed.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        unknown = next((name for name in values if name not in names), None)
+        if unknown is not None:
+            raise ValueError(f"there is no field {unknown!r}; sampling parameters are {', '.join(names)}")
+        given = {name: _from_json(name, value) for name, value in values.items() if value is not None}
+        return dataclasses.replace(defaults or cls(), **given)
+
     @property
     def is_constrained(self) -> bool:
-        """Whether a grammar says which tokens may come."""
+        """True where a grammar restricts the tokens."""
         return bool(self.json_schema or self.regex or self.choices)
 
     @property
     def reads_history(self) -> bool:
-        """Whether the tokens so far change the logits."""
+        """True where the tokens so far change the logits."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
+def _from_json(name: str, value: Any) -> Any:
+    """Converts a value of JSON to the type of the field, where its form allows that."""
+    if name in ("stop", "choices"):
+        texts = value if isinstance(value, list) else [value]
+        if not all(isinstance(text, str) and text for text in texts):
+            raise ValueError(f"{name}={value!r:.60} is not allowed; give a non-empty string, or a list of them")
+        return tuple(texts)
+    if name == "stop_token_ids":
+        return tuple(value) if isinstance(value, list) else (value,)
+    if name == "logit_bias":
+        if not isinstance(value, dict):
+            raise ValueError(f"{name}={value!r:.60} is not allowed; give an object of token ids and numbers")
+        faulty = next((key for key in value if not re.fullmatch("[0-9]{1,20}", key)), None)
+        if faulty is not None:
+            raise ValueError(f"a token id of {name}={faulty!r:.60} is not allowed; give a whole number >= 0")
+        return {int(key): bias for key, bias in value.items()}
+    if name == "json_schema" and isinstance(value, dict):
+        return json.dumps(value)
+    return value
+
+
 def _check(name: str, value: Any, kind: type, in_range: Callable[[Any], bool], allowed: str) -> None:
-    """Raise ValueError unless `value` is of `kind` (whole numbers pass for floats, a bool for neither) and in range."""
-    kinds = (int, float) if kind is float else (int,)
-    if isinstance(value, bool) or not isinstance(value, kinds) or abs(value) == math.inf or not in_range(value):
-        raise ValueError(f"{name}={value!r} is not allowed; give {allowed}")
+    """Raises ValueError unless a value is of `kind` (whole numbers pass for floats, bools do not) and in range."""
+    kinds = (int, float) if kind is float else (kind,)
+    fits = isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
+    if fits and kind is float:
+        fits = abs(value) <= sys.float_info.max  # a whole number may be longer than any float
+    if not fits or not in_range(value):
+        shown = f"{value!r}" if kind in (int, float) else f"{value!r:.60}"
+        raise ValueError(f"{name}={shown} is not allowed; give {allowed}")

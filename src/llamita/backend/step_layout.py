@@ -1,7 +1,9 @@
-"""How the chunks of a step lie one after the other in a row of tokens, what is drawn and scored after which row, and
-which positions each of them sees.
+"""The layout of a step: the order of its chunks in one row of tokens, the rows after which a token is drawn or scored,
+and the positions that each chunk sees.
 
-What the backends share of a step, in plain Python and numpy. Knows no tensor and no model.
+Shared by the backends, in plain Python and numpy. Knows no tensor and no model.
+
+Letters beyond the usual: R rows of a step that logits are made of, M blocks of a table.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,18 +35,17 @@ class States(Generic[Array]):
     adapters: Sequence[str | None]
 
     def places(self, rows: Iterable[int]) -> list[int]:
-        """Where some rows of the step lie in `hidden_RD`."""
+        """Returns the places of some rows of the step in `hidden_RD`."""
         return [self.place_of_row[row] for row in rows]
 
 
 @dataclass(frozen=True)
 class StepLayout:
-    """The chunks of a plan in the order in which they lie in a row of tokens: single tokens first, those of similar
-    context together."""
+    """The chunks of a plan in their order in the row of tokens: single tokens first, those of like context together."""
 
     chunks: Sequence[ScheduledChunk]
     places: Sequence[int]
-    """Where each chunk of the plan lies among them."""
+    """The place of each chunk of the plan among them."""
 
     @classmethod
     def of(cls, chunks: Sequence[ScheduledChunk]) -> Self:
@@ -57,12 +58,12 @@ class StepLayout:
         return [token for chunk in self.chunks for token in chunk.tokens]
 
     def adapters(self, default: str | None) -> list[str | None]:
-        """The adapter of each row; `default` is that of the chunks that name none."""
+        """Returns the adapter of each row; `default` is that of the chunks that name none."""
         names = [default if chunk.adapter is None else chunk.adapter for chunk in self.chunks]
         return [name for name, chunk in zip(names, self.chunks, strict=True) for _ in chunk.tokens]
 
     def result(self, sampled: Sequence[tuple[SampledToken, ...]], scores: Sequence[tuple[float, ...]]) -> StepResult:
-        """What the chunks gave, in the order of the plan; no scores where no chunk asked for them."""
+        """Returns the results of the chunks in the order of the plan; no scores where no chunk asked for them."""
         return StepResult(
             tuple(sampled[place] for place in self.places),
             tuple(scores[place] for place in self.places) if scores else (),
@@ -70,7 +71,7 @@ class StepLayout:
 
 
 def begins(chunks: Sequence[ScheduledChunk]) -> Iterator[tuple[ScheduledChunk, int]]:
-    """Each chunk with the row of its first token."""
+    """Yields each chunk with the row of its first token."""
     begin = 0
     for chunk in chunks:
         yield chunk, begin
@@ -78,7 +79,7 @@ def begins(chunks: Sequence[ScheduledChunk]) -> Iterator[tuple[ScheduledChunk, i
 
 
 def rows_wanted(chunks: Sequence[ScheduledChunk]) -> list[int]:
-    """The rows after which a token is drawn or scored, in order."""
+    """Returns the rows after which a token is drawn or scored, in order."""
     wanted = set(_rows_drawn(chunks))
     for chunk, begin in begins(chunks):
         wanted |= set(range(begin, begin + len(chunk.targets)))
@@ -96,7 +97,7 @@ Score = Callable[[range, Sequence[int]], list[float]]
 
 
 def sample_chunks(chunks: Sequence[ScheduledChunk], draw: Draw) -> list[tuple[SampledToken, ...]]:
-    """The tokens that each chunk asks for, all drawn at once."""
+    """Returns the tokens that each chunk asks for, all drawn at once."""
     specs = [spec for chunk in chunks for spec in chunk.samples]
     ids = [chunk.sequence_id for chunk in chunks for _ in chunk.samples]
     tokens = iter(draw(_rows_drawn(chunks), specs, ids) if specs else ())
@@ -104,7 +105,7 @@ def sample_chunks(chunks: Sequence[ScheduledChunk], draw: Draw) -> list[tuple[Sa
 
 
 def score_chunks(chunks: Sequence[ScheduledChunk], score: Score) -> list[tuple[float, ...]]:
-    """The log-probabilities of each chunk's targets, SCORED_ROWS of them at a time; empty where no chunk has any."""
+    """Returns the log-probabilities of each chunk's targets, SCORED_ROWS at a time; empty where no chunk has any."""
     if not any(chunk.targets for chunk in chunks):
         return []
     found = []
@@ -118,7 +119,7 @@ def score_chunks(chunks: Sequence[ScheduledChunk], score: Score) -> list[tuple[f
 
 
 def rows_of_adapters(names: Sequence[str | None]) -> dict[str, list[int]]:
-    """The rows of each adapter, by its name, for the adapter of every row; those without one are left out."""
+    """Returns the rows of each adapter, by its name, for the adapter of every row; those without one are left out."""
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         if name is not None:
@@ -157,7 +158,7 @@ class BlockSpan:
         return int(self.blocks[0]) * self.block_size if (np.diff(self.blocks) == 1).all() else None
 
     def seen(self, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Boolean (queries, keys), both given as positions: whether one sees the other."""
+        """Returns a boolean (queries, keys): whether each query sees each key; both are given as positions."""
         back = queries[:, None] - keys
         return (back >= 0) & (back < self.window) if self.window else back >= 0
 
@@ -166,7 +167,7 @@ AnySpan = TypeVar("AnySpan", bound=BlockSpan)
 
 
 def alike(spans: Sequence[AnySpan]) -> Iterator[Sequence[AnySpan]]:
-    """Cut a run of single queries into batches of similar context, neighbours staying together."""
+    """Cuts a run of single queries into batches of similar context, neighbours staying together."""
     begin = 0
     for end in range(1, len(spans) + 1):
         lengths = [len(span.blocks) for span in spans[begin : end + 1]]
@@ -176,7 +177,7 @@ def alike(spans: Sequence[AnySpan]) -> Iterator[Sequence[AnySpan]]:
 
 
 def blocks_side_by_side(spans: Sequence[BlockSpan]) -> np.ndarray:
-    """The blocks of several spans as one array (spans, M), shorter ones filled up with a sequence's own last block: it
-    reads nobody else's."""
+    """Returns the blocks of several spans as one array (spans, M), shorter ones filled up with a sequence's own last
+    block: it reads nobody else's."""
     longest = max(len(span.blocks) for span in spans)
     return np.stack([np.pad(span.blocks, (0, longest - len(span.blocks)), mode="edge") for span in spans])

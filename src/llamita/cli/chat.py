@@ -21,10 +21,10 @@ from rich.markdown import Markdown
 
 from llamita.backend.sampling_params import SamplingParams
 from llamita.cli.generate import harmless
+from llamita.cli.loading import LoadConfig
 from llamita.inference.conversation import Conversation
 from llamita.inference.llm import LLM
 from llamita.inference.request import Statistics
-from llamita.library import RunOptions, load
 from llamita.storage import files
 from llamita.text.chat import Chat
 
@@ -52,14 +52,14 @@ class ChatOptions:
     system: str = ""
     """A system message, read before all else."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingParams] = field(default_factory=lambda: SamplingParams(max_tokens=512))
-    running: tyro.conf.OmitArgPrefixes[RunOptions] = field(default_factory=RunOptions)
+    running: tyro.conf.OmitArgPrefixes[LoadConfig] = field(default_factory=LoadConfig)
 
 
 def run(options: ChatOptions) -> int:
 
     if options.sampling.n > 1:
         raise ValueError(f"n={options.sampling.n} answers at once cannot be talked with; leave n at 1")
-    llm = load(options.model, **vars(options.running))
+    llm = LLM.load(options.model, **vars(options.running))
     if llm.tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer beside it, and a chat needs one")
     template = options.template
@@ -274,11 +274,11 @@ def changed(params: SamplingParams, assignment: str) -> SamplingParams:
         value = json.loads(given)
     except ValueError:
         value = given.strip()
-    if isinstance(getattr(params, name), tuple):
-        value = tuple(value) if isinstance(value, list) else (value,) if value != "" else ()
-    elif isinstance(getattr(params, name), str):
+    if value is None or value == "":
+        return dataclasses.replace(params, **{name: getattr(SamplingParams(), name)})
+    if isinstance(getattr(params, name), str):
         value = given.strip()
-    return dataclasses.replace(params, **{name: value})
+    return SamplingParams.from_json({name: value}, params)
 
 
 def described(params: SamplingParams) -> str:

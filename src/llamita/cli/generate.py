@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, TextIO
 from unicodedata import category
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from llamita.backend.sampling_params import SamplingParams
+from llamita.cli.loading import LoadConfig
+from llamita.inference.llm import LLM
 from llamita.inference.request import Statistics
-from llamita.library import RunOptions, load
+from llamita.progress import ProgressBar
 from llamita.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class GenerateOptions:
     """Print the prompt before its continuation."""
     statistics: bool = False
     """Report tokens per second, memory bandwidth and the seed on standard error."""
-    running: tyro.conf.OmitArgPrefixes[RunOptions] = field(default_factory=RunOptions)
+    running: tyro.conf.OmitArgPrefixes[LoadConfig] = field(default_factory=LoadConfig)
 
 
 def run(options: GenerateOptions) -> int:
@@ -69,7 +69,7 @@ def run(options: GenerateOptions) -> int:
     adapters = named_paths(options.adapter)
     if len(adapters) > 1:
         raise ValueError(f"{len(adapters)} adapters were given for one prompt; give one, or a file with --input")
-    llm = load(options.model, adapters=adapters, **vars(options.running))
+    llm = LLM.load(options.model, adapters=adapters, **vars(options.running))
     adapter = next(iter(adapters), None)
     if options.sampling.n > 1:
         return _run_several(llm, prompt, adapter, options)
@@ -108,7 +108,7 @@ def _run_file(options: GenerateOptions) -> int:
     if not source.is_file():
         raise FileNotFoundError(f"there is no file {source}")
     adapters = named_paths(options.adapter)
-    llm = load(options.model, adapters=adapters, **vars(options.running))
+    llm = LLM.load(options.model, adapters=adapters, **vars(options.running))
     items = batch.read_items(llm, source, options.sampling, options.template)
     made_from = {
         "model": str(options.model.resolve()) if options.model.exists() else str(options.model),
@@ -139,14 +139,10 @@ def _with_bar(outcomes: Iterator["Outcome"], total: int) -> tuple["Totals", floa
     from llamita.inference import batch
 
     totals, started = batch.Totals(), time.perf_counter()
-    ending = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), *ending)
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=total, speed="")
-        for item, outcome in outcomes:
+    with ProgressBar("generating", total, unit="tokens") as bar:
+        for number, (item, outcome) in enumerate(outcomes, start=1):
             batch.count(totals, item, outcome)
-            speed = totals.generated_tokens / (time.perf_counter() - started)
-            progress.update(task, advance=1, speed=f"{speed:,.0f} tokens/s")
+            bar.update(number, totals.generated_tokens)
     return totals, time.perf_counter() - started
 
 

@@ -19,10 +19,18 @@ def run(config: PrepareConfig) -> None:
     from rich.table import Table
 
     from llamita.data.prepare import prepare
+    from llamita.progress import ProgressBar
 
-    errors = Console(stderr=True)
-    with errors.status("reading ...") as status:
-        manifest = prepare(config, on_progress=lambda progress: status.update(describe(progress)))
+    with ProgressBar("reading", unit="MB") as bar:
+        known: int | None = None
+
+        def show(progress: Progress) -> None:
+            nonlocal known
+            if progress.total_bytes != known:
+                bar.begin("reading", known := progress.total_bytes)
+            bar.update(progress.bytes, progress.bytes / 1e6, describe(progress))
+
+        manifest = prepare(config, on_progress=show)
     table = Table("split", box=None, pad_edge=False)
     for name in ("documents", "tokens", "characters", "characters per token"):
         table.add_column(name, justify="right")
@@ -37,7 +45,5 @@ def run(config: PrepareConfig) -> None:
 
 
 def describe(progress: Progress) -> str:
-    """One line: how much is done and how fast."""
-    rate = progress.bytes / 1e6 / max(progress.seconds, 1e-9)
-    share = f"{min(1.0, progress.bytes / progress.total_bytes):.0%}, " if progress.total_bytes else ""
-    return f"{share}{progress.documents:,} documents, {progress.tokens:,} tokens, {rate:.1f} MB/s"
+    """Returns how much has been read and encoded, in words."""
+    return f"{progress.documents:,} documents, {progress.tokens:,} tokens"

@@ -19,25 +19,26 @@ def train(config: TokenizerTrainingConfig) -> None:
       llamita tokenizer train a.txt b.txt --vocab-size 8000 --kind sentencepiece --reserved-tokens 8
     """
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.table import Table
 
+    from llamita.progress import ProgressBar
     from llamita.text.bpe import special_tokens, train_tokenizer
 
     began = time.perf_counter()
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    errors = Console(stderr=True)
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        task = progress.add_task("reading text", total=None)
+    with ProgressBar("reading text", unit="MB") as bar:
+        known = 0
 
         def show(done: int, total: int) -> None:
+            nonlocal known
+            if total != known:
+                bar.begin("reading text", known := total)
             if done < total:
-                progress.update(task, completed=done, total=total)
+                bar.update(done, done / 1e6)
             else:  # the libraries do not say how far the merging has come
-                progress.update(task, description="merging pairs", total=None)
+                bar.begin("merging pairs")
 
         tokenizer = train_tokenizer(config, show)
-        progress.update(task, description="measuring", total=None)
+        bar.begin("measuring")
         tokens, size, whole = _measure(config.output, config.files)
     special = len(special_tokens(config.reserved_tokens))
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llamita.backend.interface import Backend
     from llamita.training.config import TrainingConfig
-    from llamita.training.interfaces import TrainingResult
+    from llamita.training.trainer import TrainingResult
 
 INTERRUPTED = 130  # the exit status of shells for Ctrl-C
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from llamita.data.packing import Row, RowsConfig
+if TYPE_CHECKING:  # packing.py makes batches of its rows
+    from llamita.data.packing import Row, RowsConfig
 
 NOT_SCORED = -100
 """The label of a position whose prediction is not scored (what PyTorch calls ignore_index)."""
@@ -51,13 +52,14 @@ class Batch:
         )
 
 
-class RowSource(Protocol):
-    """Rows by number, all of one length: `packing.Rows`, or `examples.ConversationRows`."""
+class BatchSource(Protocol):
+    """Rows by number, and batches of them: `packing.Rows`, `examples.ConversationRows`, labelled texts, pairs."""
 
-    config: RowsConfig
-
+    @property
+    def config(self) -> RowsConfig: ...
     def __len__(self) -> int: ...
-    def row(self, index: int) -> Row: ...
+    def batch(self, row_ids: np.ndarray) -> Batch:
+        """Returns the rows of these numbers, int64 [B], as a batch."""
 
 
 class BatchIterator:
@@ -70,7 +72,7 @@ class BatchIterator:
     """
 
     def __init__(
-        self, rows: RowSource, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, shuffle: bool = True
+        self, rows: BatchSource, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, shuffle: bool = True
     ) -> None:
         if len(rows) == 0:
             raise ValueError("there are no rows to iterate over; prepare a split with at least one document")
@@ -103,8 +105,7 @@ class BatchIterator:
 
     def batch(self, step: int) -> Batch:
         """This rank's part of the batch of any step; the iterator stays where it is."""
-        row_ids = self.row_ids(step)[self.rank :: self.world_size]
-        return collate([self.rows.row(int(i)) for i in row_ids], row_ids)
+        return self.rows.batch(self.row_ids(step)[self.rank :: self.world_size])
 
     def row_ids(self, step: int) -> np.ndarray:
         """The numbers of all rows of a step, over all ranks: int64 [batch_size]."""
@@ -160,37 +161,12 @@ class BatchIterator:
         return self._order
 
 
-def evaluation_batches(rows: RowSource, batch_size: int, limit: int = 0) -> Iterator[Batch]:
+def evaluation_batches(rows: BatchSource, batch_size: int, limit: int = 0) -> Iterator[Batch]:
     """At most `limit` rows (0: all), evenly spaced and in order, each once; the last batch may be smaller."""
     count = min(limit, len(rows)) or len(rows)
-    row_ids = np.arange(count, dtype=np.int64) * len(rows) // count
+    row_ids = np.arange(count, dtype=np.int64) * len(rows) // max(count, 1)
     for start in range(0, count, batch_size):
-        ids = row_ids[start : start + batch_size]
-        yield collate([rows.row(int(i)) for i in ids], ids)
-
-
-def strided_windows(tokens: np.ndarray, sequence_length: int, stride: int) -> Iterator[Row]:
-    """Windows over one sequence of tokens in which every token but the first is scored exactly once.
-
-    The first window scores all its targets; each later one starts `stride` tokens further and scores only its last
-    `stride` targets, so those are predicted from at least sequence_length - stride + 1 tokens of context (a sliding
-    window, as in the perplexity guide of transformers). The last window is moved back to end with the sequence and
-    scores what is left. A sequence shorter than a block is one shorter window; fewer than two tokens give none.
-
-    Validation loss = sum of nats over the scored targets / their number; with stride = sequence_length the windows
-    score the same targets as packed rows do.
-    """
-    if not 1 <= stride <= sequence_length:
-        raise ValueError(f"stride={stride} must be between 1 and sequence_length={sequence_length}")
-    tokens = np.asarray(tokens, dtype=np.int32)
-    next_target = 1
-    while next_target < len(tokens):
-        end = sequence_length + 1 if next_target == 1 else next_target + stride
-        end = min(end, len(tokens))
-        start = max(0, end - sequence_length - 1)
-        label_mask = np.arange(start, end) >= next_target
-        yield Row(tokens[start:end], label_mask, None)
-        next_target = end
+        yield rows.batch(row_ids[start : start + batch_size])
 
 
 def collate(rows: Sequence[Row], row_ids: np.ndarray) -> Batch:

@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from llamita.data.batches import Batch, collate
 from llamita.data.conversations import Conversation
 from llamita.data.packing import Row, RowsConfig
 from llamita.text.chat import Chat
@@ -134,6 +135,10 @@ class ConversationRows:
     def members(self, index: int) -> Sequence[int]:
         """The numbers of the conversations in a row, as they lie there."""
         return self._members[index]
+
+    def batch(self, row_ids: np.ndarray) -> Batch:
+        """Returns some rows as a batch."""
+        return collate([self.row(int(i)) for i in row_ids], row_ids)
 
     def row(self, index: int) -> Row:
         """Row `index`, 0 <= index < len(rows)."""

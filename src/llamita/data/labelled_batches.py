@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 
-from llamita.data.batches import NOT_SCORED, Batch, BatchIterator
-from llamita.data.packing import Rows, RowsConfig
+from llamita.data.batches import NOT_SCORED, Batch
+from llamita.data.packing import RowsConfig
 from llamita.text.tokenizer import Tokenizer
 
 Keep = Literal["end", "start"]
@@ -81,17 +81,6 @@ class LabelledRows:
             tokens_BT[b, : len(ids)] = ids
             labels_BT[b, len(ids) - 1] = self.labels[i]
         return Batch(tokens_BT, labels_BT, None, np.asarray(row_ids, dtype=np.int64))
-
-
-class LabelledBatches(BatchIterator):
-    """The order of a `BatchIterator` over labelled rows."""
-
-    def __init__(self, rows: LabelledRows, batch_size: int, seed: int) -> None:
-        super().__init__(cast(Rows, rows), batch_size, seed)  # of rows it reads their number and their config
-        self.labelled = rows
-
-    def batch(self, step: int) -> Batch:
-        return self.labelled.batch(self.row_ids(step)[self.rank :: self.world_size])
 
 
 def labelled_evaluation(rows: LabelledRows, batch_size: int, limit: int = 0) -> Iterator[Batch]:

@@ -12,6 +12,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from llamita.data.batches import Batch, collate
+
 
 class TokenDocuments(Protocol):
     """Documents of token ids laid end to end: what Rows reads. TokenShards is one; InMemoryDocuments is another."""
@@ -116,6 +118,10 @@ class Rows:
     def __len__(self) -> int:
         return self._length
 
+    def batch(self, row_ids: np.ndarray) -> Batch:
+        """Returns some rows as a batch."""
+        return collate([self.row(int(i)) for i in row_ids], row_ids)
+
     def row(self, index: int) -> Row:
         """Row `index`, 0 <= index < len(rows)."""
         start, length = self.span(index)
@@ -187,3 +193,27 @@ class InMemoryDocuments:
 
     def window(self, start: int, length: int) -> np.ndarray:
         return self.tokens[start : start + length]
+
+
+def strided_windows(tokens: np.ndarray, sequence_length: int, stride: int) -> Iterator[Row]:
+    """Windows over one sequence of tokens in which every token but the first is scored exactly once.
+
+    The first window scores all its targets; each later one starts `stride` tokens further and scores only its last
+    `stride` targets, so those are predicted from at least sequence_length - stride + 1 tokens of context (a sliding
+    window, as in the perplexity guide of transformers). The last window is moved back to end with the sequence and
+    scores what is left. A sequence shorter than a block is one shorter window; fewer than two tokens give none.
+
+    Validation loss = sum of nats over the scored targets / their number; with stride = sequence_length the windows
+    score the same targets as packed rows do.
+    """
+    if not 1 <= stride <= sequence_length:
+        raise ValueError(f"stride={stride} must be between 1 and sequence_length={sequence_length}")
+    tokens = np.asarray(tokens, dtype=np.int32)
+    next_target = 1
+    while next_target < len(tokens):
+        end = sequence_length + 1 if next_target == 1 else next_target + stride
+        end = min(end, len(tokens))
+        start = max(0, end - sequence_length - 1)
+        label_mask = np.arange(start, end) >= next_target
+        yield Row(tokens[start:end], label_mask, None)
+        next_target = end

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from llamita.data import meadow_tasks
-from llamita.data.batches import Batch, BatchIterator, collate
+from llamita.data.batches import Batch, collate
 from llamita.data.conversations import ConversationSource, records, split_by
 from llamita.data.packing import Row, RowsConfig
 from llamita.text.chat import Chat
@@ -234,25 +234,6 @@ class PairRows:
         label_mask = np.pad(scored, (0, room))
         label_mask[0] = False
         return Row(np.pad(tokens, (0, room), constant_values=self._pad_id), label_mask, None)
-
-
-class PairBatches(BatchIterator):
-    """`BatchIterator` over pairs."""
-
-    def __init__(self, rows: PairRows, batch_size: int, seed: int) -> None:
-        super().__init__(rows, batch_size, seed)
-        self.pair_rows = rows
-
-    def batch(self, step: int) -> Batch:
-        return self.pair_rows.batch(self.row_ids(step)[self.rank :: self.world_size])
-
-
-def pair_batches(rows: PairRows, batch_size: int, limit: int = 0) -> Iterator[Batch]:
-    """At most `limit` pairs (0: all), evenly spaced and in order, each once; the last batch may be smaller."""
-    count = min(limit, len(rows)) or len(rows)
-    row_ids = np.arange(count, dtype=np.int64) * len(rows) // max(count, 1)
-    for start in range(0, count, batch_size):
-        yield rows.batch(row_ids[start : start + batch_size])
 
 
 def split(pairs: Iterable[Preference], share: float, seed: int) -> tuple[list[Preference], list[Preference]]:

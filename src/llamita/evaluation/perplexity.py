@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llamita.backend.interface import Forward
-from llamita.data.batches import strided_windows
+from llamita.data.packing import strided_windows
 
 MAX_LOGITS = 2**25  # numbers in the logits of a batch: 128 MB in float32
 

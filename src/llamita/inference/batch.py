@@ -7,7 +7,6 @@ from, so that another input or other options are not mixed into it. Knows nothin
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import json
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llamita.backend.sampling_params import SamplingParams
-from llamita.inference import many
 from llamita.inference.conversation import with_end_of_turn
 from llamita.inference.llm import LLM
 from llamita.inference.request import Generation, Request
@@ -26,7 +24,8 @@ from llamita.storage import files
 from llamita.text.chat import Chat
 
 PROMPTS = ("prompt", "prompt_tokens", "messages")
-FIELDS = {each.name: each for each in dataclasses.fields(SamplingParams)}
+OWN = ("id", "adapter", "model", *PROMPTS)
+"""What a line may hold besides sampling parameters."""
 SHOWN_FAULTS = 10
 
 
@@ -102,7 +101,7 @@ def run_batch(llm: LLM, items: list[Item], output: Path, made_from: Mapping[str,
 
     def finish() -> Iterator[Outcome]:
         with stack:
-            for place, outcome in many.outcomes_as_finished(llm.shared, (item.request for item in left)):
+            for place, outcome in llm.service.follow_many(item.request for item in left):
                 item = left[place]
                 line = json.dumps(_record(item, outcome), ensure_ascii=False) + "\n"
                 file.write(line.encode())
@@ -145,13 +144,9 @@ def _parse(
     kinds = [name for name in PROMPTS if name in given]
     if len(kinds) != 1:
         raise ValueError(f"expected one of prompt, prompt_tokens and messages, got {', '.join(kinds) or 'none'}")
-    unknown = given.keys() - FIELDS.keys() - {"id", "adapter", "model", *PROMPTS}
-    if unknown:
-        raise ValueError(f"there is no field {min(unknown)!r}")
     if "id" in given and (isinstance(given["id"], bool) or not isinstance(given["id"], str | int)):
         raise ValueError(f"the id {given['id']!r} must be a text or a whole number")
-    chosen = {name: _value(name, value) for name, value in given.items() if name in FIELDS and value is not None}
-    params = dataclasses.replace(defaults, **chosen)
+    params = SamplingParams.from_json({name: value for name, value in given.items() if name not in OWN}, defaults)
     value = given[kinds[0]]
     if kinds[0] == "messages":
         assert chat is not None
@@ -178,17 +173,6 @@ def _adapter(given: dict[str, Any]) -> str | None:
     if "adapter" in given and after_colon is not None and after_colon != given["adapter"]:
         raise ValueError(f"adapter={given['adapter']!r} and model={given['model']!r} name two adapters")
     return given.get("adapter") or after_colon
-
-
-def _value(name: str, value: Any) -> Any:
-    """A value of JSON in the type that `SamplingParams` has for it."""
-    if name in ("stop", "choices", "stop_token_ids"):
-        return tuple(value) if isinstance(value, list) else (value,)
-    if name == "logit_bias" and isinstance(value, dict):
-        return {int(token_id): bias for token_id, bias in value.items()}
-    if name == "json_schema" and isinstance(value, dict):
-        return json.dumps(value)
-    return value
 
 
 # --- the output ------------------------------------------------------------------------------------------------------

@@ -274,10 +274,9 @@ class BlockManager:
     ) -> None:
         """Take note that positions before `computed` are filled: full blocks become findable, unseen ones free."""
         if self._caching:
-            root = self.prefixes.root(adapter)
             while (len(prefixes) + 1) * self.block_size <= computed:
                 start = len(prefixes) * self.block_size
-                parent = prefixes[-1] if prefixes else root
+                parent = prefixes[-1] if prefixes else self.prefixes.root(adapter)
                 prefix = self.prefixes.extend(parent, tokens[start : start + self.block_size])
                 for pool, table in zip(self.pools, tables, strict=True):
                     if len(prefixes) >= table.released:

@@ -63,7 +63,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return bool(self.scheduler.running or self.scheduler.waiting)
 
     def check(self, request: Request) -> None:
         """Raise ValueError where this model cannot serve the request."""
@@ -137,13 +137,19 @@ class Engine:
         started = time.perf_counter()
         scheduled = self.scheduler.next()
         events = [sequence.end("length") for sequence in self.scheduler.take_out_of_memory()]
-        scheduled, allowed, failed = self._masks(scheduled)
-        events += failed
+        allowed: Mapping[int, np.ndarray] = {}
+        if any(part.sequence.matcher is not None for part in scheduled):
+            scheduled, allowed, failed = self._masks(scheduled)
+            events += failed
         if not scheduled:
             return events
         try:
             copies = self.manager.copies()
-            chunks = self._chunks(scheduled, copies, allowed)
+            drafts = self._drafts(scheduled, copies) if self._drafter is not None else {}
+            chunks = [
+                part.sequence.chunk(part.count, drafts.get(part.sequence.id, ()), allowed.get(part.sequence.id))
+                for part in scheduled
+            ]
             result = self._runner.run(Plan(tuple(chunks), copies), self._memory)
         except Exception as error:
             return events + [event for one in scheduled for event in self._fail(one.sequence, error)]
@@ -172,26 +178,20 @@ class Engine:
         allowed = {sequence.id: mask for sequence, mask in zip(constrained, masks, strict=True)}
         return [one for one in scheduled if one.sequence.id not in broken], allowed, failed
 
-    def _chunks(
-        self, scheduled: abc.Sequence[Scheduled], copies: abc.Sequence[BlockCopy], allowed: Mapping[int, np.ndarray]
-    ) -> list[ScheduledChunk]:
-        """What the runner is to run: known tokens, guesses, and what may come after them."""
-        drafts: dict[int, list[int]] = {}
-        if self._drafter is not None:
-            wanted = [(one.sequence, one.drafts) for one in scheduled if one.drafts]
-            try:
-                reading = [one.sequence.chunk(one.count) for one in scheduled if not one.is_decoding]
-                self._drafter.prepare(copies, reading)
-                proposed = self._drafter.propose(wanted) if wanted else []
-                drafts = {sequence.id: tokens for (sequence, _), tokens in zip(wanted, proposed, strict=True)}
-            except Exception as error:  # guesses are for speed alone
-                self._drafter = None
-                self.scheduler.draft_tokens = 0
-                warnings.warn(f"guessing ahead failed and is switched off: {_line(error)}", stacklevel=2)
-        return [
-            one.sequence.chunk(one.count, drafts.get(one.sequence.id, ()), allowed.get(one.sequence.id))
-            for one in scheduled
-        ]
+    def _drafts(self, scheduled: abc.Sequence[Scheduled], copies: abc.Sequence[BlockCopy]) -> dict[int, list[int]]:
+        """Returns what is guessed to follow each sequence that has room for it, by the sequence's id."""
+        assert self._drafter is not None
+        wanted = [(part.sequence, part.drafts) for part in scheduled if part.drafts]
+        try:
+            reading = [part.sequence.chunk(part.count) for part in scheduled if not part.is_decoding]
+            self._drafter.prepare(copies, reading)
+            proposed = self._drafter.propose(wanted) if wanted else []
+            return {sequence.id: tokens for (sequence, _), tokens in zip(wanted, proposed, strict=True)}
+        except Exception as error:  # guesses are for speed alone
+            self._drafter = None
+            self.scheduler.draft_tokens = 0
+            warnings.warn(f"guessing ahead failed and is switched off: {_line(error)}", stacklevel=3)
+            return {}
 
     def _take(
         self,

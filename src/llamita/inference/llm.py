@@ -1,12 +1,9 @@
 """A language model from Python: text or token ids in, text out, whole or as it comes.
 
-The face of the engine for programs and for the command line. The backend is passed in, so this module loads none:
+    import llamita
 
-    from llamita.inference.llm import LLM
-    from llamita.backend.torch.infer.runner import load_runner
-
-    llm = LLM.load("runs/stories", load_runner)
-    print(llm.generate("Once upon a time").text)
+    model = llamita.load("runs/stories")
+    print(model.generate("Once upon a time").text)
 
 Every form of it (one prompt or many, whole or streamed, waiting or asynchronous, from one thread or several) goes
 through the same engine, which serves them together.
@@ -15,24 +12,23 @@ through the same engine, which serves them together.
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
-from typing import cast, overload
+from typing import Literal, cast, overload
 
-from llamita.backend.interface import Runner
+from llamita.backend.choice import load_backend
+from llamita.backend.interface import Backend, BackendName, Runner
 from llamita.backend.sampling_params import SamplingParams
-from llamita.inference import async_llm, many
 from llamita.inference.config import EngineConfig
-from llamita.inference.drafting import Drafter
+from llamita.inference.drafting import Drafter, DraftModel, PromptLookup
 from llamita.inference.engine import Engine
 from llamita.inference.request import Generation, Request, TokenEvent
-from llamita.inference.shared_engine import SharedEngine
+from llamita.inference.service import Service
 from llamita.model.config import ModelConfig
+from llamita.progress import ProgressBar
 from llamita.storage import files, model_directory, peft_directory
 from llamita.text.tokenizer import Tokenizer
-
-__all__ = ["LLM", "Generation", "Prompt"]
-
 
 Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -40,49 +36,72 @@ Adapters = str | Sequence[str | None] | None
 
 
 class LLM:
-    """A runner, its tokenizer (None for a model that comes without: ids in, ids out), and an engine over both."""
+    """A runner, its tokenizer (None for a model that comes without: ids in, ids out), and an engine over both.
+
+    `load` opens one; the constructor is for a runner that is there already, such as that of a model under training.
+    """
 
     def __init__(
         self,
         runner: Runner,
         tokenizer: Tokenizer | None = None,
         eos_token_ids: Collection[int] | None = None,
-        config: EngineConfig | None = None,
+        engine: EngineConfig | None = None,
         drafter: Drafter | None = None,
         adapters: Collection[str] = (),
     ) -> None:
         self.runner = runner
         self.tokenizer = tokenizer
-        self.engine = Engine(runner, tokenizer, eos_token_ids, config, drafter, adapters)
-        self.shared = SharedEngine(self.engine)
+        self.engine = Engine(runner, tokenizer, eos_token_ids, engine, drafter, adapters)
+        self.service = Service(self.engine)
         self._ids = itertools.count()
 
     @classmethod
     def load(
         cls,
-        model: Path | str,
-        load_runner: Callable[..., Runner],
-        config: EngineConfig | None = None,
-        drafter: Drafter | None = None,
+        path: Path | str,
+        *,
+        backend: BackendName | Backend = "auto",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        device: str = "auto",
+        threads: int = 0,
+        exact: bool = False,
+        engine: EngineConfig | None = None,
+        draft: Path | str = "",
         adapters: Mapping[str, Path | str] | None = None,
     ) -> "LLM":
-        """Load a model directory, or the best checkpoint of a run directory, with the backend that `load_runner` is.
+        """Loads a language model: a Hugging Face model directory, a training run, or a name on the hub (`owner/name`).
 
-        `adapters` are served over it, each to the requests that name it.
+        `backend` is "torch", "mlx", "auto" for MLX on Apple silicon where it is installed, else PyTorch; or one that
+        was loaded. `dtype` is that of weights and cache, "auto" that of the file. `device` is "cpu", "cuda" (PyTorch),
+        "gpu" (MLX), or "auto" for a GPU where there is one. PyTorch alone has `threads` (0 leaves its choice) and
+        `exact`: logits that are the same bits alone and in any batch (float32 on the CPU, slower). `engine` says how
+        much runs at once. `draft` has tokens guessed ahead, which changes the speed and no token: "lookup" looks for
+        the last few tokens earlier in the text; else it is the directory of a smaller model of the same vocabulary.
+        `adapters` (a name: its directory) are served over the model in one batch with it, each to the requests that
+        name it; an adapter's directory may also be the model.
+
+        The result generates (`generate`, `stream`), gives logits and residual streams (`runner.forward`), and is saved
+        by `save`. FileNotFoundError or ValueError, in one line, where the model is missing, broken, or of a kind that
+        Llamita does not have; ModuleNotFoundError where the framework is not installed.
         """
-        directory = model_directory.resolve_model_directory(model)
-        runner = load_runner(directory, adapters=adapters) if adapters else load_runner(directory)
-        place = peft_directory.place_of(directory, *peft_directory.VOCABULARY)
-        tokenizer = (
-            Tokenizer.load(place) if any((place / name).is_file() for name in peft_directory.VOCABULARY) else None
-        )
+        if isinstance(backend, str):
+            backend = load_backend(backend, device=device, threads=threads, exact=exact)
+        drafter: Drafter | None = PromptLookup() if draft == "lookup" else None
+        if draft and drafter is None:
+            drafter = DraftModel(backend.load_runner(draft, dtype, device, threads))
+        directory = model_directory.resolve_model_directory(path)
+        places = {name: Path(place) for name, place in (adapters or {}).items()}
+        runner = backend.load_runner(directory, dtype, device, threads, exact, places)
+        vocabulary = peft_directory.place_of(directory, *peft_directory.VOCABULARY)
+        has_tokenizer = any((vocabulary / name).is_file() for name in peft_directory.VOCABULARY)
+        tokenizer = Tokenizer.load(vocabulary) if has_tokenizer else None
         if tokenizer is not None and tokenizer.vocab_size > runner.config.vocab_size:
             raise ValueError(
                 f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens and the model embeddings for "
                 f"{runner.config.vocab_size}; one of them is another model's"
             )
-        ends = _end_tokens(directory, runner.config)
-        return cls(runner, tokenizer, ends, config, drafter, tuple(adapters or ()))
+        return cls(runner, tokenizer, _end_tokens(directory, runner.config), engine, drafter, tuple(places))
 
     @property
     def config(self) -> ModelConfig:
@@ -141,13 +160,19 @@ class LLM:
         served raises ValueError before any is begun; one that fails under way RuntimeError, which ends the others.
         """
         requests = self._requests(prompts, params, adapter)
-        if many.is_one(prompts):
-            return next(many.as_finished(self.shared, requests))[1]
-        found: list[Generation | None] = [None] * len(requests)
-        finished = many.as_finished(self.shared, requests)
-        for index, generation in many.with_bar(finished, len(requests)) if progress else finished:
-            found[index] = generation
-        return [generation for generation in found if generation is not None]
+        found: dict[int, Generation] = {}
+        with contextlib.ExitStack() as stack:
+            outcomes = stack.enter_context(contextlib.closing(self.service.follow_many(requests)))
+            bar = stack.enter_context(ProgressBar("generating", len(requests), "tokens")) if progress else None
+            tokens = 0
+            for place, outcome in outcomes:
+                if isinstance(outcome, Exception):
+                    raise outcome
+                found[place] = outcome
+                if bar is not None:
+                    tokens += sum(len(each.token_ids) for each in outcome.continuations)
+                    bar.update(len(found), tokens)
+        return found[0] if _is_one(prompts) else [found[place] for place in range(len(requests))]
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
@@ -171,8 +196,7 @@ class LLM:
         fails under way ends with an event whose finish reason is "error". `background` has a worker thread do the
         steps, so that Ctrl-C ends the waiting at once and never a step in its midst.
         """
-        [request] = self._requests([prompt], params, adapter)
-        return (many.follow_in_background if background else many.follow)(self.shared, request)
+        return self.service.follow(self.request(prompt, params, adapter), background)
 
     @overload
     async def generate_async(  # type: ignore[overload-overlap]
@@ -191,8 +215,8 @@ class LLM:
     ) -> Generation | list[Generation]:
         """`generate` for asyncio: what many tasks ask for at once is served together."""
         requests = await asyncio.to_thread(self._requests, prompts, params, adapter)
-        found = await async_llm.gather(self.shared, requests)
-        return found[0] if many.is_one(prompts) else found
+        found = await self.service.gather_async(requests)
+        return found[0] if _is_one(prompts) else found
 
     async def stream_async(
         self,
@@ -206,14 +230,14 @@ class LLM:
 
         A reader that is more than `buffer` events behind is given up with RuntimeError, so that it cannot fill memory.
         """
-        [request] = await asyncio.to_thread(self._requests, [prompt], params, adapter)
-        async with contextlib.aclosing(async_llm.follow(self.shared, request, buffer)) as events:
+        request = await asyncio.to_thread(self.request, prompt, params, adapter)
+        async with contextlib.aclosing(self.service.follow_async(request, buffer)) as events:
             async for event in events:
                 yield event
 
     def close(self) -> None:
         """End what is open, and the thread that serves asyncio. A model that is let go of needs no closing."""
-        self.shared.close()
+        self.service.close()
 
     def request(self, prompt: Prompt, params: SamplingParams | None = None, adapter: str | None = None) -> Request:
         """A request of the engine for a prompt, checked: ValueError where this model cannot serve it."""
@@ -223,7 +247,7 @@ class LLM:
 
     def _requests(self, prompts: Prompt | Sequence[Prompt], params: Params, adapter: Adapters = None) -> list[Request]:
         """The requests of one prompt or of many, all checked before any is begun."""
-        listed = cast(list[Prompt], [prompts] if many.is_one(prompts) else list(prompts))
+        listed = cast(list[Prompt], [prompts] if _is_one(prompts) else list(prompts))
         each = [params] * len(listed) if params is None or isinstance(params, SamplingParams) else list(params)
         names = [adapter] * len(listed) if adapter is None or isinstance(adapter, str) else list(adapter)
         for what, given in (("sampling parameters", len(each)), ("adapters", len(names))):
@@ -238,6 +262,11 @@ class LLM:
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}") from None
         return requests
+
+
+def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Whether this is one prompt (a text, or token ids) rather than a sequence of them; an empty one is of none."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
 
 
 def _end_tokens(directory: Path, config: ModelConfig) -> tuple[int, ...]:

@@ -124,17 +124,17 @@ class Collector:
         self._events: list[list[TokenEvent]] = [[] for _ in range(n)]
         self._open = n
 
-    def feed(self, events: Iterable[TokenEvent]) -> bool:
-        """Take in events; True once every continuation has ended. RuntimeError where one failed."""
-        for event in events:
-            if event.finish_reason == "error":
-                raise RuntimeError(event.error)
-            self._events[event.index].append(event)
-            self._open -= event.finish_reason is not None
-        return self._open == 0
-
-    def generation(self) -> Generation:
-        """What was written, once all of it is there."""
+    def feed(self, outcomes: Iterable[TokenEvent | Exception]) -> Generation | Exception | None:
+        """Takes in events; returns the generation once every continuation has ended, or why one failed; else None."""
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                return outcome
+            if outcome.finish_reason == "error":
+                return RuntimeError(outcome.error)
+            self._events[outcome.index].append(outcome)
+            self._open -= outcome.finish_reason is not None
+        if self._open:
+            return None
         scored = next((event.prompt_logprobs for row in self._events for event in row if event.prompt_logprobs), ())
         first, *others = (_generation(events, scored) for events in self._events)
         return replace(first, others=tuple(others))

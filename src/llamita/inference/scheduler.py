@@ -38,10 +38,6 @@ class Scheduler:
         self._out_of_memory: list[Sequence] = []
         self.preemptions = 0
 
-    @property
-    def has_work(self) -> bool:
-        return bool(self.running or self.waiting)
-
     def add(self, sequence: Sequence) -> None:
         bisect.insort(self.waiting, sequence, key=_order)
 

@@ -29,7 +29,7 @@ class LoraSettings:
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    """On what goes into the adapter, while training; the projections that one matrix packs share its draw."""
+    """On what goes into the adapter, while training; the projections that are fused in one matrix share its draw."""
     targets: tuple[str, ...] = (ALL,)
     """Names of linear maps (q_proj, ..., lm_head), or `all` for those of the blocks."""
     rank_stabilized: bool = False

@@ -63,8 +63,8 @@ BLOCK_NORMS: Mapping[NormPlacement, BlockNorms] = {
         *("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
     ),
 }
-# Which linear maps lie in one matrix inside a model, one below the other, since one large product is faster than three.
-PACKING = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
+# The linear maps that lie in one matrix inside a model, one below the other: one large product is faster than three.
+FUSED_PARTS = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def parameter_table(config: ModelConfig, initialization: InitializationName = "fan-in") -> tuple[Parameter, ...]:
@@ -178,10 +178,10 @@ def stored_arrays(config: ModelConfig) -> tuple[StoredArray, ...]:
 
 def canonical_names(name: str) -> tuple[str, ...]:
     """The parameters of a checkpoint that a parameter of a backend's model holds."""
-    for packed, parts in PACKING.items():
-        if f".{packed}." in name:
-            module = packed.rpartition(".")[0]
-            return tuple(name.replace(packed, f"{module}.{part}") for part in parts)
+    for fused, parts in FUSED_PARTS.items():
+        if f".{fused}." in name:
+            module = fused.rpartition(".")[0]
+            return tuple(name.replace(fused, f"{module}.{part}") for part in parts)
     return (name,)
 
 

@@ -1,4 +1,4 @@
-"""What a training run takes: the options that every kind of training shares. Knows nothing of models or data."""
+"""The options that every kind of training shares. Knows nothing of models or data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -28,13 +28,13 @@ class TrainingConfig:
     learning_rate: float = 1e-3
     """The highest learning rate, reached after the warm-up."""
     schedule: ScheduleName = "cosine"
-    """What follows the warm-up: a cosine to the minimum, a constant, or a constant with a linear decay at the end."""
+    """After the warm-up: a cosine to the minimum, a constant, or a constant with a linear decay at the end."""
     warmup_steps: int | None = None
     """Updates over which the learning rate rises. Left out: a tenth of the steps, at most 200."""
     decay_steps: int | None = None
     """Updates of the final decay of warmup-stable-decay. Left out: a fifth of the steps."""
     minimum_learning_rate: float | None = None
-    """Where the schedule ends. Left out: a tenth of the learning rate."""
+    """The rate at which the schedule ends. Left out: a tenth of the learning rate."""
     weight_decay: float = 0.1
     """Decoupled weight decay, multiplied by the learning rate; not on norms and biases."""
     beta1: float = 0.9

@@ -1,4 +1,4 @@
-"""What a person sees while a model trains: a live table on a terminal, a plain line now and then elsewhere.
+"""The display of a run for a person: a live table on a terminal, a plain line now and then elsewhere.
 
 Shows the records of metrics.jsonl as they are made; knows nothing of models or files.
 """
@@ -21,7 +21,7 @@ PLAIN_SECONDS = 10.0
 
 
 OWN = ("kind", "step", "loss", "smoothed", "learning_rate", "grad_norm", "targets")
-"""What every train record holds besides the times; the rest is what its objective measures."""
+"""Keys of every train record besides the times; its objective adds its metrics."""
 
 
 class Display(Protocol):
@@ -101,7 +101,7 @@ class LiveDisplay:
 
 
 class _Clock:
-    """How long the rest will take, from the updates of this process."""
+    """Estimates the time that is left, from the updates of this process."""
 
     def __init__(self, steps: int, start: int) -> None:
         self.steps = steps

@@ -2,11 +2,33 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llamita.backend.interface import TrainStep
 from llamita.data.batches import NOT_SCORED
-from llamita.training.interfaces import Examples
+from llamita.training.examples import Examples
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A pass over the validation rows after `step` updates: nats per target, and per character where that is known.
+
+    `perplexity` is None where a target is no token. `measures` are means over the targets.
+    """
+
+    step: int
+    loss: float
+    perplexity: float | None
+    nats_per_character: float | None
+    bits_per_byte: float | None
+    targets: int
+    best: bool
+    target: str = "token"
+    measures: Mapping[str, float] = field(default_factory=dict)
+
+
+OnEvaluation = Callable[[Evaluation], str | None]
+"""Called after each evaluation; the text it returns (samples, scores) is shown and added to RUN/samples.txt."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 GIT_SECONDS = 5.0  # a repository on a slow disk is no reason to wait before a run
 
 RUNNING, FINISHED, INTERRUPTED, FAILED, KILLED = "running", "finished", "interrupted", "failed", "killed"
-"""How a session ended, or goes on. `killed` is never written: it is a session that says `running` and is not."""
+"""The states of a session. `killed` is never written: it is a session that says `running` and is not."""
 
 
 def session() -> dict[str, Any]:
@@ -43,7 +43,7 @@ def session() -> dict[str, Any]:
 
 
 def ended(state: str, error: BaseException | None = None) -> dict[str, Any]:
-    """What is added to a session's entry at its end, what failed in one line."""
+    """Returns what a session's entry gets at its end: the time, the state, what failed in one line."""
     content: dict[str, Any] = {"state": state, "ended": round(time.time(), 3)}
     if state == FAILED and error is not None:
         known = isinstance(error, ValueError | OSError)  # the message alone says what to do
@@ -113,7 +113,7 @@ def _git(directory: Path, *arguments: str) -> str | None:
 
 
 def _output(command: Sequence[str]) -> str | None:
-    """What a command prints; None where there is no such command, or it fails or takes too long."""
+    """Returns what a command prints; None where there is no such command, or it fails or takes too long."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError, ValueError):

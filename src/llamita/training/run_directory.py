@@ -11,9 +11,11 @@ passed over. Knows nothing of frameworks or of how a run goes on.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -22,11 +24,13 @@ from typing import Any, Protocol
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.storage import files, model_directory
-from llamita.training import record, run_lock
+from llamita.training import record
 
 FORMAT = 1
 MANIFEST, STATE = "run.json", "train_state.json"
 LAST, BEST = "last", "best"
+LOCK = ".lock"
+PATIENCE = 0.2  # seconds: whoever asks `is_running` holds the lock for a moment
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Checkpoint:
 
 
 class WeightFiles(Protocol):
-    """How the weights of a checkpoint become files in its directory, and how they are found there again."""
+    """Writes the weights of a checkpoint as files into its directory, and reads them there again."""
 
     def save(self, directory: Path, config: ModelConfig, weights: Mapping[str, HostArray]) -> None: ...
     def load(self, directory: Path) -> dict[str, HostArray]: ...
@@ -187,7 +191,7 @@ def open_run(
     if resume:
         compare(read_manifest(path)["identity"], identity)
     path.mkdir(parents=True, exist_ok=True)
-    with run_lock.locked(path):
+    with _locked(path):
         check(path, resume)  # again, now that nobody else can begin one
         manifest = read_manifest(path) if resume else {}  # another process may have gone on with it since
         run = RunDirectory(path, manifest, weight_files)
@@ -286,3 +290,54 @@ def _remove_leftovers(directory: Path) -> None:
 def _hashes(directory: Path) -> dict[str, str]:
     found = sorted(file for file in directory.rglob("*") if file.is_file())
     return {str(file.relative_to(directory)): files.sha256(file) for file in found}
+
+
+# --- the lock --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds RUN/.lock; ValueError, naming the process, where another one does.
+
+    The system locks it, and lets go of it when the process ends, however it ends.
+    """
+    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if not _try_lock(descriptor):
+            holder = os.read(descriptor, 32).decode(errors="replace").strip()
+            raise ValueError(
+                f"{path} is in use by another training run (process {holder or 'unknown'}); "
+                "wait for it to end, or choose another --output"
+            )
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_running(path: Path) -> bool:
+    """Returns whether a process trains in this directory now; asking takes no right to write."""
+    try:
+        descriptor = os.open(path / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back by the close
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(PATIENCE / 10)

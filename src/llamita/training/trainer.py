@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,28 @@ from llamita.text.tokenizer import Tokenizer
 from llamita.training import metrics
 from llamita.training.config import TrainingConfig
 from llamita.training.display import Display, make_display
-from llamita.training.evaluation import evaluate
-from llamita.training.interfaces import Evaluation, Examples, OnEvaluation, TrainingResult
+from llamita.training.evaluation import Evaluation, OnEvaluation, evaluate
+from llamita.training.examples import Examples
 from llamita.training.loggers import Logger, make_loggers
 from llamita.training.record import INTERRUPTED, ended
 from llamita.training.run_directory import BEST, Checkpoint, RunDirectory
 
 PLOT_SECONDS = 30.0  # between two drawings of the loss while training
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """The end of a run: its number of updates, its smoothed loss, and whether Ctrl-C `interrupted` it.
+
+    `checkpoint` is None only where it was interrupted before the first update.
+    """
+
+    step: int
+    loss: float
+    evaluation: Evaluation | None
+    best: Evaluation | None
+    checkpoint: Path | None
+    interrupted: bool
 
 
 class Trainer:
@@ -197,7 +212,7 @@ class Trainer:
             self._plot()
 
     def _rank(self, evaluation: Evaluation) -> tuple[float, ...]:
-        """What makes one checkpoint better than another; the loss decides where a measure is equal."""
+        """Returns what makes one checkpoint better than another; the loss decides where a measure is equal."""
         measured = () if self.best_measure is None else (evaluation.measures[self.best_measure],)
         return (*measured, -evaluation.loss)
 

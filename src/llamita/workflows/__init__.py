@@ -1,1 +1,1 @@
-"""What needs several rooms."""
+"""Whole tasks that need several rooms."""

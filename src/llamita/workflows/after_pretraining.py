@@ -1,4 +1,4 @@
-"""What `llamita quickstart --full` does with the model that it trained: questions, preferences, happy or sad, reports.
+"""The second half of `llamita quickstart --full`: questions, preferences, happy or sad, and a report of each run.
 
 Each part is a run of its own that a user could begin with the verb named beside it; only the choices are made here. The
 backend is passed in.
@@ -18,9 +18,9 @@ from llamita.backend.interface import Backend
 from llamita.data.labelled import Fields, read_labelled
 from llamita.evaluation import classification
 from llamita.training.config import TrainingConfig
-from llamita.training.interfaces import TrainingResult
 from llamita.training.record import FINISHED, command_line
 from llamita.training.run_directory import BEST, MANIFEST
+from llamita.training.trainer import TrainingResult
 from llamita.workflows import report
 from llamita.workflows.classify import Classifier, ClassifyConfig, train_classifier
 from llamita.workflows.dpo import DpoConfig, dpo
@@ -34,7 +34,7 @@ PRETRAINED, ANSWERS, PREFERENCES, LABELS = "run", "answers", "preferences", "hap
 
 @dataclass(frozen=True)
 class Amounts:
-    """How much is learned: updates, and what they are taken from."""
+    """The amounts of updates and of what they are taken from."""
 
     answer_steps: int = 2000
     conversations: int = 16_000

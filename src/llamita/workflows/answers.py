@@ -13,7 +13,7 @@ from llamita.inference.config import EngineConfig
 from llamita.inference.conversation import with_end_of_turn
 from llamita.inference.llm import LLM
 from llamita.text.chat import Chat
-from llamita.training.interfaces import Evaluation
+from llamita.training.evaluation import Evaluation
 
 MORE_TOKENS = 16  # an answer may be so much longer than the right one before it is cut off
 SHOWN = 3
@@ -31,7 +31,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered; `exact` where it said what is right and nothing else, and ended by itself."""
+    """An answer of a model; `exact` where it said what is right and nothing else, and ended by itself."""
 
     question: Question
     text: str
@@ -42,12 +42,12 @@ def questions(chat: Chat, conversations: Sequence[Conversation], count: int, pos
     """At most `count`, evenly spaced, of the conversations that end in a text of the assistant and fit with it into the
     model's positions."""
     found = []
-    for each in conversations:
-        *before, last = each.messages
+    for conversation in conversations:
+        *before, last = conversation.messages
         if not before or last["role"] != "assistant" or not isinstance(last.get("content"), str):
             continue
         right = last["content"].strip()
-        tokens = chat.encode(before, tools=each.tools).tokens
+        tokens = chat.encode(before, tools=conversation.tools).tokens
         room = len(chat.tokenizer.encode(right)) + MORE_TOKENS
         if len(tokens) + room <= positions:
             found.append(Question(str(before[-1].get("content")), tokens, right, room))
@@ -57,20 +57,26 @@ def questions(chat: Chat, conversations: Sequence[Conversation], count: int, pos
 
 def answer(llm: LLM, chat: Chat, asked: Sequence[Question]) -> list[Answer]:
     """The likeliest answer to each question."""
-    params = [with_end_of_turn(SamplingParams(temperature=0, max_tokens=each.max_tokens), chat) for each in asked]
-    given = llm.generate([each.tokens for each in asked], params)
+    params = [
+        with_end_of_turn(SamplingParams(temperature=0, max_tokens=question.max_tokens), chat) for question in asked
+    ]
+    given = llm.generate([question.tokens for question in asked], params)
     return [
-        Answer(question, each.text.strip(), each.text.strip() == question.right and each.finish_reason == "stop")
-        for question, each in zip(asked, given, strict=True)
+        Answer(
+            question,
+            generation.text.strip(),
+            generation.text.strip() == question.right and generation.finish_reason == "stop",
+        )
+        for question, generation in zip(asked, given, strict=True)
     ]
 
 
 def shown(answers: Sequence[Answer]) -> str:
     """A few of them as text, wrong ones first."""
-    first = sorted(answers, key=lambda each: each.exact)[:SHOWN]
+    first = sorted(answers, key=lambda answer: answer.exact)[:SHOWN]
     return "\n\n".join(
-        f"{each.question.said}\n-> {each.text}" + ("" if each.exact else f"\n   right: {each.question.right}")
-        for each in first
+        f"{answer.question.said}\n-> {answer.text}" + ("" if answer.exact else f"\n   right: {answer.question.right}")
+        for answer in first
     )
 
 
@@ -83,7 +89,7 @@ class Examination:
 
     def measure(self) -> dict[str, float]:
         self._answers = self._ask()
-        return {"exact": sum(each.exact for each in self._answers) / len(self._answers)}
+        return {"exact": sum(answer.exact for answer in self._answers) / len(self._answers)}
 
     def shown(self, evaluation: Evaluation) -> str:
         given = self._answers or self._ask()
@@ -92,5 +98,5 @@ class Examination:
 
     def _ask(self) -> list[Answer]:
         return answer(
-            LLM(self._step.runner(), self._chat.tokenizer, config=EngineConfig(warm_up=False)), self._chat, self._asked
+            LLM(self._step.runner(), self._chat.tokenizer, engine=EngineConfig(warm_up=False)), self._chat, self._asked
         )

@@ -16,11 +16,11 @@ import numpy as np
 
 from llamita.backend.interface import Backend, Runner
 from llamita.backend.objectives import Classification
+from llamita.data.batches import BatchIterator
 from llamita.data.labelled import Fields, LabelledTexts, absolute, read_labelled, read_mapping, validation_of
 from llamita.data.labelled_batches import (
     EncodedTexts,
     Keep,
-    LabelledBatches,
     LabelledRows,
     encode_texts,
     labelled_evaluation,
@@ -32,7 +32,8 @@ from llamita.model.parameters import CLASSIFIER, OUTPUT_HEAD, initial_values, pa
 from llamita.model.quantization import SCALE
 from llamita.storage import model_directory, peft_directory
 from llamita.text.tokenizer import Tokenizer
-from llamita.training.interfaces import Examples, TrainingResult
+from llamita.training.examples import Examples
+from llamita.training.trainer import TrainingResult
 from llamita.workflows.finetune import Base, FinetuneConfig, finetune, load_base
 from llamita.workflows.pretrain import resumed
 
@@ -42,7 +43,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyConfig(FinetuneConfig):
-    """What `llamita classify train` takes."""
+    """The options of `llamita classify train`."""
 
     data: tuple[str, ...] = ()
     """Labelled texts to learn from: files (label ||| sentence, .csv, .jsonl), meadow[:COUNT], or
@@ -60,7 +61,7 @@ class ClassifyConfig(FinetuneConfig):
     sequence_length: int = 0
     """Tokens of a text that are read, its context; 0: as many as the model has positions."""
     keep: Keep = "end"
-    """Which side of a longer text is kept."""
+    """The side of a longer text that is kept."""
     head_dropout: float = 0.1
     """On the state that the head reads."""
     class_weights: tuple[str, ...] = ()
@@ -140,7 +141,7 @@ def read_task(config: ClassifyConfig, report: Report) -> Task:
         report(_described(what, texts, encoded, config.keep))
         return LabelledRows(encoded, texts.labels, pad_id, whole)
 
-    batches = LabelledBatches(rows("training", train, config.compile), config.batch_size, config.seed)
+    batches = BatchIterator(rows("training", train, config.compile), config.batch_size, config.seed)
     examples = Examples(batches, target="text")
     if validation is not None:
         held_out = rows("validation", validation, False)

@@ -38,7 +38,7 @@ PROMPTS, PROMPT_TOKENS = 4, 64
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """What `llamita convert` takes besides source and destination."""
+    """The options of `llamita convert` besides source and destination."""
 
     to: Target = "huggingface"
     """huggingface: a model directory; gguf-...: llama.cpp's file, with numbers of that type; llama2c, llama2c-int8: a
@@ -68,7 +68,7 @@ class Tools:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was converted: the kind of the source, and how far the logits of the copy are from its own."""
+    """A conversion: the kind of the source, and the distance of the copy's logits from its own."""
 
     kind: str
     config: ModelConfig
@@ -148,8 +148,8 @@ def compare(model: ForeignModel, other: ForeignModel, tools: Tools) -> float:
     tokens = min(PROMPT_TOKENS, model.config.max_position_embeddings)
     prompts = np.random.default_rng(0).integers(model.config.vocab_size, size=(PROMPTS, tokens))
     logits, others = (
-        tools.backend.runner_over(one.config, one.arrays).forward(prompts)["logits"].astype(np.float64)
-        for one in (model, other)
+        tools.backend.runner_over(form.config, form.arrays).forward(prompts)["logits"].astype(np.float64)
+        for form in (model, other)
     )
     if np.array_equal(logits, others):
         return 0.0

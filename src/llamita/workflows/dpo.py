@@ -13,12 +13,14 @@ from typing import Literal
 from llamita.backend.interface import Backend
 from llamita.backend.objectives import Preference
 from llamita.data import preferences as pairs_data
+from llamita.data.batches import BatchIterator, evaluation_batches
 from llamita.data.conversations import Conversation, ConversationSource
-from llamita.data.preferences import Layout, PairBatches, PairRows, Pairs, encode, pair_batches
+from llamita.data.preferences import Layout, PairRows, Pairs, encode
 from llamita.data.preferences import Preference as Pair
 from llamita.training.display import Display
-from llamita.training.interfaces import Examples, TrainingResult
+from llamita.training.examples import Examples
 from llamita.training.run_directory import RunDirectory
+from llamita.training.trainer import TrainingResult
 from llamita.workflows import answers, reference
 from llamita.workflows.finetune import finetune, load_base, make_step
 from llamita.workflows.layouts import layout_of, source_of
@@ -31,7 +33,7 @@ MEADOW_ANSWERS = 200
 
 @dataclass(frozen=True, kw_only=True)
 class DpoConfig(ValidatedConfig):
-    """What `llamita dpo` takes."""
+    """The options of `llamita dpo`."""
 
     data: tuple[str, ...] = ()
     """Files of JSON lines, each {"prompt": ..., "chosen": ..., "rejected": ...} of texts or messages; or the word
@@ -49,14 +51,14 @@ class DpoConfig(ValidatedConfig):
     form: Literal["dpo", "ipo"] = "dpo"
     """The loss: of a logistic model of preferences, or the square that holds the margin at 1 / (2 beta)."""
     beta: float = 0.1
-    """How strongly the model is held to what it was."""
+    """The strength with which the model is held to what it was."""
     label_smoothing: float = 0.0
     """The share of pairs taken to be labelled the wrong way round; dpo alone."""
     normalize_lengths: bool = False
     """Compare means over the tokens of answers instead of sums, so that length counts for nothing; beta is then to be
     larger."""
     epochs: float = 0.0
-    """How often to go through the pairs, instead of --steps; 0: as --steps says."""
+    """Passes over the pairs, instead of --steps; 0: as --steps says."""
     answers: int | None = None
     """Held-out prompts to answer at each evaluation, greedily; the share that is the chosen answer to the letter is the
     measure `exact`. It needs a chat template. Left out: 200 for meadow, elsewhere none."""
@@ -119,15 +121,15 @@ def dpo(
         backend,
         kind="preference tuning",
         identity={
-            "data": {name: each.pairs.digest() for name, each in rows.items()},
-            "pairs": {name: asdict(each.pairs.counts) for name, each in rows.items()},
+            "data": {name: part.pairs.digest() for name, part in rows.items()},
+            "pairs": {name: asdict(part.pairs.counts) for name, part in rows.items()},
             "objective": asdict(objective),
             "sequence_length": rows["train"].config.sequence_length,
             "answers": len(asked),
         },
         examples=Examples(
-            PairBatches(rows["train"], config.batch_size, config.seed),
-            partial(pair_batches, rows["validation"], size, config.evaluation_rows) if encoded[1] else tuple,
+            BatchIterator(rows["train"], config.batch_size, config.seed),
+            partial(evaluation_batches, rows["validation"], size, config.evaluation_rows) if encoded[1] else tuple,
             target="pair",
         ),
         step=step,
@@ -152,8 +154,8 @@ def make_rows(config: DpoConfig, encoded: list[Pairs], pad_id: int | None) -> di
     """Rows over the pairs to train on and those to validate on, all of one length."""
     if not len(encoded[0]):
         raise ValueError(f"there is nothing to train on: {encoded[0].counts}")
-    length = config.sequence_length or max(each.longest for each in encoded) - 1
-    return {name: PairRows(each, length, pad_id) for name, each in zip(("train", "validation"), encoded, strict=True)}
+    length = config.sequence_length or max(side.longest for side in encoded) - 1
+    return {name: PairRows(side, length, pad_id) for name, side in zip(("train", "validation"), encoded, strict=True)}
 
 
 def questions(config: DpoConfig, layout: Layout, held_out: list[Pair], positions: int) -> list[answers.Question]:
@@ -163,5 +165,5 @@ def questions(config: DpoConfig, layout: Layout, held_out: list[Pair], positions
         if config.answers:
             raise ValueError("--answers needs a chat template, and this model has none; name one with --template")
         return []
-    conversations = [Conversation((*each.prompt, *each.chosen), None, each.where) for each in held_out]
+    conversations = [Conversation((*pair.prompt, *pair.chosen), None, pair.where) for pair in held_out]
     return answers.questions(layout.chat, conversations, count, positions)

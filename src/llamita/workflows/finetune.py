@@ -1,4 +1,4 @@
-"""What every kind of tuning after pre-training shares: a trained model to begin from, and a run of the one trainer.
+"""The part that every kind of tuning shares: a trained model to begin from, and a run of the one trainer.
 
 What is learned (examples, objective) is the caller's. The backend is passed in.
 """
@@ -21,9 +21,10 @@ from llamita.text.tokenizer import Tokenizer
 from llamita.training import run_directory
 from llamita.training.config import TrainingConfig
 from llamita.training.display import Display
-from llamita.training.interfaces import Examples, OnEvaluation, TrainingResult
+from llamita.training.evaluation import OnEvaluation
+from llamita.training.examples import Examples
 from llamita.training.run_directory import RunDirectory, WeightFiles
-from llamita.training.trainer import Trainer
+from llamita.training.trainer import Trainer, TrainingResult
 from llamita.workflows.pretrain import step_options
 
 
@@ -36,7 +37,7 @@ class FinetuneConfig(TrainingConfig):
     dropout: float = 0.0
     """On embeddings, attention weights and the output of each sublayer."""
     tuning: Literal["full", "lora", "head"] = "full"
-    """What is trained: all of the model, a low-rank adapter over it (and a classifier's head), or that head alone."""
+    """Trained is all of the model, a low-rank adapter over it (and a classifier's head), or that head alone."""
     lora_rank: int = 8
     """Rank of the adapter's matrices."""
     lora_alpha: float = 16.0
@@ -54,7 +55,7 @@ class FinetuneConfig(TrainingConfig):
         self.lora()
 
     def lora(self) -> LoraSettings:
-        """What the adapter is trained with."""
+        """Returns the settings of the adapter."""
         return LoraSettings(
             self.lora_rank, self.lora_alpha, self.lora_dropout, tuple(self.lora_targets), self.lora_rank_stabilized
         )
@@ -172,7 +173,7 @@ def make_step(
 
 
 def tuning_options(config: FinetuneConfig) -> dict[str, Any]:
-    """What a backend's `build_train_step` takes of what is to be trained."""
+    """Returns the options of `build_train_step` that say what is to be trained."""
     if config.tuning == "lora":
         return {"adapter": config.lora()}
     return {"trainable": CLASSIFIER.__eq__} if config.tuning == "head" else {}
@@ -199,17 +200,17 @@ OF_THE_ADAPTED = (
     *("num_labels", "label_names", "tie_word_embeddings", "dropout"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 )
-"""What may differ between a model and its base without another set of weights below the head."""
+"""Fields that may differ between a model and its base without another set of weights below the head."""
 
 
 def _tuning_identity(config: FinetuneConfig) -> dict[str, Any]:
-    """What of it decides a run's result."""
+    """Returns what of the tuning decides a run's result."""
     settings = asdict(config.lora()) if config.tuning == "lora" else {}
     return {} if config.tuning == "full" else {"tuning": {"what": config.tuning, **settings}}
 
 
 def _weight_files(config: FinetuneConfig, base: Base) -> WeightFiles | None:
-    """How checkpoints are written: an adapter's as the adapter alone."""
+    """Returns how checkpoints are written: an adapter's as the adapter alone."""
     if config.tuning != "lora":
         return None
     assert config.model is not None

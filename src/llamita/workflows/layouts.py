@@ -1,4 +1,4 @@
-"""Which chat template a run lays its texts out with: one that is named, the model's own, or none.
+"""The chat template that a run lays its texts out with: one that is named, the model's own, or none.
 
 Knows nothing of what is learned.
 """

@@ -28,8 +28,9 @@ from llamita.text.tokenizer import Tokenizer
 from llamita.training import loggers, run_directory
 from llamita.training.config import Config, TrainingConfig, take_over
 from llamita.training.display import Display
-from llamita.training.interfaces import Evaluation, Examples, OnEvaluation, TokenText, TrainingResult
-from llamita.training.trainer import Trainer
+from llamita.training.evaluation import Evaluation, OnEvaluation
+from llamita.training.examples import Examples, TokenText
+from llamita.training.trainer import Trainer, TrainingResult
 
 TRAIN, VALIDATION = "train", "validation"
 DEFAULT_SEQUENCE_LENGTH = 256
@@ -37,7 +38,7 @@ DEFAULT_SEQUENCE_LENGTH = 256
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(TrainingConfig):
-    """What `llamita train` takes."""
+    """The options of `llamita train`."""
 
     recipe: str = ""
     """Take every option that is not given from a recipe; llamita recipe lists them."""
@@ -60,7 +61,7 @@ class PretrainConfig(TrainingConfig):
     sample_tokens: int = 100
     """Length of the sample written at each evaluation; 0: none."""
     sample_prompt: str = ""
-    """What the sample continues; empty: a new text."""
+    """The text that the sample continues; empty: a new text."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,7 +108,7 @@ def pretrain(
         texts = []
         if config.sample_tokens:
             params = SamplingParams(max_tokens=config.sample_tokens, seed=config.seed)
-            texts.append(sample(LLM(step.runner(), tokenizer, config=EngineConfig(warm_up=False)), prompt, params))
+            texts.append(sample(LLM(step.runner(), tokenizer, engine=EngineConfig(warm_up=False)), prompt, params))
         more = on_evaluation(evaluation) if on_evaluation else None
         return "\n".join([*texts, *([more] if more else [])]) or None
 
@@ -213,12 +214,12 @@ def make_examples(config: PretrainConfig, tokenizer: Tokenizer, rows: RowsConfig
 
 
 def sample_prompt(config: PretrainConfig, tokenizer: Tokenizer, examples: Examples) -> str | tuple[int, ...]:
-    """What samples continue: the prompt given, else the BOS token, else the first token of the first row."""
+    """Returns what samples continue: the prompt given, else the BOS token, else the first token of the first row."""
     if config.sample_prompt or tokenizer.bos_id is not None:
         return config.sample_prompt
     batches = examples.batches
     assert isinstance(batches, BatchIterator)
-    return (int(batches.rows.row(0).tokens[0]),)
+    return (int(batches.rows.batch(np.zeros(1, dtype=np.int64)).tokens_BT[0, 0]),)
 
 
 def sample(llm: LLM, prompt: str | tuple[int, ...], params: SamplingParams) -> str:

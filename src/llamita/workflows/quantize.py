@@ -25,7 +25,7 @@ CARRIED = (
 
 @dataclass(frozen=True)
 class Quantized:
-    """What was written, and the bytes of the weights before and after."""
+    """The config of a quantised copy, and the bytes of the weights before and after."""
 
     config: ModelConfig
     bytes_before: int

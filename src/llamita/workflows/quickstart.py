@@ -13,7 +13,6 @@ from typing import Literal
 import numpy as np
 from rich.console import Console
 from rich.padding import Padding
-from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
 from llamita.backend.interface import Backend, BackendName, Forward, Runner
 from llamita.backend.sampling_params import SamplingParams
@@ -24,6 +23,7 @@ from llamita.evaluation import meadow_score, records
 from llamita.evaluation.perplexity import score_sequences
 from llamita.inference.llm import LLM
 from llamita.model.sizes import count_parameters
+from llamita.progress import ProgressBar
 from llamita.storage.files import atomic_directory, atomic_write
 from llamita.storage.model_directory import load_config
 from llamita.text.bpe import train_bpe_from_iterator
@@ -39,7 +39,7 @@ SAMPLED_AT_ONCE = 100
 
 @dataclass(frozen=True)
 class Size:
-    """How much there is to learn, and how large a model learns it for how long."""
+    """The amount to learn, and the size of the model that learns it for so many updates."""
 
     steps: int
     stories: int
@@ -65,7 +65,7 @@ SIZES = {
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartConfig:
-    """What `llamita quickstart` takes."""
+    """The options of `llamita quickstart`."""
 
     output: Path = Path("runs/quickstart")
     """Directory for all of it: tokenizer, data, the training run, the report. An unfinished one is gone on with."""
@@ -98,7 +98,7 @@ class QuickstartConfig:
 
 @dataclass(frozen=True)
 class Report:
-    """What the trained model was found to be; written as report.json. Losses are over whole validation stories."""
+    """The scores of the trained model; written as report.json. Losses are over whole validation stories."""
 
     parameters: int
     validation_stories: int
@@ -221,13 +221,11 @@ def predict(runner: Forward, tokenizer: Tokenizer, stories: list[str]) -> tuple[
 
 def sample_stories(llm: LLM, seeds: range, console: Console) -> Iterator[str]:
     """Stories at temperature 1, nothing cut off, one for each seed; the engine writes many at once."""
-    columns = (TextColumn("sampling stories {task.completed}/{task.total}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(seeds))
+    with ProgressBar("sampling stories", len(seeds), console=console) as bar:
         for first in range(0, len(seeds), SAMPLED_AT_ONCE):
             params = [SamplingParams(max_tokens=10_000, seed=seed) for seed in seeds[first : first + SAMPLED_AT_ONCE]]
-            for generation in llm.generate([""] * len(params), params):
-                progress.advance(task)
+            for number, generation in enumerate(llm.generate([""] * len(params), params), start=first + 1):
+                bar.update(number)
                 yield generation.text
 
 
@@ -246,7 +244,7 @@ def show(report: Report, config: QuickstartConfig, run: Path, backend: Backend, 
     )
     console.print("\n[bold]Three stories it wrote[/]")
     shown = range(10**6, 10**6 + STORIES_SHOWN)
-    for number, text in enumerate(sample_stories(LLM.load(run / LAST, backend.load_runner), shown, console)):
+    for number, text in enumerate(sample_stories(LLM.load(run / LAST, backend=backend), shown, console)):
         verdict = "consistent" if meadow.parse(text.strip()) else "not consistent"
         console.print(Padding(f"{text}\n[dim]({verdict}; seed {10**6 + number})[/]", (0, 2, 1, 2)))
     console.print(f"[bold]The loss[/] as a picture: {run / 'loss.png'}; every figure: {run / 'metrics.jsonl'}")

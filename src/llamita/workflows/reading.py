@@ -1,4 +1,4 @@
-"""Where tuning reads what it learns from: the options that files, datasets and Meadow share, and the sources they name.
+"""The sources that tuning learns from: the options that files, datasets and Meadow share, and the sources they name.
 
 Knows nothing of what a record holds.
 """
@@ -79,7 +79,7 @@ class ValidatedConfig(ReadingConfig):
     sequence_length: int = 0
     """Tokens in a row; 0: as many as are needed."""
     epochs: float = 0.0
-    """How often to go through all of it, instead of --steps; 0: as --steps says."""
+    """Passes over all of it, instead of --steps; 0: as --steps says."""
     answers: int | None = None
     """Held-out questions to answer at each evaluation, greedily."""
 
@@ -100,8 +100,10 @@ class ValidatedConfig(ReadingConfig):
     def sources(
         self, limit: int | None, meadow: ConversationSource, what: str
     ) -> tuple[ConversationSource, ConversationSource | None]:
-        """Where to read what is trained on, at most `limit` records or those of `meadow`, and what validates; None for
-        the latter where that is a share of the former."""
+        """Returns the source to train on, at most `limit` records or those of `meadow`, and the one to validate on.
+
+        The latter is None where it is a share of the former.
+        """
         self.require_data(what)
         if self.on_meadow:
             return meadow, for_validation(meadow, self.validation_share) if self.validation_share else None

@@ -25,8 +25,11 @@ class Recipe:
 
 
 def base(name: str, text: str, vocab_size: int) -> Recipe:
-    """What the recipes have in common: places named after the recipe, a tokenizer from the training text itself, and
-    `llamita train` as it is where nothing is said."""
+    """Returns what the recipes have in common.
+
+    Places are named after the recipe, the tokenizer is learned from the training text itself, and `llamita train` is as
+    it is where nothing is said.
+    """
     tokenizer = TokenizerTrainingConfig(files=(Path(text),), vocab_size=vocab_size, output=Path(f"{name}-tokenizer"))
     prepare = PrepareConfig(output=Path(f"{name}-data"), tokenizer=tokenizer.output, files=tokenizer.files)
     train = PretrainConfig(recipe=name, output=Path("runs") / name, data=prepare.output)

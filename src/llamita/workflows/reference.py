@@ -1,4 +1,4 @@
-"""What the model before tuning thinks of pairs of answers: computed once, and kept in the run's directory.
+"""Log-probabilities of pairs of answers under the model before tuning: computed once, and kept in the run's directory.
 
 RUN/reference.safetensors holds the log-probabilities, RUN/reference.json its hash and the hash of what they are of. A
 resumed run reads them; damaged ones, and those of anything else, are computed anew. Knows nothing of objectives.
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llamita.data.batches import Batch
-from llamita.data.preferences import PairRows, pair_batches
+from llamita.data.batches import Batch, evaluation_batches
+from llamita.data.preferences import PairRows
 from llamita.model.host_array import HostArray
 from llamita.storage import files, safetensors
 from llamita.training.run_directory import RunDirectory
@@ -37,21 +37,21 @@ def attach(
 
     `base` is the hash of the model that `log_probs` asks. It is asked only where the run does not hold its answers.
     """
-    digests = {split: each.pairs.digest() for split, each in rows.items()}
+    digests = {split: part.pairs.digest() for split, part in rows.items()}
     of = hashlib.sha256(json.dumps([base, digests], sort_keys=True).encode()).hexdigest()
-    sums = _read(run.file, of, {split: len(each) for split, each in rows.items()}, report)
+    sums = _read(run.file, of, {split: len(part) for split, part in rows.items()}, report)
     if sums is None:
-        sums = {split: score(each, log_probs, batch_size) for split, each in rows.items()}
+        sums = {split: score(part, log_probs, batch_size) for split, part in rows.items()}
         _write(run.file, of, sums)
         report(f"reference: {sum(map(len, rows.values())):,} pairs scored with the model before tuning")
-    for split, each in rows.items():
-        each.pairs.reference_N2 = sums[split] / each.pairs.lengths_N2 if means else sums[split]
+    for split, part in rows.items():
+        part.pairs.reference_N2 = sums[split] / part.pairs.lengths_N2 if means else sums[split]
 
 
 def score(rows: PairRows, log_probs: LogProbs, batch_size: int) -> np.ndarray:
     """The summed log-probabilities of the chosen and the rejected answer of each pair, float32 (N, 2)."""
     found = [np.zeros((0, 2), dtype=np.float32)]
-    for batch in pair_batches(rows, batch_size):
+    for batch in evaluation_batches(rows, batch_size):
         rejected = replace(
             batch, tokens_BT=batch.extras["rejected_tokens_BT"], labels_BT=batch.extras["rejected_labels_BT"], extras={}
         )
@@ -71,7 +71,7 @@ def _write(file: Callable[[str], Path], of: str, sums: Mapping[str, np.ndarray])
 def _read(
     file: Callable[[str], Path], of: str, lengths: Mapping[str, int], report: Callable[[str], None]
 ) -> dict[str, np.ndarray] | None:
-    """What the run holds; None, with a word where it is not as it was written, where that is no use."""
+    """Returns what the run holds; None, with a word where it is not as it was written, where that is no use."""
     numbers, record = file(f"{NAME}.safetensors"), file(f"{NAME}.json")
     if not numbers.exists() and not record.exists():
         return None

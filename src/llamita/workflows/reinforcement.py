@@ -1,6 +1,6 @@
 """Reinforcement: a model writes answers, a reward judges them, and what was better than the rest becomes likelier.
 
-Group-relative policy optimisation over the engine's own samples. How answers are drawn lies in sampling.py, what they
+Group-relative policy optimisation over the engine's own samples. How answers are drawn lies in rollouts.py, what they
 are worth in rewards.py, the loss in the backend. The backend is passed in.
 """
 
@@ -17,20 +17,21 @@ from llamita.data import prompts as prompts_data
 from llamita.data.preferences import Layout
 from llamita.data.prompts import Prompt
 from llamita.training.display import Display
-from llamita.training.interfaces import Examples, TrainingResult
+from llamita.training.examples import Examples
+from llamita.training.trainer import TrainingResult
 from llamita.workflows.finetune import finetune, load_base, make_step
 from llamita.workflows.layouts import TEXT, layout_of, source_of
 from llamita.workflows.pretrain import resumed
 from llamita.workflows.reading import ReadingConfig
 from llamita.workflows.rewards import BUILT_IN, LoadReward
-from llamita.workflows.sampling import AnswerBatches, Answerer, HeldOut, Rules
+from llamita.workflows.rollouts import AnswerBatches, Answerer, HeldOut, Rules
 
 MEADOW_ANSWERS = 200  # stories to validate on, where all are asked for
 
 
 @dataclass(frozen=True, kw_only=True)
 class RlConfig(ReadingConfig):
-    """What `llamita rl` takes."""
+    """The options of `llamita rl`."""
 
     data: tuple[str, ...] = ()
     """Files of JSON lines, each {"prompt": a text or messages, ...} or {"messages": [...]}; or the word meadow, for
@@ -40,7 +41,7 @@ class RlConfig(ReadingConfig):
     validation_share: float = 0.05
     """The share of prompts to validate on, by a hash of what they say; 0 for none."""
     reward: str = ""
-    """What an answer is worth: meadow (1 for a story whose facts agree), exact (1 for the record's `answer`, to the
+    """The reward of an answer: meadow (1 for a story whose facts agree), exact (1 for the record's `answer`, to the
     letter), or a Python function of a sample, as module:function or file.py:function. Left out: meadow for meadow."""
     template: str = ""
     """The chat template: chatml, r0, plain-eos, a file of Jinja, or text for none. Left out: the model's own, else
@@ -66,7 +67,7 @@ class RlConfig(ReadingConfig):
     learning_rate: float = 1e-4
     """The highest learning rate, reached after the warm-up."""
     schedule: Literal["cosine", "constant", "warmup-stable-decay"] = "constant"
-    """What follows the warm-up."""
+    """The course after the warm-up."""
     weight_decay: float = 0.0
     """Decoupled weight decay, multiplied by the learning rate; not on norms and biases."""
     evaluate_every: int = 20
@@ -137,15 +138,17 @@ def reinforce(
         raise ValueError("--reward is missing: give meadow, exact, module:function or file.py:function")
     reward = load_reward(reward_name)
     if reward_name == "exact":
-        for each in (*train, *held_out):
-            if not isinstance(each.record.get("answer"), str):
-                raise ValueError(f"{each.where} has no field 'answer' that is a text, which the reward exact compares")
+        for prompt in (*train, *held_out):
+            if not isinstance(prompt.record.get("answer"), str):
+                raise ValueError(
+                    f"{prompt.where} has no field 'answer' that is a text, which the reward exact compares"
+                )
     base = load_base(config)
     if not config.on_meadow:
         config = replace(config, template=source_of(config.template))
     layout, model = layout_of(base, TEXT if config.on_meadow else config.template)
-    for each in (*train, *held_out):
-        check_length(layout, each, config.max_tokens, model.max_position_embeddings)
+    for prompt in (*train, *held_out):
+        check_length(layout, prompt, config.max_tokens, model.max_position_embeddings)
     report(f"{len(train):,} prompts to train on, {len(held_out):,} to validate on; reward {reward.name}")
     step = make_step(config, backend, model, base.arrays, config.objective())
     reference = None

@@ -65,7 +65,7 @@ def page(run: Run) -> str:
 
 
 def content(run: Run) -> dict[str, Any]:
-    """What the template fills in."""
+    """Returns the values that the template fills in."""
     identity = run.manifest["identity"]
     rest = {key: value for key, value in identity.items() if key not in ("kind", "model", "training", "rows")}
     hashes = flatten({"tokenizer": run.manifest.get("tokenizer"), **rest})
@@ -83,7 +83,7 @@ def content(run: Run) -> dict[str, Any]:
         "checks": checks(run),
         "measures": [name for name in report_curves.measures(run) if any(name in _measured(c) for c in run.checks)],
         "samples": samples(run.path / "samples.txt"),
-        "evaluations": [evaluation(run.path, one) for one in run.evaluations],
+        "evaluations": [evaluation(run.path, file) for file in run.evaluations],
         "faults": run.faults,
         "sessions": sessions(run),
         "code": session.get("code") or {},
@@ -96,7 +96,7 @@ def content(run: Run) -> dict[str, Any]:
 
 
 def in_words(run: Run) -> str:
-    """What was trained, in a sentence or two."""
+    """Returns what was trained, in a sentence or two."""
     shape = run.model
     if shape is None:
         what = "A model"
@@ -151,7 +151,7 @@ def checks(run: Run) -> list[dict[str, Any]]:
 
 
 def samples(file: Path) -> list[tuple[int, str]]:
-    """What the model wrote as it learned: (step, text), evenly spaced, the last among them."""
+    """Returns what the model wrote as it learned: (step, text), evenly spaced, the last among them."""
     if not file.is_file():
         return []
     parts = re.split(r"^=== step (\d+) ===\n", file.read_text("utf-8", "replace"), flags=re.MULTILINE)[1:]

@@ -69,7 +69,7 @@ def curves(run: Run) -> list[Curve]:
 
 
 def measures(run: Run) -> list[str]:
-    """What the objective measured besides the loss, in the order in which it came."""
+    """Returns what the objective measured besides the loss, in the order in which it came."""
     names = [key for line in run.updates[:1] for key in line if key not in KNOWN]
     return list(dict.fromkeys([*names, *(key for line in run.checks for key in line.get("measures") or {})]))
 

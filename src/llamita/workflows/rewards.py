@@ -1,4 +1,4 @@
-"""What an answer is worth: the rewards that there are by name, and calling one of them or a user's own.
+"""Rewards of answers: the ones that there are by name, and calling one of them or a user's own.
 
 A reward is a function of a `Sample` that returns a number; finding one by its Python path is the command line's. Knows
 nothing of models or updates.
@@ -17,9 +17,9 @@ class Sample:
     """One answer of a model, as a reward function sees it."""
 
     prompt: str
-    """What the model went on from, as text: with a chat template, what was said last."""
+    """The text that the model went on from: with a chat template, what was said last."""
     answer: str
-    """What the model wrote, without what ends it."""
+    """The answer, without what ends it."""
     record: Mapping[str, Any]
     """The whole record of the prompt: `answer`, `difficulty`, whatever its file holds."""
     ended: bool
@@ -57,7 +57,7 @@ def exact(sample: Sample) -> float:
     return float(sample.ended and sample.answer.strip() == sample.record["answer"].strip())
 
 
-BUILT_IN = {each.name: each for each in (Reward("meadow", consistent_story), Reward("exact", exact))}
+BUILT_IN = {reward.name: reward for reward in (Reward("meadow", consistent_story), Reward("exact", exact))}
 
 LoadReward = Callable[[str], Reward]
 """Finds a reward by its name or its Python path; ValueError where there is none."""

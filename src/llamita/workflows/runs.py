@@ -17,7 +17,7 @@ from llamita.evaluation import records
 from llamita.evaluation.records import EvaluationRecord
 from llamita.model.config import ModelConfig
 from llamita.model.sizes import count_parameters
-from llamita.training import metrics, record, run_lock
+from llamita.training import metrics, record, run_directory
 from llamita.training.run_directory import MANIFEST, flatten, read_manifest
 
 UNFINISHED = "unfinished"  # of a run that does not say how it ended
@@ -71,7 +71,9 @@ class Run:
         shape = self.manifest["identity"].get("model")
         if not isinstance(shape, dict):
             return None
-        known = {one.name for one in dataclasses.fields(ModelConfig)} - {"rope_scaling"}  # an object; counts nothing
+        known = {field.name for field in dataclasses.fields(ModelConfig)} - {
+            "rope_scaling"
+        }  # an object; counts nothing
         try:
             return ModelConfig(**{name: _hashable(value) for name, value in shape.items() if name in known})
         except (TypeError, ValueError):
@@ -83,7 +85,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """How the run stands: running, finished, interrupted, failed, killed, or unfinished where nobody knows."""
+        """Returns running, finished, interrupted, failed, killed, or unfinished where nobody knows."""
         if self.held:
             return record.RUNNING
         state = self.sessions[-1].get("state") if self.sessions else None
@@ -97,7 +99,7 @@ class Run:
 
     @property
     def best(self) -> tuple[str, float, int] | None:
-        """What the best checkpoint was chosen by, its value there, and its step."""
+        """Returns the metric that chose the best checkpoint, its value there, and its step."""
         chosen = [line for line in self.checks if line.get("best")] or self.checks[-1:]
         if not chosen:
             return None
@@ -133,9 +135,9 @@ def open_run(path: Path) -> Run:
         raise ValueError(f"{path / MANIFEST} has no identity; it is damaged, or another program's")
     lines = metrics.read_records(path / "metrics.jsonl")
     evaluations, faults = records.read(path)
-    sessions = [one for one in manifest.get("sessions") or [] if isinstance(one, dict)]
+    sessions = [session for session in manifest.get("sessions") or [] if isinstance(session, dict)]
     written = max(file.stat().st_mtime for file in (path / MANIFEST, path / "metrics.jsonl") if file.is_file())
-    return Run(path, manifest, lines, evaluations, faults, run_lock.is_held(path), written, sessions)
+    return Run(path, manifest, lines, evaluations, faults, run_directory.is_running(path), written, sessions)
 
 
 def find(directory: Path) -> Iterator[Path]:

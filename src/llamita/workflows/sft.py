@@ -25,7 +25,8 @@ from llamita.data.packing import RowsConfig
 from llamita.model.config import ModelConfig
 from llamita.text.chat import Chat
 from llamita.training.display import Display
-from llamita.training.interfaces import Batches, Examples, TrainingResult
+from llamita.training.examples import Batches, Examples
+from llamita.training.trainer import TrainingResult
 from llamita.workflows import answers
 from llamita.workflows.finetune import Base, finetune, load_base, make_step
 from llamita.workflows.layouts import ending_answers, learn, refuse_what_writes_nothing, source_of
@@ -40,7 +41,7 @@ PACKED_LENGTH = 512
 
 @dataclass(frozen=True, kw_only=True)
 class SftConfig(ValidatedConfig):
-    """What `llamita sft` takes."""
+    """The options of `llamita sft`."""
 
     data: tuple[str, ...] = ()
     """Files of JSON lines, each {"messages": [...]} or {"prompt": ..., "response": ...}; or the word meadow, for
@@ -58,9 +59,9 @@ class SftConfig(ValidatedConfig):
     """Tokens in a row. 0: as many as the longest conversation has that fits the model's positions; packed, at least
     512, where the model has as many."""
     too_long: TooLong = "drop"
-    """What happens to a conversation longer than a row: it is dropped, or loses its end."""
+    """A conversation longer than a row is dropped, or loses its end."""
     epochs: float = 0.0
-    """How often to go through the conversations, instead of --steps; 0: as --steps says."""
+    """Passes over the conversations, instead of --steps; 0: as --steps says."""
     answers: int | None = None
     """Held-out questions to answer at each evaluation, greedily; the share of answers that are right to the letter
     becomes the measure `exact`, and chooses the best checkpoint. Left out: 200 for meadow; elsewhere 3, only shown."""
@@ -167,13 +168,13 @@ def learn_template(config: SftConfig, base: Base) -> tuple[SftConfig, Chat]:
 def read(
     config: SftConfig, chat: Chat, longest: int, source: ConversationSource, validation: ConversationSource | None
 ) -> tuple[list[EncodedConversations], list[Conversation]]:
-    """What to train on and what to validate on, as tokens; and the latter as they were said."""
+    """Returns what to train on and what to validate on, as tokens; and the latter as they were said."""
     train: Iterable[Conversation] = talks.conversations(source)
     if validation is None:
         train, held_out = talks.split(train, config.validation_share, config.seed)
     else:
         held_out = list(talks.conversations(validation))
-    return [encode(chat, each, longest, config.too_long) for each in (train, held_out)], held_out
+    return [encode(chat, side, longest, config.too_long) for side in (train, held_out)], held_out
 
 
 def make_rows(config: SftConfig, encoded: Sequence[EncodedConversations], base: Base) -> list[ConversationRows]:
@@ -184,11 +185,11 @@ def make_rows(config: SftConfig, encoded: Sequence[EncodedConversations], base: 
             f"there is nothing to train on: {counts}; a longer --sequence-length or a "
             "smaller --validation-share may help"
         )
-    length = max(int(each.lengths.max(initial=0)) for each in encoded) - 1
+    length = max(int(part.lengths.max(initial=0)) for part in encoded) - 1
     if config.mode == "pack":
         length = max(length, min(PACKED_LENGTH, base.config.max_position_embeddings))
     layout = RowsConfig(config.mode, config.sequence_length or length, within_documents=config.mode == "pack")
-    return [ConversationRows(each, layout, base.tokenizer.pad_id) for each in encoded]
+    return [ConversationRows(part, layout, base.tokenizer.pad_id) for part in encoded]
 
 
 # --- the teacher -----------------------------------------------------------------------------------------------------

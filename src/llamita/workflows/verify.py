@@ -18,7 +18,7 @@ PROMPT_TOKENS = 64
 
 @dataclass(frozen=True)
 class Place:
-    """How far two runs are apart at one place, as shares of the largest magnitude of the reference there."""
+    """The distance of two runs at one place, as shares of the largest magnitude of the reference there."""
 
     name: str
     largest: float
@@ -27,7 +27,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared, in the order of the forward pass; the logits last."""
+    """A comparison of two runs, in the order of the forward pass; the logits last."""
 
     places: tuple[Place, ...]
     tolerance: float

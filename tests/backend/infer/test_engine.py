@@ -168,7 +168,7 @@ def test_continuations_share_a_prompt_and_part(kind: str) -> None:
     texts = [
         [
             one.token_ids
-            for one in LLM(runner_of(make(name), kind), config=ROOMY).generate(BEGINNING, params).continuations
+            for one in LLM(runner_of(make(name), kind), engine=ROOMY).generate(BEGINNING, params).continuations
         ]
         for name in NAMES
     ]
@@ -179,9 +179,9 @@ def test_continuations_share_a_prompt_and_part(kind: str) -> None:
 def test_continuations_are_those_of_requests_of_their_own(runner: Runner) -> None:
     """The i-th has the seed `seed + i`."""
     params = SamplingParams(seed=4, max_tokens=9, n=4)
-    together = [one.token_ids for one in LLM(runner, config=ROOMY).generate(BEGINNING, params).continuations]
+    together = [one.token_ids for one in LLM(runner, engine=ROOMY).generate(BEGINNING, params).continuations]
     alone = [
-        LLM(runner, config=ROOMY).generate(BEGINNING, dataclasses.replace(params, n=1, seed=4 + i)).token_ids
+        LLM(runner, engine=ROOMY).generate(BEGINNING, dataclasses.replace(params, n=1, seed=4 + i)).token_ids
         for i in range(4)
     ]
     assert together == alone
@@ -216,8 +216,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def texts_of(framework, directory: Path) -> list:
     """All in one batch, each as its kind asks."""
-    load = framework.backend.load_runner
-    llm = LLM.load(directory, lambda path: load(path, device="cpu"), EngineConfig(block_size=8))
+    llm = LLM.load(directory, backend=framework.name, device="cpu", engine=EngineConfig(block_size=8))
     return llm.generate(["The fox"] * len(ASKED), list(ASKED.values()))
 
 
@@ -237,7 +236,7 @@ def test_stops_and_forms_are_kept_to(framework, directory: Path) -> None:
 
 
 def test_a_saved_model_is_the_model(framework, directory: Path, tmp_path: Path) -> None:
-    llm = LLM.load(directory, framework.backend.load_runner)
+    llm = LLM.load(directory, backend=framework.name)
     llm.save(tmp_path / "copy")
     for name, array in model_directory.load_tensors(directory).items():
         assert bytes(model_directory.load_tensors(tmp_path / "copy")[name].data) == bytes(array.data), name

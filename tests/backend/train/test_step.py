@@ -80,7 +80,7 @@ def test_an_update_follows_torch_optim(framework):
 def by_torch_optim(config, arrays, rate, weight_decay, **options):
     """The readable model and PyTorch's own optimiser over its parameters."""
     model = build_model(config, arrays, operations=PLAIN)
-    table = list(model.packed_parameters())
+    table = list(model.fused_parameters())
     for item in table:
         item.parameter.requires_grad_(True)
     groups = [

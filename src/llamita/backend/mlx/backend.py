@@ -12,7 +12,7 @@ from llamita.backend.mlx.train.step import build_train_step
 
 
 class MlxBackend:
-    """What MLX makes, by the names of the contract."""
+    """The contract's functions in MLX."""
 
     name: Literal["mlx"] = "mlx"
     build_train_step = staticmethod(build_train_step)
@@ -24,7 +24,7 @@ class MlxBackend:
 
     @property
     def device(self) -> str:
-        """Where it computes when that is left to it: "cpu" or "gpu"."""
+        """The device that it computes on by default: "cpu" or "gpu"."""
         return choose_device("auto").name
 
 

@@ -1,4 +1,4 @@
-"""Where MLX computes: its devices by name."""
+"""Devices of MLX by name."""
 
 import mlx.core as mx
 
@@ -6,7 +6,7 @@ DEVICES = {"cpu": mx.cpu, "gpu": mx.gpu}
 
 
 def choose_device(name: str) -> mx.DeviceType:
-    """A device of MLX by name, its default one for "auto"; ValueError where it cannot be used."""
+    """Returns a device of MLX by name, its default one for "auto"; ValueError where it cannot be used."""
     if name == "auto":
         return mx.default_device().type
     if name not in DEVICES:

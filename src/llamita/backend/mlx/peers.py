@@ -1,4 +1,4 @@
-"""mlx-lm behind the face of a runner, so that a model can be verified against it layer by layer. Needs mlx-lm.
+"""mlx-lm with the face of a runner, so that a model can be verified against it layer by layer. Needs mlx-lm.
 
 What a config asks for and mlx-lm would leave out in silence is refused here: else the reference were another model.
 """
@@ -39,7 +39,8 @@ class MlxLmRunner:
     def forward(
         self, tokens_BT: Sequence[Sequence[int]] | np.ndarray, capture: Sequence[str] = ()
     ) -> dict[str, np.ndarray]:
-        """`logits` (B, T, V), and the residual stream at the places in `capture`, named as by `TorchRunner.forward`."""
+        """Returns `logits` (B, T, V), and the residual stream at the places in `capture`, named as by
+        `TorchRunner.forward`."""
         tokens = np.asarray(tokens_BT, dtype=np.int32)
         if self.window and tokens.shape[1] > self.window:
             raise ValueError(
@@ -67,7 +68,7 @@ class _Watched:
 
 
 def _completed(directory: Path, config: ModelConfig) -> dict[str, Any]:
-    """What a `config.json` leaves to defaults, which are not mlx-lm's, or says under keys that mlx-lm does not read."""
+    """Returns the settings whose defaults are not those of mlx-lm, or whose keys mlx-lm does not read."""
     said, whole = read_json(directory / "config.json"), config.to_dict()
     missing = {key: value for key, value in whole.items() if said.get(key) is None}
     # Kinds of layers are for windows, which `forward` looks after; a list of sliding ones alone stops mlx-lm.

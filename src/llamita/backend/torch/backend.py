@@ -12,7 +12,7 @@ from llamita.backend.torch.train.step import build_train_step
 
 
 class TorchBackend:
-    """What PyTorch makes, by the names of the contract."""
+    """The contract's functions in PyTorch."""
 
     name: Literal["torch"] = "torch"
     build_train_step = staticmethod(build_train_step)
@@ -24,7 +24,7 @@ class TorchBackend:
 
     @property
     def device(self) -> str:
-        """Where it computes when that is left to it: "cpu" or "cuda"."""
+        """The device that it computes on by default: "cpu" or "cuda"."""
         return choose_device("auto")
 
 

@@ -1,4 +1,4 @@
-"""Where PyTorch computes: its devices by name, and the kernels that there are for them."""
+"""Devices of PyTorch by name, and the kernels that there are for them."""
 
 import torch
 
@@ -12,7 +12,7 @@ except ImportError:  # PyTorch comes with Triton for GPUs alone
 
 
 def choose_device(name: str) -> str:
-    """A PyTorch device by name, or a GPU if there is one for "auto"; ValueError where it cannot be used."""
+    """Returns a PyTorch device by name, or a GPU if there is one for "auto"; ValueError where it cannot be used."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -26,5 +26,5 @@ def choose_device(name: str) -> str:
 
 
 def table_kernel(device: torch.device) -> TableKernel | None:
-    """The kernel that attends through tables of blocks: on a GPU, where there is Triton."""
+    """Returns the kernel that attends through tables of blocks: on a GPU, where there is Triton."""
     return attention_over_tables if device.type == "cuda" else None

@@ -24,7 +24,8 @@ class TransformersRunner:
     def forward(
         self, tokens_BT: Sequence[Sequence[int]] | np.ndarray, capture: Sequence[str] = ()
     ) -> dict[str, np.ndarray]:
-        """`logits` (B, T, V), and the residual stream at the places in `capture`, named as by `TorchRunner.forward`."""
+        """Returns `logits` (B, T, V), and the residual stream at the places in `capture`, named as by
+        `TorchRunner.forward`."""
         body = self.model.model
         places = {"embedding": body.embed_tokens, "norm": body.norm}
         places |= {f"layers.{number}": layer for number, layer in enumerate(body.layers)}

@@ -16,7 +16,7 @@ from llamita.model.host_array import HostArray
 
 
 def read_pickle(path: Path) -> Any:
-    """What a `.pt`, `.pth` or `.bin` file holds, tensors as host arrays; ValueError where it holds more than data."""
+    """Reads a `.pt`, `.pth` or `.bin` file, tensors as host arrays; ValueError where it holds more than data."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -32,7 +32,7 @@ def read_pickle(path: Path) -> Any:
 
 
 def write_pickle(path: Path, content: Any) -> None:
-    """The inverse: host arrays become tensors."""
+    """Writes a file that `read_pickle` reads back; host arrays become tensors."""
     torch.save(_to_tensors(content), path)
 
 

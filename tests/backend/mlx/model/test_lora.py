@@ -19,8 +19,8 @@ from llamita.backend.torch.train.step import build_train_step as build_torch
 from llamita.model.lora import LoraSettings
 from llamita.storage import model_directory
 from llamita.storage.peft_directory import AdapterFiles, BaseModel, open_adapter, weights_digest
+from tests.backend.steps import same
 from tests.backend.torch.model.test_lora import CONFIG, TARGETS, batch, labelled, save_base, shake
-from tests.backend.torch.train.test_step import same
 
 TOKENS = np.random.Generator(np.random.Philox(key=5)).integers(0, 61, (3, 12))
 BUILDERS = {"torch": build_torch, "mlx": build_train_step}
@@ -54,11 +54,11 @@ def numpys(arrays):
 
 def gradients_of(step, data):
     """The loss of a step, and the gradients that its optimiser was given."""
-    found, packed = {}, step.optimizer.packed
+    found, fused = {}, step.optimizer.parameters
 
     def keep(gradients, *_):
-        values = [each.parameter.grad.numpy() for each in packed] if isinstance(gradients, float) else gradients
-        found.update((each.name, np.array(value)) for each, value in zip(packed, values, strict=True))
+        values = [each.parameter.grad.numpy() for each in fused] if isinstance(gradients, float) else gradients
+        found.update((each.name, np.array(value)) for each, value in zip(fused, values, strict=True))
 
     step.optimizer.step = keep
     return step.step([data], 0.0).loss, found
@@ -260,7 +260,7 @@ def test_weights_that_do_not_fit_are_refused():
     weights = step.weights()
     name = "model.layers.0.self_attn.q_proj.lora_A.weight"
     with pytest.raises(ValueError, match=f"the weights lack {name}"):
-        copy_host_arrays(step.optimizer.packed, {key: value for key, value in weights.items() if key != name})
+        copy_host_arrays(step.optimizer.parameters, {key: value for key, value in weights.items() if key != name})
     damaged = weights | {name: dataclasses.replace(weights[name], data=memoryview(b"\xff" * len(weights[name].data)))}
     with pytest.raises(ValueError, match="NaN or infinite"):
         step.load_state(damaged, step.state())

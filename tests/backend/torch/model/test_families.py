@@ -152,9 +152,9 @@ def test_gradients_are_those_of_transformers(family, tmp_path):
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    for packed in ours.packed_parameters():
-        assert packed.parameter.grad is not None
-        for name, gradient in zip(packed.parts, packed.split(packed.parameter.grad), strict=True):
+    for fused in ours.fused_parameters():
+        assert fused.parameter.grad is not None
+        for name, gradient in zip(fused.parts, fused.split(fused.parameter.grad), strict=True):
             assert close(gradient, gradients[name]), name
 
 

@@ -114,7 +114,7 @@ def test_peft_opens_ours_with_equal_logits_and_gradients(tmp_path, targets, stab
 
     gradients = {}
     step.optimizer.step = lambda *_: gradients.update(
-        (each.name, each.parameter.grad.clone()) for each in step.optimizer.packed
+        (each.name, each.parameter.grad.clone()) for each in step.optimizer.parameters
     )
     data = batch()
     result = step.step([data], 0.0)
@@ -268,7 +268,7 @@ def test_products_in_bfloat16_train_an_adapter_about_as_float32_does(scheme):
         a, b = low.step([batch(i)], 1e-3), high.step([batch(i)], 1e-3)
         assert a.loss == pytest.approx(b.loss, rel=0.02)
         assert a.grad_norm == pytest.approx(b.grad_norm, rel=0.05)
-    assert all(each.parameter.dtype == torch.float32 for each in low.optimizer.packed)
+    assert all(each.parameter.dtype == torch.float32 for each in low.optimizer.parameters)
 
 
 def test_an_output_head_that_is_the_embedding_is_not_adapted_alone():

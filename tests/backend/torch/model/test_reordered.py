@@ -1,4 +1,4 @@
-"""Prepacked weights give the products of plain ones, and are the same values when they are taken out again."""
+"""Reordered weights give the products of plain ones, and are the same values when they are taken out again."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from llamita.model.host_array import HostArray
 from llamita.model.lora import Adapter, LoraSettings, adapter_shapes
 from llamita.storage import files, model_directory
 
-pytestmark = pytest.mark.skipif(not reordered.can_prepack(torch.float32), reason="oneDNN has no such kernels here")
+pytestmark = pytest.mark.skipif(not reordered.can_reorder(torch.float32), reason="oneDNN has no such kernels here")
 
 CONFIG = ModelConfig(
     vocab_size=1031,
@@ -42,7 +42,7 @@ def save(directory: Path, config: ModelConfig = CONFIG, dtype: str = "float32") 
     return directory
 
 
-def is_prepacked(runner: TorchRunner, name: str) -> bool:
+def is_reordered(runner: TorchRunner, name: str) -> bool:
     return runner.model.get_submodule(name).weight.is_mkldnn
 
 
@@ -51,18 +51,18 @@ def is_prepacked(runner: TorchRunner, name: str) -> bool:
 @pytest.mark.parametrize(("n_out", "n_in"), [(48, 32), (101, 77), (1, 300)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_products_are_those_of_the_plain_weight(dtype, rows, n_out, n_in, bias) -> None:
-    if not reordered.can_prepack(DTYPES[dtype]):
+    if not reordered.can_reorder(DTYPES[dtype]):
         pytest.skip("oneDNN multiplies no bfloat16 here")
     generator = torch.Generator().manual_seed(0)
     x, weight, offset = (
         torch.randn(*shape, generator=generator).to(DTYPES[dtype]) for shape in ((*rows, n_in), (n_out, n_in), (n_out,))
     )
     with torch.inference_mode():
-        weight_before, packed = weight.clone(), reordered.prepack(weight)
-        assert torch.equal(packed.to_dense(), weight)
-        weight.fill_(math.nan)  # the packed one has memory of its own
-        y = reordered.linear(x, packed, offset if bias else None)
-        strided = reordered.linear(x.repeat_interleave(2, -1)[..., ::2], packed, offset if bias else None)
+        weight_before, laid_out = weight.clone(), reordered.reorder(weight)
+        assert torch.equal(laid_out.to_dense(), weight)
+        weight.fill_(math.nan)  # the reordered one has memory of its own
+        y = reordered.linear(x, laid_out, offset if bias else None)
+        strided = reordered.linear(x.repeat_interleave(2, -1)[..., ::2], laid_out, offset if bias else None)
     weight = weight_before
     expected = F.linear(x.double(), weight.double(), offset.double() if bias else None)
     assert y.dtype == x.dtype
@@ -92,11 +92,11 @@ def test_a_loaded_model_computes_as_the_plain_one_and_gives_the_same_weights_bac
     config = dataclasses.replace(CONFIG, tie_word_embeddings=tied)
     plain = TorchRunner(build_model(config, seed=1, dtype=DTYPES[dtype]).eval())
     runner = load_runner(save(tmp_path / "model", config, dtype))
-    if reordered.can_prepack(DTYPES[dtype]):
-        assert is_prepacked(runner, "model.layers.1.mlp.gate_up_proj")
-        assert is_prepacked(runner, "model.layers.1.self_attn.qkv_proj"), "with its bias"
-        assert not is_prepacked(runner, "model.layers.1.self_attn.o_proj"), "small: faster as it is"
-        assert tied or is_prepacked(runner, "lm_head")
+    if reordered.can_reorder(DTYPES[dtype]):
+        assert is_reordered(runner, "model.layers.1.mlp.gate_up_proj")
+        assert is_reordered(runner, "model.layers.1.self_attn.qkv_proj"), "with its bias"
+        assert not is_reordered(runner, "model.layers.1.self_attn.o_proj"), "small: faster as it is"
+        assert tied or is_reordered(runner, "lm_head")
     capture = ("embedding", "layers.1", "norm")
     ours, expected = runner.forward(TOKENS, capture), plain.forward(TOKENS, capture)
     for name, values in expected.items():
@@ -113,11 +113,11 @@ def test_a_loaded_model_computes_as_the_plain_one_and_gives_the_same_weights_bac
 
 
 def test_a_tied_embedding_is_looked_up_in_the_file(tmp_path) -> None:
-    """The output head is a prepacked copy of it; where the file has another type, both are in memory."""
+    """The output head is a reordered copy of it; where the file has another type, both are in memory."""
     model = save(tmp_path / "model")
     runner = load_runner(model)
     table = runner.model.model.embed_tokens
-    assert isinstance(table, reordered.PrepackedEmbedding)
+    assert isinstance(table, reordered.ReorderedEmbedding)
     assert table.array is not None
     for path in sorted(model.iterdir()):
         path.unlink()  # what is mapped stays
@@ -128,7 +128,7 @@ def test_a_tied_embedding_is_looked_up_in_the_file(tmp_path) -> None:
     assert other.model.model.embed_tokens.weight.dtype == torch.float32
 
 
-def test_an_adapter_over_prepacked_weights_gives_the_logits_of_the_merged_model() -> None:
+def test_an_adapter_over_reordered_weights_gives_the_logits_of_the_merged_model() -> None:
     config = dataclasses.replace(CONFIG, tie_word_embeddings=False)
     factors = LoraSettings(4, 8.0).factors(config)
     random = np.random.default_rng(0)
@@ -138,7 +138,7 @@ def test_an_adapter_over_prepacked_weights_gives_the_logits_of_the_merged_model(
     }
     adapter = Adapter(config, factors, arrays)
     merged = build_model(config, seed=1).eval()
-    over = reordered.build_prepacked(config, to_host_arrays(merged), dtype=torch.float32).eval()
+    over = reordered.build_reordered(config, to_host_arrays(merged), dtype=torch.float32).eval()
     lora.merge(merged, adapter)
     runner, expected = TorchRunner(over, adapters={"a": adapter}, default="a"), TorchRunner(merged)
     logits = expected.forward(TOKENS)["logits"]
@@ -150,7 +150,7 @@ def test_an_adapter_over_prepacked_weights_gives_the_logits_of_the_merged_model(
 def test_the_exact_mode_reads_plain_weights(tmp_path) -> None:
     runner = load_runner(save(tmp_path / "model"), exact=True)
     assert not any(module.weight.is_mkldnn for module in runner.model.modules() if isinstance(module, Linear))
-    assert not isinstance(runner.model.model.embed_tokens, reordered.PrepackedEmbedding)
+    assert not isinstance(runner.model.model.embed_tokens, reordered.ReorderedEmbedding)
     with pytest.raises(ValueError, match="plain weights"):
         TorchRunner(load_runner(tmp_path / "model").model, exact=True)
 
@@ -159,10 +159,10 @@ def test_the_exact_mode_reads_plain_weights(tmp_path) -> None:
 def test_what_no_kernel_takes_stays_plain(reason, monkeypatch) -> None:
     arrays = to_host_arrays(build_model(CONFIG, seed=1))
     if reason == "system":
-        monkeypatch.setattr(reordered, "can_prepack", lambda dtype: False)
+        monkeypatch.setattr(reordered, "can_reorder", lambda dtype: False)
     dtype = torch.float16 if reason == "type" else torch.float32
-    model = reordered.build_prepacked(CONFIG, arrays, dtype=dtype)
-    assert not model.prepacked
+    model = reordered.build_reordered(CONFIG, arrays, dtype=dtype)
+    assert not model.reordered
     assert {(parameter.dtype, parameter.is_mkldnn) for parameter in model.parameters()} == {(dtype, False)}
 
 
@@ -178,7 +178,7 @@ def test_damaged_weights_are_refused(tied, name, tmp_path) -> None:
         load_runner(tmp_path / "model")
 
 
-def test_what_would_change_prepacked_weights_is_refused(tmp_path) -> None:
+def test_what_would_change_reordered_weights_is_refused(tmp_path) -> None:
     """Where the tied table alone is large, too, of which no parameter tells."""
     config = dataclasses.replace(CONFIG, vocab_size=4096, hidden_size=96, intermediate_size=96)
     model = load_runner(save(tmp_path / "model", config)).model

@@ -2,6 +2,8 @@
 
 The base's product is taken for all rows at once; then the rows of each adapter are changed, and no other row is
 touched. Knows nothing of requests: it is told the adapter of each row.
+
+Letters beyond the usual: R rows of a forward pass, M rows of one adapter.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +23,7 @@ class AdapterRows:
     groups: Sequence[tuple[lora.ModelAdapter, mx.array]]
 
     def changed(self, matrix: str, x: mx.array, y: mx.array) -> mx.array:
-        """The output with the rows of each adapter changed."""
+        """Returns the output with the rows of each adapter changed."""
         rows_x_RD, rows_y_RC = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         for adapter, rows_M in self.groups:
             if matrix in adapter.changes:
@@ -30,7 +32,7 @@ class AdapterRows:
 
 
 def adapters_of_rows(adapters: Mapping[str, lora.ModelAdapter], names: Sequence[str | None]) -> Adapters | None:
-    """The adapters of a forward pass over so many rows, each row going through that of its name, or none."""
+    """Returns the adapters of a forward pass over so many rows, each row going through that of its name, or none."""
     found = rows_of_adapters(names)
     if not found:
         return None

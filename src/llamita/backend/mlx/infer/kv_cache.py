@@ -4,6 +4,8 @@
 what each chunk's queries attend to. Attention needs one verb of it, `attend`. Arrays of MLX do not change, but one
 that nobody else holds gives its memory to its successor: as long as a layer's array has no other name, an update
 writes the new positions alone. Knows nothing of models or requests.
+
+Letters beyond the usual: X slots to be emptied.
 """
 
 from collections.abc import Iterable, Sequence
@@ -34,7 +36,7 @@ class PagedKVCache:
         self.values = [empty] * config.num_hidden_layers
 
     def copy(self, copies: Iterable[BlockCopy]) -> None:
-        """Copy whole blocks, in order."""
+        """Copies whole blocks, in order."""
         size = self.layout.block_size
         for copy in copies:
             self.reserve(copy.group, max(copy.source, copy.target) + 1)
@@ -45,23 +47,23 @@ class PagedKVCache:
                     self.values[layer][:, target] = self.values[layer][:, source]
 
     def reserve(self, group: int, blocks: int) -> None:
-        """Have memory for the first so many blocks of a group."""
+        """Makes the memory of a group hold at least its first `blocks` blocks."""
         slots = blocks * self.layout.block_size
         for memory in (self.keys, self.values):
-            for layer, its_group in enumerate(self.group_of_layer):
+            for layer, layer_group in enumerate(self.group_of_layer):
                 K, held, H = memory[layer].shape
-                if its_group == group and held < slots:
+                if layer_group == group and held < slots:
                     wanted = max(slots, min(2 * held, self.layout.blocks * self.layout.block_size))
                     more = mx.zeros((K, wanted - held, H), memory[layer].dtype)
                     memory[layer] = mx.concatenate([memory[layer], more], axis=1)
 
     def step(self, chunks: Sequence[ScheduledChunk]) -> "PagedStep":
-        """The use of this memory by the chunks of one step, whose tokens follow one another in one row."""
+        """Returns the use of this memory by the chunks of one step, whose tokens follow one another in one row."""
         return PagedStep(self, chunks)
 
 
 class PagedStep:
-    """Positions and attention of the chunks of one step, packed into one row of T tokens, single tokens first."""
+    """Positions and attention of the chunks of one step, laid into one row of T tokens, single tokens first."""
 
     def __init__(self, cache: PagedKVCache, chunks: Sequence[ScheduledChunk]) -> None:
         self._cache = cache
@@ -89,7 +91,7 @@ class PagedStep:
             self._parts.append(list(self._divide(spans, spec)))
 
     def _divide(self, spans: Sequence[Span], spec: AttentionSpec) -> Iterable[tuple[slice, Part]]:
-        """Which rows are attended to together: single tokens of similar context in one batch, each chunk alone."""
+        """Divides the rows as they are attended to: single tokens of similar context in one batch, each chunk alone."""
         row = 0
         for batch in alike(spans[: self._single]):
             yield slice(row, row + len(batch)), DecodeAttention(batch, spec)
@@ -99,7 +101,7 @@ class PagedStep:
             row += span.queries
 
     def attend(self, layer: int, q_TNH: mx.array, k_TKH: mx.array, v_TKH: mx.array) -> mx.array:
-        """Store new keys and values, then mix the values that each query sees: (T, N, H)."""
+        """Stores new keys and values, then returns the mix of values that each query sees: (T, N, H)."""
         group, keys, values = self._cache.group_of_layer[layer], self._cache.keys, self._cache.values
         for memory, x_TKH in ((keys, k_TKH), (values, v_TKH)):
             if (begun_X := self._begun[group]) is not None:
@@ -110,7 +112,7 @@ class PagedStep:
 
 
 def _begun(chunks: Sequence[ScheduledChunk], tables: Sequence[np.ndarray], size: int) -> mx.array | None:
-    """The slots of blocks that the chunks begin and do not fill; None for none.
+    """Returns the slots of blocks that the chunks begin and do not fill; None for none.
 
     They are emptied first: a batch reads the rest of them as well, to no effect unless an earlier sequence left NaN.
     """

@@ -6,6 +6,8 @@ they are the same on every device and in every backend; only the last two logari
 these are float64. Metal has none: there they are float32, taken from the nearer end of the interval so that they are
 as fine in both tails, and a draw is the CPU's unless its two best scores are within about a millionth of each other.
 Knows nothing of logits.
+
+Letters beyond the usual: R rows, C some ids of the vocabulary.
 """
 
 from collections.abc import Sequence
@@ -29,7 +31,7 @@ class GumbelNoise:
         self._first, self._sign = mx.array(np.array(FIRST)), mx.array(np.array(SIGN))
 
     def rows(self, keys_R2: mx.array, ids_C: mx.array | None = None) -> mx.array:
-        """Noise [R, V] for the `stream_keys` of the rows, or [R, C] for some ids alone."""
+        """Returns noise [R, V] for the `stream_keys` of the rows, or [R, C] for some ids alone."""
         codes_V = self._codes_V if ids_C is None else self._codes_V[ids_C]
         # A random multiple of a random code, mixed once more: all that differs from row to row is a full 64-bit key.
         bits_RV = (codes_V ^ keys_R2[:, :1]) * keys_R2[:, 1:]
@@ -46,7 +48,7 @@ class GumbelNoise:
 
 
 def stream_keys(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
-    """A pair of uint64 for each row, [R, 2], that all 64 bits of seed and position decide; the second is odd."""
+    """Returns two uint64 for each row, [R, 2], that all 64 bits of seed and position decide; the second is odd."""
     seed_R = np.array(seeds, dtype=np.uint64)
     position_R = np.array(positions, dtype=np.uint64)
     first_R = mix(mix(seed_R ^ SECOND) + position_R * GOLDEN)
@@ -54,7 +56,7 @@ def stream_keys(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
 
 
 def mix(bits: np.ndarray) -> np.ndarray:
-    """A permutation of the 64-bit numbers in which each bit of the result depends on all of the argument."""
+    """Permutes the 64-bit numbers so that each bit of the result depends on all of the argument."""
     bits = (bits ^ (bits >> 30)) * FIRST
     bits = (bits ^ (bits >> 27)) * SECOND
     return bits ^ (bits >> 31)

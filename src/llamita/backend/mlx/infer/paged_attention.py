@@ -2,6 +2,8 @@
 
 Two ways: a batch of single queries, and a chunk of one sequence. Each takes the queries (T, N, H) and a layer's whole
 memory (K, slots, H), of which it reads blocks that lie one after the other where they are, and gathers others.
+
+Letters beyond the usual: M blocks of a table, X positions of a block.
 """
 
 from collections.abc import Sequence
@@ -24,22 +26,22 @@ class Span(BlockSpan):
         return mx.array(self.blocks)
 
     def read(self, memory: mx.array) -> mx.array:
-        """What the blocks hold, (1, K, S, H), S being `keys`."""
+        """Returns the contents of the blocks, (1, K, S, H), S being `keys`."""
         if self.begin is not None:
             return memory[None, :, self.begin : self.begin + self.keys]
         return gather(memory, self.blocks_M[None], self.block_size)[:, :, : self.keys]
 
 
 class Part(Protocol):
-    """How some rows of a step attend, in every layer of a group."""
+    """The attention of some rows of a step, in every layer of a group."""
 
     def attend(self, q_TNH: mx.array, keys: mx.array, values: mx.array) -> mx.array: ...
 
 
 def gather(memory: mx.array, blocks_BM: mx.array, block_size: int) -> mx.array:
-    """What blocks of a memory (K, slots, H) hold, those of a row one after the other: (B, K, S, H)."""
+    """Returns the contents of blocks of a memory (K, slots, H), those of a row one after the other: (B, K, S, H)."""
     K, _, H = memory.shape
-    x_KBMXH = memory.reshape(K, -1, block_size, H)[:, blocks_BM]  # X: positions of a block
+    x_KBMXH = memory.reshape(K, -1, block_size, H)[:, blocks_BM]
     return x_KBMXH.reshape(K, len(blocks_BM), -1, H).swapaxes(0, 1)
 
 

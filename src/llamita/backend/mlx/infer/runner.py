@@ -1,9 +1,11 @@
 """Runs the plans of an inference engine on an MLX model, over a paged key/value memory.
 
-The engine decides which tokens run and where their keys and values lie; here they are run, all chunks of a step packed
+The engine decides which tokens run and where their keys and values lie; here they are run, all chunks of a step laid
 into one row. A step is one graph, from the tokens to the draws, and is waited for once. `hidden_states` holds all that
 happens between tokens and the states that logits are made of. Deliberately knows nothing of requests, text, or when to
 stop.
+
+Letters beyond the usual: R rows of a step.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,14 +50,14 @@ CACHE_SHARE = 0.25
 
 @dataclass
 class MlxMemory:
-    """What one engine's sequences left behind for their next step: keys and values, and counts of tokens."""
+    """The memory of one engine's sequences from step to step: keys and values, and counts of tokens."""
 
     cache: PagedKVCache
     sampler: Sampler
 
 
 class MlxRunner:
-    """Does an engine's plans with `model`, which it does not copy.
+    """Runs an engine's plans with `model`, which it does not copy.
 
     A chunk goes through the one of `adapters` that it names, or through `default`, or the model alone.
     """
@@ -76,7 +78,8 @@ class MlxRunner:
             for name, adapter in self.adapters.items()
         }
         read = [(name, array.nbytes) for name, array in named_arrays(model)]
-        read += [(name, each.kernel_bytes) for name, each in model.named_modules() if isinstance(each, QuantizedLinear)]
+        modules = model.named_modules()
+        read += [(name, module.kernel_bytes) for name, module in modules if isinstance(module, QuantizedLinear)]
         self.weight_bytes = bytes_read_per_token(self.config, read)
         """Bytes of weights that decoding one token reads."""
         self.kv_bytes_per_token = kv_bytes_per_token(self.config, self.dtype.size)
@@ -88,19 +91,19 @@ class MlxRunner:
         return int(psutil.virtual_memory().available * CACHE_SHARE)
 
     def weights(self) -> dict[str, HostArray]:
-        """The values under canonical names, in the type they have here; those of the default adapter merged in."""
+        """Returns the values under canonical names, in the type they have here, with the default adapter merged in."""
         adapter = None if self.default is None else self.adapters[self.default]
         return with_adapter(self.config, to_host_arrays(self.model), adapter, lora.merged_arrays)
 
     def allocate(self, layout: CacheLayout, sequences: int = 0) -> MlxMemory:
-        """Memory for the sequences of one engine; how many decode at once makes no difference to it."""
+        """Returns memory for the sequences of one engine; how many decode at once makes no difference to it."""
         with mx.stream(self.device):
             cache = PagedKVCache(self.config, layout, self.dtype)
             mx.eval(cache.keys, cache.values)  # another thread may do the steps
             return MlxMemory(cache, Sampler(self.config.vocab_size, self.device))
 
     def run(self, plan: Plan, memory: MlxMemory) -> StepResult:
-        """Run every chunk at once, sample the tokens and score the targets that they ask for."""
+        """Runs every chunk at once, samples the tokens and scores the targets that they ask for."""
         with mx.stream(self.device):
             memory.cache.copy(plan.copies)
             if not plan.chunks:
@@ -112,7 +115,7 @@ class MlxRunner:
             wanted = list(range(len(names))) if len(set(names)) > 1 else rows_wanted(layout.chunks)
             adapters = adapters_of_rows(self._adapters, names)
             hidden_RD = hidden_states(self.model, tokens_1T, memory.cache.step(layout.chunks), wanted, adapters)
-            # What the memory has become is part of the step: left to a later one, graphs and memory would pile up.
+            # The changed memory is part of the step: left to a later one, graphs and memory would pile up.
             mx.async_eval(memory.cache.keys, memory.cache.values)
             states = States(hidden_RD, {row: place for place, row in enumerate(wanted)}, names)
             sampled = self._sample(layout.chunks, states, memory.sampler)
@@ -121,7 +124,7 @@ class MlxRunner:
     def _sample(
         self, chunks: Sequence[ScheduledChunk], states: States[mx.array], sampler: Sampler
     ) -> list[tuple[SampledToken, ...]]:
-        """The tokens that each chunk asks for, all drawn in one pass."""
+        """Returns the tokens that each chunk asks for, all drawn in one pass."""
 
         def draw(rows: list[int], specs: list[SampleSpec], ids: list[int]) -> list[SampledToken]:
             return sampler.sample(self._logits(states, rows), specs, ids)
@@ -129,7 +132,7 @@ class MlxRunner:
         return sample_chunks(chunks, draw)
 
     def _score(self, chunks: Sequence[ScheduledChunk], states: States[mx.array]) -> list[tuple[float, ...]]:
-        """The log-probabilities of each chunk's targets."""
+        """Returns the log-probabilities of each chunk's targets."""
 
         def score(rows: range, targets: Sequence[int]) -> list[float]:
             targets_R1 = mx.array(list(targets))[:, None]
@@ -140,7 +143,7 @@ class MlxRunner:
         return score_chunks(chunks, score)
 
     def _logits(self, states: States[mx.array], rows: Sequence[int]) -> mx.array:
-        """Logits (R, V) of some rows of the step."""
+        """Returns logits (R, V) of some rows of the step."""
         places, hidden_RD = states.places(rows), states.hidden_RD
         if places != list(range(len(hidden_RD))):
             hidden_RD = hidden_RD[mx.array(places)]
@@ -152,9 +155,9 @@ class MlxRunner:
         capture: Sequence[str] = (),
         adapter: str | None = None,
     ) -> dict[str, np.ndarray]:
-        """Logits of every position, and the residual stream at named places, as float32 arrays.
+        """Returns logits of every position, and the residual stream at named places, as float32 arrays.
 
-        Returns `logits` (B, T, V) and each name in `capture` (B, T, D): `embedding`, `layers.0`, `layers.1`, ...,
+        They are `logits` (B, T, V) and each name in `capture` (B, T, D): `embedding`, `layers.0`, `layers.1`, ...,
         `norm`. Nothing is cached. Raises ValueError for an unknown name, and for ids outside the vocabulary.
         """
         captured: dict[str, mx.array] = {}
@@ -175,7 +178,7 @@ class MlxRunner:
 def hidden_states(
     model: Llama, tokens_1T: mx.array, step: PagedStep, rows: Sequence[int], adapters: Adapters | None
 ) -> mx.array:
-    """The states (R, D) after the final norm of some rows of one packed row of tokens; all keys and values go into the
+    """Returns the states (R, D) after the final norm at some `rows` of the tokens; all keys and values go into the
     memory."""
     every = len(rows) == tokens_1T.shape[1]
     rows_R = None if every else mx.array(list(rows), mx.int32)
@@ -190,8 +193,8 @@ def load_runner(
     exact: bool = False,
     adapters: Mapping[str, Path] | None = None,
 ) -> MlxRunner:
-    """A runner over a model directory, or over the best checkpoint of a run directory; of an adapter's, over its base
-    with that adapter. `adapters` are further ones over the same base, each for the chunks that name it.
+    """Returns a runner over a model directory, or over the best checkpoint of a run directory; of an adapter's, over
+    its base with that adapter. `adapters` are further ones over the same base, each for the chunks that name it.
 
     `dtype` is that of weights and cache: a name in DTYPES, or "auto" for that of the file (bfloat16 for the activations
     of a quantised one). `device` is "cpu", "gpu", or "auto" for MLX's own default: the GPU of a Mac. MLX has no setting
@@ -209,7 +212,7 @@ def load_runner(
 
 
 def runner_over(config: ModelConfig, arrays: Mapping[str, HostArray], dtype: str = "float32") -> MlxRunner:
-    """A runner over host arrays, on the CPU."""
+    """Returns a runner over host arrays, on the CPU."""
     return _arranged(config, arrays, DTYPES[dtype], mx.cpu)
 
 
@@ -221,7 +224,7 @@ def _arranged(
     adapters: Mapping[str, Adapter] | None = None,
     default: str | None = None,
 ) -> MlxRunner:
-    """A runner over a model of its own, whose matrices lie as its device multiplies them fastest."""
+    """Returns a runner over a model of its own, whose matrices lie as its device multiplies them fastest."""
     with mx.stream(device):
         model = build_model(config, arrays, dtype=dtype)
         if device == mx.cpu and dtype == mx.float32:
@@ -231,20 +234,20 @@ def _arranged(
 
 
 def lay_columns_together(model: Llama) -> None:
-    """Store each float32 matrix column by column, with the face of one stored row by row.
+    """Stores each float32 matrix column by column, with the face of one stored row by row.
 
     x W^T then reads W^T row by row, for which the BLAS of MLX on Linux takes three quarters to half of the time.
     """
-    for packed in model.packed_parameters():
-        weight = packed.parameter
+    for fused in model.fused_parameters():
+        weight = fused.parameter
         if weight.ndim == 2 and weight.dtype == mx.float32:
             columns = mx.contiguous(weight.T)
             mx.eval(columns)
-            packed.replace(columns.T)
+            fused.replace(columns.T)
 
 
 def named_arrays(model: nn.Module) -> Iterator[tuple[str, mx.array]]:
-    """Every array that the model holds, by the name of its module and its own."""
+    """Yields every array that the model holds, by the name of its module and its own."""
     for module_name, module in model.named_modules():
         for key, value in module.items():
             if isinstance(value, mx.array):

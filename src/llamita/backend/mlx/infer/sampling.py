@@ -7,6 +7,8 @@ Metal, which has nothing wider; MLX's exponential is good to a millionth in eith
 other side of the border of top-p only where its mass is that near. The functions below `Sampler` take a column of
 parameters, one a row. All results come over in one piece, and nothing waits before them. Knows nothing of models or
 caches.
+
+Letters beyond the usual: R rows, E entries (a row and an id), W words of 32 bits, C the likeliest ids.
 """
 
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ from llamita.backend.sampling import DROPPED, Steps, allowed_words, banned, bias
 from llamita.backend.sampling_params import SamplingParams
 
 LARGEST_K = 2**31 - 1
-"""What top-k is cut to, since MLX counts in 32 bits; a vocabulary is smaller."""
+"""The most that top-k can be, since MLX counts in 32 bits; a vocabulary is smaller."""
 LIKELIEST = 1024
 """On a CPU, top-p looks for its nucleus among so many tokens before it sorts all."""
 
@@ -31,16 +33,16 @@ class Columns:
 
     def __init__(self, params: Sequence[SamplingParams], dtype: mx.Dtype = mx.float64) -> None:
         def column(name: str) -> mx.array:
-            return mx.array(np.array([[getattr(each, name)] for each in params], dtype=np.float64), dtype=dtype)
+            return mx.array(np.array([[getattr(row, name)] for row in params], dtype=np.float64), dtype=dtype)
 
         self.temperature_R1, self.top_p_R1, self.min_p_R1 = map(column, ("temperature", "top_p", "min_p"))
         self.repetition_R1 = column("repetition_penalty")
         self.frequency_R1, self.presence_R1 = map(column, ("frequency_penalty", "presence_penalty"))
-        self.largest_k = max(each.top_k for each in params)
-        self.top_k_R1 = mx.array([[min(each.top_k, LARGEST_K)] for each in params])
-        self.any_repetition = any(each.repetition_penalty != 1 for each in params)
-        self.any_output_penalty = any(each.frequency_penalty or each.presence_penalty for each in params)
-        self.any_top_p, self.any_min_p = any(each.top_p < 1 for each in params), any(each.min_p > 0 for each in params)
+        self.largest_k = max(row.top_k for row in params)
+        self.top_k_R1 = mx.array([[min(row.top_k, LARGEST_K)] for row in params])
+        self.any_repetition = any(row.repetition_penalty != 1 for row in params)
+        self.any_output_penalty = any(row.frequency_penalty or row.presence_penalty for row in params)
+        self.any_top_p, self.any_min_p = any(row.top_p < 1 for row in params), any(row.min_p > 0 for row in params)
 
 
 class Sampler:
@@ -56,7 +58,7 @@ class Sampler:
     def sample(
         self, logits_RV: mx.array, specs: Sequence[SampleSpec], sequence_ids: Sequence[int]
     ) -> list[SampledToken]:
-        """Pick a token for each row as its spec says, with its natural log-probability under `softmax(logits)`.
+        """Picks a token for each row as its spec asks, with its natural log-probability under `softmax(logits)`.
 
         A row's token depends on its own logits and spec alone. Rows of one sequence have the same id; the counts of
         sequences that are not in a call are forgotten. A row that holds NaN or infinity, as the logits of broken
@@ -69,22 +71,22 @@ class Sampler:
         counted = self._counts.update([specs[row] for row in readers], [sequence_ids[row] for row in readers])
         counts_of = dict(zip(readers, counted, strict=True))
         groups = rows_by_steps(specs)
-        packed = []
+        blocks = []
         with mx.stream(self.device):
             for steps, rows in groups.items():
                 block_RV = logits_RV if len(groups) == 1 else logits_RV[mx.array(rows)]
                 counts = [counts_of[row] for row in rows] if steps.penalized else []
-                packed.append(self._sample_block(block_RV, steps, [specs[row] for row in rows], counts))
-            mx.eval(packed)  # the one wait for the device
+                blocks.append(self._sample_block(block_RV, steps, [specs[row] for row in rows], counts))
+            mx.eval(blocks)  # the one wait for the device
         values_of: dict[int, list[float]] = {}
-        for rows, block in zip(groups.values(), packed, strict=True):
+        for rows, block in zip(groups.values(), blocks, strict=True):
             values_of |= zip(rows, np.array(block).tolist(), strict=True)
         return [sampled_token(values_of[row], spec.params.top_logprobs) for row, spec in enumerate(specs)]
 
     def _sample_block(
         self, logits_RV: mx.array, steps: Steps, specs: Sequence[SampleSpec], counts: Sequence[CountedRow]
     ) -> mx.array:
-        """[R, 3 + 2K]: id, its log-probability, its score; ids and log-probabilities of the K likeliest."""
+        """Returns [R, 3 + 2K]: id, log-probability, score; ids and log-probabilities of the K likeliest."""
         wide_RV = logits_RV.astype(self.dtype)
         total_R1 = logsumexp(wide_RV)
         if steps.plain_greedy:
@@ -112,7 +114,7 @@ class Sampler:
     def _score(
         self, scores_RV: mx.array, specs: Sequence[SampleSpec], columns: Columns, counts: Sequence[CountedRow]
     ) -> mx.array:
-        """The logits after bias, penalties and exclusions."""
+        """Returns the logits after bias, penalties and exclusions."""
         if (biased := biases(specs, self.vocab_size)) is not None:
             row_E, id_E, bias_E = biased
             scores_RV = scores_RV.at[mx.array(row_E), mx.array(id_E)].add(mx.array(bias_E, dtype=self.dtype))
@@ -127,20 +129,20 @@ class Sampler:
 
 
 def logsumexp(scores_RV: mx.array) -> mx.array:
-    """[R, 1], summed in the type of the scores: MLX's own sums in float32, and is off by 5e-5 over 32,000 ids."""
+    """Returns [R, 1], summed in the type of the scores; MLX's own, in float32, is off by 5e-5 over 32,000 ids."""
     largest_R1 = scores_RV.max(axis=-1, keepdims=True)
     return largest_R1 + mx.log(mx.exp(scores_RV - largest_R1).sum(axis=-1, keepdims=True))
 
 
 def largest_first(scores_RV: mx.array, count: int) -> mx.array:
-    """Ids [R, count] of the largest scores, in order."""
+    """Returns ids [R, count] of the largest scores, in order."""
     ids_RK = mx.argpartition(-scores_RV, count - 1, axis=-1)[:, :count]
     order_RK = mx.argsort(-mx.take_along_axis(scores_RV, ids_RK, axis=-1), axis=-1)
     return mx.take_along_axis(ids_RK, order_RK, axis=-1)
 
 
 def penalize(scores_RV: mx.array, seen_RV: mx.array, outputs_RV: mx.array, columns: Columns) -> mx.array:
-    """Make tokens less likely that have come before, for a repetition penalty above 1 and others above 0.
+    """Makes tokens less likely that have come before, for a repetition penalty above 1 and others above 0.
 
     Repetition (prompt and output, `seen_RV`): positive logits are divided by it; negative ones are multiplied, so that
     these fall as well (Keskar et al. 2019, CTRL, arXiv:1909.05858, section 4.1; the multiplication follows
@@ -156,13 +158,13 @@ def penalize(scores_RV: mx.array, seen_RV: mx.array, outputs_RV: mx.array, colum
 
 
 def unpack_bits(words_RW: mx.array, size: int) -> mx.array:
-    """Bool [R, size]: bit i % 32 of int32 word i // 32, for each i."""
+    """Returns bool [R, size]: bit i % 32 of int32 word i // 32, for each i."""
     bits_RW32 = (words_RW[..., None] >> mx.arange(32, dtype=mx.int32)) & 1
     return bits_RW32.astype(mx.bool_).flatten(1)[:, :size]
 
 
 def truncate(scores_RV: mx.array, columns: Columns) -> mx.array:
-    """The scores after top-k, top-p and min-p; dropped tokens have -inf."""
+    """Returns the scores after top-k, top-p and min-p; dropped tokens have -inf."""
     if columns.largest_k:
         scores_RV = keep_top_k(scores_RV, columns.top_k_R1, columns.largest_k)
     if columns.any_top_p:
@@ -171,7 +173,7 @@ def truncate(scores_RV: mx.array, columns: Columns) -> mx.array:
 
 
 def keep_top_k(scores_RV: mx.array, k_R1: mx.array, largest: int) -> mx.array:
-    """Keep the k largest scores, and any equal to the k-th (Fan et al. 2018, arXiv:1805.04833); 0 keeps all.
+    """Keeps the k largest scores, and any equal to the k-th (Fan et al. 2018, arXiv:1805.04833); 0 keeps all.
 
     `largest` is the largest k.
     """
@@ -182,7 +184,7 @@ def keep_top_k(scores_RV: mx.array, k_R1: mx.array, largest: int) -> mx.array:
 
 
 def keep_top_p(scores_RV: mx.array, p_R1: mx.array) -> mx.array:
-    """Keep the nucleus: the smallest set of most probable tokens whose mass is at least p, never none; 1 keeps all.
+    """Keeps the nucleus: the smallest set of most probable tokens whose mass is at least p, never none; 1 keeps all.
 
     Of equally probable tokens at the border, those with the smaller ids stay (Holtzman et al. 2019, arXiv:1904.09751).
     """
@@ -198,7 +200,7 @@ def keep_top_p(scores_RV: mx.array, p_R1: mx.array) -> mx.array:
 
 
 def most_probable(probabilities_RV: mx.array, p_R1: mx.array) -> mx.array:
-    """Probabilities in falling order: all, or so many that they hold the mass p of each row that has one."""
+    """Returns probabilities in falling order: all, or so many that they hold the mass p of each row that has one."""
     if probabilities_RV.dtype == mx.float64 and probabilities_RV.shape[-1] > 4 * LIKELIEST:
         # Float64 is the CPU, where a look at the numbers waits for nobody, and sorting all takes longest.
         likeliest_RC = mx.topk(probabilities_RV, LIKELIEST, axis=-1)
@@ -208,6 +210,6 @@ def most_probable(probabilities_RV: mx.array, p_R1: mx.array) -> mx.array:
 
 
 def drop_below_min_p(scores_RV: mx.array, min_p_R1: mx.array) -> mx.array:
-    """Drop tokens less probable than `min_p` times the most probable one (Nguyen et al. 2024, arXiv:2407.01082)."""
+    """Drops tokens less probable than `min_p` times the most probable one (Nguyen et al. 2024, arXiv:2407.01082)."""
     threshold_R1 = scores_RV.max(axis=-1, keepdims=True) + mx.log(min_p_R1)
     return mx.where(scores_RV < threshold_R1, DROPPED, scores_RV)

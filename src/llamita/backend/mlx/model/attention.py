@@ -36,7 +36,7 @@ def attention(
     dropout: Dropout | None = None,
     spec: AttentionSpec = PLAIN,
 ) -> mx.array:
-    """softmax(Q K^T / sqrt(H)) V (Vaswani et al. 2017), each group of query heads sharing a key/value head.
+    """Computes softmax(Q K^T / sqrt(H)) V (Vaswani et al. 2017), each group of query heads sharing a key/value head.
 
     query (..., N, T, H), key and value (..., K, S, H) with N a multiple of K: multi-head for K = N, multi-query for
     K = 1, grouped-query between (Ainslie et al. 2023, arXiv:2305.13245). Any number of leading dimensions. mask is
@@ -72,7 +72,7 @@ def attention_fused(
     dropout: Dropout | None = None,
     spec: AttentionSpec = PLAIN,
 ) -> mx.array:
-    """`attention` by MLX's kernel, which takes one mask; with dropout or a soft cap, which it lacks, the plain form."""
+    """Computes `attention` by MLX's kernel, which takes one mask; with dropout or a soft cap, by the plain form."""
     if dropout or spec.soft_cap:
         return attention(query, key, value, mask, causal, dropout, spec)
     *leading, N, T, H = query.shape
@@ -92,18 +92,18 @@ def attention_fused(
 
 
 def softmax(x: mx.array) -> mx.array:
-    """Exponentials that sum to one over the last dimension; the maximum is subtracted first so that none overflows."""
+    """Returns exponentials that sum to one over the last dimension; as the maximum goes first, none overflows."""
     exponentials = mx.exp(x - mx.max(x, axis=-1, keepdims=True))
     return exponentials / mx.sum(exponentials, axis=-1, keepdims=True)
 
 
 def causal_mask(T: int, S: int) -> mx.array:
-    """Boolean (T, S): query t is the position S - T + t, and sees the keys up to its own."""
+    """Returns a boolean (T, S): query t is the position S - T + t, and sees the keys up to its own."""
     return mx.arange(S)[None] <= mx.arange(S - T, S)[:, None]
 
 
 def segment_mask(segments_BT: mx.array) -> mx.array:
-    """Boolean (B, 1, T, T): causal, and only within a segment (a document of a packed row).
+    """Returns a boolean (B, 1, T, T): causal, and only within a segment (a document of a packed row).
 
     Segment 0 is padding: it sees only itself, so that no softmax is empty, and no real token sees it.
     """
@@ -112,5 +112,5 @@ def segment_mask(segments_BT: mx.array) -> mx.array:
 
 
 def window_mask(T: int, window: int) -> mx.array:
-    """Boolean (T, T): query t sees the `window` keys up to its own."""
+    """Returns a boolean (T, T): query t sees the `window` keys up to its own."""
     return causal_mask(T, T) & (mx.arange(T)[None] > mx.arange(T)[:, None] - window)

@@ -1,4 +1,4 @@
-"""Where a parameter of the module lies, and which parameters of a checkpoint it holds one below the other."""
+"""A parameter of the module: its place there, and the parameters of a checkpoint that it holds one below the other."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ import mlx.nn as nn
 
 
 @dataclass(frozen=True)
-class PackedParameter:
-    """A parameter of the module and the canonical parameters whose rows it stacks (one, where nothing is packed).
+class FusedParameter:
+    """A parameter of the module and the canonical parameters whose rows it stacks (one, where nothing is fused).
 
     Arrays of MLX do not change: an update puts a new one into its place, the `key` of the module `owner`.
     """
@@ -30,6 +30,6 @@ class PackedParameter:
         self.owner[self.key] = values
 
     def split(self, tensor: mx.array) -> Sequence[mx.array]:
-        """The rows of `tensor`, shaped like the parameter, that belong to each part."""
+        """Returns the rows of `tensor`, shaped like the parameter, that belong to each part."""
         ends = list(accumulate(self.sizes))
         return [tensor[end - size : end] for size, end in zip(self.sizes, ends, strict=True)]

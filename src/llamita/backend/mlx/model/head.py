@@ -24,7 +24,7 @@ class LogitTransform:
         return self.soft_cap * mx.tanh(logits_V / self.soft_cap) if self.soft_cap else logits_V
 
     def slope(self, transformed_V: mx.array) -> mx.array | float:
-        """The derivative of what `__call__` gave by what it was given."""
+        """Returns the derivative of `__call__`, from its result."""
         steepness = 1 / self.scaling
         return (1 - (transformed_V / self.soft_cap) ** 2) * steepness if self.soft_cap else steepness
 
@@ -37,5 +37,5 @@ class OutputHead:
     transform: LogitTransform = field(default_factory=LogitTransform)
 
     def logits(self, hidden_D: mx.array) -> mx.array:
-        """Logits (..., V) of hidden states (..., D), float32."""
+        """Returns logits (..., V) of hidden states (..., D), float32."""
         return self.transform((hidden_D.astype(self.weight_VD.dtype) @ self.weight_VD.T).astype(mx.float32))

@@ -3,6 +3,8 @@
 Each is written twice: a plain form from array operations, to be read beside its paper, and the form that runs by
 default, on MLX's fused kernels where it has one. Tests hold the two equal. Knows nothing of the model that is built
 from them.
+
+Letters beyond the usual: E half a head size, R tokens as rows.
 """
 
 import math
@@ -17,7 +19,7 @@ from llamita.model.config import Activation
 
 
 def rms_norm(x_D: mx.array, weight_D: mx.array, eps: float) -> mx.array:
-    """Divide each vector by its root mean square, then scale (Zhang & Sennrich 2019, arXiv:1910.07467).
+    """Divides each vector by its root mean square, then scales it (Zhang & Sennrich 2019, arXiv:1910.07467).
 
     x_D is (..., D), weight_D (D,). The mean square is taken in float32; the result has the type of x_D.
     """
@@ -32,7 +34,7 @@ def rms_norm_fused(x_D: mx.array, weight_D: mx.array, eps: float) -> mx.array:
 
 
 def linear(x_D: mx.array, weight_CD: mx.array, bias_C: mx.array | None = None) -> mx.array:
-    """y = x W^T + b: (..., D) times (C, D) transposed gives (..., C).
+    """Computes y = x W^T + b: (..., D) times (C, D) transposed gives (..., C).
 
     In the type of the weight: with bfloat16 weights beside a float32 residual stream, the product alone is bfloat16.
     """
@@ -46,23 +48,23 @@ def linear_fused(x_D: mx.array, weight_CD: mx.array, bias_C: mx.array | None = N
 
 
 def silu(x: mx.array) -> mx.array:
-    """x times its logistic sigmoid (Elfwing et al. 2017, arXiv:1702.03118)."""
+    """Returns x times its logistic sigmoid (Elfwing et al. 2017, arXiv:1702.03118)."""
     return x / (1 + mx.exp(-x))
 
 
 def gated_silu(gate_up: mx.array) -> mx.array:
-    """The gate of SwiGLU (Shazeer 2020, arXiv:2002.05202): silu(gate) * up, from (..., 2 C) to (..., C)."""
+    """Returns the gate of SwiGLU (Shazeer 2020, arXiv:2002.05202): silu(gate) * up, from (..., 2 C) to (..., C)."""
     gate_C, up_C = mx.split(gate_up, 2, axis=-1)
     return silu(gate_C) * up_C
 
 
 def gelu_tanh(x: mx.array) -> mx.array:
-    """x times the normal distribution's integral, approximated by tanh (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
+    """Returns x times the normal integral, approximated by tanh (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
     return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def gated_gelu(gate_up: mx.array) -> mx.array:
-    """The gate of GeGLU (Shazeer 2020, arXiv:2002.05202): gelu(gate) * up, from (..., 2 C) to (..., C)."""
+    """Returns the gate of GeGLU (Shazeer 2020, arXiv:2002.05202): gelu(gate) * up, from (..., 2 C) to (..., C)."""
     gate_C, up_C = mx.split(gate_up, 2, axis=-1)
     return gelu_tanh(gate_C) * up_C
 
@@ -77,13 +79,13 @@ def _gate_kernel(gate_C: mx.array, up_C: mx.array) -> mx.array:
 
 
 def gated_silu_fused(gate_up: mx.array) -> mx.array:
-    """`gated_silu` as one kernel, which `mx.compile` makes of its elementwise operations."""
+    """Computes `gated_silu` as one kernel, which `mx.compile` makes of its elementwise operations."""
     gate_C, up_C = mx.split(gate_up, 2, axis=-1)
     return _gate_kernel(gate_C, up_C)
 
 
 def rope_table(positions_BT: mx.array, frequencies_E: mx.array, scale: float = 1.0) -> tuple[mx.array, mx.array]:
-    """Cosines and sines of the rotation angles, float32, each (B, T, H/2), times `scale`.
+    """Returns cosines and sines of the rotation angles, float32, each (B, T, H/2), times `scale`.
 
     Pair i of a head turns by position * frequency i (Su et al. 2021, arXiv:2104.09864). Angles are computed in float32,
     as transformers does; `rope.rotary_frequencies` gives frequencies and scale.
@@ -93,7 +95,7 @@ def rope_table(positions_BT: mx.array, frequencies_E: mx.array, scale: float = 1
 
 
 def apply_rope(x_BTNH: mx.array, cos_BTE: mx.array, sin_BTE: mx.array) -> mx.array:
-    """Rotate the pairs (i, i + H/2): the layout of Hugging Face checkpoints, and of every model here.
+    """Rotates the pairs (i, i + H/2): the layout of Hugging Face checkpoints, and of every model here.
 
     x_BTNH is (..., T, heads, H); the table is (..., T, H/2), shared by all heads. Keeps the type of x_BTNH.
     """
@@ -103,7 +105,7 @@ def apply_rope(x_BTNH: mx.array, cos_BTE: mx.array, sin_BTE: mx.array) -> mx.arr
 
 
 def apply_rope_interleaved(x_BTNH: mx.array, cos_BTE: mx.array, sin_BTE: mx.array) -> mx.array:
-    """Rotate the pairs (2 i, 2 i + 1): the layout of Meta's checkpoints and of the RoFormer paper."""
+    """Rotates the pairs (2 i, 2 i + 1): the layout of Meta's checkpoints and of the RoFormer paper."""
     first, second = x_BTNH[..., 0::2], x_BTNH[..., 1::2]
     cos, sin = cos_BTE[..., None, :], sin_BTE[..., None, :]
     rotated = mx.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -111,7 +113,7 @@ def apply_rope_interleaved(x_BTNH: mx.array, cos_BTE: mx.array, sin_BTE: mx.arra
 
 
 def rotate(x_BTNH: mx.array, positions_BT: mx.array | None, frequencies_E: mx.array, scale: float = 1.0) -> mx.array:
-    """`apply_rope` at these positions (B, T) or (1, T); None stands for 0, 1, ..., T - 1."""
+    """Rotates as `apply_rope` does, at these positions (B, T) or (1, T); None stands for 0, 1, ..., T - 1."""
     if positions_BT is None:
         positions_BT = mx.arange(x_BTNH.shape[1])[None]
     return apply_rope(x_BTNH, *rope_table(positions_BT, frequencies_E, scale))
@@ -120,7 +122,7 @@ def rotate(x_BTNH: mx.array, positions_BT: mx.array | None, frequencies_E: mx.ar
 def rotate_fused(
     x_BTNH: mx.array, positions_BT: mx.array | None, frequencies_E: mx.array, scale: float = 1.0
 ) -> mx.array:
-    """`rotate` by MLX's kernel, which computes the angles as it goes and knows positions only as an offset a row.
+    """Computes `rotate` by MLX's kernel, which computes angles as it goes and knows positions as an offset a row.
 
     So where positions are given, each token becomes a row of its own.
     """
@@ -136,7 +138,7 @@ def rotate_fused(
 
 
 def halves_from_interleaved(weight: mx.array, head_dim: int) -> mx.array:
-    """Reorder the rows of a query or key projection (heads * H, ...) from interleaved pairs to rotated halves.
+    """Reorders the rows of a query or key projection (heads * H, ...) from interleaved pairs to rotated halves.
 
     With the reordered weight, `apply_rope` gives the attention scores that `apply_rope_interleaved` gave before.
     """
@@ -145,7 +147,7 @@ def halves_from_interleaved(weight: mx.array, head_dim: int) -> mx.array:
 
 
 def interleaved_from_halves(weight: mx.array, head_dim: int) -> mx.array:
-    """The inverse of `halves_from_interleaved`."""
+    """Inverts `halves_from_interleaved`."""
     per_head = weight.reshape(-1, 2, head_dim // 2, *weight.shape[1:])
     return per_head.swapaxes(1, 2).reshape(weight.shape)
 
@@ -154,7 +156,7 @@ class Adapters(Protocol):
     """The adapters of a forward pass: one for all of it (lora.py), or each for its rows (infer/adapters.py)."""
 
     def changed(self, matrix: str, x: mx.array, y: mx.array) -> mx.array:
-        """The output `y` that the linear map of this name has for `x`, changed as its adapters say."""
+        """Returns the output `y` that the linear map of this name has for `x`, changed as its adapters say."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 Built from the architecture table, whose names it gives and takes; inside, query, key and value projections are one
 matrix, and so are gate and up, since one large product is faster than three. `nn.Module` is used as a tree of named
 arrays and no more. Knows nothing of training or requests.
+
+Letters beyond the usual: E half a head size, G heads of several kinds side by side, R positions that are wanted.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ import mlx.nn as nn
 
 from llamita.backend.mlx.infer.kv_cache import PagedStep
 from llamita.backend.mlx.model import attention as masks
-from llamita.backend.mlx.model.fused import PackedParameter
+from llamita.backend.mlx.model.fused import FusedParameter
 from llamita.backend.mlx.model.head import LogitTransform, OutputHead
 from llamita.backend.mlx.model.layers import FUSED, Adapters, Operations
 from llamita.backend.mlx.model.quantized import QuantizedEmbedding, QuantizedLinear
@@ -77,7 +79,7 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True)
 class Context:
-    """What every layer needs to know of one forward pass: rotations, who sees whom, dropout where drawn, adapters.
+    """All that a layer needs to know of one forward pass: rotations, who sees whom, dropout where drawn, adapters.
 
     `positions_BT` None stands for 0, 1, .... `window_mask` is for layers with a sliding window, None where all that
     `mask` and `causal` allow lies within it. With a `cache`, that is what knows.
@@ -111,7 +113,7 @@ class Attention(nn.Module):
 
     def __call__(self, x_BTD: mx.array, context: Context) -> mx.array:
         N, K, H = self.N, self.K, self.H
-        heads_BTGH = self.qkv_proj(x_BTD, context.adapters).reshape(*x_BTD.shape[:2], N + 2 * K, H)  # G: all heads
+        heads_BTGH = self.qkv_proj(x_BTD, context.adapters).reshape(*x_BTD.shape[:2], N + 2 * K, H)
         rotated_BTGH = self.normed(heads_BTGH[..., : N + K, :])
         if self.rotation is not None:
             rotated_BTGH = self.rotate(rotated_BTGH, context.positions_BT, *context.rotations[self.rotation])
@@ -129,7 +131,7 @@ class Attention(nn.Module):
         return self.o_proj(mixed_BNTH.swapaxes(1, 2).flatten(-2), context.adapters)
 
     def normed(self, heads_BTGH: mx.array) -> mx.array:
-        """Queries and keys with their norms, where there are any: over each head, or over all heads at once."""
+        """Returns queries and keys with their norms, where there are any: over each head, or over all heads at once."""
         if self.q_norm is None or self.k_norm is None:
             return heads_BTGH
         q_BTNH, k_BTKH = heads_BTGH[..., : self.N, :], heads_BTGH[..., self.N :, :]
@@ -173,11 +175,11 @@ class Block(nn.Module):
         return x_BTD + self.added(self.normed(norms.after_feed_forward, y_BTD), context)
 
     def normed(self, norm: str, x_BTD: mx.array) -> mx.array:
-        """Through the norm of this name; unchanged where there is none in this place."""
+        """Returns the input through the norm of this name; unchanged where there is none in this place."""
         return self[norm](x_BTD) if norm else x_BTD
 
     def added(self, y_BTD: mx.array, context: Context) -> mx.array:
-        """What a sublayer adds to the residual stream."""
+        """Returns a sublayer's result as it is added to the residual stream: after dropout, where drawn, and scaled."""
         y_BTD = context.dropout(y_BTD) if context.dropout else y_BTD
         return y_BTD if self.multiplier == 1.0 else y_BTD * self.multiplier
 
@@ -213,14 +215,14 @@ class Llama(nn.Module):
         self._name_linear_maps()
 
     def _take_twins(self, operations: Operations, bits: int) -> None:
-        """Put the quantised twin of each linear map and of the embedding in its place, but for a classifier's head."""
+        """Puts the quantised twin of each linear map and of the embedding in its place, but for a classifier's head."""
         for _, parent in self.named_modules():
             for name, child in list(parent.items()):
                 if isinstance(child, Embedding):
                     parent[name] = QuantizedEmbedding(child.weight.shape, operations)
                 elif isinstance(child, Linear) and name != "score":
-                    its_bits = 8 if name == "lm_head" else bits
-                    parent[name] = QuantizedLinear(child.weight.shape, child.bias is not None, operations, its_bits)
+                    child_bits = 8 if name == "lm_head" else bits
+                    parent[name] = QuantizedLinear(child.weight.shape, child.bias is not None, operations, child_bits)
 
     def _name_linear_maps(self) -> None:
         for name, module in self.named_modules():
@@ -246,7 +248,7 @@ class Llama(nn.Module):
         trace: Trace | None = None,
         adapters: Adapters | None = None,
     ) -> ModelOutput:
-        """Logits (B, T, V) and hidden states (B, T, D) after the final norm, for tokens (B, T) of whole numbers.
+        """Returns logits (B, T, V) and hidden states (B, T, D) after the final norm, for tokens (B, T).
 
         positions_BT defaults to 0, 1, .... segments_BT keeps attention inside a document of a packed row, and marks
         padding on either side with 0. With a `cache`, there is one row of chunks of several sequences, whose positions
@@ -259,7 +261,7 @@ class Llama(nn.Module):
         return ModelOutput(self.logits(hidden_BTD, adapters), hidden_BTD)
 
     def logits(self, hidden_BTD: mx.array, adapters: Adapters | None = None) -> mx.array:
-        """Logits (..., V) of hidden states (..., D), or those of the labels."""
+        """Returns logits (..., V) of hidden states (..., D), or those of the labels."""
         if self.config.tie_word_embeddings and not self.config.num_labels:
             return self.transform(self.model.embed_tokens.multiply(hidden_BTD))
         return self.transform((self.score if self.config.num_labels else self.lm_head)(hidden_BTD, adapters))
@@ -276,7 +278,7 @@ class Llama(nn.Module):
         adapters: Adapters | None = None,
         rows_R: mx.array | None = None,
     ) -> mx.array:
-        """The hidden states of `__call__`, or of some rows, before the output head; with `dropout`, for training."""
+        """Returns the hidden states of `__call__`, or of some rows, without logits; with `dropout`, for training."""
         if cache is None:
             context = self.context(tokens_BT, positions_BT, segments_BT, dropout, adapters)
         else:
@@ -306,7 +308,7 @@ class Llama(nn.Module):
         dropout: masks.Dropout | None = None,
         adapters: Adapters | None = None,
     ) -> Context:
-        """Rotations and masks, computed once for all layers."""
+        """Returns rotations and masks, computed once for all layers."""
         T = tokens_BT.shape[1]
         mask = None if segments_BT is None else masks.segment_mask(segments_BT)
         window, window_mask = self.config.sliding_window, None
@@ -317,13 +319,13 @@ class Llama(nn.Module):
         return Context(self.rotations(), positions_BT, mask, causal, window_mask, dropout=dropout, adapters=adapters)
 
     def rotations(self) -> tuple[tuple[mx.array, float], ...]:
-        """What `Context.rotations` is."""
+        """Returns `Context.rotations`."""
         return tuple((mx.array(frequencies_E), scale) for frequencies_E, scale in self._rotations)
 
     # --- names and values ---
 
-    def packed_parameters(self) -> Iterator[PackedParameter]:
-        """Every parameter with the canonical parameters that it holds, in the order of the table."""
+    def fused_parameters(self) -> Iterator[FusedParameter]:
+        """Yields every parameter with the canonical parameters that it holds, in the order of the table."""
         table = {array.name: array for array in stored_arrays(self.config)}
         found = {}
         for module_name, owner in self.named_modules():
@@ -333,14 +335,14 @@ class Llama(nn.Module):
                 sizes = tuple(row.shape[0] for row in rows)
                 assert sum(sizes) == parameter.shape[0], f"{name} is not made of {[row.name for row in rows]}"
                 parts = tuple(row.name for row in rows)
-                found[parts[0]] = PackedParameter(name, owner, key, parts, sizes, rows[0].weight_decay)
+                found[parts[0]] = FusedParameter(name, owner, key, parts, sizes, rows[0].weight_decay)
         yield from (found[name] for name in table if name in found)
 
     def canonical_state(self) -> dict[str, mx.array]:
-        """The parameters under their canonical names, rows of packed ones cut apart."""
+        """Returns the parameters under their canonical names, rows of fused ones cut apart."""
         result: dict[str, mx.array] = {}
-        for packed in self.packed_parameters():
-            of_twin = isinstance(packed.owner, QuantizedLinear) and packed.key == "weight"
-            values = packed.owner.plain_weight() if of_twin else packed.parameter
-            result |= zip(packed.parts, packed.split(values), strict=True)
+        for fused in self.fused_parameters():
+            of_twin = isinstance(fused.owner, QuantizedLinear) and fused.key == "weight"
+            values = fused.owner.plain_weight() if of_twin else fused.parameter
+            result |= zip(fused.parts, fused.split(values), strict=True)
         return result

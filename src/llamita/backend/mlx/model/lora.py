@@ -4,6 +4,8 @@ The model fuses several linear maps into one matrix; an adapter has its own A an
 canonical name. `Change` is one adapter at one fused matrix, `ModelAdapter` all of them. The model does not hold it: it
 is an argument of each forward pass. What an adapter is stands in model/lora.py, its files in storage/peft_directory.py;
 several in one pass are infer/adapters.py.
+
+Letters beyond the usual: R the rank.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +18,7 @@ import mlx.nn as nn
 from llamita.backend import arrays as host_arrays
 from llamita.backend.mlx.model import quantize
 from llamita.backend.mlx.model.attention import Dropout
-from llamita.backend.mlx.model.fused import PackedParameter
+from llamita.backend.mlx.model.fused import FusedParameter
 from llamita.backend.mlx.model.head import OutputHead
 from llamita.backend.mlx.model.llama import Linear, Llama
 from llamita.backend.mlx.model.quantized import QuantizedLinear
@@ -36,13 +38,13 @@ class Part(nn.Module):
 
 
 class Change:
-    """What one adapter does to the output of one fused matrix; `sizes` are the widths of the maps fused in it."""
+    """One adapter's change to the output of one fused matrix; `sizes` are the widths of the maps fused in it."""
 
     def __init__(self, parts: list[Part], sizes: tuple[int, ...]) -> None:
         self.parts, self.sizes = parts, sizes
 
     def __call__(self, x_D: mx.array, y_C: mx.array) -> mx.array:
-        """y + scale * B A x for every part; (..., D) and (..., C) to (..., C)."""
+        """Returns y + scale * B A x for every part; (..., D) and (..., C) to (..., C)."""
         pieces = list(mx.split(y_C, list(accumulate(self.sizes))[:-1], axis=-1))
         for part in self.parts:
             low_R = x_D.astype(part.down_RD.dtype) @ part.down_RD.T
@@ -52,7 +54,7 @@ class Change:
 
 @dataclass(frozen=True)
 class ModelAdapter:
-    """An adapter with its parameters as arrays: what it does to each fused matrix, by the matrix's name.
+    """An adapter with its parameters as arrays: its change to each fused matrix, by the matrix's name.
 
     Passed to a forward pass, it is for all that goes through the model there. `draws` are the dropouts on what goes
     into it at each matrix, none where it is used as it is.
@@ -69,7 +71,7 @@ class ModelAdapter:
         return self.draws[matrix](x) if matrix in self.draws else x
 
     def dropping(self, probability: float, key: mx.array) -> "ModelAdapter":
-        """The same with dropout, drawn by each matrix from a key of its own."""
+        """Returns the same adapter with dropout, drawn by each matrix from a key of its own."""
         draws = {}
         for matrix in self.changes if probability else ():
             key, own = mx.random.split(key)
@@ -81,20 +83,20 @@ class ModelAdapter:
             yield from change.parts
 
     def parameters(self) -> dict[str, mx.array]:
-        """A and B under canonical names."""
-        return {each.name: each.parameter for each in self.packed()}
+        """Returns A and B under canonical names."""
+        return {fused.name: fused.parameter for fused in self.fused_parameters()}
 
-    def packed(self) -> list[PackedParameter]:
-        """The parameters as the optimiser takes them."""
+    def fused_parameters(self) -> list[FusedParameter]:
+        """Returns the parameters as the optimiser takes them."""
         return [
-            PackedParameter(part.module + kind, part, key, (part.module + kind,), (part[key].shape[0],), True)
+            FusedParameter(part.module + kind, part, key, (part.module + kind,), (part[key].shape[0],), True)
             for part in self.parts()
             for kind, key in ((DOWN, "down_RD"), (UP, "up_CR"))
         ]
 
     def output(self, hidden: Callable[..., mx.array], head: OutputHead) -> tuple[Callable[..., mx.array], OutputHead]:
-        """Hidden states and output head as a loss takes them: where the output head is adapted, A's result stands
-        beside the states and B beside the matrix, so that one product gives the adapted logits."""
+        """Returns hidden states and output head as a loss takes them: where the output head is adapted, A's result
+        stands beside the states and B beside the matrix, so that one product gives the adapted logits."""
         if HEAD not in self.changes:
             return hidden, head
         (part,) = self.changes[HEAD].parts
@@ -109,14 +111,14 @@ class ModelAdapter:
 
 
 def fresh_adapter(model: Llama, settings: LoraSettings, seed: int) -> ModelAdapter:
-    """A new adapter over a model, to be trained: float32, B zeros."""
+    """Returns a new adapter over a model, to be trained: float32, B zeros."""
     factors = settings.factors(model.config)
     values = {name: mx.array(array) for name, array in initialize_adapter(model.config, factors, seed)}
     return model_adapter(model, factors, values, mx.float32)
 
 
 def loaded_adapter(model: Llama, adapter: Adapter) -> ModelAdapter:
-    """An adapter's values over a model, in the model's type."""
+    """Returns an adapter's values over a model, in the model's type."""
     values = {name: array_from_host(array) for name, array in adapter.arrays.items()}
     return model_adapter(model, adapter.factors, values, model.model.norm.weight.dtype)
 
@@ -124,7 +126,7 @@ def loaded_adapter(model: Llama, adapter: Adapter) -> ModelAdapter:
 def model_adapter(
     model: Llama, factors: Mapping[str, Factors], values: Mapping[str, mx.array], dtype: mx.Dtype
 ) -> ModelAdapter:
-    """An adapter's values, sorted by the fused matrices of a model; ValueError for NaN or infinity."""
+    """Returns an adapter's values, sorted by the fused matrices of a model; ValueError for NaN or infinity."""
     maps = linear_maps(model.config)
 
     def parameter(name: str) -> mx.array:
@@ -135,16 +137,16 @@ def model_adapter(
         return value
 
     changes = {}
-    for name, module in model.named_modules():
-        packed = [part.removesuffix(".weight") for part in canonical_names(f"{name}.weight")]
-        if not isinstance(module, Linear | QuantizedLinear) or not set(packed) & factors.keys():
+    for name, layer in model.named_modules():
+        modules = [part.removesuffix(".weight") for part in canonical_names(f"{name}.weight")]
+        if not isinstance(layer, Linear | QuantizedLinear) or not set(modules) & factors.keys():
             continue
         parts = [
-            Part(one, index, parameter(one + DOWN), parameter(one + UP), factors[one].scale)
-            for index, one in enumerate(packed)
-            if one in factors
+            Part(module, index, parameter(module + DOWN), parameter(module + UP), factors[module].scale)
+            for index, module in enumerate(modules)
+            if module in factors
         ]
-        changes[name] = Change(parts, tuple(maps[one][0] for one in packed))
+        changes[name] = Change(parts, tuple(maps[module][0] for module in modules))
     return ModelAdapter(changes)
 
 
@@ -152,39 +154,39 @@ def model_adapter(
 
 
 def merge(model: Llama, adapter: Adapter, sign: float = 1.0) -> None:
-    """Add scale * B A to the weights of a model in memory; `unmerge` takes it away again, within rounding.
+    """Adds scale * B A to the weights of a model in memory; `unmerge` takes it away again, within rounding.
 
     What the adapter replaces whole (a classification head) is not touched: it is not a sum.
     """
     if model.config.quantization:
         raise ValueError(f"the weights are {model.config.quantization} and take no sums; pass the adapter with them")
-    for packed in model.packed_parameters():
-        modules = [name.removesuffix(".weight") for name in packed.parts]
+    for fused in model.fused_parameters():
+        modules = [name.removesuffix(".weight") for name in fused.parts]
         if not set(modules) & adapter.factors.keys():
             continue
-        pieces = list(packed.split(packed.parameter))
+        pieces = list(fused.split(fused.parameter))
         for i, module in enumerate(modules):
             if module in adapter.factors:
                 change_CD = sign * product(adapter, module, adapter.factors[module])
                 pieces[i] = pieces[i] + change_CD.astype(pieces[i].dtype)
         values = mx.concatenate(pieces)
         mx.eval(values)
-        packed.replace(values)
+        fused.replace(values)
 
 
 def unmerge(model: Llama, adapter: Adapter) -> None:
-    """The inverse of `merge`."""
+    """Takes away again what `merge` added."""
     merge(model, adapter, -1.0)
 
 
 def product(adapter: Adapter, module: str, factors: Factors) -> mx.array:
-    """scale * B A in float32."""
+    """Returns scale * B A in float32."""
     down_RD, up_CR = (array_from_host(adapter.arrays[module + kind]).astype(mx.float32) for kind in (DOWN, UP))
     return factors.scale * (up_CR @ down_RD)
 
 
 def merged_arrays(arrays: Mapping[str, HostArray], adapter: Adapter) -> Iterator[tuple[str, HostArray]]:
-    """`arrays.merged_arrays`, summed here, in float32."""
+    """Yields the arrays of `arrays.merged_arrays`, summed here in float32."""
 
     def merged(array: HostArray, scale: HostArray | None, D: int, module: str) -> HostArray:
         weight = array_from_host(array)

@@ -5,6 +5,8 @@ for 32 numbers along the input, values from -8 to 7, stored as value + 8, two to
 half. Scales are bfloat16; values are rounded with the scale as it is stored. MLX's form is scale * q + bias with q from
 0, packed into words of 32 bits from the lowest; `pack` gets from one to the other without rounding anything, since the
 bias is -8 or -128 times the scale. Knows nothing of models, names or files.
+
+Letters beyond the usual: G groups that share a scale, X numbers of a group, or bytes of a row.
 """
 
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ class Packed:
 
 
 def quantize(weight_CD: mx.array, bits: int) -> tuple[mx.array, mx.array]:
-    """The nearest values, as they are stored, and their scales: int8 (C, D) and (C,), or uint8 (C, D/2) and (C, D/32).
+    """Returns the nearest values, as stored, and their scales: int8 (C, D) and (C,), or uint8 (C, D/2) and (C, D/32).
 
     `mx.quantize` would choose biases of its own, which the stored form does not have. ValueError where a weight is NaN
     or infinite.
@@ -48,7 +50,7 @@ def _quantize_int8(weight_CD: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def _quantize_int4(weight_CD: mx.array) -> tuple[mx.array, mx.array]:
-    """The number of largest magnitude in a group becomes -8, its scale having the sign for it."""
+    """Rounds so that the number of largest magnitude in a group becomes -8, its scale having the sign for it."""
     C, D = weight_CD.shape
     groups_CGX = mx.pad(weight_CD, [(0, 0), (0, -D % GROUP)]).reshape(C, -1, GROUP)
     largest_CG1 = mx.take_along_axis(groups_CGX, mx.argmax(mx.abs(groups_CGX), axis=-1, keepdims=True), axis=-1)
@@ -59,12 +61,12 @@ def _quantize_int4(weight_CD: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def _divisor(scale: mx.array) -> mx.array:
-    """The scale as it is stored, 1 where all that it stands for is zero."""
+    """Returns the scale as it is stored, 1 where it is zero."""
     return mx.where(scale == 0, 1.0, scale.astype(mx.float32))
 
 
 def dequantize(values: mx.array, scale: mx.array, D: int, dtype: mx.Dtype) -> mx.array:
-    """The weights (C, D) that stored values and scales stand for."""
+    """Returns the weights (C, D) that stored values and scales stand for."""
     if values.dtype == mx.int8:
         return values.astype(dtype) * scale.astype(dtype)[:, None]
     unpacked_CD = mx.stack([values & 15, values >> 4], axis=-1).flatten(1)[:, :D]
@@ -76,12 +78,12 @@ def dequantize(values: mx.array, scale: mx.array, D: int, dtype: mx.Dtype) -> mx
 
 
 def packs(D: int) -> bool:
-    """Whether a weight with so many inputs has a form of MLX's: whole groups of numbers share a scale there."""
+    """Returns whether MLX's form can hold a weight with D inputs: whole groups of numbers share a scale there."""
     return D % GROUP == 0
 
 
 def pack(values: mx.array, scale: mx.array, dtype: mx.Dtype) -> Packed:
-    """Stored values and scales in MLX's form, scales in the type of the activations that they will meet."""
+    """Returns stored values and scales in MLX's form, scales in the type of the activations that they will meet."""
     if values.dtype == mx.int8:
         bits, group = 8, next(group for group in KERNEL_GROUPS if values.shape[1] % group == 0)
         words = (values.view(mx.uint8) ^ 128).view(mx.uint32)
@@ -95,20 +97,20 @@ def pack(values: mx.array, scale: mx.array, dtype: mx.Dtype) -> Packed:
 
 
 def unpack(packed: Packed) -> mx.array:
-    """The stored values of a packed weight: the inverse of `pack`, whose scales are stored beside."""
+    """Returns the stored values of a packed weight, as `pack` took them; the scales are stored beside."""
     bytes_CX = packed.words.view(mx.uint8)
     return bytes_CX if packed.bits == 4 else (bytes_CX ^ 128).view(mx.int8)
 
 
 def product(x: mx.array, packed: Packed) -> mx.array:
-    """(..., D) to (..., C), in the type of the scales."""
+    """Multiplies (..., D) by the weight to (..., C), in the type of the scales."""
     return mx.quantized_matmul(
         x.astype(packed.scales.dtype), packed.words, packed.scales, packed.biases, True, packed.group, packed.bits
     )
 
 
 def rows(packed: Packed, ids: mx.array) -> mx.array:
-    """Some rows of a packed weight in float32: ids (...) to (..., D).
+    """Returns some rows of a packed weight in float32: ids (...) to (..., D).
 
     In bfloat16, scale * q + bias would be rounded between its two steps, by half a step of the values.
     """

@@ -33,7 +33,7 @@ class QuantizedLinear(nn.Module):
         self._packed: quantize.Packed | None = None
 
     def arrange(self, dtype: mx.Dtype) -> None:
-        """Pack the weight for activations of this type; the packed words take the stored values' place."""
+        """Packs the weight for activations of this type; the packed words take the stored values' place."""
         self.dtype = dtype
         if quantize.packs(self.n_in):
             kernel = mx.float32 if mx.default_device() == mx.cpu else dtype  # a CPU's is far slower in bfloat16
@@ -49,11 +49,11 @@ class QuantizedLinear(nn.Module):
         return self._packed.scales.nbytes + self._packed.biases.nbytes - self.weight_scale.nbytes
 
     def plain_weight(self) -> mx.array:
-        """The values in the order in which they are stored."""
+        """Returns the values in the order in which they are stored."""
         return self.weight if self._packed is None else quantize.unpack(self._packed)
 
     def dequantized(self, dtype: mx.Dtype) -> mx.array:
-        """The weight (n_out, n_in) in floating-point numbers."""
+        """Returns the weight (n_out, n_in) in floating-point numbers."""
         return quantize.dequantize(self.plain_weight(), self.weight_scale, self.n_in, dtype)
 
     def __call__(self, x: mx.array, adapters: Adapters | None = None) -> mx.array:
@@ -61,7 +61,7 @@ class QuantizedLinear(nn.Module):
         return y if adapters is None else adapters.changed(self.name, x, y)
 
     def multiply(self, x: mx.array) -> mx.array:
-        """(..., n_in) to (..., n_out)."""
+        """Multiplies the input (..., n_in) by the weight: (..., n_out)."""
         if self._packed is None:
             return self.product(x, self.dequantized(x.dtype), self.bias)
         y = quantize.product(x, self._packed).astype(x.dtype)

@@ -1,6 +1,6 @@
 """Values of a model: built from host arrays or freshly initialised, and given back as host arrays.
 
-The only place where canonical names and packed parameters meet; knows nothing of files.
+The only place where canonical names and fused parameters meet; knows nothing of files.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,18 +10,13 @@ import numpy as np
 
 from llamita.backend.arrays import missing_or_misshapen, part_shapes, quantized_arrays
 from llamita.backend.mlx.model import quantize
-from llamita.backend.mlx.model.fused import PackedParameter
+from llamita.backend.mlx.model.fused import FusedParameter
 from llamita.backend.mlx.model.layers import FUSED, Operations
 from llamita.backend.mlx.model.llama import Llama
 from llamita.backend.mlx.model.quantized import QuantizedLinear
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
-from llamita.model.parameters import (
-    InitializationName,
-    check_arrays,
-    initialize_parameters,
-    stored_arrays,
-)
+from llamita.model.parameters import InitializationName, check_arrays, initialize_parameters, stored_arrays
 
 
 def build_model(
@@ -33,9 +28,9 @@ def build_model(
     dtype: mx.Dtype = mx.float32,
     operations: Operations = FUSED,
 ) -> Llama:
-    """A model with the values of `arrays` (canonical names), or freshly initialised from `seed` without them.
+    """Returns a model with the values of `arrays` (canonical names), or freshly initialised from `seed` without them.
 
-    Memory is allocated once the arrays are known to fit; of mapped ones one packed parameter is read at a time. The
+    Memory is allocated once the arrays are known to fit; of mapped ones one fused parameter is read at a time. The
     numbers that `seed` gives are those of every backend.
     """
     if arrays is not None:
@@ -45,9 +40,9 @@ def build_model(
         fresh = initialize_parameters(config, seed, initialization)
         host = ((name, HostArray.from_numpy(array)) for name, array in fresh)
         values = dict(quantize_arrays(config, host) if config.quantization else host)
-        _copy_values(model.packed_parameters(), values.pop, dtype)
+        _copy_values(model.fused_parameters(), values.pop, dtype)
     else:
-        _copy_values(model.packed_parameters(), arrays.__getitem__, dtype)
+        _copy_values(model.fused_parameters(), arrays.__getitem__, dtype)
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.arrange(dtype)
@@ -55,7 +50,7 @@ def build_model(
 
 
 def quantize_arrays(config: ModelConfig, arrays: Iterable[tuple[str, HostArray]]) -> Iterator[tuple[str, HostArray]]:
-    """`arrays.quantized_arrays`, rounded here."""
+    """Yields the arrays of `arrays.quantized_arrays`, rounded here."""
 
     def quantized(array: HostArray, bits: int) -> tuple[HostArray, HostArray]:
         values, scale = quantize.quantize(array_from_host(array), bits)
@@ -68,14 +63,14 @@ def quantize_arrays(config: ModelConfig, arrays: Iterable[tuple[str, HostArray]]
 
 
 def load_host_arrays(model: Llama, arrays: Mapping[str, HostArray]) -> None:
-    """Give the parameters the values of `arrays`; ValueError lists all that is missing, extra or misshapen."""
+    """Gives the parameters the values of `arrays`; ValueError lists all that is missing, extra or misshapen."""
     assert not model.config.quantization, "quantised weights may lie in a kernel's order; build the model anew"
     check_arrays(model.config, arrays)
-    _copy_values(model.packed_parameters(), arrays.__getitem__, model.model.norm.weight.dtype)
+    _copy_values(model.fused_parameters(), arrays.__getitem__, model.model.norm.weight.dtype)
 
 
-def copy_host_arrays(parameters: Iterable[PackedParameter], arrays: Mapping[str, HostArray]) -> None:
-    """Give some parameters the values of `arrays`; ValueError, naming them, for those missing or misshapen."""
+def copy_host_arrays(parameters: Iterable[FusedParameter], arrays: Mapping[str, HostArray]) -> None:
+    """Gives some parameters the values of `arrays`; ValueError, naming them, for those missing or misshapen."""
     parameters = list(parameters)
     faults = missing_or_misshapen(part_shapes(parameters), arrays)
     if faults:
@@ -83,11 +78,11 @@ def copy_host_arrays(parameters: Iterable[PackedParameter], arrays: Mapping[str,
     _copy_values(parameters, arrays.__getitem__, mx.float32)
 
 
-def _copy_values(parameters: Iterable[PackedParameter], array_of: Callable[[str], HostArray], dtype: mx.Dtype) -> None:
-    """Put values in place one packed parameter after the other; ValueError for NaN or infinity."""
-    for packed in parameters:
+def _copy_values(parameters: Iterable[FusedParameter], array_of: Callable[[str], HostArray], dtype: mx.Dtype) -> None:
+    """Puts values in place one fused parameter after the other; ValueError for NaN or infinity."""
+    for fused in parameters:
         pieces = []
-        for name in packed.parts:
+        for name in fused.parts:
             array = array_of(name)
             piece = array_from_host(array)
             if mx.issubdtype(piece.dtype, mx.floating):
@@ -99,7 +94,7 @@ def _copy_values(parameters: Iterable[PackedParameter], array_of: Callable[[str]
             array.forget(0, array.data.nbytes)
         values = mx.concatenate(pieces) if len(pieces) > 1 else pieces[0]
         mx.eval(values)
-        packed.replace(values)
+        fused.replace(values)
 
 
 MLX_DTYPES = {
@@ -109,7 +104,7 @@ MLX_DTYPES = {
 
 
 def array_from_host(array: HostArray) -> mx.array:
-    """An array of MLX with these values, copied. Float64, which no GPU of MLX has, becomes float32."""
+    """Returns an array of MLX with these values, copied. Float64, which no GPU of MLX has, becomes float32."""
     if array.dtype == "BF16":
         bits = np.frombuffer(array.data, dtype="<u2").reshape(array.shape)
         return mx.array(bits).view(mx.bfloat16)
@@ -118,7 +113,7 @@ def array_from_host(array: HostArray) -> mx.array:
 
 
 def host_from_array(array: mx.array) -> HostArray:
-    """The values of an array in host memory."""
+    """Returns the values of an array in host memory."""
     names = {dtype: name for name, dtype in MLX_DTYPES.items()}
     if array.dtype == mx.bfloat16:
         return HostArray.from_bf16_bits(np.array(array.view(mx.uint16)))
@@ -126,6 +121,6 @@ def host_from_array(array: mx.array) -> HostArray:
 
 
 def to_host_arrays(model: Llama) -> dict[str, HostArray]:
-    """The parameters under canonical names, in the order of the table, ready for `checkpoint.save_tensors`."""
+    """Returns the parameters under canonical names, in the table's order, for `model_directory.save_tensors`."""
     state = model.canonical_state()
     return {array.name: host_from_array(state[array.name]) for array in stored_arrays(model.config)}

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over packed parameters, and the norm that clipping needs.
+"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over fused parameters, and the norm that clipping needs.
 
 `adamw_update` is the paper in a dozen lines; `AdamW.step` computes the same with few passes over memory. Knows nothing
 of models, losses or schedules: the learning rate is an argument of each step.
@@ -13,7 +13,7 @@ import mlx.core as mx
 from llamita.backend.adamw import AdamWSettings as AdamWSettings
 from llamita.backend.adamw import clipping_scale as clipping_scale
 from llamita.backend.adamw import saved_state, updates_made
-from llamita.backend.mlx.model.fused import PackedParameter
+from llamita.backend.mlx.model.fused import FusedParameter
 from llamita.backend.mlx.model.weights import array_from_host, host_from_array
 from llamita.model.host_array import HostArray
 
@@ -28,7 +28,7 @@ def adamw_update(
     settings: AdamWSettings,
     decays: bool = True,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """`parameter`, `m` and `v` after step t = 1, 2, ...; the readable form."""
+    """Returns `parameter`, `m` and `v` after step t = 1, 2, ...; the readable form."""
     beta1, beta2, epsilon = settings.beta1, settings.beta2, settings.epsilon
     m = beta1 * m + (1 - beta1) * gradient
     v = beta2 * v + (1 - beta2) * gradient**2
@@ -47,16 +47,16 @@ def adamw_update(
 class AdamW:
     """The same update for all parameters of a model, all operations on a parameter fused into one by `mx.compile`."""
 
-    def __init__(self, parameters: Iterable[PackedParameter], settings: AdamWSettings | None = None) -> None:
+    def __init__(self, parameters: Iterable[FusedParameter], settings: AdamWSettings | None = None) -> None:
         self.settings = settings or AdamWSettings()
-        self.packed = list(parameters)
+        self.parameters = list(parameters)
         self.t = 0
-        self._m = [mx.zeros_like(item.parameter) for item in self.packed]
-        self._v = [mx.zeros_like(item.parameter) for item in self.packed]
+        self._m = [mx.zeros_like(item.parameter) for item in self.parameters]
+        self._v = [mx.zeros_like(item.parameter) for item in self.parameters]
         self._update: Callable[..., Any] = mx.compile(self._updated)
 
     def step(self, gradients: Sequence[mx.array], learning_rate: float, gradient_scale: float = 1.0) -> None:
-        """Update every parameter from its gradient times `gradient_scale` (what clipping to a norm multiplies by).
+        """Updates every parameter from its gradient times `gradient_scale` (what clipping to a norm multiplies by).
 
         `gradients` are in the order of the parameters.
         """
@@ -68,12 +68,12 @@ class AdamW:
         kept = 1 - learning_rate * self.settings.weight_decay
         # As arrays: a number in Python would be built into the compiled function, which is made anew for another.
         scalars = [mx.array(number, dtype=mx.float32) for number in (gradient_scale, alpha_t, epsilon, kept)]
-        for i, (item, gradient) in enumerate(zip(self.packed, gradients, strict=True)):
+        for i, (item, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
             values, self._m[i], self._v[i] = self._update(
                 item.parameter, gradient, self._m[i], self._v[i], *scalars, item.weight_decay
             )
             item.replace(values)
-        mx.eval([item.parameter for item in self.packed], self._m, self._v)
+        mx.eval([item.parameter for item in self.parameters], self._m, self._v)
 
     def _updated(
         self,
@@ -96,25 +96,25 @@ class AdamW:
         return parameter - alpha_t * m / (mx.sqrt(v) + epsilon), m, v
 
     def state(self) -> dict[str, HostArray]:
-        """m and v under canonical names (`m.model.norm.weight`), and `t`, the number of steps taken."""
+        """Returns m and v under canonical names (`m.model.norm.weight`), and `t`, the number of steps taken."""
         moments = {
             f"{kind}.{name}": host_from_array(part)
             for kind, moments in (("m", self._m), ("v", self._v))
-            for item, moment in zip(self.packed, moments, strict=True)
+            for item, moment in zip(self.parameters, moments, strict=True)
             for name, part in zip(item.parts, item.split(moment), strict=True)
         }
         return saved_state(moments, self.t)
 
     def load_state(self, state: Mapping[str, HostArray]) -> None:
-        """Take over what state() gave; ValueError, naming them, for arrays that are missing or of another shape."""
-        self.t = updates_made(state, self.packed)
+        """Takes over what `state()` gave; ValueError, naming them, for arrays that are missing or of another shape."""
+        self.t = updates_made(state, self.parameters)
         for kind, moments in (("m", self._m), ("v", self._v)):
-            for i, item in enumerate(self.packed):
+            for i, item in enumerate(self.parameters):
                 parts = [array_from_host(state[f"{kind}.{name}"]) for name in item.parts]
                 moments[i] = mx.concatenate(parts).astype(item.parameter.dtype)
         mx.eval(self._m, self._v)
 
 
 def global_norm(gradients: Sequence[mx.array]) -> mx.array:
-    """The Euclidean norm of all gradients laid end to end: a float32 scalar."""
+    """Returns the Euclidean norm of all gradients laid end to end: a float32 scalar."""
     return mx.sqrt(sum((mx.sum(mx.square(g.astype(mx.float32))) for g in gradients), mx.zeros(())))

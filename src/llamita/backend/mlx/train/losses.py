@@ -1,6 +1,8 @@
 """Losses of a language model, as sums in nats; the caller divides by what it counts.
 
 Knows nothing of optimisers, batches or files.
+
+Letters beyond the usual: M positions of a batch, R positions of a chunk.
 """
 
 from typing import Any
@@ -13,7 +15,7 @@ IGNORED = -100  # the label of a position that is not scored
 
 
 def cross_entropy(logits_BTV: mx.array, labels_BT: mx.array) -> mx.array:
-    """The sum over scored positions of -log softmax(logits)[label], in nats; a float32 scalar."""
+    """Returns the sum over scored positions of -log softmax(logits)[label], in nats; a float32 scalar."""
     scored_BT, targets_BT = labels_BT != IGNORED, mx.maximum(labels_BT, 0)
     logits_BTV = logits_BTV.astype(mx.float32)
     largest_BT1 = mx.stop_gradient(mx.max(logits_BTV, axis=-1, keepdims=True))
@@ -25,12 +27,12 @@ def cross_entropy(logits_BTV: mx.array, labels_BT: mx.array) -> mx.array:
 def chunked_cross_entropy(
     hidden_BTD: mx.array, head: OutputHead, labels_BT: mx.array, chunk_size: int = 1024
 ) -> mx.array:
-    """`cross_entropy` of hidden states through an output head, without ever holding all logits."""
+    """Returns the `cross_entropy` of hidden states through an output head, without ever holding all logits."""
     return -mx.sum(chunked_log_probs(hidden_BTD, head, labels_BT, chunk_size))
 
 
 def chunked_log_probs(hidden_BTD: mx.array, head: OutputHead, labels_BT: mx.array, chunk_size: int = 1024) -> mx.array:
-    """The log-probability of every label that is scored, float32 (B, T); 0 elsewhere.
+    """Returns the log-probability of every label that is scored, float32 (B, T); 0 elsewhere.
 
     The logits of `chunk_size` positions exist at a time: memory is chunk_size x V instead of B x T x V. Each chunk's
     are computed again for its gradient, since going forward nobody knows whether one will be asked for. Products have
@@ -59,7 +61,7 @@ def _head_log_probs(chunk_size: int, transform: LogitTransform) -> Any:
     def gradients(
         primals: tuple[mx.array, ...], cotangent_M: mx.array, _: mx.array
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """Of a chunk's logits the gradient is one-hot - softmax, and 0 where nothing is scored."""
+        """Returns the gradients of a chunk; that of its logits is one-hot - softmax, and 0 where nothing is scored."""
         hidden_MD, weight_VD, labels_M = primals
         pieces_RD, grad_VD = [], mx.zeros(weight_VD.shape)
         before = [cotangent_M]  # also keeps a compiler from taking these logits for those of the forward pass

@@ -2,6 +2,8 @@
 
 A frozen one is a reference or a teacher; a training step is one too, over the weights as they are. Knows nothing of
 optimisers.
+
+Letters beyond the usual: M scored positions.
 """
 
 import contextlib
@@ -16,7 +18,7 @@ import numpy as np
 from llamita.backend.interface import Precision
 from llamita.backend.mlx.devices import choose_device
 from llamita.backend.mlx.model import lora, weights
-from llamita.backend.mlx.model.fused import PackedParameter
+from llamita.backend.mlx.model.fused import FusedParameter
 from llamita.backend.mlx.model.head import OutputHead
 from llamita.backend.mlx.model.llama import Linear, Llama
 from llamita.backend.mlx.model.quantized import QuantizedLinear
@@ -33,10 +35,10 @@ class MlxScorer:
         self, model: Llama, precision: Literal["bf16", "fp32"] = "fp32", device: mx.DeviceType = mx.cpu
     ) -> None:
         self.model, self.precision, self.device = model, precision, device
-        self.trained: list[PackedParameter] = []
+        self.trained: list[FusedParameter] = []
         self.adapter: lora.ModelAdapter | None = None
         # A quantised weight is read where its twin keeps it, which an input of a compiled function may not be.
-        self.frozen = [each for each in model.packed_parameters() if not isinstance(each.owner, QuantizedLinear)]
+        self.frozen = [fused for fused in model.fused_parameters() if not isinstance(fused.owner, QuantizedLinear)]
 
     def log_probs(self, batch: Batch) -> np.ndarray:
         """Returns the log-probability of every label that is scored, float32 (B, T), 0 elsewhere; without dropout."""
@@ -69,7 +71,7 @@ class MlxScorer:
 
     @contextlib.contextmanager
     def parameters_kept(self) -> Iterator[tuple[list[mx.array], list[mx.array]]]:
-        """The model's parameters, trained and frozen; afterwards it has them again."""
+        """Lends the model's parameters, trained and frozen; afterwards the model has them again."""
         items = [*self.trained, *self.frozen]
         parameters = [item.parameter for item in items]
         try:

@@ -51,20 +51,20 @@ class MlxTrainStep(MlxScorer):
         compile: bool = False,
         device: mx.DeviceType = mx.cpu,
     ) -> None:
-        """Of the model's parameters those are trained whose canonical name is `trainable`: all, or with a fresh
-        `adapter` over them a classifier's head alone. What is not trained has neither gradients nor moments."""
+        """Trains the parameters whose canonical name is `trainable`: left out, all, or with a fresh `adapter` over them
+        a classifier's head alone. What is not trained has neither gradients nor moments."""
         super().__init__(model, precision, device)
         trainable = trainable or (lambda name: adapter is None or name == CLASSIFIER)
-        trained = [each for each in model.packed_parameters() if all(map(trainable, each.parts))]
-        if any(not mx.issubdtype(each.parameter.dtype, mx.floating) for each in trained):
+        trained = [fused for fused in model.fused_parameters() if all(map(trainable, fused.parts))]
+        if any(not mx.issubdtype(fused.parameter.dtype, mx.floating) for fused in trained):
             raise ValueError(
                 f"the model is quantised ({model.config.quantization}) and cannot be trained; train an adapter over it "
                 "(lora), or train the model that it was made from, then quantise that"
             )
-        self.frozen = [each for each in self.frozen if not all(map(trainable, each.parts))]
+        self.frozen = [fused for fused in self.frozen if not all(map(trainable, fused.parts))]
         self.adapter = lora.fresh_adapter(model, adapter, seed) if adapter else None
         self._adapter_dropout = adapter.dropout if adapter else 0.0
-        trained += self.adapter.packed() if self.adapter else []
+        trained += self.adapter.fused_parameters() if self.adapter else []
         if not trained:
             raise ValueError("no parameter of the model is to be trained")
         self.trained = trained
@@ -76,7 +76,7 @@ class MlxTrainStep(MlxScorer):
         self._differentiated = self._loss_and_gradients()
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepMetrics:
-        """One update from the mean loss over all targets of `micro_batches`, however these divide them."""
+        """Makes one update from the mean loss over all targets of `micro_batches`, however these divide them."""
         targets = sum(batch.num_targets for batch in micro_batches)
         if targets == 0:
             rows = [int(row) for batch in micro_batches for row in batch.row_ids]
@@ -95,7 +95,7 @@ class MlxTrainStep(MlxScorer):
         return StepMetrics(sum(sums) / targets, grad_norm, targets, faulty, measures)
 
     def evaluate(self, batch: Batch) -> LossSums:
-        """The loss and the measures summed over the batch's targets; without dropout."""
+        """Returns the loss and the metrics summed over the batch's targets; without dropout."""
         with mx.stream(self.device), self.parameters_kept() as parameters:
             output = self._loss(*parameters, arrays_of(batch))
             mx.eval(output.nats, list(output.measures.values()))
@@ -103,32 +103,32 @@ class MlxTrainStep(MlxScorer):
             return LossSums(float(np.array(output.nats)), batch.num_targets, measures)
 
     def weights(self) -> dict[str, HostArray]:
-        """The float32 weights under canonical names; with an adapter, only what is trained."""
+        """Returns the float32 weights under canonical names; with an adapter, only what is trained."""
         if self.adapter is None:
             return weights.to_host_arrays(self.model)
-        pieces = [zip(each.parts, each.split(each.parameter), strict=True) for each in self.optimizer.packed]
-        return {name: weights.host_from_array(piece) for each in pieces for name, piece in each}
+        pieces = [zip(fused.parts, fused.split(fused.parameter), strict=True) for fused in self.optimizer.parameters]
+        return {name: weights.host_from_array(piece) for pairs in pieces for name, piece in pairs}
 
     def state(self) -> dict[str, HostArray]:
-        """What the next update depends on besides the weights: AdamW's moments and the number of updates made."""
+        """Returns all that the next update depends on besides the weights: moments, and the number of updates made."""
         return self.optimizer.state()
 
     def load_state(self, arrays: Mapping[str, HostArray], state: Mapping[str, HostArray]) -> None:
-        """Go on from what weights() and state() gave; ValueError lists what is missing or misshapen."""
+        """Goes on from what `weights()` and `state()` gave; ValueError lists what is missing or misshapen."""
         if self.adapter is None and not self.model.config.quantization:
             weights.load_host_arrays(self.model, arrays)
         else:
-            weights.copy_host_arrays(self.optimizer.packed, arrays)
+            weights.copy_host_arrays(self.optimizer.parameters, arrays)
         self.optimizer.load_state(state)
 
     def runner(self) -> MlxRunner:
-        """Generates with the weights as they are now."""
+        """Returns a runner over the weights as they are now."""
         if self.adapter is None:
             return MlxRunner(self.model, self.device)
         return MlxRunner(self.model, self.device, {OWN: self.adapter}, OWN)
 
     def conditions(self) -> dict[str, Any]:
-        """What the last bits of the result depend on besides the configuration and the data."""
+        """Returns all that the last bits of a result depend on besides the configuration and the data."""
         return {
             "mlx": version("mlx"),
             "device": self.device.name,
@@ -137,14 +137,14 @@ class MlxTrainStep(MlxScorer):
         }
 
     def memory_bytes(self) -> int:
-        """The most memory held so far: by arrays of MLX on a GPU, by this process where that is the CPU."""
+        """Returns the most memory held so far: by arrays of MLX on a GPU, by this process where that is the CPU."""
         if self.device == mx.gpu:
             return mx.get_peak_memory()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
     def peak_flops(self, seconds: float = 0.3) -> float:
-        """Operations a second of large products in this precision: the best of 5 or more, as `seconds` allow."""
+        """Returns the operations a second of large products in this precision: the best of 5, or more in `seconds`."""
         size = 4096 if self.device == mx.gpu else 512
         dtype = mx.bfloat16 if self.precision == "bf16" else mx.float32
         with mx.stream(self.device):
@@ -159,7 +159,7 @@ class MlxTrainStep(MlxScorer):
         return 2 * size**3 / best
 
     def _accumulated(self, micro_batches: Sequence[Batch], targets: int) -> tuple[list[LossOutput], list[mx.array]]:
-        """What each micro-batch gave, and the gradients of the mean over all targets; begun, not waited for."""
+        """Returns each micro-batch's loss, and the gradients of the mean over all targets; begun, not waited for."""
         outputs: list[LossOutput] = []
         gradients: list[mx.array] = []
         with self.parameters_kept() as parameters:
@@ -179,7 +179,7 @@ class MlxTrainStep(MlxScorer):
         arrays: Mapping[str, Any],
         key: mx.array | None = None,
     ) -> LossOutput:
-        """The loss as a function of the parameters and of a batch's arrays; with a key for dropout, while training."""
+        """Returns the loss from the parameters and a batch's arrays; with a key for dropout, in training."""
         head = self.take(trained, frozen)
         hidden, adapter, own_key = self.model.hidden, self.adapter, None
         if key is not None:
@@ -193,8 +193,8 @@ class MlxTrainStep(MlxScorer):
         return loss_function(self.objective, own_key)(hidden, head, TensorBatch(**arrays))
 
     def _loss_and_gradients(self) -> Callable[..., Any]:
-        """(trained, frozen, arrays, share, key) -> ((loss x share, loss, measures), gradients of loss x share by the
-        trained parameters); perhaps compiled."""
+        """Returns (trained, frozen, arrays, share, key) -> ((loss x share, loss, measures), gradients of loss x share
+        by the trained parameters); perhaps compiled."""
 
         def weighted(
             trained: list[mx.array], frozen: list[mx.array], arrays: Mapping[str, Any], share: mx.array, key: mx.array
@@ -206,7 +206,7 @@ class MlxTrainStep(MlxScorer):
         return mx.compile(function) if self.compiled else function
 
     def _key_of_step(self) -> mx.array:
-        """What dropout draws from: a function of (seed, step)."""
+        """Returns the key that dropout draws from: a function of (seed, step)."""
         digest = hashlib.sha256(f"{self.seed}/{self.optimizer.t}".encode()).digest()
         return mx.random.key(int.from_bytes(digest[:4], "little"))
 

@@ -2,6 +2,8 @@
 
 The base's product is taken for all rows at once; then the rows of each adapter are changed, and no other row is
 touched. Knows nothing of requests: it is told the adapter of each row.
+
+Letters beyond the usual: R rows of a forward pass (in A and B: the rank), M rows of one adapter.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +31,7 @@ class AdapterRows:
     multiple: int = 1
 
     def changed(self, matrix: str, x: Tensor, y: Tensor) -> Tensor:
-        """The output with the rows of each adapter changed; written into the product's own memory."""
+        """Returns the output with the rows of each adapter changed; written into the product's own memory."""
         rows_x_RD, rows_y_RC = x.flatten(0, -2), y.flatten(0, -2)
         for adapter, rows_M in self.groups:
             if matrix in adapter.changes:
@@ -42,7 +44,7 @@ class AdapterRows:
 def adapters_of_rows(
     adapters: Mapping[str, lora.ModelAdapter], names: Sequence[str | None], device: torch.device, multiple: int = 1
 ) -> Adapters | None:
-    """The adapters of a forward pass over so many rows, each row going through that of its name, or none."""
+    """Returns the adapters of a forward pass over so many rows, each row going through that of its name, or none."""
     found = rows_of_adapters(names)
     if not found:
         return None
@@ -53,8 +55,8 @@ def adapters_of_rows(
 
 
 def exact_adapter(adapter: lora.ModelAdapter) -> lora.ModelAdapter:
-    """The same with ranks of a multiple of 16, zeros added, and the exact mode's product: a row's result hangs on that
-    row alone."""
+    """Returns the same adapter with ranks of a multiple of 16, zeros added, and the exact mode's product: a row's
+    result depends on that row alone."""
     return lora.ModelAdapter({matrix: _exact_change(change) for matrix, change in adapter.changes.items()})
 
 

@@ -1,4 +1,4 @@
-"""What the exact mode does in another way than the fast one, so that a row's result hangs on that row alone.
+"""The operations of the exact mode that differ from the fast one, so that a row's result depends on that row alone.
 
 PyTorch's kernels round a row differently by where it stands among the others: at an end of what a thread takes, at an
 odd address, or in too narrow a result. Found by comparing bits over many sizes; knows nothing of caches or requests.
@@ -21,11 +21,11 @@ SERIAL = 32768
 
 
 def exact_model(model: Llama) -> Llama:
-    """A model over the same parameters whose rows do not depend on their neighbours.
+    """Returns a model over the same parameters whose rows do not depend on their neighbours.
 
-    Rows must be a multiple of `EXACT_ROWS`. ValueError for prepacked weights, whose products are another library's.
+    Rows must be a multiple of `EXACT_ROWS`. ValueError for reordered weights, whose products are another library's.
     """
-    if model.prepacked:
+    if model.reordered:
         raise ValueError("the exact mode reads plain weights; give load_runner exact=True")
     twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for module in twin.modules():
@@ -37,7 +37,7 @@ def exact_model(model: Llama) -> Llama:
 
 
 def linear(x_D: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None) -> Tensor:
-    """`layers.linear`, `EXACT_ROWS` rows at a time and over a multiple of 16 columns, zeros added.
+    """Computes `layers.linear`, `EXACT_ROWS` rows at a time and over a multiple of 16 columns, zeros added.
 
     With more rows, a library may cut the sums in another way. Of other numbers of columns, the last few of the result
     have bits that depend on how the row is aligned in memory.
@@ -50,8 +50,8 @@ def linear(x_D: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None) -> Tens
 
 
 def gated(activation: Callable[[Tensor], Tensor], gate_up: Tensor) -> Tensor:
-    """A gate of `layers.py` so few rows at a time that no two threads share them: what a thread has left over after
-    whole vectors goes through another exponential, and that may be in the middle of a row."""
+    """Computes a gate of `layers.py` so few rows at a time that no two threads share them: what a thread has left over
+    after whole vectors goes through another exponential, and that may be in the middle of a row."""
     gate_C, up_C = gate_up.chunk(2, dim=-1)
     pieces = gate_C.flatten(0, -2).split(max(1, SERIAL // gate_C.shape[-1]))
     return torch.cat([activation(piece) for piece in pieces]).view(up_C.shape) * up_C

@@ -3,6 +3,8 @@
 A small model's step is hundreds of kernels of a few microseconds each, which the host cannot start as fast as a GPU
 does them; a graph starts them all at once. It reads its numbers from memory that stays where it is: `TableStep` is such
 a step, of a fixed count of rows, and `DecodeGraphs` has one of each size. Knows nothing of requests or sampling.
+
+Letters beyond the usual: R rows of a step, G groups of layers, M blocks of a table.
 """
 
 import threading
@@ -21,7 +23,7 @@ from llamita.backend.torch.infer.paged_attention import TableAttention
 MOST_ROWS = 256
 """The largest step that is recorded; larger ones keep a GPU busy without."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""How far a replay may be from the step itself, as a share of the largest value."""
+"""The largest difference between a replay and the step itself, as a share of the largest value."""
 
 ONE_AT_A_TIME = threading.Lock()  # a process can record one graph at once
 
@@ -63,7 +65,7 @@ class TableStep:
         self.fill(())
 
     def fill(self, chunks: Sequence[ScheduledChunk]) -> None:
-        """Have the next computation be that of these tokens, in this order."""
+        """Sets the next computation to these tokens, in this order."""
         assert len(chunks) <= self.rows
         if self._sent is not None:
             self._sent.synchronize()  # what was written last has left the host's memory
@@ -87,7 +89,7 @@ class TableStep:
             self._sent.record(torch.cuda.current_stream(self._device.device))
 
     def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        """Store new keys and values, then mix the values that each query sees: (T, N, H)."""
+        """Stores new keys and values, then returns the mix of values that each query sees: (T, N, H)."""
         group = self._cache.group_of_layer[layer]
         if layer == 0:  # part of what is recorded: computed anew at each replay
             torch.add(self.positions_1T[0], 1, out=self._lengths_R)
@@ -116,18 +118,18 @@ class DecodeGraphs:
             _compare(self._replays[-1](), compute(step.tokens_1T, step))
 
     def fit(self, chunks: Sequence[ScheduledChunk]) -> bool:
-        """Whether a step of these is recorded."""
+        """Returns whether a step of these is recorded."""
         return len(chunks) <= self.sizes[-1] and all(len(chunk.tokens) == 1 for chunk in chunks)
 
     def run(self, chunks: Sequence[ScheduledChunk]) -> Tensor:
-        """What the computation gives, one row a chunk; valid until the next call."""
+        """Returns the result of the computation, one row a chunk; valid until the next call."""
         place = bisect_left(self.sizes, len(chunks))
         self._steps[place].fill(chunks)
         return self._replays[place]()[: len(chunks)]
 
 
 def sizes_up_to(most: int) -> list[int]:
-    """1, 2, 4, 8, then multiples of 16, the last no less than `most`."""
+    """Returns 1, 2, 4, 8, then multiples of 16, the last no less than `most`."""
     sizes = [1, 2, 4, 8, *range(16, most + 16, 16)]
     return [size for place, size in enumerate(sizes) if place == 0 or sizes[place - 1] < most]
 
@@ -170,7 +172,7 @@ class _Numbers:
 
 
 def _compare(replayed: Tensor, computed: Tensor) -> None:
-    """RuntimeError where they are not the same but for rounding."""
+    """Raises RuntimeError where the two differ by more than rounding."""
     difference, largest = (replayed - computed).abs().max().item(), computed.abs().max().item()
     if not difference <= TOLERANCE[computed.dtype] * max(largest, 1e-6):
         raise RuntimeError(

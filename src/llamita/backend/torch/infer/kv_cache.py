@@ -2,6 +2,8 @@
 
 `PagedKVCache` is the memory; `PagedStep` is one step's use of it: where the new keys and values of all chunks go, and
 what each chunk's queries attend to. Attention needs one verb of it, `attend`. Knows nothing of models or requests.
+
+Letters beyond the usual: M blocks to be emptied.
 """
 
 import math
@@ -62,7 +64,7 @@ class PagedKVCache:
         return self.layout.blocks
 
     def copy(self, copies: Iterable[BlockCopy]) -> None:
-        """Copy whole blocks, in order."""
+        """Copies whole blocks, in order."""
         size = self.layout.block_size
         for copy in copies:
             source, target = (slice(block * size, (block + 1) * size) for block in (copy.source, copy.target))
@@ -72,12 +74,12 @@ class PagedKVCache:
                     self.values[layer][target] = self.values[layer][source]
 
     def step(self, chunks: Sequence[ScheduledChunk], exact: bool = False) -> "PagedStep":
-        """The use of this memory by the chunks of one step, whose tokens follow one another in one row."""
+        """Returns the use of this memory by the chunks of one step, whose tokens follow one another in one row."""
         return PagedStep(self, chunks, exact)
 
 
 class CacheStep(Protocol):
-    """What a model needs of a step: positions, and attention to all that came before."""
+    """All that a model needs of a step: positions, and attention to all that came before."""
 
     positions_1T: Tensor
     longest: int  # no position reaches it
@@ -86,7 +88,7 @@ class CacheStep(Protocol):
 
 
 class PagedStep:
-    """Positions and attention of the chunks of one step, packed into one row of T tokens, single tokens first.
+    """Positions and attention of the chunks of one step, laid into one row of T tokens, single tokens first.
 
     In the exact mode the row is padded to a multiple of `EXACT_ROWS`.
     """
@@ -120,7 +122,7 @@ class PagedStep:
     def _divide(
         self, spans: Sequence[Span], spec: AttentionSpec, exact: bool, device: torch.device
     ) -> Iterable[tuple[slice, Part]]:
-        """Which rows are attended to together: single tokens of similar context in one batch, each chunk alone."""
+        """Divides the rows as they are attended to: single tokens of similar context in one batch, each chunk alone."""
         row = 0
         if not exact:
             if self._cache.kernel is not None and self._single:
@@ -136,7 +138,7 @@ class PagedStep:
             row = rows.stop
 
     def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
-        """Store new keys and values, then mix the values that each query sees: (T, N, H)."""
+        """Stores new keys and values, then returns the mix of values that each query sees: (T, N, H)."""
         group = self._cache.group_of_layer[layer]
         keys, values, slots_T = self._cache.keys[layer], self._cache.values[layer], self._slots[group]
         begun_M = self._begun[group]
@@ -157,7 +159,7 @@ class PagedStep:
 def _begun(
     chunks: Sequence[ScheduledChunk], tables: Sequence[np.ndarray], size: int, device: torch.device
 ) -> Tensor | None:
-    """The blocks that the chunks begin and do not fill; None for none.
+    """Returns the blocks that the chunks begin and do not fill; None for none.
 
     They are emptied first: a batch reads the rest of them as well, to no effect unless an earlier sequence left NaN.
     """
@@ -170,7 +172,7 @@ def _begun(
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Zeros whose memory, on a CPU, is taken from the system page by page as it is first written."""
+    """Returns zeros whose memory, on a CPU, is taken from the system page by page as it is first written."""
     if torch.device(device).type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     size = max(math.prod(shape) * dtype.itemsize, 1)

@@ -3,6 +3,8 @@
 No generator is advanced: every number is a hash of its three coordinates, so a draw does not depend on the batch, the
 chunk, or what was drawn before. Whole-number operations alone make the bits, in wrapping 64-bit arithmetic, so that
 they are the same on every device; only the last two logarithms are a device's own. Knows nothing of logits.
+
+Letters beyond the usual: R rows, C some ids of the vocabulary.
 """
 
 from collections.abc import Sequence
@@ -27,7 +29,7 @@ class GumbelNoise:
         self._codes_V = torch.from_numpy(mix(ids)).to(device)
 
     def rows(self, keys_R2: Tensor, ids_C: Tensor | None = None) -> Tensor:
-        """Float64 noise [R, V] for the `stream_keys` of the rows, or [R, C] for some ids alone."""
+        """Returns float64 noise [R, V] for the `stream_keys` of the rows, or [R, C] for some ids alone."""
         codes_V = self._codes_V if ids_C is None else self._codes_V[ids_C]
         # A random multiple of a random code, mixed once more: all that differs from row to row is a full 64-bit key.
         bits_RV = (codes_V ^ keys_R2[:, :1]) * keys_R2[:, 1:]
@@ -40,7 +42,7 @@ class GumbelNoise:
 
 
 def stream_keys(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
-    """A pair of int64 for each row, [R, 2], that all 64 bits of seed and position decide; the second is odd."""
+    """Returns two int64 for each row, [R, 2], that all 64 bits of seed and position decide; the second is odd."""
     seed_R = np.array(seeds, dtype=np.uint64).view(np.int64)
     position_R = np.array(positions, dtype=np.int64)
     first_R = mix(mix(seed_R ^ np.int64(SECOND)) + position_R * np.int64(GOLDEN))
@@ -48,12 +50,12 @@ def stream_keys(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
 
 
 def mix(bits: Integers) -> Integers:
-    """A permutation of the 64-bit numbers in which each bit of the result depends on all of the argument."""
+    """Permutes the 64-bit numbers so that each bit of the result depends on all of the argument."""
     bits = (bits ^ _shifted(bits, 30)) * FIRST
     bits = (bits ^ _shifted(bits, 27)) * SECOND
     return bits ^ _shifted(bits, 31)
 
 
 def _shifted(bits: Integers, count: int) -> Integers:
-    """The bits moved to the right with zeros after them, though the numbers are signed."""
+    """Returns the bits moved to the right with zeros after them, though the numbers are signed."""
     return (bits >> count) & ((1 << (64 - count)) - 1)

@@ -3,6 +3,9 @@
 Four ways: a batch of single queries, the same by kernels that follow the tables of blocks, a chunk of one sequence,
 and the exact one, whose result for a query does not depend on what else is computed with it. Each takes the queries
 (T, N, H) and a layer's whole memory (slots, K, H).
+
+Letters beyond the usual: M blocks of a table, G query heads of a key head, R all queries of a key head, U keys of a
+tile.
 """
 
 import math
@@ -35,7 +38,7 @@ class Span(BlockSpan):
         return torch.from_numpy(self.blocks.astype(np.int64))
 
     def gather(self, memory: Tensor) -> Tensor:
-        """What the blocks hold, (S, K, H), S being `keys`."""
+        """Returns the contents of the blocks, (S, K, H), S being `keys`."""
         if self.begin is not None:
             return memory[self.begin : self.begin + self.keys]
         blocks_M = self.blocks_M.to(memory.device)
@@ -47,7 +50,7 @@ TableKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, AttentionSp
 
 
 class Part(Protocol):
-    """How some rows of a step attend, in every layer of a group."""
+    """The attention of some rows of a step, in every layer of a group."""
 
     def attend(self, q_TNH: Tensor, keys: Tensor, values: Tensor) -> Tensor: ...
 
@@ -106,7 +109,7 @@ class TableAttention:
 
     @classmethod
     def of(cls, kernel: TableKernel, spans: Sequence[Span], spec: AttentionSpec, device: torch.device) -> Self:
-        """The last positions of these sequences, all of one window."""
+        """Makes the attention of the last positions of these sequences, all of one window."""
         begins = [span.first // span.block_size for span in spans]
         width = max(begin + len(span.blocks) for begin, span in zip(begins, spans, strict=True))
         tables_BM = np.zeros((len(spans), width), dtype=np.int32)
@@ -175,7 +178,7 @@ class ExactAttention:
         return mixed_KGTH.permute(2, 0, 1, 3).flatten(1, 2)[:T]
 
     def _tiles(self, memory: Tensor) -> Tensor:
-        """(K, S, H) in whole tiles, zeros standing where there is nothing to be seen."""
+        """Returns (K, S, H) in whole tiles, zeros standing where there is nothing to be seen."""
         x_SKH = self.span.gather(memory)
         before, after = self.span.first - self.begin, -self.span.stop % TILE
         return F.pad(x_SKH, (0, 0, 0, 0, before, after)).transpose(0, 1).contiguous()

@@ -1,8 +1,10 @@
 """Runs the plans of an inference engine on a PyTorch model, over a paged key/value memory.
 
-The engine decides which tokens run and where their keys and values lie; here they are run, all chunks of a step packed
+The engine decides which tokens run and where their keys and values lie; here they are run, all chunks of a step laid
 into one row. `hidden_states` holds all that happens between tokens and the states that logits are made of: it is the
 unit to compile or to replace by faster kernels. Deliberately knows nothing of requests, text, or when to stop.
+
+Letters beyond the usual: R rows of a step.
 """
 
 import warnings
@@ -38,7 +40,7 @@ from llamita.backend.torch.model import lora
 from llamita.backend.torch.model.layers import Adapters
 from llamita.backend.torch.model.llama import Llama
 from llamita.backend.torch.model.quantized import QuantizedLinear
-from llamita.backend.torch.model.reordered import build_prepacked
+from llamita.backend.torch.model.reordered import build_reordered
 from llamita.backend.torch.model.weights import build_model, to_host_arrays
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
@@ -52,7 +54,7 @@ CACHE_SHARE = {"cpu": 0.25, "cuda": 0.8}
 
 @dataclass
 class TorchMemory:
-    """What one engine's sequences left behind for their next step: keys and values, and counts of tokens."""
+    """The memory of one engine's sequences from step to step: keys and values, and counts of tokens."""
 
     cache: PagedKVCache
     sampler: Sampler
@@ -60,7 +62,7 @@ class TorchMemory:
 
 
 class TorchRunner:
-    """Does an engine's plans with `model`, which it neither copies nor changes; without dropout.
+    """Runs an engine's plans with `model`, which it neither copies nor changes; without dropout.
 
     With `exact`, on a CPU in float32, the logits after a text are the same bits however it came there: alone or with
     others, whole or in chunks, computed again or found in the prefix cache. It is slower.
@@ -93,7 +95,8 @@ class TorchRunner:
         if exact:
             self._running_adapters = {name: exact_adapter(adapter) for name, adapter in self._adapters.items()}
         read = [(name, parameter.nbytes) for name, parameter in model.named_parameters()]
-        read += [(name, each.kernel_bytes) for name, each in model.named_modules() if isinstance(each, QuantizedLinear)]
+        modules = model.named_modules()
+        read += [(name, module.kernel_bytes) for name, module in modules if isinstance(module, QuantizedLinear)]
         self.weight_bytes = bytes_read_per_token(self.config, read)
         """Bytes of weights that decoding one token reads."""
         self.kv_bytes_per_token = kv_bytes_per_token(self.config, weight.element_size())
@@ -108,12 +111,12 @@ class TorchRunner:
         return int(free * CACHE_SHARE.get(self.device.type, CACHE_SHARE["cpu"]))
 
     def weights(self) -> dict[str, HostArray]:
-        """The values under canonical names, in the type they have here; those of the default adapter merged in."""
+        """Returns the values under canonical names, in the type they have here, with the default adapter merged in."""
         adapter = None if self.default is None else self.adapters[self.default]
         return with_adapter(self.config, to_host_arrays(self.model), adapter, lora.merged_arrays)
 
     def allocate(self, layout: CacheLayout, sequences: int = 0) -> TorchMemory:
-        """Memory for the sequences of one engine, of which so many decode at once.
+        """Returns memory for the sequences of one engine, of which so many decode at once.
 
         On a GPU the steps that decode up to so many are recorded as graphs, which takes seconds. Where that fails, a
         warning says so, and attention gathers what it reads as it does on a CPU.
@@ -134,16 +137,16 @@ class TorchRunner:
         return TorchMemory(cache, sampler)
 
     def _decode(self, tokens_1T: Tensor, step: TableStep) -> Tensor:
-        """The states after the final norm of one token each of several sequences."""
+        """Returns the states after the final norm of one token each of several sequences."""
         return self._running.hidden(tokens_1T, cache=step, adapters=self._adapters_of([self.default]))[0]
 
     def _adapters_of(self, names: Sequence[str | None]) -> Adapters | None:
-        """The adapters of so many rows of a step."""
+        """Returns the adapters of so many rows of a step."""
         return adapters_of_rows(self._running_adapters, names, self.device, EXACT_ROWS if self.exact else 1)
 
     @torch.inference_mode()
     def run(self, plan: Plan, memory: TorchMemory) -> StepResult:
-        """Run every chunk at once, sample the tokens and score the targets that they ask for."""
+        """Runs every chunk at once, samples the tokens and scores the targets that they ask for."""
         memory.cache.copy(plan.copies)
         if not plan.chunks:
             return StepResult(())
@@ -153,7 +156,7 @@ class TorchRunner:
         return layout.result(sampled, self._score(layout.chunks, states))
 
     def _recorded(self, layout: StepLayout, memory: TorchMemory) -> States[Tensor] | None:
-        """The states by replaying a recorded step; None where there is none for these chunks."""
+        """Returns the states by replaying a recorded step; None where there is none for these chunks."""
         chunks, names = layout.chunks, layout.adapters(self.default)
         if memory.graphs is None or {*names} != {self.default} or not memory.graphs.fit(chunks):
             return None
@@ -174,7 +177,7 @@ class TorchRunner:
     def _sample(
         self, chunks: Sequence[ScheduledChunk], states: States[Tensor], sampler: Sampler
     ) -> list[tuple[SampledToken, ...]]:
-        """The tokens that each chunk asks for, all drawn in one pass."""
+        """Returns the tokens that each chunk asks for, all drawn in one pass."""
 
         def draw(rows: list[int], specs: list[SampleSpec], ids: list[int]) -> list[SampledToken]:
             return sampler.sample(self._logits(states, rows), specs, ids)
@@ -182,7 +185,7 @@ class TorchRunner:
         return sample_chunks(chunks, draw)
 
     def _score(self, chunks: Sequence[ScheduledChunk], states: States[Tensor]) -> list[tuple[float, ...]]:
-        """The log-probabilities of each chunk's targets."""
+        """Returns the log-probabilities of each chunk's targets."""
 
         def score(rows: range, targets: Sequence[int]) -> list[float]:
             targets_R1 = torch.tensor(targets, device=self.device)[:, None]
@@ -192,7 +195,7 @@ class TorchRunner:
         return score_chunks(chunks, score)
 
     def _logits(self, states: States[Tensor], rows: Sequence[int]) -> Tensor:
-        """Logits (R, V) of some rows of the step."""
+        """Returns logits (R, V) of some rows of the step."""
         places, hidden_RD = states.places(rows), states.hidden_RD
         if places != list(range(len(hidden_RD))):
             hidden_RD = hidden_RD[torch.tensor(places, device=self.device)]
@@ -208,9 +211,9 @@ class TorchRunner:
         capture: Sequence[str] = (),
         adapter: str | None = None,
     ) -> dict[str, np.ndarray]:
-        """Logits of every position, and the residual stream at named places, as float32 arrays.
+        """Returns logits of every position, and the residual stream at named places, as float32 arrays.
 
-        Returns `logits` (B, T, V) and each name in `capture` (B, T, D): `embedding`, `layers.0`, `layers.1`, ...,
+        They are `logits` (B, T, V) and each name in `capture` (B, T, D): `embedding`, `layers.0`, `layers.1`, ...,
         `norm`. Nothing is cached. Raises ValueError for an unknown name, and for ids outside the vocabulary.
         """
         captured: dict[str, Tensor] = {}
@@ -230,7 +233,7 @@ class TorchRunner:
 def hidden_states(
     model: Llama, tokens_1T: Tensor, step: PagedStep, rows: Sequence[int], adapters: Adapters | None
 ) -> Tensor:
-    """The states (R, D) after the final norm of some rows of one packed row of tokens; all keys and values go into the
+    """Returns the states (R, D) after the final norm at some `rows` of the tokens; all keys and values go into the
     memory."""
     every = len(rows) == tokens_1T.shape[1]
     rows_R = None if every else torch.tensor(rows, dtype=torch.int64, device=tokens_1T.device)
@@ -245,8 +248,8 @@ def load_runner(
     exact: bool = False,
     adapters: Mapping[str, Path] | None = None,
 ) -> TorchRunner:
-    """A runner over a model directory, or over the best checkpoint of a run directory; of an adapter's, over its base
-    with that adapter. `adapters` are further ones over the same base, each for the chunks that name it.
+    """Returns a runner over a model directory, or over the best checkpoint of a run directory; of an adapter's, over
+    its base with that adapter. `adapters` are further ones over the same base, each for the chunks that name it.
 
     `dtype` is that of weights and cache: a name in DTYPES, or "auto" for that of the file (bfloat16 for the activations
     of a quantised one, whose kernels take no other). `device` is PyTorch's, or "auto" for a GPU where there is one.
@@ -258,11 +261,11 @@ def load_runner(
         torch.set_num_threads(threads)
     device = choose_device(device)
     opened = open_model(model, dtype, adapters)
-    build = build_model if exact else build_prepacked
+    build = build_model if exact else build_reordered
     built = build(opened.config, opened.arrays, dtype=DTYPES[opened.dtype], device=device)
     return TorchRunner(built, exact, opened.adapters, opened.default)
 
 
 def runner_over(config: ModelConfig, arrays: Mapping[str, HostArray], dtype: str = "float32") -> TorchRunner:
-    """A runner over host arrays, on the CPU."""
-    return TorchRunner(build_prepacked(config, arrays, dtype=DTYPES[dtype]))
+    """Returns a runner over host arrays, on the CPU."""
+    return TorchRunner(build_reordered(config, arrays, dtype=DTYPES[dtype]))

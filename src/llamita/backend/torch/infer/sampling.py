@@ -3,8 +3,10 @@
 In this order: logit bias; repetition, frequency and presence penalties; banned ids and the mask of a grammar;
 temperature; top-k; top-p; min-p; and a draw by the Gumbel-max trick. Each is switched off by its neutral value, so that
 a temperature alone samples exactly from `softmax(logits / temperature)`. What is kept is decided in float64, so that it
-does not hang on rounding. The functions below `Sampler` take a column of parameters, one a row. On a device nothing
+does not depend on rounding. The functions below `Sampler` take a column of parameters, one a row. On a device nothing
 waits for the host before the results, which come over in one piece. Knows nothing of models or caches.
+
+Letters beyond the usual: R rows, E entries (a row and an id), W words of 32 bits, C some ids, K the largest scores.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,14 +34,14 @@ class Columns:
     def __init__(self, params: Sequence[SamplingParams], device: torch.device | str = "cpu") -> None:
         names = ("temperature", "top_k", "top_p", "min_p")
         penalties = ("repetition_penalty", "frequency_penalty", "presence_penalty")
-        table = np.array([[getattr(each, name) for name in names + penalties] for each in params], dtype=np.float64)
+        table = np.array([[getattr(row, name) for name in names + penalties] for row in params], dtype=np.float64)
         columns = to_device(table, device).split(1, dim=1)
         self.temperature_R1, self.top_k_R1, self.top_p_R1, self.min_p_R1 = columns[:4]
         self.repetition_R1, self.frequency_R1, self.presence_R1 = columns[4:]
-        self.largest_k = max(each.top_k for each in params)
-        self.any_repetition = any(each.repetition_penalty != 1 for each in params)
-        self.any_output_penalty = any(each.frequency_penalty or each.presence_penalty for each in params)
-        self.any_top_p, self.any_min_p = any(each.top_p < 1 for each in params), any(each.min_p > 0 for each in params)
+        self.largest_k = max(row.top_k for row in params)
+        self.any_repetition = any(row.repetition_penalty != 1 for row in params)
+        self.any_output_penalty = any(row.frequency_penalty or row.presence_penalty for row in params)
+        self.any_top_p, self.any_min_p = any(row.top_p < 1 for row in params), any(row.min_p > 0 for row in params)
 
 
 class Sampler:
@@ -52,7 +54,7 @@ class Sampler:
 
     @torch.inference_mode()
     def sample(self, logits_RV: Tensor, specs: Sequence[SampleSpec], sequence_ids: Sequence[int]) -> list[SampledToken]:
-        """Pick a token for each row as its spec says, with its natural log-probability under `softmax(logits)`.
+        """Picks a token for each row as its spec asks, with its natural log-probability under `softmax(logits)`.
 
         A row's token depends on its own logits and spec alone. Rows of one sequence have the same id; the counts of
         sequences that are not in a call are forgotten. A row that holds NaN or infinity, as the logits of broken
@@ -67,19 +69,19 @@ class Sampler:
         if not specs:
             return []
         order: list[int] = []
-        packed: list[Tensor] = []
+        blocks: list[Tensor] = []
         for steps, rows in self._blocks(specs):
             block_RV = logits_RV if rows == list(range(len(specs))) else logits_RV[self._index(rows)]
             counts = [counts_of[row] for row in rows] if steps.penalized else []
-            packed.append(self._sample_block(block_RV, steps, [specs[row] for row in rows], counts))
+            blocks.append(self._sample_block(block_RV, steps, [specs[row] for row in rows], counts))
             order += rows
-        width = max(block.shape[1] for block in packed)
-        results = torch.cat([torch.nn.functional.pad(block, (0, width - block.shape[1])) for block in packed])
+        width = max(block.shape[1] for block in blocks)
+        results = torch.cat([torch.nn.functional.pad(block, (0, width - block.shape[1])) for block in blocks])
         values_of = dict(zip(order, results.tolist(), strict=True))  # the one wait for the device
         return [sampled_token(values_of[row], spec.params.top_logprobs) for row, spec in enumerate(specs)]
 
     def _blocks(self, specs: Sequence[SampleSpec]) -> Iterator[tuple[Steps, list[int]]]:
-        """The rows that have their steps in common, not too many at a time."""
+        """Yields the rows that have their steps in common, not too many at a time."""
         for steps, rows in rows_by_steps(specs).items():
             block = CPU_BLOCK if self.device.type == "cpu" and not steps.plain_greedy else BLOCK
             size = max(1, block // self.vocab_size)
@@ -89,7 +91,7 @@ class Sampler:
     def _sample_block(
         self, logits_RV: Tensor, steps: Steps, specs: Sequence[SampleSpec], counts: Sequence[CountedRow]
     ) -> Tensor:
-        """Float64 [R, 3 + 2K]: id, its log-probability, its score; ids and log-probabilities of the K likeliest."""
+        """Returns float64 [R, 3 + 2K]: id, log-probability, score; ids and log-probabilities of the K likeliest."""
         logprobs_RV = logits_RV.log_softmax(-1, dtype=torch.float32)
         if steps.plain_greedy:
             best_R1, ids_R1 = logits_RV.max(dim=-1, keepdim=True)
@@ -114,7 +116,7 @@ class Sampler:
         return torch.cat([part.double() for part in parts], dim=1)
 
     def _draw(self, scores_RV: Tensor, keys_R2: Tensor, few: bool) -> Tensor:
-        """Ids [R, 1] drawn from softmax(scores). `few`: many are dropped; on a CPU they get no noise."""
+        """Returns ids [R, 1] drawn from softmax(scores). `few`: many are dropped; on a CPU they get no noise."""
         if few and self.device.type == "cpu":
             ids_C = (scores_RV != DROPPED).any(dim=0).nonzero().squeeze(1)
             if not len(ids_C):  # nothing may come: the caller says so
@@ -126,7 +128,7 @@ class Sampler:
     def _score(
         self, scores_RV: Tensor, specs: Sequence[SampleSpec], columns: Columns, counts: Sequence[CountedRow]
     ) -> Tensor:
-        """The logits after bias, penalties and exclusions."""
+        """Returns the logits after bias, penalties and exclusions."""
         if (biased := biases(specs, self.vocab_size)) is not None:
             row_E, id_E, bias_E = biased
             places_E = self._to_device(row_E * self.vocab_size + id_E)
@@ -148,7 +150,7 @@ class Sampler:
 
 
 def penalize(scores_RV: Tensor, seen_RV: Tensor, outputs_RV: Tensor, columns: Columns) -> Tensor:
-    """Make tokens less likely that have come before, for a repetition penalty above 1 and others above 0.
+    """Makes tokens less likely that have come before, for a repetition penalty above 1 and others above 0.
 
     Repetition (prompt and output, `seen_RV`): positive logits are divided by it; negative ones are multiplied, so that
     these fall as well (Keskar et al. 2019, CTRL, arXiv:1909.05858, section 4.1; the multiplication follows
@@ -164,14 +166,14 @@ def penalize(scores_RV: Tensor, seen_RV: Tensor, outputs_RV: Tensor, columns: Co
 
 
 def unpack_bits(words_RW: Tensor, size: int) -> Tensor:
-    """Bool [R, size]: bit i % 32 of int32 word i // 32, for each i."""
+    """Returns bool [R, size]: bit i % 32 of int32 word i // 32, for each i."""
     bytes_RW1 = words_RW.view(torch.uint8).unsqueeze(-1)  # the lowest byte first, on every machine that runs this
     bits_8 = torch.arange(8, dtype=torch.uint8, device=words_RW.device)
     return ((bytes_RW1 >> bits_8) & 1).bool().flatten(1)[:, :size]
 
 
 def truncate(scores_RV: Tensor, columns: Columns) -> Tensor:
-    """The scores after top-k, top-p and min-p; dropped tokens have -inf."""
+    """Returns the scores after top-k, top-p and min-p; dropped tokens have -inf."""
     if columns.largest_k:
         scores_RV = keep_top_k(scores_RV, columns.top_k_R1, columns.largest_k)
     if columns.any_top_p:
@@ -180,7 +182,7 @@ def truncate(scores_RV: Tensor, columns: Columns) -> Tensor:
 
 
 def keep_top_k(scores_RV: Tensor, k_R1: Tensor, largest: int) -> Tensor:
-    """Keep the k largest scores, and any equal to the k-th (Fan et al. 2018, arXiv:1805.04833); 0 keeps all.
+    """Keeps the k largest scores, and any equal to the k-th (Fan et al. 2018, arXiv:1805.04833); 0 keeps all.
 
     `largest` is the largest k.
     """
@@ -191,7 +193,7 @@ def keep_top_k(scores_RV: Tensor, k_R1: Tensor, largest: int) -> Tensor:
 
 
 def keep_top_p(scores_RV: Tensor, p_R1: Tensor) -> Tensor:
-    """Keep the nucleus: the smallest set of most probable tokens whose mass is at least p, never none; 1 keeps all.
+    """Keeps the nucleus: the smallest set of most probable tokens whose mass is at least p, never none; 1 keeps all.
 
     Of equally probable tokens at the border, those with the smaller ids stay (Holtzman et al. 2019, arXiv:1904.09751).
     """
@@ -209,7 +211,7 @@ def keep_top_p(scores_RV: Tensor, p_R1: Tensor) -> Tensor:
 
 
 def nucleus(probabilities_RC: Tensor, p_R1: Tensor) -> Tensor:
-    """Bool [R, C]: whether a token is needed, the most probable first, to reach the mass p."""
+    """Returns bool [R, C]: whether a token is needed, the most probable first, to reach the mass p."""
     sorted_RC, order_RC = probabilities_RC.sort(dim=-1, descending=True, stable=True)
     kept_RC = torch.ones_like(sorted_RC, dtype=torch.bool)
     kept_RC[:, 1:] = sorted_RC.cumsum(dim=-1)[:, :-1] < p_R1  # the tokens before it do not suffice
@@ -217,7 +219,7 @@ def nucleus(probabilities_RC: Tensor, p_R1: Tensor) -> Tensor:
 
 
 def nucleus_candidates(probabilities_V: Tensor, p: float) -> Tensor:
-    """Ids, in order, among which the nucleus is; the fewer, the less there is to sort."""
+    """Returns ids, in order, among which the nucleus is; the fewer, the less there is to sort."""
     # All tokens rarer than (1 - p) / 2V together weigh less than 1 - p.
     candidates_C = (probabilities_V >= (1 - p) / (2 * len(probabilities_V))).nonzero().squeeze(1)
     if len(candidates_C) > 4 * LIKELIEST:
@@ -228,6 +230,6 @@ def nucleus_candidates(probabilities_V: Tensor, p: float) -> Tensor:
 
 
 def drop_below_min_p(scores_RV: Tensor, min_p_R1: Tensor) -> Tensor:
-    """Drop tokens less probable than `min_p` times the most probable one (Nguyen et al. 2024, arXiv:2407.01082)."""
+    """Drops tokens less probable than `min_p` times the most probable one (Nguyen et al. 2024, arXiv:2407.01082)."""
     threshold_R1 = scores_RV.amax(dim=-1, keepdim=True) + min_p_R1.log()
     return scores_RV.masked_fill(scores_RV < threshold_R1, DROPPED)

@@ -1,8 +1,10 @@
-"""How often each token occurs in the sequences under way, for penalties; kept on the device from step to step.
+"""Counts of each token in the sequences under way, for penalties; kept on the device from step to step.
 
 Whatever the engine does with a sequence (it preempts it, takes drafted tokens back, continues it in several ways), the
 counts are those of the history that comes with a call: they are carried on only where that history continues the one
 counted last, and made anew otherwise. Knows nothing of penalties.
+
+Letters beyond the usual: R rows of a call, S rows of the table.
 """
 
 from collections.abc import Hashable, Sequence
@@ -19,7 +21,7 @@ IN_PROMPT, OUTPUT = 1, 2  # a count is twice the occurrences in the output, plus
 
 @dataclass
 class _Counted:
-    """What a row of the table has counted."""
+    """The sequence that a row of the table has counted."""
 
     slot: int
     prompt_length: int = 0
@@ -44,7 +46,7 @@ class TokenCounts:
         self._table_SV = self._zeros(0)
 
     def update(self, specs: Sequence[SampleSpec], sequence_ids: Sequence[int]) -> list[CountedRow]:
-        """Count the histories of these rows and forget all other sequences.
+        """Counts the histories of these rows and forgets all other sequences.
 
         Rows of one sequence share its counts where they continue its shortest history, as those of drafted tokens do:
         what they have beyond it is not kept, since the next call may take it back.
@@ -68,13 +70,13 @@ class TokenCounts:
         ]
 
     def gather(self, rows: Sequence[CountedRow]) -> tuple[Tensor, Tensor]:
-        """Which tokens prompt and output hold (bool), and how often the output holds each (int32), both [R, V]."""
+        """Returns whether a history holds each token (bool), and how often its output does (int32), both [R, V]."""
         counts_RV = self._table_SV.index_select(0, self._indices([row.slot for row in rows]))
         self._add(counts_RV, [(place, row.extra) for place, row in enumerate(rows)])
         return counts_RV > 0, counts_RV >> 1
 
     def _count(self, wanted: dict[Hashable, tuple[list[int], int]]) -> None:
-        """Bring the known sequences to these histories: count what is new, or all of it."""
+        """Brings the known sequences to these histories: counts what is new, or all of it."""
         cleared, prompts, outputs = [], [], []
         self._make_room(len(wanted.keys() - self._known.keys()))
         for key, (tokens, prompt_length) in wanted.items():
@@ -97,7 +99,7 @@ class TokenCounts:
             counts_RV.view(-1).index_add_(0, places, torch.full_like(places, OUTPUT, dtype=torch.int32))
 
     def _places(self, tokens: list[tuple[int, list[int]]]) -> Tensor:
-        """Where in a flattened table the tokens of a row lie, for each pair of a row and its tokens."""
+        """Returns the places, in a flattened table, of the tokens of each pair of a row and its tokens."""
         arrays = [np.array(ids, dtype=np.int64) for _, ids in tokens]
         for (row, _), ids in zip(tokens, arrays, strict=True):
             assert not len(ids) or (ids.min() >= 0 and ids.max() < self._vocab_size), "a token outside the vocabulary"
@@ -125,7 +127,7 @@ def _continues(tokens: list[int], start: list[int]) -> bool:
 
 
 def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
-    """A host array on a device, without waiting for what that is doing."""
+    """Copies a host array to a device, without waiting for the work that it has under way."""
     tensor = torch.from_numpy(array)
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,6 +1,8 @@
 """Scaled dot-product attention with grouped heads, and the masks it takes.
 
 Knows nothing of projections, positions or caches: queries, keys and values come ready.
+
+Letters beyond the usual: M leading dimensions and key heads, G query heads of a key head, R all queries of a key head.
 """
 
 import math
@@ -28,7 +30,7 @@ def attention(
     dropout: float = 0.0,
     spec: AttentionSpec = PLAIN,
 ) -> Tensor:
-    """softmax(Q K^T / sqrt(H)) V (Vaswani et al. 2017), each group of query heads sharing a key/value head.
+    """Computes softmax(Q K^T / sqrt(H)) V (Vaswani et al. 2017), each group of query heads sharing a key/value head.
 
     query (..., N, T, H), key and value (..., K, S, H) with N a multiple of K: multi-head for K = N, multi-query for
     K = 1, grouped-query between (Ainslie et al. 2023, arXiv:2305.13245). Any number of leading dimensions. mask is
@@ -61,7 +63,7 @@ def attention_fused(
     dropout: float = 0.0,
     spec: AttentionSpec = PLAIN,
 ) -> Tensor:
-    """`attention` by whichever of PyTorch's kernels is fastest for it; none of them has a soft cap."""
+    """Computes `attention` by whichever of PyTorch's kernels is fastest for it; none of them has a soft cap."""
     N, T = query.shape[-3:-1]
     K, S = key.shape[-3:-1]
     if causal and mask is not None:
@@ -93,7 +95,7 @@ def attention_by_products(
     dropout: float = 0.0,
     spec: AttentionSpec = PLAIN,
 ) -> Tensor:
-    """`attention` as two batched products around one softmax, all scores held at once.
+    """Computes `attention` as two batched products around one softmax, all scores held at once.
 
     On a CPU in bfloat16 forward and backward together take a half to a fifth of the flash kernel's time at a few
     hundred positions. The softmax is computed in float32 from scores rounded to the type of the query.
@@ -101,7 +103,7 @@ def attention_by_products(
     N, T, H = query.shape[-3:]
     K, S = key.shape[-3:-1]
     leading, group = query.shape[:-3], N // K
-    rows_MRH = query.reshape(-1, group * T, H)  # M: leading dimensions and key heads; R: every query of a key head
+    rows_MRH = query.reshape(-1, group * T, H)
     key_MSH, value_MSH = key.reshape(-1, S, H), value.reshape(-1, S, H)
     bias = torch.zeros((), dtype=query.dtype, device=query.device)
     if mask is not None:
@@ -120,7 +122,7 @@ def attention_by_products(
 def attention_by_query_tiles(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, spec: AttentionSpec = PLAIN
 ) -> Tensor:
-    """`attention`, causal or under a mask (T, S), as two batched products around a softmax for each tile of queries.
+    """Computes `attention`, causal or under a mask (T, S), as two products around a softmax for each tile of queries.
 
     Without a mask a tile meets the keys up to its last query's own. On a CPU in bfloat16 this takes 0.4 to 0.8 of the
     flash kernel's time from 128 positions on; scores are rounded to the type of the query, as in
@@ -128,7 +130,7 @@ def attention_by_query_tiles(
     """
     N, T, H = query.shape[-3:]
     K, S = key.shape[-3:-1]
-    query_MGTH = query.reshape(-1, N // K, T, H)  # M: leading dimensions and key heads; G: the query heads of each
+    query_MGTH = query.reshape(-1, N // K, T, H)
     key_MSH, value_MSH = key.reshape(-1, S, H), value.reshape(-1, S, H)
     unused_bias = torch.zeros((), dtype=query.dtype)
     tile = max(1, min(QUERY_TILE, MAX_SCORES // (query.shape[:-2].numel() * S)))
@@ -151,34 +153,34 @@ def attention_by_query_tiles(
 
 
 def factor(head_dim: int, spec: AttentionSpec) -> float:
-    """What products of queries and keys are multiplied by."""
+    """Returns the factor that products of queries and keys are multiplied by."""
     return 1 / math.sqrt(head_dim) if spec.scale is None else spec.scale
 
 
 def scaled(products: Tensor, head_dim: int, spec: AttentionSpec) -> Tensor:
-    """Products of queries and keys as scores: scaled, and softly capped where the model does so."""
+    """Turns products of queries and keys into scores: scaled, and softly capped where the model does so."""
     scores = products / math.sqrt(head_dim) if spec.scale is None else products * spec.scale
     return capped(scores, spec)
 
 
 def capped(scores: Tensor, spec: AttentionSpec) -> Tensor:
-    """cap * tanh(score / cap) (Gemma 2, arXiv:2408.00118), or the scores as they are."""
+    """Returns cap * tanh(score / cap) (Gemma 2, arXiv:2408.00118), or the scores as they are."""
     return spec.soft_cap * torch.tanh(scores / spec.soft_cap) if spec.soft_cap else scores
 
 
 def softmax(x: Tensor) -> Tensor:
-    """Exponentials that sum to one over the last dimension; the maximum is subtracted first so that none overflows."""
+    """Returns exponentials that sum to one over the last dimension; as the maximum goes first, none overflows."""
     exponentials = torch.exp(x - x.amax(dim=-1, keepdim=True))
     return exponentials / exponentials.sum(dim=-1, keepdim=True)
 
 
 def causal_mask(T: int, S: int, device: torch.device | str = "cpu") -> Tensor:
-    """Boolean (T, S): query t is the position S - T + t, and sees the keys up to its own."""
+    """Returns a boolean (T, S): query t is the position S - T + t, and sees the keys up to its own."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
 def segment_mask(segments_BT: Tensor) -> Tensor:
-    """Boolean (B, 1, T, T): causal, and only within a segment (a document of a packed row).
+    """Returns a boolean (B, 1, T, T): causal, and only within a segment (a document of a packed row).
 
     Segment 0 is padding: it sees only itself, so that no softmax is empty, and no real token sees it.
     """
@@ -187,5 +189,5 @@ def segment_mask(segments_BT: Tensor) -> Tensor:
 
 
 def window_mask(T: int, window: int, device: torch.device | str = "cpu") -> Tensor:
-    """Boolean (T, T): query t sees the `window` keys up to its own."""
+    """Returns a boolean (T, T): query t sees the `window` keys up to its own."""
     return causal_mask(T, T, device).triu(1 - window)

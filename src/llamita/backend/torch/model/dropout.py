@@ -8,7 +8,7 @@ STEPS = 2**16
 
 
 def drop(x: Tensor, probability: float) -> Tensor:
-    """Zero in place of each element with this probability, the others divided by the share that is kept.
+    """Zeroes each element with this probability, and divides the others by the share that is kept.
 
     `probability` lies in [0, 1). Drawn from PyTorch's generator of the device. On a CPU the probability is rounded to
     a multiple of 2**-16, and the draw takes a fifth of the time of `F.dropout`, which draws 64 bits for each element.

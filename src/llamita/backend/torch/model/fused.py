@@ -1,4 +1,4 @@
-"""Which parameters of a checkpoint lie in one parameter of the module, since one large product is faster than three."""
+"""Several parameters of a checkpoint in one parameter of the module, since one large product is faster than three."""
 
 from dataclasses import dataclass
 
@@ -8,8 +8,8 @@ from llamita.model.parameters import canonical_names as canonical_names
 
 
 @dataclass(frozen=True)
-class PackedParameter:
-    """A parameter of the module and the canonical parameters whose rows it stacks (one, where nothing is packed)."""
+class FusedParameter:
+    """A parameter of the module and the canonical parameters whose rows it stacks (one, where nothing is fused)."""
 
     name: str
     parameter: nn.Parameter
@@ -18,5 +18,5 @@ class PackedParameter:
     weight_decay: bool
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Views of `tensor`, shaped like the parameter, one for each part."""
+        """Returns views of `tensor`, shaped like the parameter, one for each part."""
         return tensor.split(self.sizes)

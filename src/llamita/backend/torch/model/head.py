@@ -29,7 +29,7 @@ class LogitTransform:
         return self.soft_cap * torch.tanh(logits_V / self.soft_cap) if self.soft_cap else logits_V
 
     def slope(self, transformed_V: Tensor) -> Tensor:
-        """The derivative of what `__call__` gave by what it was given."""
+        """Returns the derivative of `__call__`, from its result."""
         steepness = 1 / self.scaling
         if not self.soft_cap:
             return torch.full_like(transformed_V, steepness)
@@ -44,5 +44,5 @@ class OutputHead:
     transform: LogitTransform = field(default_factory=LogitTransform)
 
     def logits(self, hidden_D: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., D)."""
+        """Returns logits (..., V) of hidden states (..., D)."""
         return self.transform(torch.nn.functional.linear(hidden_D, self.weight_VD))

@@ -2,6 +2,8 @@
 
 Each is written twice: a plain form from array operations, to be read beside its paper, and the fused form that runs by
 default. Tests hold the two equal. Knows nothing of the model that is built from them.
+
+Letters beyond the usual: E half a head size.
 """
 
 import math
@@ -18,7 +20,7 @@ from llamita.model.config import Activation
 
 
 def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Divide each vector by its root mean square, then scale (Zhang & Sennrich 2019, arXiv:1910.07467).
+    """Divides each vector by its root mean square, then scales it (Zhang & Sennrich 2019, arXiv:1910.07467).
 
     x_D is (..., D), weight_D (D,). The mean square is taken in float32; the result has the type of x_D.
     """
@@ -33,18 +35,18 @@ def rms_norm_fused(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def linear(x_D: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None) -> Tensor:
-    """y = x W^T + b: (..., D) times (C, D) transposed gives (..., C)."""
+    """Computes y = x W^T + b: (..., D) times (C, D) transposed gives (..., C)."""
     y_C = x_D @ weight_CD.mT
     return y_C if bias_C is None else y_C + bias_C
 
 
 def silu(x: Tensor) -> Tensor:
-    """x times its logistic sigmoid (Elfwing et al. 2017, arXiv:1702.03118)."""
+    """Returns x times its logistic sigmoid (Elfwing et al. 2017, arXiv:1702.03118)."""
     return x / (1 + torch.exp(-x))
 
 
 def gated_silu(gate_up: Tensor) -> Tensor:
-    """The gate of SwiGLU (Shazeer 2020, arXiv:2002.05202): silu(gate) * up, from (..., 2 C) to (..., C)."""
+    """Returns the gate of SwiGLU (Shazeer 2020, arXiv:2002.05202): silu(gate) * up, from (..., 2 C) to (..., C)."""
     gate_C, up_C = gate_up.chunk(2, dim=-1)
     return silu(gate_C) * up_C
 
@@ -55,7 +57,7 @@ def gated_silu_fused(gate_up: Tensor) -> Tensor:
 
 
 def rope_table(positions_BT: Tensor, frequencies_E: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotation angles, float32, each (B, T, H/2), times `scale`.
+    """Returns cosines and sines of the rotation angles, float32, each (B, T, H/2), times `scale`.
 
     Pair i of a head turns by position * frequency i (Su et al. 2021, arXiv:2104.09864). Angles are computed in float32,
     as transformers does; `rope.rotary_frequencies` gives frequencies and scale.
@@ -65,12 +67,12 @@ def rope_table(positions_BT: Tensor, frequencies_E: Tensor, scale: float = 1.0) 
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """x times the normal distribution's integral, approximated by tanh (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
+    """Returns x times the normal integral, approximated by tanh (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def gated_gelu(gate_up: Tensor) -> Tensor:
-    """The gate of GeGLU (Shazeer 2020, arXiv:2002.05202): gelu(gate) * up, from (..., 2 C) to (..., C)."""
+    """Returns the gate of GeGLU (Shazeer 2020, arXiv:2002.05202): gelu(gate) * up, from (..., 2 C) to (..., C)."""
     gate_C, up_C = gate_up.chunk(2, dim=-1)
     return gelu_tanh(gate_C) * up_C
 
@@ -93,7 +95,7 @@ class RopeTable:
         self._cos_SE = self._sin_SE = torch.empty(0, len(frequencies_E))
 
     def at(self, positions_BT: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (B, T, H/2) of positions below `longest`."""
+        """Returns cosines and sines (B, T, H/2) of positions below `longest`."""
         device = positions_BT.device
         if self._cos_SE.device != device or len(self._cos_SE) < longest:
             blocks = [
@@ -107,7 +109,7 @@ class RopeTable:
 
 
 def apply_rope(x_BTNH: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + H/2): the layout of Hugging Face checkpoints, and of every model here.
+    """Rotates the pairs (i, i + H/2): the layout of Hugging Face checkpoints, and of every model here.
 
     x_BTNH is (..., T, heads, H); the table is (..., T, H/2), shared by all heads. Keeps the type of x_BTNH.
     """
@@ -117,7 +119,7 @@ def apply_rope(x_BTNH: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
 
 
 def apply_rope_interleaved(x_BTNH: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
-    """Rotate the pairs (2 i, 2 i + 1): the layout of Meta's checkpoints and of the RoFormer paper."""
+    """Rotates the pairs (2 i, 2 i + 1): the layout of Meta's checkpoints and of the RoFormer paper."""
     first, second = x_BTNH[..., 0::2], x_BTNH[..., 1::2]
     cos, sin = cos_BTE.unsqueeze(-2), sin_BTE.unsqueeze(-2)
     rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -125,7 +127,7 @@ def apply_rope_interleaved(x_BTNH: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> 
 
 
 def halves_from_interleaved(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder the rows of a query or key projection (heads * H, ...) from interleaved pairs to rotated halves.
+    """Reorders the rows of a query or key projection (heads * H, ...) from interleaved pairs to rotated halves.
 
     With the reordered weight, `apply_rope` gives the attention scores that `apply_rope_interleaved` gave before.
     """
@@ -134,7 +136,7 @@ def halves_from_interleaved(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def interleaved_from_halves(weight: Tensor, head_dim: int) -> Tensor:
-    """The inverse of `halves_from_interleaved`."""
+    """Inverts `halves_from_interleaved`."""
     per_head = weight.unflatten(0, (-1, 2, head_dim // 2))
     return per_head.transpose(1, 2).reshape(weight.shape)
 
@@ -143,7 +145,7 @@ class Adapters(Protocol):
     """The adapters of a forward pass: one for all of it (lora.py), or each for its rows (infer/adapters.py)."""
 
     def changed(self, matrix: str, x: Tensor, y: Tensor) -> Tensor:
-        """The output `y` that the linear map of this name has for `x`, changed as its adapters say."""
+        """Returns the output `y` that the linear map of this name has for `x`, changed as its adapters say."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 Built from the architecture table, whose names it gives and takes; inside, query, key and value projections are one
 matrix, and so are gate and up, since one large product is faster than three. Knows nothing of training or requests.
+
+Letters beyond the usual: E half a head size, G heads of several kinds side by side, R positions that are wanted.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ from llamita.backend.torch.infer.kv_cache import CacheStep
 from llamita.backend.torch.model import attention as masks
 from llamita.backend.torch.model import layers
 from llamita.backend.torch.model.dropout import drop
-from llamita.backend.torch.model.fused import PackedParameter, canonical_names
+from llamita.backend.torch.model.fused import FusedParameter, canonical_names
 from llamita.backend.torch.model.head import LogitTransform, OutputHead
 from llamita.backend.torch.model.layers import FUSED, Adapters, Operations
 from llamita.backend.torch.model.quantized import QuantizedEmbedding, QuantizedLinear
@@ -78,7 +80,7 @@ class RMSNorm(nn.Module):
 
 @dataclass(frozen=True)
 class Context:
-    """What every layer needs to know of one forward pass: rotations, who sees whom, whether dropout is drawn, adapters.
+    """All that a layer needs to know of one forward pass: rotations, who sees whom, whether dropout is drawn, adapters.
 
     `window_mask` is for layers with a sliding window, None where all that `mask` and `causal` allow lies within it.
     With a `cache`, that is what knows.
@@ -112,7 +114,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         N, K, H = self.N, self.K, self.H
-        heads_BTGH = self.qkv_proj(x_BTD, context.adapters).unflatten(-1, (N + 2 * K, H))  # G: all heads
+        heads_BTGH = self.qkv_proj(x_BTD, context.adapters).unflatten(-1, (N + 2 * K, H))
         rotated_BTGH = self.normed(heads_BTGH[..., : N + K, :])
         if self.rotation is not None:
             rotated_BTGH = layers.apply_rope(rotated_BTGH, *context.rotations[self.rotation])
@@ -131,7 +133,7 @@ class Attention(nn.Module):
         return self.o_proj(mixed_BNTH.transpose(1, 2).flatten(-2), context.adapters)
 
     def normed(self, heads_BTGH: Tensor) -> Tensor:
-        """Queries and keys with their norms, where there are any: over each head, or over all heads at once."""
+        """Returns queries and keys with their norms, where there are any: over each head, or over all heads at once."""
         if self.q_norm is None or self.k_norm is None:
             return heads_BTGH
         q_BTNH, k_BTKH = heads_BTGH[..., : self.N, :], heads_BTGH[..., self.N :, :]
@@ -181,12 +183,12 @@ class Block(nn.Module):
         return x_BTD + self.added(self.normed(norms.after_feed_forward, y_BTD), context)
 
     def normed(self, norm: str, x_BTD: Tensor) -> Tensor:
-        """Through the norm of this name; unchanged where there is none in this place."""
+        """Returns the input through the norm of this name; unchanged where there is none in this place."""
         normed_BTD: Tensor = self.get_submodule(norm)(x_BTD) if norm else x_BTD
         return normed_BTD
 
     def added(self, y_BTD: Tensor, context: Context) -> Tensor:
-        """What a sublayer adds to the residual stream."""
+        """Returns a sublayer's result as it is added to the residual stream: after dropout, where drawn, and scaled."""
         y_BTD = drop(y_BTD, self.dropout) if self.dropout and context.training else y_BTD
         return y_BTD if self.multiplier == 1.0 else y_BTD * self.multiplier
 
@@ -211,7 +213,7 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig, operations: Operations = FUSED) -> None:
         super().__init__()
         self.config = config
-        self.prepacked = False  # whether weights lie in a kernel's order, to be used and not changed
+        self.reordered = False  # whether weights lie in a kernel's order, to be used and not changed
         self.ropes = [layers.RopeTable(torch.from_numpy(turns), scale) for turns, scale in config.rotations]
         self.transform = LogitTransform.of(config)
         self.model = Body(config, operations)
@@ -224,14 +226,14 @@ class Llama(nn.Module):
         self._name_linear_maps()
 
     def _take_twins(self, operations: Operations, bits: int) -> None:
-        """Put the quantised twin of each linear map and of the embedding in its place, but for a classifier's head."""
+        """Puts the quantised twin of each linear map and of the embedding in its place, but for a classifier's head."""
         for parent in list(self.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, Embedding):
                     setattr(parent, name, QuantizedEmbedding(child.weight.shape, operations))
                 elif isinstance(child, Linear) and name != "score":
-                    has_bias, its_bits = child.bias is not None, 8 if name == "lm_head" else bits
-                    setattr(parent, name, QuantizedLinear(child.weight.shape, has_bias, operations, its_bits))
+                    has_bias, child_bits = child.bias is not None, 8 if name == "lm_head" else bits
+                    setattr(parent, name, QuantizedLinear(child.weight.shape, has_bias, operations, child_bits))
 
     def _name_linear_maps(self) -> None:
         for name, module in self.named_modules():
@@ -258,7 +260,7 @@ class Llama(nn.Module):
         training: bool = False,
         adapters: Adapters | None = None,
     ) -> ModelOutput:
-        """Logits (B, T, V) and hidden states (B, T, D) after the final norm, for tokens (B, T) of whole numbers.
+        """Returns logits (B, T, V) and hidden states (B, T, D) after the final norm, for tokens (B, T).
 
         positions_BT defaults to 0, 1, .... segments_BT keeps attention inside a document of a packed row, and marks
         padding on either side with 0. With a `cache`, there is one row of chunks of several sequences, whose positions
@@ -277,7 +279,7 @@ class Llama(nn.Module):
         return ModelOutput(self.logits(hidden_BTD, adapters), hidden_BTD)
 
     def logits(self, hidden_BTD: Tensor, adapters: Adapters | None = None) -> Tensor:
-        """Logits (..., V) of hidden states (..., D), or those of the labels."""
+        """Returns logits (..., V) of hidden states (..., D), or those of the labels."""
         if self.config.tie_word_embeddings and not self.config.num_labels:
             return self.transform(self.model.embed_tokens.multiply(hidden_BTD))
         return self.transform((self.score if self.config.num_labels else self.lm_head)(hidden_BTD, adapters))
@@ -294,7 +296,7 @@ class Llama(nn.Module):
         adapters: Adapters | None = None,
         rows_R: Tensor | None = None,
     ) -> Tensor:
-        """The hidden states of `forward`, or of some rows, without the product with the output head."""
+        """Returns the hidden states of `forward`, or of some rows, without the product with the output head."""
         if cache is None:
             context = self.context(tokens_BT, positions_BT, segments_BT, training, adapters)
         else:
@@ -326,7 +328,7 @@ class Llama(nn.Module):
         training: bool = False,
         adapters: Adapters | None = None,
     ) -> Context:
-        """Rotations and masks, computed once for all layers."""
+        """Returns rotations and masks, computed once for all layers."""
         T, device = tokens_BT.shape[1], tokens_BT.device
         if positions_BT is None:
             positions_BT = torch.arange(T, device=device)[None]
@@ -338,24 +340,24 @@ class Llama(nn.Module):
             window_mask = window_mask if mask is None else mask & window_mask
         return Context(rotations, mask, mask is None, window_mask, training=training, adapters=adapters)
 
-    def packed_parameters(self) -> Iterator[PackedParameter]:
-        """Every parameter with the canonical parameters that it holds, in the order of the table."""
+    def fused_parameters(self) -> Iterator[FusedParameter]:
+        """Yields every parameter with the canonical parameters that it holds, in the order of the table."""
         table = {array.name: array for array in stored_arrays(self.config)}
         for name, parameter in self.named_parameters():
             rows = [table[part] for part in canonical_names(name)]
             sizes = [row.shape[0] for row in rows]
             assert sum(sizes) == parameter.shape[0], f"{name} is not made of {[row.name for row in rows]}"
-            yield PackedParameter(name, parameter, tuple(row.name for row in rows), tuple(sizes), rows[0].weight_decay)
+            yield FusedParameter(name, parameter, tuple(row.name for row in rows), tuple(sizes), rows[0].weight_decay)
 
     def canonical_state(self) -> dict[str, Tensor]:
-        """Views of the parameters under their canonical names; copies, where the weights lie in a kernel's order."""
+        """Returns views of the parameters under canonical names; copies, where weights lie in a kernel's order."""
         result: dict[str, Tensor] = {}
-        for packed in self.packed_parameters():
-            module, _, kind = packed.name.rpartition(".")
-            owner, values = self.get_submodule(module), packed.parameter.detach()
+        for fused in self.fused_parameters():
+            module, _, kind = fused.name.rpartition(".")
+            owner, values = self.get_submodule(module), fused.parameter.detach()
             if isinstance(owner, QuantizedLinear) and kind == "weight":
                 values = owner.plain_weight()
             elif values.is_mkldnn:
                 values = values.to_dense()
-            result |= zip(packed.parts, packed.split(values), strict=True)
+            result |= zip(fused.parts, fused.split(values), strict=True)
         return result

@@ -4,6 +4,8 @@ The model fuses several linear maps into one matrix; an adapter has its own A an
 canonical name. `Change` is one adapter at one fused matrix, `ModelAdapter` all of them. The model does not hold it: it
 is an argument of each forward pass. What an adapter is stands in model/lora.py, its files in storage/peft_directory.py;
 several in one pass are infer/adapters.py.
+
+Letters beyond the usual: R the rank.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from llamita.backend import arrays as host_arrays
 from llamita.backend.torch.model import quantize
 from llamita.backend.torch.model.dropout import drop
-from llamita.backend.torch.model.fused import PackedParameter, canonical_names
+from llamita.backend.torch.model.fused import FusedParameter, canonical_names
 from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.model.llama import Linear, Llama
 from llamita.backend.torch.model.quantized import QuantizedLinear
@@ -37,7 +39,7 @@ class Part:
 
 
 class Change:
-    """What one adapter does to the output of one fused matrix; `sizes` are the widths of the maps fused in it."""
+    """One adapter's change to the output of one fused matrix; `sizes` are the widths of the maps fused in it."""
 
     def __init__(
         self, parts: list[Part], sizes: tuple[int, ...], linear: Callable[[Tensor, Tensor], Tensor] = F.linear
@@ -45,7 +47,7 @@ class Change:
         self.parts, self.sizes, self.linear = parts, sizes, linear
 
     def __call__(self, x_D: Tensor, y_C: Tensor) -> Tensor:
-        """y + scale * B A x for every part; (..., D) and (..., C) to (..., C)."""
+        """Returns y + scale * B A x for every part; (..., D) and (..., C) to (..., C)."""
         pieces = list(y_C.split(self.sizes, dim=-1))
         for part in self.parts:
             low_R = self.linear(x_D.to(part.down_RD.dtype), part.down_RD)
@@ -55,7 +57,7 @@ class Change:
 
 @dataclass(frozen=True)
 class ModelAdapter:
-    """An adapter with its parameters on a model's device: what it does to each fused matrix, by the matrix's name.
+    """An adapter with its parameters on a model's device: its change to each fused matrix, by the matrix's name.
 
     Passed to a forward pass, it is for all that goes through the model there. `dropout` is drawn on what goes into it.
     """
@@ -75,22 +77,22 @@ class ModelAdapter:
             yield from change.parts
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """A and B under canonical names."""
+        """Returns A and B under canonical names."""
         return {
             part.module + kind: value
             for part in self.parts()
             for kind, value in ((DOWN, part.down_RD), (UP, part.up_CR))
         }
 
-    def packed(self) -> list[PackedParameter]:
-        """The parameters as the optimiser takes them."""
+    def fused_parameters(self) -> list[FusedParameter]:
+        """Returns the parameters as the optimiser takes them."""
         return [
-            PackedParameter(name, value, (name,), (value.shape[0],), True) for name, value in self.parameters().items()
+            FusedParameter(name, value, (name,), (value.shape[0],), True) for name, value in self.parameters().items()
         ]
 
     def output(self, hidden: Callable[..., Tensor], head: OutputHead) -> tuple[Callable[..., Tensor], OutputHead]:
-        """Hidden states and output head as a loss takes them: where the output head is adapted, A's result stands
-        beside the states and B beside the matrix, so that one product gives the adapted logits."""
+        """Returns hidden states and output head as a loss takes them: where the output head is adapted, A's result
+        stands beside the states and B beside the matrix, so that one product gives the adapted logits."""
         if HEAD not in self.changes:
             return hidden, head
         (part,) = self.changes[HEAD].parts
@@ -104,14 +106,14 @@ class ModelAdapter:
 
 
 def fresh_adapter(model: Llama, settings: LoraSettings, seed: int) -> ModelAdapter:
-    """A new adapter over a model, to be trained: float32, B zeros."""
+    """Returns a new adapter over a model, to be trained: float32, B zeros."""
     factors = settings.factors(model.config)
     values = {name: torch.from_numpy(array) for name, array in initialize_adapter(model.config, factors, seed)}
     return model_adapter(model, factors, values, torch.float32)
 
 
 def loaded_adapter(model: Llama, adapter: Adapter) -> ModelAdapter:
-    """An adapter's values over a model, in the model's type."""
+    """Returns an adapter's values over a model, in the model's type."""
     values = {name: tensor_from_host(array) for name, array in adapter.arrays.items()}
     return model_adapter(model, adapter.factors, values, model.model.norm.weight.dtype)
 
@@ -119,7 +121,7 @@ def loaded_adapter(model: Llama, adapter: Adapter) -> ModelAdapter:
 def model_adapter(
     model: Llama, factors: Mapping[str, Factors], values: Mapping[str, Tensor], dtype: torch.dtype
 ) -> ModelAdapter:
-    """Copies of an adapter's values, sorted by the fused matrices of a model; ValueError for NaN or infinity."""
+    """Copies an adapter's values, sorted by the fused matrices of a model; ValueError for NaN or infinity."""
     maps, device = linear_maps(model.config), model.model.norm.weight.device
 
     def parameter(name: str) -> nn.Parameter:
@@ -129,16 +131,16 @@ def model_adapter(
         return nn.Parameter(value)
 
     changes = {}
-    for name, module in model.named_modules():
-        packed = [part.removesuffix(".weight") for part in canonical_names(f"{name}.weight")]
-        if not isinstance(module, Linear | QuantizedLinear) or not set(packed) & factors.keys():
+    for name, layer in model.named_modules():
+        modules = [part.removesuffix(".weight") for part in canonical_names(f"{name}.weight")]
+        if not isinstance(layer, Linear | QuantizedLinear) or not set(modules) & factors.keys():
             continue
         parts = [
-            Part(one, index, parameter(one + DOWN), parameter(one + UP), factors[one].scale)
-            for index, one in enumerate(packed)
-            if one in factors
+            Part(module, index, parameter(module + DOWN), parameter(module + UP), factors[module].scale)
+            for index, module in enumerate(modules)
+            if module in factors
         ]
-        changes[name] = Change(parts, tuple(maps[one][0] for one in packed))
+        changes[name] = Change(parts, tuple(maps[module][0] for module in modules))
     return ModelAdapter(changes)
 
 
@@ -147,32 +149,32 @@ def model_adapter(
 
 @torch.no_grad()
 def merge(model: Llama, adapter: Adapter, sign: float = 1.0) -> None:
-    """Add scale * B A to the weights of a model in memory; `unmerge` takes it away again, within rounding.
+    """Adds scale * B A to the weights of a model in memory; `unmerge` takes it away again, within rounding.
 
     What the adapter replaces whole (a classification head) is not touched: it is not a sum.
     """
     if model.config.quantization:
         raise ValueError(f"the weights are {model.config.quantization} and take no sums; pass the adapter with them")
-    assert not model.prepacked, "what is added to prepacked weights would be lost"
+    assert not model.reordered, "what is added to reordered weights would be lost"
     state = model.canonical_state()
-    for module, one in adapter.factors.items():
+    for module, factors in adapter.factors.items():
         weight_CD = state[f"{module}.weight"]
-        weight_CD += (sign * product(adapter, module, one)).to(weight_CD)
+        weight_CD += (sign * product(adapter, module, factors)).to(weight_CD)
 
 
 def unmerge(model: Llama, adapter: Adapter) -> None:
-    """The inverse of `merge`."""
+    """Takes away again what `merge` added."""
     merge(model, adapter, -1.0)
 
 
 def product(adapter: Adapter, module: str, factors: Factors) -> Tensor:
-    """scale * B A in float32."""
+    """Returns scale * B A in float32."""
     down_RD, up_CR = (tensor_from_host(adapter.arrays[module + kind]).float() for kind in (DOWN, UP))
     return factors.scale * (up_CR @ down_RD)
 
 
 def merged_arrays(arrays: Mapping[str, HostArray], adapter: Adapter) -> Iterator[tuple[str, HostArray]]:
-    """`arrays.merged_arrays`, summed here, in float32."""
+    """Yields the arrays of `arrays.merged_arrays`, summed here in float32."""
 
     def merged(array: HostArray, scale: HostArray | None, D: int, module: str) -> HostArray:
         weight = tensor_from_host(array)

@@ -6,6 +6,9 @@ which one of them wants its weights. Knows nothing of models, names or files.
 int8: a scale a row, weight = scale * value, values from -127 to 127. int4: a scale for 32 numbers along the input,
 values from -8 to 7, stored as value + 8, two to a byte, the earlier input in the low half. Scales are bfloat16, as the
 kernels take them; values are rounded with the scale as it is stored, so that it costs no further error.
+
+Letters beyond the usual: M rows of activations, G groups that share a scale, X numbers of a group, P pairs of rows in a
+block, B blocks there.
 """
 
 import functools
@@ -22,13 +25,13 @@ QUANTIZED_AT_ONCE = 2**20  # numbers
 
 
 def quantize(weight_CD: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The nearest values, as they are stored, and their scales: int8 (C, D) and (C,), or uint8 (C, D/2) and (C, D/32).
+    """Returns the nearest values, as stored, and their scales: int8 (C, D) and (C,), or uint8 (C, D/2) and (C, D/32).
 
     ValueError where a weight is NaN or infinite. Rows are done a few megabytes at a time.
     """
     rows = max(1, QUANTIZED_AT_ONCE // max(1, weight_CD.shape[1]))
-    one = _quantize_int8 if bits == 8 else _quantize_int4
-    pieces = [one(piece_CD.float()) for piece_CD in weight_CD.split(rows)]
+    quantize_piece = _quantize_int8 if bits == 8 else _quantize_int4
+    pieces = [quantize_piece(piece_CD.float()) for piece_CD in weight_CD.split(rows)]
     if not all(torch.isfinite(scale).all() for _, scale in pieces):
         raise ValueError("holds NaN or infinite values; the weights are damaged")
     return torch.cat([values for values, _ in pieces]), torch.cat([scale for _, scale in pieces])
@@ -41,7 +44,7 @@ def _quantize_int8(weight_CD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_int4(weight_CD: Tensor) -> tuple[Tensor, Tensor]:
-    """The number of largest magnitude in a group becomes -8, its scale having the sign for it.
+    """Rounds so that the number of largest magnitude in a group becomes -8, its scale having the sign for it.
 
     Over weights from a normal distribution the error is 8.6% of their size; with values of -7 to 7 only it is 9.7%.
     """
@@ -55,12 +58,12 @@ def _quantize_int4(weight_CD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _divisor(scale: Tensor) -> Tensor:
-    """The scale as it is stored, 1 where all that it stands for is zero."""
+    """Returns the scale as it is stored, 1 where it is zero."""
     return torch.where(scale == 0, 1.0, scale.float())
 
 
 def dequantize(values: Tensor, scale: Tensor, D: int, dtype: torch.dtype) -> Tensor:
-    """The weights (C, D) that stored values and scales stand for."""
+    """Returns the weights (C, D) that stored values and scales stand for."""
     if values.dtype == torch.int8:
         return values.to(dtype).mul_(scale[:, None])
     unpacked_CD = torch.stack((values & 15, values >> 4), dim=-1).flatten(1)[:, :D]
@@ -68,7 +71,7 @@ def dequantize(values: Tensor, scale: Tensor, D: int, dtype: torch.dtype) -> Ten
 
 
 def _scaled(unpacked_CD: Tensor, scale_CG: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unpacked int4 values, 0 to 15, as weights."""
+    """Turns unpacked int4 values, 0 to 15, into weights."""
     C, D = unpacked_CD.shape
     if D % GROUP:
         return (unpacked_CD - 8).to(dtype) * scale_CG.to(dtype).repeat_interleave(GROUP, dim=1)[:, :D]
@@ -80,7 +83,7 @@ def _scaled(unpacked_CD: Tensor, scale_CG: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def kernel_fits(values: Tensor, C: int, D: int, dtype: torch.dtype) -> bool:
-    """Whether PyTorch has a fast product of few rows for a weight of this shape, on this device, with this type.
+    """Returns whether PyTorch has a fast product of few rows for a weight of this shape, device and type.
 
     With activations in float32 the kernels run at a tenth of their speed, and for an input that is no multiple of 16
     the one for int8 reads past its weights (torch 2.13).
@@ -91,39 +94,39 @@ def kernel_fits(values: Tensor, C: int, D: int, dtype: torch.dtype) -> bool:
 
 
 def int8_product(x_MD: Tensor, values_CD: Tensor, scale_C: Tensor) -> Tensor:
-    """A few rows times int8 weights, the plain order being the kernel's: (M, D) to (M, C)."""
+    """Multiplies a few rows by int8 weights, the plain order being the kernel's: (M, D) to (M, C)."""
     return torch._weight_int8pack_mm(x_MD, values_CD, scale_C)
 
 
 def int4_product(x_MD: Tensor, blocked: Tensor, scales_and_zeros_GC2: Tensor) -> Tensor:
-    """A few rows times int4 weights in the kernel's order: (M, D) to (M, C)."""
+    """Multiplies a few rows by int4 weights in the kernel's order: (M, D) to (M, C)."""
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x_MD, blocked, GROUP, scales_and_zeros_GC2)
 
 
 def scales_and_zeros(scale_CG: Tensor) -> Tensor:
-    """Scales as the int4 kernel takes them, (G, C, 2): it computes scale * value + zero, with values from -8 to 7."""
+    """Returns scales as the int4 kernel takes them, (G, C, 2): it computes scale * value + zero, value -8 to 7."""
     return torch.stack((scale_CG, torch.zeros_like(scale_CG)), dim=-1).transpose(0, 1).contiguous()
 
 
 def to_blocks(values: Tensor) -> Tensor:
-    """Stored int4 values (C, D/2) in the order of the CPU's kernel; the same bytes in number."""
+    """Puts stored int4 values (C, D/2) into the order of the CPU's kernel; the number of bytes stays."""
     unpacked_CD = torch.stack((values & 15, values >> 4), dim=-1).flatten(1)
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpacked_CD.int(), 1)
 
 
 def from_blocks(blocked: Tensor) -> Tensor:
-    """The inverse of `to_blocks`."""
+    """Inverts `to_blocks`."""
     unpacked_CD = _unblocked(blocked, _rows_of_block())
     return unpacked_CD[:, 0::2] | unpacked_CD[:, 1::2] << 4
 
 
 def dequantize_blocks(blocked: Tensor, scale_CG: Tensor, dtype: torch.dtype) -> Tensor:
-    """`dequantize` of values in the kernel's order."""
+    """Dequantises values in the kernel's order."""
     return _scaled(_unblocked(blocked, _rows_of_block()).view(torch.int8), scale_CG, dtype)
 
 
 def _unblocked(blocked: Tensor, rows: int) -> Tensor:
-    """Values 0 to 15 in plain rows, (C, D) of uint8.
+    """Returns values 0 to 15 in plain rows, (C, D) of uint8.
 
     The kernel reads `rows` rows side by side: for each input a byte holds a row of the block's first half below, and
     its partner of the second half above. In the rest that fills no block, neighbours are partners.
@@ -145,7 +148,8 @@ def _unblocked(blocked: Tensor, rows: int) -> Tensor:
 
 @functools.cache
 def _rows_of_block() -> int:
-    """How many rows the int4 kernel of this CPU reads side by side; 0 where its order is unknown or it is missing."""
+    """Returns the rows that this CPU's int4 kernel reads side by side; 0 where its order is unknown or it is not
+    there."""
     known = torch.randint(0, 256, (112, GROUP // 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     plain_CD = torch.stack((known & 15, known >> 4), dim=-1).flatten(1)
     try:

@@ -3,6 +3,8 @@
 Weight and scales have their names in a checkpoint, are not trained, and keep their types whatever that of the model is;
 what goes in has a gradient, so that an adapter can be trained over them.
 Knows nothing of how numbers are rounded or multiplied: `quantize.py` does.
+
+Letters beyond the usual: M rows of activations.
 """
 
 from typing import Any
@@ -39,7 +41,7 @@ class QuantizedLinear(nn.Module):
         self.kernel_scale: Tensor | None = None  # where the weight lies in the order of the int4 kernel
 
     def arrange(self, dtype: torch.dtype) -> None:
-        """Prepare for activations of this type: put the weight into the order of the kernel that will read it."""
+        """Prepares for activations of this type: puts the weight into the order of the kernel that will read it."""
         if self.kernel_scale is not None:
             self.weight.data, self.kernel_scale = self.plain_weight(), None
         self.dtype = dtype
@@ -54,11 +56,11 @@ class QuantizedLinear(nn.Module):
         return 0 if self.kernel_scale is None else self.kernel_scale.nbytes - self.weight_scale.nbytes
 
     def plain_weight(self) -> Tensor:
-        """The values in the order in which they are stored."""
+        """Returns the values in the order in which they are stored."""
         return self.weight.data if self.kernel_scale is None else quantize.from_blocks(self.weight.data)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight (n_out, n_in) in floating-point numbers."""
+        """Returns the weight (n_out, n_in) in floating-point numbers."""
         if self.kernel_scale is not None:
             return quantize.dequantize_blocks(self.weight, self.weight_scale, dtype)
         return quantize.dequantize(self.weight, self.weight_scale, self.n_in, dtype)
@@ -68,7 +70,7 @@ class QuantizedLinear(nn.Module):
         return y if adapters is None else adapters.changed(self.name, x, y)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """(..., n_in) to (..., n_out)."""
+        """Multiplies the input (..., n_in) by the weight: (..., n_out)."""
         if torch.is_grad_enabled() and x.requires_grad:
             y = _Product.apply(x.to(_autocast_dtype(x)), self)
             return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -100,7 +102,7 @@ class _Product(torch.autograd.Function):
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:
-    """The type in which a product of `x` is computed."""
+    """Returns the type in which a product of `x` is computed."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 

@@ -1,6 +1,8 @@
 """Values of a model: built from host arrays or freshly initialised, and given back as host arrays.
 
-The only place where canonical names and packed parameters meet; knows nothing of files.
+The only place where canonical names and fused parameters meet; knows nothing of files.
+
+Letters beyond the usual: X numbers laid end to end.
 """
 
 import warnings
@@ -17,12 +19,7 @@ from llamita.backend.torch.model.quantized import QuantizedLinear
 from llamita.model import host_array
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
-from llamita.model.parameters import (
-    InitializationName,
-    check_arrays,
-    initialize_parameters,
-    stored_arrays,
-)
+from llamita.model.parameters import InitializationName, check_arrays, initialize_parameters, stored_arrays
 
 COPIED_AT_ONCE = 2**20  # numbers
 
@@ -37,7 +34,7 @@ def build_model(
     device: torch.device | str = "cpu",
     operations: Operations = FUSED,
 ) -> Llama:
-    """A model with the values of `arrays` (canonical names), or freshly initialised from `seed` without them.
+    """Returns a model with the values of `arrays` (canonical names), or freshly initialised from `seed` without them.
 
     Memory is allocated once the arrays are known to fit; mapped ones are read a few megabytes at a time.
     """
@@ -58,7 +55,7 @@ def build_model(
 
 
 def model_without_values(config: ModelConfig, dtype: torch.dtype, operations: Operations = FUSED) -> Llama:
-    """A model whose parameters have shapes and types, but no memory."""
+    """Returns a model whose parameters have shapes and types, but no memory."""
     with torch.device("meta"):
         model = Llama(config, operations)
     for parameter in model.parameters():
@@ -68,7 +65,7 @@ def model_without_values(config: ModelConfig, dtype: torch.dtype, operations: Op
 
 
 def quantize_arrays(config: ModelConfig, arrays: Iterable[tuple[str, HostArray]]) -> Iterator[tuple[str, HostArray]]:
-    """`arrays.quantized_arrays`, rounded here."""
+    """Yields the arrays of `arrays.quantized_arrays`, rounded here."""
 
     def quantized(array: HostArray, bits: int) -> tuple[HostArray, HostArray]:
         values, scale = quantize.quantize(tensor_from_host(array), bits)
@@ -81,8 +78,8 @@ def quantize_arrays(config: ModelConfig, arrays: Iterable[tuple[str, HostArray]]
 
 
 def load_host_arrays(model: Llama, arrays: Mapping[str, HostArray]) -> None:
-    """Give the parameters the values of `arrays`; ValueError lists all that is missing, extra or misshapen."""
-    rearranged = model.config.quantization or model.prepacked
+    """Gives the parameters the values of `arrays`; ValueError lists all that is missing, extra or misshapen."""
+    rearranged = model.config.quantization or model.reordered
     assert not rearranged, "the weights may lie in a kernel's order; build the model anew"
     check_arrays(model.config, arrays)
     state = model.canonical_state()
@@ -90,7 +87,7 @@ def load_host_arrays(model: Llama, arrays: Mapping[str, HostArray]) -> None:
 
 
 def copy_host_arrays(state: Mapping[str, Tensor], arrays: Mapping[str, HostArray]) -> None:
-    """Give some parameters the values of `arrays`; ValueError, naming them, for those missing or misshapen."""
+    """Gives some parameters the values of `arrays`; ValueError, naming them, for those missing or misshapen."""
     faults = missing_or_misshapen({name: tensor.shape for name, tensor in state.items()}, arrays)
     if faults:
         raise ValueError(f"the weights lack {faults}, or have another shape there")
@@ -98,7 +95,7 @@ def copy_host_arrays(state: Mapping[str, Tensor], arrays: Mapping[str, HostArray
 
 
 def copy_values(state: Mapping[str, Tensor], arrays: Iterable[tuple[str, HostArray]]) -> None:
-    """Give each tensor the values of the array of its name; ValueError for NaN or infinity."""
+    """Gives each tensor the values of the array of its name; ValueError for NaN or infinity."""
     with torch.no_grad():
         for name, array in arrays:
             target_X = state[name].reshape(-1)
@@ -107,7 +104,7 @@ def copy_values(state: Mapping[str, Tensor], arrays: Iterable[tuple[str, HostArr
 
 
 def finite_pieces(name: str, array: HostArray) -> Iterator[tuple[int, Tensor]]:
-    """The values piece by piece, with where each begins, so that of a mapped file little is in memory at a time.
+    """Yields the values piece by piece, each with its start, so that of a mapped file little is in memory at a time.
 
     ValueError, naming the array, for NaN or infinity.
     """
@@ -127,7 +124,7 @@ TORCH_DTYPES = {
 
 
 def tensor_from_host(array: HostArray) -> Tensor:
-    """A tensor over the array's own bytes; read only where those are a mapped file."""
+    """Returns a tensor over the array's own bytes; read only where those are a mapped file."""
     if 0 in array.shape:
         return torch.empty(array.shape, dtype=TORCH_DTYPES[array.dtype])
     with warnings.catch_warnings():  # a mapped file cannot be written to, of which torch warns
@@ -136,13 +133,13 @@ def tensor_from_host(array: HostArray) -> Tensor:
 
 
 def host_from_tensor(tensor: Tensor) -> HostArray:
-    """The values of a tensor in host memory: its own bytes where it lies there contiguously, else a copy."""
+    """Returns the values of a tensor in host memory: its own bytes where it lies there contiguously, else a copy."""
     names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return HostArray(names[tensor.dtype], tuple(tensor.shape), flat.view(torch.uint8).numpy().data)
 
 
 def to_host_arrays(model: Llama) -> dict[str, HostArray]:
-    """The parameters under canonical names, in the order of the table, ready for `checkpoint.save_tensors`."""
+    """Returns the parameters under canonical names, in the table's order, for `model_directory.save_tensors`."""
     state = model.canonical_state()
     return {array.name: host_from_tensor(state[array.name]) for array in stored_arrays(model.config)}

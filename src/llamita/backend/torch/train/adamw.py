@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over packed parameters, and the norm that clipping needs.
+"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over fused parameters, and the norm that clipping needs.
 
 `adamw_update` is the paper in a dozen lines; `AdamW.step` computes the same with few passes over memory. Knows nothing
 of models, losses or schedules: the learning rate is an argument of each step.
@@ -13,7 +13,7 @@ import torch
 from llamita.backend.adamw import AdamWSettings as AdamWSettings
 from llamita.backend.adamw import clipping_scale as clipping_scale
 from llamita.backend.adamw import saved_state, updates_made
-from llamita.backend.torch.model.fused import PackedParameter
+from llamita.backend.torch.model.fused import FusedParameter
 from llamita.backend.torch.model.weights import host_from_tensor, tensor_from_host
 from llamita.model.host_array import HostArray
 
@@ -31,7 +31,7 @@ def adamw_update(
     settings: AdamWSettings,
     decays: bool = True,
 ) -> None:
-    """Update `parameter`, `m` and `v` in place at step t = 1, 2, ...; the readable form."""
+    """Updates `parameter`, `m` and `v` in place at step t = 1, 2, ...; the readable form."""
     beta1, beta2, epsilon = settings.beta1, settings.beta2, settings.epsilon
     m.copy_(beta1 * m + (1 - beta1) * gradient)
     v.copy_(beta2 * v + (1 - beta2) * gradient**2)
@@ -53,11 +53,11 @@ class AdamW:
     written about once; elsewhere all parameters that decay are one bucket, and all others another.
     """
 
-    def __init__(self, parameters: Iterable[PackedParameter], settings: AdamWSettings | None = None) -> None:
+    def __init__(self, parameters: Iterable[FusedParameter], settings: AdamWSettings | None = None) -> None:
         self.settings = settings or AdamWSettings()
-        self.packed = list(parameters)
+        self.parameters = list(parameters)
         self.t = 0
-        tensors = [item.parameter for item in self.packed]
+        tensors = [item.parameter for item in self.parameters]
         self._tensors = tensors
         self._m = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in tensors]
         self._v = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in tensors]
@@ -67,7 +67,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
-        """Update every parameter from its `.grad` times `gradient_scale` (what clipping to a norm multiplies by)."""
+        """Updates every parameter from its `.grad` times `gradient_scale` (what clipping to a norm multiplies by)."""
         self.t += 1
         beta1, beta2 = self.settings.beta1, self.settings.beta2
         # m-hat / (sqrt(v-hat) + eps) = sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps sqrt(1 - beta2^t))
@@ -89,12 +89,12 @@ class AdamW:
             torch._foreach_addcdiv_(bucket.parameters, bucket.m, denominators, -alpha_t)
 
     def state(self) -> dict[str, HostArray]:
-        """m and v under canonical names (`m.model.norm.weight`), and `t`, the number of steps taken."""
+        """Returns m and v under canonical names (`m.model.norm.weight`), and `t`, the number of steps taken."""
         return saved_state({name: host_from_tensor(view) for name, view in self._canonical_moments().items()}, self.t)
 
     def load_state(self, state: Mapping[str, HostArray]) -> None:
-        """Take over what state() gave; ValueError, naming them, for arrays that are missing or of another shape."""
-        self.t = updates_made(state, self.packed)
+        """Takes over what `state()` gave; ValueError, naming them, for arrays that are missing or of another shape."""
+        self.t = updates_made(state, self.parameters)
         for name, target in self._canonical_moments().items():
             target.copy_(tensor_from_host(state[name]))
 
@@ -102,26 +102,26 @@ class AdamW:
         return {
             f"{kind}.{name}": view
             for kind, moments in (("m", self._m), ("v", self._v))
-            for item, moment in zip(self.packed, moments, strict=True)
+            for item, moment in zip(self.parameters, moments, strict=True)
             for name, view in zip(item.parts, item.split(moment), strict=True)
         }
 
     def _gradient_pieces(self) -> list[torch.Tensor]:
         pieces: list[torch.Tensor] = []
-        for item, parameter in zip(self.packed, self._tensors, strict=True):
+        for item, parameter in zip(self.parameters, self._tensors, strict=True):
             assert parameter.grad is not None, f"{item.name} has no gradient"
             pieces += parameter.grad.reshape(-1).split(self._bucket_numbers)
         return pieces
 
     def _make_buckets(self, limit: int | None) -> list["_Bucket"]:
-        """Fill buckets with pieces of at most `limit` numbers in all, those that decay apart from the others."""
+        """Fills buckets with pieces of at most `limit` numbers in all, those that decay apart from the others."""
         pieces = [
             piece
             for p, m, v in zip(self._tensors, self._m, self._v, strict=True)
             for piece in zip(*(x.detach().view(-1).split(self._bucket_numbers) for x in (p, m, v)), strict=True)
         ]
         decays = [
-            item.weight_decay for item, p in zip(self.packed, self._tensors, strict=True)
+            item.weight_decay for item, p in zip(self.parameters, self._tensors, strict=True)
             for _ in range(-(-p.numel() // self._bucket_numbers))
         ]  # fmt: skip
         buckets: list[_Bucket] = []
@@ -154,5 +154,5 @@ class _Bucket:
 
 
 def global_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The Euclidean norm of all gradients laid end to end: a float32 scalar on their device."""
+    """Returns the Euclidean norm of all gradients laid end to end: a float32 scalar on their device."""
     return torch.linalg.vector_norm(torch.stack(list(torch._foreach_norm(list(gradients), 2.0, dtype=torch.float32))))

@@ -1,6 +1,8 @@
 """Losses of a language model, as sums in nats; the caller divides by what it counts.
 
 Knows nothing of optimisers, batches or files.
+
+Letters beyond the usual: M positions of a batch laid end to end, or the scored ones.
 """
 
 from typing import Any
@@ -15,7 +17,7 @@ IGNORED = -100  # the label of a position that is not scored
 
 
 def cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """The sum over scored positions of -log softmax(logits)[label], in nats; a float32 scalar."""
+    """Returns the sum over scored positions of -log softmax(logits)[label], in nats; a float32 scalar."""
     scored_BT = labels_BT != IGNORED
     logits_MV, labels_M = logits_BTV[scored_BT].float(), labels_BT[scored_BT].long()
     largest_M1 = logits_MV.amax(dim=-1, keepdim=True)
@@ -24,7 +26,7 @@ def cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
 
 
 def chunked_cross_entropy(hidden_BTD: Tensor, head: OutputHead, labels_BT: Tensor, chunk_size: int = 1024) -> Tensor:
-    """`cross_entropy` of hidden states through an output head, without ever holding all logits.
+    """Returns the `cross_entropy` of hidden states through an output head, without ever holding all logits.
 
     The logits of `chunk_size` positions exist at a time, and the gradients with respect to hidden states and head are
     taken at once, while they do: memory is chunk_size x V instead of B x T x V, and nothing is computed twice.
@@ -36,7 +38,7 @@ def chunked_cross_entropy(hidden_BTD: Tensor, head: OutputHead, labels_BT: Tenso
 
 
 def chunked_log_probs(hidden_BTD: Tensor, head: OutputHead, labels_BT: Tensor, chunk_size: int = 1024) -> Tensor:
-    """log softmax(logits)[label] of each scored position, float32 (B, T), 0 elsewhere; never all logits are held.
+    """Returns log softmax(logits)[label] of each scored position, float32 (B, T), 0 elsewhere; holds few logits.
 
     Unlike those of a sum, the gradients of each depend on what is done with it, so the logits of a chunk are computed a
     second time on the way back. Positions that are not scored cost nothing.
@@ -49,7 +51,7 @@ def chunked_log_probs(hidden_BTD: Tensor, head: OutputHead, labels_BT: Tensor, c
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """The type in which autocast, where it is on, has matrix products computed."""
+    """Returns the type in which autocast, where it is on, has matrix products computed."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
@@ -102,7 +104,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_gradient_(logits_MV: Tensor, labels_M1: Tensor, wants_gradients: bool) -> Tensor:
-    """The summed loss of a chunk; its logits are overwritten by their gradient, softmax - one-hot (0 if not scored).
+    """Returns the summed loss of a chunk; overwrites its logits by their gradient, softmax - one-hot (0 if not scored).
 
     On a CPU a few rows are worked on at a time, 2 MB in float32, so that they stay in its cache.
     """
@@ -147,7 +149,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient with respect to the logits of a position is grad_output * (one-hot - softmax)."""
+        """Returns the gradients; that of a position's logits is grad_output * (one-hot - softmax)."""
         (grad_M,) = grad_outputs
         hidden_MD, weight_VD, labels_M, normalizers_M = ctx.saved_tensors
         grad_hidden_MD = torch.empty_like(hidden_MD)

@@ -1,6 +1,8 @@
 """The objectives of training as functions of a model's hidden states: each a loss summed over the targets of a batch.
 
-What an objective means, and what a batch must hold for it, stands in llamita/objective.py. Knows nothing of optimisers.
+The meaning of each, and the contents that its batch must have, stand in backend/objectives.py. Knows no optimiser.
+
+Letters beyond the usual: M scored positions; for distillation S the scored positions of a row.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,7 +33,7 @@ class TensorBatch:
 
 
 class LossOutput(NamedTuple):
-    """A loss summed over targets, a float32 scalar in nats, and sums over targets of what else was measured."""
+    """A loss summed over targets, a float32 scalar in nats, and sums over targets of the other metrics."""
 
     nats: Tensor
     measures: Mapping[str, Tensor]
@@ -42,7 +44,7 @@ LossFunction = Callable[[Hidden, OutputHead, TensorBatch], LossOutput]
 
 
 def loss_function(objective: Objective, training: bool) -> LossFunction:
-    """How an objective is computed; dropout of its own is drawn only while `training`."""
+    """Returns the function that computes an objective; dropout of its own is drawn only while `training`."""
     if isinstance(objective, NextToken):
         return next_token_loss
     if isinstance(objective, Classification):
@@ -55,7 +57,7 @@ def loss_function(objective: Objective, training: bool) -> LossFunction:
 
 
 def next_token_loss(hidden: Hidden, head: OutputHead, batch: TensorBatch) -> LossOutput:
-    """-log p of every label that is scored, in nats."""
+    """Returns -log p of every label that is scored, in nats."""
     hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
     return LossOutput(chunked_cross_entropy(hidden_BTD, head, batch.labels_BT), {})
 
@@ -63,7 +65,7 @@ def next_token_loss(hidden: Hidden, head: OutputHead, batch: TensorBatch) -> Los
 def classification_loss(
     objective: Classification, training: bool, hidden: Hidden, head: OutputHead, batch: TensorBatch
 ) -> LossOutput:
-    """-log p of each text's label, V being the number of labels; and how many labels are the likeliest."""
+    """Returns -log p of each text's label, V being the number of labels, and counts the labels that are likeliest."""
     hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
     scored_BT = batch.labels_BT != IGNORED
     labels_M = batch.labels_BT[scored_BT]
@@ -77,7 +79,7 @@ def classification_loss(
 
 
 def log_probs(hidden: Hidden, head: OutputHead, batch: TensorBatch) -> Tensor:
-    """The log-probability of every label that is scored, float32 (B, T); 0 elsewhere."""
+    """Returns the log-probability of every label that is scored, float32 (B, T); 0 elsewhere."""
     hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
     return chunked_log_probs(hidden_BTD, head, batch.labels_BT)
 
@@ -92,7 +94,7 @@ def distributions(hidden: Hidden, head: OutputHead, batch: TensorBatch, temperat
 def distillation_loss(
     objective: Distillation, training: bool, hidden: Hidden, head: OutputHead, batch: TensorBatch
 ) -> LossOutput:
-    """-log p of every label that is scored, mixed while `training` with the divergence from the teacher there."""
+    """Returns -log p of every label that is scored, mixed in `training` with the divergence from the teacher."""
     hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
     scored_BT, teacher_BSV = batch.labels_BT != IGNORED, batch.extras["teacher_log_probs_BSV"]
     places_S = torch.arange(teacher_BSV.shape[1], device=scored_BT.device)
@@ -109,7 +111,7 @@ def distillation_loss(
 
 
 def preference_loss(objective: Preference, hidden: Hidden, head: OutputHead, batch: TensorBatch) -> LossOutput:
-    """How little each chosen answer has gained on its rejected one since the reference; both pass the model at once."""
+    """Returns a loss that falls as chosen answers gain on rejected ones since the reference; both are in one pass."""
     labels_BT = torch.cat([batch.labels_BT, batch.extras["rejected_labels_BT"]])
     tokens_BT = torch.cat([batch.tokens_BT, batch.extras["rejected_tokens_BT"]])
     log_probs_B = log_probs(hidden, head, TensorBatch(tokens_BT, labels_BT, None)).sum(-1)
@@ -132,7 +134,7 @@ def preference_loss(objective: Preference, hidden: Hidden, head: OutputHead, bat
 
 
 def policy_loss(objective: PolicyGradient, hidden: Hidden, head: OutputHead, batch: TensorBatch) -> LossOutput:
-    """Minus the clipped advantage of each token, and the divergence from the reference where that counts.
+    """Returns minus the clipped advantage of each token, plus the weighted divergence from the reference, if any.
 
     Its estimate for a token is r - 1 - log r, r being reference / model (k3 of Schulman 2020, "Approximating KL
     divergence"): never negative, and right in the mean over what the model samples.

@@ -2,6 +2,8 @@
 
 A frozen one is a reference or a teacher; a training step is one too, over the weights as they are. Knows nothing of
 optimisers.
+
+Letters beyond the usual: M scored positions.
 """
 
 import contextlib

@@ -52,12 +52,12 @@ class TorchTrainStep(TorchScorer):
         seed: int = 0,
         compile: bool = False,
     ) -> None:
-        """Of the model's parameters those are trained whose canonical name is `trainable`: all, or with a fresh
-        `adapter` over them a classifier's head alone. What is not trained has neither gradients nor moments."""
+        """Trains the parameters whose canonical name is `trainable`: left out, all, or with a fresh `adapter` over them
+        a classifier's head alone. What is not trained has neither gradients nor moments."""
         super().__init__(model, precision)
         trainable = trainable or (lambda name: adapter is None or name == CLASSIFIER)
-        packed = [each for each in model.packed_parameters() if all(map(trainable, each.parts))]
-        if any(not each.parameter.is_floating_point() for each in packed):
+        trained = [fused for fused in model.fused_parameters() if all(map(trainable, fused.parts))]
+        if any(not fused.parameter.is_floating_point() for fused in trained):
             raise ValueError(
                 f"the model is quantised ({model.config.quantization}) and cannot be trained; train an adapter over it "
                 "(lora), or train the model that it was made from, then quantise that"
@@ -66,22 +66,22 @@ class TorchTrainStep(TorchScorer):
             raise ValueError("products with quantised weights are not compiled; leave --compile out")
         self.adapter = lora.fresh_adapter(model, adapter, seed) if adapter else None
         self._dropping = replace(self.adapter, dropout=adapter.dropout) if self.adapter and adapter else None
-        packed += self.adapter.packed() if self.adapter else []
-        if not packed:
+        trained += self.adapter.fused_parameters() if self.adapter else []
+        if not trained:
             raise ValueError("no parameter of the model is to be trained")
-        for each in packed:
-            each.parameter.requires_grad_(True)
-        self.optimizer = AdamW(packed, settings)
+        for fused in trained:
+            fused.parameter.requires_grad_(True)
+        self.optimizer = AdamW(trained, settings)
         self.objective = objective
         self.max_grad_norm = max_grad_norm
         self.seed = seed
         self.compiled = compile
-        self.parameters = [each.parameter for each in packed]
+        self.parameters = [fused.parameter for fused in trained]
         # Evaluation runs uncompiled: its batches have other shapes, and each would be compiled anew.
         self._hidden: Hidden = torch.compile(model.hidden, dynamic=False) if compile else model.hidden
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepMetrics:
-        """One update from the mean loss over all targets of `micro_batches`, however these divide them."""
+        """Makes one update from the mean loss over all targets of `micro_batches`, however these divide them."""
         targets = sum(batch.num_targets for batch in micro_batches)
         if targets == 0:
             rows = [int(row) for batch in micro_batches for row in batch.row_ids]
@@ -109,7 +109,7 @@ class TorchTrainStep(TorchScorer):
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> LossSums:
-        """The loss and the measures summed over the batch's targets; without dropout."""
+        """Returns the loss and the metrics summed over the batch's targets; without dropout."""
         loss_function = objectives.loss_function(self.objective, training=False)
         with self.autocast():
             output = loss_function(*self.output(self.model.hidden), to_device(batch, self.device))
@@ -117,17 +117,17 @@ class TorchTrainStep(TorchScorer):
         return LossSums(float(output.nats), batch.num_targets, measures)
 
     def weights(self) -> dict[str, HostArray]:
-        """The float32 weights under canonical names; with an adapter, only what is trained."""
+        """Returns the float32 weights under canonical names; with an adapter, only what is trained."""
         if self.adapter is None:
             return weights.to_host_arrays(self.model)
         return {name: weights.host_from_tensor(value) for name, value in self._trained().items()}
 
     def state(self) -> dict[str, HostArray]:
-        """What the next update depends on besides the weights: AdamW's moments and the number of updates made."""
+        """Returns all that the next update depends on besides the weights: moments, and the number of updates made."""
         return self.optimizer.state()
 
     def load_state(self, arrays: Mapping[str, HostArray], state: Mapping[str, HostArray]) -> None:
-        """Go on from what weights() and state() gave; ValueError lists what is missing or misshapen."""
+        """Goes on from what `weights()` and `state()` gave; ValueError lists what is missing or misshapen."""
         if self.adapter is None and not self.model.config.quantization:
             weights.load_host_arrays(self.model, arrays)
         else:
@@ -135,13 +135,13 @@ class TorchTrainStep(TorchScorer):
         self.optimizer.load_state(state)
 
     def runner(self) -> TorchRunner:
-        """Generates with the weights as they are now."""
+        """Returns a runner over the weights as they are now."""
         if self.adapter is None:
             return TorchRunner(self.model)
         return TorchRunner(self.model, adapters={OWN: self.adapter}, default=OWN)
 
     def conditions(self) -> dict[str, Any]:
-        """What the last bits of the result depend on besides the configuration and the data."""
+        """Returns all that the last bits of a result depend on besides the configuration and the data."""
         return {
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
@@ -151,15 +151,15 @@ class TorchTrainStep(TorchScorer):
         }
 
     def memory_bytes(self) -> int:
-        """The most memory held so far: of the device, or of this process where that is the CPU."""
+        """Returns the most memory held so far: of the device, or of this process where that is the CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
     def peak_flops(self, seconds: float = 0.3) -> float:
-        """Floating-point operations per second of a large product in this precision: the best of at least 5, and of as
-        many more as `seconds` allow."""
+        """Returns the floating-point operations a second of a large product in this precision: the best of at least 5,
+        and of as many more as `seconds` allow."""
         size = 8192 if self.device.type == "cuda" else 1024
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         generator = torch.Generator(self.device).manual_seed(0)
@@ -175,11 +175,11 @@ class TorchTrainStep(TorchScorer):
         return 2 * size**3 / best
 
     def _trained(self) -> dict[str, Tensor]:
-        """What is trained, under canonical names."""
+        """Returns the trained parameters under canonical names."""
         return {
             part: view
-            for each in self.optimizer.packed
-            for part, view in zip(each.parts, each.split(each.parameter.detach()), strict=True)
+            for fused in self.optimizer.parameters
+            for part, view in zip(fused.parts, fused.split(fused.parameter.detach()), strict=True)
         }
 
     def output(self, hidden: Hidden, training: bool = False) -> tuple[Hidden, OutputHead]:
@@ -190,7 +190,7 @@ class TorchTrainStep(TorchScorer):
 
     @contextlib.contextmanager
     def _random_numbers_of_step(self) -> Any:
-        """PyTorch's generators seeded from (seed, step) inside, as they were before afterwards."""
+        """Seeds PyTorch's generators from (seed, step); afterwards they are as they were before."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             digest = hashlib.sha256(f"{self.seed}/{self.optimizer.t}".encode()).digest()
             torch.manual_seed(int.from_bytes(digest[:4], "little"))

@@ -3,6 +3,8 @@
 Nothing is gathered: each program follows a sequence's table of blocks. The keys of a sequence are divided into parts,
 so that few sequences still fill a GPU (as in flash decoding, Dao et al. 2023), and a second kernel joins the parts.
 Needs Triton, and a GPU or its interpreter (TRITON_INTERPRET=1).
+
+Letters beyond the usual: M blocks of a table, P parts, R query heads of a key head, filled up.
 """
 
 import contextlib
@@ -32,7 +34,7 @@ def attention_over_tables(
     spec: AttentionSpec,
     parts: int = 0,
 ) -> Tensor:
-    """softmax(Q K^T / sqrt(H)) V for the last position of each of B sequences: (B, N, H).
+    """Computes softmax(Q K^T / sqrt(H)) V for the last position of each of B sequences: (B, N, H).
 
     `keys` and `values` are a layer's memory (slots, K, H), contiguous; position p of sequence b lies in slot
     `tables_BM[b, p // block_size] * block_size + p % block_size`. Its query sees the `lengths_B[b]` positions that
@@ -61,7 +63,7 @@ def attention_over_tables(
 
 
 def parts_for(sequences: int, key_heads: int, device: torch.device) -> int:
-    """Into how many parts to divide the keys so that every multiprocessor has a few programs."""
+    """Returns the number of parts to divide the keys into, so that every multiprocessor has a few programs."""
     if device.type != "cuda":
         return 2
     wanted = 4 * torch.cuda.get_device_properties(device).multi_processor_count // (sequences * key_heads)
@@ -76,7 +78,7 @@ def _attend_to_part(
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One part of one sequence's keys, for the query heads of one key head; a running softmax over tiles of keys."""
+    """Attends to one part of a sequence's keys, for the query heads of one key head: a running softmax over tiles."""
     sequence, key_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + sequence)
     first = 0
@@ -121,7 +123,7 @@ def _attend_to_part(
 
 @triton.jit
 def _join_parts(mixed_in, largest_in, total_in, joined, HEAD: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
-    """The parts of one query head, each weighed by its share of the softmax; an empty part weighs nothing."""
+    """Joins the parts of one query head, each weighed by its share of the softmax; an empty part weighs nothing."""
     row, columns_H, parts_P = tl.program_id(0), tl.arange(0, COLUMNS), tl.arange(0, PARTS)
     largest_P = tl.load(largest_in + row * PARTS + parts_P)
     shrink_P = tl.exp(largest_P - tl.max(largest_P, 0))

@@ -30,7 +30,7 @@ ADVANTAGE_EPSILON = 1e-4
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model wrote for a prompt, its end included, and what that is worth."""
+    """An answer to a prompt, its end included, and its reward."""
 
     prompt: int
     tokens: tuple[int, ...]
@@ -41,7 +41,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Rules:
-    """How a round is drawn."""
+    """The rules by which a round is drawn."""
 
     prompts: int
     """Prompts in a round."""
@@ -77,39 +77,39 @@ class Answerer:
             for seed in seeds
         ]
         if self.layout.chat is not None:
-            params = [with_end_of_turn(each, self.layout.chat) for each in params]
+            params = [with_end_of_turn(param, self.layout.chat) for param in params]
         at_once = min(MOST_AT_ONCE, len(numbers) * n)
         longest = max(map(len, tokens.values())) + self.rules.max_tokens
         blocks = (at_once + n) * -(-longest // EngineConfig.block_size)
         limits = EngineConfig(max_sequences=at_once, blocks=blocks, warm_up=False)
-        llm = LLM(self.step.runner(), self.layout.tokenizer, config=limits)
+        llm = LLM(self.step.runner(), self.layout.tokenizer, engine=limits)
         found = []
         for number, seed, generation in zip(
             numbers, seeds, llm.generate([tokens[number] for number in numbers], params), strict=True
         ):
-            for index, each in enumerate(generation.continuations):
-                prompt, ended = prompts[number], each.finish_reason == "stop"
+            for index, continuation in enumerate(generation.continuations):
+                prompt, ended = prompts[number], continuation.finish_reason == "stop"
                 content = prompt.said[-1]["content"]
                 said = content if isinstance(content, str) else str(content)
-                where = f"answer {index} to {prompt.where} (seed {seed + index}): {each.text[:60]!r}"
-                value = self.reward(Sample(said, each.text, prompt.record, ended), where)
-                found.append(Answer(number, each.token_ids, each.text, ended, value))
+                where = f"answer {index} to {prompt.where} (seed {seed + index}): {continuation.text[:60]!r}"
+                value = self.reward(Sample(said, continuation.text, prompt.record, ended), where)
+                found.append(Answer(number, continuation.token_ids, continuation.text, ended, value))
         llm.close()
         return found
 
     def batch(self, prompts: Sequence[Prompt], answers: Sequence[Answer], advantages: Sequence[float]) -> Batch:
         """Answers as rows after their prompts, padding behind; `extras` hold the advantages."""
-        before = [self.layout.prompt(prompts[each.prompt].said) for each in answers]
-        longest = max(len(said) + len(each.tokens) for said, each in zip(before, answers, strict=True)) - 1
+        before = [self.layout.prompt(prompts[answer.prompt].said) for answer in answers]
+        longest = max(len(said) + len(answer.tokens) for said, answer in zip(before, answers, strict=True)) - 1
         shape = (len(answers), -(-longest // ROUNDED_TO) * ROUNDED_TO)
         pad_id = self.layout.tokenizer.pad_id or 0  # never scored, and behind all that is: any id will do
         tokens_BT, labels_BT = np.full(shape, pad_id, dtype=np.int32), np.full(shape, NOT_SCORED, dtype=np.int32)
-        for row, (said, each) in enumerate(zip(before, answers, strict=True)):
-            whole = np.array([*said, *each.tokens], dtype=np.int32)
+        for row, (said, answer) in enumerate(zip(before, answers, strict=True)):
+            whole = np.array([*said, *answer.tokens], dtype=np.int32)
             tokens_BT[row, : len(whole) - 1] = whole[:-1]
             labels_BT[row, len(said) - 1 : len(whole) - 1] = whole[len(said) :]
         extras = {"advantages_B": np.array(advantages, dtype=np.float32)}
-        row_ids = np.array([each.prompt for each in answers], dtype=np.int64)
+        row_ids = np.array([answer.prompt for answer in answers], dtype=np.int64)
         return Batch(tokens_BT, labels_BT, None, row_ids, extras, self.rules.by_answer)
 
 
@@ -130,14 +130,14 @@ class Round:
         """JSON-able; float32 numbers survive it."""
         reference = self.reference_log_probs_BT
         return {
-            "answers": [asdict(each) for each in self.answers],
+            "answers": [asdict(answer) for answer in self.answers],
             "old_log_probs": self.old_log_probs_BT.tolist(),
             "reference_log_probs": None if reference is None else reference.tolist(),
         }
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> "Round":
-        answers = [Answer(**{**each, "tokens": tuple(each["tokens"])}) for each in state["answers"]]
+        answers = [Answer(**{**entry, "tokens": tuple(entry["tokens"])}) for entry in state["answers"]]
         old, reference = state["old_log_probs"], state["reference_log_probs"]
         return cls(
             answers,
@@ -163,7 +163,9 @@ class AnswerBatches:
             self._round = self._sample(number)
         assert self._round is not None, "the state of a round under way is missing"
         answers = self._round.answers
-        batch = self.answerer.batch(self.prompts, answers, advantages([each.reward for each in answers], rules.group))
+        batch = self.answerer.batch(
+            self.prompts, answers, advantages([answer.reward for answer in answers], rules.group)
+        )
         extras = {**batch.extras, "old_log_probs_BT": self._round.old_log_probs_BT}
         if self._round.reference_log_probs_BT is not None:
             extras["reference_log_probs_BT"] = self._round.reference_log_probs_BT
@@ -171,7 +173,7 @@ class AnswerBatches:
         return replace(batch, extras=extras, figures=figures(answers, rules.group))
 
     def state(self) -> dict[str, Any]:
-        """What load_state needs to go on exactly here; JSON-able."""
+        """Returns what `load_state` needs to go on exactly here; JSON-able."""
         under_way = self.taken % self.answerer.rules.updates != 0
         return {"taken": self.taken, "round": self._round.state() if under_way and self._round else None}
 
@@ -205,7 +207,7 @@ class HeldOut:
         numbers = range(len(self.prompts))
         seeds = [seed_of(rules.seed, "validation", 0, number) for number in numbers]
         self._answers = self.answerer.answer(self.prompts, numbers, seeds, 1)
-        batch = self.answerer.batch(self.prompts, self._answers, [each.reward for each in self._answers])
+        batch = self.answerer.batch(self.prompts, self._answers, [answer.reward for answer in self._answers])
         for part in split(batch, rules.micro_batch_size):
             extras = {**part.extras, "old_log_probs_BT": self.answerer.step.log_probs(part)}
             if self.reference is not None:
@@ -221,11 +223,11 @@ class HeldOut:
     def shown(self, count: int = 3) -> str:
         """A few of them as text."""
         parts = []
-        for each in self._answers[:count]:
-            said = self.prompts[each.prompt].said
+        for answer in self._answers[:count]:
+            said = self.prompts[answer.prompt].said
             asked = plain(said[-1:]) if isinstance(said[-1]["content"], str) else ""
-            cut = "" if each.ended else ", cut off"
-            parts.append(f"{asked}{' -> ' if asked else ''}{each.text}\n(reward {each.reward:g}{cut})")
+            cut = "" if answer.ended else ", cut off"
+            parts.append(f"{asked}{' -> ' if asked else ''}{answer.text}\n(reward {answer.reward:g}{cut})")
         return "\n\n".join(parts)
 
 
@@ -242,14 +244,14 @@ def advantages(rewards: Sequence[float], group: int) -> list[float]:
 def figures(answers: Sequence[Answer], group: int) -> dict[str, float]:
     """The mean reward and its standard deviation over the answers, the share of groups whose rewards are all alike and
     teach nothing, the mean length in tokens, and the share of answers that were cut off."""
-    rewards = [each.reward for each in answers]
+    rewards = [answer.reward for answer in answers]
     groups = [rewards[start : start + group] for start in range(0, len(rewards), group)]
     return {
         "reward": statistics.fmean(rewards),
         "reward_std": statistics.pstdev(rewards),
-        "no_signal": statistics.fmean(len(set(each)) == 1 for each in groups),
-        "length": statistics.fmean(len(each.tokens) for each in answers),
-        "cut_off": statistics.fmean(not each.ended for each in answers),
+        "no_signal": statistics.fmean(len(set(group)) == 1 for group in groups),
+        "length": statistics.fmean(len(answer.tokens) for answer in answers),
+        "cut_off": statistics.fmean(not answer.ended for answer in answers),
     }
 
 

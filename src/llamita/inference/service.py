@@ -1,0 +1,268 @@
+"""One engine among many callers: threads that wait for an answer, and asyncio, which must not wait.
+
+An engine is not made for threads: one at a time may step it. Here whoever waits for events steps it in turns, for
+everybody, and hands each event to the request it belongs to. Callers that must not step (an event loop, a thread that
+Ctrl-C may interrupt) are served by one worker thread, while they have open requests. Knows requests and events, not
+prompts or text.
+"""
+
+import asyncio
+import atexit
+import contextlib
+import queue
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
+
+from llamita.inference.engine import Engine
+from llamita.inference.request import Collector, Generation, Request, TokenEvent
+
+WINDOW = 512
+"""Most requests handed to the engine at once: it never runs dry, and a list of a million prompts does not fill it."""
+IDLE_SECONDS = 5.0
+"""How long the worker waits for more work before it ends: a thread of its own costs PyTorch a new pool of threads."""
+
+Outcome = TokenEvent | Exception
+Sink = Callable[[Sequence[Outcome]], None]
+"""Takes a request's share of a step: called from whichever thread stepped, so it must be quick and must not block."""
+
+
+class Service:
+    """Serves an engine to threads and to asyncio, all at once.
+
+    Following a request submits it. Leaving the iterator, or cancelling the task that reads it, ends the request before
+    the engine's next step.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._changed = threading.Condition()
+        self._stepping = False  # who sets it owns the engine until it is cleared
+        self._orders: deque[Request | int] = deque()  # what to add, and the ids of what to abort, in order
+        self._sinks: dict[int, Sink] = {}
+        self._background: set[int] = set()  # open requests that the worker steps for
+        self._worker: threading.Thread | None = None
+        self._closed = False
+
+    def follow(self, request: Request, background: bool = False) -> Iterator[TokenEvent]:
+        """Yields the events of a request, of all its continuations, as they come.
+
+        `background`: the worker steps, so that an interrupt of the waiting thread never falls into a step. Raises what
+        the engine says where it refuses.
+        """
+        shares: queue.SimpleQueue[Sequence[Outcome]] = queue.SimpleQueue()
+        remaining = request.params.n
+        try:
+            self._submit(request, shares.put, background)
+            while remaining:
+                if not background:
+                    self._step_until(lambda: not shares.empty())
+                for outcome in shares.get():
+                    if isinstance(outcome, Exception):
+                        raise outcome
+                    remaining -= outcome.finish_reason is not None
+                    yield outcome
+        finally:
+            self._abort(request.id)
+
+    def follow_many(self, requests: Iterable[Request]) -> Generator[tuple[int, Generation | Exception]]:
+        """Yields each request's place and what was written for it, or why it failed, in the order in which they end.
+
+        Requests are taken as the engine has room. Closing the iterator ends those that are open.
+        """
+        shares: queue.SimpleQueue[tuple[int, Sequence[Outcome]]] = queue.SimpleQueue()
+        waiting = enumerate(requests)
+        collectors: dict[int, tuple[Request, Collector]] = {}
+
+        def submit(place: int, request: Request) -> None:
+            collectors[place] = request, Collector(request.params.n)
+            self._submit(request, lambda share: shares.put((place, share)))
+
+        try:
+            while True:
+                while len(collectors) < WINDOW and (entry := next(waiting, None)) is not None:
+                    submit(*entry)
+                if not collectors:
+                    return
+                self._step_until(lambda: not shares.empty())
+                place, share = shares.get()
+                if place not in collectors:  # it failed with one continuation, and this is another's
+                    continue
+                request, collector = collectors[place]
+                result = collector.feed(share)
+                if result is not None:
+                    del collectors[place]
+                    self._abort(request.id)
+                    yield place, result
+        finally:
+            for request, _ in collectors.values():
+                self._abort(request.id)
+
+    async def follow_async(self, request: Request, buffer: int | None = None) -> AsyncGenerator[TokenEvent]:
+        """Yields the events of a request as they come, without ever keeping the event loop waiting for a step.
+
+        A reader more than `buffer` events behind is given up: its request ends, and reading raises RuntimeError.
+        Without a limit at most the request's `n * max_tokens` events wait.
+        """
+        loop = asyncio.get_running_loop()
+        outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
+
+        def take(share: Sequence[Outcome]) -> None:
+            if buffer is not None and outcomes.qsize() + len(share) > buffer:
+                self._abort(request.id)
+                share = [RuntimeError(f"the reader fell more than {buffer} tokens behind, so the request was ended")]
+            for outcome in share:
+                outcomes.put_nowait(outcome)
+
+        def sink(share: Sequence[Outcome]) -> None:
+            loop.call_soon_threadsafe(take, share)
+
+        self._submit(request, sink, background=True)
+        try:
+            remaining = request.params.n
+            while remaining:
+                outcome = await outcomes.get()
+                if isinstance(outcome, Exception):
+                    raise outcome
+                remaining -= outcome.finish_reason is not None
+                yield outcome
+        finally:
+            self._abort(request.id)
+
+    async def gather_async(self, requests: Sequence[Request]) -> list[Generation]:
+        """Returns what was written for each request, served together. One that fails raises, which ends the others."""
+
+        async def gather_one(request: Request) -> Generation:
+            collector = Collector(request.params.n)
+            async with contextlib.aclosing(self.follow_async(request)) as events:
+                async for event in events:
+                    result = collector.feed([event])
+                    if isinstance(result, Exception):
+                        raise result
+                    if result is not None:
+                        return result
+            raise AssertionError("the last event ends the last continuation")
+
+        tasks = [asyncio.create_task(gather_one(request)) for request in requests]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def close(self) -> None:
+        """Ends all that is open with an error, and the worker; returns once its last step is over."""
+        with self._changed:
+            self._closed = True
+            worker = self._worker
+            self._changed.notify_all()
+        if worker is not None and worker is not threading.current_thread():
+            worker.join()
+        with self._changed:
+            while self._stepping:
+                self._changed.wait()
+            self._fail_all(RuntimeError("this model was closed while it wrote"))
+
+    # --- the engine's turn -------------------------------------------------------------------------------------------
+
+    def _submit(self, request: Request, sink: Sink, background: bool = False) -> None:
+        """Has the engine take a request with the next step; never waits for a step to end."""
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("this model was closed; load it again")
+            self._sinks[request.id] = sink
+            self._orders.append(request)
+            if background:
+                self._background.add(request.id)
+                if self._worker is None:
+                    self._worker = threading.Thread(target=self._work, name="llamita-engine", daemon=True)
+                    self._worker.start()
+                    atexit.register(self.close)  # a thread within PyTorch must not be torn down with the interpreter
+            self._changed.notify_all()
+
+    def _abort(self, request_id: int) -> None:
+        """Forgets a request before the next step begins, without waiting; one that is done or unknown is no error."""
+        with self._changed:
+            self._sinks.pop(request_id, None)
+            self._background.discard(request_id)
+            self._orders.append(request_id)
+            if not self._stepping:
+                self._carry_out_orders()
+            self._changed.notify_all()
+
+    def _step_until(self, done: Callable[[], bool]) -> None:
+        """Returns once `done()`: takes turns at stepping the engine, and waits while another thread does."""
+        while True:
+            with self._changed:
+                if done():
+                    return
+                if self._stepping:
+                    self._changed.wait()
+                    continue
+                self._stepping = True
+            try:
+                self._step()
+            finally:
+                with self._changed:
+                    self._stepping = False
+                    self._changed.notify_all()
+
+    def _work(self) -> None:
+        """The worker: steps while requests in the background are open, and ends when none came for a while."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or bool(self._background), IDLE_SECONDS)
+                if self._closed or not self._background:
+                    self._worker = None
+                    atexit.unregister(self.close)
+                    return
+            self._step_until(lambda: self._closed or not self._background)
+
+    def _step(self) -> None:
+        """One step of the engine, its events handed out. Only for the thread that set `_stepping`."""
+        shares: dict[int, list[TokenEvent]] = {}
+        try:
+            self._carry_out_orders()
+            for event in self.engine.step():
+                shares.setdefault(event.request_id, []).append(event)
+        except Exception as error:
+            # An engine contains what fails in a step; where this comes out, its state is not to be trusted further.
+            with self._changed:
+                self._fail_all(RuntimeError(f"the engine's step failed: {type(error).__name__}: {error}"))
+            return
+        for request_id, events in shares.items():
+            self._hand_out(request_id, events)
+        if not shares:
+            with self._changed:
+                if not self._orders and not self.engine.has_work:
+                    self._fail_all(RuntimeError("the request was dropped by a step that failed"))
+
+    def _carry_out_orders(self) -> None:
+        while self._orders:
+            order = self._orders.popleft()
+            if isinstance(order, int):
+                self.engine.abort(order)
+                continue
+            try:
+                self.engine.add(order)
+            except Exception as error:
+                self._hand_out(order.id, [error])
+
+    def _fail_all(self, error: Exception) -> None:
+        self._orders.clear()
+        for request_id in list(self._sinks):
+            with contextlib.suppress(Exception):  # it has failed already; the callers are to be told
+                self.engine.abort(request_id)
+            self._hand_out(request_id, [error])
+            self._background.discard(request_id)
+
+    def _hand_out(self, request_id: int, outcomes: Sequence[Outcome]) -> None:
+        sink = self._sinks.get(request_id)
+        if sink is None:  # aborted while the step ran
+            return
+        try:
+            sink(outcomes)
+        except Exception:  # whoever asked is gone, with its event loop
+            self._sinks.pop(request_id, None)
+            self._background.discard(request_id)
+            self.engine.abort(request_id)

@@ -1,0 +1,41 @@
+"""What training reads: batches in an order that can be resumed, and the rows that validate.
+
+Only types; knows nothing of where batches come from.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from llamita.data.batches import Batch
+
+
+class Batches(Protocol):
+    """An endless, resumable order of training batches, such as data.batches.BatchIterator."""
+
+    def next(self) -> Batch: ...
+    def state(self) -> dict[str, Any]: ...
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """The amount of text that each token id stands for: int64 arrays over the vocabulary; 0 for special tokens."""
+
+    characters_V: np.ndarray
+    bytes_V: np.ndarray
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Batches to learn from and to be judged by. `validation` starts anew at each call and may yield nothing.
+
+    `target` is what the loss is a mean over; only of tokens is there a perplexity.
+    """
+
+    batches: Batches
+    validation: Callable[[], Iterable[Batch]] = tuple
+    text: TokenText | None = None
+    target: str = "token"
