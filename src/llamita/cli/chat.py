@@ -41,7 +41,7 @@ REFRESHES = 8  # a second, of the part of an answer that is not complete
 
 
 @dataclass(frozen=True)
-class ChatOptions:
+class ChatConfig:
     """Talk with a trained model in the terminal; /help lists the commands there."""
 
     model: tyro.conf.Positional[Path]
@@ -55,26 +55,26 @@ class ChatOptions:
     running: tyro.conf.OmitArgPrefixes[LoadConfig] = field(default_factory=LoadConfig)
 
 
-def run(options: ChatOptions) -> int:
+def run(config: ChatConfig) -> int:
 
-    if options.sampling.n > 1:
-        raise ValueError(f"n={options.sampling.n} answers at once cannot be talked with; leave n at 1")
-    llm = LLM.load(options.model, **vars(options.running))
+    if config.sampling.n > 1:
+        raise ValueError(f"n={config.sampling.n} answers at once cannot be talked with; leave n at 1")
+    llm = LLM.load(config.model, **vars(config.running))
     if llm.tokenizer is None:
-        raise ValueError(f"{options.model} has no tokenizer beside it, and a chat needs one")
-    template = options.template
+        raise ValueError(f"{config.model} has no tokenizer beside it, and a chat needs one")
+    template = config.template
     if template is not None and Path(template).is_file():
         template = Path(template).read_text("utf-8")
     try:
         chat = Chat(llm.tokenizer, template)
     except ValueError as error:
-        raise ValueError(f"{error} with --template") if options.template is None else error from None
+        raise ValueError(f"{error} with --template") if config.template is None else error from None
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows a question mark
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    conversation = Conversation(chat, llm.config.max_position_embeddings, options.system)
+    conversation = Conversation(chat, llm.config.max_position_embeddings, config.system)
     with contextlib.suppress(EOFError):
-        Talk(llm, conversation, options.sampling, Console(highlight=False)).loop()
+        Talk(llm, conversation, config.sampling, Console(highlight=False)).loop()
     llm.close()
     return 0
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from llamita.backend.interface import BackendName
-from llamita.cli.tuning import INTERRUPTED
+from llamita.training import exit_status
 from llamita.workflows.classify import ClassifyConfig
 
 if TYPE_CHECKING:
@@ -58,11 +58,11 @@ def train(config: ClassifyConfig) -> int:
 
 def _go_on(output: Path) -> int:
     print(f"stopped; go on with: llamita classify train --output {output} --resume")
-    return INTERRUPTED
+    return exit_status.INTERRUPTED
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextOptions:
+class TextConfig:
     """What all verbs share that read texts and run a model on them."""
 
     text_field: str = "text"
@@ -76,7 +76,7 @@ class TextOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(TextOptions):
+class EvaluateConfig(TextConfig):
     """Measure a tuned model: accuracy, F1, the confusion of labels, calibration."""
 
     model: tyro.conf.Positional[Path]
@@ -92,7 +92,7 @@ class EvaluateOptions(TextOptions):
     """What the record in the run is called, in place of an earlier one of that name. Left out: the files' names."""
 
 
-def evaluate(options: EvaluateOptions) -> None:
+def evaluate(config: EvaluateConfig) -> None:
     from llamita.backend.choice import load_backend
     from llamita.data.labelled import Fields, read_labelled
     from llamita.evaluation import records
@@ -100,18 +100,18 @@ def evaluate(options: EvaluateOptions) -> None:
     from llamita.training.record import command_line
     from llamita.workflows.classify import Classifier
 
-    _check_output(options.output)
-    backend = load_backend(options.backend, device=options.device)
-    model = Classifier.load(options.model, backend, options.dtype, options.device)
-    fields = Fields(options.text_field, options.label_field)
-    texts = read_labelled(options.data, "validation", model.config.labels, fields)
+    _check_output(config.output)
+    backend = load_backend(config.backend, device=config.device)
+    model = Classifier.load(config.model, backend, config.dtype, config.device)
+    fields = Fields(config.text_field, config.label_field)
+    texts = read_labelled(config.data, "validation", model.config.labels, fields)
     encoded = model.encode(texts.texts, texts.source)
     print(_context(len(texts), encoded.truncated, encoded.context, model.keep))
     report = classification_report(model.log_probabilities(encoded), texts.labels, texts.names)
-    about = {"model": str(model.directory), "data": list(options.data), "context": encoded.context}
-    _show(report, options.output, about | {"truncated": encoded.truncated, "keep": model.keep})
-    if (run := records.run_of(options.model)) is not None:
-        name = options.name or f"classification {' '.join(Path(each).stem for each in options.data)}"
+    about = {"model": str(model.directory), "data": list(config.data), "context": encoded.context}
+    _show(report, config.output, about | {"truncated": encoded.truncated, "keep": model.keep})
+    if (run := records.run_of(config.model)) is not None:
+        name = config.name or f"classification {' '.join(Path(each).stem for each in config.data)}"
         try:
             print(f"left in {record(run, name, report, command_line(sys.argv), model.directory)}")
         except OSError as error:
@@ -119,7 +119,7 @@ def evaluate(options: EvaluateOptions) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictOptions(TextOptions):
+class PredictConfig(TextConfig):
     """Label texts with a tuned model. Labels that the texts have already are not looked at."""
 
     model: tyro.conf.Positional[Path]
@@ -136,7 +136,7 @@ class PredictOptions(TextOptions):
     """Replace a file that exists."""
 
 
-def predict(options: PredictOptions) -> None:
+def predict(config: PredictConfig) -> None:
     import math
     import sys
 
@@ -145,39 +145,39 @@ def predict(options: PredictOptions) -> None:
     from llamita.storage import files
     from llamita.workflows.classify import Classifier
 
-    if (options.text is None) == (not options.data):
+    if (config.text is None) == (not config.data):
         raise ValueError("give either --data, texts to label, or --text, one text")
-    if options.output and options.output.exists() and not options.overwrite:
-        raise FileExistsError(f"{options.output} exists already; choose another name, or pass --overwrite")
-    backend = load_backend(options.backend, device=options.device)
-    model = Classifier.load(options.model, backend, options.dtype, options.device)
+    if config.output and config.output.exists() and not config.overwrite:
+        raise FileExistsError(f"{config.output} exists already; choose another name, or pass --overwrite")
+    backend = load_backend(config.backend, device=config.device)
+    model = Classifier.load(config.model, backend, config.dtype, config.device)
     labels = model.config.labels
-    if options.text is not None:
-        (log_p,) = model.log_probabilities(model.encode([options.text], "--text"))
+    if config.text is not None:
+        (log_p,) = model.log_probabilities(model.encode([config.text], "--text"))
         for number in (-log_p).argsort(kind="stable"):
             print(f"{labels[number]}  {math.exp(log_p[number]):.4f}")
         return
-    fields = Fields(options.text_field)
-    records = [record for each in options.data for record in read_records(each, "validation", fields, labelled=False)]
-    encoded = model.encode([record.text for record in records], ", ".join(options.data))
+    fields = Fields(config.text_field)
+    records = [record for each in config.data for record in read_records(each, "validation", fields, labelled=False)]
+    encoded = model.encode([record.text for record in records], ", ".join(config.data))
     predicted = model.log_probabilities(encoded).argmax(axis=1)
     lines = [
-        f"{labels[label] if options.names else label} {SEPARATOR} {' '.join(record.text.split())}\n"
+        f"{labels[label] if config.names else label} {SEPARATOR} {' '.join(record.text.split())}\n"
         for label, record in zip(predicted, records, strict=True)
     ]
     print(_context(len(records), encoded.truncated, encoded.context, model.keep), file=sys.stderr)
     if any(record.label is not None for record in records):
         print("the labels in the data were not looked at; llamita classify evaluate scores them", file=sys.stderr)
-    if options.output is None:
+    if config.output is None:
         print("".join(lines), end="")
         return
-    with files.atomic_file(options.output, options.overwrite) as temporary:
+    with files.atomic_file(config.output, config.overwrite) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
-    print(f"wrote {len(lines)} lines to {options.output}")
+    print(f"wrote {len(lines)} lines to {config.output}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroShotOptions(TextOptions):
+class ZeroShotConfig(TextConfig):
     """Label texts with a language model as it is, by which label it finds likeliest after a question."""
 
     model: tyro.conf.Positional[Path]
@@ -205,7 +205,7 @@ class ZeroShotOptions(TextOptions):
     """That of its label."""
 
 
-def zero_shot(options: ZeroShotOptions) -> None:
+def zero_shot(config: ZeroShotConfig) -> None:
     from llamita.backend.choice import load_backend
     from llamita.data.labelled import Fields, read_labelled, read_mapping
     from llamita.evaluation import zero_shot as asking
@@ -214,37 +214,37 @@ def zero_shot(options: ZeroShotOptions) -> None:
     from llamita.text.tokenizer import Tokenizer
     from llamita.workflows.classify import context_length
 
-    _check_output(options.output)
-    backend = load_backend(options.backend, device=options.device)
-    directory = model_directory.resolve_model_directory(options.model)
-    config = model_directory.load_config(peft_directory.place_of(directory, peft_directory.CONFIG))
-    if config.num_labels:
+    _check_output(config.output)
+    backend = load_backend(config.backend, device=config.device)
+    directory = model_directory.resolve_model_directory(config.model)
+    model_config = model_directory.load_config(peft_directory.place_of(directory, peft_directory.CONFIG))
+    if model_config.num_labels:
         raise ValueError(f"{directory} has a classification head: llamita classify evaluate measures it")
-    length = context_length(options.sequence_length, config)
-    names = read_mapping(options.label_mapping) if options.label_mapping else options.labels
-    texts = read_labelled(options.data, "validation", names, Fields(options.text_field, options.label_field))
-    words = options.labels or texts.names
+    length = context_length(config.sequence_length, model_config)
+    names = read_mapping(config.label_mapping) if config.label_mapping else config.labels
+    texts = read_labelled(config.data, "validation", names, Fields(config.text_field, config.label_field))
+    words = config.labels or texts.names
     if len(words) != len(texts.names):
         raise ValueError(f"--labels has {len(words)} words, but there are {len(texts.names)} labels")
-    suffix = asking.default_suffix(words) if options.suffix is None else options.suffix
+    suffix = asking.default_suffix(words) if config.suffix is None else config.suffix
     print(f"question: {suffix.rstrip()} {'|'.join(words)}")
     found = asking.zero_shot(
-        backend.load_runner(directory, options.dtype, options.device),
+        backend.load_runner(directory, config.dtype, config.device),
         Tokenizer.load(peft_directory.place_of(directory, *peft_directory.VOCABULARY)),
         texts.texts,
         words,
         suffix=suffix,
         length=length,
-        vocab_size=config.vocab_size,
-        keep=options.keep,
-        reduction=options.score,
-        calibrate=options.calibrate,
+        vocab_size=model_config.vocab_size,
+        keep=config.keep,
+        reduction=config.score,
+        calibrate=config.calibrate,
     )
-    print(_context(len(texts), found.truncated, length, options.keep))
+    print(_context(len(texts), found.truncated, length, config.keep))
     report = classification_report(found.log_probabilities, texts.labels, texts.names)
-    about = {"model": str(directory), "data": list(options.data), "context": length, "truncated": found.truncated}
-    about |= {"suffix": suffix, "words": list(words), "score": options.score, "calibrated": options.calibrate}
-    _show(report, options.output, about)
+    about = {"model": str(directory), "data": list(config.data), "context": length, "truncated": found.truncated}
+    about |= {"suffix": suffix, "words": list(words), "score": config.score, "calibrated": config.calibrate}
+    _show(report, config.output, about)
 
 
 def _check_output(output: Path | None) -> None:

@@ -9,7 +9,7 @@ from llamita.workflows.convert import ConvertConfig
 
 
 @dataclass(frozen=True)
-class ConvertOptions:
+class ConvertCommandConfig:
     """Convert a model to another form, and prove that the copy gives the same logits before it is kept."""
 
     source: tyro.conf.Positional[Path]
@@ -20,15 +20,15 @@ class ConvertOptions:
     options: tyro.conf.OmitArgPrefixes[ConvertConfig] = field(default_factory=ConvertConfig)
 
 
-def run(options: ConvertOptions) -> None:
+def run(config: ConvertCommandConfig) -> None:
     from llamita.backend.choice import load_backend
     from llamita.backend.torch.pickles import read_pickle, write_pickle
     from llamita.workflows.convert import Tools, convert
 
     tools = Tools(load_backend("torch"), read_pickle, write_pickle)
-    done = convert(options.source, options.destination, options.options, tools)
-    print(f"{options.source}: {done.kind}, {done.config.num_hidden_layers} layers of width {done.config.hidden_size}")
+    done = convert(config.source, config.destination, config.options, tools)
+    print(f"{config.source}: {done.kind}, {done.config.num_hidden_layers} layers of width {done.config.hidden_size}")
     equal = "its logits equal the source's" if done.difference == 0 else f"its logits differ by {done.difference:.1e}"
-    print(f"{options.destination}: written as {options.options.to}; {equal}")
-    if not done.has_tokenizer and options.options.to == "huggingface":
+    print(f"{config.destination}: written as {config.options.to}; {equal}")
+    if not done.has_tokenizer and config.options.to == "huggingface":
         print("It has no tokenizer; --tokenizer adds one, and without it llamita generate takes --prompt-tokens")

@@ -22,16 +22,15 @@ from llamita.inference.llm import LLM
 from llamita.inference.request import Statistics
 from llamita.progress import ProgressBar
 from llamita.text.tokenizer import Tokenizer
+from llamita.training import exit_status
 
 if TYPE_CHECKING:
     from llamita.inference.batch import Outcome, Totals
     from llamita.inference.llm import LLM
 
-INTERRUPTED = 130  # the exit status of shells for Ctrl-C
-
 
 @dataclass(frozen=True)
-class GenerateOptions:
+class GenerateConfig:
     """Continue a prompt with a trained model.
 
     By default tokens are drawn from the model's own distribution (temperature 1, nothing else switched on).
@@ -59,25 +58,25 @@ class GenerateOptions:
     running: tyro.conf.OmitArgPrefixes[LoadConfig] = field(default_factory=LoadConfig)
 
 
-def run(options: GenerateOptions) -> int:
+def run(config: GenerateConfig) -> int:
 
-    if options.input is not None or options.output is not None:
-        return _run_file(options)
-    if options.prompt is not None and options.prompt_tokens:
+    if config.input is not None or config.output is not None:
+        return _run_file(config)
+    if config.prompt is not None and config.prompt_tokens:
         raise ValueError("both a prompt and --prompt-tokens were given; give one of them")
-    prompt: str | tuple[int, ...] = options.prompt_tokens or read_prompt(options.prompt, sys.stdin)
-    adapters = named_paths(options.adapter)
+    prompt: str | tuple[int, ...] = config.prompt_tokens or read_prompt(config.prompt, sys.stdin)
+    adapters = named_paths(config.adapter)
     if len(adapters) > 1:
         raise ValueError(f"{len(adapters)} adapters were given for one prompt; give one, or a file with --input")
-    llm = LLM.load(options.model, adapters=adapters, **vars(options.running))
+    llm = LLM.load(config.model, adapters=adapters, **vars(config.running))
     adapter = next(iter(adapters), None)
-    if options.sampling.n > 1:
-        return _run_several(llm, prompt, adapter, options)
-    events = llm.events(prompt, options.sampling, adapter=adapter)
+    if config.sampling.n > 1:
+        return _run_several(llm, prompt, adapter, config)
+    events = llm.events(prompt, config.sampling, adapter=adapter)
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows a question mark
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    if options.echo:
+    if config.echo:
         print(prompt if isinstance(prompt, str) else shown(prompt, llm.tokenizer), end="", flush=True)
     shape = harmless if sys.stdout.isatty() else str
     status, last = 0, None
@@ -88,32 +87,32 @@ def run(options: GenerateOptions) -> int:
                 raise ValueError(event.error)
             print(f" {event.token_id}" if llm.tokenizer is None else shape(event.text), end="", flush=True)
     except KeyboardInterrupt:
-        status = INTERRUPTED
+        status = exit_status.INTERRUPTED
     print(flush=True)
-    if options.statistics and last is not None:
+    if config.statistics and last is not None:
         warm_up = llm.engine.warm_up_seconds
         print(report(last.statistics, last.finish_reason or "interrupted", warm_up), file=sys.stderr)
     return status
 
 
-def _run_file(options: GenerateOptions) -> int:
+def _run_file(config: GenerateConfig) -> int:
     """Do all lines of the input that the output lacks; 1 where one of them failed."""
     from llamita.inference import batch
 
-    source, output = options.input, options.output
+    source, output = config.input, config.output
     if source is None or output is None:
         raise ValueError("--input and --output go together: a file of prompts, and the file for the answers")
-    if options.prompt is not None or options.prompt_tokens:
+    if config.prompt is not None or config.prompt_tokens:
         raise ValueError("both --input and a prompt were given; give one of them")
     if not source.is_file():
         raise FileNotFoundError(f"there is no file {source}")
-    adapters = named_paths(options.adapter)
-    llm = LLM.load(options.model, adapters=adapters, **vars(options.running))
-    items = batch.read_items(llm, source, options.sampling, options.template)
+    adapters = named_paths(config.adapter)
+    llm = LLM.load(config.model, adapters=adapters, **vars(config.running))
+    items = batch.read_items(llm, source, config.sampling, config.template)
     made_from = {
-        "model": str(options.model.resolve()) if options.model.exists() else str(options.model),
+        "model": str(config.model.resolve()) if config.model.exists() else str(config.model),
         "input": batch.digest(source),
-        "options": asdict(options.sampling) | {"template": options.template},
+        "options": asdict(config.sampling) | {"template": config.template},
     }
     if adapters:
         made_from["adapters"] = {name: str(Path(path).resolve()) for name, path in adapters.items()}
@@ -157,14 +156,14 @@ def named_paths(given: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def _run_several(llm: "LLM", prompt: str | tuple[int, ...], adapter: str | None, options: GenerateOptions) -> int:
+def _run_several(llm: "LLM", prompt: str | tuple[int, ...], adapter: str | None, config: GenerateConfig) -> int:
     """Print `n` continuations, one after the other with an empty line between."""
     shape = harmless if sys.stdout.isatty() else str
-    start = (prompt if isinstance(prompt, str) else shown(prompt, llm.tokenizer)) if options.echo else ""
-    found = llm.generate(prompt, options.sampling, adapter=adapter).continuations
+    start = (prompt if isinstance(prompt, str) else shown(prompt, llm.tokenizer)) if config.echo else ""
+    found = llm.generate(prompt, config.sampling, adapter=adapter).continuations
     texts = [each.text if llm.tokenizer else " " + " ".join(map(str, each.token_ids)) for each in found]
     print("\n\n".join(start + shape(text) for text in texts), flush=True)
-    if options.statistics:
+    if config.statistics:
         for each in found:
             print(report(each.statistics, each.finish_reason, llm.engine.warm_up_seconds), file=sys.stderr)
     return 0

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llamita import __version__
+from llamita.training import exit_status
 
 PACKAGE = Path(__file__).parents[1]
 TRACEBACK_VARIABLE = "LLAMITA_TRACEBACK"
@@ -30,7 +31,6 @@ PACKAGES = {
     "mlx_lm": "mlx-lm",
 }
 """What to install for a module, where the names differ."""
-USER_MISTAKE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses; the last two are those of shells for signals
 
 
 class Verb(NamedTuple):
@@ -81,11 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # a reader that has gone shows here, not at exit
         return status
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return exit_status.INTERRUPTED
     except BrokenPipeError:
         # Python flushes stdout once more at exit; let that go nowhere instead of printing a warning.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        return exit_status.BROKEN_PIPE
     except ModuleNotFoundError as error:
         if os.environ.get(TRACEBACK_VARIABLE) or not error.name or error.name.split(".")[0] == "llamita":
             raise
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _dispatch(arguments: Sequence[str]) -> int:
     if not arguments:
         print(overview(), file=sys.stderr)
-        return USER_MISTAKE
+        return exit_status.USER_MISTAKE
     if arguments[0] in ("-h", "--help"):
         print(overview())
         return 0
@@ -120,7 +120,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         return _fail(_unknown(group))
     if len(arguments) == 1:
         print(overview(group), file=sys.stderr)
-        return USER_MISTAKE
+        return exit_status.USER_MISTAKE
     if arguments[1] in ("-h", "--help"):
         print(overview(group))
         return 0
@@ -258,7 +258,7 @@ def _note(show: Callable[..., None]) -> Callable[..., None]:
 
 def _fail(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
-    return USER_MISTAKE
+    return exit_status.USER_MISTAKE
 
 
 if __name__ == "__main__":

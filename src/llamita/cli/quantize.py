@@ -10,7 +10,7 @@ from llamita.backend.interface import BackendName
 
 
 @dataclass(frozen=True)
-class QuantizeOptions:
+class QuantizeConfig:
     """Write a copy of a model whose matrices are int8 or int4; what it costs, llamita evaluate tells."""
 
     model: tyro.conf.Positional[Path]
@@ -26,13 +26,13 @@ class QuantizeOptions:
     """Replace a destination that exists."""
 
 
-def run(options: QuantizeOptions) -> None:
+def run(config: QuantizeConfig) -> None:
     from llamita.backend.choice import load_backend
     from llamita.cli.info import short_bytes
     from llamita.workflows.quantize import quantize
 
-    backend = load_backend(options.backend)
-    done = quantize(options.model, options.output, options.to, options.overwrite, backend)
+    backend = load_backend(config.backend)
+    done = quantize(config.model, config.output, config.to, config.overwrite, backend)
     share = done.bytes_after / done.bytes_before
-    print(f"{options.model}: {short_bytes(done.bytes_before)}")
-    print(f"{options.output}: {options.to}, {short_bytes(done.bytes_after)}, {share:.0%} of the source's bytes")
+    print(f"{config.model}: {short_bytes(done.bytes_before)}")
+    print(f"{config.output}: {config.to}, {short_bytes(done.bytes_after)}, {share:.0%} of the source's bytes")

@@ -21,24 +21,24 @@ OF_THE_MACHINE = {"backend", "device", "threads", "compile", "log", "resume"}
 
 
 @dataclass(frozen=True)
-class RecipeOptions:
+class RecipeConfig:
     """List the recipes, or print one in full: its function, every option that it comes to, the commands for it."""
 
     name: tyro.conf.Positional[str] = ""
     """A recipe; nothing lists them."""
 
 
-def run(options: RecipeOptions) -> None:
+def run(config: RecipeConfig) -> None:
     from llamita.workflows.recipes import RECIPES, recipe
 
-    if not options.name:
+    if not config.name:
         width = max(map(len, RECIPES))
         for name, function in RECIPES.items():
             print(f"{name:<{width}}  {(inspect.getdoc(function) or '').splitlines()[0]}")
         print("\nllamita recipe NAME prints one in full; llamita train --recipe NAME trains with it")
         return
-    found = recipe(options.name)
-    print(inspect.getsource(RECIPES[options.name]))
+    found = recipe(config.name)
+    print(inspect.getsource(RECIPES[config.name]))
     print("# Every option of the training (llamita train --help explains them); the machine's own are left out")
     for name, value in resolved(found.train).items():
         print(f"{name:<22} {value}")

@@ -7,7 +7,7 @@ import tyro
 
 
 @dataclass(frozen=True)
-class ReportOptions:
+class ReportConfig:
     """Write a run as one HTML page that needs nothing else: curves, samples, evaluations, how to make it again."""
 
     run: tyro.conf.Positional[Path]
@@ -16,8 +16,8 @@ class ReportOptions:
     """The file to write. Left out: report.html in the run. An earlier report there is replaced."""
 
 
-def run(options: ReportOptions) -> int:
+def run(config: ReportConfig) -> int:
     from llamita.workflows import report
 
-    print(f"wrote {report.write(options.run, options.output)}")
+    print(f"wrote {report.write(config.run, config.output)}")
     return 0

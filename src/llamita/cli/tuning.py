@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llamita.training import exit_status
+
 if TYPE_CHECKING:
     from llamita.backend.interface import Backend
     from llamita.training.config import TrainingConfig
     from llamita.training.trainer import TrainingResult
-
-INTERRUPTED = 130  # the exit status of shells for Ctrl-C
 
 
 def training_backend(config: TrainingConfig) -> Backend:
@@ -25,4 +25,4 @@ def stopped(verb: str, config: TrainingConfig, result: TrainingResult) -> int:
     """Say how a run that Ctrl-C stopped goes on; the exit status."""
     print(f"stopped after {result.step} updates" + (f" and saved {result.checkpoint}" if result.checkpoint else ""))
     print(f"go on with: llamita {verb} --output {config.output} --resume")
-    return INTERRUPTED
+    return exit_status.INTERRUPTED
