@@ -1,4 +1,4 @@
-"""`llamita classify train|evaluate|predict|zero-shot`: flags and what is printed; the work lies in workflows/ and
+"""`llamita classify train|evaluate|predict|zero-shot`: flags and printed results; the work lies in workflows/ and
 evaluation/."""
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def train(config: ClassifyConfig) -> int:
         found = train_seeds(config, backend)
         if found.interrupted:
             return _go_on(config.output)
-        each = ", ".join(f"{value:.4f}" for value in found.accuracies)
-        print(f"validation accuracy of {len(found.accuracies)} seeds: {each}")
+        accuracies = ", ".join(f"{value:.4f}" for value in found.accuracies)
+        print(f"validation accuracy of {len(found.accuracies)} seeds: {accuracies}")
         print(f"mean {found.mean:.4f}, standard deviation {found.deviation:.4f}; in {config.output / 'seeds.json'}")
         return 0
     result = train_classifier(config, backend)
@@ -63,16 +63,16 @@ def _go_on(output: Path) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """What all verbs share that read texts and run a model on them."""
+    """The options of all verbs that read texts and run a model on them."""
 
     text_field: str = "text"
-    """The column or field of a text in CSV, JSON lines and hub datasets."""
+    """The column or field that holds a text, in CSV, JSON lines and hub datasets."""
     dtype: Dtype = "auto"
-    """Type of the weights; auto is that of the file."""
+    """Type of the weights; auto: that of the file."""
     backend: BackendName = "auto"
-    """Which framework computes; auto is MLX on Apple silicon where it is installed, else PyTorch."""
+    """The framework that computes; auto: MLX on Apple silicon where it is installed, else PyTorch."""
     device: str = "auto"
-    """cpu or cuda with PyTorch, cpu or gpu with MLX; auto takes a GPU if there is one."""
+    """cpu or cuda with PyTorch, cpu or gpu with MLX; auto: a GPU where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +87,9 @@ class EvaluateConfig(TextConfig):
     output: Path | None = None
     """A new directory for evaluation.json, confusion.png and reliability.png. Left out: they are not kept."""
     label_field: str = "label"
-    """That of its label."""
+    """The column or field that holds a text's label."""
     name: str = ""
-    """What the record in the run is called, in place of an earlier one of that name. Left out: the files' names."""
+    """Name of the record in the run; an earlier one of that name is replaced. Left out: the files' names."""
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -111,7 +111,7 @@ def evaluate(config: EvaluateConfig) -> None:
     about = {"model": str(model.directory), "data": list(config.data), "context": encoded.context}
     _show(report, config.output, about | {"truncated": encoded.truncated, "keep": model.keep})
     if (run := records.run_of(config.model)) is not None:
-        name = config.name or f"classification {' '.join(Path(each).stem for each in config.data)}"
+        name = config.name or f"classification {' '.join(Path(file).stem for file in config.data)}"
         try:
             print(f"left in {record(run, name, report, command_line(sys.argv), model.directory)}")
         except OSError as error:
@@ -120,18 +120,18 @@ def evaluate(config: EvaluateConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig(TextConfig):
-    """Label texts with a tuned model. Labels that the texts have already are not looked at."""
+    """Label texts with a tuned model. Labels that the texts already have are ignored."""
 
     model: tyro.conf.Positional[Path]
     """A model directory, or a training run (then its best checkpoint)."""
     data: tuple[str, ...] = ()
     """Texts: files (a text a line, or label ||| sentence; .csv, .jsonl), meadow[:COUNT], hub:NAME[:CONFIG][@SPLIT]."""
     text: str | None = None
-    """One text, in place of data; the probability of each label is printed."""
+    """One text, instead of data; the probability of each label is printed."""
     output: Path | None = None
-    """The file to write, a line `label ||| sentence` for each text. Left out: they are printed."""
+    """The file to write, a line `label ||| sentence` for each text. Left out: the lines are printed."""
     names: bool = False
-    """Write the labels' names in place of their numbers."""
+    """Write the labels' names instead of their numbers."""
     overwrite: bool = False
     """Replace a file that exists."""
 
@@ -158,7 +158,9 @@ def predict(config: PredictConfig) -> None:
             print(f"{labels[number]}  {math.exp(log_p[number]):.4f}")
         return
     fields = Fields(config.text_field)
-    records = [record for each in config.data for record in read_records(each, "validation", fields, labelled=False)]
+    records = [
+        record for source in config.data for record in read_records(source, "validation", fields, labelled=False)
+    ]
     encoded = model.encode([record.text for record in records], ", ".join(config.data))
     predicted = model.log_probabilities(encoded).argmax(axis=1)
     lines = [
@@ -167,7 +169,10 @@ def predict(config: PredictConfig) -> None:
     ]
     print(_context(len(records), encoded.truncated, encoded.context, model.keep), file=sys.stderr)
     if any(record.label is not None for record in records):
-        print("the labels in the data were not looked at; llamita classify evaluate scores them", file=sys.stderr)
+        print(
+            "the labels in the data were not looked at; llamita classify evaluate scores them",
+            file=sys.stderr,
+        )
     if config.output is None:
         print("".join(lines), end="")
         return
@@ -178,7 +183,7 @@ def predict(config: PredictConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShotConfig(TextConfig):
-    """Label texts with a language model as it is, by which label it finds likeliest after a question."""
+    """Label texts with an untuned language model, by the label that it finds likeliest after a question."""
 
     model: tyro.conf.Positional[Path]
     """A model directory, or a training run (then its best checkpoint)."""
@@ -186,23 +191,23 @@ class ZeroShotConfig(TextConfig):
     """Labelled texts: files (label ||| sentence, .csv, .jsonl), meadow[:COUNT] (its validation stories),
     hub:NAME[:CONFIG][@SPLIT]."""
     label_mapping: Path | None = None
-    """A JSON list of the labels' names in the order of their numbers, or an object of their numbers."""
+    """A JSON list of the labels' names in the order of their numbers, or an object that gives each name its number."""
     labels: tuple[str, ...] = ()
-    """The words that stand for the labels in their order. Left out: the labels' names."""
+    """The words that stand for the labels, in the order of the labels. Left out: the labels' names."""
     suffix: str | None = None
-    """What follows a text; the label follows after a space. Left out: Is this movie LABELS? This movie is"""
+    """The question after a text; the label follows it after a space. Left out: Is this movie LABELS? This movie is"""
     score: Literal["sum", "mean"] = "sum"
-    """Of the log-probabilities of a label's tokens."""
+    """A label's score: the sum or the mean of its tokens' log-probabilities."""
     calibrate: bool = False
-    """Divide by the probabilities that texts without content get (Zhao et al. 2021)."""
+    """Divide the probabilities by those of texts without content (Zhao et al. 2021)."""
     sequence_length: int = 0
-    """Tokens of text, question and label together; 0: as many as the model has positions."""
+    """Most tokens of text, question and label together; 0: as many as the model has positions."""
     keep: Literal["end", "start"] = "end"
-    """Which side of a longer text is kept; its question is kept whole."""
+    """The side of a too long text that is kept; the question is kept whole."""
     output: Path | None = None
     """A new directory for evaluation.json, confusion.png and reliability.png. Left out: they are not kept."""
     label_field: str = "label"
-    """That of its label."""
+    """The column or field that holds a text's label."""
 
 
 def zero_shot(config: ZeroShotConfig) -> None:
@@ -248,7 +253,7 @@ def zero_shot(config: ZeroShotConfig) -> None:
 
 
 def _check_output(output: Path | None) -> None:
-    """Refuse before the work is done, not after."""
+    """Raises FileExistsError before the work is done rather than after it."""
     if output is not None and output.exists():
         raise FileExistsError(f"{output} exists already; choose another --output")
 
@@ -268,9 +273,9 @@ def _show(report: Report, output: Path | None, about: dict[str, object]) -> None
 
     for name in ("label", "texts", "predicted", "precision", "recall", "F1"):
         table.add_column(name, justify="left" if name == "label" else "right")
-    for each in report.labels:
-        figures = (each.precision, each.recall, each.f1)
-        table.add_row(each.label, str(each.texts), str(each.predicted), *(f"{figure:.4f}" for figure in figures))
+    for scores in report.labels:
+        figures = (scores.precision, scores.recall, scores.f1)
+        table.add_row(scores.label, str(scores.texts), str(scores.predicted), *(f"{figure:.4f}" for figure in figures))
     Console(highlight=False, markup=False).print(table)
     print(
         f"accuracy          {report.accuracy:.4f} (standard error {report.standard_error:.4f}; "

@@ -1,4 +1,4 @@
-"""`llamita convert`: other people's models into Hugging Face directories and back."""
+"""`llamita convert`: turns models of other formats into Hugging Face directories and back."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +10,11 @@ from llamita.workflows.convert import ConvertConfig
 
 @dataclass(frozen=True)
 class ConvertCommandConfig:
-    """Convert a model to another form, and prove that the copy gives the same logits before it is kept."""
+    """Convert a model to another form, and check that the copy gives the same logits before it is kept."""
 
     source: tyro.conf.Positional[Path]
     """A Hugging Face directory or hub name, a training run, a GGUF file, llama2.c's .bin or .pt, the guided course's
-    .pt, a directory of Meta's, or mini-llama's .safetensors; told apart by content."""
+    .pt, a directory of Meta's, or mini-llama's .safetensors; the kind is told by the content."""
     destination: tyro.conf.Positional[Path]
     """The directory or file to write."""
     options: tyro.conf.OmitArgPrefixes[ConvertConfig] = field(default_factory=ConvertConfig)

@@ -1,4 +1,4 @@
-"""`llamita evaluate`: what a model is worth, by one of four measures; the figures are left in the run that it is of."""
+"""`llamita evaluate`: measures a model in one of four ways; the metrics are recorded in the run that it belongs to."""
 
 import sys
 from collections.abc import Mapping
@@ -28,36 +28,36 @@ class EvaluateConfig:
     model: tyro.conf.Positional[Path]
     """A model directory, or the directory of a training run (then its best checkpoint)."""
     data: Path | None = None
-    """What to measure on; see the tasks."""
+    """The data to measure on; see the tasks."""
     task: str = "perplexity"
     """perplexity, meadow, multiple-choice, or lm-eval:NAME (lm-eval:NAME,NAME for several)."""
     split: Literal["train", "validation"] = "validation"
-    """perplexity: which part of the data."""
+    """perplexity: the part of the data to measure on."""
     sequence_length: int = 0
     """perplexity: length of a window in tokens; 0: as many as the model has positions."""
     stride: int = 0
-    """perplexity: how far the window moves; a smaller stride gives each target more context. 0: the sequence length."""
+    """perplexity: tokens by which the window moves; fewer give each target more context. 0: the sequence length."""
     within_documents: bool = False
-    """perplexity: predict each document from its own beginning, as a model expects that was trained on one a row."""
+    """perplexity: predict each document from its own beginning, as in training with one document a row."""
     limit: int = 0
-    """Questions to ask, or stories to predict and to write; 0: all, or a thousand stories."""
+    """Most questions to ask, or number of stories to predict and to write; 0: all questions, or a thousand stories."""
     few_shot: int | None = None
     """lm-eval: solved examples before each question. Left out: as many as the task says."""
     max_tokens: int = 0
-    """lm-eval: tokens to generate at most; 0: as many as the task says."""
+    """lm-eval: most tokens to generate; 0: as many as the task says."""
     bos: Literal["auto", "always", "never"] = "auto"
-    """The token that begins a text before each question. auto: where the tokenizer has one; of lm-eval, where the
+    """Begin each question with the token that begins a text. auto: where the tokenizer has one; with lm-eval, where the
     tokenizer's files ask transformers for it."""
     seed: int = 0
-    """meadow: decides the stories."""
+    """meadow: chooses the stories."""
     name: str = ""
-    """Under which the figures are left in RUN/evaluations. Left out: the task and the data."""
+    """Name of the record of the metrics in RUN/evaluations. Left out: the task and the data."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the weights, and of the activations beside quantised ones; auto is that of the file."""
+    """Type of the weights, and of the activations beside quantised ones; auto: that of the file."""
     backend: BackendName = "auto"
-    """Which framework computes; auto is MLX on Apple silicon where it is installed, else PyTorch."""
+    """The framework that computes; auto: MLX on Apple silicon where it is installed, else PyTorch."""
     device: str = "auto"
-    """cpu or cuda with PyTorch, cpu or gpu with MLX; auto takes a GPU if there is one."""
+    """cpu or cuda with PyTorch, cpu or gpu with MLX; auto: a GPU where there is one."""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS and not self.task.removeprefix(HARNESS).strip(", ").strip():
@@ -193,7 +193,7 @@ def _harness(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
 
 
 def _runner(config: EvaluateConfig) -> Runner:
-    """Returns the model as the options say."""
+    """Returns the model, loaded as the options say."""
     from llamita.backend.choice import load_backend
 
     backend = load_backend(config.backend, device=config.device)

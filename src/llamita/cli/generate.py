@@ -1,7 +1,7 @@
 """`llamita generate`: continues a prompt with a trained model, printing text as it comes.
 
-Reads the prompt and the options, picks the backend, prints. How tokens are chosen, and when generation ends, is the
-engine's business.
+Reads the prompt and the options, loads the model and prints. The engine chooses the tokens and decides when generation
+ends.
 """
 
 import os
@@ -39,17 +39,17 @@ class GenerateConfig:
     model: tyro.conf.Positional[Path]
     """A model directory, or the directory of a training run (then its best checkpoint)."""
     prompt: tyro.conf.Positional[str | None] = None
-    """The text to continue; - reads it from standard input, and so does a pipe. Nothing: start a new text."""
+    """The text to continue; - reads it from standard input, and so does a pipe. Left out: a new text is begun."""
     prompt_tokens: tuple[int, ...] = ()
-    """The prompt as token ids, taken as they are: no BOS token is put before them."""
+    """The prompt as token ids; no BOS token is put before them."""
     input: Path | None = None
     """A file of prompts: a JSON object a line with prompt, prompt_tokens or messages, an id, sampling parameters."""
     output: Path | None = None
-    """The file of answers for --input, a line each as they end; the same command goes on with one that was cut off."""
+    """The file of answers to --input, a line each as they end; the same command resumes one that was cut off."""
     template: str | None = None
     """The chat template for messages in --input, where the model has none: chatml, r0 or plain."""
     adapter: tuple[str, ...] = ()
-    """Adapters to load over the model, NAME=PATH each. One alone continues the prompt; lines of --input name theirs."""
+    """Adapters to load over the model, NAME=PATH each. One alone serves the prompt; lines of --input name theirs."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
     echo: bool = True
     """Print the prompt before its continuation."""
@@ -96,7 +96,7 @@ def run(config: GenerateConfig) -> int:
 
 
 def _run_file(config: GenerateConfig) -> int:
-    """Do all lines of the input that the output lacks; 1 where one of them failed."""
+    """Serves all lines of the input that the output lacks; returns the exit status, 1 where one of them failed."""
     from llamita.inference import batch
 
     source, output = config.input, config.output
@@ -134,7 +134,7 @@ def _run_file(config: GenerateConfig) -> int:
 
 
 def _with_bar(outcomes: Iterator["Outcome"], total: int) -> tuple["Totals", float]:
-    """Draw the outcomes, and how far they are, on standard error; what they came to, and the seconds that took."""
+    """Counts the outcomes, with a progress bar on standard error; returns their totals and the seconds they took."""
     from llamita.inference import batch
 
     totals, started = batch.Totals(), time.perf_counter()
@@ -146,7 +146,7 @@ def _with_bar(outcomes: Iterator["Outcome"], total: int) -> tuple["Totals", floa
 
 
 def named_paths(given: tuple[str, ...]) -> dict[str, str]:
-    """NAME=PATH, several of them, as a dict; ValueError for another form."""
+    """Returns texts of the form NAME=PATH as a dict; ValueError for another form."""
     found: dict[str, str] = {}
     for text in given:
         name, equals, path = text.partition("=")
@@ -157,20 +157,25 @@ def named_paths(given: tuple[str, ...]) -> dict[str, str]:
 
 
 def _run_several(llm: "LLM", prompt: str | tuple[int, ...], adapter: str | None, config: GenerateConfig) -> int:
-    """Print `n` continuations, one after the other with an empty line between."""
+    """Prints `n` continuations with an empty line between them; returns the exit status."""
     shape = harmless if sys.stdout.isatty() else str
     start = (prompt if isinstance(prompt, str) else shown(prompt, llm.tokenizer)) if config.echo else ""
     found = llm.generate(prompt, config.sampling, adapter=adapter).continuations
-    texts = [each.text if llm.tokenizer else " " + " ".join(map(str, each.token_ids)) for each in found]
+    texts = [
+        continuation.text if llm.tokenizer else " " + " ".join(map(str, continuation.token_ids))
+        for continuation in found
+    ]
     print("\n\n".join(start + shape(text) for text in texts), flush=True)
     if config.statistics:
-        for each in found:
-            print(report(each.statistics, each.finish_reason, llm.engine.warm_up_seconds), file=sys.stderr)
+        for continuation in found:
+            print(
+                report(continuation.statistics, continuation.finish_reason, llm.engine.warm_up_seconds), file=sys.stderr
+            )
     return 0
 
 
 def read_prompt(given: str | None, stdin: TextIO) -> str:
-    """The prompt as given, or from standard input for `-` or where that is a pipe or a file; its last newline is cut.
+    """Returns the prompt as given, or all of standard input, less its last newline, for `-`, a pipe or a file.
 
     Raises ValueError where standard input is not UTF-8.
     """
@@ -186,17 +191,20 @@ def read_prompt(given: str | None, stdin: TextIO) -> str:
 
 
 def shown(token_ids: tuple[int, ...], tokenizer: Tokenizer | None) -> str:
-    """Token ids as text, or as numbers for a model without a tokenizer."""
+    """Returns token ids as text, or as numbers for a model without a tokenizer."""
     return " ".join(map(str, token_ids)) if tokenizer is None else tokenizer.decode(token_ids)
 
 
 def harmless(text: str) -> str:
-    """The text without control characters, by which a model could steer the terminal; line ends and tabs stay."""
+    """Returns the text without control characters but line ends and tabs: a model does not steer the terminal."""
     return "".join("\ufffd" if category(letter) == "Cc" and letter not in "\n\t" else letter for letter in text)
 
 
 def report(statistics: Statistics, ending: str, warm_up_seconds: float) -> str:
-    """The line of `--statistics`; its bandwidth counts weights and cached keys and values once for a decoded token."""
+    """Returns the line of `--statistics`.
+
+    Its bandwidth counts the weights, and the cached keys and values, once for every decoded token.
+    """
     return (
         f"warm-up: {warm_up_seconds:.2f} s; "
         f"prefill: {statistics.prompt_tokens} tokens in {statistics.prefill_seconds:.3f} s, "
@@ -209,7 +217,7 @@ def report(statistics: Statistics, ending: str, warm_up_seconds: float) -> str:
 
 
 def _is_fed(stdin: TextIO) -> bool:
-    """Whether standard input is a pipe or a file rather than a terminal or nothing."""
+    """Returns whether standard input is a pipe or a file rather than a terminal or nothing."""
     try:
         mode = os.fstat(stdin.fileno()).st_mode
     except (OSError, ValueError):  # closed, or replaced by something that is no file

@@ -15,7 +15,7 @@ class MergeConfig:
     output: Path
     """The directory to write."""
     base: Path | None = None
-    """A copy of the model that it was trained over, where that has been moved."""
+    """The model that the adapter was trained over, where that has been moved."""
     overwrite: bool = False
     """Replace a destination that exists."""
 
@@ -25,7 +25,7 @@ def run(config: MergeConfig) -> None:
     from llamita.workflows.adapters import merge
 
     opened = merge(config.adapter, config.output, config.overwrite, load_backend("torch"), config.base)
-    ranks = sorted({one.rank for one in opened.adapter.factors.values()})
+    ranks = sorted({factors.rank for factors in opened.adapter.factors.values()})
     print(
         f"{config.output}: {opened.base} with {len(opened.adapter.factors)} linear maps changed, "
         f"rank {', '.join(map(str, ranks))}"

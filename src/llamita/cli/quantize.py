@@ -11,17 +11,17 @@ from llamita.backend.interface import BackendName
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """Write a copy of a model whose matrices are int8 or int4; what it costs, llamita evaluate tells."""
+    """Write a copy of a model whose matrices are int8 or int4; llamita evaluate measures the loss of quality."""
 
     model: tyro.conf.Positional[Path]
     """A model directory, a training run (then its best checkpoint), or a name on the hub."""
     output: tyro.conf.Positional[Path]
     """The directory to write."""
     to: Literal["int8", "int4"]
-    """int8: a scale a row. int4: a scale for 32 numbers along the input; the embedding and the output head in int8."""
+    """int8: one scale a row. int4: one for 32 numbers along the input; the embedding and the output head in int8."""
     backend: BackendName = "auto"
-    """Which framework rounds; what is written is the same form. auto is MLX on Apple silicon where it is installed,
-    else PyTorch."""
+    """The framework that rounds; both write the same form. auto: MLX on Apple silicon where it is installed, else
+    PyTorch."""
     overwrite: bool = False
     """Replace a destination that exists."""
 

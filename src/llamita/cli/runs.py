@@ -1,6 +1,6 @@
-"""`llamita runs`: the runs under a directory in a table, one run in full, two runs by what differs.
+"""`llamita runs`: prints the runs under a directory as a table, one run in full, or the differences of two runs.
 
-What a run is lies in workflows/runs.py; here it only becomes lines and tables.
+workflows/runs.py reads the runs; here they become lines and tables.
 """
 
 import time
@@ -22,10 +22,10 @@ STATE_STYLES = {"running": "cyan", "finished": "green", "failed": "red", "killed
 
 @dataclass(frozen=True)
 class ListConfig:
-    """List the training runs under a directory: what each trains, how far it is, how good, how it stands."""
+    """List the training runs under a directory with their kind, size, steps, best validation result and state."""
 
     directory: tyro.conf.Positional[Path] = Path("runs")
-    """Where to look; its subdirectories are searched."""
+    """The directory to search, with its subdirectories."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class ShowConfig:
 
 @dataclass(frozen=True)
 class DiffConfig:
-    """List every option, hash, value of the environment and final figure in which two runs differ."""
+    """List every option, hash, value of the environment and final metric in which two runs differ."""
 
     a: tyro.conf.Positional[Path]
     """Directory of a training run."""
     b: tyro.conf.Positional[Path]
-    """Directory of another."""
+    """Directory of another training run."""
 
 
 def list_runs(config: ListConfig) -> int:
@@ -133,7 +133,7 @@ def diff(config: DiffConfig) -> int:
 
 
 def _session(session: Mapping[str, Any], state: str | None) -> dict[str, Any]:
-    """A session in words; all but the last of those that say `running` were killed."""
+    """Returns a session as names and texts; one that says `running` and is not the last was killed."""
     said = session.get("state")
     steps = [str(session[key]) for key in ("first_step", "last_step") if session.get(key) is not None]
     return {

@@ -1,4 +1,4 @@
-"""`llamita verify`: a model held to another run of it, layer by layer."""
+"""`llamita verify`: compares a model with a reference, layer by layer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Compare a model with a reference, layer by layer, and say where they first part."""
+    """Compare a model with a reference, layer by layer, and report where they first differ."""
 
     model: tyro.conf.Positional[Path]
     """A model directory, a training run, or a name on the hub."""
@@ -23,9 +23,9 @@ class VerifyConfig:
     backend: Literal["torch", "mlx"] = "torch"
     """The backend that is verified, and that runs another directory."""
     tokens: tuple[int, ...] = ()
-    """Token ids to run; fixed random ones where none are given."""
+    """Token ids to run. Left out: fixed random ones."""
     tolerance: float | None = None
-    """The largest difference allowed, as a share of the largest magnitude at that place; left out: 1e-4, and 1e-2
+    """The largest difference allowed, as a share of the largest magnitude at that place. Left out: 1e-4, or 1e-2
     against llama.cpp, which rounds keys and values to half precision."""
 
 
@@ -70,7 +70,10 @@ def run(config: VerifyConfig) -> int:
 
 
 def load_reference(config: VerifyConfig) -> "Forward":
-    """What the model is held to. ValueError, OSError or ModuleNotFoundError in one line where that cannot be run."""
+    """Returns the reference that the model is compared with.
+
+    ValueError, OSError or ModuleNotFoundError, in one line, where it cannot be run.
+    """
     from llamita.backend import choice
 
     if config.against == "transformers":
