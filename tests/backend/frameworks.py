@@ -290,7 +290,7 @@ class Mlx(Framework):
         return self.numbers(memory).swapaxes(0, 1)
 
     def parameters(self, model: Any) -> Sequence[Any]:
-        return [packed.parameter for packed in model.packed_parameters()]
+        return [fused.parameter for fused in model.fused_parameters()]
 
     def set_values(self, model: Any, name: str, values: np.ndarray) -> None:
         (packed,) = [each for each in model.fused_parameters() if each.parts == (name,)]

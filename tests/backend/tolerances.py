@@ -18,6 +18,8 @@ ATTENTION = {
 MODEL = {"fp32": 1e-5, "bf16": 5e-2}
 QUANTIZED = {"fp32": 1e-5, "bf16": 3e-2}
 """Of a small model over int8 or int4 weights: two layers in bfloat16 in different orders of summation."""
+DEQUANTIZED_TRAINING = {"torch": (1e-6, 1e-5), "mlx": (1e-5, 1e-5)}
+"""Of loss and gradient norm of an adapter over quantised weights, beside the same weights dequantised, by backend."""
 DECODING = {"bf16": 0.1, "fp16": 0.02}
 """Of log-probabilities of a small model, decoded from a cache beside read as a whole, in nats."""
 ELEMENT = {"fp32": 1e-5, "bf16": 2e-2}
