@@ -189,7 +189,7 @@ def _harness(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     results = lm_eval_adapter.run(
         model, names, config.data, num_fewshot=config.few_shot, limit=config.limit or None, **more
     )
-    return {f"{HARNESS}{task}": values for task, values in lm_eval_adapter.figures(results).items()}
+    return {f"{HARNESS}{task}": values for task, values in lm_eval_adapter.metrics_by_task(results).items()}
 
 
 def _runner(config: EvaluateConfig) -> Runner:
