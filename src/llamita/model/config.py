@@ -250,8 +250,8 @@ class ModelConfig:
             raise ValueError(f"config.json lacks {', '.join(missing)}; it must describe a Llama-family model")
         for name in _REQUIRED:
             check_count(name, values[name])
-        switches = family.implied(values) | family.read(values)
         rope = _rope(values)
+        switches = family.implied(values) | family.read(values)
         _refuse_foreign(values, rope, switches)
         taken = [field.name for field in fields(cls) if field.name not in (*_NOT_KEYS, "rope_scaling", *SWITCHES)]
         keys = {*taken, "attention_bias", "mlp_bias", *family.keys}
