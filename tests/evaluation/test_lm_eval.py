@@ -86,9 +86,9 @@ def results(model, root, tasks=tuple(TASKS)):
 
 
 def compare(ours, theirs):
-    from llamita.evaluation.lm_eval_adapter import figures
+    from llamita.evaluation.lm_eval_adapter import metrics_by_task
 
-    left, right = figures(ours), figures(theirs)
+    left, right = metrics_by_task(ours), metrics_by_task(theirs)
     assert left.keys() == right.keys()
     for task, values in right.items():
         assert left[task].keys() == values.keys()

@@ -1,7 +1,7 @@
 """`llamita chat`: talks with a model in the terminal.
 
-Reads lines and commands, prints answers as they come. What is remembered is the business of conversation.py, how it
-becomes tokens of text/chat.py.
+Reads lines and commands, prints answers as they come. inference/conversation.py remembers what was said, text/chat.py
+turns it into tokens.
 """
 
 import contextlib
@@ -41,46 +41,46 @@ REFRESHES = 8  # a second, of the part of an answer that is not complete
 
 
 @dataclass(frozen=True)
-class ChatOptions:
+class ChatConfig:
     """Talk with a trained model in the terminal; /help lists the commands there."""
 
     model: tyro.conf.Positional[Path]
     """A model directory, or the directory of a training run (then its best checkpoint)."""
     template: str | None = None
-    """The chat template for a model without one, or instead of its own: chatml, r0, plain, plain-eos, or a file of
+    """The chat template, instead of the model's own or where it has none: chatml, r0, plain, plain-eos, or a file of
     Jinja."""
     system: str = ""
-    """A system message, read before all else."""
+    """A system message, which the model reads first."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingParams] = field(default_factory=lambda: SamplingParams(max_tokens=512))
     running: tyro.conf.OmitArgPrefixes[LoadConfig] = field(default_factory=LoadConfig)
 
 
-def run(options: ChatOptions) -> int:
+def run(config: ChatConfig) -> int:
 
-    if options.sampling.n > 1:
-        raise ValueError(f"n={options.sampling.n} answers at once cannot be talked with; leave n at 1")
-    llm = LLM.load(options.model, **vars(options.running))
+    if config.sampling.n > 1:
+        raise ValueError(f"n={config.sampling.n} answers at once cannot be talked with; leave n at 1")
+    llm = LLM.load(config.model, **vars(config.running))
     if llm.tokenizer is None:
-        raise ValueError(f"{options.model} has no tokenizer beside it, and a chat needs one")
-    template = options.template
+        raise ValueError(f"{config.model} has no tokenizer beside it, and a chat needs one")
+    template = config.template
     if template is not None and Path(template).is_file():
         template = Path(template).read_text("utf-8")
     try:
         chat = Chat(llm.tokenizer, template)
     except ValueError as error:
-        raise ValueError(f"{error} with --template") if options.template is None else error from None
+        raise ValueError(f"{error} with --template") if config.template is None else error from None
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows a question mark
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    conversation = Conversation(chat, llm.config.max_position_embeddings, options.system)
+    conversation = Conversation(chat, llm.config.max_position_embeddings, config.system)
     with contextlib.suppress(EOFError):
-        Talk(llm, conversation, options.sampling, Console(highlight=False)).loop()
+        Talk(llm, conversation, config.sampling, Console(highlight=False)).loop()
     llm.close()
     return 0
 
 
 class Talk:
-    """One sitting at the terminal."""
+    """A session at the terminal: reads what the user says and prints the answers."""
 
     def __init__(self, llm: LLM, conversation: Conversation, params: SamplingParams, console: Console) -> None:
         self._llm, self._conversation, self._params, self._console = llm, conversation, params, console
@@ -91,7 +91,7 @@ class Talk:
                 import readline  # noqa: F401 - gives input() its editing and its history
 
     def loop(self) -> None:
-        """Read and answer until the end of the input."""
+        """Reads and answers until the end of the input, which raises EOFError."""
         if self._interactive:
             self._note("/help lists the commands, Ctrl-D leaves")
         while True:
@@ -135,7 +135,7 @@ class Talk:
             self._note(reply.summary())
 
     def _show(self, reply: "Reply") -> None:
-        """Print an answer as it comes: as Markdown on a terminal, elsewhere as it is."""
+        """Prints an answer as it comes: as Markdown on a terminal, elsewhere as it is."""
         if not self._console.is_terminal:
             try:
                 for piece in reply.pieces:
@@ -194,7 +194,7 @@ class Talk:
 
 
 class Reply:
-    """An answer under way: its pieces, and what came of it so far."""
+    """An answer under way: `pieces` yields its text; `text` and `statistics` cover the pieces read so far."""
 
     def __init__(self, llm: LLM, tokens: tuple[int, ...], params: SamplingParams) -> None:
         self.text = ""
@@ -212,7 +212,7 @@ class Reply:
             yield event.text
 
     def summary(self) -> str:
-        """How long the answer is, how fast it came, and how it ended unless by itself."""
+        """Returns the answer's length and speed in words, and why it was cut off or stopped where it was."""
         assert self.statistics is not None
         count = self.statistics.generated_tokens
         speed = self.statistics.decode_tokens_per_second
@@ -225,7 +225,7 @@ class Reply:
 
 @contextlib.contextmanager
 def silent_keys() -> Iterator[None]:
-    """Keys typed while an answer is drawn are not shown: their echo, ^C too, would move what is drawn."""
+    """Hides keys typed while an answer is drawn: their echo, ^C too, would move what is drawn."""
     if not sys.stdin.isatty():
         yield
         return
@@ -240,7 +240,7 @@ def silent_keys() -> Iterator[None]:
 
 
 def read_message(line: Callable[[str], str]) -> str:
-    """One message of one line or many: `line(prompt)` gives the next line."""
+    """Returns one message of one line or several; `line(prompt)` gives the next line."""
     text = line("> ")
     if text.startswith('"""'):
         text = text[3:]
@@ -253,7 +253,7 @@ def read_message(line: Callable[[str], str]) -> str:
 
 
 def end_of_blocks(text: str, start: int) -> int:
-    """Where the last complete block of Markdown after `start` ends: at a blank line outside of fenced code."""
+    """Returns the end of the last complete block of Markdown after `start`: a blank line outside of fenced code."""
     end, fenced, position = start, False, start
     for line in text[start:].splitlines(keepends=True):
         position += len(line)
@@ -265,9 +265,9 @@ def end_of_blocks(text: str, start: int) -> int:
 
 
 def changed(params: SamplingParams, assignment: str) -> SamplingParams:
-    """The parameters with one of them set, as `/params NAME VALUE` says."""
+    """Returns the parameters with one of them set, as `/params NAME VALUE` says."""
     name, _, given = assignment.replace("=", " ", 1).partition(" ")
-    names = [each.name for each in dataclasses.fields(SamplingParams) if each.name != "n"]
+    names = [field.name for field in dataclasses.fields(SamplingParams) if field.name != "n"]
     if name not in names:
         raise ValueError(f"there is no parameter {name!r}; there are {', '.join(names)}")
     try:
@@ -282,10 +282,10 @@ def changed(params: SamplingParams, assignment: str) -> SamplingParams:
 
 
 def described(params: SamplingParams) -> str:
-    """The parameters that differ from plain sampling, and those that everybody asks about."""
+    """Returns the best-known parameters and those that differ from plain sampling, one a line."""
     plain = SamplingParams()
     usual = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "seed")
-    values = {each.name: getattr(params, each.name) for each in dataclasses.fields(params)}
+    values = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
     return "\n".join(
         f"{name} {value}" for name, value in values.items() if name in usual or value != getattr(plain, name)
     )

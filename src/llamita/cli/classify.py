@@ -1,4 +1,4 @@
-"""`llamita classify train|evaluate|predict|zero-shot`: flags and what is printed; the work lies in workflows/ and
+"""`llamita classify train|evaluate|predict|zero-shot`: flags and printed results; the work lies in workflows/ and
 evaluation/."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from llamita.backend.interface import BackendName
-from llamita.cli.tuning import INTERRUPTED
+from llamita.training import exit_status
 from llamita.workflows.classify import ClassifyConfig
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def train(config: ClassifyConfig) -> int:
         found = train_seeds(config, backend)
         if found.interrupted:
             return _go_on(config.output)
-        each = ", ".join(f"{value:.4f}" for value in found.accuracies)
-        print(f"validation accuracy of {len(found.accuracies)} seeds: {each}")
+        accuracies = ", ".join(f"{value:.4f}" for value in found.accuracies)
+        print(f"validation accuracy of {len(found.accuracies)} seeds: {accuracies}")
         print(f"mean {found.mean:.4f}, standard deviation {found.deviation:.4f}; in {config.output / 'seeds.json'}")
         return 0
     result = train_classifier(config, backend)
@@ -58,25 +58,25 @@ def train(config: ClassifyConfig) -> int:
 
 def _go_on(output: Path) -> int:
     print(f"stopped; go on with: llamita classify train --output {output} --resume")
-    return INTERRUPTED
+    return exit_status.INTERRUPTED
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextOptions:
-    """What all verbs share that read texts and run a model on them."""
+class TextConfig:
+    """The options of all verbs that read texts and run a model on them."""
 
     text_field: str = "text"
-    """The column or field of a text in CSV, JSON lines and hub datasets."""
+    """The column or field that holds a text, in CSV, JSON lines and hub datasets."""
     dtype: Dtype = "auto"
-    """Type of the weights; auto is that of the file."""
+    """Type of the weights; auto: that of the file."""
     backend: BackendName = "auto"
-    """Which framework computes; auto is MLX on Apple silicon where it is installed, else PyTorch."""
+    """The framework that computes; auto: MLX on Apple silicon where it is installed, else PyTorch."""
     device: str = "auto"
-    """cpu or cuda with PyTorch, cpu or gpu with MLX; auto takes a GPU if there is one."""
+    """cpu or cuda with PyTorch, cpu or gpu with MLX; auto: a GPU where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(TextOptions):
+class EvaluateConfig(TextConfig):
     """Measure a tuned model: accuracy, F1, the confusion of labels, calibration."""
 
     model: tyro.conf.Positional[Path]
@@ -87,12 +87,12 @@ class EvaluateOptions(TextOptions):
     output: Path | None = None
     """A new directory for evaluation.json, confusion.png and reliability.png. Left out: they are not kept."""
     label_field: str = "label"
-    """That of its label."""
+    """The column or field that holds a text's label."""
     name: str = ""
-    """What the record in the run is called, in place of an earlier one of that name. Left out: the files' names."""
+    """Name of the record in the run; an earlier one of that name is replaced. Left out: the files' names."""
 
 
-def evaluate(options: EvaluateOptions) -> None:
+def evaluate(config: EvaluateConfig) -> None:
     from llamita.backend.choice import load_backend
     from llamita.data.labelled import Fields, read_labelled
     from llamita.evaluation import records
@@ -100,18 +100,18 @@ def evaluate(options: EvaluateOptions) -> None:
     from llamita.training.record import command_line
     from llamita.workflows.classify import Classifier
 
-    _check_output(options.output)
-    backend = load_backend(options.backend, device=options.device)
-    model = Classifier.load(options.model, backend, options.dtype, options.device)
-    fields = Fields(options.text_field, options.label_field)
-    texts = read_labelled(options.data, "validation", model.config.labels, fields)
+    _check_output(config.output)
+    backend = load_backend(config.backend, device=config.device)
+    model = Classifier.load(config.model, backend, config.dtype, config.device)
+    fields = Fields(config.text_field, config.label_field)
+    texts = read_labelled(config.data, "validation", model.config.labels, fields)
     encoded = model.encode(texts.texts, texts.source)
     print(_context(len(texts), encoded.truncated, encoded.context, model.keep))
     report = classification_report(model.log_probabilities(encoded), texts.labels, texts.names)
-    about = {"model": str(model.directory), "data": list(options.data), "context": encoded.context}
-    _show(report, options.output, about | {"truncated": encoded.truncated, "keep": model.keep})
-    if (run := records.run_of(options.model)) is not None:
-        name = options.name or f"classification {' '.join(Path(each).stem for each in options.data)}"
+    about = {"model": str(model.directory), "data": list(config.data), "context": encoded.context}
+    _show(report, config.output, about | {"truncated": encoded.truncated, "keep": model.keep})
+    if (run := records.run_of(config.model)) is not None:
+        name = config.name or f"classification {' '.join(Path(file).stem for file in config.data)}"
         try:
             print(f"left in {record(run, name, report, command_line(sys.argv), model.directory)}")
         except OSError as error:
@@ -119,24 +119,24 @@ def evaluate(options: EvaluateOptions) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictOptions(TextOptions):
-    """Label texts with a tuned model. Labels that the texts have already are not looked at."""
+class PredictConfig(TextConfig):
+    """Label texts with a tuned model. Labels that the texts already have are ignored."""
 
     model: tyro.conf.Positional[Path]
     """A model directory, or a training run (then its best checkpoint)."""
     data: tuple[str, ...] = ()
     """Texts: files (a text a line, or label ||| sentence; .csv, .jsonl), meadow[:COUNT], hub:NAME[:CONFIG][@SPLIT]."""
     text: str | None = None
-    """One text, in place of data; the probability of each label is printed."""
+    """One text, instead of data; the probability of each label is printed."""
     output: Path | None = None
-    """The file to write, a line `label ||| sentence` for each text. Left out: they are printed."""
+    """The file to write, a line `label ||| sentence` for each text. Left out: the lines are printed."""
     names: bool = False
-    """Write the labels' names in place of their numbers."""
+    """Write the labels' names instead of their numbers."""
     overwrite: bool = False
     """Replace a file that exists."""
 
 
-def predict(options: PredictOptions) -> None:
+def predict(config: PredictConfig) -> None:
     import math
     import sys
 
@@ -145,40 +145,45 @@ def predict(options: PredictOptions) -> None:
     from llamita.storage import files
     from llamita.workflows.classify import Classifier
 
-    if (options.text is None) == (not options.data):
+    if (config.text is None) == (not config.data):
         raise ValueError("give either --data, texts to label, or --text, one text")
-    if options.output and options.output.exists() and not options.overwrite:
-        raise FileExistsError(f"{options.output} exists already; choose another name, or pass --overwrite")
-    backend = load_backend(options.backend, device=options.device)
-    model = Classifier.load(options.model, backend, options.dtype, options.device)
+    if config.output and config.output.exists() and not config.overwrite:
+        raise FileExistsError(f"{config.output} exists already; choose another name, or pass --overwrite")
+    backend = load_backend(config.backend, device=config.device)
+    model = Classifier.load(config.model, backend, config.dtype, config.device)
     labels = model.config.labels
-    if options.text is not None:
-        (log_p,) = model.log_probabilities(model.encode([options.text], "--text"))
+    if config.text is not None:
+        (log_p,) = model.log_probabilities(model.encode([config.text], "--text"))
         for number in (-log_p).argsort(kind="stable"):
             print(f"{labels[number]}  {math.exp(log_p[number]):.4f}")
         return
-    fields = Fields(options.text_field)
-    records = [record for each in options.data for record in read_records(each, "validation", fields, labelled=False)]
-    encoded = model.encode([record.text for record in records], ", ".join(options.data))
+    fields = Fields(config.text_field)
+    records = [
+        record for source in config.data for record in read_records(source, "validation", fields, labelled=False)
+    ]
+    encoded = model.encode([record.text for record in records], ", ".join(config.data))
     predicted = model.log_probabilities(encoded).argmax(axis=1)
     lines = [
-        f"{labels[label] if options.names else label} {SEPARATOR} {' '.join(record.text.split())}\n"
+        f"{labels[label] if config.names else label} {SEPARATOR} {' '.join(record.text.split())}\n"
         for label, record in zip(predicted, records, strict=True)
     ]
     print(_context(len(records), encoded.truncated, encoded.context, model.keep), file=sys.stderr)
     if any(record.label is not None for record in records):
-        print("the labels in the data were not looked at; llamita classify evaluate scores them", file=sys.stderr)
-    if options.output is None:
+        print(
+            "the labels in the data were not looked at; llamita classify evaluate scores them",
+            file=sys.stderr,
+        )
+    if config.output is None:
         print("".join(lines), end="")
         return
-    with files.atomic_file(options.output, options.overwrite) as temporary:
+    with files.atomic_file(config.output, config.overwrite) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
-    print(f"wrote {len(lines)} lines to {options.output}")
+    print(f"wrote {len(lines)} lines to {config.output}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroShotOptions(TextOptions):
-    """Label texts with a language model as it is, by which label it finds likeliest after a question."""
+class ZeroShotConfig(TextConfig):
+    """Label texts with an untuned language model, by the label that it finds likeliest after a question."""
 
     model: tyro.conf.Positional[Path]
     """A model directory, or a training run (then its best checkpoint)."""
@@ -186,26 +191,26 @@ class ZeroShotOptions(TextOptions):
     """Labelled texts: files (label ||| sentence, .csv, .jsonl), meadow[:COUNT] (its validation stories),
     hub:NAME[:CONFIG][@SPLIT]."""
     label_mapping: Path | None = None
-    """A JSON list of the labels' names in the order of their numbers, or an object of their numbers."""
+    """A JSON list of the labels' names in the order of their numbers, or an object that gives each name its number."""
     labels: tuple[str, ...] = ()
-    """The words that stand for the labels in their order. Left out: the labels' names."""
+    """The words that stand for the labels, in the order of the labels. Left out: the labels' names."""
     suffix: str | None = None
-    """What follows a text; the label follows after a space. Left out: Is this movie LABELS? This movie is"""
+    """The question after a text; the label follows it after a space. Left out: Is this movie LABELS? This movie is"""
     score: Literal["sum", "mean"] = "sum"
-    """Of the log-probabilities of a label's tokens."""
+    """A label's score: the sum or the mean of its tokens' log-probabilities."""
     calibrate: bool = False
-    """Divide by the probabilities that texts without content get (Zhao et al. 2021)."""
+    """Divide the probabilities by those of texts without content (Zhao et al. 2021)."""
     sequence_length: int = 0
-    """Tokens of text, question and label together; 0: as many as the model has positions."""
+    """Most tokens of text, question and label together; 0: as many as the model has positions."""
     keep: Literal["end", "start"] = "end"
-    """Which side of a longer text is kept; its question is kept whole."""
+    """The side of a too long text that is kept; the question is kept whole."""
     output: Path | None = None
     """A new directory for evaluation.json, confusion.png and reliability.png. Left out: they are not kept."""
     label_field: str = "label"
-    """That of its label."""
+    """The column or field that holds a text's label."""
 
 
-def zero_shot(options: ZeroShotOptions) -> None:
+def zero_shot(config: ZeroShotConfig) -> None:
     from llamita.backend.choice import load_backend
     from llamita.data.labelled import Fields, read_labelled, read_mapping
     from llamita.evaluation import zero_shot as asking
@@ -214,41 +219,41 @@ def zero_shot(options: ZeroShotOptions) -> None:
     from llamita.text.tokenizer import Tokenizer
     from llamita.workflows.classify import context_length
 
-    _check_output(options.output)
-    backend = load_backend(options.backend, device=options.device)
-    directory = model_directory.resolve_model_directory(options.model)
-    config = model_directory.load_config(peft_directory.place_of(directory, peft_directory.CONFIG))
-    if config.num_labels:
+    _check_output(config.output)
+    backend = load_backend(config.backend, device=config.device)
+    directory = model_directory.resolve_model_directory(config.model)
+    model_config = model_directory.load_config(peft_directory.place_of(directory, peft_directory.CONFIG))
+    if model_config.num_labels:
         raise ValueError(f"{directory} has a classification head: llamita classify evaluate measures it")
-    length = context_length(options.sequence_length, config)
-    names = read_mapping(options.label_mapping) if options.label_mapping else options.labels
-    texts = read_labelled(options.data, "validation", names, Fields(options.text_field, options.label_field))
-    words = options.labels or texts.names
+    length = context_length(config.sequence_length, model_config)
+    names = read_mapping(config.label_mapping) if config.label_mapping else config.labels
+    texts = read_labelled(config.data, "validation", names, Fields(config.text_field, config.label_field))
+    words = config.labels or texts.names
     if len(words) != len(texts.names):
         raise ValueError(f"--labels has {len(words)} words, but there are {len(texts.names)} labels")
-    suffix = asking.default_suffix(words) if options.suffix is None else options.suffix
+    suffix = asking.default_suffix(words) if config.suffix is None else config.suffix
     print(f"question: {suffix.rstrip()} {'|'.join(words)}")
     found = asking.zero_shot(
-        backend.load_runner(directory, options.dtype, options.device),
+        backend.load_runner(directory, config.dtype, config.device),
         Tokenizer.load(peft_directory.place_of(directory, *peft_directory.VOCABULARY)),
         texts.texts,
         words,
         suffix=suffix,
         length=length,
-        vocab_size=config.vocab_size,
-        keep=options.keep,
-        reduction=options.score,
-        calibrate=options.calibrate,
+        vocab_size=model_config.vocab_size,
+        keep=config.keep,
+        reduction=config.score,
+        calibrate=config.calibrate,
     )
-    print(_context(len(texts), found.truncated, length, options.keep))
+    print(_context(len(texts), found.truncated, length, config.keep))
     report = classification_report(found.log_probabilities, texts.labels, texts.names)
-    about = {"model": str(directory), "data": list(options.data), "context": length, "truncated": found.truncated}
-    about |= {"suffix": suffix, "words": list(words), "score": options.score, "calibrated": options.calibrate}
-    _show(report, options.output, about)
+    about = {"model": str(directory), "data": list(config.data), "context": length, "truncated": found.truncated}
+    about |= {"suffix": suffix, "words": list(words), "score": config.score, "calibrated": config.calibrate}
+    _show(report, config.output, about)
 
 
 def _check_output(output: Path | None) -> None:
-    """Refuse before the work is done, not after."""
+    """Raises FileExistsError before the work is done rather than after it."""
     if output is not None and output.exists():
         raise FileExistsError(f"{output} exists already; choose another --output")
 
@@ -268,9 +273,9 @@ def _show(report: Report, output: Path | None, about: dict[str, object]) -> None
 
     for name in ("label", "texts", "predicted", "precision", "recall", "F1"):
         table.add_column(name, justify="left" if name == "label" else "right")
-    for each in report.labels:
-        figures = (each.precision, each.recall, each.f1)
-        table.add_row(each.label, str(each.texts), str(each.predicted), *(f"{figure:.4f}" for figure in figures))
+    for scores in report.labels:
+        figures = (scores.precision, scores.recall, scores.f1)
+        table.add_row(scores.label, str(scores.texts), str(scores.predicted), *(f"{figure:.4f}" for figure in figures))
     Console(highlight=False, markup=False).print(table)
     print(
         f"accuracy          {report.accuracy:.4f} (standard error {report.standard_error:.4f}; "

@@ -1,4 +1,4 @@
-"""`llamita convert`: other people's models into Hugging Face directories and back."""
+"""`llamita convert`: turns models of other formats into Hugging Face directories and back."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,26 +9,26 @@ from llamita.workflows.convert import ConvertConfig
 
 
 @dataclass(frozen=True)
-class ConvertOptions:
-    """Convert a model to another form, and prove that the copy gives the same logits before it is kept."""
+class ConvertCommandConfig:
+    """Convert a model to another form, and check that the copy gives the same logits before it is kept."""
 
     source: tyro.conf.Positional[Path]
     """A Hugging Face directory or hub name, a training run, a GGUF file, llama2.c's .bin or .pt, the guided course's
-    .pt, a directory of Meta's, or mini-llama's .safetensors; told apart by content."""
+    .pt, a directory of Meta's, or mini-llama's .safetensors; the kind is told by the content."""
     destination: tyro.conf.Positional[Path]
     """The directory or file to write."""
     options: tyro.conf.OmitArgPrefixes[ConvertConfig] = field(default_factory=ConvertConfig)
 
 
-def run(options: ConvertOptions) -> None:
+def run(config: ConvertCommandConfig) -> None:
     from llamita.backend.choice import load_backend
     from llamita.backend.torch.pickles import read_pickle, write_pickle
     from llamita.workflows.convert import Tools, convert
 
     tools = Tools(load_backend("torch"), read_pickle, write_pickle)
-    done = convert(options.source, options.destination, options.options, tools)
-    print(f"{options.source}: {done.kind}, {done.config.num_hidden_layers} layers of width {done.config.hidden_size}")
+    done = convert(config.source, config.destination, config.options, tools)
+    print(f"{config.source}: {done.kind}, {done.config.num_hidden_layers} layers of width {done.config.hidden_size}")
     equal = "its logits equal the source's" if done.difference == 0 else f"its logits differ by {done.difference:.1e}"
-    print(f"{options.destination}: written as {options.options.to}; {equal}")
-    if not done.has_tokenizer and options.options.to == "huggingface":
+    print(f"{config.destination}: written as {config.options.to}; {equal}")
+    if not done.has_tokenizer and config.options.to == "huggingface":
         print("It has no tokenizer; --tokenizer adds one, and without it llamita generate takes --prompt-tokens")

@@ -23,22 +23,22 @@ STYLES = {"scored": "green", "read": "yellow", "padding": "bright_black"}
 
 @dataclass(frozen=True)
 class ShowConfig:
-    """What `llamita data show` takes."""
+    """The options of `llamita data show`."""
 
     data: tyro.conf.Positional[Path]
     """A data directory that `llamita prepare` wrote."""
     split: str = "train"
     """The split to show: train or validation."""
     mode: Literal["pad", "pack", "random"] = "pack"
-    """How documents become rows, as in training."""
+    """The way documents become rows, as in training."""
     sequence_length: int = 256
     """Tokens a model reads per row."""
     within_documents: bool = False
     """Keep attention inside a document."""
     rows: int = 4
-    """How many rows to print."""
+    """Number of rows to print."""
     first: int = 0
-    """The first row to print; in random mode, which draw of rows to print."""
+    """The first row to print; in random mode, the number of the batch to print."""
 
 
 def show(config: ShowConfig) -> None:
@@ -99,7 +99,7 @@ def show(config: ShowConfig) -> None:
 
 
 def row_text(row: Row, tokenizer: Tokenizer, colours: bool) -> Text:
-    """A row for the terminal; without colours, what is read but not scored stands between ⟦ and ⟧."""
+    """Returns a row for the terminal; without colours, text that is read but not scored stands between ⟦ and ⟧."""
     from rich.text import Text
 
     from llamita.data.inspect import marked_text
@@ -114,7 +114,7 @@ def row_text(row: Row, tokenizer: Tokenizer, colours: bool) -> Text:
 
 
 def legend(colours: bool) -> Text:
-    """What the colours or brackets of row_text mean."""
+    """Returns the legend of the colours or brackets of `row_text`."""
     from rich.text import Text
 
     if not colours:
@@ -124,13 +124,13 @@ def legend(colours: bool) -> Text:
 
 
 def visible(text: str) -> str:
-    """Control characters other than line ends and tabs as symbols: a corpus does not steer the terminal."""
+    """Returns the text with symbols for control characters but line ends and tabs: no corpus steers the terminal."""
     return "".join(chr(0x2400 + ord(c)) if c < " " and c not in "\n\t" else "␡" if c == "\x7f" else c for c in text)
 
 
 @dataclass(frozen=True)
 class MeadowTasksConfig:
-    """What `llamita data meadow-tasks` takes."""
+    """The options of `llamita data meadow-tasks`."""
 
     output: Path
     """The file to write: JSON lines."""
@@ -138,13 +138,13 @@ class MeadowTasksConfig:
     """sft: conversations about a story; preferences: a question with a right and a wrong answer; labels: stories that
     end happy or sad."""
     count: int = 1000
-    """How many."""
+    """Number of records to write."""
     split: Literal["train", "validation"] = "train"
-    """Stories that pre-training may know, or those held out of it."""
+    """train: stories that pre-training may have seen; validation: stories held out of it."""
     turns: int = 1
-    """sft: how many questions a conversation asks about its story."""
+    """sft: number of questions that a conversation asks about its story."""
     seed: int = 0
-    """Chooses the stories; that of `llamita prepare --source meadow` gives the same ones."""
+    """Chooses the stories; the seed of `llamita prepare --source meadow` gives the same ones."""
     overwrite: bool = False
     """Replace a file that exists."""
 

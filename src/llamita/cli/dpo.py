@@ -1,4 +1,4 @@
-"""`llamita dpo`: flags and a closing line. What is done lies in workflows/dpo.py."""
+"""`llamita dpo`: flags and a closing line. The work lies in workflows/dpo.py."""
 
 from __future__ import annotations
 

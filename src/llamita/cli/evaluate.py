@@ -1,4 +1,4 @@
-"""`llamita evaluate`: what a model is worth, by one of four measures; the figures are left in the run that it is of."""
+"""`llamita evaluate`: measures a model in one of four ways; the metrics are recorded in the run that it belongs to."""
 
 import sys
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ SCORED_STORIES = 1000
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateConfig:
     """Measure a model: its loss over prepared text, the stories it writes, multiple choice, or a task of lm_eval.
 
     perplexity: nats per token, perplexity, nats per character and bits per byte over --data, prepared text.
@@ -28,36 +28,36 @@ class EvaluateOptions:
     model: tyro.conf.Positional[Path]
     """A model directory, or the directory of a training run (then its best checkpoint)."""
     data: Path | None = None
-    """What to measure on; see the tasks."""
+    """The data to measure on; see the tasks."""
     task: str = "perplexity"
     """perplexity, meadow, multiple-choice, or lm-eval:NAME (lm-eval:NAME,NAME for several)."""
     split: Literal["train", "validation"] = "validation"
-    """perplexity: which part of the data."""
+    """perplexity: the part of the data to measure on."""
     sequence_length: int = 0
     """perplexity: length of a window in tokens; 0: as many as the model has positions."""
     stride: int = 0
-    """perplexity: how far the window moves; a smaller stride gives each target more context. 0: the sequence length."""
+    """perplexity: tokens by which the window moves; fewer give each target more context. 0: the sequence length."""
     within_documents: bool = False
-    """perplexity: predict each document from its own beginning, as a model expects that was trained on one a row."""
+    """perplexity: predict each document from its own beginning, as in training with one document a row."""
     limit: int = 0
-    """Questions to ask, or stories to predict and to write; 0: all, or a thousand stories."""
+    """Most questions to ask, or number of stories to predict and to write; 0: all questions, or a thousand stories."""
     few_shot: int | None = None
     """lm-eval: solved examples before each question. Left out: as many as the task says."""
     max_tokens: int = 0
-    """lm-eval: tokens to generate at most; 0: as many as the task says."""
+    """lm-eval: most tokens to generate; 0: as many as the task says."""
     bos: Literal["auto", "always", "never"] = "auto"
-    """The token that begins a text before each question. auto: where the tokenizer has one; of lm-eval, where the
+    """Begin each question with the token that begins a text. auto: where the tokenizer has one; with lm-eval, where the
     tokenizer's files ask transformers for it."""
     seed: int = 0
-    """meadow: decides the stories."""
+    """meadow: chooses the stories."""
     name: str = ""
-    """Under which the figures are left in RUN/evaluations. Left out: the task and the data."""
+    """Name of the record of the metrics in RUN/evaluations. Left out: the task and the data."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the weights, and of the activations beside quantised ones; auto is that of the file."""
+    """Type of the weights, and of the activations beside quantised ones; auto: that of the file."""
     backend: BackendName = "auto"
-    """Which framework computes; auto is MLX on Apple silicon where it is installed, else PyTorch."""
+    """The framework that computes; auto: MLX on Apple silicon where it is installed, else PyTorch."""
     device: str = "auto"
-    """cpu or cuda with PyTorch, cpu or gpu with MLX; auto takes a GPU if there is one."""
+    """cpu or cuda with PyTorch, cpu or gpu with MLX; auto: a GPU where there is one."""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS and not self.task.removeprefix(HARNESS).strip(", ").strip():
@@ -72,19 +72,19 @@ class EvaluateOptions:
             raise ValueError(f"--data is missing: {self.task} needs {what}")
 
 
-def run(options: EvaluateOptions) -> int:
+def run(config: EvaluateConfig) -> int:
     from llamita.evaluation import records
     from llamita.training.record import command_line
 
     measure = {"perplexity": _perplexity, "meadow": _meadow, "multiple-choice": _multiple_choice}
-    found = measure.get(options.task, _harness)(options)
+    found = measure.get(config.task, _harness)(config)
     for name, metrics in found.items():
         _show(name, metrics)
-        run_directory = records.run_of(options.model)
+        run_directory = records.run_of(config.model)
         if run_directory is not None:
-            label = "-".join(filter(None, (options.name, name if len(found) > 1 or not options.name else "")))
+            label = "-".join(filter(None, (config.name, name if len(found) > 1 or not config.name else "")))
             try:
-                file = records.write(run_directory, label, metrics, command_line(sys.argv), _model(options.model))
+                file = records.write(run_directory, label, metrics, command_line(sys.argv), _model(config.model))
             except OSError as error:
                 print(f"note: the figures could not be left in {run_directory}: {error}", file=sys.stderr)
             else:
@@ -92,7 +92,7 @@ def run(options: EvaluateOptions) -> int:
     return 0
 
 
-def _perplexity(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
+def _perplexity(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     import numpy as np
 
     from llamita.data.shards import TokenShards
@@ -100,32 +100,32 @@ def _perplexity(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     from llamita.storage import model_directory, peft_directory
     from llamita.text.tokenizer import Tokenizer
 
-    assert options.data is not None
-    directory = _model(options.model)
+    assert config.data is not None
+    directory = _model(config.model)
     positions = model_directory.load_config(
         peft_directory.place_of(directory, peft_directory.CONFIG)
     ).max_position_embeddings
-    length = options.sequence_length or positions
-    stride = options.stride or length
+    length = config.sequence_length or positions
+    stride = config.stride or length
     if not 1 <= length <= positions:
         raise ValueError(f"sequence_length={length} must be 1 to {positions}, the model's positions")
     if not 1 <= stride <= length:
         raise ValueError(f"stride={stride} must be 1 to sequence_length={length}")
-    shards = TokenShards(options.data, options.split)
+    shards = TokenShards(config.data, config.split)
     vocabulary = peft_directory.place_of(directory, *peft_directory.VOCABULARY)
     if Tokenizer.load(vocabulary).hash != shards.manifest.tokenizer_hash:
         raise ValueError(
-            f"{options.data} was prepared with another tokenizer than {directory} has; prepare the text again with "
+            f"{config.data} was prepared with another tokenizer than {directory} has; prepare the text again with "
             f"--tokenizer {vocabulary}"
         )
-    runner = _runner(options)
+    runner = _runner(config)
     documents = [shards.document(i) for i in range(shards.num_documents)]
-    text = documents if options.within_documents else np.concatenate(documents)
+    text = documents if config.within_documents else np.concatenate(documents)
     result = strided_perplexity(
         runner, text, runner.config.vocab_size, length, stride, shards.num_characters, shards.num_bytes
     )
-    over = f"{options.data.name} {options.split}"
-    over = f"{over} documents" if options.within_documents else over
+    over = f"{config.data.name} {config.split}"
+    over = f"{over} documents" if config.within_documents else over
     return {
         f"perplexity {over}": {
             "nats_per_token": result.nats_per_token,
@@ -135,12 +135,12 @@ def _perplexity(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
             "targets": result.targets,
             "window": length,
             "stride": stride,
-            **({"documents": len(documents)} if options.within_documents else {}),
+            **({"documents": len(documents)} if config.within_documents else {}),
         }
     }
 
 
-def _meadow(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
+def _meadow(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     from dataclasses import asdict
 
     from rich.console import Console
@@ -148,25 +148,25 @@ def _meadow(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     from llamita.data import meadow
     from llamita.workflows import quickstart
 
-    settings = quickstart.QuickstartConfig(scored_stories=options.limit or SCORED_STORIES, seed=options.seed)
-    floor = meadow.floor(meadow.corpus(options.seed, settings.scored_stories, "validation"))
-    report = quickstart.evaluate(settings, _model(options.model), _runner(options), floor, Console(stderr=True))
+    settings = quickstart.QuickstartConfig(scored_stories=config.limit or SCORED_STORIES, seed=config.seed)
+    floor = meadow.floor(meadow.corpus(config.seed, settings.scored_stories, "validation"))
+    report = quickstart.evaluate(settings, _model(config.model), _runner(config), floor, Console(stderr=True))
     return {"meadow": asdict(report)}
 
 
-def _multiple_choice(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
+def _multiple_choice(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     from llamita.evaluation import multiple_choice
     from llamita.storage import peft_directory
     from llamita.text.tokenizer import Tokenizer
 
-    assert options.data is not None
-    questions = multiple_choice.read_questions(options.data, options.limit)
-    directory = _model(options.model)
+    assert config.data is not None
+    questions = multiple_choice.read_questions(config.data, config.limit)
+    directory = _model(config.model)
     tokenizer = Tokenizer.load(peft_directory.place_of(directory, *peft_directory.VOCABULARY))
-    if options.bos == "always" and tokenizer.bos_id is None:
+    if config.bos == "always" and tokenizer.bos_id is None:
         raise ValueError(f"bos=always: the tokenizer of {directory} has no token that begins a text")
-    bos = tokenizer.bos_id is not None and options.bos != "never"
-    runner = _runner(options)
+    bos = tokenizer.bos_id is not None and config.bos != "never"
+    runner = _runner(config)
     result = multiple_choice.evaluate(
         runner,
         lambda text: tokenizer.encode(text, bos=bos),
@@ -174,30 +174,30 @@ def _multiple_choice(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
         runner.config.vocab_size,
         runner.config.max_position_embeddings,
     )
-    return {f"multiple-choice {options.data.stem}": result.metrics()}
+    return {f"multiple-choice {config.data.stem}": result.metrics()}
 
 
-def _harness(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
+def _harness(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     import llamita
     from llamita.evaluation import lm_eval_adapter
 
-    names = [name.strip() for name in options.task.removeprefix(HARNESS).split(",") if name.strip()]
-    llm = llamita.load(_model(options.model), dtype=options.dtype, backend=options.backend, device=options.device)
-    add_bos = {"auto": None, "always": True, "never": False}[options.bos]
+    names = [name.strip() for name in config.task.removeprefix(HARNESS).split(",") if name.strip()]
+    llm = llamita.load(_model(config.model), dtype=config.dtype, backend=config.backend, device=config.device)
+    add_bos = {"auto": None, "always": True, "never": False}[config.bos]
     model = lm_eval_adapter.LlamitaLM(llm, add_bos)
-    more = {"gen_kwargs": {"max_gen_toks": options.max_tokens}} if options.max_tokens else {}
+    more = {"gen_kwargs": {"max_gen_toks": config.max_tokens}} if config.max_tokens else {}
     results = lm_eval_adapter.run(
-        model, names, options.data, num_fewshot=options.few_shot, limit=options.limit or None, **more
+        model, names, config.data, num_fewshot=config.few_shot, limit=config.limit or None, **more
     )
-    return {f"{HARNESS}{task}": values for task, values in lm_eval_adapter.figures(results).items()}
+    return {f"{HARNESS}{task}": values for task, values in lm_eval_adapter.metrics_by_task(results).items()}
 
 
-def _runner(options: EvaluateOptions) -> Runner:
-    """Returns the model as the options say."""
+def _runner(config: EvaluateConfig) -> Runner:
+    """Returns the model, loaded as the options say."""
     from llamita.backend.choice import load_backend
 
-    backend = load_backend(options.backend, device=options.device)
-    return backend.load_runner(_model(options.model), options.dtype, options.device)
+    backend = load_backend(config.backend, device=config.device)
+    return backend.load_runner(_model(config.model), config.dtype, config.device)
 
 
 def _model(model: Path) -> Path:

@@ -1,7 +1,7 @@
 """`llamita generate`: continues a prompt with a trained model, printing text as it comes.
 
-Reads the prompt and the options, picks the backend, prints. How tokens are chosen, and when generation ends, is the
-engine's business.
+Reads the prompt and the options, loads the model and prints. The engine chooses the tokens and decides when generation
+ends.
 """
 
 import os
@@ -22,16 +22,15 @@ from llamita.inference.llm import LLM
 from llamita.inference.request import Statistics
 from llamita.progress import ProgressBar
 from llamita.text.tokenizer import Tokenizer
+from llamita.training import exit_status
 
 if TYPE_CHECKING:
     from llamita.inference.batch import Outcome, Totals
     from llamita.inference.llm import LLM
 
-INTERRUPTED = 130  # the exit status of shells for Ctrl-C
-
 
 @dataclass(frozen=True)
-class GenerateOptions:
+class GenerateConfig:
     """Continue a prompt with a trained model.
 
     By default tokens are drawn from the model's own distribution (temperature 1, nothing else switched on).
@@ -40,17 +39,17 @@ class GenerateOptions:
     model: tyro.conf.Positional[Path]
     """A model directory, or the directory of a training run (then its best checkpoint)."""
     prompt: tyro.conf.Positional[str | None] = None
-    """The text to continue; - reads it from standard input, and so does a pipe. Nothing: start a new text."""
+    """The text to continue; - reads it from standard input, and so does a pipe. Left out: a new text is begun."""
     prompt_tokens: tuple[int, ...] = ()
-    """The prompt as token ids, taken as they are: no BOS token is put before them."""
+    """The prompt as token ids; no BOS token is put before them."""
     input: Path | None = None
     """A file of prompts: a JSON object a line with prompt, prompt_tokens or messages, an id, sampling parameters."""
     output: Path | None = None
-    """The file of answers for --input, a line each as they end; the same command goes on with one that was cut off."""
+    """The file of answers to --input, a line each as they end; the same command resumes one that was cut off."""
     template: str | None = None
     """The chat template for messages in --input, where the model has none: chatml, r0 or plain."""
     adapter: tuple[str, ...] = ()
-    """Adapters to load over the model, NAME=PATH each. One alone continues the prompt; lines of --input name theirs."""
+    """Adapters to load over the model, NAME=PATH each. One alone serves the prompt; lines of --input name theirs."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
     echo: bool = True
     """Print the prompt before its continuation."""
@@ -59,25 +58,25 @@ class GenerateOptions:
     running: tyro.conf.OmitArgPrefixes[LoadConfig] = field(default_factory=LoadConfig)
 
 
-def run(options: GenerateOptions) -> int:
+def run(config: GenerateConfig) -> int:
 
-    if options.input is not None or options.output is not None:
-        return _run_file(options)
-    if options.prompt is not None and options.prompt_tokens:
+    if config.input is not None or config.output is not None:
+        return _run_file(config)
+    if config.prompt is not None and config.prompt_tokens:
         raise ValueError("both a prompt and --prompt-tokens were given; give one of them")
-    prompt: str | tuple[int, ...] = options.prompt_tokens or read_prompt(options.prompt, sys.stdin)
-    adapters = named_paths(options.adapter)
+    prompt: str | tuple[int, ...] = config.prompt_tokens or read_prompt(config.prompt, sys.stdin)
+    adapters = named_paths(config.adapter)
     if len(adapters) > 1:
         raise ValueError(f"{len(adapters)} adapters were given for one prompt; give one, or a file with --input")
-    llm = LLM.load(options.model, adapters=adapters, **vars(options.running))
+    llm = LLM.load(config.model, adapters=adapters, **vars(config.running))
     adapter = next(iter(adapters), None)
-    if options.sampling.n > 1:
-        return _run_several(llm, prompt, adapter, options)
-    events = llm.events(prompt, options.sampling, adapter=adapter)
+    if config.sampling.n > 1:
+        return _run_several(llm, prompt, adapter, config)
+    events = llm.events(prompt, config.sampling, adapter=adapter)
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows a question mark
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    if options.echo:
+    if config.echo:
         print(prompt if isinstance(prompt, str) else shown(prompt, llm.tokenizer), end="", flush=True)
     shape = harmless if sys.stdout.isatty() else str
     status, last = 0, None
@@ -88,32 +87,32 @@ def run(options: GenerateOptions) -> int:
                 raise ValueError(event.error)
             print(f" {event.token_id}" if llm.tokenizer is None else shape(event.text), end="", flush=True)
     except KeyboardInterrupt:
-        status = INTERRUPTED
+        status = exit_status.INTERRUPTED
     print(flush=True)
-    if options.statistics and last is not None:
+    if config.statistics and last is not None:
         warm_up = llm.engine.warm_up_seconds
         print(report(last.statistics, last.finish_reason or "interrupted", warm_up), file=sys.stderr)
     return status
 
 
-def _run_file(options: GenerateOptions) -> int:
-    """Do all lines of the input that the output lacks; 1 where one of them failed."""
+def _run_file(config: GenerateConfig) -> int:
+    """Serves all lines of the input that the output lacks; returns the exit status, 1 where one of them failed."""
     from llamita.inference import batch
 
-    source, output = options.input, options.output
+    source, output = config.input, config.output
     if source is None or output is None:
         raise ValueError("--input and --output go together: a file of prompts, and the file for the answers")
-    if options.prompt is not None or options.prompt_tokens:
+    if config.prompt is not None or config.prompt_tokens:
         raise ValueError("both --input and a prompt were given; give one of them")
     if not source.is_file():
         raise FileNotFoundError(f"there is no file {source}")
-    adapters = named_paths(options.adapter)
-    llm = LLM.load(options.model, adapters=adapters, **vars(options.running))
-    items = batch.read_items(llm, source, options.sampling, options.template)
+    adapters = named_paths(config.adapter)
+    llm = LLM.load(config.model, adapters=adapters, **vars(config.running))
+    items = batch.read_items(llm, source, config.sampling, config.template)
     made_from = {
-        "model": str(options.model.resolve()) if options.model.exists() else str(options.model),
+        "model": str(config.model.resolve()) if config.model.exists() else str(config.model),
         "input": batch.digest(source),
-        "options": asdict(options.sampling) | {"template": options.template},
+        "options": asdict(config.sampling) | {"template": config.template},
     }
     if adapters:
         made_from["adapters"] = {name: str(Path(path).resolve()) for name, path in adapters.items()}
@@ -135,7 +134,7 @@ def _run_file(options: GenerateOptions) -> int:
 
 
 def _with_bar(outcomes: Iterator["Outcome"], total: int) -> tuple["Totals", float]:
-    """Draw the outcomes, and how far they are, on standard error; what they came to, and the seconds that took."""
+    """Counts the outcomes, with a progress bar on standard error; returns their totals and the seconds they took."""
     from llamita.inference import batch
 
     totals, started = batch.Totals(), time.perf_counter()
@@ -147,7 +146,7 @@ def _with_bar(outcomes: Iterator["Outcome"], total: int) -> tuple["Totals", floa
 
 
 def named_paths(given: tuple[str, ...]) -> dict[str, str]:
-    """NAME=PATH, several of them, as a dict; ValueError for another form."""
+    """Returns texts of the form NAME=PATH as a dict; ValueError for another form."""
     found: dict[str, str] = {}
     for text in given:
         name, equals, path = text.partition("=")
@@ -157,21 +156,26 @@ def named_paths(given: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def _run_several(llm: "LLM", prompt: str | tuple[int, ...], adapter: str | None, options: GenerateOptions) -> int:
-    """Print `n` continuations, one after the other with an empty line between."""
+def _run_several(llm: "LLM", prompt: str | tuple[int, ...], adapter: str | None, config: GenerateConfig) -> int:
+    """Prints `n` continuations with an empty line between them; returns the exit status."""
     shape = harmless if sys.stdout.isatty() else str
-    start = (prompt if isinstance(prompt, str) else shown(prompt, llm.tokenizer)) if options.echo else ""
-    found = llm.generate(prompt, options.sampling, adapter=adapter).continuations
-    texts = [each.text if llm.tokenizer else " " + " ".join(map(str, each.token_ids)) for each in found]
+    start = (prompt if isinstance(prompt, str) else shown(prompt, llm.tokenizer)) if config.echo else ""
+    found = llm.generate(prompt, config.sampling, adapter=adapter).continuations
+    texts = [
+        continuation.text if llm.tokenizer else " " + " ".join(map(str, continuation.token_ids))
+        for continuation in found
+    ]
     print("\n\n".join(start + shape(text) for text in texts), flush=True)
-    if options.statistics:
-        for each in found:
-            print(report(each.statistics, each.finish_reason, llm.engine.warm_up_seconds), file=sys.stderr)
+    if config.statistics:
+        for continuation in found:
+            print(
+                report(continuation.statistics, continuation.finish_reason, llm.engine.warm_up_seconds), file=sys.stderr
+            )
     return 0
 
 
 def read_prompt(given: str | None, stdin: TextIO) -> str:
-    """The prompt as given, or from standard input for `-` or where that is a pipe or a file; its last newline is cut.
+    """Returns the prompt as given, or all of standard input, less its last newline, for `-`, a pipe or a file.
 
     Raises ValueError where standard input is not UTF-8.
     """
@@ -187,17 +191,20 @@ def read_prompt(given: str | None, stdin: TextIO) -> str:
 
 
 def shown(token_ids: tuple[int, ...], tokenizer: Tokenizer | None) -> str:
-    """Token ids as text, or as numbers for a model without a tokenizer."""
+    """Returns token ids as text, or as numbers for a model without a tokenizer."""
     return " ".join(map(str, token_ids)) if tokenizer is None else tokenizer.decode(token_ids)
 
 
 def harmless(text: str) -> str:
-    """The text without control characters, by which a model could steer the terminal; line ends and tabs stay."""
+    """Returns the text without control characters but line ends and tabs: a model does not steer the terminal."""
     return "".join("\ufffd" if category(letter) == "Cc" and letter not in "\n\t" else letter for letter in text)
 
 
 def report(statistics: Statistics, ending: str, warm_up_seconds: float) -> str:
-    """The line of `--statistics`; its bandwidth counts weights and cached keys and values once for a decoded token."""
+    """Returns the line of `--statistics`.
+
+    Its bandwidth counts the weights, and the cached keys and values, once for every decoded token.
+    """
     return (
         f"warm-up: {warm_up_seconds:.2f} s; "
         f"prefill: {statistics.prompt_tokens} tokens in {statistics.prefill_seconds:.3f} s, "
@@ -210,7 +217,7 @@ def report(statistics: Statistics, ending: str, warm_up_seconds: float) -> str:
 
 
 def _is_fed(stdin: TextIO) -> bool:
-    """Whether standard input is a pipe or a file rather than a terminal or nothing."""
+    """Returns whether standard input is a pipe or a file rather than a terminal or nothing."""
     try:
         mode = os.fstat(stdin.fileno()).st_mode
     except (OSError, ValueError):  # closed, or replaced by something that is no file

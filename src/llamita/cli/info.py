@@ -1,6 +1,6 @@
-"""`llamita info`: what a model is made of and what it costs, counted from the architecture table; the presets.
+"""`llamita info`: prints a model's parameters and costs, counted from the table of parameters, or lists the presets.
 
-Loads no framework and no weights. Knows nothing of how the numbers are derived: `architecture.py` does.
+Loads no framework and no weights; model/parameters.py and model/sizes.py derive the numbers.
 """
 
 import dataclasses
@@ -27,18 +27,18 @@ LAYER = re.compile(r"(model\.layers\.)(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class InfoConfig:
-    """What `llamita info` takes."""
+    """The options of `llamita info`."""
 
     model: Annotated[str, tyro.conf.Positional] = ""
-    """A preset, a model directory or a training run; without it, the presets are listed."""
+    """A preset, a model directory or a training run. Left out: the presets are listed."""
     batch_size: int = 8
     """Rows of a training step, for the estimate of memory."""
     sequence_length: int = 0
-    """Positions of a row, for operations and memory; 0 stands for the model's context length."""
+    """Positions of a row, for operations and memory; 0: the model's context length."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the activations while training; weights and AdamW's state are float32."""
     initialization: InitializationName = "fan-in"
-    """Which initialisation the table shows."""
+    """The initialisation that the table shows."""
     json: bool = False
     """Print JSON instead of tables, with a row for every parameter."""
 
@@ -62,7 +62,7 @@ def run(options: InfoConfig) -> None:
 
 
 def find_model(name: str) -> tuple[ModelConfig, Path | None]:
-    """The config that a preset's name or a path means, and the directory it came from.
+    """Returns the config that a preset's name or a path stands for, and the directory it came from.
 
     A preset goes before a directory of the same name (`./tiny` is the directory). Raises ValueError or OSError.
     """
@@ -77,7 +77,7 @@ def find_model(name: str) -> tuple[ModelConfig, Path | None]:
 
 
 def describe(config: ModelConfig, options: InfoConfig, directory: Path | None = None) -> dict[str, Any]:
-    """All that is counted, under the names that `--json` prints. Bytes and operations are whole numbers."""
+    """Returns all counts under the names that `--json` prints. Bytes and operations are whole numbers."""
     for name in ("batch_size", "sequence_length"):
         if getattr(options, name) < (name == "batch_size"):
             raise ValueError(f"{name}={getattr(options, name)} must be positive")
@@ -108,13 +108,13 @@ def describe(config: ModelConfig, options: InfoConfig, directory: Path | None = 
 
 
 def describe_preset(name: str) -> dict[str, Any]:
-    """A preset's fields and its count of parameters."""
+    """Returns a preset's name, fields and number of parameters."""
     config = preset(name)
     return {"name": name, "parameters": count_parameters(config).total, "config": dataclasses.asdict(config)}
 
 
 def fold_layers(rows: tuple[Parameter, ...]) -> list[tuple[str, str, int, Parameter]]:
-    """Rows that are equal but for the layer become one: (prefix, name within it, how many, one of them).
+    """Returns the rows with those merged that differ in the layer alone: (prefix, name within it, count, one of them).
 
     `model.layers.0.mlp.up_proj.weight` up to layer 11 folds into ("model.layers.{0..11}.", "mlp.up_proj.weight", 12,
     row). A row outside the layers has an empty prefix.
@@ -134,7 +134,7 @@ def fold_layers(rows: tuple[Parameter, ...]) -> list[tuple[str, str, int, Parame
 
 
 def _numbers(layers: list[int]) -> str:
-    """`3`, `{0..11}`, or `{0,2,5}` where the numbers have gaps."""
+    """Returns `3`, `{0..11}`, or `{0,2,5}` where the numbers have gaps."""
     if len(layers) == 1:
         return str(layers[0])
     if layers == list(range(layers[0], layers[-1] + 1)):
@@ -237,7 +237,7 @@ def _tied(config: ModelConfig) -> bool:
 
 
 def short_number(value: float) -> str:
-    """Three digits and a decimal prefix: `40.2 G`; only a space where none is needed."""
+    """Returns three digits and a decimal prefix, `40.2 G`, or digits and a space where no prefix is needed."""
     prefixes = iter(("", "k", "M", "G", "T", "P"))
     prefix = next(prefixes)
     while value >= 999.5 and prefix != "P":
@@ -246,5 +246,5 @@ def short_number(value: float) -> str:
 
 
 def short_bytes(count: int) -> str:
-    """Bytes with a decimal prefix (1 kB = 1000 B), as file managers and disk makers count."""
+    """Returns bytes with a decimal prefix (1 kB = 1000 B), as file managers and disk makers count."""
     return f"{short_number(count)}B"

@@ -1,7 +1,7 @@
 """The `llamita` command: finds the verb, lets tyro derive its flags, turns a user's mistake into one line.
 
 A verb's module is imported only when that verb is called, so `llamita --help` loads no framework and answers at once.
-Deliberately knows nothing of what a verb does; a verb's flags are the fields of the dataclass that its function takes.
+A verb's flags are the fields of the dataclass that its function takes; this file knows nothing of what a verb does.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llamita import __version__
+from llamita.training import exit_status
 
 PACKAGE = Path(__file__).parents[1]
 TRACEBACK_VARIABLE = "LLAMITA_TRACEBACK"
@@ -29,12 +30,11 @@ PACKAGES = {
     "mlx": "mlx[cpu]" if sys.platform == "linux" else "mlx",
     "mlx_lm": "mlx-lm",
 }
-"""What to install for a module, where the names differ."""
-USER_MISTAKE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses; the last two are those of shells for signals
+"""The packages to install for modules of another name."""
 
 
 class Verb(NamedTuple):
-    """Where a verb's function lies, and its line in `llamita --help`."""
+    """The module and name of a verb's function, and its line in `llamita --help`."""
 
     module: str
     function: str
@@ -72,7 +72,7 @@ VERBS: Mapping[str, Verb] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line `arguments` (default: those of the process) and return its exit status."""
+    """Runs the command line `arguments` (default: those of the process) and returns its exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     show = warnings.showwarning
     warnings.showwarning = _note(show)
@@ -81,11 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # a reader that has gone shows here, not at exit
         return status
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return exit_status.INTERRUPTED
     except BrokenPipeError:
         # Python flushes stdout once more at exit; let that go nowhere instead of printing a warning.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        return exit_status.BROKEN_PIPE
     except ModuleNotFoundError as error:
         if os.environ.get(TRACEBACK_VARIABLE) or not error.name or error.name.split(".")[0] == "llamita":
             raise
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _dispatch(arguments: Sequence[str]) -> int:
     if not arguments:
         print(overview(), file=sys.stderr)
-        return USER_MISTAKE
+        return exit_status.USER_MISTAKE
     if arguments[0] in ("-h", "--help"):
         print(overview())
         return 0
@@ -120,7 +120,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         return _fail(_unknown(group))
     if len(arguments) == 1:
         print(overview(group), file=sys.stderr)
-        return USER_MISTAKE
+        return exit_status.USER_MISTAKE
     if arguments[1] in ("-h", "--help"):
         print(overview(group))
         return 0
@@ -129,9 +129,9 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
 
 def _call(name: str, arguments: Sequence[str]) -> int:
-    """Import the verb's module, parse its arguments, and call it; what it returns is the exit status, None being 0.
+    """Imports a verb's module, parses its arguments and calls it; returns its exit status, 0 where it returns None.
 
-    A module's `defaults(arguments)`, where it has one, gives what stands where a flag is left out.
+    A module's `defaults(arguments)`, where it has one, gives the values of flags that are left out.
     """
     verb = VERBS[name]
     module = importlib.import_module(verb.module)
@@ -148,10 +148,11 @@ def _call(name: str, arguments: Sequence[str]) -> int:
 def parse_and_call(
     function: Callable[..., Any], program: str, arguments: Sequence[str], description: str, defaults: Any = None
 ) -> Any:
-    """Call `function` with what `arguments` say.
+    """Calls `function` with the options that `arguments` give, and returns its result.
 
-    A function of one dataclass gets flags named as the fields (`--steps`, not `--config.steps`), left out as in the
-    dataclass or in `defaults`, one of its kind; any other gets flags named as its parameters.
+    The flags of a function of one dataclass are named as its fields (`--steps`, not `--config.steps`); one that is left
+    out has the value of `defaults`, an object of that class, or the class's own default. The flags of any other
+    function are named as its parameters.
     """
     import tyro
 
@@ -173,7 +174,7 @@ def parse_and_call(
 
 
 def _parsed(taken: type, **shown: Any) -> Any:
-    """The dataclass that the arguments come to. What it refuses is our one line, not tyro's box."""
+    """Returns the dataclass that the arguments give. Its own checks raise their ValueError, rather than tyro's box."""
     import tyro
 
     try:
@@ -185,11 +186,11 @@ def _parsed(taken: type, **shown: Any) -> Any:
             raise refusal from None
         if not stop.code:  # help, which went to stdout
             raise
-    return tyro.cli(taken, **shown)  # once more, for tyro to say what is wrong with the flags
+    return tyro.cli(taken, **shown)  # once more, so that tyro says what is wrong with the flags
 
 
 def _refusal(stop: SystemExit) -> ValueError | None:
-    """The ValueError of a dataclass's own check among the causes of what tyro ended with."""
+    """Returns the ValueError of a dataclass's own check among the causes of tyro's exit, None where there is none."""
     error: BaseException | None = stop
     while error is not None:
         frames = traceback.walk_tb(error.__traceback__)
@@ -200,7 +201,7 @@ def _refusal(stop: SystemExit) -> ValueError | None:
 
 
 def overview(group: str = "") -> str:
-    """The text of `llamita --help`, or the part of it about one group of verbs such as `tokenizer`."""
+    """Returns the text of `llamita --help`, or the part of it about one group of verbs such as `tokenizer`."""
     shown = {name: verb.help for name, verb in VERBS.items() if not group or name.startswith(f"{group} ")}
     width = max(map(len, VERBS))
     lines = [f"  {name:<{width}}  {text}" for name, text in shown.items()]
@@ -221,7 +222,7 @@ def overview(group: str = "") -> str:
 
 
 def _unknown(typed: str) -> str:
-    """What to say of a verb that does not exist: the closest that does."""
+    """Returns the message about a verb that does not exist, with the closest one that does."""
     if typed.startswith("-"):
         return f"expected a verb first, got {typed!r}; llamita --help lists the verbs"
     group = typed.split()[0] if " " in typed else ""  # a group that exists: the slip is in the second word
@@ -233,7 +234,7 @@ def _unknown(typed: str) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    """The message of an error, its line breaks folded; the system's errors as `what: which file`."""
+    """Returns the message of an error in one line; a system error as its message and the files it is about."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = ": ".join([error.strerror, *(str(name) for name in (error.filename, error.filename2) if name)])
@@ -241,7 +242,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _note(show: Callable[..., None]) -> Callable[..., None]:
-    """A way to show warnings in which Llamita's own are one line, told once, without a place in the code."""
+    """Returns a `warnings.showwarning` that prints Llamita's own warnings once, in one line that names no code."""
 
     told = set()
 
@@ -258,7 +259,7 @@ def _note(show: Callable[..., None]) -> Callable[..., None]:
 
 def _fail(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
-    return USER_MISTAKE
+    return exit_status.USER_MISTAKE
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import tyro
 
 
 @dataclass(frozen=True)
-class MergeOptions:
+class MergeConfig:
     """Write an adapter and the model that it was trained over as one ordinary model."""
 
     adapter: tyro.conf.Positional[Path]
@@ -15,18 +15,18 @@ class MergeOptions:
     output: Path
     """The directory to write."""
     base: Path | None = None
-    """A copy of the model that it was trained over, where that has been moved."""
+    """The model that the adapter was trained over, where that has been moved."""
     overwrite: bool = False
     """Replace a destination that exists."""
 
 
-def run(options: MergeOptions) -> None:
+def run(config: MergeConfig) -> None:
     from llamita.backend.choice import load_backend
     from llamita.workflows.adapters import merge
 
-    opened = merge(options.adapter, options.output, options.overwrite, load_backend("torch"), options.base)
-    ranks = sorted({one.rank for one in opened.adapter.factors.values()})
+    opened = merge(config.adapter, config.output, config.overwrite, load_backend("torch"), config.base)
+    ranks = sorted({factors.rank for factors in opened.adapter.factors.values()})
     print(
-        f"{options.output}: {opened.base} with {len(opened.adapter.factors)} linear maps changed, "
+        f"{config.output}: {opened.base} with {len(opened.adapter.factors)} linear maps changed, "
         f"rank {', '.join(map(str, ranks))}"
     )

@@ -1,4 +1,4 @@
-"""`llamita prepare`: flags, a progress line and a summary. What is done lies in data/prepare.py."""
+"""`llamita prepare`: flags, a progress bar and a summary. The work lies in data/prepare.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`llamita quickstart`: flags, and what it prints. What is done lies in workflows/quickstart.py."""
+"""`llamita quickstart`: flags; the work lies in workflows/quickstart.py and workflows/after_pretraining.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from llamita.workflows.quickstart import QuickstartConfig
 def run(config: QuickstartConfig) -> int:
     """Train a small model from nothing on Meadow's stories, score it, and read what it writes.
 
-    Interrupted, it goes on where it was when called again.
+    When it was interrupted, the same command goes on where it stopped.
     """
     from dataclasses import replace
 

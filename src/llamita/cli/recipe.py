@@ -1,6 +1,6 @@
-"""`llamita recipe`: lists the recipes, or prints one in full: its source, what it comes to, the commands.
+"""`llamita recipe`: lists the recipes, or prints one in full: its source, every option, the commands.
 
-What a recipe says lies in workflows/recipes.py.
+The recipes themselves lie in workflows/recipes.py.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ OF_THE_MACHINE = {"backend", "device", "threads", "compile", "log", "resume"}
 
 
 @dataclass(frozen=True)
-class RecipeOptions:
-    """List the recipes, or print one in full: its function, every option that it comes to, the commands for it."""
+class RecipeConfig:
+    """List the recipes, or print one in full: its function, every option that it gives, the commands for it."""
 
     name: tyro.conf.Positional[str] = ""
-    """A recipe; nothing lists them."""
+    """A recipe. Left out: the recipes are listed."""
 
 
-def run(options: RecipeOptions) -> None:
+def run(config: RecipeConfig) -> None:
     from llamita.workflows.recipes import RECIPES, recipe
 
-    if not options.name:
+    if not config.name:
         width = max(map(len, RECIPES))
         for name, function in RECIPES.items():
             print(f"{name:<{width}}  {(inspect.getdoc(function) or '').splitlines()[0]}")
         print("\nllamita recipe NAME prints one in full; llamita train --recipe NAME trains with it")
         return
-    found = recipe(options.name)
-    print(inspect.getsource(RECIPES[options.name]))
+    found = recipe(config.name)
+    print(inspect.getsource(RECIPES[config.name]))
     print("# Every option of the training (llamita train --help explains them); the machine's own are left out")
     for name, value in resolved(found.train).items():
         print(f"{name:<22} {value}")
@@ -47,13 +47,13 @@ def run(options: RecipeOptions) -> None:
 
 
 def resolved(config: TrainingConfig) -> dict[str, Any]:
-    """Every option but the machine's, with what follows from others filled in."""
+    """Returns every option but the machine's, with those filled in that follow from others."""
     values = {name: value for name, value in config.arguments().items() if name not in OF_THE_MACHINE}
     return values | {"data": getattr(config, "data", None), "output": config.output}
 
 
 def commands(recipe: Recipe) -> list[str]:
-    """The commands that do a recipe, in their order."""
+    """Returns the commands that carry out a recipe, in order."""
     return [
         f"llamita tokenizer train {flags(recipe.tokenizer, positional='files')}",
         f"llamita prepare {flags(recipe.prepare)}",
@@ -63,13 +63,13 @@ def commands(recipe: Recipe) -> list[str]:
 
 
 def flags(config: Any, positional: str = "") -> str:
-    """The options of a configuration that are not its defaults, as on a command line."""
+    """Returns the options of a configuration that differ from its defaults, as on a command line."""
     words: list[str] = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value == field.default:
             continue
-        values = [str(each) for each in value] if isinstance(value, tuple) else [str(value)]
+        values = [str(item) for item in value] if isinstance(value, tuple) else [str(value)]
         name = field.name.replace("_", "-")
         if field.name == positional:
             words = [*values, *words]

@@ -1,4 +1,4 @@
-"""`llamita rl`: flags, finding the reward, and a closing line. What is done lies in workflows/reinforcement.py."""
+"""`llamita rl`: flags, finding the reward, and a closing line. The work lies in workflows/reinforcement.py."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(config: RlConfig) -> int:
 
 
 def load_reward(name: str) -> Reward:
-    """A reward by its name, or a function by its path: `module:function`, the current directory included, or
+    """Returns a reward by its name, or a function by its path: `module:function`, the current directory included, or
     `file.py:function`. ValueError or FileNotFoundError where there is none."""
     if name in BUILT_IN:
         return BUILT_IN[name]

@@ -1,6 +1,6 @@
-"""`llamita runs`: the runs under a directory in a table, one run in full, two runs by what differs.
+"""`llamita runs`: prints the runs under a directory as a table, one run in full, or the differences of two runs.
 
-What a run is lies in workflows/runs.py; here it only becomes lines and tables.
+workflows/runs.py reads the runs; here they become lines and tables.
 """
 
 import time
@@ -21,15 +21,15 @@ STATE_STYLES = {"running": "cyan", "finished": "green", "failed": "red", "killed
 
 
 @dataclass(frozen=True)
-class ListOptions:
-    """List the training runs under a directory: what each trains, how far it is, how good, how it stands."""
+class ListConfig:
+    """List the training runs under a directory with their kind, size, steps, best validation result and state."""
 
     directory: tyro.conf.Positional[Path] = Path("runs")
-    """Where to look; its subdirectories are searched."""
+    """The directory to search, with its subdirectories."""
 
 
 @dataclass(frozen=True)
-class ShowOptions:
+class ShowConfig:
     """Show all that is known of a run: sessions, options, model, hashes, environment, results, evaluations."""
 
     run: tyro.conf.Positional[Path]
@@ -37,16 +37,16 @@ class ShowOptions:
 
 
 @dataclass(frozen=True)
-class DiffOptions:
-    """List every option, hash, value of the environment and final figure in which two runs differ."""
+class DiffConfig:
+    """List every option, hash, value of the environment and final metric in which two runs differ."""
 
     a: tyro.conf.Positional[Path]
     """Directory of a training run."""
     b: tyro.conf.Positional[Path]
-    """Directory of another."""
+    """Directory of another training run."""
 
 
-def list_runs(options: ListOptions) -> int:
+def list_runs(config: ListConfig) -> int:
     from rich.table import Table
     from rich.text import Text
 
@@ -55,7 +55,7 @@ def list_runs(options: ListOptions) -> int:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("run", "kind", "parameters", "steps", "best", "when", "state"):
         table.add_column(name, justify="right" if name in ("parameters", "steps") else "left", overflow="fold")
-    directory, faults = options.directory, []
+    directory, faults = config.directory, []
     for path in runs.find(directory):
         name = _text(str(path.relative_to(directory)) if path != directory else str(path))
         try:
@@ -78,10 +78,10 @@ def list_runs(options: ListOptions) -> int:
     return 0
 
 
-def show(options: ShowOptions) -> int:
+def show(config: ShowConfig) -> int:
     from llamita.workflows import runs
 
-    run = options.run
+    run = config.run
     found = runs.open_run(run)
     identity, last = found.manifest["identity"], found.sessions[-1] if found.sessions else {}
     console = _console()
@@ -114,17 +114,17 @@ def show(options: ShowOptions) -> int:
     return 0
 
 
-def diff(options: DiffOptions) -> int:
+def diff(config: DiffConfig) -> int:
     from rich.table import Table
 
     from llamita.workflows import runs
 
-    found = runs.differences(runs.open_run(options.a), runs.open_run(options.b))
+    found = runs.differences(runs.open_run(config.a), runs.open_run(config.b))
     if not found:
         print("the runs differ in nothing but their times")
         return 0
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("", _text(str(options.a)), _text(str(options.b))):
+    for name in ("", _text(str(config.a)), _text(str(config.b))):
         table.add_column(name, overflow="fold")
     for key, left, right in found:
         table.add_row(_text(key), _value(left), _value(right))
@@ -133,7 +133,7 @@ def diff(options: DiffOptions) -> int:
 
 
 def _session(session: Mapping[str, Any], state: str | None) -> dict[str, Any]:
-    """A session in words; all but the last of those that say `running` were killed."""
+    """Returns a session as names and texts; one that says `running` and is not the last was killed."""
     said = session.get("state")
     steps = [str(session[key]) for key in ("first_step", "last_step") if session.get(key) is not None]
     return {

@@ -1,4 +1,4 @@
-"""`llamita sft`: flags and a closing line. What is done lies in workflows/sft.py."""
+"""`llamita sft`: flags and a closing line. The work lies in workflows/sft.py."""
 
 from __future__ import annotations
 

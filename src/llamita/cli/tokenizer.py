@@ -1,4 +1,4 @@
-"""`llamita tokenizer train`: flags, progress and a summary. What is done lies in text/bpe.py."""
+"""`llamita tokenizer train`: flags, progress and a summary. The work lies in text/bpe.py."""
 
 import shlex
 import time
@@ -56,7 +56,7 @@ def train(config: TokenizerTrainingConfig) -> None:
 
 
 def _measure(tokenizer_path: Path, files: Sequence[Path]) -> tuple[int, int, bool]:
-    """Tokens and bytes of the text, or of its first MEASURED_BYTES, and whether that was all of it."""
+    """Returns the tokens and bytes of the text, or of its first MEASURED_BYTES, and whether that was all of it."""
     from llamita.text.corpus import read_chunks
     from llamita.text.tokenizer import Tokenizer
 

@@ -1,4 +1,4 @@
-"""`llamita train`: flags and a closing line. What is done lies in workflows/pretrain.py and training/."""
+"""`llamita train`: flags and a closing line. The work lies in workflows/pretrain.py and training/."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def run(config: PretrainConfig) -> int:
 
 
 def defaults(arguments: Sequence[str]) -> PretrainConfig | None:
-    """What stands where an option is not given: those of the recipe that `arguments` name. A run that is gone on with
-    has its options already, the recipe's among them."""
+    """Returns the options of the recipe that `arguments` name, for flags that are left out; None without a recipe, and
+    for a resumed run, which has its options already."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", nargs="?", default="")
     parser.add_argument("--resume", action="store_true")

@@ -1,19 +1,19 @@
-"""What the verbs that train a model share: the backend of a run, and what is said of one that was stopped."""
+"""The parts that all verbs that train a model share: the backend of a run, and the message after Ctrl-C."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from llamita.training import exit_status
 
 if TYPE_CHECKING:
     from llamita.backend.interface import Backend
     from llamita.training.config import TrainingConfig
     from llamita.training.trainer import TrainingResult
 
-INTERRUPTED = 130  # the exit status of shells for Ctrl-C
-
 
 def training_backend(config: TrainingConfig) -> Backend:
-    """Returns the backend of a run; one that is resumed takes over what it was begun with."""
+    """Returns the backend of a run; a resumed run keeps the one that it was begun with."""
     from llamita.backend.choice import load_backend
     from llamita.workflows.pretrain import taken_over
 
@@ -22,7 +22,7 @@ def training_backend(config: TrainingConfig) -> Backend:
 
 
 def stopped(verb: str, config: TrainingConfig, result: TrainingResult) -> int:
-    """Say how a run that Ctrl-C stopped goes on; the exit status."""
+    """Prints how to go on with a run that Ctrl-C stopped; returns the exit status."""
     print(f"stopped after {result.step} updates" + (f" and saved {result.checkpoint}" if result.checkpoint else ""))
     print(f"go on with: llamita {verb} --output {config.output} --resume")
-    return INTERRUPTED
+    return exit_status.INTERRUPTED

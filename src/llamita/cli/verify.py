@@ -1,4 +1,4 @@
-"""`llamita verify`: a model held to another run of it, layer by layer."""
+"""`llamita verify`: compares a model with a reference, layer by layer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class VerifyOptions:
-    """Compare a model with a reference, layer by layer, and say where they first part."""
+class VerifyConfig:
+    """Compare a model with a reference, layer by layer, and report where they first differ."""
 
     model: tyro.conf.Positional[Path]
     """A model directory, a training run, or a name on the hub."""
@@ -23,32 +23,32 @@ class VerifyOptions:
     backend: Literal["torch", "mlx"] = "torch"
     """The backend that is verified, and that runs another directory."""
     tokens: tuple[int, ...] = ()
-    """Token ids to run; fixed random ones where none are given."""
+    """Token ids to run. Left out: fixed random ones."""
     tolerance: float | None = None
-    """The largest difference allowed, as a share of the largest magnitude at that place; left out: 1e-4, and 1e-2
+    """The largest difference allowed, as a share of the largest magnitude at that place. Left out: 1e-4, or 1e-2
     against llama.cpp, which rounds keys and values to half precision."""
 
 
-def run(options: VerifyOptions) -> int:
+def run(config: VerifyConfig) -> int:
     from rich.console import Console
     from rich.table import Table
 
     from llamita.backend.choice import load_backend
     from llamita.workflows.verify import TOLERANCE, verify
 
-    if options.against == options.backend:
-        other = "mlx" if options.backend == "torch" else "torch"
-        raise ValueError(f"{options.backend} would be held to itself; give --against {other}")
-    model = load_backend(options.backend).load_runner(options.model, "float32", "cpu")
-    if options.against == "transformers" and model.config.quantization:
+    if config.against == config.backend:
+        other = "mlx" if config.backend == "torch" else "torch"
+        raise ValueError(f"{config.backend} would be held to itself; give --against {other}")
+    model = load_backend(config.backend).load_runner(config.model, "float32", "cpu")
+    if config.against == "transformers" and model.config.quantization:
         raise ValueError(
-            f"{options.model} is quantised ({model.config.quantization}), which transformers cannot read; give "
+            f"{config.model} is quantised ({model.config.quantization}), which transformers cannot read; give "
             "--against the directory of the model that it was made from, and a --tolerance"
         )
-    reference = load_reference(options)
-    tolerance = 1e-2 if Path(options.against).is_file() else TOLERANCE
-    tolerance = tolerance if options.tolerance is None else options.tolerance
-    result = verify(model, reference, model.config, options.tokens or None, tolerance)
+    reference = load_reference(config)
+    tolerance = 1e-2 if Path(config.against).is_file() else TOLERANCE
+    tolerance = tolerance if config.tolerance is None else config.tolerance
+    result = verify(model, reference, model.config, config.tokens or None, tolerance)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("after", "largest", "mean"):
         table.add_column(title, justify="left" if title == "after" else "right")
@@ -69,23 +69,26 @@ def run(options: VerifyOptions) -> int:
     return 1
 
 
-def load_reference(options: VerifyOptions) -> "Forward":
-    """What the model is held to. ValueError, OSError or ModuleNotFoundError in one line where that cannot be run."""
+def load_reference(config: VerifyConfig) -> "Forward":
+    """Returns the reference that the model is compared with.
+
+    ValueError, OSError or ModuleNotFoundError, in one line, where it cannot be run.
+    """
     from llamita.backend import choice
 
-    if options.against == "transformers":
+    if config.against == "transformers":
         from llamita.backend.torch.peers import TransformersRunner
 
-        return TransformersRunner(options.model)
-    if options.against == "mlx-lm":
+        return TransformersRunner(config.model)
+    if config.against == "mlx-lm":
         with choice.importing("mlx"):
             from llamita.backend.mlx.peers import MlxLmRunner
-        return MlxLmRunner(options.model)
-    if options.against in ("mlx", "torch"):
-        other: Literal["mlx", "torch"] = "mlx" if options.against == "mlx" else "torch"
-        return choice.load_backend(other).load_runner(options.model, "float32", "cpu")
-    if Path(options.against).is_file():
+        return MlxLmRunner(config.model)
+    if config.against in ("mlx", "torch"):
+        other: Literal["mlx", "torch"] = "mlx" if config.against == "mlx" else "torch"
+        return choice.load_backend(other).load_runner(config.model, "float32", "cpu")
+    if Path(config.against).is_file():
         from llamita.storage.formats.llama_cpp import LlamaCppRunner
 
-        return LlamaCppRunner(options.against)
-    return choice.load_backend(options.backend).load_runner(options.against, "float32", "cpu")
+        return LlamaCppRunner(config.against)
+    return choice.load_backend(config.backend).load_runner(config.against, "float32", "cpu")

@@ -1,7 +1,7 @@
-"""How well labels are predicted: their probabilities from a runner, accuracy, F1, confusion, calibration, pictures.
+"""Scores predicted labels: their probabilities from a runner, accuracy, F1, confusion, calibration, pictures.
 
-Works in numpy on log-probabilities of labels, whether a classifier's head gave them or a language model's likelihoods
-did. Knows nothing of frameworks, of training, or of where texts come from.
+Works in numpy on log-probabilities of labels, from a classifier's head or a language model's likelihoods. Knows nothing
+of frameworks, of training, or of where texts come from. C: labels.
 """
 
 import json
@@ -25,9 +25,9 @@ BATCH = 64
 def label_log_probabilities(
     runner: Forward, tokens: Sequence[np.ndarray], num_labels: int, batch_size: int = BATCH
 ) -> np.ndarray:
-    """log p of each label (float64 [n, labels]) from a classifier's logits at the last token of each text.
+    """Returns log p of each label (float64 [n, labels]) from a classifier's logits at the last token of each text.
 
-    Texts run together padded on the right, which attention, being causal, does not see.
+    Texts run together padded on the right, which causal attention does not see.
     """
     result = np.empty((len(tokens), num_labels))
     for ids in by_length(tokens, batch_size):
@@ -41,14 +41,14 @@ def label_log_probabilities(
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
-    """Over the last axis; a row of scores may hold -inf beside finite ones."""
+    """Returns the log-softmax over the last axis; a row of scores may hold -inf beside finite ones."""
     shifted = x - x.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 @dataclass(frozen=True)
 class LabelScores:
-    """How one label fares: `texts` have it, `predicted` were given it."""
+    """The scores of one label: `texts` texts have it, `predicted` texts were given it."""
 
     label: str
     texts: int
@@ -60,7 +60,7 @@ class LabelScores:
 
 @dataclass(frozen=True)
 class Bin:
-    """The texts whose confidence lies above `above`, up to `up_to`."""
+    """The texts whose confidence lies in (`above`, `up_to`]: their number, mean confidence and accuracy."""
 
     above: float
     up_to: float
@@ -71,14 +71,14 @@ class Bin:
 
 @dataclass(frozen=True)
 class Report:
-    """What `classification_report` measures; `to_dict` is the JSON that is written."""
+    """The results of `classification_report`; `to_dict` gives the JSON that is written."""
 
     texts: int
     accuracy: float
     standard_error: float
-    """Of the accuracy: sqrt(a (1 - a) / n), the texts taken for independent draws."""
+    """The standard error of the accuracy a: sqrt(a (1 - a) / n), the texts taken for independent draws."""
     majority: float
-    """The accuracy of always giving the label that most of these texts have."""
+    """The accuracy of always giving the most frequent label of these texts."""
     macro_f1: float
     """The mean F1 over the labels that occur among the true or the predicted ones."""
     loss: float
@@ -87,7 +87,7 @@ class Report:
     """Expected calibration error: the mean over texts of the gap between confidence and accuracy in their bin."""
     labels: tuple[LabelScores, ...]
     confusion: tuple[tuple[int, ...], ...]
-    """Row: the true label. Column: the predicted one."""
+    """Counts of texts; row: the true label, column: the predicted one."""
     bins: tuple[Bin, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class Report:
 
 
 def classification_report(log_probabilities: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Report:
-    """Measure predictions, the likeliest label of each text: log p (n, labels) beside the true labels (n,).
+    """Measures predictions, the likeliest label of each text: log p (n, labels) against the true labels (n,).
 
     Calibration after Guo et al. 2017 (arXiv:1706.04599): 15 bins of equal width over the confidence, which is the
     probability of the predicted label.
@@ -115,7 +115,7 @@ def classification_report(log_probabilities: np.ndarray, labels: np.ndarray, nam
         majority=float(true.max() / n),
         macro_f1=float(f1[(true + given) > 0].mean()),
         loss=float(-log_probabilities[np.arange(n), labels].mean()),
-        calibration_error=sum(each.texts / n * abs(each.confidence - each.accuracy) for each in bins),
+        calibration_error=sum(bucket.texts / n * abs(bucket.confidence - bucket.accuracy) for bucket in bins),
         labels=tuple(
             LabelScores(name, int(true[i]), int(given[i]), float(precision[i]), float(recall[i]), float(f1[i]))
             for i, name in enumerate(names)
@@ -126,7 +126,7 @@ def classification_report(log_probabilities: np.ndarray, labels: np.ndarray, nam
 
 
 def _ratio(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
-    """parts / wholes, 0 where there is no whole."""
+    """Returns parts / wholes, 0 where the whole is 0."""
     return np.divide(parts, wholes, out=np.zeros(len(parts)), where=wholes > 0)
 
 
@@ -140,12 +140,12 @@ def _bins(confidence: np.ndarray, right: np.ndarray) -> tuple[Bin, ...]:
     return tuple(found)
 
 
-# --- what is kept of it ----------------------------------------------------------------------------------------------
+# --- files and pictures ----------------------------------------------------------------------------------------------
 
 
 def write_report(directory: Path, report: Report, about: Mapping[str, Any]) -> None:
-    """Write evaluation.json (`about` and the report), confusion.png and reliability.png; all or none."""
-    names = [each.label for each in report.labels]
+    """Writes evaluation.json (`about` and the report), confusion.png and reliability.png; all or none."""
+    names = [scores.label for scores in report.labels]
     with files.atomic_directory(directory) as temporary:
         (temporary / "evaluation.json").write_text(json.dumps({**about, **report.to_dict()}, indent=2) + "\n")
         plot_confusion(np.array(report.confusion), names, temporary / "confusion.png")
@@ -153,19 +153,19 @@ def write_report(directory: Path, report: Report, about: Mapping[str, Any]) -> N
 
 
 def record(run: Path, name: str, report: Report, command: str, model: Path) -> Path:
-    """Leave the figures and both pictures in RUN/evaluations, where reports and lists of runs find them."""
+    """Writes the metrics and both pictures to RUN/evaluations, for reports and lists of runs; returns the file."""
     directory = run / records.DIRECTORY
     directory.mkdir(exist_ok=True)
     pictures = [f"{records.file_name(name)}-{kind}.png" for kind in ("confusion", "reliability")]
-    plot_confusion(np.array(report.confusion), [each.label for each in report.labels], directory / pictures[0])
+    plot_confusion(np.array(report.confusion), [scores.label for scores in report.labels], directory / pictures[0])
     plot_reliability(report, directory / pictures[1])
-    figures = {"accuracy": report.accuracy, "accuracy_stderr": report.standard_error, "macro_f1": report.macro_f1}
-    figures |= {"loss": report.loss, "calibration_error": report.calibration_error, "texts": report.texts}
-    return records.write(run, name, figures, command, model, pictures)
+    metrics = {"accuracy": report.accuracy, "accuracy_stderr": report.standard_error, "macro_f1": report.macro_f1}
+    metrics |= {"loss": report.loss, "calibration_error": report.calibration_error, "texts": report.texts}
+    return records.write(run, name, metrics, command, model, pictures)
 
 
 def plot_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> None:
-    """Draw the counts; a cell is the darker, the larger its share of its row (the texts of one true label)."""
+    """Draws the counts; the darker a cell, the larger its share of its row (the texts of one true label)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -189,26 +189,26 @@ def plot_confusion(confusion: np.ndarray, names: Sequence[str], path: Path) -> N
 
 
 def plot_reliability(report: Report, path: Path) -> None:
-    """Draw the accuracy of each bin of confidence beside the diagonal of a calibrated model, and the bins' sizes."""
+    """Draws the accuracy of each bin of confidence beside the diagonal of a calibrated model, and the bins' sizes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    filled = [each for each in report.bins if each.texts]
+    filled = [bucket for bucket in report.bins if bucket.texts]
     width = 1 / BINS
     above.plot([0, 1], [0, 1], color="#555555", linestyle="--", linewidth=1.2, label="calibrated")
     above.bar(
-        [each.above + width / 2 for each in filled],
-        [each.accuracy for each in filled],
+        [bucket.above + width / 2 for bucket in filled],
+        [bucket.accuracy for bucket in filled],
         width * 0.92,
         color="#9ecae1",
         label="accuracy",
     )
     above.plot(
-        [each.confidence for each in filled],
-        [each.accuracy for each in filled],
+        [bucket.confidence for bucket in filled],
+        [bucket.accuracy for bucket in filled],
         color="#d94801",
         marker="o",
         markersize=4,
@@ -220,7 +220,9 @@ def plot_reliability(report: Report, path: Path) -> None:
     above.set_ylim(0, 1)
     above.set_title(f"expected calibration error {report.calibration_error:.3f}", fontsize=10)
     above.legend(frameon=False, loc="upper left")
-    below.bar([each.above + width / 2 for each in report.bins], [each.texts for each in report.bins], width * 0.92)
+    below.bar(
+        [bucket.above + width / 2 for bucket in report.bins], [bucket.texts for bucket in report.bins], width * 0.92
+    )
     below.set_ylabel("texts")
     below.set_xlabel("confidence (probability of the predicted label)")
     below.set_xlim(0, 1)

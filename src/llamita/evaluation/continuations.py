@@ -1,7 +1,7 @@
-"""How likely a model holds given texts to follow given contexts: the measure that multiple choice and its like rest on.
+"""The log-probability of texts as continuations of contexts, on which multiple choice and tasks of lm_eval rest.
 
-A pair is cut into tokens as one text, then divided where the context ends, since the pieces cut alone may be others.
-Asks a runner for logits; knows nothing of frameworks and of where the pairs come from.
+Context and continuation are tokenised as one text and divided where the context ends, since alone they may give other
+tokens. Asks a runner for logits; knows nothing of frameworks or of where the texts come from.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ Encode = Callable[[str], Sequence[int]]
 
 
 class Pair(NamedTuple):
-    """A context and what is to follow it, as token ids; neither may be empty."""
+    """A context and its continuation, as token ids; neither may be empty."""
 
     context: Sequence[int]
     continuation: Sequence[int]
@@ -30,7 +30,7 @@ class Likelihood(NamedTuple):
 
 
 def encode_pair(encode: Encode, context: str, continuation: str) -> Pair:
-    """The tokens of a pair; blanks at the end of the context belong to the continuation, as they do inside a text."""
+    """Returns a pair's tokens; blanks at the end of the context go to the continuation, as they do inside a text."""
     kept = context.rstrip()
     whole = encode(context + continuation)
     size = len(encode(kept))
@@ -38,10 +38,11 @@ def encode_pair(encode: Encode, context: str, continuation: str) -> Pair:
 
 
 def score(runner: Forward, pairs: Sequence[Pair], vocab_size: int, positions: int) -> list[Likelihood]:
-    """The likelihood of each continuation given its context, in the order of the pairs.
+    """Returns the likelihood of each continuation given its context, in the order of the pairs.
 
-    A context is cut off at its beginning where both do not fit into `positions` with the last token left out. Pairs of
-    like length run together, so that little is computed for padding; what they are beside changes nothing.
+    A context loses its beginning where context and continuation, less their last token, exceed `positions`. Pairs of
+    like length run together, so that little is computed for padding. ValueError for an empty part, and for a
+    continuation longer than `positions`.
     """
     for pair in pairs:
         if not pair.context or not pair.continuation:

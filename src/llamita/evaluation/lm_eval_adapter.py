@@ -1,12 +1,12 @@
-"""A Llamita model as a model of lm_eval (EleutherAI's evaluation harness, 0.4.13), so that its tasks run in process.
+"""Makes a Llamita model one of lm_eval (EleutherAI's evaluation harness, 0.4.13), whose tasks then run in this process.
 
     import lm_eval, llamita
     from llamita.evaluation.lm_eval_adapter import LlamitaLM
 
     lm_eval.simple_evaluate(LlamitaLM(llamita.load("runs/first")), tasks=["hellaswag"])
 
-Texts become tokens as lm_eval's adapter for transformers makes them, so both give the same figures. The model itself
-is passed in: this module loads no framework of its own accord. It needs the package lm_eval, of the extra `evaluation`.
+Texts become tokens as in lm_eval's adapter for transformers, so both give the same metrics. The model is passed in:
+this module itself loads no framework. It needs the package lm_eval, of the extra `evaluation`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,8 +33,11 @@ Encoded = tuple[Any, Sequence[int], Sequence[int]]
 
 
 class LlamitaLM(TemplateLM):
-    """`add_bos` True or False puts the BOS token before every context or before none; None does as the tokenizer's
-    files ask of transformers, which for a tokenizer trained here is none."""
+    """A Llamita model for lm_eval.
+
+    `add_bos`: True puts the BOS token before every context, False before none; None does what the tokenizer's files ask
+    of transformers, which for a tokenizer trained here is False. ValueError without a tokenizer, or a BOS token to add.
+    """
 
     def __init__(self, llm: LLM, add_bos: bool | None = None) -> None:
         super().__init__()
@@ -58,7 +61,7 @@ class LlamitaLM(TemplateLM):
         return self.eot_token_id if self.tokens.bos_id is None else self.tokens.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text in which control tokens may be spelled out; a BOS that it has already is not doubled."""
+        """Returns the ids of a text in which control tokens may be spelled out; a BOS at its start is not doubled."""
         ids = self.tokens.encode(string, allow_special=True)
         begins = self.add_bos if add_special_tokens is None else add_special_tokens and self.tokens.adds_bos
         doubled = add_special_tokens is None and ids[:1] == [self.prefix_token_id]
@@ -76,7 +79,7 @@ class LlamitaLM(TemplateLM):
         return [(likelihood.nats, likelihood.greedy) for likelihood in found]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of whole texts, in windows that each hold as much as the model has positions."""
+        """Returns the log-probability of whole texts, in windows as long as the model has positions."""
         windows: list[Encoded] = []
         owners: list[int] = []
         for index, request in enumerate(requests):
@@ -94,7 +97,7 @@ class LlamitaLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the engine writes after each context, up to a text that ends it; all contexts are served together."""
+        """Returns the engine's text after each context, up to a stop string; all contexts are served together."""
         end = self.tokens.decode([self.eot_token_id], skip_special=False)
         prompts, params, stops = [], [], []
         for context, options in (request.args for request in requests):
@@ -136,7 +139,7 @@ class LlamitaLM(TemplateLM):
 
 
 def run(model: LlamitaLM, tasks: Sequence[str], tasks_path: Path | None = None, **options: Any) -> dict[str, Any]:
-    """lm_eval's results over its tasks, and over those whose YAML files lie in `tasks_path`.
+    """Returns lm_eval's results for `tasks`, which are its own or have their YAML files in `tasks_path`.
 
     ValueError for a task that neither has. `options` are those of lm_eval.simple_evaluate.
     """
@@ -147,7 +150,7 @@ def run(model: LlamitaLM, tasks: Sequence[str], tasks_path: Path | None = None, 
 
 
 def _manager(tasks: Sequence[str], tasks_path: Path | None) -> TaskManager:
-    """What knows the tasks; lm_eval's own thousands are read only where they are meant, since that takes seconds."""
+    """Returns a manager that has the tasks; lm_eval's thousands are read only if needed, since that takes seconds."""
     own = TaskManager(include_path=str(tasks_path), include_defaults=False) if tasks_path else None
     if own is not None and all(own.match_tasks([name]) for name in tasks):
         return own
@@ -158,8 +161,8 @@ def _manager(tasks: Sequence[str], tasks_path: Path | None) -> TaskManager:
     return manager
 
 
-def figures(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """The figures of each task; a filter other than lm_eval's `none` stands before their names."""
+def metrics_by_task(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Returns the metrics of each task; a filter other than lm_eval's `none` stands before their names."""
     found: dict[str, dict[str, float]] = {}
     for task, values in results["results"].items():
         rows = found.setdefault(task, {})
@@ -171,7 +174,7 @@ def figures(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _sampling(given: Mapping[str, Any], most: int, stop: tuple[str, ...]) -> SamplingParams:
-    """Our sampling parameters of lm_eval's; ValueError for one that would be passed over silently."""
+    """Returns lm_eval's sampling parameters as ours; ValueError for one that would be ignored silently."""
     unknown = sorted(given.keys() - {"do_sample", *SAMPLING})
     if unknown:
         raise ValueError(f"generation_kwargs has {unknown[0]!r}, which is unknown here; there are {_listed(SAMPLING)}")

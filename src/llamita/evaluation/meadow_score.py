@@ -1,6 +1,6 @@
 """Scores stories that a model wrote against Meadow's grammar and facts.
 
-It reads texts and nothing else: where they come from, and how a model rates them, is not known here.
+Reads texts alone; knows nothing of where they come from or of how a model rates them.
 """
 
 from collections import Counter
@@ -11,16 +11,16 @@ from llamita.data import meadow
 from llamita.data.meadow_grammar import Mention, Reading
 from llamita.data.meadow_world import OWNER
 
-DISTANCE = 20  # words between a fact and the words it determines, where both the design and the reports draw the line
+DISTANCE = 20  # words between a fact and the words it determines, from which on the fact counts as distant
 
 
 @dataclass(frozen=True)
 class MeadowScore:
-    """How many stories the grammar reads, and how many of all have facts that agree."""
+    """The shares of stories that the grammar reads, and whose facts agree too."""
 
     stories: int
     grammatical: float  # share that the grammar reads, whatever the facts
-    consistent: float  # share that a drawn story could be: grammatical, and every fact is carried along
+    consistent: float  # share that is grammatical and carries every fact along, as a drawn story does
     faults: Mapping[str, int]  # variable -> mentions that contradict the story so far, over all stories
 
     def __str__(self) -> str:
@@ -28,7 +28,7 @@ class MeadowScore:
 
 
 def score(texts: Iterable[str]) -> MeadowScore:
-    """Judge whole stories, sampled with nothing cut off; white space around a story is ignored.
+    """Scores whole stories, sampled with nothing cut off; white space around a story is ignored.
 
     Raises ValueError where there are no texts.
     """
@@ -49,11 +49,11 @@ def score(texts: Iterable[str]) -> MeadowScore:
 
 
 def determined_spans(text: str, distance: int = DISTANCE) -> list[tuple[int, int]]:
-    """Return the spans text[start:end] that nothing but facts at least `distance` words back determine.
+    """Returns the spans text[start:end] that only facts at least `distance` words back determine.
 
-    Such a span names something named before, whose latest earlier mention (for a pronoun: by name or pronoun) lies that
-    many words back; no other sentence could go on differently at that point. A model that carries facts gives each word
-    of it all the probability. Raises ValueError where the text is no consistent story.
+    Such a span names something whose latest earlier mention (for a pronoun: by name or pronoun) lies that many words
+    back; no sentence of the grammar can go on differently at that point. A model that carries facts gives each word of
+    it all the probability. Raises ValueError where the text is no consistent story.
     """
     grammar = meadow.grammar()
     story = meadow.parse(text)
@@ -68,7 +68,7 @@ def determined_spans(text: str, distance: int = DISTANCE) -> list[tuple[int, int
 
 
 def _sources(reading: Reading, owner: str) -> list[tuple[Mention, Mention | None]]:
-    """Return each mention with the latest earlier one that tells its words (None where it is a free choice)."""
+    """Returns each mention with the latest earlier one that determines its words, None where they are a free choice."""
     named: dict[str, Mention] = {}  # variable -> its latest mention by name
     latest: dict[str, Mention] = {}  # variable -> its latest mention by name or pronoun
     pairs = []

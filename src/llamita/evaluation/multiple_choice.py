@@ -1,9 +1,9 @@
-"""Multiple choice: the answer that a model holds likeliest, over questions from a file of JSON lines.
+"""Multiple choice: scores the choice that a model finds likeliest, over questions from a file of JSON lines.
 
     {"question": "Who has the kite?", "choices": ["the fox", "the owl"], "answer": 0}
     {"context": "The fox has the", "choices": ["kite", "pond"], "answer": "kite"}
 
-Nothing is generated: each choice is scored as what follows the prompt after a blank. Knows no framework.
+Nothing is generated: each choice is scored as the continuation of the prompt and a blank. Knows no framework.
 """
 
 import json
@@ -23,7 +23,7 @@ from llamita.evaluation.continuations import Encode, Likelihood
 
 @dataclass(frozen=True)
 class Question:
-    """What the choices are to follow, the choices, and the index of the right one."""
+    """A prompt, the choices of its continuation, and the index of the right one."""
 
     prompt: str
     choices: tuple[str, ...]
@@ -32,10 +32,10 @@ class Question:
 
 @dataclass(frozen=True)
 class MultipleChoice:
-    """How many questions the likeliest choice answers rightly, as shares with their standard errors.
+    """The shares of questions that the likeliest choice answers rightly, with their standard errors.
 
-    `accuracy` takes the choice of the highest log-probability; `accuracy_norm` divides it by the characters of the
-    choice, so that a short one has no advantage. The error of a single question is unknown: None.
+    `accuracy` takes the choice of the highest log-probability; `accuracy_norm` divides the log-probability by the
+    characters of the choice, so that a short one has no advantage. A single question has no standard error: None.
     """
 
     questions: int
@@ -43,7 +43,7 @@ class MultipleChoice:
     accuracy_stderr: float | None
     accuracy_norm: float
     accuracy_norm_stderr: float | None
-    chance: float  # what guessing gets: the mean of 1 / number of choices
+    chance: float  # the accuracy of guessing: the mean of 1 / number of choices
     likelihoods: tuple[tuple[Likelihood, ...], ...]  # of each question's choices
 
     def metrics(self) -> dict[str, float | None]:
@@ -54,7 +54,7 @@ class MultipleChoice:
 def evaluate(
     runner: Forward, encode: Encode, questions: Sequence[Question], vocab_size: int, positions: int
 ) -> MultipleChoice:
-    """Score every choice of every question. `encode` gives a text's ids, the token that begins a text included."""
+    """Scores every choice of every question. `encode` gives a text's ids, the token that begins a text included."""
     if not questions:
         raise ValueError("expected at least one question, got none")
     pairs = []
@@ -87,14 +87,14 @@ def evaluate(
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean of independent values: their sample standard deviation over the root of their number."""
+    """Returns the standard error of the mean of independent values; None for a single one."""
     if len(values) < 2:
         return None
     return float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
 def read_questions(file: Path, limit: int = 0) -> list[Question]:
-    """The questions of a file, the first `limit` of them (0: all); ValueError names the line and what is wrong."""
+    """Returns the first `limit` questions of a file (0: all); ValueError names the line and what is wrong with it."""
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}; give one of JSON lines, a question each")
     questions = []
@@ -113,7 +113,10 @@ def read_questions(file: Path, limit: int = 0) -> list[Question]:
 
 
 def question(value: Any) -> Question:
-    """A question of an object: `question` and/or `context`, `choices`, and `answer`, an index from 0 or a choice."""
+    """Returns the question in an object with `question` or `context` (or both), `choices` and `answer`.
+
+    `answer` is a choice or its index from 0. ValueError says what is wrong with the object.
+    """
     if not isinstance(value, dict):
         raise ValueError(f"expected an object, got {type(value).__name__}")
     texts = [value.get(key, "") for key in ("context", "question")]

@@ -1,4 +1,4 @@
-"""How well a model predicts text: the log-probability of every token, perplexity, bits per byte.
+"""Measures how well a model predicts text: the log-probability of every token, perplexity, bits per byte.
 
 Asks a runner for logits and works in numpy; knows nothing of frameworks, files or training.
 """
@@ -17,7 +17,7 @@ MAX_LOGITS = 2**25  # numbers in the logits of a batch: 128 MB in float32
 
 @dataclass(frozen=True)
 class TokenScores:
-    """For tokens 1.. of T + 1, given all before each: its log-probability in nats, and the id that was likeliest."""
+    """For tokens 1 to T of T + 1, each given all before it: its log-probability in nats, and the likeliest id."""
 
     log_probabilities_T: np.ndarray
     likeliest_T: np.ndarray
@@ -25,7 +25,7 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """The loss over a text. Characters and bytes are those of the text alone, special tokens not counted."""
+    """The loss over a text, in nats; characters and bytes leave special tokens out."""
 
     nats: float
     targets: int
@@ -38,7 +38,7 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """exp of the loss per token; comparable only between models of one tokenizer."""
+        """The exponential of the loss per token; comparable only between models of one tokenizer."""
         return math.exp(self.nats_per_token)
 
     @property
@@ -47,20 +47,20 @@ class Perplexity:
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between models of any tokenizers."""
+        """The loss in bits per byte of the text; comparable between models of any tokenizers."""
         return self.nats / self.bytes / math.log(2)
 
 
 def score_sequences(
     runner: Forward, sequences: Iterable[np.ndarray], vocab_size: int, batch_size: int = 64
 ) -> Iterator[TokenScores]:
-    """Score every token but the first of each sequence, given all before it; the order is kept.
+    """Yields the scores of every token but the first of each sequence, in the order of the sequences.
 
-    Sequences run together padded on the right, which attention, being causal, does not see.
+    Sequences run together padded on the right, which causal attention does not see.
     """
     waiting: list[np.ndarray] = []
     for sequence in sequences:
-        longest = max(len(one) for one in [*waiting, sequence])
+        longest = max(len(row) for row in [*waiting, sequence])
         if waiting and (len(waiting) == batch_size or (len(waiting) + 1) * longest * vocab_size > MAX_LOGITS):
             yield from _score_batch(runner, waiting)
             waiting = []
@@ -93,11 +93,11 @@ def strided_perplexity(
     characters: int,
     size: int,
 ) -> Perplexity:
-    """The loss over one stream of tokens, every target scored once, in windows of sequence_length moved by `stride`.
+    """Returns the loss over a stream of tokens, each target scored once, in windows of sequence_length, `stride` apart.
 
     Several streams, such as documents, are scored each from its own beginning. A stride below sequence_length gives
     each target more context, at the cost of computing it more often. `characters` and `size` (bytes) are those of the
-    text.
+    text. ValueError for a text without a target.
     """
     streams = [tokens] if isinstance(tokens, np.ndarray) else tokens
     scored = []

@@ -1,11 +1,11 @@
-"""What evaluations of a run's checkpoints found, as files in the run: RUN/evaluations/NAME.json.
+"""Records of evaluations of a run's checkpoints, as files in the run: RUN/evaluations/NAME.json.
 
     {"name": "perplexity", "metrics": {"perplexity": 1.37, ...}, "command": "llamita evaluate ...",
      "time": 1767225600.0, "model": "checkpoints/step-00004000", "pictures": ["confusion.png"]}
 
 `metrics` are numbers by name; `NAME_stderr` is the standard error of NAME, and objects in it group names. `time` is in
-seconds since 1970, `model` lies in the run, `pictures` are files beside the record. Whoever evaluates writes one,
-`llamita runs` and `llamita report` read them. Knows nothing of how anything is measured.
+seconds since 1970, `model` lies in the run, `pictures` are files beside the record. Every evaluation writes
+one; `llamita runs` and `llamita report` read them. Knows nothing of how anything is measured.
 """
 
 import json
@@ -36,7 +36,7 @@ class EvaluationRecord:
 
 
 def run_of(model: Path) -> Path | None:
-    """The run that a model belongs to: a run itself, its `best` or `last`, one of its checkpoints; None for others."""
+    """Returns the run that `model` is, or whose `best`, `last` or checkpoint it is; None for other models."""
     path = model.absolute()
     if not path.exists():  # the name of a model on the hub
         return None
@@ -56,7 +56,7 @@ def write(
     model: Path | None = None,
     pictures: Sequence[str] = (),
 ) -> Path:
-    """Leave a record in a run, in place of an earlier one of that name; numbers that are not finite become null.
+    """Writes a record into a run, in place of an earlier one of that name; numbers that are not finite become null.
 
     `pictures` are names of files that lie in RUN/evaluations already.
     """
@@ -71,7 +71,7 @@ def write(
 
 
 def read(run: Path) -> tuple[list[EvaluationRecord], list[str]]:
-    """The records of a run, oldest first, and a line for each file that is none."""
+    """Returns the records of a run, oldest first, and a line for each file that is no record."""
     found, faults = [], []
     for file in sorted((run / DIRECTORY).glob("*.json")):
         try:
@@ -82,12 +82,12 @@ def read(run: Path) -> tuple[list[EvaluationRecord], list[str]]:
 
 
 def file_name(name: str) -> str:
-    """A name with nothing in it but what any file system takes."""
+    """Returns the name with nothing in it but characters that any file system takes."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:120] or "evaluation"
 
 
 def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float | None]:
-    """Groups taken apart; what is no number is left out, one that is not finite becomes None."""
+    """Returns the metrics with groups flattened; what is no number is left out, infinity and NaN become None."""
     result: dict[str, float | None] = {}
     for name, value in metrics.items():
         if isinstance(value, Mapping):
@@ -98,7 +98,7 @@ def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float | None
 
 
 def with_errors(metrics: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Each figure with its standard error, None where it has none."""
+    """Returns each metric's name and value with its standard error, None where it has none."""
     return [
         (name, value, metrics.get(f"{name}_stderr"))
         for name, value in metrics.items()

@@ -1,4 +1,4 @@
-"""Labels from a language model that was never trained for them: which label's words are likeliest after a question.
+"""Labels texts with a language model that was not tuned for it, by the words that it finds likeliest after a question.
 
 A text is followed by a suffix and by each label's words in turn; a label's score is the log-probability of its tokens
 there. Asks a runner for logits and works in numpy; knows nothing of frameworks, files or training.
@@ -17,18 +17,18 @@ from llamita.evaluation.perplexity import MAX_LOGITS
 from llamita.text.tokenizer import Tokenizer
 
 CONTENT_FREE = ("N/A", "[MASK]", "")
-"""Texts that say nothing, for calibration: those of Zhao et al. 2021, section 4."""
+"""Texts without content, for calibration: those of Zhao et al. 2021, section 4."""
 Reduction = Literal["sum", "mean"]
 MAX_ROWS = 64
 
 
 def default_suffix(labels: Sequence[str]) -> str:
-    """A question that names the labels: `Is this movie awful, bad, average, good, or excellent? This movie is `."""
+    """Returns a question with the labels: `Is this movie awful, bad, average, good, or excellent? This movie is `."""
     return f"Is this movie {listed(labels)}? This movie is "
 
 
 def listed(words: Sequence[str]) -> str:
-    """`a or b`, `a, b, or c`."""
+    """Returns `a or b`, or `a, b, or c`."""
     if len(words) < 3:
         return " or ".join(words)
     return f"{', '.join(words[:-1])}, or {words[-1]}"
@@ -46,13 +46,13 @@ class Prompt:
 def build_prompt(
     tokenizer: Tokenizer, text: str, suffix: str, labels: Sequence[str], length: int, keep: Keep = "end"
 ) -> Prompt:
-    """`text suffix label` for each label as ids, at most `length` with the longest label; of the text alone is cut.
+    """Returns the ids of `text suffix label` for each label, at most `length` with the longest; only the text is cut.
 
-    All of it is encoded in one piece with single spaces between, as it would stand in a document; a label's ids are
-    those from where the whole first differs from what is encoded without it. ValueError where nothing stands before the
-    label, or not even the suffix fits.
+    All of it is encoded in one piece with single spaces between, as it would stand in a document; a label's ids begin
+    where those of the whole first differ from those without the label. ValueError where nothing stands before the
+    label, or the suffix alone is too long.
     """
-    head = " ".join(each for each in (text, suffix.rstrip()) if each)
+    head = " ".join(part for part in (text, suffix.rstrip()) if part)
     bos = tokenizer.bos_id is not None
     alone = tokenizer.encode(head, bos=bos)
     whole = [tokenizer.encode(f"{head} {label}".lstrip(), bos=bos) for label in labels]
@@ -64,7 +64,7 @@ def build_prompt(
     surplus = len(context) + max(map(len, endings)) - length
     if surplus <= 0:
         return Prompt(tuple(context.tolist()), endings, False)
-    # What may be cut is the text: ids that its encoding alone shares with the whole.
+    # Only the text may be cut: the ids that its own encoding shares with the whole.
     own = min(_shared(tokenizer.encode(text, bos=bos), alone), start)
     if surplus > own - bos:
         raise ValueError(
@@ -76,15 +76,15 @@ def build_prompt(
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two sequences begin with in common."""
+    """Returns the length of the longest common prefix of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def label_scores(runner: Forward, prompts: Sequence[Prompt], vocab_size: int, reduction: Reduction) -> np.ndarray:
-    """The log-probability of each label's tokens after each prompt, their sum or mean: float64 [n, labels].
+    """Returns the log-probability of each label's tokens after each prompt, their sum or mean: float64 [n, labels].
 
-    What comes before the last token of a label is computed once for all labels that share it, so labels of one token
-    cost one row a text. Rows run together padded on the right, which attention, being causal, does not see.
+    Labels that share all ids before their last share a row, so labels of one token cost one row a text. Rows run
+    together padded on the right, which causal attention does not see. K: ids of a label.
     """
     scores = np.zeros((len(prompts), len(prompts[0].labels)))
     wanted: dict[tuple[int, ...], list[tuple[int, int]]] = {}
@@ -103,7 +103,7 @@ def label_scores(runner: Forward, prompts: Sequence[Prompt], vocab_size: int, re
 def _last_log_probabilities(
     runner: Forward, rows: Sequence[tuple[int, ...]], count: int, vocab_size: int
 ) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    """Each row with log p (K, V) of what follows each of its last tokens, at most `count` of them."""
+    """Yields each row with log p (K, V) of the next token after each of its last K tokens, K at most `count`."""
     longest = max(map(len, rows))
     at_once = max(1, min(MAX_ROWS, MAX_LOGITS // (longest * vocab_size)))
     for ids in by_length([np.array(row) for row in rows], at_once):
@@ -119,7 +119,7 @@ def _last_log_probabilities(
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """log p over the labels (float64 [n, labels]), and how many texts were cut for their question to fit."""
+    """log p over the labels (float64 [n, labels]), and the number of texts that were cut for the question to fit."""
 
     log_probabilities: np.ndarray
     truncated: int
@@ -138,10 +138,11 @@ def zero_shot(
     reduction: Reduction = "sum",
     calibrate: bool = False,
 ) -> ZeroShot:
-    """Label texts by the likelihood of each label's words after `suffix`.
+    """Labels texts by the likelihood of each label's words after `suffix`.
 
-    The scores are made probabilities over the labels. With `calibrate` these are divided by the mean of those that
-    texts without content get, and normalised again (contextual calibration, Zhao et al. 2021, arXiv:2102.09690).
+    The scores are normalised to probabilities over the labels. With `calibrate`, these are divided by the mean
+    probabilities of texts without content and normalised again (contextual calibration, Zhao et al. 2021,
+    arXiv:2102.09690). ValueError without texts, or without two different labels.
     """
     if len(set(labels)) < max(2, len(labels)) or not all(labels):
         raise ValueError(f"labels={list(labels)} must be at least two different words")

@@ -1,1 +1,1 @@
-"""Requests, detokenizing and the engine; knows no framework."""
+"""The inference engine, its scheduler and memory, and the LLM over them; knows no framework."""

@@ -1,9 +1,9 @@
-"""A file of prompts through a model into a file of answers, which goes on where it was cut off.
+"""Runs a file of prompts through a model into a file of answers, and goes on where an earlier run was cut off.
 
 Each line of the input is an object with `prompt` (text), `prompt_tokens` or `messages`, optionally an `id`, an
-`adapter` (or a `model` of the form `base:adapter`) and fields of `SamplingParams`; each line of the output an object
-with the same and what was written, in the order in which they end. Beside the output lies a record of what it was made
-from, so that another input or other options are not mixed into it. Knows nothing of progress bars or of flags.
+`adapter` (or a `model` of the form `base:adapter`) and fields of `SamplingParams`. Each line of the output is an object
+with the same and the text written, in the order in which requests end. A file beside the output records the input and
+the options, so that no others are mixed into it. Knows nothing of progress bars or of flags.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from llamita.text.chat import Chat
 
 PROMPTS = ("prompt", "prompt_tokens", "messages")
 OWN = ("id", "adapter", "model", *PROMPTS)
-"""What a line may hold besides sampling parameters."""
+"""The keys of a line that are no sampling parameters."""
 SHOWN_FAULTS = 10
 
 
 @dataclass(frozen=True)
 class Item:
-    """A line of the input: what its output line repeats, and the request."""
+    """A line of the input: the keys that its output line repeats, and the request."""
 
     index: int
     given: Mapping[str, Any]
@@ -43,7 +43,7 @@ Outcome = tuple[Item, Generation | Exception]
 
 @dataclass
 class Totals:
-    """What a run did, without what an earlier one had done."""
+    """The totals of a run; lines that an earlier run did are not counted."""
 
     requests: int = 0
     failed: int = 0
@@ -52,7 +52,7 @@ class Totals:
 
 
 def read_items(llm: LLM, path: Path, defaults: SamplingParams, template: str | None = None) -> list[Item]:
-    """All lines of the input, each checked against the model; ValueError lists the faults, in one line."""
+    """Returns all lines of the input, each checked against the model; ValueError lists the faults, in one line."""
     try:
         lines = path.read_bytes().decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -85,9 +85,10 @@ def read_items(llm: LLM, path: Path, defaults: SamplingParams, template: str | N
 
 
 def run_batch(llm: LLM, items: list[Item], output: Path, made_from: Mapping[str, Any]) -> tuple[int, Iterator[Outcome]]:
-    """How many lines the output has already, and an iterator that does the rest, a line written for each it yields.
+    """Returns the number of lines that the output has already, and an iterator over the others' outcomes.
 
-    `made_from` is what the output depends on: it is recorded, and ValueError tells where a record differs.
+    The iterator serves the requests and writes a line for each outcome before yielding it. `made_from` is all that the
+    output depends on: it is recorded, and ValueError names what differs from an earlier record.
     """
     stack = contextlib.ExitStack()
     try:
@@ -113,17 +114,17 @@ def run_batch(llm: LLM, items: list[Item], output: Path, made_from: Mapping[str,
 
 
 def count(totals: Totals, item: Item, outcome: Generation | Exception) -> None:
-    """Add what came of an item to the totals."""
+    """Adds the outcome of an item to the totals."""
     totals.requests += 1
     totals.prompt_tokens += len(item.request.prompt)
     if isinstance(outcome, Exception):
         totals.failed += 1
     else:
-        totals.generated_tokens += sum(len(each.token_ids) for each in outcome.continuations)
+        totals.generated_tokens += sum(len(continuation.token_ids) for continuation in outcome.continuations)
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file."""
+    """Returns the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -140,7 +141,7 @@ def _chat(llm: LLM, template: str | None) -> Chat:
 def _parse(
     llm: LLM, chat: Chat | None, given: dict[str, Any], defaults: SamplingParams
 ) -> tuple[dict[str, Any], Request]:
-    """What a line's output repeats, and its request."""
+    """Returns the keys that a line's output repeats, and its request; ValueError for a line that is no request."""
     kinds = [name for name in PROMPTS if name in given]
     if len(kinds) != 1:
         raise ValueError(f"expected one of prompt, prompt_tokens and messages, got {', '.join(kinds) or 'none'}")
@@ -165,7 +166,7 @@ def _parse(
 
 
 def _adapter(given: dict[str, Any]) -> str | None:
-    """The adapter that a line asks for: by `adapter`, or by `model` after a colon."""
+    """Returns the adapter that a line asks for, by `adapter` or by `model` after a colon; None for the model itself."""
     for name in ("adapter", "model"):
         if not isinstance(given.get(name), str | None):
             raise ValueError(f"{name}={given[name]!r:.40} must be a text")
@@ -180,7 +181,7 @@ def _adapter(given: dict[str, Any]) -> str | None:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The output, for this run alone."""
+    """Opens the output for this run alone; ValueError where another run has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
         try:
@@ -191,7 +192,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def record_path(output: Path) -> Path:
-    """Where the record of what an output was made from lies."""
+    """Returns the path of the record of the input and options that an output was made from."""
     return output.with_name(output.name + ".made-from.json")
 
 
@@ -212,7 +213,7 @@ def _check_record(output: Path, file: BinaryIO, made_from: Mapping[str, Any]) ->
 
 
 def _kept(file: BinaryIO, path: Path, total: int) -> set[int]:
-    """The lines that are done; one that was cut off in its midst is dropped from the file."""
+    """Returns the indices of the lines that are done; a line that was cut off in its midst is dropped from the file."""
     file.seek(0)
     done: set[int] = set()
     whole = 0
@@ -239,10 +240,12 @@ def _record(item: Item, outcome: Generation | Exception) -> dict[str, Any]:
     first = outcome.statistics
     record |= _continuation(outcome, item.request.params)
     if item.request.params.n > 1:
-        record["continuations"] = [_continuation(each, item.request.params) for each in outcome.continuations]
+        record["continuations"] = [
+            _continuation(continuation, item.request.params) for continuation in outcome.continuations
+        ]
     if item.request.params.prompt_logprobs:
         record["prompt_logprobs"] = list(outcome.prompt_logprobs)
-    written = sum(len(each.token_ids) for each in outcome.continuations)
+    written = sum(len(continuation.token_ids) for continuation in outcome.continuations)
     usage = {"prompt_tokens": first.prompt_tokens, "completion_tokens": written, "cached_tokens": first.cached_tokens}
     return {**record, "usage": usage}
 

@@ -1,10 +1,10 @@
-"""Who holds which block of the key/value memory: reference counts, the prefix cache, windows that move on.
+"""Shares out the blocks of the key/value memory: reference counts, the prefix cache, sliding windows.
 
-Memory is cut into blocks of equally many positions. A block is held by the sequences whose tables name it, and full
-ones stay findable by the tokens of their whole prefix after nobody holds them, until their memory is needed for
-something else. Knows blocks by number only: what is in them is the runner's.
+Memory is cut into blocks of equally many positions. A block is held by the sequences whose tables name it. Full blocks
+that nobody holds any more can still be found by the tokens of their whole prefix, until their memory is needed for
+something else. Knows blocks by number only; their content is the runner's.
 
-    Prefix        what a cached block is known by: its own tokens after those of all blocks before it
+    Prefix        identifies a cached block: its own tokens after those of all blocks before it
     BlockPool     the blocks of one group of layers, and the prefixes that they hold
     BlockTable    the blocks of one sequence in one group
     BlockManager  the tables of all sequences over all groups
@@ -24,7 +24,7 @@ MISSING = -1
 
 
 def chained_key(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """SHA-256 over a block's tokens and the key of all blocks before it."""
+    """Returns the SHA-256 over a block's tokens and the key of all blocks before it."""
     return hashlib.sha256(parent + np.asarray(tokens, dtype=np.int32).tobytes()).digest()
 
 
@@ -46,12 +46,12 @@ class Prefixes:
         self._known: weakref.WeakValueDictionary[bytes, Prefix] = weakref.WeakValueDictionary()
 
     def known(self, parent: Prefix | None, tokens: Sequence[int]) -> Prefix | None:
-        """The prefix that has one block more than `parent`, while a block or a longer prefix keeps it alive."""
+        """Returns the prefix of one block more than `parent`; None unless a block or a longer prefix keeps it alive."""
         found = self._known.get(self._key(b"" if parent is None else parent.key, tokens))
         return found if found is not None and found.parent is parent and found.tokens == tuple(tokens) else None
 
     def extend(self, parent: Prefix | None, tokens: Sequence[int]) -> Prefix:
-        """The prefix that has one block more than `parent`."""
+        """Returns the prefix of one block more than `parent`, new where it is not known."""
         found = self.known(parent, tokens)
         if found is None:
             found = Prefix(self._key(b"" if parent is None else parent.key, tokens), parent, tuple(tokens))
@@ -59,7 +59,7 @@ class Prefixes:
         return found
 
     def root(self, adapter: str | None) -> Prefix | None:
-        """What the prefixes of an adapter's texts begin with, so that they are never those of another's."""
+        """Returns the prefix before all texts of an adapter, which sets them apart from others; None without one."""
         if adapter is None:
             return None
         key = hashlib.sha256(b"adapter " + adapter.encode()).digest()
@@ -77,7 +77,7 @@ class BlockPool:
         self.block_of: dict[Prefix, int] = {}
 
     def take(self, after: int = MISSING) -> int:
-        """A free block, now held once; the neighbour of block `after` where that is free and holds no prefix."""
+        """Takes and returns a free block: the one next to block `after` where that is free and holds no prefix."""
         block = after + 1
         if block not in self.free or self.prefix_of[block] is not None:
             block = next(iter(self.free))
@@ -87,12 +87,12 @@ class BlockPool:
         return block
 
     def share(self, block: int) -> None:
-        """Hold a block once more."""
+        """Counts one more holder of a block."""
         self.free.pop(block, None)
         self.references[block] += 1
 
     def give_back(self, block: int) -> None:
-        """Hold a block once less. One that keeps no prefix is reused before those that do."""
+        """Counts one holder of a block less. A free block without a prefix is reused before those with one."""
         assert self.references[block] > 0, f"block {block} is given back, but nobody holds it"
         self.references[block] -= 1
         if self.references[block] == 0:
@@ -101,13 +101,13 @@ class BlockPool:
                 self.free.move_to_end(block, last=False)
 
     def remember(self, block: int, prefix: Prefix) -> None:
-        """Make a full block findable, unless another one with the same content is."""
+        """Makes a full block findable, unless another block with the same content is."""
         if prefix not in self.block_of and self.prefix_of[block] is None:
             self.block_of[prefix] = block
             self.prefix_of[block] = prefix
 
     def forget_unused(self) -> None:
-        """Empty the prefix cache of all that nobody holds."""
+        """Empties the prefix cache of all blocks that nobody holds."""
         for block in self.free:
             self._forget(block)
 
@@ -125,11 +125,11 @@ class BlockTable:
         self._blocks = np.full(8, MISSING, dtype=np.int32)
         self.length = 0
         self.released = 0
-        """So many of the first blocks have been given back, or were never taken."""
+        """The number of first blocks that have been given back, or were never taken."""
 
     @property
     def blocks(self) -> np.ndarray:
-        """A view that the next `append` may leave behind."""
+        """The table as a view, which is out of date after the next `append`."""
         return self._blocks[: self.length]
 
     def append(self, block: int) -> None:
@@ -148,7 +148,7 @@ Tables = tuple[BlockTable, ...]
 
 
 class BlockManager:
-    """The tables of sequences over all groups. What does not fit is refused and changes nothing."""
+    """The tables of sequences over all groups. A request that does not fit is refused and changes nothing."""
 
     def __init__(self, layout: CacheLayout, prefix_caching: bool = True) -> None:
         self.layout = layout
@@ -159,7 +159,7 @@ class BlockManager:
         self._copies: list[BlockCopy] = []
 
     def fits(self, positions: int) -> bool:
-        """Whether so many positions of one sequence fit the memory at all, were it alone."""
+        """Returns whether so many positions of one sequence fit the memory, were it alone."""
         most = max(
             min(positions, window - 1 + self.block_size) if window else positions for window in self.layout.windows
         )
@@ -167,11 +167,11 @@ class BlockManager:
 
     @property
     def available(self) -> int:
-        """Blocks that can be had in every group."""
+        """The number of blocks that can be had in every group."""
         return min(len(pool.free) for pool in self.pools)
 
     def find(self, tokens: Sequence[int], adapter: str | None = None) -> tuple[list[Prefix], int]:
-        """The cached prefixes of a text, and how many blocks of it can be shared, its last token never among them."""
+        """Returns the cached prefixes of a text and the number of blocks to share, which never hold its last token."""
         found: list[Prefix] = []
         if not self._caching:
             return found, 0
@@ -187,7 +187,7 @@ class BlockManager:
         return found[:count], count
 
     def _hit(self, group: int, prefixes: Sequence[Prefix], most: int) -> int:
-        """The longest hit of at most so many blocks: full attention needs all of them, a window those that it sees."""
+        """Returns the longest hit of at most `most` blocks: full attention needs all, a window those that it sees."""
         held = self.pools[group].block_of
         if self.layout.windows[group] == 0:
             return next((number for number in range(most) if prefixes[number] not in held), most)
@@ -197,12 +197,12 @@ class BlockManager:
         return 0
 
     def _first_seen(self, group: int, position: int) -> int:
-        """The first block that a query at this position, or a later one, sees."""
+        """Returns the first block that a query at this position, or a later one, sees."""
         window = self.layout.windows[group]
         return max(0, position - window + 1) // self.block_size if window else 0
 
     def open(self, prefixes: Sequence[Prefix]) -> Tables:
-        """Tables that share the blocks of these prefixes."""
+        """Returns tables that share the blocks of these prefixes."""
         tables = tuple(BlockTable() for _ in self.pools)
         for group, (pool, table) in enumerate(zip(self.pools, tables, strict=True)):
             first = self._first_seen(group, len(prefixes) * self.block_size)
@@ -214,15 +214,17 @@ class BlockManager:
         return tables
 
     def blocks_to_grow(self, tables: Tables, computed: int, end: int) -> int:
-        """How many blocks `grow` would take, in the group that needs most."""
+        """Returns the number of blocks that `grow` would take, in the group that needs most."""
         return max(
             max(0, -(-end // self.block_size) - table.length) + self._is_shared(pool, table, computed)
             for pool, table in zip(self.pools, tables, strict=True)
         )
 
     def blocks_to_read(self, tables: Tables, end: int, chunk: int) -> int:
-        """How many blocks more a sequence holds at most while it is read up to `end` in chunks, in the group that needs
-        most: a window gives back what it leaves."""
+        """Returns the most blocks that a sequence holds beyond its table while it is read up to `end` in chunks.
+
+        The number is that of the group that needs most; a window gives back the blocks that it leaves.
+        """
         within = [
             -(-(min(end, window + chunk) if window else end) // self.block_size) + (window > 0)
             for window in self.layout.windows
@@ -233,7 +235,7 @@ class BlockManager:
         )
 
     def room(self, tables: Tables, computed: int) -> int:
-        """For how many positions from `computed` on `grow` would find memory."""
+        """Returns the number of positions from `computed` on for which `grow` would find memory."""
         blocks = min(
             table.length + self.available - self._is_shared(pool, table, computed)
             for pool, table in zip(self.pools, tables, strict=True)
@@ -241,7 +243,7 @@ class BlockManager:
         return max(0, blocks * self.block_size - computed)
 
     def grow(self, tables: Tables, computed: int, end: int) -> bool:
-        """Make room for positions `computed` .. end - 1; False, and nothing is changed, where the memory lacks blocks.
+        """Makes room for positions `computed` to end - 1; False, with nothing changed, where the memory lacks blocks.
 
         A block that is written next and that others hold too is replaced by a copy (copy on write).
         """
@@ -260,19 +262,19 @@ class BlockManager:
         return True
 
     def _is_shared(self, pool: BlockPool, table: BlockTable, computed: int) -> bool:
-        """Whether the block that takes position `computed` exists and is not this sequence's alone."""
+        """Returns whether the block of position `computed` exists and is not this sequence's alone."""
         number = computed // self.block_size
         return number < table.length and pool.references[table.blocks[number]] > 1
 
     def copies(self) -> tuple[BlockCopy, ...]:
-        """The copies that `grow` asked for since the last call."""
+        """Returns the copies that `grow` asked for since the last call."""
         copies, self._copies = tuple(self._copies), []
         return copies
 
     def advance(
         self, tables: Tables, prefixes: list[Prefix], tokens: Sequence[int], computed: int, adapter: str | None = None
     ) -> None:
-        """Take note that positions before `computed` are filled: full blocks become findable, unseen ones free."""
+        """Records that positions before `computed` are filled: full blocks become findable, those out of sight free."""
         if self._caching:
             while (len(prefixes) + 1) * self.block_size <= computed:
                 start = len(prefixes) * self.block_size
@@ -289,19 +291,19 @@ class BlockManager:
                 table.released = number + 1
 
     def fork(self, tables: Tables) -> Tables:
-        """Tables of a second sequence that shares everything with the first."""
+        """Returns the tables of a second sequence that shares all blocks with the first."""
         for pool, table in zip(self.pools, tables, strict=True):
             for block in table.blocks[table.released :].tolist():
                 pool.share(block)
         return tuple(table.copy() for table in tables)
 
     def close(self, tables: Tables) -> None:
-        """Give every block back, the last one first, so that what begins a prefix is reused last."""
+        """Gives every block back, the last one first, so that the beginning of a prefix is reused last."""
         for pool, table in zip(self.pools, tables, strict=True):
             for block in table.blocks[table.released :].tolist()[::-1]:
                 pool.give_back(block)
 
     def forget_unused(self) -> None:
-        """Empty the prefix cache."""
+        """Empties the prefix cache."""
         for pool in self.pools:
             pool.forget_unused()

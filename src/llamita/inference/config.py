@@ -1,4 +1,4 @@
-"""How much an engine does at once, and how much memory it takes."""
+"""The limits of an engine: how much it does at once, and how much memory it takes."""
 
 from dataclasses import dataclass, fields
 
@@ -8,24 +8,24 @@ class EngineConfig:
     """The limits of an engine. ValueError names the field, its value and what is allowed."""
 
     max_sequences: int = 32
-    """Sequences that run at the same time; others wait."""
+    """Most sequences that run at the same time; others wait."""
     prefill_tokens: int = 512
-    """Prompt tokens in a step while nothing is being decoded."""
+    """Most prompt tokens in a step while no sequence is decoding."""
     mixed_prefill_tokens: int = 32
-    """Prompt tokens in a step beside decoding sequences, or as many as these are, if they are more. It bounds the time
-    between two tokens of theirs while a long prompt is read."""
+    """Most prompt tokens in a step beside decoding sequences, or as many as these, if they are more. It bounds the time
+    between two of their tokens while a long prompt is read."""
     draft_tokens: int = 4
-    """Tokens guessed ahead for a sequence in a step, where something guesses (speculative decoding)."""
+    """Most tokens guessed ahead for a sequence in a step, with speculative decoding."""
     block_size: int = 16
-    """Positions in a block of the key/value memory: what sequences share and give back."""
+    """Positions in a block of the key/value memory, the unit that sequences share and give back."""
     blocks: int = 0
-    """Blocks of the key/value memory; 0: as many as `cache_bytes` hold."""
+    """Blocks of the key/value memory; 0: as many as fit `cache_bytes`."""
     cache_bytes: int = 0
-    """Bytes of the key/value memory, the model's whole length in any case; 0: a share of what is free."""
+    """Bytes of the key/value memory, at least those of the model's whole length; 0: a share of the free memory."""
     prefix_caching: bool = True
-    """Keep what was computed for the beginning of a text, for others that begin alike."""
+    """Keep the keys and values of a text's beginning for other texts that begin alike."""
     warm_up: bool = True
-    """Make the steps of a GPU ready when the engine is made; it takes seconds, and pays where much is decoded."""
+    """Prepare a GPU's steps when the engine is made, which takes seconds and pays where much is decoded."""
 
     def __post_init__(self) -> None:
         at_least_one = ("max_sequences", "prefill_tokens", "mixed_prefill_tokens", "block_size")

@@ -1,6 +1,6 @@
-"""A conversation with a model: what was said, and how much of it the model can still read.
+"""A conversation with a model: keeps its turns, and forgets the oldest where the context is full.
 
-Knows templates and context lengths; knows nothing of terminals, and nothing of how an answer is generated.
+Knows templates and context lengths; knows nothing of terminals or of how an answer is generated.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from llamita.text.chat import Chat, Message
 
 
 class Conversation:
-    """Turns of a user and an assistant, after an optional system message, for a model of so many positions."""
+    """Turns of a user and an assistant, after an optional system message, for a model of `positions` positions."""
 
     def __init__(self, chat: Chat, positions: int, system: str = "") -> None:
         self._chat = chat
@@ -21,15 +21,15 @@ class Conversation:
 
     @property
     def messages(self) -> list[Message]:
-        """All that is remembered, the system message first where there is one."""
+        """The messages that are remembered, the system message first where there is one."""
         first: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         return first + self.turns
 
     def ask(self, text: str, room: int) -> tuple[tuple[int, ...], int]:
-        """Add what the user says; the prompt that has the model answer, and how many old messages it had to forget.
+        """Adds a user's text; returns the prompt for the answer, and the number of old messages that were forgotten.
 
-        Oldest turns go first, until `room` tokens are left for the answer, or a quarter of the context where that is
-        less. Raises ValueError, the text not added, where it cannot be read even alone.
+        The oldest turns are forgotten until `room` tokens are left for the answer, or a quarter of the context where
+        that is less. Raises ValueError, the text not added, where it is too long even alone.
         """
         before = list(self.turns)
         self.turns.append({"role": "user", "content": text})
@@ -51,23 +51,23 @@ class Conversation:
             raise
 
     def answer(self, text: str) -> None:
-        """Add the model's answer; after an empty one, the question is taken back."""
+        """Adds the model's answer; an empty one takes the question back."""
         if text.strip():
             self.turns.append({"role": "assistant", "content": text.strip()})
         else:
             self.turns.pop()
 
     def reset(self) -> None:
-        """Forget all turns, and keep the system message."""
+        """Forgets all turns, and keeps the system message."""
         self.turns = []
 
     def params(self, chosen: SamplingParams) -> SamplingParams:
-        """The sampling parameters, with what ends a turn of this template added."""
+        """Returns the sampling parameters, with the stop tokens and strings of this template added."""
         return with_end_of_turn(chosen, self._chat)
 
 
 def with_end_of_turn(params: SamplingParams, chat: Chat) -> SamplingParams:
-    """The sampling parameters, with what ends a turn of a chat template added."""
+    """Returns the sampling parameters, with the tokens and strings that end a turn of a chat template added."""
     token_ids, stops = chat.end_of_turn
     more: dict[str, Any] = {
         "stop_token_ids": tuple(dict.fromkeys((*params.stop_token_ids, *token_ids))),

@@ -1,7 +1,7 @@
-"""Text out of a stream of tokens: whole characters only, and nothing past a stop string.
+"""Turns a stream of tokens into text: whole characters only, and nothing past a stop string.
 
-`IncrementalDetokenizer` turns ids into text as they come; `StopMatcher` holds text back while it may still turn out to
-begin a stop string. Neither knows where the ids come from.
+`IncrementalDetokenizer` turns ids into text as they come; `StopMatcher` holds text back while it may still be the
+beginning of a stop string. Neither knows where the ids come from.
 """
 
 import codecs
@@ -22,7 +22,7 @@ class TokenBytes(Protocol):
 
 
 class IncrementalDetokenizer:
-    """Decodes token ids as they come, so that the pieces joined are what decoding them all at once gives.
+    """Decodes token ids as they come; the pieces joined equal the text of all ids decoded at once.
 
     A character whose bytes are spread over tokens comes out with its last byte; bytes that no character can begin with
     come out as U+FFFD, as in `bytes.decode("utf-8", errors="replace")`. `context` are the ids before the first one:
@@ -39,7 +39,7 @@ class IncrementalDetokenizer:
             self.feed(token_id)
 
     def feed(self, token_id: int) -> str:
-        """Take one id and return the text that is certain through it, often one word, sometimes nothing."""
+        """Takes one id and returns the text that it makes certain, often one word, sometimes nothing."""
         if not 0 <= token_id < self._tokenizer.vocab_size:
             return ""
         data = self._tokenizer.token_bytes(token_id)
@@ -49,7 +49,7 @@ class IncrementalDetokenizer:
         return self._decoder.decode(data)
 
     def finish(self) -> str:
-        """Return what is left: U+FFFD where the last character stayed unfinished, else nothing."""
+        """Returns the rest: U+FFFD where the last character stayed unfinished, else nothing."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -66,7 +66,7 @@ class StopMatcher:
         self.matched: str | None = None
 
     def feed(self, text: str) -> str:
-        """Take more text and return what can be let out; once `matched` is set, nothing more comes."""
+        """Takes more text and returns what can be let out; nothing once `matched` is set."""
         if self.matched is not None:
             return ""
         pending = self._held + text
@@ -80,12 +80,12 @@ class StopMatcher:
         return pending[: len(pending) - held]
 
     def finish(self) -> str:
-        """Return the text held back, which no stop string came to complete."""
+        """Returns the text held back, which turned out to begin no stop string."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
+    """Returns the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)

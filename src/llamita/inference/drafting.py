@@ -1,9 +1,9 @@
-"""Guessing ahead: what speculative decoding has the model check (Leviathan et al. 2023, arXiv:2211.17192).
+"""Guesses tokens ahead, which speculative decoding has the model check (Leviathan et al. 2023, arXiv:2211.17192).
 
 The engine runs a guess through the model together with the last token, and keeps it as far as the model gives the same
-tokens. Since a draw is keyed by seed and position, what the model gives does not depend on the guess: the text is the
-one that would have come without, sampled or greedy. A draft model draws with the same key, so that where both models
-have similar distributions they mostly draw the same token. Knows no tensor.
+tokens. A draw is keyed by seed and position, so the model's tokens do not depend on the guess: the text is the same as
+without, sampled or greedy. A draft model draws with the same key, so that where both models have similar distributions
+they mostly draw the same token. Knows no tensor.
 """
 
 from collections import abc
@@ -22,29 +22,29 @@ class Drafter(Protocol):
     """Guesses what comes next, cheaply; a wrong guess costs time, never a token."""
 
     def start(self, config: ModelConfig, layout: CacheLayout) -> None:
-        """Get ready for an engine over this model and memory; ValueError where it cannot draft for it."""
+        """Prepares for an engine over this model and memory; ValueError where it cannot draft for it."""
 
     def propose(self, wanted: abc.Sequence[tuple[Sequence, int]]) -> list[list[int]]:
-        """At most so many tokens for each sequence."""
+        """Returns guesses for each sequence, at most as many tokens as its number in `wanted`."""
 
     def prepare(self, copies: abc.Sequence[BlockCopy], reading: abc.Sequence[ScheduledChunk]) -> None:
-        """Be shown what is about to be copied and read of prompts, before `propose`."""
+        """Takes the blocks to be copied and the prompt tokens to be read in this step, before `propose`."""
 
 
 class PromptLookup:
-    """Guesses that what followed the last few tokens earlier in the text follows them again (Saxena 2023)."""
+    """Guesses that the last few tokens go on as they did earlier in the text (Saxena 2023)."""
 
     def __init__(self) -> None:
         self._seen: WeakKeyDictionary[Sequence, _Places] = WeakKeyDictionary()
 
     def start(self, config: ModelConfig, layout: CacheLayout) -> None:
-        """It goes with any model."""
+        """Needs nothing: it drafts for any model."""
 
     def prepare(self, copies: abc.Sequence[BlockCopy], reading: abc.Sequence[ScheduledChunk]) -> None:
-        """It needs nothing but the tokens of those that it guesses for."""
+        """Needs nothing: `propose` is given the sequences' tokens."""
 
     def propose(self, wanted: abc.Sequence[tuple[Sequence, int]]) -> list[list[int]]:
-        """What followed the latest earlier place of the longest match; nothing where there is none."""
+        """Returns the tokens after the latest earlier occurrence of the longest match; none where there is no match."""
         guesses = []
         for sequence, count in wanted:
             places = self._seen.setdefault(sequence, _Places())
@@ -55,21 +55,21 @@ class PromptLookup:
 
 
 class _Places:
-    """Where each run of a few tokens was last followed by something."""
+    """The latest position after each run of a few tokens in a text."""
 
     def __init__(self) -> None:
         self._after: dict[tuple[int, ...], int] = {}
         self._read = 0
 
     def read(self, tokens: abc.Sequence[int]) -> None:
-        """Take note of the runs that end before the last token, those known already left out."""
+        """Records the runs that end before the last token; those that are known already are left out."""
         for end in range(max(self._read, SHORTEST_MATCH), len(tokens)):
             for length in range(SHORTEST_MATCH, min(LONGEST_MATCH, end) + 1):
                 self._after[tuple(tokens[end - length : end])] = end
         self._read = max(self._read, len(tokens))
 
     def find(self, tokens: abc.Sequence[int]) -> int | None:
-        """Where the text went on after the longest earlier run that equals its end."""
+        """Returns the position after the longest earlier run that equals the text's end; None where there is none."""
         for length in range(min(LONGEST_MATCH, len(tokens)), SHORTEST_MATCH - 1, -1):
             place = self._after.get(tuple(tokens[-length:]))
             if place is not None:
@@ -80,9 +80,9 @@ class _Places:
 class DraftModel:
     """Guesses with a smaller model of the same vocabulary.
 
-    It keeps keys and values of its own under the tables of the engine's sequences, so that what they share, fork and
-    give back holds for it too. It sees whatever the engine runs; where it has missed something its guesses get worse,
-    and nothing else.
+    It keeps keys and values of its own under the block tables of the engine's sequences, so that it shares, forks and
+    gives back the same blocks. It runs all that the engine runs; where it has missed something, only its guesses get
+    worse.
     """
 
     def __init__(self, runner: Runner) -> None:
@@ -92,7 +92,7 @@ class DraftModel:
         self._held: WeakKeyDictionary[Sequence, int] = WeakKeyDictionary()
 
     def start(self, config: ModelConfig, layout: CacheLayout) -> None:
-        """Take memory beside the engine's. ValueError where the two models do not go together."""
+        """Takes memory beside the engine's. ValueError where the two models do not go together."""
         ours = self._runner.config
         for name in ("vocab_size", "attention_windows"):
             if getattr(ours, name) != getattr(config, name):
@@ -108,13 +108,13 @@ class DraftModel:
         self._memory, self._layout = self._runner.allocate(layout), layout
 
     def prepare(self, copies: abc.Sequence[BlockCopy], reading: abc.Sequence[ScheduledChunk]) -> None:
-        """Copy what the engine copies, and read what it reads of prompts."""
+        """Copies the blocks that the engine copies, and reads the prompt tokens that it reads."""
         chunks = tuple(replace(chunk, samples=(), targets=(), adapter=None) for chunk in reading)
         if chunks or copies:
             self._runner.run(Plan(chunks, tuple(copies)), self._memory)
 
     def propose(self, wanted: abc.Sequence[tuple[Sequence, int]]) -> list[list[int]]:
-        """Draw the next tokens of all sequences together, one step of the draft model after the other."""
+        """Draws the next tokens of all sequences together, one step of the draft model after the other."""
         guesses: list[list[int]] = [[] for _ in wanted]
         for number in range(max(count for _, count in wanted)):
             active = [place for place, (_, count) in enumerate(wanted) if count > number == len(guesses[place])]
@@ -138,7 +138,7 @@ class DraftModel:
         return guesses
 
     def _start(self, sequence: Sequence) -> int:
-        """From where to read: what it has missed, as far as all that the first of it sees has not been given back."""
+        """Returns the position to read from: the first that it has missed whose window is still held."""
         start = min(self._held.get(sequence, sequence.computed), sequence.computed)
         for window, table in zip(self._layout.windows, sequence.tables, strict=True):
             if table.released:

@@ -1,8 +1,8 @@
 """The inference engine: many requests in one batch over one memory.
 
-A step has the scheduler decide, the runner do, and takes in what came: tokens become text events. Whatever a step's
-failure or a caller's cancellation touches is ended alone; all else goes on. One thread at a time may use an engine.
-Deliberately knows no tensor and no framework: the runner is passed in, and so is what guesses ahead.
+In a step the scheduler decides, the runner computes, and the sampled tokens become text events. A step's failure or a
+caller's cancellation ends the requests that it concerns; all others go on. One thread at a time may use an engine.
+Deliberately knows no tensor and no framework: runner and drafter are passed in.
 """
 
 import secrets
@@ -28,8 +28,8 @@ class Engine:
     """Generates for many requests at once.
 
     `tokenizer` gives text for ids; without one, events carry ids alone, and stop strings and structured output are
-    refused. `eos_token_ids` end a sequence, by default those of the model's config. `adapters` are the names of
-    those that the runner has.
+    refused. `eos_token_ids` end a sequence; by default they are those of the model's config. `adapters` are the names
+    of the runner's adapters. ValueError for a model with a classification head.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Engine:
         begun = time.perf_counter()
         self._memory = runner.allocate(layout, self.config.max_sequences if self.config.warm_up else 0)
         self.warm_up_seconds = time.perf_counter() - begun
-        """What it took to have memory, and to make a GPU's steps ready."""
+        """Seconds it took to allocate memory and prepare a GPU's steps."""
         if drafter is not None:
             drafter.start(runner.config, layout)
         self.manager = BlockManager(layout, self.config.prefix_caching)
@@ -66,7 +66,7 @@ class Engine:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def check(self, request: Request) -> None:
-        """Raise ValueError where this model cannot serve the request."""
+        """Raises ValueError where this model cannot serve the request."""
         vocabulary, positions = self._runner.config.vocab_size, self._runner.config.max_position_embeddings
         length, params = len(request.prompt), request.params
         if request.adapter is not None and request.adapter not in self.adapters:
@@ -87,7 +87,11 @@ class Engine:
         for name, ids in (
             ("the prompt", request.prompt), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)
         ):  # fmt: skip
-            outside = [one for one in ids if not isinstance(one, int | np.integer) or not 0 <= one < vocabulary]
+            outside = [
+                token_id
+                for token_id in ids
+                if not isinstance(token_id, int | np.integer) or not 0 <= token_id < vocabulary
+            ]
             if outside:
                 raise ValueError(f"{name} has token id {outside[0]!r}, but this model's ids are 0 to {vocabulary - 1}")
         if self._tokenizer is None and (params.stop or params.is_constrained):
@@ -97,7 +101,7 @@ class Engine:
             self._grammars_of_tokenizer().matcher(params)  # refuses what is broken; what it compiled is kept
 
     def add(self, request: Request) -> None:
-        """Queue a request, once checked. Generation that would pass the model's positions ends there, with "length"."""
+        """Checks and queues a request. Generation that would pass the model's positions ends there, with "length"."""
         if self.scheduler.select(request.id):
             raise ValueError(f"a request with the id {request.id} is being served; give this one another")
         self.check(request)
@@ -125,14 +129,14 @@ class Engine:
         self.scheduler.add(first)
 
     def abort(self, request_id: int) -> None:
-        """Forget a request, wherever it stands; one that is done or unknown is no error."""
+        """Forgets a request, running or waiting; one that is done or unknown is no error."""
         for sequence in self.scheduler.select(request_id):
             self.scheduler.remove(sequence)
 
     def step(self) -> list[TokenEvent]:
-        """Do one step of work and return what came of it: nothing while only prompts are being read.
+        """Does one step of work and returns its events: none while only prompts are being read.
 
-        What a failing step was about ends with "error" events; where it was interrupted (Ctrl-C), without any.
+        The sequences of a failing step end with "error" events; those of an interrupted one (Ctrl-C) without any.
         """
         started = time.perf_counter()
         scheduled = self.scheduler.next()
@@ -152,34 +156,40 @@ class Engine:
             ]
             result = self._runner.run(Plan(tuple(chunks), copies), self._memory)
         except Exception as error:
-            return events + [event for one in scheduled for event in self._fail(one.sequence, error)]
+            return events + [event for part in scheduled for event in self._fail(part.sequence, error)]
         except BaseException:
-            for one in scheduled:
-                self.scheduler.remove(one.sequence)
+            for part in scheduled:
+                self.scheduler.remove(part.sequence)
             raise
         seconds = time.perf_counter() - started
-        for number, (one, chunk) in enumerate(zip(scheduled, chunks, strict=True)):
-            self._count(one.sequence, chunk, seconds)
+        for number, (part, chunk) in enumerate(zip(scheduled, chunks, strict=True)):
+            self._count(part.sequence, chunk, seconds)
             scores = result.target_logprobs[number] if result.target_logprobs else ()
-            events += self._take(one.sequence, chunk, result.sampled[number], scores)
+            events += self._take(part.sequence, chunk, result.sampled[number], scores)
         return events
 
     def _masks(
         self, scheduled: abc.Sequence[Scheduled]
     ) -> tuple[list[Scheduled], dict[int, np.ndarray], list[TokenEvent]]:
-        """What grammars allow next; sequences whose grammar can be followed no further are ended, the others stay."""
-        constrained = [one.sequence for one in scheduled if one.sequence.matcher is not None]
+        """Returns the sequences that go on, the masks of those with a grammar by id, and the events of failed ones.
+
+        A sequence fails where its grammar can be followed no further.
+        """
+        constrained = [part.sequence for part in scheduled if part.sequence.matcher is not None]
         matchers = [sequence.matcher for sequence in constrained if sequence.matcher is not None]
         masks = fill(matchers)
         broken = {s.id: m.error for s, m in zip(constrained, matchers, strict=True) if m.error}
         failed = [
-            event for one in constrained if one.id in broken for event in self._fail(one, ValueError(broken[one.id]))
+            event
+            for sequence in constrained
+            if sequence.id in broken
+            for event in self._fail(sequence, ValueError(broken[sequence.id]))
         ]
         allowed = {sequence.id: mask for sequence, mask in zip(constrained, masks, strict=True)}
-        return [one for one in scheduled if one.sequence.id not in broken], allowed, failed
+        return [part for part in scheduled if part.sequence.id not in broken], allowed, failed
 
     def _drafts(self, scheduled: abc.Sequence[Scheduled], copies: abc.Sequence[BlockCopy]) -> dict[int, list[int]]:
-        """Returns what is guessed to follow each sequence that has room for it, by the sequence's id."""
+        """Returns the guessed tokens of each sequence that has room for them, by the sequence's id."""
         assert self._drafter is not None
         wanted = [(part.sequence, part.drafts) for part in scheduled if part.drafts]
         try:
@@ -200,7 +210,7 @@ class Engine:
         sampled: abc.Sequence[SampledToken],
         scores: abc.Sequence[float],
     ) -> Iterator[TokenEvent]:
-        """Take in what came of one chunk; guesses are kept as long as the model says the same."""
+        """Takes in the results of a chunk and yields its events; guesses are kept as long as the model agrees."""
         known = len(sequence.tokens)
         sequence.scores += scores
         sequence.computed = min(chunk.end, known)
@@ -228,7 +238,7 @@ class Engine:
             self._advance(sequence)
 
     def _take_one(self, sequence: Sequence, token: SampledToken) -> TokenEvent:
-        """Take in a token; where there is none, or its grammar can be followed no further, the sequence ends."""
+        """Takes in a token and returns its event; the sequence ends on an error of sampling or of its grammar."""
         try:
             if token.error:
                 raise ValueError(token.error)
@@ -241,8 +251,8 @@ class Engine:
 
     def _fail(self, sequence: Sequence, error: Exception) -> Iterator[TokenEvent]:
         self.scheduler.remove(sequence)
-        for one in (sequence, *sequence.forks):
-            yield one.end("error", _line(error))
+        for member in (sequence, *sequence.forks):
+            yield member.end("error", _line(error))
 
     def _advance(self, sequence: Sequence) -> None:
         self.manager.advance(
@@ -250,7 +260,7 @@ class Engine:
         )
 
     def _count(self, sequence: Sequence, chunk: ScheduledChunk, seconds: float) -> None:
-        """Book the time of a step: as decoding once a token has been generated, else as prefill."""
+        """Adds the time of a step to the statistics: to decoding once a token has been generated, else to prefill."""
         statistics = sequence.statistics
         if statistics.generated_tokens == 0:
             statistics.prefill_seconds += seconds
@@ -271,8 +281,8 @@ def _line(error: Exception) -> str:
 
 
 def cache_layout(runner: Runner, config: EngineConfig) -> CacheLayout:
-    """How many blocks of the runner's memory an engine takes: at least one sequence's whole length, at most all of
-    them that can run."""
+    """Returns the layout of an engine's memory: room for one sequence's whole length at least, for `max_sequences` at
+    most; `blocks` of the config takes precedence."""
     windows = runner.config.attention_windows
     longest = -(-runner.config.max_position_embeddings // config.block_size)
     block_bytes = runner.kv_bytes_per_token * config.block_size

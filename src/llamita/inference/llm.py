@@ -1,12 +1,12 @@
-"""A language model from Python: text or token ids in, text out, whole or as it comes.
+"""A language model in Python: takes text or token ids and gives text, whole or as it comes.
 
     import llamita
 
     model = llamita.load("runs/stories")
     print(model.generate("Once upon a time").text)
 
-Every form of it (one prompt or many, whole or streamed, waiting or asynchronous, from one thread or several) goes
-through the same engine, which serves them together.
+All calls (one prompt or many, whole or streamed, blocking or asynchronous, from one thread or several) go through the
+same engine, which serves them together.
 """
 
 import asyncio
@@ -36,9 +36,9 @@ Adapters = str | Sequence[str | None] | None
 
 
 class LLM:
-    """A runner, its tokenizer (None for a model that comes without: ids in, ids out), and an engine over both.
+    """A language model: a runner, its tokenizer (None for a model without: ids in, ids out), and an engine over both.
 
-    `load` opens one; the constructor is for a runner that is there already, such as that of a model under training.
+    `load` opens one; the constructor takes a runner that exists already, such as that of a model under training.
     """
 
     def __init__(
@@ -74,16 +74,16 @@ class LLM:
 
         `backend` is "torch", "mlx", "auto" for MLX on Apple silicon where it is installed, else PyTorch; or one that
         was loaded. `dtype` is that of weights and cache, "auto" that of the file. `device` is "cpu", "cuda" (PyTorch),
-        "gpu" (MLX), or "auto" for a GPU where there is one. PyTorch alone has `threads` (0 leaves its choice) and
-        `exact`: logits that are the same bits alone and in any batch (float32 on the CPU, slower). `engine` says how
-        much runs at once. `draft` has tokens guessed ahead, which changes the speed and no token: "lookup" looks for
-        the last few tokens earlier in the text; else it is the directory of a smaller model of the same vocabulary.
-        `adapters` (a name: its directory) are served over the model in one batch with it, each to the requests that
-        name it; an adapter's directory may also be the model.
+        "gpu" (MLX), or "auto" for a GPU where there is one. PyTorch alone has `threads` (0: PyTorch's choice) and
+        `exact`: logits that are the same bits alone and in any batch (float32 on the CPU, slower). `engine` sets the
+        limits of the engine. `draft` guesses tokens ahead, which changes the speed but no token: "lookup" searches the
+        text for earlier occurrences of its last tokens; else it is the directory of a smaller model of the same
+        vocabulary. `adapters` (directories by name) are served over the model in one batch with it, each to the
+        requests that name it; `path` may also be an adapter's directory.
 
-        The result generates (`generate`, `stream`), gives logits and residual streams (`runner.forward`), and is saved
-        by `save`. FileNotFoundError or ValueError, in one line, where the model is missing, broken, or of a kind that
-        Llamita does not have; ModuleNotFoundError where the framework is not installed.
+        The result generates (`generate`, `stream`), gives logits and residual streams (`runner.forward`), and writes
+        itself (`save`). FileNotFoundError or ValueError, in one line, where the model is missing, broken, or of a kind
+        that Llamita does not have; ModuleNotFoundError where the framework is not installed.
         """
         if isinstance(backend, str):
             backend = load_backend(backend, device=device, threads=threads, exact=exact)
@@ -105,11 +105,11 @@ class LLM:
 
     @property
     def config(self) -> ModelConfig:
-        """The model's shape."""
+        """The model's configuration."""
         return self.runner.config
 
     def save(self, path: Path | str, overwrite: bool = False) -> None:
-        """Write a Hugging Face model directory, whole or not at all: config, weights in their type, tokenizer.
+        """Writes a Hugging Face model directory, whole or not at all: config, weights in their type, tokenizer.
 
         FileExistsError where the path exists, unless `overwrite`.
         """
@@ -121,7 +121,10 @@ class LLM:
                 self.tokenizer.save(directory)
 
     def encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        """The prompt as token ids, text with the BOS token first where the tokenizer has one; ids stay as they are."""
+        """Returns the prompt as token ids; those of a text begin with the BOS token where the tokenizer has one.
+
+        ValueError for text without a tokenizer, and for an empty prompt without a BOS token.
+        """
         if not isinstance(prompt, str):
             return tuple(int(token_id) for token_id in prompt)
         if self.tokenizer is None:
@@ -151,13 +154,13 @@ class LLM:
         adapter: Adapters = None,
         progress: bool = False,
     ) -> Generation | list[Generation]:
-        """Continue a prompt to its end and return all of it, or do so for many at once.
+        """Continues a prompt to its end, or many at once, and returns what was written.
 
         A text or a sequence of token ids is one prompt and gives one `Generation`; a sequence of those is many and
         gives a list in their order. With `n` above 1, a prompt's `Generation` is its first continuation and has all
-        under `continuations`. `params` are for all, or one for each, and so is `adapter`, a name of those that were
-        loaded (None: the model itself); `progress` shows a bar. A prompt that cannot be
-        served raises ValueError before any is begun; one that fails under way RuntimeError, which ends the others.
+        under `continuations`. `params` are for all prompts, or one for each, and so is `adapter`, the name of a loaded
+        one (None: the model itself); `progress` shows a bar. A prompt that cannot be served raises ValueError before
+        any is begun; one that fails under way raises RuntimeError, which ends the others.
         """
         requests = self._requests(prompts, params, adapter)
         found: dict[int, Generation] = {}
@@ -170,14 +173,14 @@ class LLM:
                     raise outcome
                 found[place] = outcome
                 if bar is not None:
-                    tokens += sum(len(each.token_ids) for each in outcome.continuations)
+                    tokens += sum(len(continuation.token_ids) for continuation in outcome.continuations)
                     bar.update(len(found), tokens)
         return found[0] if _is_one(prompts) else [found[place] for place in range(len(requests))]
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None
     ) -> Iterator[str]:
-        """Continue the prompt and yield text as it becomes certain; RuntimeError where that fails under way."""
+        """Continues the prompt and yields text as it becomes certain; RuntimeError where that fails under way."""
         if params is not None and params.n > 1:
             raise ValueError(f"n={params.n} texts cannot be one stream; read events(), which carry an index")
         return _texts(self.events(prompt, params, adapter=adapter))
@@ -190,11 +193,11 @@ class LLM:
         adapter: str | None = None,
         background: bool = False,
     ) -> Iterator[TokenEvent]:
-        """Continue the prompt and yield an event for every token. Closing the iterator ends the request.
+        """Continues the prompt and yields an event for every token. Closing the iterator ends the request.
 
         A prompt that cannot be served raises ValueError here, before the first event is asked for. A continuation that
-        fails under way ends with an event whose finish reason is "error". `background` has a worker thread do the
-        steps, so that Ctrl-C ends the waiting at once and never a step in its midst.
+        fails under way ends with an event whose finish reason is "error". `background` leaves the steps to a worker
+        thread, so that Ctrl-C ends the waiting at once and never falls into a step.
         """
         return self.service.follow(self.request(prompt, params, adapter), background)
 
@@ -213,7 +216,7 @@ class LLM:
     async def generate_async(
         self, prompts: Prompt | Sequence[Prompt], params: Params = None, *, adapter: Adapters = None
     ) -> Generation | list[Generation]:
-        """`generate` for asyncio: what many tasks ask for at once is served together."""
+        """Does as `generate`, for asyncio; the requests of many tasks are served together."""
         requests = await asyncio.to_thread(self._requests, prompts, params, adapter)
         found = await self.service.gather_async(requests)
         return found[0] if _is_one(prompts) else found
@@ -226,9 +229,9 @@ class LLM:
         *,
         adapter: str | None = None,
     ) -> AsyncGenerator[TokenEvent]:
-        """`events` for asyncio. Leaving the iterator, or cancelling the task that reads it, ends the request.
+        """Yields as `events`, for asyncio. Leaving the iterator, or cancelling its reader's task, ends the request.
 
-        A reader that is more than `buffer` events behind is given up with RuntimeError, so that it cannot fill memory.
+        A reader more than `buffer` events behind gets a RuntimeError, and its request ends, lest it fill memory.
         """
         request = await asyncio.to_thread(self.request, prompt, params, adapter)
         async with contextlib.aclosing(self.service.follow_async(request, buffer)) as events:
@@ -236,27 +239,27 @@ class LLM:
                 yield event
 
     def close(self) -> None:
-        """End what is open, and the thread that serves asyncio. A model that is let go of needs no closing."""
+        """Ends all open requests and the worker thread. A model that is no longer referenced needs no closing."""
         self.service.close()
 
     def request(self, prompt: Prompt, params: SamplingParams | None = None, adapter: str | None = None) -> Request:
-        """A request of the engine for a prompt, checked: ValueError where this model cannot serve it."""
+        """Returns the engine's request for a prompt, checked: ValueError where this model cannot serve it."""
         request = Request(next(self._ids), self.encode(prompt), params or SamplingParams(), adapter=adapter)
         self.engine.check(request)
         return request
 
     def _requests(self, prompts: Prompt | Sequence[Prompt], params: Params, adapter: Adapters = None) -> list[Request]:
-        """The requests of one prompt or of many, all checked before any is begun."""
+        """Returns the requests of one prompt or of many, all checked before any is begun."""
         listed = cast(list[Prompt], [prompts] if _is_one(prompts) else list(prompts))
-        each = [params] * len(listed) if params is None or isinstance(params, SamplingParams) else list(params)
+        listed_params = [params] * len(listed) if params is None or isinstance(params, SamplingParams) else list(params)
         names = [adapter] * len(listed) if adapter is None or isinstance(adapter, str) else list(adapter)
-        for what, given in (("sampling parameters", len(each)), ("adapters", len(names))):
+        for what, given in (("sampling parameters", len(listed_params)), ("adapters", len(names))):
             if given != len(listed):
                 raise ValueError(f"{len(listed)} prompts came with {given} {what}; give one, or one each")
         if len(listed) == 1:
-            return [self.request(listed[0], each[0], names[0])]
+            return [self.request(listed[0], listed_params[0], names[0])]
         requests = []
-        for index, (prompt, chosen, name) in enumerate(zip(listed, each, names, strict=True)):
+        for index, (prompt, chosen, name) in enumerate(zip(listed, listed_params, names, strict=True)):
             try:
                 requests.append(self.request(prompt, chosen, name))
             except ValueError as error:
@@ -265,12 +268,12 @@ class LLM:
 
 
 def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether this is one prompt (a text, or token ids) rather than a sequence of them; an empty one is of none."""
+    """Returns whether this is one prompt (a text, or token ids) rather than a sequence of prompts, maybe empty."""
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
 
 
 def _end_tokens(directory: Path, config: ModelConfig) -> tuple[int, ...]:
-    """The ids that end a text: `generation_config.json` may name more of them than `config.json`, never fewer."""
+    """Returns the ids that end a text: those of `config.json`, and any that `generation_config.json` adds."""
     ends = dict.fromkeys(config.eos_token_ids)
     file = directory / "generation_config.json"
     if file.is_file():

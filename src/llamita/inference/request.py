@@ -1,11 +1,11 @@
-"""What a caller asks of the engine, and what comes back: events as they happen, and all of it put together.
+"""The requests of the engine's callers, and their results: events as they happen, and whole generations.
 
-    Request     a prompt as token ids, and how to go on from it
+    Request     a prompt as token ids, with its sampling parameters
     TokenEvent  one generated token of it
     Generation  all that was written; a `Collector` makes it of the events
 
-What the engine asks of a runner in turn (plans, chunks, results) is in `llamita.backend.interface`. Nothing here knows
-how a request is scheduled, nor how its events are waited for.
+The engine's own requests of a runner (plans, chunks, results) are in `llamita.backend.interface`. Nothing here knows
+how a request is scheduled or how its events are waited for.
 """
 
 from collections.abc import Iterable
@@ -15,14 +15,14 @@ from typing import Literal
 from llamita.backend.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "error"]
-"""`stop`: an end-of-sequence token, a stop token or a stop string came, or what was asked to be written is complete;
-`length`: max_tokens, the model's positions or the memory ran out; `error`: the step failed, or the request was refused
-by what it asked for."""
+"""`stop`: an end-of-sequence token, a stop token or a stop string came, or the structured output is complete; `length`:
+max_tokens, the model's positions or the memory ran out; `error`: a step failed, a token could not be sampled, or the
+grammar became too expensive."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt as token ids, and how to go on from it.
+    """A prompt as token ids, with its sampling parameters.
 
     Requests are served in the order of their arrival; each unit of `priority` moves a request back as if it had come
     one request later (and a negative one forward), so that none waits for ever.
@@ -33,20 +33,20 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0
     adapter: str | None = None
-    """The adapter over the model that it goes through; None: the model as it was loaded."""
+    """The name of the adapter to serve it with; None: the model as it was loaded."""
 
 
 @dataclass
 class Statistics:
     """Counts and times of one continuation; seconds are wall-clock time of the engine's steps that it took part in.
 
-    The first generated token comes out of prefill, so decode accounts for one token less than were generated.
+    Prefill gives the first generated token, so `decode_tokens` is one less than `generated_tokens`.
     """
 
     seed: int
     prompt_tokens: int
     cached_tokens: int = 0  # of the prompt, found in the prefix cache
-    preemptions: int = 0  # how often it gave its memory to others and began again
+    preemptions: int = 0  # times it gave its memory to others and began again
     queue_seconds: float = 0.0  # from its arrival to its first step
     generated_tokens: int = 0
     decode_tokens: int = 0
@@ -54,7 +54,7 @@ class Statistics:
     decode_seconds: float = 0.0
     decode_bytes: int = 0  # weights and its own cached keys and values that the decode steps had to read
     drafted_tokens: int = 0  # proposed by speculative decoding
-    accepted_tokens: int = 0  # of those, the tokens that the model gave too
+    accepted_tokens: int = 0  # of those, the tokens that the model gave as well
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -68,17 +68,17 @@ class Statistics:
 
     @property
     def decode_bytes_per_second(self) -> float:
-        """Memory bandwidth that decoding reached: bytes of weights and of cached keys and values read in a second."""
+        """Memory bandwidth of decoding: bytes of weights and of cached keys and values read in a second."""
         return self.decode_bytes / self.decode_seconds if self.decode_seconds else 0.0
 
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One generated token of one continuation, with the text that became certain through it.
+    """One generated token of one continuation, with the text that it makes certain.
 
-    `text` may be empty (half a character, the start of a stop string) or reach back further than this token. The last
-    event of a continuation has a `finish_reason`; the texts of all its events together are its output. Without a
-    token (None) end an "error", `error` saying what happened, and a "length" that means the memory.
+    `text` may be empty (half a character, the start of a stop string) or begin before this token. The last event of a
+    continuation has a `finish_reason`; the texts of all its events together are its output. The last event has no token
+    (None) after an "error", which `error` describes, and where "length" means that the memory ran out.
     """
 
     request_id: int
@@ -87,7 +87,7 @@ class TokenEvent:
     text: str
     statistics: Statistics
     finish_reason: FinishReason | None = None
-    index: int = 0  # which of the request's `n` continuations
+    index: int = 0  # of the continuation among the request's `n`
     top_logprobs: tuple[tuple[int, float], ...] = ()
     prompt_logprobs: tuple[float, ...] = ()  # with the first event, where asked for: of prompt tokens 1, 2, ...
     error: str = ""
@@ -95,10 +95,9 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class Generation:
-    """One continuation of a prompt. `text` ends before a stop string; `token_ids` and `logprobs` have all sampled.
+    """One continuation of a prompt. `text` ends before a stop string; `token_ids` and `logprobs` hold all tokens.
 
-    Where several were asked for (`n`), this is the first, and `continuations` are all of them, in the order of their
-    seeds, this one included.
+    Of several (`n`), this is the first, and `continuations` are all of them, in the order of their seeds.
     """
 
     text: str
@@ -113,7 +112,7 @@ class Generation:
 
     @property
     def continuations(self) -> tuple["Generation", ...]:
-        """All `n` continuations of the prompt; of one that is not the first, itself alone."""
+        """All `n` continuations of the prompt, for the first of them; for another, itself alone."""
         return (self, *self.others)
 
 
@@ -125,7 +124,7 @@ class Collector:
         self._open = n
 
     def feed(self, outcomes: Iterable[TokenEvent | Exception]) -> Generation | Exception | None:
-        """Takes in events; returns the generation once every continuation has ended, or why one failed; else None."""
+        """Takes in events; returns the generation once all continuations have ended, the error of one, or None."""
         for outcome in outcomes:
             if isinstance(outcome, Exception):
                 return outcome

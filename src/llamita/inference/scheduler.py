@@ -1,9 +1,9 @@
-"""The whole batching policy: which sequences run in a step, and how many tokens of each.
+"""The whole batching policy: decides the sequences of a step, and how many tokens of each are run.
 
-Continuous batching: sequences join and leave between steps. Every decoding sequence advances at every step; what is
-left of a step's budget of tokens goes to prompts, in chunks, so that a long prompt never stalls the others. Sequences
-are served in a fixed order, that of arrival unless priorities change it. Where memory runs out, the last in that order
-gives its blocks back and begins again later (preemption by recomputation), so the first always gets on. Knows no
+Continuous batching: sequences join and leave between steps. Every decoding sequence advances at every step; the rest
+of a step's budget of tokens goes to prompts, in chunks, so that a long prompt never stalls the others. Sequences are
+served in a fixed order, that of arrival unless priorities change it. Where memory runs out, the last in that order
+gives its blocks back and begins again later (preemption by recomputation), so the first always advances. Knows no
 tensor.
 """
 
@@ -42,7 +42,7 @@ class Scheduler:
         bisect.insort(self.waiting, sequence, key=_order)
 
     def next(self) -> list[Scheduled]:
-        """The work of the next step, memory for it taken: running sequences first, then new ones as far as they fit."""
+        """Returns the next step's work and takes its memory: running sequences first, then new ones that fit."""
         scheduled: list[Scheduled] = []
         decoding = sum(sequence.is_decoding for sequence in self.running)
         budget = self.limits.prefill_tokens
@@ -71,7 +71,7 @@ class Scheduler:
         return scheduled
 
     def start_forks(self, sequence: Sequence) -> None:
-        """Let the sequences run that share the prompt which this sequence has just read."""
+        """Starts the forks of a sequence that has just read the prompt that they share."""
         for fork in sequence.forks:
             fork.tables = self.manager.fork(sequence.tables)
             fork.computed, fork.prefixes, fork.scores = sequence.computed, list(sequence.prefixes), sequence.scores[:]
@@ -81,7 +81,7 @@ class Scheduler:
         sequence.forks = []
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it stands, and give its memory back."""
+        """Removes a running or waiting sequence and gives its memory back."""
         for queue in (self.running, self.waiting):
             if sequence in queue:
                 queue.remove(sequence)
@@ -90,16 +90,16 @@ class Scheduler:
             sequence.tables = ()
 
     def select(self, request_id: int) -> list[Sequence]:
-        """The sequences of a request, running or waiting."""
-        return [one for one in (*self.running, *self.waiting) if one.request.id == request_id]
+        """Returns the sequences of a request, running or waiting."""
+        return [sequence for sequence in (*self.running, *self.waiting) if sequence.request.id == request_id]
 
     def take_out_of_memory(self) -> list[Sequence]:
-        """The sequences that even the whole memory did not suffice for, since the last call; they are out already."""
+        """Returns the sequences removed since the last call because even the whole memory was too small for them."""
         found, self._out_of_memory = self._out_of_memory, []
         return found
 
     def _make_room(self, sequence: Sequence, count: int) -> Scheduled | None:
-        """Take memory for `count` tokens and perhaps drafts, or as many as fit; None where not a single one does."""
+        """Takes memory for `count` tokens and perhaps drafts, or for as many as fit; None where not even one does."""
         drafts = 0
         if sequence.is_decoding and sequence.may_be_drafted:
             drafts = max(0, min(self.draft_tokens, sequence.limit - len(sequence.tokens) - 1))
@@ -122,7 +122,7 @@ class Scheduler:
         return Scheduled(sequence, count, drafts, sequence.is_decoding)
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Give a sequence's memory back; it waits to be read again, its output as a part of its prompt."""
+        """Gives a sequence's memory back; it waits to be read again, its output as a part of its prompt."""
         self.remove(sequence)
         sequence.computed, sequence.prefixes, sequence.scores = 0, [], []
         sequence.statistics.preemptions += 1
@@ -130,9 +130,9 @@ class Scheduler:
         self.add(sequence)
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Begin a sequence where there is a place for it and memory for all its tokens, and for a block more of each
-        running one, lest it be preempted at once."""
-        places = self.limits.max_sequences - sum(one.width for one in self.running)
+        """Starts a sequence where there is a place for it, and memory for all its tokens and a block more of each
+        running one, lest it be preempted at once; returns whether it did."""
+        places = self.limits.max_sequences - sum(other.width for other in self.running)
         if self.running and sequence.width > places:
             return False
         request, reread = sequence.request, sequence.params.prompt_logprobs

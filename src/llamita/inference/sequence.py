@@ -1,6 +1,6 @@
 """One text under way in the engine: its tokens, the memory it holds, its text, and when it ends.
 
-Knows nothing of other sequences, nor of how tokens are made.
+Knows nothing of other sequences or of how tokens are computed.
 """
 
 import time
@@ -18,10 +18,10 @@ from llamita.inference.structured import Matcher
 
 
 class Sequence:
-    """A prompt, what has been generated after it, and how far the cache holds both.
+    """A prompt and the tokens generated after it, with the memory they hold.
 
-    `computed` counts the tokens whose keys and values lie in the blocks of `tables`. `forks` are the sequences
-    that will begin with this one's prompt once it has been read.
+    `computed` counts the tokens whose keys and values lie in the blocks of `tables`. `forks` are the other sequences of
+    its request, which start once it has read the prompt that they share.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Sequence:
     ) -> None:
         self.id, self.request, self.index, self.params = id, request, index, request.params
         self.order = (arrival + request.priority, request.priority, index)
-        """Smaller is served first; fixed, so that none is overtaken for ever."""
+        """The place in the order of service, smallest first; fixed, so that none is overtaken for ever."""
         self.limit = limit
         self.tokens = list(request.prompt)
         self.prompt_length = len(request.prompt)
@@ -57,7 +57,7 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether only the last token is still to be run, the prompt having been read."""
+        """True once the prompt has been read and only the last token is still to be run."""
         return self.computed == len(self.tokens) - 1 and self.computed >= self.prompt_length
 
     @property
@@ -66,16 +66,16 @@ class Sequence:
 
     @property
     def width(self) -> int:
-        """Sequences that this one is or will be."""
+        """The number of sequences that this one is or will be, its forks included."""
         return 1 + len(self.forks)
 
     @property
     def may_be_drafted(self) -> bool:
-        """Whether several tokens may be asked for at once: none of them changes how the next one is picked."""
+        """True where several tokens may be sampled at once, since none of them changes how the next one is picked."""
         return not (self.matcher or self.params.reads_history or self.params.prompt_logprobs)
 
     def chunk(self, count: int, drafts: abc.Sequence[int] = (), allowed: np.ndarray | None = None) -> ScheduledChunk:
-        """The next `count` known tokens and the drafts after them; tokens are asked for once all known ones are run."""
+        """Returns the next `count` known tokens, then the drafts; it samples where these are all known tokens."""
         end = self.computed + count
         samples: list[SampleSpec] = []
         if end == len(self.tokens):
@@ -103,7 +103,7 @@ class Sequence:
         return SampleSpec(self.params, seed, position, self.tokens, self.prompt_length, banned, allowed)
 
     def take(self, token: SampledToken) -> TokenEvent:
-        """Take in a sampled token: its text as far as it is certain, and whether it ends the sequence."""
+        """Takes in a sampled token and returns its event, with the text that is certain and the end of the sequence."""
         if self.matcher is not None:
             self.matcher.accept(token.token_id)
         self.tokens.append(token.token_id)
@@ -121,12 +121,12 @@ class Sequence:
         return self._event(token, text)
 
     def end(self, reason: FinishReason, error: str = "") -> TokenEvent:
-        """End without a further token."""
+        """Ends the sequence without a further token."""
         self.finish_reason = reason
         return self._event(None, "", error)
 
     def _let_out(self, text: str) -> str:
-        """What can be shown of new text: all but the beginning of a stop string, which counts from `min_tokens` on."""
+        """Returns the text that can be shown: all but a stop string's beginning, looked for from `min_tokens` on."""
         return text if self.generated < self.params.min_tokens else self._stop_matcher.feed(text)
 
     def _event(self, token: SampledToken | None, text: str, error: str = "") -> TokenEvent:
@@ -152,7 +152,7 @@ class Sequence:
 
 
 def _without(allowed: np.ndarray, banned: abc.Sequence[int]) -> np.ndarray:
-    """A mask of allowed ids (see `SampleSpec`) without some of them."""
+    """Returns a mask of allowed ids (see `SampleSpec`) without the banned ones."""
     words = allowed.view(np.uint32).copy()
     for token_id in banned:
         words[token_id // 32] &= ~np.uint32(1 << (token_id % 32))

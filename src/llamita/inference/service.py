@@ -1,9 +1,9 @@
-"""One engine among many callers: threads that wait for an answer, and asyncio, which must not wait.
+"""Serves one engine to many callers: threads that wait for an answer, and asyncio, which must not wait.
 
-An engine is not made for threads: one at a time may step it. Here whoever waits for events steps it in turns, for
-everybody, and hands each event to the request it belongs to. Callers that must not step (an event loop, a thread that
-Ctrl-C may interrupt) are served by one worker thread, while they have open requests. Knows requests and events, not
-prompts or text.
+Only one thread at a time may step an engine. Threads that wait for events take turns at stepping it for all, and hand
+each event to the request that it belongs to. Callers that must not step (an event loop, a thread that Ctrl-C may
+interrupt) are served by one worker thread, while they have open requests. Knows requests and events, not prompts or
+text.
 """
 
 import asyncio
@@ -20,11 +20,11 @@ from llamita.inference.request import Collector, Generation, Request, TokenEvent
 WINDOW = 512
 """Most requests handed to the engine at once: it never runs dry, and a list of a million prompts does not fill it."""
 IDLE_SECONDS = 5.0
-"""How long the worker waits for more work before it ends: a thread of its own costs PyTorch a new pool of threads."""
+"""Seconds that the worker waits for work before it ends; each new worker costs PyTorch a new pool of threads."""
 
 Outcome = TokenEvent | Exception
 Sink = Callable[[Sequence[Outcome]], None]
-"""Takes a request's share of a step: called from whichever thread stepped, so it must be quick and must not block."""
+"""Takes a request's share of a step, on the thread that stepped; it must be quick and must not block."""
 
 
 class Service:
@@ -37,8 +37,8 @@ class Service:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._changed = threading.Condition()
-        self._stepping = False  # who sets it owns the engine until it is cleared
-        self._orders: deque[Request | int] = deque()  # what to add, and the ids of what to abort, in order
+        self._stepping = False  # the thread that sets it owns the engine until it clears it
+        self._orders: deque[Request | int] = deque()  # requests to add and ids of requests to abort, in order
         self._sinks: dict[int, Sink] = {}
         self._background: set[int] = set()  # open requests that the worker steps for
         self._worker: threading.Thread | None = None
@@ -47,8 +47,8 @@ class Service:
     def follow(self, request: Request, background: bool = False) -> Iterator[TokenEvent]:
         """Yields the events of a request, of all its continuations, as they come.
 
-        `background`: the worker steps, so that an interrupt of the waiting thread never falls into a step. Raises what
-        the engine says where it refuses.
+        `background`: the worker steps, so that an interrupt of the waiting thread never falls into a step. Raises the
+        engine's error where it refuses the request.
         """
         shares: queue.SimpleQueue[Sequence[Outcome]] = queue.SimpleQueue()
         remaining = request.params.n
@@ -66,7 +66,7 @@ class Service:
             self._abort(request.id)
 
     def follow_many(self, requests: Iterable[Request]) -> Generator[tuple[int, Generation | Exception]]:
-        """Yields each request's place and what was written for it, or why it failed, in the order in which they end.
+        """Yields each request's place with its generation, or its error, in the order in which they end.
 
         Requests are taken as the engine has room. Closing the iterator ends those that are open.
         """
@@ -99,10 +99,10 @@ class Service:
                 self._abort(request.id)
 
     async def follow_async(self, request: Request, buffer: int | None = None) -> AsyncGenerator[TokenEvent]:
-        """Yields the events of a request as they come, without ever keeping the event loop waiting for a step.
+        """Yields the events of a request as they come; the event loop never waits for a step.
 
-        A reader more than `buffer` events behind is given up: its request ends, and reading raises RuntimeError.
-        Without a limit at most the request's `n * max_tokens` events wait.
+        The request of a reader more than `buffer` events behind ends, and reading raises RuntimeError. Without a limit,
+        at most the request's `n * max_tokens` events wait.
         """
         loop = asyncio.get_running_loop()
         outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
@@ -130,7 +130,7 @@ class Service:
             self._abort(request.id)
 
     async def gather_async(self, requests: Sequence[Request]) -> list[Generation]:
-        """Returns what was written for each request, served together. One that fails raises, which ends the others."""
+        """Returns the generation of each request, all served together. One that fails raises, which ends the others."""
 
         async def gather_one(request: Request) -> Generation:
             collector = Collector(request.params.n)
@@ -151,7 +151,7 @@ class Service:
                 task.cancel()
 
     def close(self) -> None:
-        """Ends all that is open with an error, and the worker; returns once its last step is over."""
+        """Ends all open requests with an error, and the worker; returns once its last step is over."""
         with self._changed:
             self._closed = True
             worker = self._worker
@@ -166,7 +166,7 @@ class Service:
     # --- the engine's turn -------------------------------------------------------------------------------------------
 
     def _submit(self, request: Request, sink: Sink, background: bool = False) -> None:
-        """Has the engine take a request with the next step; never waits for a step to end."""
+        """Queues a request for the engine's next step; never waits for a step to end."""
         with self._changed:
             if self._closed:
                 raise RuntimeError("this model was closed; load it again")
@@ -191,7 +191,7 @@ class Service:
             self._changed.notify_all()
 
     def _step_until(self, done: Callable[[], bool]) -> None:
-        """Returns once `done()`: takes turns at stepping the engine, and waits while another thread does."""
+        """Returns once `done()` is true: steps the engine, or waits while another thread does."""
         while True:
             with self._changed:
                 if done():
@@ -208,7 +208,7 @@ class Service:
                     self._changed.notify_all()
 
     def _work(self) -> None:
-        """The worker: steps while requests in the background are open, and ends when none came for a while."""
+        """Runs the worker: steps while background requests are open, and ends when none came for IDLE_SECONDS."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or bool(self._background), IDLE_SECONDS)
@@ -219,7 +219,7 @@ class Service:
             self._step_until(lambda: self._closed or not self._background)
 
     def _step(self) -> None:
-        """One step of the engine, its events handed out. Only for the thread that set `_stepping`."""
+        """Does one step of the engine and hands out its events. Only for the thread that set `_stepping`."""
         shares: dict[int, list[TokenEvent]] = {}
         try:
             self._carry_out_orders()

@@ -1,8 +1,8 @@
-"""Output of a form that was asked for: which tokens may come next, by a JSON schema, a regular expression or choices.
+"""Structured output: masks of the tokens that may come next, by a JSON schema, a regular expression or choices.
 
 `llguidance` does the parsing; here its grammars are built from `SamplingParams`, its view of the vocabulary from our
-tokenizer, and what a stranger may ask of it is bounded. Masks are bits in numpy arrays, for whichever backend samples.
-Knows nothing of tensors, or of who is served.
+tokenizer, and limits are set on what a stranger may ask of it. Masks are bits in numpy arrays, for any backend. Knows
+nothing of tensors or of who is served.
 """
 
 import functools
@@ -22,7 +22,7 @@ LONGEST_REGEX = 1 << 12
 LONGEST_CHOICES = 1 << 16  # characters of all choices together
 COMPILED_KEPT = 64
 WHITESPACE = r"[ \n]?[ ]{0,16}"
-"""What may stand between the parts of a JSON text: a model that may write blanks without end sometimes does."""
+"""White space allowed between the parts of a JSON text; without a limit, some models write blanks without end."""
 LIMITS = LLParserLimits(
     initial_lexer_fuel=200_000,  # building, and the first mask of, the worst expression takes some 0.2 s
     step_lexer_fuel=100_000,  # a step 10 to 30 ms
@@ -34,16 +34,16 @@ LIMITS = LLParserLimits(
 
 
 class Matcher:
-    """Follows one continuation: which tokens may come, given those that came."""
+    """Follows one continuation: knows the tokens that may come next after those accepted."""
 
     def __init__(self, matcher: LLMatcher, vocabulary: "Vocabulary", executor: LLExecutor) -> None:
         self._matcher, self._vocabulary, self._executor = matcher, vocabulary, executor
 
     def allowed(self) -> np.ndarray:
-        """The mask as int32 words: bit i % 32 of word i // 32 tells whether token i may come.
+        """Returns the mask as int32 words: bit i % 32 of word i // 32 says whether token i may come.
 
-        An end-of-text token may come exactly where the text may end. Raises ValueError where the grammar turned out to
-        be too expensive to follow.
+        An end-of-text token may come exactly where the text may end. Raises ValueError where the grammar has become too
+        expensive to follow.
         """
         (mask,) = fill([self])
         if self.error:
@@ -51,23 +51,23 @@ class Matcher:
         return mask
 
     def accept(self, token_id: int) -> None:
-        """Go on by a token. Raises ValueError where it may not come; the matcher is then where it was."""
+        """Accepts a token. Raises ValueError where it may not come; the matcher is then unchanged."""
         if not 0 <= token_id < self._vocabulary.model_size or self._matcher.try_consume_tokens([token_id]) != 1:
             raise ValueError(self.error or f"token {token_id} may not come here: the grammar of the request forbids it")
 
     def rollback(self, count: int) -> None:
-        """Take the last `count` accepted tokens back."""
+        """Takes the last `count` accepted tokens back; ValueError where fewer were accepted."""
         if count and not self._matcher.rollback(count):
             raise ValueError(self.error or f"{count} tokens cannot be taken back: so many were not accepted")
 
     @property
     def is_complete(self) -> bool:
-        """Whether the text is whole and nothing but its end may follow."""
+        """True where the text is complete and only its end may follow."""
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
     @property
     def error(self) -> str:
-        """Why the grammar can be followed no further, in a line; empty where all is well."""
+        """The reason why the grammar can be followed no further, in one line; empty where it can."""
         return (
             f"the grammar cannot be followed further: {_line(self._matcher.get_error())}"
             if self._matcher.is_error()
@@ -76,7 +76,7 @@ class Matcher:
 
 
 def fill(matchers: Sequence[Matcher]) -> list[np.ndarray]:
-    """The masks of many matchers (of one `Grammars`), on several threads; all zeros for one that has an `error`."""
+    """Returns the masks of many matchers of one `Grammars`, made by several threads; all zeros for an `error`."""
     if not matchers:
         return []
     vocabulary = matchers[0]._vocabulary
@@ -90,7 +90,7 @@ def fill(matchers: Sequence[Matcher]) -> list[np.ndarray]:
 
 
 class Grammars:
-    """Compiles what `SamplingParams` ask for; one for an engine.
+    """Compiles the grammars of `SamplingParams`; one for an engine.
 
     `vocab_size` is the model's, which may be padded beyond the tokenizer's; those ids are never allowed. The last
     grammars are kept compiled. May be used from several threads.
@@ -102,7 +102,7 @@ class Grammars:
         self._compiled = functools.lru_cache(COMPILED_KEPT)(self._compile)
 
     def matcher(self, params: SamplingParams) -> Matcher:
-        """A matcher at the start of the text that `params` ask for.
+        """Returns a matcher at the start of a text for the grammar of `params`.
 
         Raises ValueError, in one line, for a broken or too expensive JSON schema, regular expression or list of
         choices.
@@ -153,7 +153,7 @@ class Vocabulary:
         return source.library
 
     def cut(self, words_RW: np.ndarray) -> np.ndarray:
-        """Masks of the model's ids alone."""
+        """Returns the masks cut to the model's own ids. R: masks, W: words of a mask."""
         if not self._eos:
             words_RW = words_RW[:, : (self.model_size + 31) // 32]
             if self.model_size % 32:
@@ -163,7 +163,7 @@ class Vocabulary:
 
 @dataclass
 class _Source:
-    """What `llguidance` wants to know of a tokenizer: bytes by id, and how the model would spell a text."""
+    """The tokenizer in the form that `llguidance` asks for: bytes by id, and a function from a text to its tokens."""
 
     ours: Tokenizer
     tokens: list[bytes]
@@ -185,7 +185,7 @@ class _Source:
 
 
 def _grammar(kind: str, asked: str | tuple[str, ...]) -> str:
-    """The grammar in llguidance's notation; ValueError for what is too long or no text."""
+    """Returns the grammar in llguidance's notation; ValueError for one that is too long or no valid text."""
     texts = (asked,) if isinstance(asked, str) else asked
     longest = {"json_schema": LONGEST_SCHEMA, "regex": LONGEST_REGEX, "choices": LONGEST_CHOICES}[kind]
     length = sum(map(len, texts))
@@ -206,7 +206,7 @@ def _grammar(kind: str, asked: str | tuple[str, ...]) -> str:
 
 
 def _literal(text: str) -> str:
-    """A regular expression for this text alone."""
+    """Returns a regular expression for this text alone."""
     return "".join("\\" + letter if letter in r"\.+*?()|[]{}^$#&-~" else letter for letter in text)
 
 
@@ -222,7 +222,7 @@ def _check_schema(text: str) -> None:
 
 
 def _line(message: str) -> str:
-    """What the library says, as one line of moderate length without a picture of the place."""
+    """Returns the library's message in one line of moderate length, without its picture of the place."""
     lines = [line.strip() for line in message.splitlines()] or [""]
     reason = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
     return "no text fits it" if reason == "NoExtensionBias" else reason[:300]

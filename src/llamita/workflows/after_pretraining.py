@@ -17,6 +17,7 @@ from rich.table import Table
 from llamita.backend.interface import Backend
 from llamita.data.labelled import Fields, read_labelled
 from llamita.evaluation import classification
+from llamita.training import exit_status
 from llamita.training.config import TrainingConfig
 from llamita.training.record import FINISHED, command_line
 from llamita.training.run_directory import BEST, MANIFEST
@@ -73,7 +74,7 @@ def tune_and_report(
         console.print(f"[bold]{number}. {part.title}[/], as llamita {part.verb} does it")
         if part.run(replace(part.config, resume=begun)).interrupted:
             console.print("stopped and saved; the same command goes on from here")
-            return 130
+            return exit_status.INTERRUPTED
     measure_classifier(config.output / LABELS, backend, amounts.labelled)
     console.print("[bold]7. Reports[/]")
     for name in (PRETRAINED, ANSWERS, PREFERENCES, LABELS):

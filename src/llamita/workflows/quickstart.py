@@ -28,6 +28,7 @@ from llamita.storage.files import atomic_directory, atomic_write
 from llamita.storage.model_directory import load_config
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.tokenizer import Tokenizer
+from llamita.training import exit_status
 from llamita.training.record import command_line
 from llamita.training.run_directory import LAST
 from llamita.workflows.pretrain import PretrainConfig, pretrain
@@ -143,7 +144,7 @@ def quickstart(config: QuickstartConfig, backend: Backend) -> int:
         result = pretrain(training_options(config, data, run), backend, floor=floor.nats_per_character)
         if result.interrupted:
             console.print("stopped and saved; the same command goes on from here")
-            return 130
+            return exit_status.INTERRUPTED
     report = evaluate(config, run / LAST, backend.load_runner(run / LAST), floor, console)
     atomic_write(config.output / "report.json", json.dumps(asdict(report), indent=2) + "\n")
     records.write(run, "meadow", asdict(report), command_line(sys.argv), run / LAST)
