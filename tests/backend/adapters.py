@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from llamita.data.batches import Batch
+from llamita.data.batches import IGNORE_INDEX, Batch
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
-from llamita.model.lora import UP, LoraSettings
+from llamita.model.lora import DOWN, UP, Adapter, LoraSettings
 from llamita.model.parameters import initialize_parameters
 from llamita.storage.peft_directory import AdapterFiles, BaseModel, weights_digest
-from tests.backend.models import IGNORED, save
+from tests.backend.models import save
 
 CONFIG = ModelConfig(
     vocab_size=61,
@@ -55,7 +55,7 @@ def batch(seed: int = 0, rows: int = 4, T: int = 12) -> Batch:
 
 
 def labelled(rows: int = 4, T: int = 12) -> Batch:
-    labels = np.full((rows, T), IGNORED, dtype=np.int32)
+    labels = np.full((rows, T), IGNORE_INDEX, dtype=np.int32)
     labels[:, -1] = np.arange(rows) % 3
     return dataclasses.replace(batch(), labels_BT=labels)
 
@@ -66,6 +66,15 @@ def save_adapter(
     directory.mkdir()
     AdapterFiles(settings, BaseModel(str(base), weights_digest(base))).save(directory, config, arrays)
     return directory
+
+
+def summed(plain: Mapping[str, np.ndarray], adapter: Adapter) -> dict[str, np.ndarray]:
+    """W + scale B A in float64, by name."""
+    found = {name: array.astype(np.float64) for name, array in plain.items()}
+    for module, factors in adapter.factors.items():
+        down_RD, up_CR = (adapter.arrays[module + kind].to_numpy().astype(np.float64) for kind in (DOWN, UP))
+        found[f"{module}.weight"] += factors.scale * (up_CR @ down_RD)
+    return found
 
 
 def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:

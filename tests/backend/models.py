@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from llamita.backend.torch.model import layers
 from llamita.backend.torch.model.weights import build_model, tensor_from_host
-from llamita.data.batches import Batch
+from llamita.data.batches import IGNORE_INDEX, Batch
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.parameters import initialize_parameters
@@ -19,7 +19,6 @@ from llamita.model.quantization import SCALE
 from llamita.model.rope import RopeScaling
 from llamita.storage import files, model_directory
 
-IGNORE_INDEX = -100  # the label of a position that is not scored
 KINDS = {"multi-head": 4, "grouped-query": 2, "multi-query": 1}
 VARIANTS = {
     "plain": {},

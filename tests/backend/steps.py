@@ -4,10 +4,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from llamita.data.batches import Batch
+from llamita.data.batches import IGNORE_INDEX, Batch
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
-from tests.backend.models import IGNORE_INDEX
 
 CONFIG = ModelConfig(
     vocab_size=61,

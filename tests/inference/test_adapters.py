@@ -24,7 +24,7 @@ from llamita.model.host_array import HostArray
 from llamita.model.lora import Adapter, LoraSettings, adapter_shapes
 from llamita.storage import model_directory
 from llamita.storage.peft_directory import AdapterFiles, BaseModel, weights_digest
-from tests.backend.torch.infer.test_exact import Served, alone, model_of, requests
+from tests.backend.torch.infer.served import Served, alone, model_of, requests
 
 SETTINGS = {
     "a": LoraSettings(4, 8.0),

@@ -14,7 +14,7 @@ import transformers
 from llamita.backend.adamw import AdamWSettings
 from llamita.backend.objectives import Classification
 from llamita.model.host_array import HostArray
-from llamita.model.lora import DOWN, UP, LoraSettings
+from llamita.model.lora import LoraSettings
 from llamita.storage import model_directory
 from llamita.storage.peft_directory import AdapterFiles, BaseModel, open_adapter, weights_digest
 from tests.backend.adapters import (
@@ -29,6 +29,7 @@ from tests.backend.adapters import (
     save_adapter,
     save_base,
     shake,
+    summed,
 )
 from tests.backend.frameworks import NAMES, host, make, to_numpy
 from tests.backend.models import dequantized
@@ -236,15 +237,6 @@ def saved(tmp_path):
     settings = dataclasses.replace(EVERYTHING, rank_stabilized=True)
     step = shake(make("torch").train_step(CONFIG, model_directory.load_tensors(base), adapter=settings))
     return save_adapter(tmp_path / "adapter", CONFIG, step.weights(), settings, base)
-
-
-def summed(plain, adapter):
-    """W + scale B A in float64, by name."""
-    found = {name: array.astype(np.float64) for name, array in plain.items()}
-    for module, factors in adapter.factors.items():
-        down_RD, up_CR = (adapter.arrays[module + kind].to_numpy().astype(np.float64) for kind in (DOWN, UP))
-        found[f"{module}.weight"] += factors.scale * (up_CR @ down_RD)
-    return found
 
 
 def test_merged_equals_unmerged_and_taking_it_away_restores_the_base(framework, saved):

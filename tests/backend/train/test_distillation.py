@@ -22,11 +22,9 @@ MODEL = ModelConfig(
 )  # fmt: skip
 
 
-@pytest.fixture(params=["torch", "mlx"])
-def name(request):
-    if request.param == "mlx":
-        pytest.importorskip("mlx.core", reason="mlx is not installed")
-    return request.param
+@pytest.fixture
+def name(framework):
+    return framework.name
 
 
 def random_labels(random, rows=B):

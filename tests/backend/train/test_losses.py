@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llamita.data.batches import IGNORE_INDEX
 from tests import reference
 from tests.backend.frameworks import normal
-from tests.backend.models import IGNORE_INDEX
 from tests.backend.tolerances import MODEL, relative_difference
 
 TOLERANCE = MODEL["fp32"]

@@ -16,11 +16,10 @@ import torch
 
 from llamita.backend.adamw import AdamWSettings
 from llamita.backend.objectives import Classification, PolicyGradient, Preference
-from llamita.data.batches import Batch
+from llamita.data.batches import IGNORE_INDEX, Batch
 from llamita.model.config import ModelConfig
 from llamita.training.trainer import split as split_rows
 from tests.backend.frameworks import Mlx, Torch
-from tests.backend.models import IGNORE_INDEX
 from tests.backend.steps import CONFIG, batch, largest_difference, same, split
 
 B, T, D, V = 5, 9, 16, 40

@@ -13,12 +13,12 @@ from llamita.backend.interface import TrainStep
 from llamita.backend.torch.model.layers import PLAIN
 from llamita.backend.torch.model.weights import build_model
 from llamita.data import meadow
-from llamita.data.batches import Batch
+from llamita.data.batches import IGNORE_INDEX, Batch
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from tests import reference
 from tests.backend.frameworks import NAMES, make
-from tests.backend.models import IGNORE_INDEX, loss_by_pytorch, small
+from tests.backend.models import loss_by_pytorch, small
 from tests.backend.steps import CONFIG, batch, largest_difference, same, split
 
 DROPOUT = dataclasses.replace(CONFIG, dropout=0.2, vocab_size=300)

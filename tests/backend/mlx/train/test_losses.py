@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from llamita.backend.mlx.model.head import OutputHead
 from llamita.backend.mlx.train import losses
-from tests.backend.models import IGNORE_INDEX
+from llamita.data.batches import IGNORE_INDEX
 
 
 def example(M=60, D=16, V=50, seed=0):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.train import losses
-from tests.backend.models import IGNORE_INDEX
+from llamita.data.batches import IGNORE_INDEX
 
 
 def example(dtype=torch.float32):
