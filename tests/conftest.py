@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.backend import frameworks
+from tests.ordering import long_first
 
 # Without a GPU, Triton's kernels are interpreted. Triton looks when it is first imported.
 if not torch.cuda.is_available():
@@ -32,3 +33,12 @@ def shared_data() -> Path:
 def framework(request: pytest.FixtureRequest) -> frameworks.Framework:
     """Each backend in turn; the tests of MLX are skipped where it is not installed."""
     return frameworks.make(request.param)
+
+
+@pytest.hookimpl(trylast=True)  # when those that are not run are already left out
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several processes share the tests, files with long ones come first; else the order stays."""
+    processes = getattr(config, "workerinput", {}).get("workercount", 0)
+    if processes:
+        long = {item for item in items if any(map(item.get_closest_marker, ("medium", "slow")))}
+        items[:] = long_first(items, processes, lambda item: item.path, long.__contains__)

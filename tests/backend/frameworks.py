@@ -193,6 +193,16 @@ class Torch(Framework):
         for memory in (*cache.keys, *cache.values):
             memory.copy_(self.array(numbers_SKH))
 
+    def memory(self, numbers_SKH: np.ndarray, precision: str) -> torch.Tensor:
+        """A layer's memory, given a slot after another."""
+        return self.array(numbers_SKH, precision)
+
+    def chunk_attention(self, span: Any, spec: Any) -> Any:
+        return self.paged_attention.ChunkAttention(span, spec, torch.device("cpu"))
+
+    def decode_attention(self, spans: Sequence[Any], spec: Any) -> Any:
+        return self.paged_attention.DecodeAttention(spans, spec, torch.device("cpu"))
+
     def slots(self, memory: torch.Tensor) -> np.ndarray:
         """What a layer's memory holds, a slot after another: (S, K, H)."""
         return self.numbers(memory)
@@ -200,6 +210,9 @@ class Torch(Framework):
     def set_values(self, model: Any, name: str, values: np.ndarray) -> None:
         with torch.no_grad():
             model.canonical_state()[name].copy_(self.array(values))
+
+    def parameters(self, model: Any) -> Sequence[torch.Tensor]:
+        return list(model.parameters())
 
     def draw(self) -> list[float]:
         """Numbers of the generator that everybody shares."""
@@ -262,9 +275,22 @@ class Mlx(Framework):
         for memory in (cache.keys, cache.values):
             memory[:] = [numbers_KSH.astype(layer.dtype) for layer in memory]
 
+    def memory(self, numbers_SKH: np.ndarray, precision: str) -> Any:
+        """A layer's memory, given a slot after another."""
+        return self.array(numbers_SKH.swapaxes(0, 1), precision)
+
+    def chunk_attention(self, span: Any, spec: Any) -> Any:
+        return self.paged_attention.ChunkAttention(span, spec)
+
+    def decode_attention(self, spans: Sequence[Any], spec: Any) -> Any:
+        return self.paged_attention.DecodeAttention(spans, spec)
+
     def slots(self, memory: Any) -> np.ndarray:
         """What a layer's memory holds, a slot after another: (S, K, H)."""
         return self.numbers(memory).swapaxes(0, 1)
+
+    def parameters(self, model: Any) -> Sequence[Any]:
+        return [fused.parameter for fused in model.fused_parameters()]
 
     def set_values(self, model: Any, name: str, values: np.ndarray) -> None:
         (packed,) = [each for each in model.fused_parameters() if each.parts == (name,)]

@@ -19,7 +19,7 @@ from llamita.model.quantization import SCALE
 from llamita.model.rope import RopeScaling
 from llamita.storage import files, model_directory
 
-IGNORED = -100  # the label of a position that is not scored
+IGNORE_INDEX = -100  # the label of a position that is not scored
 KINDS = {"multi-head": 4, "grouped-query": 2, "multi-query": 1}
 VARIANTS = {
     "plain": {},
@@ -102,7 +102,7 @@ def random_tokens(config: ModelConfig, *shape: int) -> np.ndarray:
 
 def random_labels(config: ModelConfig, *shape: int) -> np.ndarray:
     labels = np.random.default_rng(3).integers(0, config.num_labels or config.vocab_size, shape, dtype=np.int32)
-    labels[:, :2] = IGNORED
+    labels[:, :2] = IGNORE_INDEX
     return labels
 
 
@@ -136,7 +136,7 @@ def loss_by_pytorch(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     segments_BT = None if batch.segments_BT is None else torch.from_numpy(batch.segments_BT)
     logits_BTV = model(torch.from_numpy(batch.tokens_BT), segments_BT=segments_BT).logits_BTV
     labels = torch.from_numpy(batch.labels_BT).long().flatten()
-    return F.cross_entropy(logits_BTV.flatten(0, 1), labels, ignore_index=IGNORED)
+    return F.cross_entropy(logits_BTV.flatten(0, 1), labels, ignore_index=IGNORE_INDEX)
 
 
 def gradients_by_pytorch(

@@ -7,7 +7,7 @@ import numpy as np
 from llamita.data.batches import Batch
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
-from tests.backend.models import IGNORED
+from tests.backend.models import IGNORE_INDEX
 
 CONFIG = ModelConfig(
     vocab_size=61,
@@ -28,7 +28,7 @@ def batch(rows=8, T=12, seed=0, unequal=True, segments=False) -> Batch:
     labels = block[:, 1:].copy()
     if unequal:
         for row in range(rows):
-            labels[row, : T - max(1, T >> row)] = IGNORED
+            labels[row, : T - max(1, T >> row)] = IGNORE_INDEX
     segments_BT = np.cumsum(generator.random((rows, T)) < 0.2, axis=1, dtype=np.int32) + 1 if segments else None
     return Batch(block[:, :-1], labels, segments_BT, np.arange(rows, dtype=np.int64) + 100)
 

@@ -10,9 +10,18 @@ import numpy as np
 
 OPERATION = {"fp32": 2e-6, "fp16": 3e-3, "bf16": 2e-2}
 BLOCK = {"fp32": 5e-6, "fp16": 6e-3, "bf16": 4e-2}
+ATTENTION = {
+    "torch": {"fp32": 2e-6, "fp16": 2e-3, "bf16": 1e-2},
+    "mlx": {"fp32": 2e-6, "bf16": 2e-2},
+}
+"""By backend: bfloat16 has 8 bits, and rounds weights as well as results; in MLX on a CPU, scores too."""
 MODEL = {"fp32": 1e-5, "bf16": 5e-2}
 QUANTIZED = {"fp32": 1e-5, "bf16": 3e-2}
 """Of a small model over int8 or int4 weights: two layers in bfloat16 in different orders of summation."""
+DEQUANTIZED_TRAINING = {"torch": (1e-6, 1e-5), "mlx": (1e-5, 1e-5)}
+"""Of loss and gradient norm of an adapter over quantised weights, beside the same weights dequantised, by backend."""
+DECODING = {"bf16": 0.1, "fp16": 0.02}
+"""Of log-probabilities of a small model, decoded from a cache beside read as a whole, in nats."""
 ELEMENT = {"fp32": 1e-5, "bf16": 2e-2}
 """Of an element's own magnitude, and as much in addition."""
 DRAW = {"torch": 1e-12, "mlx": 1e-5}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamita.data.batches import NOT_SCORED, BatchIterator, collate, evaluation_batches
+from llamita.data.batches import IGNORE_INDEX, BatchIterator, collate, evaluation_batches
 from llamita.data.packing import InMemoryDocuments, Rows, RowsConfig, strided_windows
 
 
@@ -78,7 +78,7 @@ def test_every_target_is_trained_once_in_an_epoch():
     iterator = BatchIterator(rows, 5, seed=3)
     assert len(rows) == 25
     labels = np.concatenate([iterator.next().labels_BT for _ in range(5)])
-    assert sorted(labels[labels != NOT_SCORED].tolist()) == list(range(2, 99))
+    assert sorted(labels[labels != IGNORE_INDEX].tolist()) == list(range(2, 99))
 
 
 def test_seeds_and_steps_give_other_rows():
@@ -116,7 +116,7 @@ def test_labels_are_the_next_token_and_never_padding(mode, within, step):
     assert batch.tokens_BT.shape == batch.labels_BT.shape == (7, 4)
     assert batch.tokens_BT.dtype == batch.labels_BT.dtype == np.int32
     assert batch.row_ids.dtype == np.int64
-    scored = batch.labels_BT != NOT_SCORED
+    scored = batch.labels_BT != IGNORE_INDEX
     assert (batch.labels_BT[scored] == batch.tokens_BT[scored] + 1).all()
     assert (batch.labels_BT[scored] > 0).all()
     if batch.segments_BT is not None:
@@ -159,7 +159,7 @@ def test_evaluation_reads_every_row_once(mode):
     assert ids == list(range(len(rows)))
     targets = np.concatenate([batch.labels_BT for batch in evaluation_batches(rows, 5)])
     if mode != "pad":
-        assert targets[targets != NOT_SCORED].tolist() == list(range(2, 98))
+        assert targets[targets != IGNORE_INDEX].tolist() == list(range(2, 98))
 
 
 def test_a_few_evaluation_rows_span_the_split():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamita.data.batches import NOT_SCORED, BatchIterator, collate
+from llamita.data.batches import IGNORE_INDEX, BatchIterator, collate
 from llamita.data.conversations import conversation
 from llamita.data.examples import ConversationRows, Counts, best_fit, encode
 from llamita.data.packing import RowsConfig
@@ -55,7 +55,7 @@ def test_each_token_of_two_turns_and_whether_it_is_scored(chat, name):
     assert encoded.counts.targets == sum(scored for _, scored in expected)
     # In a batch the label of a scored token stands one place before it, and nowhere else is a label.
     batch = collate([ConversationRows(encoded, RowsConfig("pad", 200)).row(0)], np.array([0]))
-    labels = [TOKENIZER.decode([i], skip_special=False) if i != NOT_SCORED else None for i in batch.labels_BT[0]]
+    labels = [TOKENIZER.decode([i], skip_special=False) if i != IGNORE_INDEX else None for i in batch.labels_BT[0]]
     shifted = [token if scored else None for token, scored in expected[1:]]
     assert labels == shifted + [None] * (200 - len(shifted))
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llamita.data import meadow
-from llamita.data.batches import NOT_SCORED, BatchIterator
+from llamita.data.batches import IGNORE_INDEX, BatchIterator
 from llamita.data.labelled import Fields, absolute, read_labelled, read_mapping, read_records, validation_of
 from llamita.data.labelled_batches import LabelledRows, encode_texts, labelled_evaluation
 from llamita.text.bpe import train_bpe_from_iterator
@@ -206,7 +206,7 @@ def test_the_label_stands_at_the_last_token_alone(tokenizer):
             ids = rows.encoded.tokens[i]
             assert tokens[: len(ids)].tolist() == ids.tolist()
             assert set(tokens[len(ids) :].tolist()) <= {2}
-            assert np.flatnonzero(row_labels != NOT_SCORED).tolist() == [len(ids) - 1]
+            assert np.flatnonzero(row_labels != IGNORE_INDEX).tolist() == [len(ids) - 1]
             assert row_labels[len(ids) - 1] == labels[i]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llamita.data import meadow_tasks, preferences, prompts
-from llamita.data.batches import NOT_SCORED, BatchIterator, evaluation_batches
+from llamita.data.batches import IGNORE_INDEX, BatchIterator, evaluation_batches
 from llamita.data.conversations import ConversationSource
 from llamita.data.preferences import Layout, PairRows, encode
 from llamita.text.bpe import train_bpe_from_iterator
@@ -165,8 +165,8 @@ def test_a_batch_holds_both_answers_and_their_reference(tokenizer):
         for tokens, labels, (ids, scored) in sides:
             assert tokens.shape == (pairs.longest + 3,)
             assert (tokens[: len(ids) - 1] == ids[:-1]).all()
-            assert (labels[labels != NOT_SCORED] == ids[scored]).all()
-            assert (np.flatnonzero(labels != NOT_SCORED) == np.flatnonzero(scored) - 1).all()
+            assert (labels[labels != IGNORE_INDEX] == ids[scored]).all()
+            assert (np.flatnonzero(labels != IGNORE_INDEX) == np.flatnonzero(scored) - 1).all()
     part = batch.rows(slice(1, 2))
     assert {name: len(array) for name, array in part.extras.items()} == dict.fromkeys(part.extras, 1)
     seen = [*batch.row_ids, *batches.next().row_ids, *batches.next().row_ids][:7]

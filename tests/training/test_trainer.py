@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llamita.backend.interface import LossSums
-from llamita.data.batches import NOT_SCORED
+from llamita.data.batches import IGNORE_INDEX
 from llamita.storage import model_directory
 from llamita.training.evaluation import evaluate
 from llamita.training.examples import Examples
@@ -306,7 +306,7 @@ def test_evaluation_is_the_mean_over_all_targets():
         step.model.eval()
         with torch.no_grad():
             log_p = torch.log_softmax(step.model(tokens, segments_BT=segments).logits_BTV, -1)
-        scored = labels != NOT_SCORED
+        scored = labels != IGNORE_INDEX
         nats -= float(log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0][scored].double().sum())
         targets += int(scored.sum())
         characters += int(labels[scored].sum())  # TokenText gives token i the length i

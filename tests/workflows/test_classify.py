@@ -15,7 +15,7 @@ from llamita.backend.torch.model import weights
 from llamita.backend.torch.train.step import build_train_step
 from llamita.cli.main import main
 from llamita.data import meadow
-from llamita.data.batches import NOT_SCORED, Batch
+from llamita.data.batches import IGNORE_INDEX, Batch
 from llamita.data.labelled import read_labelled
 from llamita.model.config import ModelConfig
 from llamita.model.parameters import initialize_parameters
@@ -170,7 +170,7 @@ def test_the_loss_is_that_of_torch_on_either_side_of_padding(class_weights):
     weights_sum = weight[target].sum() if class_weights else torch.tensor(4.0)
     accuracy = (logits.argmax(-1) == target).sum().item()
     for side in ("right", "left"):
-        tokens, labels_BT = np.zeros((4, 12), dtype=np.int32), np.full((4, 12), NOT_SCORED, dtype=np.int32)
+        tokens, labels_BT = np.zeros((4, 12), dtype=np.int32), np.full((4, 12), IGNORE_INDEX, dtype=np.int32)
         segments = np.zeros((4, 12), dtype=np.int32)
         for row, one in enumerate(texts):
             start = 0 if side == "right" else 12 - len(one)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from llamita.backend.torch.backend import BACKEND
 from llamita.cli.main import main
 from llamita.data import meadow
-from llamita.data.batches import NOT_SCORED, Batch
+from llamita.data.batches import IGNORE_INDEX, Batch
 from llamita.storage import files, model_directory
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.chat import Chat
@@ -95,7 +95,7 @@ def test_a_teacher_speaks_where_labels_are_scored(given):
     random = np.random.default_rng(0)
     tokens_BT, labels_BT = random.integers(0, 300, (2, 5, 12), dtype=np.int32)
     for row, count in enumerate((5, 1, 12, 3, 2)):
-        labels_BT[row, random.permutation(12)[count:]] = NOT_SCORED
+        labels_BT[row, random.permutation(12)[count:]] = IGNORE_INDEX
     batch = Batch(tokens_BT, labels_BT, None, np.arange(5), figures={"kept": 1.0})
     logits_BTV = torch.from_numpy(BACKEND.load_runner(given.teacher, "float32", "cpu").forward(tokens_BT)["logits"])
     expected_BTV = (logits_BTV.double() / 0.5).log_softmax(-1).numpy()
@@ -107,7 +107,7 @@ def test_a_teacher_speaks_where_labels_are_scored(given):
         assert found_BSV.shape == (5, 12, 300)
         assert found_BSV.dtype == np.float32
         for row in range(5):
-            expected_SV = expected_BTV[row][labels_BT[row] != NOT_SCORED]
+            expected_SV = expected_BTV[row][labels_BT[row] != IGNORE_INDEX]
             np.testing.assert_allclose(found_BSV[row, : len(expected_SV)], expected_SV, atol=1e-4)
             assert not found_BSV[row, len(expected_SV) :].any()
     assert teacher.teach(batch.rows(slice(3, 5))).extras["teacher_log_probs_BSV"].shape == (2, 4, 300)

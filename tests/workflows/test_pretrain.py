@@ -11,7 +11,7 @@ import torch
 
 from llamita.backend.torch.infer.runner import load_runner
 from llamita.data import shards
-from llamita.data.batches import NOT_SCORED
+from llamita.data.batches import IGNORE_INDEX
 from llamita.data.packing import RowsConfig
 from llamita.inference.llm import LLM
 from llamita.storage import model_directory
@@ -224,8 +224,8 @@ def test_validation_inside_documents_scores_each_from_its_beginning(data):
     scored = 0
     for batch in make_examples(config, tokenizer, RowsConfig("pack", 64, True)).validation():
         for tokens, labels in zip(batch.tokens_BT, batch.labels_BT, strict=True):
-            assert labels[0] != NOT_SCORED
+            assert labels[0] != IGNORE_INDEX
             assert tokens[0] == tokenizer.bos_id or split.manifest.splits["validation"].longest_document > 65
-            scored += int((labels != NOT_SCORED).sum())
+            scored += int((labels != IGNORE_INDEX).sum())
     lengths = [len(split.document(i)) for i in range(split.num_documents)]
     assert scored == sum(length - (-(-length // 65)) for length in lengths)  # all but the first token of each row

@@ -12,7 +12,7 @@ import pytest
 from llamita.cli.main import main
 from llamita.cli.recipe import commands, resolved
 from llamita.data import meadow
-from llamita.data.batches import NOT_SCORED
+from llamita.data.batches import IGNORE_INDEX
 from llamita.data.packing import RowsConfig
 from llamita.data.shards import load_tokenizer
 from llamita.model.sizes import count_parameters
@@ -146,7 +146,7 @@ def test_mini_llamas_rows_are_articles_between_their_marks_padded_and_not_scored
     micro_batches = split(batch, config.resolved().micro_batch_size)
     assert [part.tokens_BT.shape for part in micro_batches] == [(16, 512)] * 8
     for tokens_T, labels_T in zip(batch.tokens_BT, batch.labels_BT, strict=True):
-        scored = labels_T != NOT_SCORED
+        scored = labels_T != IGNORE_INDEX
         count = int(scored.sum())
         assert tokens_T[0] == tokenizer.bos_id
         assert 0 < count < 512

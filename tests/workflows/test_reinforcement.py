@@ -8,7 +8,7 @@ import pytest
 
 from llamita.backend.torch.train.step import build_train_step
 from llamita.cli.rl import load_reward
-from llamita.data.batches import NOT_SCORED
+from llamita.data.batches import IGNORE_INDEX
 from llamita.data.preferences import Layout
 from llamita.data.prompts import Prompt
 from llamita.storage import model_directory
@@ -158,7 +158,7 @@ def test_a_batch_scores_what_the_engine_drew(given):
     found_BT = rollouts.score(asker.step, batch, 4)
     llm = rollouts.LLM(asker.step.runner(), asker.layout.tokenizer)
     for row, each in enumerate(answers):
-        scored = batch.labels_BT[row] != NOT_SCORED
+        scored = batch.labels_BT[row] != IGNORE_INDEX
         assert tuple(batch.labels_BT[row][scored]) == each.tokens
         prompt = asker.layout.prompt(PROMPTS[each.prompt].said)
         assert tuple(batch.tokens_BT[row][: len(prompt)]) == prompt

@@ -15,7 +15,7 @@ import numpy as np
 if TYPE_CHECKING:  # packing.py makes batches of its rows
     from llamita.data.packing import Row, RowsConfig
 
-NOT_SCORED = -100
+IGNORE_INDEX = -100
 """The label of a position whose prediction is not scored (what PyTorch calls ignore_index)."""
 
 
@@ -23,11 +23,11 @@ NOT_SCORED = -100
 class Batch:
     """Rows ready for a model, already shifted: labels_BT[b, t] is the token after tokens_BT[b, t].
 
-    tokens_BT: int32. labels_BT: int32, NOT_SCORED (-100) where nothing is scored. segments_BT: int32 of the inputs, or
-    None where every row is one causal sequence (padding, if any, behind it); 0 is padding. row_ids: int64 [B], the
-    rows' numbers. extras: what an objective needs besides, arrays of B rows each (see llamita/objective.py).
-    row_is_target: the loss is a mean over rows, not over scored positions. figures: what the record of an update is to
-    say of the whole batch.
+    tokens_BT: int32. labels_BT: int32, IGNORE_INDEX where nothing is scored. segments_BT: int32 of the inputs, or None
+    where every row is one causal sequence (padding, if any, behind it); 0 is padding. row_ids: int64 [B], the rows'
+    numbers. extras: what an objective needs besides, arrays of B rows each (see backend/objectives.py). row_is_target:
+    the loss is a mean over rows, not over scored positions. figures: metrics of the whole batch for the record of an
+    update.
     """
 
     tokens_BT: np.ndarray
@@ -41,7 +41,7 @@ class Batch:
     @property
     def num_targets(self) -> int:
         """The number of targets that the loss is a mean over: scored positions, or rows."""
-        return len(self.row_ids) if self.row_is_target else int((self.labels_BT != NOT_SCORED).sum())
+        return len(self.row_ids) if self.row_is_target else int((self.labels_BT != IGNORE_INDEX).sum())
 
     def rows(self, part: slice) -> Batch:
         """Some of the rows."""
@@ -181,7 +181,7 @@ def collate(rows: Sequence[Row], row_ids: np.ndarray) -> Batch:
     if any(row.segments is not None and row.segments.max() > 1 for row in rows):
         ones = np.ones(tokens.shape[1], dtype=np.int32)
         segments_BT = np.stack([ones if row.segments is None else row.segments for row in rows])[:, :-1]
-    labels_BT = np.where(scored[:, 1:], tokens[:, 1:], np.int32(NOT_SCORED))
+    labels_BT = np.where(scored[:, 1:], tokens[:, 1:], np.int32(IGNORE_INDEX))
     return Batch(tokens[:, :-1], labels_BT, segments_BT, np.asarray(row_ids, dtype=np.int64))
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from llamita.data.batches import NOT_SCORED, Batch
+from llamita.data.batches import IGNORE_INDEX, Batch
 from llamita.data.packing import RowsConfig
 from llamita.text.tokenizer import Tokenizer
 
@@ -71,12 +71,12 @@ class LabelledRows:
         return len(self.encoded)
 
     def batch(self, row_ids: np.ndarray) -> Batch:
-        """Some rows: the label of each at its last token, NOT_SCORED elsewhere."""
+        """Some rows: the label of each at its last token, IGNORE_INDEX elsewhere."""
         rows = [self.encoded.tokens[i] for i in row_ids]
         context = self.encoded.context
         T = context if self.whole else min(context, -(-max(map(len, rows)) // STEP) * STEP)
         tokens_BT = np.full((len(rows), T), self.pad_id, dtype=np.int32)
-        labels_BT = np.full((len(rows), T), NOT_SCORED, dtype=np.int32)
+        labels_BT = np.full((len(rows), T), IGNORE_INDEX, dtype=np.int32)
         for b, (ids, i) in enumerate(zip(rows, row_ids, strict=True)):
             tokens_BT[b, : len(ids)] = ids
             labels_BT[b, len(ids) - 1] = self.labels[i]

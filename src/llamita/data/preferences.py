@@ -220,7 +220,7 @@ class PairRows:
         return self._padded(self.pairs.chosen[index])
 
     def batch(self, row_ids: np.ndarray) -> Batch:
-        """Pairs as `objective.Preference` takes them; `reference_B2` is there once it is known."""
+        """Pairs as `objectives.Preference` takes them; `reference_B2` is there once it is known."""
         chosen = collate([self.row(i) for i in row_ids.tolist()], row_ids)
         rejected = collate([self._padded(self.pairs.rejected[i]) for i in row_ids.tolist()], row_ids)
         extras = {"rejected_tokens_BT": rejected.tokens_BT, "rejected_labels_BT": rejected.labels_BT}

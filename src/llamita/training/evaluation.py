@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from llamita.backend.interface import TrainStep
-from llamita.data.batches import NOT_SCORED
+from llamita.data.batches import IGNORE_INDEX
 from llamita.training.examples import Examples
 
 
@@ -60,7 +60,7 @@ def evaluate(step: TrainStep, examples: Examples, stop: Callable[[], bool] = lam
         for name, value in found.measures.items():
             sums[name] = sums.get(name, 0.0) + value
         if examples.text is not None:
-            labels = batch.labels_BT[batch.labels_BT != NOT_SCORED]
+            labels = batch.labels_BT[batch.labels_BT != IGNORE_INDEX]
             characters += int(examples.text.characters_V[labels].sum())
             size += int(examples.text.bytes_V[labels].sum())
     loss = nats / targets if targets else math.nan

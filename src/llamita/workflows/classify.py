@@ -18,13 +18,7 @@ from llamita.backend.interface import Backend, Runner
 from llamita.backend.objectives import Classification
 from llamita.data.batches import BatchIterator
 from llamita.data.labelled import Fields, LabelledTexts, absolute, read_labelled, read_mapping, validation_of
-from llamita.data.labelled_batches import (
-    EncodedTexts,
-    Keep,
-    LabelledRows,
-    encode_texts,
-    labelled_evaluation,
-)
+from llamita.data.labelled_batches import EncodedTexts, Keep, LabelledRows, encode_texts, labelled_evaluation
 from llamita.evaluation.classification import label_log_probabilities
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
@@ -205,7 +199,7 @@ def with_head(
 ) -> tuple[Base, ModelConfig]:
     """The base with a head for these labels in place of its own, and the config of the two.
 
-    A base that has a head for the same labels keeps it; another head is drawn as the architecture's table says. What
+    A base that has a head for the same labels keeps it; another head is drawn as the table of parameters says. What
     pads is the tokenizer's pad token, else EOS, else BOS: none of them ends a text here, so that transformers, which
     looks for the last token that does not pad, finds the one that the label was learned at.
     """

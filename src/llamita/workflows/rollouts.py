@@ -1,4 +1,4 @@
-"""Answers that a model under training writes and a reward judges, as batches of `objective.PolicyGradient`.
+"""Answers that a model under training writes and a reward judges, as batches of `objectives.PolicyGradient`.
 
 The prompts and the seeds of a round are a pure function of (seed, round), so a resumed run goes on as the whole run
 did; what a round under way wrote is part of the state. Knows nothing of the loop or of how a loss is computed.
@@ -14,7 +14,7 @@ import numpy as np
 
 from llamita.backend.interface import Scorer, TrainStep
 from llamita.backend.sampling_params import SamplingParams
-from llamita.data.batches import NOT_SCORED, Batch
+from llamita.data.batches import IGNORE_INDEX, Batch
 from llamita.data.preferences import Layout, plain
 from llamita.data.prompts import Prompt
 from llamita.inference.config import EngineConfig
@@ -103,7 +103,7 @@ class Answerer:
         longest = max(len(said) + len(answer.tokens) for said, answer in zip(before, answers, strict=True)) - 1
         shape = (len(answers), -(-longest // ROUNDED_TO) * ROUNDED_TO)
         pad_id = self.layout.tokenizer.pad_id or 0  # never scored, and behind all that is: any id will do
-        tokens_BT, labels_BT = np.full(shape, pad_id, dtype=np.int32), np.full(shape, NOT_SCORED, dtype=np.int32)
+        tokens_BT, labels_BT = np.full(shape, pad_id, dtype=np.int32), np.full(shape, IGNORE_INDEX, dtype=np.int32)
         for row, (said, answer) in enumerate(zip(before, answers, strict=True)):
             whole = np.array([*said, *answer.tokens], dtype=np.int32)
             tokens_BT[row, : len(whole) - 1] = whole[:-1]

@@ -18,7 +18,7 @@ import numpy as np
 from llamita.backend.interface import Backend, Scorer
 from llamita.backend.objectives import Distillation, NextToken
 from llamita.data import conversations as talks
-from llamita.data.batches import NOT_SCORED, Batch, BatchIterator, evaluation_batches
+from llamita.data.batches import IGNORE_INDEX, Batch, BatchIterator, evaluation_batches
 from llamita.data.conversations import Conversation, ConversationSource
 from llamita.data.examples import ConversationRows, EncodedConversations, TooLong, encode
 from llamita.data.packing import RowsConfig
@@ -218,7 +218,7 @@ class Teacher:
 
         S is a power of two where the rows are long enough, so that a backend that compiles for shapes meets few.
         """
-        counts_B1 = (batch.labels_BT != NOT_SCORED).sum(-1, keepdims=True)
+        counts_B1 = (batch.labels_BT != IGNORE_INDEX).sum(-1, keepdims=True)
         length = min(batch.labels_BT.shape[1], 1 << (int(counts_B1.max()) - 1).bit_length())
         log_probs_BSV = np.zeros((len(counts_B1), length, self.vocab_size), dtype=np.float32)
         scored_BS = np.arange(length) < counts_B1

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from llamita.backend.choice import load_backend
 from llamita.backend.objectives import Distillation, NextToken
 from llamita.backend.torch.model.head import OutputHead
-from llamita.data.batches import NOT_SCORED, Batch
+from llamita.data.batches import IGNORE_INDEX, Batch
 from llamita.model.config import ModelConfig
 from llamita.training.trainer import split
 
@@ -32,15 +32,15 @@ def name(request):
 def random_labels(random, rows=B):
     """Labels scored here and there, in two spans or more; a row has none, another all."""
     labels_BT = random.integers(0, V, (rows, T), dtype=np.int32)
-    labels_BT[random.random((rows, T)) < 0.5] = NOT_SCORED
-    labels_BT[0] = NOT_SCORED
+    labels_BT[random.random((rows, T)) < 0.5] = IGNORE_INDEX
+    labels_BT[0] = IGNORE_INDEX
     labels_BT[1] = random.integers(0, V, T)
     return labels_BT
 
 
 def laid_out(teacher_MV, labels_BT, behind=0.0):
     """The rows of (M, V) as (B, S, V), with something behind each row's own."""
-    counts_B = (labels_BT != NOT_SCORED).sum(-1)
+    counts_B = (labels_BT != IGNORE_INDEX).sum(-1)
     result_BSV = np.full((len(labels_BT), counts_B.max(), V), behind, dtype=np.float32)
     start = 0
     for row, count in zip(result_BSV, counts_B, strict=True):
@@ -85,7 +85,7 @@ def test_the_loss_is_that_of_pytorch_s_own_functions(name, objective):
     random = np.random.default_rng(0)
     states_BTD, head_VD = (random.normal(size=size).astype(np.float32) for size in ((B, T, D), (V, D)))
     labels_BT = random_labels(random)
-    scored_BT = torch.from_numpy(labels_BT != NOT_SCORED)
+    scored_BT = torch.from_numpy(labels_BT != IGNORE_INDEX)
     teacher_MV = torch.from_numpy(random.normal(size=(int(scored_BT.sum()), V)) * 3).log_softmax(-1)
 
     weight, temperature = objective.teacher_weight, objective.teacher_temperature

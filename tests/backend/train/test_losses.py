@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from tests import reference
 from tests.backend.frameworks import normal
-from tests.backend.models import IGNORED
+from tests.backend.models import IGNORE_INDEX
 from tests.backend.tolerances import MODEL, relative_difference
 
 TOLERANCE = MODEL["fp32"]
@@ -17,8 +17,8 @@ D, V = 16, 50
 def example():
     hidden, weight = normal(3, 7, D), normal(V, D, seed=1, scale=3)
     labels = np.random.default_rng(2).integers(0, V, (3, 7))
-    labels[0, 3:] = IGNORED
-    labels[2, 0] = IGNORED
+    labels[0, 3:] = IGNORE_INDEX
+    labels[2, 0] = IGNORE_INDEX
     return hidden, weight, labels
 
 
@@ -65,7 +65,7 @@ def test_cross_entropy_and_its_gradients_whole_and_in_chunks(framework, chunk_si
 
     def theirs(logits_BTV):
         labels_M = torch.from_numpy(labels).flatten()
-        return F.cross_entropy(logits_BTV.flatten(0, 1), labels_M, ignore_index=IGNORED, reduction="sum") / 17
+        return F.cross_entropy(logits_BTV.flatten(0, 1), labels_M, ignore_index=IGNORE_INDEX, reduction="sum") / 17
 
     expected = by_pytorch(hidden, weight, kind, theirs)
     logits_BTV = transformed(torch.from_numpy(hidden.astype(np.float64) @ weight.T.astype(np.float64)), kind)
@@ -81,7 +81,7 @@ def test_log_probabilities_in_chunks_and_their_gradients(framework, chunk_size, 
 
     def picked(logits_BTV):
         found_BT = logits_BTV.log_softmax(-1).gather(-1, torch.from_numpy(labels).clamp(min=0)[..., None])[..., 0]
-        return torch.where(torch.from_numpy(labels != IGNORED), found_BT, 0.0)
+        return torch.where(torch.from_numpy(labels != IGNORE_INDEX), found_BT, 0.0)
 
     def log_probs(hidden, weight):
         return framework.losses.chunked_log_probs(hidden, head_of(framework, weight, kind), labels_BT, chunk_size)
@@ -96,7 +96,7 @@ def test_log_probabilities_in_chunks_and_their_gradients(framework, chunk_size, 
 @pytest.mark.parametrize("loss", ["chunked_cross_entropy", "chunked_log_probs"])
 def test_nothing_scored_is_zero_with_zero_gradients(framework, loss):
     hidden, weight, labels = example()
-    nothing, given = framework.array(np.full_like(labels, IGNORED)), [framework.array(x) for x in (hidden, weight)]
+    nothing, given = framework.array(np.full_like(labels, IGNORE_INDEX)), [framework.array(x) for x in (hidden, weight)]
 
     def ours(hidden, weight):
         return getattr(framework.losses, loss)(hidden, head_of(framework, weight), nothing)

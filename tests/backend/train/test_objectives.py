@@ -20,7 +20,7 @@ from llamita.data.batches import Batch
 from llamita.model.config import ModelConfig
 from llamita.training.trainer import split as split_rows
 from tests.backend.frameworks import Mlx, Torch
-from tests.backend.models import IGNORED
+from tests.backend.models import IGNORE_INDEX
 from tests.backend.steps import CONFIG, batch, largest_difference, same, split
 
 B, T, D, V = 5, 9, 16, 40
@@ -28,7 +28,7 @@ B, T, D, V = 5, 9, 16, 40
 
 def labels(generator, rows, shortest=1):
     """Answers of unequal length behind prompts of unequal length."""
-    labels_BT = torch.full((rows, T), IGNORED)
+    labels_BT = torch.full((rows, T), IGNORE_INDEX)
     for row in labels_BT:
         start = int(torch.randint(3, (1,), generator=generator))
         end = start + int(torch.randint(shortest, T - start, (1,), generator=generator))
@@ -54,7 +54,7 @@ class Case:
         """By PyTorch, of all rows, every logit held."""
         table_RTV = (self.states_RTD @ self.head_VD.mT).log_softmax(-1)
         found_RT = table_RTV.gather(-1, self.labels_RT.clamp(min=0)[..., None])[..., 0]
-        return torch.where(self.labels_RT == IGNORED, 0.0, found_RT)
+        return torch.where(self.labels_RT == IGNORE_INDEX, 0.0, found_RT)
 
     def batch(self, rows, extras):
         """Some of the rows in the framework's own arrays."""
@@ -109,7 +109,7 @@ def trl_preference(loss_type, log_probs_RT, labels_RT, reference_B2, beta, label
         loss_types=[loss_type], loss_weights=[1.0], beta=beta, label_smoothing=label_smoothing,
         _total_train_tokens=0, _tp_size=1,
     )  # fmt: skip
-    scored_RT = labels_RT != IGNORED
+    scored_RT = labels_RT != IGNORE_INDEX
     first = torch.zeros(len(labels_RT), 1, dtype=torch.bool)  # trl's masks are of tokens, ours of what follows them
     inputs = {
         "input_ids": torch.zeros(len(labels_RT), T + 1, dtype=torch.int64),
@@ -148,7 +148,7 @@ def check_pairs(case, objective, reference_B2, theirs):
 def test_preferences_equal_those_of_trl(framework, objective, loss_type):
     case = Case(framework, 2 * B)
     sums_B2 = case.log_probs().sum(-1).view(2, B).T.detach() + case.random(B, 2)
-    lengths_B2 = (case.labels_RT != IGNORED).sum(-1).view(2, B).T
+    lengths_B2 = (case.labels_RT != IGNORE_INDEX).sum(-1).view(2, B).T
     reference_B2 = sums_B2 / lengths_B2 if objective.normalize_lengths else sums_B2
     theirs, measured = trl_preference(loss_type, case.log_probs(), case.labels_RT, sums_B2, objective.beta)
     measures = check_pairs(case, objective, reference_B2, theirs)
@@ -204,7 +204,7 @@ def trl_policy(objective, log_probs_RT, labels_RT, extras):
         "prompt_ids": torch.zeros(rows, 1, dtype=torch.int64),
         "prompt_mask": torch.ones(rows, 1),
         "completion_ids": labels_RT,
-        "completion_mask": (labels_RT != IGNORED).long(),
+        "completion_mask": (labels_RT != IGNORE_INDEX).long(),
         "advantages": extras["advantages_B"],
         "old_per_token_logps": extras["old_log_probs_BT"],
         "ref_per_token_logps": extras.get("reference_log_probs_BT"),
@@ -223,7 +223,7 @@ def test_policy_gradients_equal_those_of_trl(framework, normalization, kl_weight
     extras = {"advantages_B": case.random(B), "old_log_probs_BT": now_BT + 0.3 * case.random(B, T)}
     if kl_weight:
         extras["reference_log_probs_BT"] = now_BT + 0.5 * case.random(B, T)
-    targets = B if normalization == "answer" else int((case.labels_RT != IGNORED).sum())
+    targets = B if normalization == "answer" else int((case.labels_RT != IGNORE_INDEX).sum())
     theirs, measured = trl_policy(objective, case.log_probs(), case.labels_RT, extras)
     loss = functools.partial(framework.objectives.policy_loss, objective)
     measures = case.check(loss, targets, case.batch(slice(None), extras), theirs)
@@ -294,7 +294,7 @@ def test_a_model_scores_what_a_batch_holds(framework, frozen):
     data = host_batch(PolicyGradient())
     logits_BTV = torch.from_numpy(step.runner().forward(data.tokens_BT)["logits"])
     expected_BT = logits_BTV.log_softmax(-1).gather(-1, torch.from_numpy(data.labels_BT).long().clamp(min=0)[..., None])
-    scored_BT = data.labels_BT != IGNORED
+    scored_BT = data.labels_BT != IGNORE_INDEX
     found_BT = scorer.log_probs(data)
     assert found_BT.dtype == np.float32
     np.testing.assert_allclose(found_BT[scored_BT], expected_BT[..., 0].numpy()[scored_BT], atol=1e-5)
@@ -312,7 +312,7 @@ WEIGHTED = Classification(class_weights=(0.5, 1.0, 3.0))
 def texts(seed=0, rows=8, T=12) -> Batch:
     """Texts of unequal length, each with its label at the last token."""
     random = np.random.default_rng(seed)
-    labels = np.full((rows, T), IGNORED, dtype=np.int32)
+    labels = np.full((rows, T), IGNORE_INDEX, dtype=np.int32)
     labels[np.arange(rows), random.integers(2, T, rows)] = random.integers(0, 3, rows)
     tokens = random.integers(0, CONFIG.vocab_size, (rows, T), dtype=np.int32)
     return Batch(tokens, labels, None, np.arange(rows, dtype=np.int64))
@@ -401,7 +401,7 @@ def answers(objective, seed=0, rows=6, T=10) -> Batch:
 
     def drawn():
         block = random.integers(0, CONFIG.vocab_size, (rows, T + 1), dtype=np.int32)
-        labels = np.where(np.arange(T) < random.integers(1, 6, (rows, 1)), IGNORED, block[:, 1:])
+        labels = np.where(np.arange(T) < random.integers(1, 6, (rows, 1)), IGNORE_INDEX, block[:, 1:])
         return block[:, :-1], labels.astype(np.int32)
 
     (tokens, labels), (other_tokens, other_labels) = drawn(), drawn()
@@ -448,4 +448,4 @@ def test_log_probabilities_are_pytorch_s(precision):
     ours, theirs = (each.train_step(CONFIG, precision=precision).log_probs(data) for each in (Mlx(), Torch()))
     assert ours.dtype == theirs.dtype == np.float32
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 if precision == "fp32" else 0.1)
-    assert ((ours == 0) == (data.labels_BT == IGNORED)).all()
+    assert ((ours == 0) == (data.labels_BT == IGNORE_INDEX)).all()

@@ -18,7 +18,7 @@ from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from tests import reference
 from tests.backend.frameworks import NAMES, make
-from tests.backend.models import IGNORED, loss_by_pytorch, small
+from tests.backend.models import IGNORE_INDEX, loss_by_pytorch, small
 from tests.backend.steps import CONFIG, batch, largest_difference, same, split
 
 DROPOUT = dataclasses.replace(CONFIG, dropout=0.2, vocab_size=300)
@@ -212,7 +212,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone(framework):
 
 def test_a_step_without_targets_names_its_rows(framework):
     data = batch(rows=2)
-    data.labels_BT[:] = IGNORED
+    data.labels_BT[:] = IGNORE_INDEX
     with pytest.raises(ValueError, match=r"rows \[100, 101\] have no target"):
         step_of(framework).step([data], 1e-3)
 

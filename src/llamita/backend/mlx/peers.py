@@ -32,8 +32,8 @@ class MlxLmRunner:
         self.window = config.sliding_window
         self.seen: dict[str, mx.array] = {}
         body = self.model.model
-        body.embed_tokens = _Watched(body.embed_tokens, "embedding", self.seen)
         body.layers = [_Watched(layer, f"layers.{number}", self.seen) for number, layer in enumerate(body.layers)]
+        body.layers[0].name_of_input = "embedding"  # as it goes in: some families multiply what was looked up
         body.norm = _Watched(body.norm, "norm", self.seen)
 
     def forward(
@@ -53,12 +53,16 @@ class MlxLmRunner:
 
 
 class _Watched:
-    """A module of mlx-lm's whose output is kept; all else about it is as before."""
+    """A module of mlx-lm's whose output is kept, and its input under `name_of_input`; all else is as before."""
+
+    name_of_input = ""
 
     def __init__(self, module: Any, name: str, seen: dict[str, mx.array]) -> None:
         self._module, self._name, self._seen = module, name, seen
 
     def __call__(self, *inputs: Any, **named: Any) -> mx.array:
+        if self.name_of_input:
+            self._seen[self.name_of_input] = inputs[0]
         output = self._module(*inputs, **named)
         self._seen[self._name] = output
         return output

@@ -8,15 +8,15 @@ import mlx.core as mx
 
 from llamita.backend.mlx.model.head import OutputHead
 from llamita.backend.mlx.train import losses
-from tests.backend.models import IGNORED
+from tests.backend.models import IGNORE_INDEX
 
 
 def example(M=60, D=16, V=50, seed=0):
     random = np.random.default_rng(seed)
     hidden, weight = random.standard_normal((2, M // 2, D)), random.standard_normal((V, D)) * 3
     labels = random.integers(0, V, (2, M // 2))
-    labels[0, 3:9] = IGNORED
-    labels[1, -1] = IGNORED
+    labels[0, 3:9] = IGNORE_INDEX
+    labels[1, -1] = IGNORE_INDEX
     return mx.array(hidden.astype(np.float32)), mx.array(weight.astype(np.float32)), mx.array(labels.astype(np.int32))
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.train import losses
-from tests.backend.models import IGNORED
+from tests.backend.models import IGNORE_INDEX
 
 
 def example(dtype=torch.float32):
@@ -13,8 +13,8 @@ def example(dtype=torch.float32):
     hidden = torch.randn(3, 7, 16, generator=generator, dtype=dtype).requires_grad_()
     weight = torch.randn(50, 16, generator=generator, dtype=dtype).requires_grad_()
     labels = torch.randint(50, (3, 7), generator=generator)
-    labels[0, 3:] = IGNORED
-    labels[2, 0] = IGNORED
+    labels[0, 3:] = IGNORE_INDEX
+    labels[2, 0] = IGNORE_INDEX
     return hidden, weight, labels
 
 
@@ -33,7 +33,7 @@ def test_log_probabilities_under_autocast_follow_float32():
     hidden, weight, labels = example()
     shares = torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
     logits = (hidden @ weight.mT).flatten(0, 1)
-    exact = -F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="none").view(3, 7)
+    exact = -F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none").view(3, 7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours = losses.chunked_log_probs(hidden, OutputHead(weight), labels, 4)
     assert ours.dtype == torch.float32

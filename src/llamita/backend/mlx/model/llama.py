@@ -1,6 +1,6 @@
 """The Llama: embedding, pre-norm blocks of attention and SwiGLU, final norm, output head.
 
-Built from the architecture table, whose names it gives and takes; inside, query, key and value projections are one
+Built from the table of parameters, whose names it gives and takes; inside, query, key and value projections are one
 matrix, and so are gate and up, since one large product is faster than three. `nn.Module` is used as a tree of named
 arrays and no more. Knows nothing of training or requests.
 

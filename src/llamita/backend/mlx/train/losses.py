@@ -10,13 +10,12 @@ from typing import Any
 import mlx.core as mx
 
 from llamita.backend.mlx.model.head import LogitTransform, OutputHead
-
-IGNORED = -100  # the label of a position that is not scored
+from llamita.data.batches import IGNORE_INDEX
 
 
 def cross_entropy(logits_BTV: mx.array, labels_BT: mx.array) -> mx.array:
     """Returns the sum over scored positions of -log softmax(logits)[label], in nats; a float32 scalar."""
-    scored_BT, targets_BT = labels_BT != IGNORED, mx.maximum(labels_BT, 0)
+    scored_BT, targets_BT = labels_BT != IGNORE_INDEX, mx.maximum(labels_BT, 0)
     logits_BTV = logits_BTV.astype(mx.float32)
     largest_BT1 = mx.stop_gradient(mx.max(logits_BTV, axis=-1, keepdims=True))
     normalizer_BT = mx.log(mx.sum(mx.exp(logits_BTV - largest_BT1), axis=-1)) + largest_BT1[..., 0]
@@ -52,7 +51,7 @@ def _head_log_probs(chunk_size: int, transform: LogitTransform) -> Any:
             # MLX orders a graph as it likes: made to wait for the chunk before, no two chunks' logits exist at once.
             (hidden_RD,) = mx.depends([hidden_MD[rows]], pieces_R[-1:]) if pieces_R else (hidden_MD[rows],)
             logits_RV = transform((hidden_RD.astype(weight_VD.dtype) @ weight_VD.T).astype(mx.float32))
-            scored_R, targets_R1 = labels_M[rows] != IGNORED, mx.maximum(labels_M[rows], 0)[:, None]
+            scored_R, targets_R1 = labels_M[rows] != IGNORE_INDEX, mx.maximum(labels_M[rows], 0)[:, None]
             chosen_R = mx.take_along_axis(logits_RV, targets_R1, axis=-1)[:, 0]
             pieces_R.append(mx.where(scored_R, chosen_R - mx.logsumexp(logits_RV, axis=-1), 0.0))
         return mx.concatenate(pieces_R)
@@ -72,7 +71,7 @@ def _head_log_probs(chunk_size: int, transform: LogitTransform) -> Any:
             logits_RV = transform((hidden_RD @ weight_VD.T).astype(mx.float32))
             softmax_RV = mx.softmax(logits_RV, axis=-1)
             one_hot_RV = labels_R1 == mx.arange(weight_VD.shape[0])
-            slopes_RV = mx.where(labels_R1 == IGNORED, 0.0, (one_hot_RV - softmax_RV) * cotangent_M[rows, None])
+            slopes_RV = mx.where(labels_R1 == IGNORE_INDEX, 0.0, (one_hot_RV - softmax_RV) * cotangent_M[rows, None])
             slopes_RV = (slopes_RV * transform.slope(logits_RV)).astype(weight_VD.dtype)
             pieces_RD.append((slopes_RV @ weight_VD).astype(hidden_MD.dtype))
             grad_VD = grad_VD + slopes_RV.T @ hidden_RD

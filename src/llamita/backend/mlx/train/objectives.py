@@ -15,8 +15,9 @@ import numpy as np
 
 from llamita.backend.mlx.model.attention import Dropout
 from llamita.backend.mlx.model.head import OutputHead
-from llamita.backend.mlx.train.losses import IGNORED, chunked_cross_entropy, chunked_log_probs
+from llamita.backend.mlx.train.losses import chunked_cross_entropy, chunked_log_probs
 from llamita.backend.objectives import Classification, Distillation, NextToken, Objective, PolicyGradient, Preference
+from llamita.data.batches import IGNORE_INDEX
 
 Hidden = Callable[..., mx.array]
 
@@ -77,7 +78,7 @@ def classification_loss(
     if key is not None and objective.dropout:
         hidden_BTD = Dropout(objective.dropout, key)(hidden_BTD)
     logits_BTV = head.logits(hidden_BTD)
-    scored_BT, labels_BT = batch.labels_BT != IGNORED, mx.maximum(batch.labels_BT, 0)
+    scored_BT, labels_BT = batch.labels_BT != IGNORE_INDEX, mx.maximum(batch.labels_BT, 0)
     chosen_BT = mx.take_along_axis(logits_BTV, labels_BT[..., None], axis=-1)[..., 0]
     nats_BT = mx.logsumexp(logits_BTV, axis=-1) - chosen_BT
     if objective.class_weights:
@@ -95,7 +96,7 @@ def log_probs(hidden: Hidden, head: OutputHead, batch: TensorBatch) -> mx.array:
 def distributions(hidden: Hidden, head: OutputHead, batch: TensorBatch, temperature: float) -> mx.array:
     """Returns the log-probability of every token at each position whose label is scored, float32 (M, V)."""
     hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
-    rows_M = mx.array(np.flatnonzero(np.array(batch.labels_BT) != IGNORED))
+    rows_M = mx.array(np.flatnonzero(np.array(batch.labels_BT) != IGNORE_INDEX))
     states_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[rows_M]
     logits_MV = head.logits(states_MD) / temperature
     return logits_MV - mx.logsumexp(logits_MV, axis=-1, keepdims=True)
@@ -108,7 +109,7 @@ def distillation_loss(
     hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
     teacher_BSV, length = batch.extras["teacher_log_probs_BSV"], batch.labels_BT.shape[1]
     # Scored places first, each in its order; as many of them as the teacher has, whichever they are.
-    order_BT = mx.argsort(mx.arange(length) + length * (batch.labels_BT == IGNORED), axis=-1)
+    order_BT = mx.argsort(mx.arange(length) + length * (batch.labels_BT == IGNORE_INDEX), axis=-1)
     order_BS = order_BT[:, : teacher_BSV.shape[1]]
     labels_BS = mx.take_along_axis(batch.labels_BT, order_BS, axis=1)
     states_BSD = mx.take_along_axis(hidden_BTD, order_BS[..., None], axis=1)
@@ -119,7 +120,7 @@ def distillation_loss(
     softened_BSV = logits_BSV / temperature
     softened_BSV = softened_BSV - mx.logsumexp(softened_BSV, axis=-1, keepdims=True)
     divergence_BS = mx.sum(mx.exp(teacher_BSV) * (teacher_BSV - softened_BSV), axis=-1)
-    scored_BS = labels_BS != IGNORED
+    scored_BS = labels_BS != IGNORE_INDEX
     cross_entropy = -mx.sum(mx.where(scored_BS, chosen_BS, 0.0))
     divergence = mx.sum(mx.where(scored_BS, divergence_BS, 0.0))
     mixed = (1 - weight) * cross_entropy + weight * temperature**2 * divergence
@@ -133,7 +134,7 @@ def preference_loss(objective: Preference, hidden: Hidden, head: OutputHead, bat
     tokens_BT = mx.concatenate([batch.tokens_BT, batch.extras["rejected_tokens_BT"]])
     log_probs_B = mx.sum(log_probs(hidden, head, TensorBatch(tokens_BT, labels_BT, None)), axis=-1)
     if objective.normalize_lengths:
-        log_probs_B = log_probs_B / mx.sum(labels_BT != IGNORED, axis=-1)
+        log_probs_B = log_probs_B / mx.sum(labels_BT != IGNORE_INDEX, axis=-1)
     chosen_B, rejected_B = log_probs_B.reshape(2, -1) - batch.extras["reference_B2"].T
     margin_B, beta = chosen_B - rejected_B, objective.beta
     if objective.form == "ipo":
@@ -157,7 +158,7 @@ def policy_loss(objective: PolicyGradient, hidden: Hidden, head: OutputHead, bat
     divergence"): never negative, and right in the mean over what the model samples.
     """
     log_probs_BT = log_probs(hidden, head, batch)
-    scored_BT, advantages_B1 = batch.labels_BT != IGNORED, batch.extras["advantages_B"][:, None]
+    scored_BT, advantages_B1 = batch.labels_BT != IGNORE_INDEX, batch.extras["advantages_B"][:, None]
     ratio_BT = mx.exp(log_probs_BT - batch.extras["old_log_probs_BT"])
     limited_BT = mx.clip(ratio_BT, 1 - objective.clip, 1 + objective.clip)
     gain_BT, limited_gain_BT = ratio_BT * advantages_B1, limited_BT * advantages_B1

@@ -1,6 +1,6 @@
 """The Llama: embedding, pre-norm blocks of attention and SwiGLU, final norm, output head.
 
-Built from the architecture table, whose names it gives and takes; inside, query, key and value projections are one
+Built from the table of parameters, whose names it gives and takes; inside, query, key and value projections are one
 matrix, and so are gate and up, since one large product is faster than three. Knows nothing of training or requests.
 
 Letters beyond the usual: E half a head size, G heads of several kinds side by side, R positions that are wanted.

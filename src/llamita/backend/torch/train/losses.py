@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llamita.backend.torch.model.head import LogitTransform, OutputHead
-
-IGNORED = -100  # the label of a position that is not scored
+from llamita.data.batches import IGNORE_INDEX
 
 
 def cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     """Returns the sum over scored positions of -log softmax(logits)[label], in nats; a float32 scalar."""
-    scored_BT = labels_BT != IGNORED
+    scored_BT = labels_BT != IGNORE_INDEX
     logits_MV, labels_M = logits_BTV[scored_BT].float(), labels_BT[scored_BT].long()
     largest_M1 = logits_MV.amax(dim=-1, keepdim=True)
     normalizer_M = (logits_MV - largest_M1).exp().sum(dim=-1).log() + largest_M1[:, 0]
@@ -43,7 +42,7 @@ def chunked_log_probs(hidden_BTD: Tensor, head: OutputHead, labels_BT: Tensor, c
     Unlike those of a sum, the gradients of each depend on what is done with it, so the logits of a chunk are computed a
     second time on the way back. Positions that are not scored cost nothing.
     """
-    scored_BT = labels_BT != IGNORED
+    scored_BT = labels_BT != IGNORE_INDEX
     hidden_MD, labels_M = hidden_BTD[scored_BT], labels_BT[scored_BT].long()
     dtype = _product_dtype(hidden_BTD)
     found_M = _ChunkedLogProbs.apply(hidden_MD, head.weight_VD, labels_M, chunk_size, dtype, head.transform)
@@ -113,7 +112,7 @@ def _loss_and_gradient_(logits_MV: Tensor, labels_M1: Tensor, wants_gradients: b
         rows_at_once = max(1, 2**19 // logits_MV.shape[1])
     total = torch.zeros((), dtype=torch.float32, device=logits_MV.device)
     for logits, labels in zip(logits_MV.split(rows_at_once), labels_M1.split(rows_at_once), strict=True):
-        scored, targets = labels != IGNORED, labels.clamp(min=0)
+        scored, targets = labels != IGNORE_INDEX, labels.clamp(min=0)
         log_probs = F.log_softmax(logits.float(), dim=-1)
         total -= torch.where(scored, log_probs.gather(-1, targets), 0.0).sum()
         if wants_gradients:

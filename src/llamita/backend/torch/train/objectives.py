@@ -17,7 +17,8 @@ from torch import Tensor
 from llamita.backend.objectives import Classification, Distillation, NextToken, Objective, PolicyGradient, Preference
 from llamita.backend.torch.model.dropout import drop
 from llamita.backend.torch.model.head import OutputHead
-from llamita.backend.torch.train.losses import IGNORED, chunked_cross_entropy, chunked_log_probs
+from llamita.backend.torch.train.losses import chunked_cross_entropy, chunked_log_probs
+from llamita.data.batches import IGNORE_INDEX
 
 Hidden = Callable[..., Tensor]
 
@@ -67,7 +68,7 @@ def classification_loss(
 ) -> LossOutput:
     """Returns -log p of each text's label, V being the number of labels, and counts the labels that are likeliest."""
     hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
-    scored_BT = batch.labels_BT != IGNORED
+    scored_BT = batch.labels_BT != IGNORE_INDEX
     labels_M = batch.labels_BT[scored_BT]
     states_MD = hidden_BTD[scored_BT]
     states_MD = drop(states_MD, objective.dropout) if objective.dropout and training else states_MD
@@ -87,7 +88,7 @@ def log_probs(hidden: Hidden, head: OutputHead, batch: TensorBatch) -> Tensor:
 def distributions(hidden: Hidden, head: OutputHead, batch: TensorBatch, temperature: float) -> Tensor:
     """Returns the log-probability of every token at each position whose label is scored, float32 (M, V)."""
     hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
-    states_MD = hidden_BTD[batch.labels_BT != IGNORED]
+    states_MD = hidden_BTD[batch.labels_BT != IGNORE_INDEX]
     return (head.logits(states_MD).float() / temperature).log_softmax(-1)
 
 
@@ -96,7 +97,7 @@ def distillation_loss(
 ) -> LossOutput:
     """Returns -log p of every label that is scored, mixed in `training` with the divergence from the teacher."""
     hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
-    scored_BT, teacher_BSV = batch.labels_BT != IGNORED, batch.extras["teacher_log_probs_BSV"]
+    scored_BT, teacher_BSV = batch.labels_BT != IGNORE_INDEX, batch.extras["teacher_log_probs_BSV"]
     places_S = torch.arange(teacher_BSV.shape[1], device=scored_BT.device)
     teacher_MV = teacher_BSV[places_S < scored_BT.sum(-1, keepdim=True)]
     logits_MV = head.logits(hidden_BTD[scored_BT]).float()
@@ -116,7 +117,7 @@ def preference_loss(objective: Preference, hidden: Hidden, head: OutputHead, bat
     tokens_BT = torch.cat([batch.tokens_BT, batch.extras["rejected_tokens_BT"]])
     log_probs_B = log_probs(hidden, head, TensorBatch(tokens_BT, labels_BT, None)).sum(-1)
     if objective.normalize_lengths:
-        log_probs_B = log_probs_B / (labels_BT != IGNORED).sum(-1)
+        log_probs_B = log_probs_B / (labels_BT != IGNORE_INDEX).sum(-1)
     chosen_B, rejected_B = log_probs_B.view(2, -1) - batch.extras["reference_B2"].T
     margin_B, beta = chosen_B - rejected_B, objective.beta
     if objective.form == "ipo":
@@ -140,7 +141,7 @@ def policy_loss(objective: PolicyGradient, hidden: Hidden, head: OutputHead, bat
     divergence"): never negative, and right in the mean over what the model samples.
     """
     log_probs_BT = log_probs(hidden, head, batch)
-    scored_BT, advantages_B1 = batch.labels_BT != IGNORED, batch.extras["advantages_B"][:, None]
+    scored_BT, advantages_B1 = batch.labels_BT != IGNORE_INDEX, batch.extras["advantages_B"][:, None]
     ratio_BT = (log_probs_BT - batch.extras["old_log_probs_BT"]).exp()
     limited_BT = ratio_BT.clamp(1 - objective.clip, 1 + objective.clip)
     gain_BT, limited_gain_BT = ratio_BT * advantages_B1, limited_BT * advantages_B1

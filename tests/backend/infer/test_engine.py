@@ -1,4 +1,4 @@
-"""The engine over MLX: every request gets what it gets alone, and what PyTorch gives it, however it is served.
+"""The engine over both backends: every request gets what it gets alone, and what the other gives it, however served.
 
 Greedy tokens are held to the margin rule: they are equal wherever the two best logits are further apart than twice the
 measured difference between two ways of computing them. Draws of a seed are equal, since ties are none there.
@@ -13,22 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-mx = pytest.importorskip("mlx.core", reason="MLX is not installed here")
-
-from llamita.backend.interface import Runner  # noqa: E402
-from llamita.backend.mlx.infer.runner import MlxRunner, runner_over  # noqa: E402
-from llamita.backend.mlx.model.weights import build_model, quantize_arrays, to_host_arrays  # noqa: E402
-from llamita.backend.sampling_params import SamplingParams  # noqa: E402
-from llamita.backend.torch.infer.runner import runner_over as over_torch  # noqa: E402
-from llamita.inference.config import EngineConfig  # noqa: E402
-from llamita.inference.drafting import Drafter, DraftModel, PromptLookup  # noqa: E402
-from llamita.inference.engine import Engine  # noqa: E402
-from llamita.inference.llm import LLM  # noqa: E402
-from llamita.inference.request import Request, TokenEvent  # noqa: E402
-from llamita.model.config import ModelConfig  # noqa: E402
-from llamita.storage import files, model_directory  # noqa: E402
-from llamita.text.bpe import train_bpe_from_iterator  # noqa: E402
-from tests.backend.torch.infer.test_runner import CONFIG, log_softmax  # noqa: E402
+from llamita.backend.interface import Runner
+from llamita.backend.sampling_params import SamplingParams
+from llamita.inference.config import EngineConfig
+from llamita.inference.drafting import DraftModel, PromptLookup
+from llamita.inference.engine import Engine
+from llamita.inference.llm import LLM
+from llamita.inference.request import Request, TokenEvent
+from llamita.model.host_array import HostArray
+from llamita.model.parameters import initialize_parameters
+from llamita.storage import model_directory
+from llamita.text.bpe import train_bpe_from_iterator
+from tests.backend.frameworks import NAMES, make
+from tests.backend.models import save
+from tests.backend.sessions import CONFIG, log_softmax
 
 MODELS = {
     "plain": CONFIG,
@@ -43,14 +41,26 @@ ROOMY = EngineConfig(max_sequences=8, block_size=4, prefix_caching=False)
 Served = dict[int, list[TokenEvent]]
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def runners(request: pytest.FixtureRequest) -> tuple[MlxRunner, Runner]:
-    """Ours and PyTorch's, over the same values."""
-    config = MODELS[request.param]
-    arrays = to_host_arrays(build_model(dataclasses.replace(config, quantization=""), seed=1))
+def runner_of(framework, kind: str) -> Runner:
+    config = MODELS[kind]
+    arrays = fresh(dataclasses.replace(config, quantization=""), seed=1)
     if config.quantization:
-        arrays = dict(quantize_arrays(config, arrays.items()))
-    return runner_over(config, arrays), over_torch(config, arrays)
+        arrays = dict(framework.backend.quantize_arrays(config, arrays.items()))
+    return framework.runner_over(config, arrays)
+
+
+def fresh(config, seed: int) -> dict[str, HostArray]:
+    return {name: HostArray.from_numpy(values) for name, values in initialize_parameters(config, seed)}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def runner(framework, kind: str) -> Runner:
+    return runner_of(framework, kind)
 
 
 def params_of(number: int) -> SamplingParams:
@@ -73,15 +83,15 @@ def serve(engine: Engine, numbers: Sequence[int] = range(len(PROMPTS))) -> Serve
 
 
 @pytest.fixture(scope="module")
-def alone(runners: tuple[MlxRunner, Runner]) -> Served:
-    return served_alone(runners[0])
+def alone(runner: Runner) -> Served:
+    return served_alone(runner)
 
 
 def served_alone(runner: Runner) -> Served:
     return {number: serve(Engine(runner, config=ROOMY), [number])[number] for number in range(len(PROMPTS))}
 
 
-def assert_equal(runner: MlxRunner, found: Served, expected: Served) -> None:
+def assert_equal(runner: Runner, found: Served, expected: Served) -> None:
     """Tokens by the margin rule; log-probabilities are those that the model gives the whole text."""
     for number, events in found.items():
         ours, theirs = ([event.token_id for event in each] for each in (events, expected[number]))
@@ -98,12 +108,18 @@ def assert_equal(runner: MlxRunner, found: Served, expected: Served) -> None:
             assert best - second <= 2 * difference, f"request {number} diverges at {same} where the margin is clear"
 
 
-def test_alone_is_pytorchs(runners: tuple[MlxRunner, Runner], alone: Served) -> None:
-    expected = served_alone(runners[1])
-    assert_equal(runners[0], alone, expected)
-    scores, rival = (served[0][0].prompt_logprobs for served in (alone, expected))
+def test_alone_both_backends_give_the_same(kind: str) -> None:
+    runners = [runner_of(make(name), kind) for name in NAMES]
+    theirs, ours = map(served_alone, runners)
+    assert_equal(runners[1], ours, theirs)
+    scores, rival = (served[0][0].prompt_logprobs for served in (ours, theirs))
     assert len(scores) == len(PROMPTS[0]) - 1
     np.testing.assert_allclose(scores, rival, atol=3e-5)
+
+
+def test_prompts_have_the_log_probabilities_of_the_whole_text(runner: Runner, alone: Served) -> None:
+    expected = log_softmax(runner.forward([PROMPTS[0]])["logits"][0])[np.arange(len(PROMPTS[0]) - 1), PROMPTS[0][1:]]
+    np.testing.assert_allclose(alone[0][0].prompt_logprobs, expected, atol=3e-5)
 
 
 LIMITS = {
@@ -113,49 +129,62 @@ LIMITS = {
 }
 
 
-@pytest.mark.parametrize("kind", LIMITS)
-def test_batched_chunked_and_preempted_are_alone(runners: tuple[MlxRunner, Runner], alone: Served, kind: str) -> None:
-    engine = Engine(runners[0], config=LIMITS[kind])
-    assert_equal(runners[0], serve(engine), alone)
-    assert (engine.scheduler.preemptions > 0) == (kind == "preempted")
+@pytest.mark.parametrize("limits", LIMITS)
+def test_batched_chunked_and_preempted_are_alone(runner: Runner, alone: Served, limits: str) -> None:
+    engine = Engine(runner, config=LIMITS[limits])
+    assert_equal(runner, serve(engine), alone)
+    assert (engine.scheduler.preemptions > 0) == (limits == "preempted")
 
 
-def test_a_prefix_hit_is_the_cold_run(runners: tuple[MlxRunner, Runner], alone: Served) -> None:
-    engine = Engine(runners[0], config=dataclasses.replace(ROOMY, prefix_caching=True))
+def test_a_prefix_hit_is_the_cold_run(runner: Runner, alone: Served) -> None:
+    engine = Engine(runner, config=dataclasses.replace(ROOMY, prefix_caching=True))
     cold = serve(engine)
     warm = serve(engine)
-    assert_equal(runners[0], cold, alone)
-    assert_equal(runners[0], warm, alone)
+    assert_equal(runner, cold, alone)
+    assert_equal(runner, warm, alone)
     assert [warm[number][-1].statistics.cached_tokens for number in (0, 3)] == [0, 16]  # 0 asks for its log-probs
     assert serve(engine, [1])[1][-1].statistics.cached_tokens == 16
 
 
-@pytest.mark.parametrize("kind", ["lookup", "itself", "another model"])
-def test_guesses_change_no_token(runners: tuple[MlxRunner, Runner], alone: Served, kind: str) -> None:
-    ours = runners[0]
-    another = MlxRunner(build_model(dataclasses.replace(ours.config, quantization=""), seed=2))
-    drafts: dict[str, Drafter] = {
+@pytest.mark.parametrize("guesses", ["lookup", "itself", "another model"])
+def test_guesses_change_no_token(framework, runner: Runner, alone: Served, guesses: str) -> None:
+    config = dataclasses.replace(runner.config, quantization="")
+    drafts = {
         "lookup": PromptLookup(),
-        "itself": DraftModel(ours),
-        "another model": DraftModel(another),
+        "itself": DraftModel(runner),
+        "another model": DraftModel(framework.runner_over(config, fresh(config, seed=2))),
     }
-    found = serve(Engine(ours, config=ROOMY, drafter=drafts[kind]))
-    assert_equal(ours, found, alone)
+    found = serve(Engine(runner, config=ROOMY, drafter=drafts[guesses]))
+    assert_equal(runner, found, alone)
     statistics = [events[-1].statistics for events in found.values()]
     drafted, accepted = (sum(getattr(one, f"{name}_tokens") for one in statistics) for name in ("drafted", "accepted"))
     assert drafted > 0
-    assert accepted > 0.9 * drafted or kind != "itself"
-    assert accepted < 0.5 * drafted or kind != "another model"
+    assert accepted > 0.9 * drafted or guesses != "itself"
+    assert accepted < 0.5 * drafted or guesses != "another model"
 
 
-def test_continuations_share_a_prompt_and_part(runners: tuple[MlxRunner, Runner]) -> None:
+def test_continuations_share_a_prompt_and_part(kind: str) -> None:
     params = SamplingParams(seed=4, max_tokens=9, n=4)
     texts = [
-        [one.token_ids for one in LLM(runner, engine=ROOMY).generate(BEGINNING, params).continuations]
-        for runner in runners
+        [
+            one.token_ids
+            for one in LLM(runner_of(make(name), kind), engine=ROOMY).generate(BEGINNING, params).continuations
+        ]
+        for name in NAMES
     ]
     assert texts[0] == texts[1]
     assert len({tuple(text) for text in texts[0]}) == 4
+
+
+def test_continuations_are_those_of_requests_of_their_own(runner: Runner) -> None:
+    """The i-th has the seed `seed + i`."""
+    params = SamplingParams(seed=4, max_tokens=9, n=4)
+    together = [one.token_ids for one in LLM(runner, engine=ROOMY).generate(BEGINNING, params).continuations]
+    alone = [
+        LLM(runner, engine=ROOMY).generate(BEGINNING, dataclasses.replace(params, n=1, seed=4 + i)).token_ids
+        for i in range(4)
+    ]
+    assert together == alone
 
 
 # --- text ------------------------------------------------------------
@@ -180,23 +209,25 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         CONFIG, vocab_size=tokenizer.vocab_size, max_position_embeddings=96, tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id,
     )  # fmt: skip
-    with files.atomic_directory(tmp_path_factory.mktemp("models") / "tiny") as directory:
-        model_directory.save_tensors(directory, to_host_arrays(build_model(config, seed=3)))
-        model_directory.save_config(directory, config)
-        tokenizer.save(directory)
-    return directory.parent / "tiny"
+    directory = save(config, fresh(config, seed=3), tmp_path_factory.mktemp("models") / "tiny")
+    tokenizer.save(directory)
+    return directory
 
 
-def test_stops_and_forms_give_pytorchs_text(directory: Path) -> None:
+def texts_of(framework, directory: Path) -> list:
     """All in one batch, each as its kind asks."""
-    ours, theirs = (
-        LLM.load(directory, backend=backend, device="cpu", engine=EngineConfig(block_size=8)).generate(
-            ["The fox"] * len(ASKED), list(ASKED.values())
-        )
-        for backend in ("mlx", "torch")
-    )
+    llm = LLM.load(directory, backend=framework.name, device="cpu", engine=EngineConfig(block_size=8))
+    return llm.generate(["The fox"] * len(ASKED), list(ASKED.values()))
+
+
+def test_stops_and_forms_give_the_same_text_in_both_backends(directory: Path) -> None:
+    ours, theirs = (texts_of(make(name), directory) for name in NAMES)
     assert [one.text for one in ours] == [one.text for one in theirs]
     assert [one.finish_reason for one in ours] == [one.finish_reason for one in theirs]
+
+
+def test_stops_and_forms_are_kept_to(framework, directory: Path) -> None:
+    ours = texts_of(framework, directory)
     text = dict(zip(ASKED, (one.text for one in ours), strict=True))
     assert "e" not in text["stop"]
     assert text["choices"] in ASKED["choices"].choices
@@ -204,16 +235,16 @@ def test_stops_and_forms_give_pytorchs_text(directory: Path) -> None:
     assert all(isinstance(one, bool) for one in json.loads(text["schema"]))
 
 
-def test_a_saved_model_is_the_model(directory: Path, tmp_path: Path) -> None:
-    llm = LLM.load(directory, backend="mlx")
+def test_a_saved_model_is_the_model(framework, directory: Path, tmp_path: Path) -> None:
+    llm = LLM.load(directory, backend=framework.name)
     llm.save(tmp_path / "copy")
     for name, array in model_directory.load_tensors(directory).items():
         assert bytes(model_directory.load_tensors(tmp_path / "copy")[name].data) == bytes(array.data), name
 
 
-def test_a_classifier_gives_its_logits_and_does_not_generate() -> None:
-    config: ModelConfig = dataclasses.replace(CONFIG, num_labels=3)
-    runner = MlxRunner(build_model(config, seed=1))
+def test_a_classifier_gives_its_logits_and_does_not_generate(framework) -> None:
+    config = dataclasses.replace(CONFIG, num_labels=3)
+    runner = framework.runner_over(config, fresh(config, seed=1))
     assert runner.forward([[1, 2, 3]])["logits"].shape == (1, 3, 3)
     with pytest.raises(ValueError, match="classification head"):
         Engine(runner)
