@@ -162,7 +162,7 @@ def test_the_command_loads_no_framework_before_a_verb_is_chosen() -> None:
     loaded, ours = set(lines[-2].split()[1:]), lines[-1].split()[1:]
     heavy = {"torch", "mlx", "numpy", "transformers", "tokenizers", "matplotlib", "tyro", "rich", "huggingface_hub"}
     assert loaded & heavy == set()
-    assert ours == ["llamita", "llamita.cli", "llamita.cli.main"]
+    assert ours == ["llamita", "llamita.cli", "llamita.cli.main", "llamita.training", "llamita.training.exit_status"]
 
 
 def test_one_backend_may_not_import_the_other() -> None:

@@ -245,7 +245,7 @@ def test_an_error_of_one_backend_is_found_by_the_other(plant, place, tmp_path, c
     monkeypatch.setattr(model_directory, "load_config", lambda directory: config)
     capsys.readouterr()
     assert main(["verify", str(tmp_path / "m"), "--against", "mlx"]) == 1
-    assert f"the two part at {place}" in capsys.readouterr().out
+    assert f"the two first differ at {place}" in capsys.readouterr().out
 
 
 @pytest.mark.medium

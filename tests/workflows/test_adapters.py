@@ -119,7 +119,7 @@ def test_an_adapter_without_config_and_tokenizer_is_measured_with_its_bases(tmp_
         assert main(["evaluate", str(model), "--task", "multiple-choice", "--data", str(questions)]) == 0
         words = ["--data", str(tmp_path / "texts.txt"), "--labels", "sad", "glad", "--suffix", "It was"]
         assert main(["classify", "zero-shot", str(model), *words]) == 0
-        found.append([line for line in capsys.readouterr().out.splitlines() if not line.startswith("left in")])
+        found.append([line for line in capsys.readouterr().out.splitlines() if not line.startswith("recorded in")])
     assert found[0] == found[1]
 
 

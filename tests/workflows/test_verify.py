@@ -102,8 +102,8 @@ def test_the_verb_prints_each_layer_and_its_status_tells(tmp_path, capsys):
     assert "the likeliest token is the same at 64 of 64 positions" in out
     assert main(["verify", str(tmp_path / "wrong"), "--against", str(tmp_path / "good")]) == 1
     out = capsys.readouterr().out
-    assert "the two part at layers.2" in out
-    assert next(line for line in out.splitlines() if "parts here" in line).startswith("layers.2")
+    assert "the two first differ at layers.2" in out
+    assert next(line for line in out.splitlines() if "differs here" in line).startswith("layers.2")
 
 
 @pytest.mark.parametrize(
@@ -123,8 +123,8 @@ def test_a_planted_error_is_found_by_another_library(against, plant, place, tmp_
     monkeypatch.setattr(model_directory, "load_config", lambda directory: config)
     assert main(["verify", str(tmp_path / "m"), "--against", against]) == 1
     out = capsys.readouterr().out
-    assert f"the two part at {place}" in out
-    assert next(line for line in out.splitlines() if "parts here" in line).startswith(place)
+    assert f"the two first differ at {place}" in out
+    assert next(line for line in out.splitlines() if "differs here" in line).startswith(place)
 
 
 @pytest.mark.parametrize(
@@ -149,4 +149,4 @@ def test_what_is_not_installed_is_named_as_pip_names_it(missing, package, tmp_pa
 def test_a_backend_is_not_held_to_itself(tmp_path, capsys):
     for name, other in (("torch", "mlx"), ("mlx", "torch")):
         assert main(["verify", str(tmp_path), "--backend", name, "--against", name]) == 2
-        assert capsys.readouterr().err == f"error: {name} would be held to itself; give --against {other}\n"
+        assert capsys.readouterr().err == f"error: {name} would be compared with itself; give --against {other}\n"

@@ -58,7 +58,7 @@ class ChatConfig:
 def run(config: ChatConfig) -> int:
 
     if config.sampling.n > 1:
-        raise ValueError(f"n={config.sampling.n} answers at once cannot be talked with; leave n at 1")
+        raise ValueError(f"n={config.sampling.n} gives several answers at once, and a chat has one; leave n at 1")
     llm = LLM.load(config.model, **vars(config.running))
     if llm.tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer beside it, and a chat needs one")

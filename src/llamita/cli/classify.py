@@ -113,9 +113,9 @@ def evaluate(config: EvaluateConfig) -> None:
     if (run := records.run_of(config.model)) is not None:
         name = config.name or f"classification {' '.join(Path(file).stem for file in config.data)}"
         try:
-            print(f"left in {record(run, name, report, command_line(sys.argv), model.directory)}")
+            print(f"recorded in {record(run, name, report, command_line(sys.argv), model.directory)}")
         except OSError as error:
-            print(f"note: the figures could not be left in {run}: {error}", file=sys.stderr)
+            print(f"note: the metrics could not be recorded in {run}: {error}", file=sys.stderr)
 
 
 @dataclass(frozen=True, kw_only=True)

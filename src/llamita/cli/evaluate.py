@@ -86,9 +86,9 @@ def run(config: EvaluateConfig) -> int:
             try:
                 file = records.write(run_directory, label, metrics, command_line(sys.argv), _model(config.model))
             except OSError as error:
-                print(f"note: the figures could not be left in {run_directory}: {error}", file=sys.stderr)
+                print(f"note: the metrics could not be recorded in {run_directory}: {error}", file=sys.stderr)
             else:
-                print(f"left in {file}")
+                print(f"recorded in {file}")
     return 0
 
 

@@ -63,10 +63,10 @@ VERBS: Mapping[str, Verb] = {
     "evaluate": Verb("llamita.cli.evaluate", "run", "Measure a model: loss, stories, multiple choice, lm_eval."),
     "runs list": Verb("llamita.cli.runs", "list_runs", "List the training runs under a directory."),
     "runs show": Verb("llamita.cli.runs", "show", "Show all that is known of a run."),
-    "runs diff": Verb("llamita.cli.runs", "diff", "List what two runs differ in."),
+    "runs diff": Verb("llamita.cli.runs", "diff", "List the differences of two runs."),
     "report": Verb("llamita.cli.report", "run", "Write a run as one HTML page."),
-    "verify": Verb("llamita.cli.verify", "run", "Hold a model to a reference, layer by layer."),
-    "convert": Verb("llamita.cli.convert", "run", "Bring other people's models here, and ours to them."),
+    "verify": Verb("llamita.cli.verify", "run", "Compare a model with a reference, layer by layer."),
+    "convert": Verb("llamita.cli.convert", "run", "Convert models of other formats, and ours to them."),
     "info": Verb("llamita.cli.info", "run", "Count a model's parameters, operations and bytes; list the presets."),
 }
 

@@ -38,7 +38,7 @@ def run(config: VerifyConfig) -> int:
 
     if config.against == config.backend:
         other = "mlx" if config.backend == "torch" else "torch"
-        raise ValueError(f"{config.backend} would be held to itself; give --against {other}")
+        raise ValueError(f"{config.backend} would be compared with itself; give --against {other}")
     model = load_backend(config.backend).load_runner(config.model, "float32", "cpu")
     if config.against == "transformers" and model.config.quantization:
         raise ValueError(
@@ -55,7 +55,7 @@ def run(config: VerifyConfig) -> int:
     fault = result.first_fault
     for place in result.places:
         style = "red" if place.largest > tolerance else ""
-        note = "  <- parts here" if place is fault else ""
+        note = "  <- differs here" if place is fault else ""
         table.add_row(place.name, f"{place.largest:.1e}", f"{place.mean:.1e}{note}", style=style)
     console = Console(highlight=False)
     console.print(table)
@@ -65,7 +65,7 @@ def run(config: VerifyConfig) -> int:
         console.print(f"[green]equal[/] within {tolerance:g} of the largest magnitude at each place")
         return 0
     where = "in the likeliest tokens" if fault is None else f"at {fault.name}"
-    console.print(f"[red]different[/]: the two part {where}; what comes before agrees within {tolerance:g}")
+    console.print(f"[red]different[/]: the two first differ {where}; all places before agree within {tolerance:g}")
     return 1
 
 
