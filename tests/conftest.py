@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.backend import frameworks
 from tests.ordering import long_first
@@ -17,6 +18,10 @@ if not torch.cuda.is_available():
 # A shell that starts the tests in the background has Ctrl-C ignored, which every program below would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# No timing decides a test.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
