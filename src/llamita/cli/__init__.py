@@ -1,1 +1,1 @@
-"""One file a verb."""
+"""One file a verb or group of verbs."""

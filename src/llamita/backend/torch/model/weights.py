@@ -1,6 +1,6 @@
 """Values of a model: built from host arrays or freshly initialised, and given back as host arrays.
 
-The only place where canonical names and fused parameters meet; knows nothing of files.
+Copies arrays in and out by the names that `fused_parameters` and `canonical_state` translate; knows nothing of files.
 
 Letters beyond the usual: X numbers laid end to end.
 """
