@@ -19,11 +19,11 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 CODE = """
 import sys, json
-from llamita import checkpoint
 from llamita.backend.torch.infer.runner import load_runner
+from llamita.storage import model_directory
 try:
     runner = load_runner(sys.argv[1])
-    print(json.dumps([str(checkpoint.resolve_model_directory(sys.argv[1])), runner.config.hidden_size]))
+    print(json.dumps([str(model_directory.resolve_model_directory(sys.argv[1])), runner.config.hidden_size]))
 except OSError as error:
     print(json.dumps(str(error)))
 """
