@@ -12,6 +12,7 @@ from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.lora import DOWN, UP, Adapter, LoraSettings
 from llamita.model.parameters import initialize_parameters
+from llamita.storage import safetensors
 from llamita.storage.peft_directory import AdapterFiles, BaseModel, weights_digest
 from tests.backend.models import save
 
@@ -46,6 +47,16 @@ def shake(step: Any, seed: int = 9) -> Any:
             arrays[name] = HostArray.from_numpy(random.normal(0, 0.1, array.shape).astype(np.float32))
     step.load_state(arrays, step.state())
     return step
+
+
+def fill_with_nan(adapter: Path) -> None:
+    """Makes one array of an adapter directory NaN."""
+    file = adapter / "adapter_model.safetensors"
+    values = dict(safetensors.read_safetensors(file))
+    name = next(iter(values))
+    values[name] = HostArray.from_numpy(np.full(values[name].shape, np.nan, np.float32))
+    safetensors.write_safetensors(adapter / "nan", values)
+    (adapter / "nan").replace(file)
 
 
 def batch(seed: int = 0, rows: int = 4, T: int = 12) -> Batch:

@@ -1,6 +1,7 @@
 """What the tests of training share: a model of a few thousand parameters, documents for it, prepared data."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -124,6 +125,13 @@ def train(config, *, step=None, identity=None, display=None, **options):
     with open_run(config.output, identity, config.arguments(), config.resume) as run:
         trainer = Trainer(config, MODEL, step, examples(config), run, display=display, **options)
         return trainer.run(), step, display
+
+
+def cut_short(whole, cut, lost_steps):
+    """Copies a run as if it had been killed before it wrote its checkpoints of the lost steps."""
+    shutil.copytree(whole, cut, symlinks=True)
+    for step in lost_steps:
+        shutil.rmtree(cut / f"checkpoints/step-{step:08d}")
 
 
 def weights_of(checkpoint_directory):

@@ -18,13 +18,13 @@ from llamita.cli.main import main
 from llamita.data import meadow
 from llamita.data.batches import BatchIterator, evaluation_batches
 from llamita.data.packing import Rows, RowsConfig
-from llamita.model.host_array import HostArray
-from llamita.storage import model_directory, safetensors
+from llamita.storage import model_directory
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.training.examples import Examples
 from llamita.workflows.finetune import FinetuneConfig, finetune, load_base
 from llamita.workflows.pretrain import resumed
-from tests.training.helpers import MODEL, Altered, Silence, documents
+from tests.backend.adapters import fill_with_nan
+from tests.training.helpers import MODEL, Altered, Silence, cut_short, documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +71,8 @@ def adapter_of(run):
 def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, base):
     tune(tmp_path / "whole", base)
     whole = tmp_path / "whole"
-    shutil.copytree(whole, tmp_path / "cut", symlinks=True)
     cut = tmp_path / "cut"
-    shutil.rmtree(cut / "checkpoints" / "step-00000012")
+    cut_short(whole, cut, lost_steps=[12])
     assert (cut / "checkpoints" / "step-00000010").is_dir()
     tune(cut, base, resume=True)
     assert adapter_of(cut / "last") == adapter_of(whole / "last")
@@ -173,11 +172,7 @@ def test_bad_adapters_are_refused_in_one_line(tmp_path, base, capsys):
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     refused(pickled, "adapter_model.bin is a pickled file")
     damaged = edited(good, tmp_path)
-    values = dict(safetensors.read_safetensors(damaged / "adapter_model.safetensors"))
-    name = next(iter(values))
-    values[name] = HostArray.from_numpy(np.full(values[name].shape, np.nan, np.float32))
-    safetensors.write_safetensors(tmp_path / "nan", values)
-    shutil.copyfile(tmp_path / "nan", damaged / "adapter_model.safetensors")
+    fill_with_nan(damaged)
     refused(damaged, "holds NaN or infinite values")
     other = tmp_path / "other"
     shutil.copytree(base, other)

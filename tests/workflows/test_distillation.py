@@ -2,7 +2,6 @@
 stays as it was, and what cannot teach is refused in one line."""
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +20,7 @@ from llamita.text.chat import Chat
 from llamita.text.tokenizer import Tokenizer
 from llamita.training import metrics
 from llamita.workflows.sft import SftConfig, Teacher, sft
-from tests.training.helpers import Silence, timeless, weights_of
+from tests.training.helpers import Silence, cut_short, timeless, weights_of
 from tests.workflows.test_sft import WORDS, config, save_model, tune
 
 
@@ -120,9 +119,7 @@ def test_a_run_cut_short_resumes_to_the_same_bytes(given, tmp_path, mode, monkey
     monkeypatch.chdir(given.teacher.parent)
     options = {"dropout": 0.1, "micro_batch_size": 2, "teacher_temperature": 2.0, "sequence_length": 120}
     tune(taught(given, whole, teacher=Path("teacher"), mode=mode, **options))
-    shutil.copytree(whole, cut, symlinks=True)
-    for step in (8, 12):
-        shutil.rmtree(cut / f"checkpoints/step-{step:08d}")
+    cut_short(whole, cut, lost_steps=(8, 12))
     monkeypatch.chdir(tmp_path)
     result, _ = tune(SftConfig(output=cut, resume=True))
     assert result.step == 12

@@ -1,7 +1,6 @@
 """Instruction tuning as a run: it learns to answer and to stop, resumes to the same bytes, and refuses in one line."""
 
 import json
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +16,7 @@ from llamita.text.chat import Chat
 from llamita.text.tokenizer import Tokenizer
 from llamita.training import metrics
 from llamita.workflows.sft import SftConfig, sft
-from tests.training.helpers import Silence, timeless, weights_of
+from tests.training.helpers import Silence, cut_short, timeless, weights_of
 
 WORDS = ["apple", "bread", "candle", "drum", "engine", "flower", "garden", "hat"]
 
@@ -120,9 +119,7 @@ def test_what_a_run_leaves_and_its_record(given, tmp_path):
 def test_a_run_cut_short_resumes_to_the_same_bytes(given, tmp_path, mode, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     tune(config(given, whole, mode=mode, answers=8, dropout=0.1, sequence_length=80))
-    shutil.copytree(whole, cut, symlinks=True)
-    for step in (8, 12):
-        shutil.rmtree(cut / f"checkpoints/step-{step:08d}")
+    cut_short(whole, cut, lost_steps=(8, 12))
     monkeypatch.chdir(tmp_path)
     result, _ = tune(SftConfig(output=cut, resume=True))
     assert result.step == 12

@@ -9,6 +9,7 @@ The engine (inference/) decides a `Plan` without tensors, a runner does it and a
 knows a tensor, a tokenizer, or why a token was scheduled: arrays that cross this line are `HostArray`s or numpy's.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -211,6 +212,11 @@ class StepMetrics:
     faulty_micro_batches: tuple[int, ...] = ()
     measures: Mapping[str, float] = field(default_factory=dict)
     """Means over the targets of the other metrics of the objective."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Returns whether loss and gradient are finite, so that the update was made."""
+        return not self.faulty_micro_batches and math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class TrainStep(Scorer, Protocol):

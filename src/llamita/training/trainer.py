@@ -142,7 +142,7 @@ class Trainer:
         micro_batches = split(batch, self.config.micro_batch_size)
         rate = self._rates.at(self._done)
         result = self.step.step(micro_batches, rate)
-        if result.faulty_micro_batches or not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        if not result.is_finite:
             self._refuse(micro_batches, result)
         self._done += 1
         seconds = time.perf_counter() - started

@@ -17,12 +17,13 @@ from llamita.cli.main import main
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.lora import LoraSettings
-from llamita.storage import model_directory, safetensors
+from llamita.storage import model_directory
 from tests import reference
 from tests.backend.adapters import (
     CONFIG,
     EVERYTHING,
     batch,
+    fill_with_nan,
     fresh,
     labelled,
     save_adapter,
@@ -181,9 +182,5 @@ def test_bad_adapters_are_refused_in_one_line(framework, tmp_path, saved, capsys
     refused(edited(base_model_name_or_path=str(tmp_path / "gone")), "is gone")
     refused(base, "holds no adapter", "--adapter", f"x={base}")
     damaged = edited()
-    values = dict(safetensors.read_safetensors(damaged / "adapter_model.safetensors"))
-    name = next(iter(values))
-    values[name] = HostArray.from_numpy(np.full(values[name].shape, np.nan, np.float32))
-    safetensors.write_safetensors(tmp_path / "nan", values)
-    shutil.copyfile(tmp_path / "nan", damaged / "adapter_model.safetensors")
+    fill_with_nan(damaged)
     refused(damaged, "holds NaN or infinite values")

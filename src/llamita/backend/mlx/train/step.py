@@ -5,11 +5,6 @@ that dropout draws are a function of (seed, number of the step), so a resumed ru
 """
 
 import functools
-import hashlib
-import math
-import resource
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal
@@ -27,6 +22,14 @@ from llamita.backend.mlx.train.objectives import LossOutput, TensorBatch, loss_f
 from llamita.backend.mlx.train.scorer import MlxScorer, arrays_of, choose
 from llamita.backend.objectives import NextToken, Objective
 from llamita.backend.opening import OWN
+from llamita.backend.train_step import (
+    best_seconds,
+    count_targets,
+    process_memory_bytes,
+    quantized_refusal,
+    step_metrics,
+    step_seed,
+)
 from llamita.data.batches import Batch
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
@@ -57,10 +60,7 @@ class MlxTrainStep(MlxScorer):
         trainable = trainable or (lambda name: adapter is None or name == CLASSIFIER)
         trained = [fused for fused in model.fused_parameters() if all(map(trainable, fused.parts))]
         if any(not mx.issubdtype(fused.parameter.dtype, mx.floating) for fused in trained):
-            raise ValueError(
-                f"the model is quantised ({model.config.quantization}) and cannot be trained; train an adapter over it "
-                "(lora), or train the model that it was made from, then quantise that"
-            )
+            raise quantized_refusal(model.config)
         self.frozen = [fused for fused in self.frozen if not all(map(trainable, fused.parts))]
         self.adapter = lora.fresh_adapter(model, adapter, seed) if adapter else None
         self._adapter_dropout = adapter.dropout if adapter else 0.0
@@ -77,22 +77,15 @@ class MlxTrainStep(MlxScorer):
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepMetrics:
         """Makes one update from the mean loss over all targets of `micro_batches`, however these divide them."""
-        targets = sum(batch.num_targets for batch in micro_batches)
-        if targets == 0:
-            rows = [int(row) for batch in micro_batches for row in batch.row_ids]
-            raise ValueError(f"rows {rows} have no target to learn from; use longer documents or mode=pack")
+        targets = count_targets(micro_batches)
         with mx.stream(self.device):
             outputs, gradients = self._accumulated(micro_batches, targets)
             flat = [value for output in outputs for value in (output.nats, *output.measures.values())]
-            *flat, grad_norm = np.array(mx.stack([*flat, global_norm(gradients)])).tolist()  # here it waits
-        names = list(outputs[0].measures)
-        sums = flat[:: len(names) + 1]
-        measures = {name: sum(flat[i :: len(names) + 1]) / targets for i, name in enumerate(names, 1)}
-        faulty = tuple(i for i, nats in enumerate(sums) if not math.isfinite(nats))
-        if not faulty and math.isfinite(grad_norm):
-            with mx.stream(self.device):
-                self.optimizer.step(gradients, learning_rate, clipping_scale(grad_norm, self.max_grad_norm))
-        return StepMetrics(sum(sums) / targets, grad_norm, targets, faulty, measures)
+            values = np.array(mx.stack([*flat, global_norm(gradients)])).tolist()  # the one place that waits
+            metrics = step_metrics(values, list(outputs[0].measures), targets)
+            if metrics.is_finite:
+                self.optimizer.step(gradients, learning_rate, clipping_scale(metrics.grad_norm, self.max_grad_norm))
+        return metrics
 
     def evaluate(self, batch: Batch) -> LossSums:
         """Returns the loss and the metrics summed over the batch's targets; without dropout."""
@@ -140,8 +133,7 @@ class MlxTrainStep(MlxScorer):
         """Returns the most memory held so far: by arrays of MLX on a GPU, by this process where that is the CPU."""
         if self.device == mx.gpu:
             return mx.get_peak_memory()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return process_memory_bytes()
 
     def peak_flops(self, seconds: float = 0.3) -> float:
         """Returns the operations a second of large products in this precision: the best of 5, or more in `seconds`."""
@@ -150,13 +142,7 @@ class MlxTrainStep(MlxScorer):
         with mx.stream(self.device):
             a, b = (mx.random.normal((size, size), key=mx.random.key(i)).astype(dtype) for i in range(2))
             mx.eval(a, b)
-            best, products, end = math.inf, 0, time.perf_counter() + seconds
-            while products < 5 or time.perf_counter() < end:  # one alone may meet a pause of the machine
-                started = time.perf_counter()
-                mx.eval(a @ b)
-                best = min(best, time.perf_counter() - started)
-                products += 1
-        return 2 * size**3 / best
+            return 2 * size**3 / best_seconds(lambda: mx.eval(a @ b), seconds)
 
     def _accumulated(self, micro_batches: Sequence[Batch], targets: int) -> tuple[list[LossOutput], list[mx.array]]:
         """Returns each micro-batch's loss, and the gradients of the mean over all targets; begun, not waited for."""
@@ -207,8 +193,7 @@ class MlxTrainStep(MlxScorer):
 
     def _key_of_step(self) -> mx.array:
         """Returns the key that dropout draws from: a function of (seed, step)."""
-        digest = hashlib.sha256(f"{self.seed}/{self.optimizer.t}".encode()).digest()
-        return mx.random.key(int.from_bytes(digest[:4], "little"))
+        return mx.random.key(step_seed(self.seed, self.optimizer.t))
 
 
 def build_train_step(

@@ -307,7 +307,7 @@ class Llama(nn.Module):
             context = Context(rotations, cache=cache, adapters=adapters)
         x_BTD = self.model.embed_tokens(tokens_BT)
         if self.config.embedding_multiplier != 1.0:  # rounded to the type of the embeddings first
-            x_BTD = x_BTD * torch.tensor(self.config.embedding_multiplier, dtype=x_BTD.dtype, device=x_BTD.device)
+            x_BTD = x_BTD * x_BTD.new_full((), self.config.embedding_multiplier)
         if self.config.dropout and training:
             x_BTD = drop(x_BTD, self.config.dropout)
         if trace:

@@ -6,11 +6,6 @@ that dropout draws are a function of (seed, number of the step), so a resumed ru
 
 import contextlib
 import functools
-import hashlib
-import math
-import resource
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -29,6 +24,14 @@ from llamita.backend.torch.train import objectives
 from llamita.backend.torch.train.adamw import AdamW, AdamWSettings, clipping_scale, global_norm
 from llamita.backend.torch.train.objectives import Hidden
 from llamita.backend.torch.train.scorer import TorchScorer, choose, to_device
+from llamita.backend.train_step import (
+    best_seconds,
+    count_targets,
+    process_memory_bytes,
+    quantized_refusal,
+    step_metrics,
+    step_seed,
+)
 from llamita.data.batches import Batch
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
@@ -58,10 +61,7 @@ class TorchTrainStep(TorchScorer):
         trainable = trainable or (lambda name: adapter is None or name == CLASSIFIER)
         trained = [fused for fused in model.fused_parameters() if all(map(trainable, fused.parts))]
         if any(not fused.parameter.is_floating_point() for fused in trained):
-            raise ValueError(
-                f"the model is quantised ({model.config.quantization}) and cannot be trained; train an adapter over it "
-                "(lora), or train the model that it was made from, then quantise that"
-            )
+            raise quantized_refusal(model.config)
         if compile and model.config.quantization:
             raise ValueError("products with quantised weights are not compiled; leave --compile out")
         self.adapter = lora.fresh_adapter(model, adapter, seed) if adapter else None
@@ -82,10 +82,7 @@ class TorchTrainStep(TorchScorer):
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepMetrics:
         """Makes one update from the mean loss over all targets of `micro_batches`, however these divide them."""
-        targets = sum(batch.num_targets for batch in micro_batches)
-        if targets == 0:
-            rows = [int(row) for batch in micro_batches for row in batch.row_ids]
-            raise ValueError(f"rows {rows} have no target to learn from; use longer documents or mode=pack")
+        targets = count_targets(micro_batches)
         self._forget_gradients()
         loss_function = objectives.loss_function(self.objective, training=True)
         outputs = []
@@ -94,18 +91,15 @@ class TorchTrainStep(TorchScorer):
                 with self.autocast():
                     output = loss_function(*self.output(self._hidden, training=True), to_device(batch, self.device))
                 (output.nats / targets).backward()
-                outputs.append({"": output.nats.detach(), **output.measures})
+                outputs.append((output.nats.detach(), output.measures))
         norm = global_norm([p.grad for p in self.parameters if p.grad is not None])
-        found = torch.stack([value for output in outputs for value in output.values()] + [norm]).tolist()
-        *flat, grad_norm = found  # the one place that waits for the device
-        width = len(outputs[0])
-        sums = flat[::width]
-        measures = {name: sum(flat[i::width]) / targets for i, name in enumerate(outputs[0]) if name}
-        faulty = tuple(i for i, nats in enumerate(sums) if not math.isfinite(nats))
-        if not faulty and math.isfinite(grad_norm):
-            self.optimizer.step(learning_rate, clipping_scale(grad_norm, self.max_grad_norm))
+        flat = [value for nats, measures in outputs for value in (nats, *measures.values())]
+        values = torch.stack([*flat, norm]).tolist()  # the one place that waits for the device
+        metrics = step_metrics(values, list(outputs[0][1]), targets)
+        if metrics.is_finite:
+            self.optimizer.step(learning_rate, clipping_scale(metrics.grad_norm, self.max_grad_norm))
         self._forget_gradients()
-        return StepMetrics(sum(sums) / targets, grad_norm, targets, faulty, measures)
+        return metrics
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> LossSums:
@@ -154,8 +148,7 @@ class TorchTrainStep(TorchScorer):
         """Returns the most memory held so far: of the device, or of this process where that is the CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return process_memory_bytes()
 
     def peak_flops(self, seconds: float = 0.3) -> float:
         """Returns the floating-point operations a second of a large product in this precision: the best of at least 5,
@@ -164,15 +157,13 @@ class TorchTrainStep(TorchScorer):
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         generator = torch.Generator(self.device).manual_seed(0)
         a, b = (torch.randn(size, size, generator=generator, device=self.device).to(dtype) for _ in range(2))
-        best, products, end = math.inf, 0, time.perf_counter() + seconds
-        while products < 5 or time.perf_counter() < end:  # one alone may meet a pause of the machine
-            started = time.perf_counter()
+
+        def multiply() -> None:
             a @ b
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            best = min(best, time.perf_counter() - started)
-            products += 1
-        return 2 * size**3 / best
+
+        return 2 * size**3 / best_seconds(multiply, seconds)
 
     def _trained(self) -> dict[str, Tensor]:
         """Returns the trained parameters under canonical names."""
@@ -192,8 +183,7 @@ class TorchTrainStep(TorchScorer):
     def _random_numbers_of_step(self) -> Any:
         """Seeds PyTorch's generators from (seed, step); afterwards they are as they were before."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            digest = hashlib.sha256(f"{self.seed}/{self.optimizer.t}".encode()).digest()
-            torch.manual_seed(int.from_bytes(digest[:4], "little"))
+            torch.manual_seed(step_seed(self.seed, self.optimizer.t))
             yield
 
     def _forget_gradients(self) -> None:
