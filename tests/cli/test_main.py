@@ -122,7 +122,7 @@ def test_an_unknown_verb_gets_the_closest_in_one_line(
 
 
 def test_flags_are_the_fields_of_the_dataclass(verb: list[Settings]) -> None:
-    arguments = ["greet", "all", "moon", "--data", "d", "--steps", "5", "--optimizer.momentum", "0.5"]
+    arguments = ["greet", "all", "moon", "--data", "d", "--steps", "5", "--momentum", "0.5"]
     assert main(arguments) == 0
     assert verb == [Settings(data=Path("d"), name="moon", steps=5, optimizer=Optimizer(0.5))]
 

@@ -15,6 +15,7 @@ from llamita.cli.main import main
 from llamita.data import meadow
 from llamita.evaluation import records
 from llamita.text.tokenizer import Tokenizer
+from llamita.workflows.options import resolve
 from llamita.workflows.pretrain import PretrainConfig, pretrain
 from tests.training.helpers import Silence, prepare_stories
 
@@ -45,7 +46,7 @@ def made(tmp_path_factory):
     pytest.importorskip("lm_eval", reason=REASON)
     root = tmp_path_factory.mktemp("harness")
     data = prepare_stories(root, count=STORIES)
-    settings = PretrainConfig(
+    settings = resolve(PretrainConfig,
         data=data, output=root / "run", mode="pad", sequence_length=POSITIONS, steps=160, batch_size=12,
         set=("hidden_size=64", "num_hidden_layers=2", "intermediate_size=128", "num_attention_heads=2",
              "num_key_value_heads=2", "head_dim=32", f"max_position_embeddings={POSITIONS}"),

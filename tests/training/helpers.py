@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from llamita.data.prepare import PrepareConfig, prepare
 from llamita.model.config import ModelConfig
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.training import metrics
-from llamita.training.config import TrainingConfig
+from llamita.training.config import MachineConfig, RunConfig, TrainingConfig, saved_options, with_options
 from llamita.training.examples import Examples, TokenText
 from llamita.training.run_directory import open_run
 from llamita.training.trainer import Trainer
@@ -63,29 +64,33 @@ def documents(seed=0, count=60):
     return InMemoryDocuments(result)
 
 
-def config(output, **changes):
-    return TrainingConfig(
-        **{
-            "output": Path(output),
-            "steps": 30,
-            "batch_size": 6,
-            "micro_batch_size": 4,
-            "learning_rate": 1e-2,
-            "evaluate_every": 10,
-            "checkpoint_every": 4,
-            "precision": "fp32",
-            "device": "cpu",
-            **changes,
-        }
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of a verb that has none of its own."""
+
+    run: RunConfig
+    training: TrainingConfig = TrainingConfig(
+        steps=30,
+        batch_size=6,
+        micro_batch_size=4,
+        learning_rate=1e-2,
+        evaluate_every=10,
+        checkpoint_every=4,
+        precision="fp32",
     )
+    machine: MachineConfig = MachineConfig(device="cpu")
+
+
+def config(output, **changes):
+    return with_options(Options(run=RunConfig(output=Path(output))), **changes)
 
 
 def examples(config, mode="pad"):
     rows = RowsConfig(mode, MODEL.max_position_embeddings)
     sizes = np.arange(40, dtype=np.int64)
     return Examples(
-        BatchIterator(Rows(documents(), rows), config.batch_size, config.seed),
-        partial(evaluation_batches, Rows(documents(1, 20), rows), 5, config.evaluation_rows),
+        BatchIterator(Rows(documents(), rows), config.training.batch_size, config.training.seed),
+        partial(evaluation_batches, Rows(documents(1, 20), rows), 5, config.training.evaluation_rows),
         TokenText(sizes, sizes * 2),
     )
 
@@ -111,19 +116,20 @@ QUICK = Altered()
 
 
 def make_step(config, model=MODEL):
+    training = config.training
     step = build_train_step(
-        model, seed=config.seed, precision=config.precision, device="cpu", max_grad_norm=config.max_grad_norm
+        model, seed=training.seed, precision=training.precision, device="cpu", max_grad_norm=training.max_grad_norm
     )
     step.peak_flops = lambda: 1e11  # measuring it takes longer than these runs
     return step
 
 
 def train(config, *, step=None, identity=None, display=None, **options):
-    """Run a trainer in config.output; returns (result, step, display)."""
+    """Run a trainer as `config` says; returns (result, step, display)."""
     step, display = step or make_step(config), display or Silence()
-    identity = identity or {"training": config.identity()}
-    with open_run(config.output, identity, config.arguments(), config.resume) as run:
-        trainer = Trainer(config, MODEL, step, examples(config), run, display=display, **options)
+    identity = identity or {"training": config.training.identity()}
+    with open_run(config.run.output, identity, saved_options(config), config.run.resume) as run:
+        trainer = Trainer(config.training, MODEL, step, examples(config), run, display=display, **options)
         return trainer.run(), step, display
 
 

@@ -317,9 +317,9 @@ def test_evaluation_is_the_mean_over_all_targets():
 
 def test_without_validation_rows_the_last_checkpoint_is_all_there_is(tmp_path):
     settings = config(tmp_path / "run", steps=5)
-    with open_run(settings.output, {}, {}, False) as run:
+    with open_run(settings.run.output, {}, {}, False) as run:
         data = Examples(examples(settings).batches)
-        result = Trainer(settings, MODEL, make_step(settings), data, run, display=Silence()).run()
+        result = Trainer(settings.training, MODEL, make_step(settings), data, run, display=Silence()).run()
     assert result.evaluation is None
     assert not (tmp_path / "run/best").exists()
     assert state_of(tmp_path / "run/last")["step"] == 5

@@ -20,16 +20,23 @@ from llamita.data.batches import BatchIterator, evaluation_batches
 from llamita.data.packing import Rows, RowsConfig
 from llamita.storage import model_directory
 from llamita.text.bpe import train_bpe_from_iterator
+from llamita.training.config import MachineConfig, RunConfig, TrainingConfig
 from llamita.training.examples import Examples
 from llamita.workflows.finetune import FinetuneConfig, finetune, load_base
-from llamita.workflows.pretrain import resumed
+from llamita.workflows.options import resolve
+from llamita.workflows.pretrain import check_run
 from tests.backend.adapters import fill_with_nan
 from tests.training.helpers import MODEL, Altered, Silence, cut_short, documents
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(FinetuneConfig):
+class Config:
     """Tuning on made-up documents."""
+
+    run: RunConfig
+    finetune: FinetuneConfig = FinetuneConfig()
+    training: TrainingConfig = TrainingConfig()
+    machine: MachineConfig = MachineConfig()
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +57,15 @@ def tune(output, base, **changes):
         "learning_rate": 1e-2, "precision": "fp32", "device": "cpu", "dropout": 0.1, "tuning": "lora",
         "lora_rank": 4, "lora_dropout": 0.2, "lora_targets": ("all", "lm_head"), **changes,
     }  # fmt: skip
-    config = resumed(Config(**options))
+    config = resolve(Config, **options)
+    check_run(config)
 
     rows = Rows(documents(), RowsConfig("pad", 16))
     held_out = Rows(documents(1, 20), RowsConfig("pad", 16))
     examples = Examples(BatchIterator(rows, 4, 0), lambda: evaluation_batches(held_out, 4, 8))
     return finetune(
-        config, load_base(config), Altered(), kind="test", identity={}, examples=examples, objective=NextToken(),
-        display=Silence(),
+        config, load_base(config.finetune), Altered(), kind="test", identity={}, examples=examples,
+        objective=NextToken(), display=Silence(),
     )  # fmt: skip
 
 

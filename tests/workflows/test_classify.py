@@ -21,8 +21,10 @@ from llamita.model.config import ModelConfig
 from llamita.model.parameters import initialize_parameters
 from llamita.storage import model_directory
 from llamita.text.bpe import train_bpe_from_iterator
+from llamita.training.config import with_options
 from llamita.workflows import classify, classify_seeds
 from llamita.workflows.classify import Classifier, ClassifyConfig, train_classifier
+from llamita.workflows.options import resolve
 from tests.training.helpers import Altered, timeless, weights_of
 
 CONFIG = ModelConfig(
@@ -81,7 +83,7 @@ def settings(output, base, files, **changes):
         "device": "cpu",
         **changes,
     }
-    return ClassifyConfig(**values)
+    return resolve(ClassifyConfig, **values)
 
 
 def run(config, build=backend):
@@ -204,7 +206,7 @@ def test_a_new_head_is_the_tables_and_follows_the_seed(base, files, tmp_path):
     config = settings(tmp_path / "x", base, files)
     heads = []
     for seed in (0, 1):
-        task = classify.read_task(dataclasses.replace(config, seed=seed), lambda text: None)
+        task = classify.read_task(with_options(config, seed=seed), lambda text: None)
         fresh = dict(initialize_parameters(task.model, seed))["score.weight"]
         heads.append(task.base.arrays["score.weight"].to_numpy())
         np.testing.assert_array_equal(heads[-1], fresh)
@@ -279,7 +281,7 @@ def stopping_at(update):
 def test_a_run_that_is_stopped_resumes_to_the_same_bytes(trained, base, files, tmp_path):
     with pytest.raises(StopError):
         run(settings(tmp_path / "run", base, files), stopping_at(8))
-    train_classifier(ClassifyConfig(output=tmp_path / "run", resume=True), backend, lambda text: None)
+    train_classifier(resolve(ClassifyConfig, output=tmp_path / "run", resume=True), backend, lambda text: None)
     assert weights_of(tmp_path / "run" / "last") == weights_of(trained[0] / "last")
     assert timeless(tmp_path / "run") == timeless(trained[0])
     with pytest.raises(ValueError, match=r"tuning\.what was None and is now 'head'"):
@@ -291,7 +293,7 @@ def test_seeds_run_one_after_another_and_go_on(base, files, tmp_path):
     config = settings(tmp_path / "all", base, files, seeds=(3, 1), steps=6)
     with pytest.raises(StopError):
         classify_seeds.train_seeds(config, stopping_at(4), lambda text: None)
-    begun = ClassifyConfig(output=tmp_path / "all", resume=True)
+    begun = resolve(ClassifyConfig, output=tmp_path / "all", resume=True)
     found = classify_seeds.train_seeds(begun, backend, lambda text: None)
     record = json.loads((tmp_path / "all" / "seeds.json").read_text())
     assert record["accuracy"] == list(found.accuracies)
@@ -301,8 +303,9 @@ def test_seeds_run_one_after_another_and_go_on(base, files, tmp_path):
     assert weights_of(tmp_path / "all" / "seed-1" / "last") == weights_of(tmp_path / "one" / "last")
     assert found.accuracies[1] == alone.best.measures["accuracy"]
     changed = (tmp_path / "all" / "seed-1" / "last" / "model.safetensors").stat().st_mtime_ns
-    more = ClassifyConfig(output=tmp_path / "all", resume=True, seeds=(2,))
-    assert classify_seeds.over_seeds(more)
+    more = resolve(ClassifyConfig, output=tmp_path / "all", resume=True, seeds=(2,))
+    assert more.seeds == (2,)
+    assert begun.seeds == (3, 1)
     again = classify_seeds.train_seeds(more, backend, lambda text: None)
     assert again.accuracies[:2] == found.accuracies
     assert (again.seeds, len(again.accuracies)) == ((3, 1, 2), 3)

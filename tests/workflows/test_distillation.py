@@ -19,6 +19,7 @@ from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.chat import Chat
 from llamita.text.tokenizer import Tokenizer
 from llamita.training import metrics
+from llamita.workflows.options import resolve
 from llamita.workflows.sft import SftConfig, Teacher, sft
 from tests.training.helpers import Silence, cut_short, timeless, weights_of
 from tests.workflows.test_sft import WORDS, config, save_model, tune
@@ -121,18 +122,18 @@ def test_a_run_cut_short_resumes_to_the_same_bytes(given, tmp_path, mode, monkey
     tune(taught(given, whole, teacher=Path("teacher"), mode=mode, **options))
     cut_short(whole, cut, lost_steps=(8, 12))
     monkeypatch.chdir(tmp_path)
-    result, _ = tune(SftConfig(output=cut, resume=True))
+    result, _ = tune(resolve(SftConfig, output=cut, resume=True))
     assert result.step == 12
     assert weights_of(whole / "last") == weights_of(cut / "last")
     assert timeless(whole) == timeless(cut)
     with pytest.raises(ValueError, match=r"teacher\.teacher_weight was 0\.5 and is now 0\.9"):
-        tune(SftConfig(output=cut, resume=True, teacher_weight=0.9))
+        tune(resolve(SftConfig, output=cut, resume=True, teacher_weight=0.9))
     with pytest.raises(ValueError, match=r"teacher\.model was '\w+' and is now '\w+'"):
-        tune(SftConfig(output=cut, resume=True, teacher=given.bare))
+        tune(resolve(SftConfig, output=cut, resume=True, teacher=given.bare))
     without = tmp_path / "without"
     tune(config(given, without, mode=mode, steps=1, answers=0))
     with pytest.raises(ValueError, match=r"teacher\.model was None and is now"):
-        tune(SftConfig(output=without, resume=True, teacher=given.teacher))
+        tune(resolve(SftConfig, output=without, resume=True, teacher=given.teacher))
 
 
 @pytest.mark.medium

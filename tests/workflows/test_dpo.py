@@ -13,6 +13,7 @@ from llamita.text.chat_templates import BUILT_IN
 from llamita.text.tokenizer import Tokenizer
 from llamita.training import metrics
 from llamita.workflows.dpo import DpoConfig, dpo
+from llamita.workflows.options import resolve
 from tests.training.helpers import QUICK, Altered, Silence, timeless, weights_of
 from tests.workflows.test_sft import save_model
 
@@ -47,7 +48,7 @@ def config(given, output, **changes):
         "device": "cpu",
         "threads": 1,
     }
-    return DpoConfig(**values | changes)
+    return resolve(DpoConfig, **values | changes)
 
 
 def tune(config, backend=QUICK):
@@ -119,7 +120,7 @@ def test_a_run_cut_short_resumes_to_the_same_bytes_with_the_stored_reference(giv
     with pytest.raises(RuntimeError, match="the power went"):
         tune(config(given, tmp_path / "cut"), stopping(5)[0])
     backend, scored = stopping(99)
-    tune(DpoConfig(output=tmp_path / "cut", resume=True), backend)
+    tune(resolve(DpoConfig, output=tmp_path / "cut", resume=True), backend)
     assert scored == []
     assert weights_of(tmp_path / "cut/last") == weights_of(whole / "last")
     assert timeless(tmp_path / "cut") == timeless(whole)
@@ -140,7 +141,7 @@ def test_a_damaged_reference_is_computed_anew(given, tmp_path, whole, damage):
     else:
         record = json.loads((run / "reference.json").read_text())
         (run / "reference.json").write_text(json.dumps(record | {"of": "0" * 64}))
-    _, reported = tune(DpoConfig(output=run, resume=True))
+    _, reported = tune(resolve(DpoConfig, output=run, resume=True))
     word = "of another model or other data" if damage == "other" else "damaged"
     assert word in reported[2]
     assert "12 pairs scored with the model before tuning" in reported[3]
@@ -169,7 +170,7 @@ def test_right_answers_of_meadow_with_a_named_template(given, tmp_path):
     assert reported[1] == "validation: 6 of 6 pairs"
     assert set(result.best.measures) == {"accuracy", "margin", "chosen_reward", "rejected_reward", "exact"}
     assert Tokenizer.load(tmp_path / "run/best").chat_template is not None
-    again, _ = tune(DpoConfig(output=tmp_path / "run", resume=True))  # by the template's source, not its name
+    again, _ = tune(resolve(DpoConfig, output=tmp_path / "run", resume=True))  # by the template's source, not its name
     assert again.step == 2
     first = next(meadow_tasks.preferences(0, 1, "validation"))
     assert first["prompt"].splitlines()[-1] in (tmp_path / "run/samples.txt").read_text()
@@ -181,7 +182,7 @@ def test_a_template_of_a_file_is_kept_in_the_run(given, tmp_path):
     file.write_text(source)
     tune(config(given, tmp_path / "run", template=str(file), steps=1))
     file.unlink()
-    assert tune(DpoConfig(output=tmp_path / "run", resume=True))[0].step == 1
+    assert tune(resolve(DpoConfig, output=tmp_path / "run", resume=True))[0].step == 1
     assert Tokenizer.load(tmp_path / "run/last").chat_template == source
 
 
@@ -192,7 +193,7 @@ def test_other_data_or_another_loss_is_refused_when_resuming(given, tmp_path):
         ({"beta": 0.2}, r"objective\.beta was 0\.1 and is now 0\.2"),
     ):
         with pytest.raises(ValueError, match=message):
-            tune(DpoConfig(output=tmp_path / "run", resume=True, **changes))
+            tune(resolve(DpoConfig, output=tmp_path / "run", resume=True, **changes))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Pre-training from prepared data: what is refused, what a run holds, resuming it by its directory alone."""
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -15,6 +14,8 @@ from llamita.data.batches import IGNORE_INDEX
 from llamita.data.packing import RowsConfig
 from llamita.inference.llm import LLM
 from llamita.storage import model_directory
+from llamita.training.config import with_options
+from llamita.workflows.options import resolve
 from llamita.workflows.pretrain import PretrainConfig, make_examples, model_config, parse_change, pretrain
 from tests.training.helpers import Altered, Silence, prepare_stories, timeless, weights_of
 
@@ -51,7 +52,7 @@ def settings(output, data, **changes):
         "precision": "fp32",
         "device": "cpu",
     }
-    return PretrainConfig(**(values | changes))
+    return resolve(PretrainConfig, **(values | changes))
 
 
 def run(config, **options):
@@ -107,8 +108,8 @@ def test_resumed_by_its_directory_alone(tmp_path, data, mode):
                 raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError):
-        pretrain(dataclasses.replace(whole, output=tmp_path / "broken"), backend, display=Stop())
-    run(PretrainConfig(output=tmp_path / "broken", resume=True))
+        pretrain(with_options(whole, output=tmp_path / "broken"), backend, display=Stop())
+    run(resolve(PretrainConfig, output=tmp_path / "broken", resume=True))
     assert weights_of(tmp_path / "whole/last") == weights_of(tmp_path / "broken/last")
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "broken")
     assert (tmp_path / "whole/samples.txt").read_text() == (tmp_path / "broken/samples.txt").read_text()
@@ -123,19 +124,20 @@ def test_resumed_by_its_directory_alone(tmp_path, data, mode):
         ({"mode": "pad"}, r"rows\.mode was 'pack' and is now 'pad'"),
         ({"dropout": 0.3}, r"model\.dropout was 0\.1 and is now 0\.3"),
         ({"steps": 50}, r"training\.steps was 12 and is now 50"),
+        ({"steps": 1000}, r"training\.steps was 12 and is now 1000"),  # the default, but given
     ],
 )
 def test_a_changed_option_is_refused_by_name(tmp_path, data, finished, changes, named):
     before = weights_of(finished / "last")
     with pytest.raises(ValueError, match=named):
-        run(PretrainConfig(output=finished, resume=True, **changes))
+        run(resolve(PretrainConfig, output=finished, resume=True, **changes))
     assert weights_of(finished / "last") == before
 
 
 def test_changed_data_is_refused(tmp_path, finished):
     other = prepare_stories(tmp_path, count=100)
     with pytest.raises(ValueError, match=r"data\.train was "):
-        run(PretrainConfig(output=finished, resume=True, data=other))
+        run(resolve(PretrainConfig, output=finished, resume=True, data=other))
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +216,7 @@ def test_identity_is_json_and_paths_may_move(tmp_path, data):
     assert Path(manifest["arguments"]["data"]).is_absolute()
     assert str(data) not in json.dumps(manifest["identity"])
     (tmp_path / "run").rename(tmp_path / "moved")
-    assert run(PretrainConfig(output=tmp_path / "moved", resume=True)).step == 3
+    assert run(resolve(PretrainConfig, output=tmp_path / "moved", resume=True)).step == 3
 
 
 def test_validation_inside_documents_scores_each_from_its_beginning(data):

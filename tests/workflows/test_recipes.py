@@ -3,7 +3,6 @@
 import io
 import json
 import shlex
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from llamita.data.batches import IGNORE_INDEX
 from llamita.data.packing import RowsConfig
 from llamita.data.shards import load_tokenizer
 from llamita.model.sizes import count_parameters
+from llamita.training.config import with_options
 from llamita.training.run_directory import read_manifest
 from llamita.training.trainer import split
 from llamita.workflows.pretrain import make_examples, model_config
@@ -139,11 +139,11 @@ def test_mini_llamas_rows_are_articles_between_their_marks_padded_and_not_scored
     found = recipe("mini-llama-wikitext")
     for command in commands(found)[:2]:
         assert main([*shlex.split(command)[1:], *SHORT.get(shlex.split(command)[1], [])]) == 0
-    config = replace(found.train, batch_size=8 * 16)
+    config = with_options(found.train, batch_size=8 * 16)
     tokenizer = load_tokenizer(config.data)
     rows = RowsConfig(config.mode, config.sequence_length, config.within_documents)
     batch = make_examples(config, tokenizer, rows).batches.next()
-    micro_batches = split(batch, config.resolved().micro_batch_size)
+    micro_batches = split(batch, config.training.rows_at_once)
     assert [part.tokens_BT.shape for part in micro_batches] == [(16, 512)] * 8
     for tokens_T, labels_T in zip(batch.tokens_BT, batch.labels_BT, strict=True):
         scored = labels_T != IGNORE_INDEX

@@ -16,6 +16,7 @@ from llamita.text.chat import Chat
 from llamita.text.tokenizer import Tokenizer
 from llamita.training import metrics
 from llamita.workflows import rewards, rollouts
+from llamita.workflows.options import resolve
 from llamita.workflows.reinforcement import RlConfig, reinforce
 from llamita.workflows.rewards import Reward, Sample
 from llamita.workflows.rollouts import Answerer, Rules
@@ -59,7 +60,7 @@ def config(given, output, **changes):
         "device": "cpu",
         "threads": 1,
     }
-    return RlConfig(**values | changes)
+    return resolve(RlConfig, **values | changes)
 
 
 def tune(config, backend=QUICK, reward=vowels):
@@ -113,7 +114,7 @@ def test_a_run_cut_short_resumes_to_the_same_bytes(given, tmp_path, changes):
     with pytest.raises(RuntimeError, match="the power went"):
         tune(config(given, cut, **changes), stopping(5))
     judged = []
-    tune(RlConfig(output=cut, resume=True), reward=lambda sample: judged.append(sample) or vowels(sample))
+    tune(resolve(RlConfig, output=cut, resume=True), reward=lambda sample: judged.append(sample) or vowels(sample))
     assert weights_of(cut / "last") == weights_of(whole / "last")
     assert timeless(cut) == timeless(whole)
     assert (cut / "samples.txt").read_text() == (whole / "samples.txt").read_text()
@@ -253,7 +254,7 @@ def test_a_reward_that_fails_is_named_with_its_sample(given, tmp_path, function,
     with pytest.raises(ValueError, match=f"reward vowels {message}") as caught:
         tune(config(given, tmp_path / "run"), reward=function)
     assert "\n" not in str(caught.value)
-    result = tune(RlConfig(output=tmp_path / "run", resume=True), reward=vowels)  # nothing is spoilt
+    result = tune(resolve(RlConfig, output=tmp_path / "run", resume=True), reward=vowels)  # nothing is spoilt
     assert result.step == 6
 
 
@@ -302,7 +303,7 @@ def test_another_reward_is_refused_when_resuming(given, tmp_path):
     tune(config(given, tmp_path / "run", steps=2))
     with pytest.raises(ValueError, match=r"reward\.sha256 was 'a hash' and is now 'another'"):
         reinforce(
-            RlConfig(output=tmp_path / "run", resume=True),
+            resolve(RlConfig, output=tmp_path / "run", resume=True),
             Altered(),
             lambda name: Reward(name, vowels, "another"),
         )

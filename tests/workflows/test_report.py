@@ -79,7 +79,7 @@ def check(path):
 def finished(tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "first run"
     settings = config(path, steps=12, evaluate_every=4)
-    identity = IDENTITY | {"training": settings.identity()}
+    identity = IDENTITY | {"training": settings.training.identity()}
     train(settings, identity=identity, on_evaluation=lambda e: f"sample {e.step}: {HOSTILE[:-5]}", floor=0.5)
     return path
 

@@ -28,7 +28,7 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     for name, changes in (("first", {}), ("group/second", {"learning_rate": 2e-2})):
         settings = config(root / name, steps=12, evaluate_every=4, **changes)
-        identity = IDENTITY | {"training": settings.identity()}
+        identity = IDENTITY | {"training": settings.training.identity()}
         step = make_step(settings)
         if name == "first":
             train(settings, step=step, identity=identity, on_evaluation=lambda e: f"sample of {e.step}")

@@ -15,6 +15,7 @@ from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.chat import Chat
 from llamita.text.tokenizer import Tokenizer
 from llamita.training import metrics
+from llamita.workflows.options import resolve
 from llamita.workflows.sft import SftConfig, sft
 from tests.training.helpers import Silence, cut_short, timeless, weights_of
 
@@ -62,7 +63,7 @@ def config(given, output, **changes):
         "device": "cpu",
         "threads": 1,
     }
-    return SftConfig(**values | changes)
+    return resolve(SftConfig, **values | changes)
 
 
 def tune(config):
@@ -121,19 +122,23 @@ def test_a_run_cut_short_resumes_to_the_same_bytes(given, tmp_path, mode, monkey
     tune(config(given, whole, mode=mode, answers=8, dropout=0.1, sequence_length=80))
     cut_short(whole, cut, lost_steps=(8, 12))
     monkeypatch.chdir(tmp_path)
-    result, _ = tune(SftConfig(output=cut, resume=True))
+    result, _ = tune(resolve(SftConfig, output=cut, resume=True))
     assert result.step == 12
     assert weights_of(whole / "last") == weights_of(cut / "last")
     assert timeless(whole) == timeless(cut)
     assert (whole / "samples.txt").read_text() == (cut / "samples.txt").read_text()
     with pytest.raises(ValueError, match=r"rows\.\w+ was .* and is now"):
-        tune(SftConfig(output=cut, resume=True, **({"mode": "pad"} if mode == "pack" else {"sequence_length": 90})))
+        tune(
+            resolve(
+                SftConfig, output=cut, resume=True, **({"mode": "pad"} if mode == "pack" else {"sequence_length": 90})
+            )
+        )
 
 
 def test_epochs_are_steps_over_the_rows(given, tmp_path):
     result, _ = tune(config(given, tmp_path / "run", mode="pad", epochs=2.5, batch_size=4, evaluate_every=0))
     assert result.step == 5
-    assert tune(SftConfig(output=tmp_path / "run", resume=True))[0].step == 5
+    assert tune(resolve(SftConfig, output=tmp_path / "run", resume=True))[0].step == 5
 
 
 def test_a_share_validates_where_no_file_does(given, tmp_path):

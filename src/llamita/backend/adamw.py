@@ -15,15 +15,19 @@ from llamita.model.host_array import HostArray
 
 @dataclass(frozen=True)
 class AdamWSettings:
-    """The constants of AdamW. `weight_decay` is multiplied by the learning rate of the step."""
+    """The constants of AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
 
     beta1: float = 0.9
+    """Decay of the mean of gradients."""
     beta2: float = 0.95
+    """Decay of the mean of squared gradients."""
     epsilon: float = 1e-8
+    """The term against division by zero."""
     weight_decay: float = 0.1
+    """Decoupled weight decay, multiplied by the learning rate of the step; not on norms and biases."""
     bias_correction: Literal["textbook", "efficient"] = "textbook"
-    """textbook: m-hat / (sqrt(v-hat) + epsilon). efficient: the end of section 2 of Kingma & Ba (2015,
-    arXiv:1412.6980), alpha_t m / (sqrt(v) + epsilon-hat), where `epsilon` is epsilon-hat."""
+    """textbook: m-hat / (sqrt(v-hat) + epsilon). efficient: alpha_t m / (sqrt(v) + epsilon-hat), epsilon being
+    epsilon-hat (end of section 2 of Kingma & Ba 2015, arXiv:1412.6980)."""
 
     def __post_init__(self) -> None:
         for name in ("beta1", "beta2"):

@@ -11,7 +11,7 @@ import re
 import sys
 import termios
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
@@ -51,8 +51,8 @@ class ChatConfig:
     Jinja."""
     system: str = ""
     """A system message, which the model reads first."""
-    sampling: tyro.conf.OmitArgPrefixes[SamplingParams] = field(default_factory=lambda: SamplingParams(max_tokens=512))
-    running: tyro.conf.OmitArgPrefixes[LoadConfig] = field(default_factory=LoadConfig)
+    sampling: SamplingParams = SamplingParams(max_tokens=512)
+    running: LoadConfig = LoadConfig()
 
 
 def run(config: ChatConfig) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from llamita.backend.interface import BackendName
+from llamita.cli.tuning import stopped, training_backend
 from llamita.training import exit_status
 from llamita.workflows.classify import ClassifyConfig
 
@@ -31,28 +32,26 @@ def train(config: ClassifyConfig) -> int:
 
     Ctrl-C finishes the update, saves and ends; a second Ctrl-C ends at once.
     """
-    from llamita.backend.choice import load_backend
     from llamita.workflows.classify import ACCURACY, train_classifier
-    from llamita.workflows.classify_seeds import over_seeds, train_seeds, with_options_of_run
+    from llamita.workflows.classify_seeds import train_seeds
 
-    config = with_options_of_run(config)
-    backend = load_backend(config.backend, device=config.device, threads=config.threads)
-    if over_seeds(config):
+    backend, output = training_backend(config), config.run.output
+    if config.seeds:
         found = train_seeds(config, backend)
         if found.interrupted:
-            return _go_on(config.output)
+            return _go_on(output)
         accuracies = ", ".join(f"{value:.4f}" for value in found.accuracies)
         print(f"validation accuracy of {len(found.accuracies)} seeds: {accuracies}")
-        print(f"mean {found.mean:.4f}, standard deviation {found.deviation:.4f}; in {config.output / 'seeds.json'}")
+        print(f"mean {found.mean:.4f}, standard deviation {found.deviation:.4f}; in {output / 'seeds.json'}")
         return 0
     result = train_classifier(config, backend)
     if result.interrupted:
-        return _go_on(config.output)
+        return stopped("classify train", config, result)
     print(f"trained {result.step} updates, smoothed training loss {result.loss:.4f}; saved {result.checkpoint}")
     if result.best is not None:
         accuracy = result.best.measures[ACCURACY]
-        print(f"best validation accuracy {accuracy:.4f} at step {result.best.step}: {config.output / 'best'}")
-    print(f"measure it with: llamita classify evaluate {config.output} --data FILE --output DIRECTORY")
+        print(f"best validation accuracy {accuracy:.4f} at step {result.best.step}: {output / 'best'}")
+    print(f"measure it with: llamita classify evaluate {output} --data FILE --output DIRECTORY")
     return 0
 
 
@@ -63,7 +62,7 @@ def _go_on(output: Path) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """The options of all verbs that read texts and run a model on them."""
+    """The reading of texts, and the running of a model on them."""
 
     text_field: str = "text"
     """The column or field that holds a text, in CSV, JSON lines and hub datasets."""
@@ -76,7 +75,7 @@ class TextConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(TextConfig):
+class EvaluateConfig:
     """Measure a tuned model: accuracy, F1, the confusion of labels, calibration."""
 
     model: tyro.conf.Positional[Path]
@@ -90,6 +89,7 @@ class EvaluateConfig(TextConfig):
     """The column or field that holds a text's label."""
     name: str = ""
     """Name of the record in the run; an earlier one of that name is replaced. Left out: the files' names."""
+    running: TextConfig = TextConfig()
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -101,9 +101,9 @@ def evaluate(config: EvaluateConfig) -> None:
     from llamita.workflows.classify import Classifier
 
     _check_output(config.output)
-    backend = load_backend(config.backend, device=config.device)
-    model = Classifier.load(config.model, backend, config.dtype, config.device)
-    fields = Fields(config.text_field, config.label_field)
+    backend = load_backend(config.running.backend, device=config.running.device)
+    model = Classifier.load(config.model, backend, config.running.dtype, config.running.device)
+    fields = Fields(config.running.text_field, config.label_field)
     texts = read_labelled(config.data, "validation", model.config.labels, fields)
     encoded = model.encode(texts.texts, texts.source)
     print(_context(len(texts), encoded.truncated, encoded.context, model.keep))
@@ -119,7 +119,7 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig(TextConfig):
+class PredictConfig:
     """Label texts with a tuned model. Labels that the texts already have are ignored."""
 
     model: tyro.conf.Positional[Path]
@@ -134,6 +134,7 @@ class PredictConfig(TextConfig):
     """Write the labels' names instead of their numbers."""
     overwrite: bool = False
     """Replace a file that exists."""
+    running: TextConfig = TextConfig()
 
 
 def predict(config: PredictConfig) -> None:
@@ -149,15 +150,15 @@ def predict(config: PredictConfig) -> None:
         raise ValueError("give either --data, texts to label, or --text, one text")
     if config.output and config.output.exists() and not config.overwrite:
         raise FileExistsError(f"{config.output} exists already; choose another name, or pass --overwrite")
-    backend = load_backend(config.backend, device=config.device)
-    model = Classifier.load(config.model, backend, config.dtype, config.device)
+    backend = load_backend(config.running.backend, device=config.running.device)
+    model = Classifier.load(config.model, backend, config.running.dtype, config.running.device)
     labels = model.config.labels
     if config.text is not None:
         (log_p,) = model.log_probabilities(model.encode([config.text], "--text"))
         for number in (-log_p).argsort(kind="stable"):
             print(f"{labels[number]}  {math.exp(log_p[number]):.4f}")
         return
-    fields = Fields(config.text_field)
+    fields = Fields(config.running.text_field)
     records = [
         record for source in config.data for record in read_records(source, "validation", fields, labelled=False)
     ]
@@ -182,7 +183,7 @@ def predict(config: PredictConfig) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroShotConfig(TextConfig):
+class ZeroShotConfig:
     """Label texts with an untuned language model, by the label that it finds likeliest after a question."""
 
     model: tyro.conf.Positional[Path]
@@ -208,6 +209,7 @@ class ZeroShotConfig(TextConfig):
     """A new directory for evaluation.json, confusion.png and reliability.png. Left out: they are not kept."""
     label_field: str = "label"
     """The column or field that holds a text's label."""
+    running: TextConfig = TextConfig()
 
 
 def zero_shot(config: ZeroShotConfig) -> None:
@@ -220,21 +222,21 @@ def zero_shot(config: ZeroShotConfig) -> None:
     from llamita.workflows.classify import context_length
 
     _check_output(config.output)
-    backend = load_backend(config.backend, device=config.device)
+    backend = load_backend(config.running.backend, device=config.running.device)
     directory = model_directory.resolve_model_directory(config.model)
     model_config = model_directory.load_config(peft_directory.place_of(directory, peft_directory.CONFIG))
     if model_config.num_labels:
         raise ValueError(f"{directory} has a classification head: llamita classify evaluate measures it")
     length = context_length(config.sequence_length, model_config)
     names = read_mapping(config.label_mapping) if config.label_mapping else config.labels
-    texts = read_labelled(config.data, "validation", names, Fields(config.text_field, config.label_field))
+    texts = read_labelled(config.data, "validation", names, Fields(config.running.text_field, config.label_field))
     words = config.labels or texts.names
     if len(words) != len(texts.names):
         raise ValueError(f"--labels has {len(words)} words, but there are {len(texts.names)} labels")
     suffix = asking.default_suffix(words) if config.suffix is None else config.suffix
     print(f"question: {suffix.rstrip()} {'|'.join(words)}")
     found = asking.zero_shot(
-        backend.load_runner(directory, config.dtype, config.device),
+        backend.load_runner(directory, config.running.dtype, config.running.device),
         Tokenizer.load(peft_directory.place_of(directory, *peft_directory.VOCABULARY)),
         texts.texts,
         words,

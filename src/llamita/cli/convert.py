@@ -1,6 +1,6 @@
 """`llamita convert`: turns models of other formats into Hugging Face directories and back."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
@@ -17,7 +17,7 @@ class ConvertCommandConfig:
     .pt, a directory of Meta's, or mini-llama's .safetensors; the kind is told by the content."""
     destination: tyro.conf.Positional[Path]
     """The directory or file to write."""
-    options: tyro.conf.OmitArgPrefixes[ConvertConfig] = field(default_factory=ConvertConfig)
+    options: ConvertConfig = ConvertConfig()
 
 
 def run(config: ConvertCommandConfig) -> None:

@@ -9,6 +9,9 @@ from llamita.workflows.dpo import DpoConfig
 def run(config: DpoConfig) -> int:
     """Tune a model on pairs of answers, of which one is preferred, or carry on an interrupted run.
 
+    A line of --data is {"prompt": ..., "chosen": ..., "rejected": ...} of texts or messages; meadow is right and wrong
+    answers about stories of the embedded corpus.
+
     Examples:
       llamita dpo --model runs/answers --data meadow --output runs/preferring
       llamita dpo --model MODEL --data pairs.jsonl --output RUN --beta 0.3 --epochs 1
@@ -29,6 +32,6 @@ def run(config: DpoConfig) -> int:
             f"best at step {result.best.step}: validation loss {result.best.loss:.4f} nats/pair, "
             f"the chosen answer gained more than the rejected one in {accuracy:.1%} of pairs"
         )
-    talks = Tokenizer.load(config.output / "tokenizer").chat_template is not None
-    print(f"try it with: llamita {'chat' if talks else 'generate'} {config.output}")
+    talks = Tokenizer.load(config.run.output / "tokenizer").chat_template is not None
+    print(f"try it with: llamita {'chat' if talks else 'generate'} {config.run.output}")
     return 0

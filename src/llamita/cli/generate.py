@@ -9,7 +9,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 from unicodedata import category
@@ -50,12 +50,12 @@ class GenerateConfig:
     """The chat template for messages in --input, where the model has none: chatml, r0 or plain."""
     adapter: tuple[str, ...] = ()
     """Adapters to load over the model, NAME=PATH each. One alone serves the prompt; lines of --input name theirs."""
-    sampling: tyro.conf.OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
+    sampling: SamplingParams = SamplingParams()
     echo: bool = True
     """Print the prompt before its continuation."""
     statistics: bool = False
     """Report tokens per second, memory bandwidth and the seed on standard error."""
-    running: tyro.conf.OmitArgPrefixes[LoadConfig] = field(default_factory=LoadConfig)
+    running: LoadConfig = LoadConfig()
 
 
 def run(config: GenerateConfig) -> int:

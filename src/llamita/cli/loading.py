@@ -1,6 +1,6 @@
 """The flags of verbs that open a model to generate with it: `generate` and `chat`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
@@ -26,4 +26,4 @@ class LoadConfig:
     draft: str = ""
     """Guess tokens ahead (speculative decoding), which changes the speed but no token: lookup, or a smaller model of
     the same vocabulary."""
-    engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
+    engine: EngineConfig = EngineConfig()

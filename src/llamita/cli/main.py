@@ -34,11 +34,13 @@ PACKAGES = {
 
 
 class Verb(NamedTuple):
-    """The module and name of a verb's function, and its line in `llamita --help`."""
+    """The module and name of a verb's function, its line in `llamita --help`, and whether it trains: then the flags
+    that are left out may have the values of a run that goes on, or of a recipe."""
 
     module: str
     function: str
     help: str
+    trains: bool = False
 
 
 VERBS: Mapping[str, Verb] = {
@@ -48,11 +50,11 @@ VERBS: Mapping[str, Verb] = {
     "data show": Verb("llamita.cli.data", "show", "Look at prepared data as a model will see it."),
     "data meadow-tasks": Verb("llamita.cli.data", "meadow_tasks", "Write questions, preferences or labels to tune on."),
     "recipe": Verb("llamita.cli.recipe", "run", "List the recipes for training, or print one in full."),
-    "train": Verb("llamita.cli.train", "run", "Train a model from nothing, or carry on an interrupted run."),
-    "sft": Verb("llamita.cli.sft", "run", "Tune a trained model on conversations."),
-    "dpo": Verb("llamita.cli.dpo", "run", "Tune a model on pairs of answers, one preferred to the other."),
-    "rl": Verb("llamita.cli.rl", "run", "Tune a model on its own answers, by a reward for each."),
-    "classify train": Verb("llamita.cli.classify", "train", "Tune a model to label texts."),
+    "train": Verb("llamita.cli.train", "run", "Train a model from nothing, or carry on an interrupted run.", True),
+    "sft": Verb("llamita.cli.sft", "run", "Tune a trained model on conversations.", True),
+    "dpo": Verb("llamita.cli.dpo", "run", "Tune a model on pairs of answers, one preferred to the other.", True),
+    "rl": Verb("llamita.cli.rl", "run", "Tune a model on its own answers, by a reward for each.", True),
+    "classify train": Verb("llamita.cli.classify", "train", "Tune a model to label texts.", True),
     "classify evaluate": Verb("llamita.cli.classify", "evaluate", "Measure how well a tuned model labels texts."),
     "classify predict": Verb("llamita.cli.classify", "predict", "Label texts with a tuned model."),
     "classify zero-shot": Verb("llamita.cli.classify", "zero_shot", "Label texts with a model that was never tuned."),
@@ -129,13 +131,10 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
 
 def _call(name: str, arguments: Sequence[str]) -> int:
-    """Imports a verb's module, parses its arguments and calls it; returns its exit status, 0 where it returns None.
-
-    A module's `defaults(arguments)`, where it has one, gives the values of flags that are left out.
-    """
+    """Imports a verb's module, parses its arguments and calls it; returns its exit status, 0 where it returns None."""
     verb = VERBS[name]
     module = importlib.import_module(verb.module)
-    defaults = module.defaults(arguments) if hasattr(module, "defaults") else None
+    defaults = importlib.import_module("llamita.cli.tuning").defaults if verb.trains else None
     try:
         result = parse_and_call(getattr(module, verb.function), f"llamita {name}", arguments, verb.help, defaults)
     except SystemExit as stop:  # tyro has printed its help or what is wrong with the flags
@@ -146,13 +145,17 @@ def _call(name: str, arguments: Sequence[str]) -> int:
 
 
 def parse_and_call(
-    function: Callable[..., Any], program: str, arguments: Sequence[str], description: str, defaults: Any = None
+    function: Callable[..., Any],
+    program: str,
+    arguments: Sequence[str],
+    description: str,
+    defaults: Callable[[type, Sequence[str]], Any] | None = None,
 ) -> Any:
     """Calls `function` with the options that `arguments` give, and returns its result.
 
     The flags of a function of one dataclass are named as its fields (`--steps`, not `--config.steps`); one that is left
-    out has the value of `defaults`, an object of that class, or the class's own default. The flags of any other
-    function are named as its parameters.
+    out has the value in `defaults(class, arguments)`, an object of that class, or the class's own default. A dataclass
+    in it is a group of flags. The flags of any other function are named as its parameters.
     """
     import tyro
 
@@ -160,15 +163,16 @@ def parse_and_call(
     names = list(inspect.signature(function).parameters)
     taken = hints.get(names[0]) if len(names) == 1 else None
     # Help says MODEL rather than PATH, and INT rather than {None}|INT: leaving a flag out is how to say None.
-    style = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone)
+    style = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone, tyro.conf.OmitArgPrefixes)
     shown: dict[str, Any] = {"prog": program, "args": arguments, "config": style}
     if not isinstance(taken, type) or not is_dataclass(taken):
         return tyro.cli(function, description=inspect.getdoc(function) or description, **shown)
     text = inspect.getdoc(taken) or ""
     if text.startswith(f"{taken.__name__}("):  # the signature that dataclasses write where there is no docstring
         text = ""
-    if defaults is not None:
-        shown["default"] = defaults
+    default = defaults(taken, arguments) if defaults else None
+    if default is not None:
+        shown["default"] = default
     given = _parsed(taken, description=inspect.getdoc(function) or text or description, **shown)
     return function(given)
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import tyro
 
 if TYPE_CHECKING:
-    from llamita.training.config import TrainingConfig
+    from llamita.workflows.pretrain import PretrainConfig
     from llamita.workflows.recipes import Recipe
-
-OF_THE_MACHINE = {"backend", "device", "threads", "compile", "log", "resume"}
 
 
 @dataclass(frozen=True)
@@ -46,10 +44,13 @@ def run(config: RecipeConfig) -> None:
     print("\n".join(commands(found)))
 
 
-def resolved(config: TrainingConfig) -> dict[str, Any]:
+def resolved(config: PretrainConfig) -> dict[str, Any]:
     """Returns every option but the machine's, with those filled in that follow from others."""
-    values = {name: value for name, value in config.arguments().items() if name not in OF_THE_MACHINE}
-    return values | {"data": getattr(config, "data", None), "output": config.output}
+    from llamita.training.config import flat_options
+
+    options = flat_options(replace(config, training=config.training.resolved()))
+    left_out = {*flat_options(config.machine), "log", "resume"}
+    return {name: value for name, value in options.items() if name not in left_out}
 
 
 def commands(recipe: Recipe) -> list[str]:

@@ -18,6 +18,9 @@ from llamita.workflows.rewards import BUILT_IN, Reward
 def run(config: RlConfig) -> int:
     """Tune a model on its own answers, each of which a reward judges, or carry on an interrupted run.
 
+    A line of --data is {"prompt": a text or messages, ...} or {"messages": [...]}; meadow is stories from nothing, of
+    which 200 are held out where --evaluation-rows is 0.
+
     Examples:
       llamita rl --model runs/stories --data meadow --output runs/better
       llamita rl --model MODEL --data prompts.jsonl --reward rewards.py:short --output RUN --group 16
@@ -35,7 +38,7 @@ def run(config: RlConfig) -> int:
     print(f"tuned in {result.step} updates; saved {result.checkpoint}")
     if result.best is not None:
         print(f"best at step {result.best.step}: mean reward {result.best.measures['reward']:.4f} on held-out prompts")
-    print(f"try it with: llamita generate {config.output}")
+    print(f"try it with: llamita generate {config.run.output}")
     return 0
 
 

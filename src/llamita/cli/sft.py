@@ -9,6 +9,9 @@ from llamita.workflows.sft import SftConfig
 def run(config: SftConfig) -> int:
     """Tune a trained model on conversations, or carry on an interrupted run.
 
+    A line of --data is {"messages": [...]} or {"prompt": ..., "response": ...}; meadow is questions about stories of
+    the embedded corpus.
+
     Examples:
       llamita sft --model runs/quickstart/run --data meadow --output runs/answers
       llamita sft --model MODEL --data train.jsonl --validation-data held-out.jsonl --output RUN --epochs 3
@@ -26,5 +29,5 @@ def run(config: SftConfig) -> int:
         exact = result.best.measures.get("exact")
         right = "" if exact is None else f", {exact:.1%} of answers right to the letter"
         print(f"best at step {result.best.step}: validation loss {result.best.loss:.4f} nats/token{right}")
-    print(f"talk with it: llamita chat {config.output}")
+    print(f"talk with it: llamita chat {config.run.output}")
     return 0

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import TYPE_CHECKING
-
 from llamita.cli.tuning import stopped, training_backend
 from llamita.workflows.pretrain import PretrainConfig
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 def run(config: PretrainConfig) -> int:
@@ -33,19 +27,5 @@ def run(config: PretrainConfig) -> int:
     print(f"trained {result.step} updates, smoothed training loss {result.loss:.4f}; saved {result.checkpoint}")
     if result.best is not None:
         print(f"best validation loss {result.best.loss:.4f} nats/token at step {result.best.step}")
-    print(f"try it with: llamita generate {config.output}")
+    print(f"try it with: llamita generate {config.run.output}")
     return 0
-
-
-def defaults(arguments: Sequence[str]) -> PretrainConfig | None:
-    """Returns the options of the recipe that `arguments` name, for flags that are left out; None without a recipe, and
-    for a resumed run, which has its options already."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", nargs="?", default="")
-    parser.add_argument("--resume", action="store_true")
-    given, _ = parser.parse_known_args(list(arguments))
-    if not given.recipe or given.resume:
-        return None
-    from llamita.workflows.recipes import recipe
-
-    return recipe(given.recipe).train

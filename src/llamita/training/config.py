@@ -1,24 +1,52 @@
-"""The options that every kind of training shares. Knows nothing of models or data."""
+"""The options that every kind of training shares, in groups, and the options of a verb as a flat list of names.
+
+The options of a verb are a dataclass of such groups beside its own fields (`TrainingVerb`); each field of a group is a
+flag of that name. Knows nothing of models or data.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, Protocol, TypeVar, get_args, get_type_hints
 
+from llamita.backend.adamw import AdamWSettings
 from llamita.backend.interface import BackendName
 from llamita.training.loggers import LoggerName
 from llamita.training.schedule import Schedule, ScheduleName
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """The options of a run. ValueError, naming the field, for values that cannot be."""
+class RunConfig:
+    """The run: where it lies, and whether it is a new one."""
 
     output: Path
     """Directory of the run: checkpoints, metrics.jsonl, loss.png."""
     resume: bool = False
-    """Go on with the run in --output; its options stand where one is left out or given as its
-    default, those given otherwise must agree."""
+    """Go on with the run in --output; its options stand where one is left out, and those given must agree."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineConfig:
+    """The framework and the device that compute. A resumed run may change them: that is announced."""
+
+    backend: BackendName = "auto"
+    """The framework that computes; auto: MLX on Apple silicon where it is installed, else PyTorch."""
+    device: str = "auto"
+    """cpu or cuda with PyTorch, cpu or gpu with MLX; auto: a GPU where there is one."""
+    threads: int = 0
+    """CPU threads, with PyTorch alone; 0: as many as it takes."""
+    compile: bool = False
+    """Compile the model with torch.compile: a slow first update, then faster ones. MLX does by itself on a GPU."""
+
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise ValueError(f"threads={self.threads} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The updates of a run: how many, of what size, at what rate; and what is kept of them."""
+
     steps: int = 1000
     """Updates in the whole run."""
     batch_size: int = 16
@@ -35,22 +63,13 @@ class TrainingConfig:
     """Updates of the final decay of warmup-stable-decay. Left out: a fifth of the steps."""
     minimum_learning_rate: float | None = None
     """The rate at which the schedule ends. Left out: a tenth of the learning rate."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay, multiplied by the learning rate; not on norms and biases."""
-    beta1: float = 0.9
-    """AdamW's decay of the mean of gradients."""
-    beta2: float = 0.95
-    """AdamW's decay of the mean of squared gradients."""
-    epsilon: float = 1e-8
-    """AdamW's term against division by zero."""
-    bias_correction: Literal["textbook", "efficient"] = "textbook"
-    """AdamW's form: m-hat and v-hat, or alpha_t and epsilon-hat (end of section 2 of Kingma & Ba)."""
+    optimizer: AdamWSettings = field(default_factory=AdamWSettings)
     max_grad_norm: float = 1.0
     """Scale gradients down to this global norm; 0: never."""
     evaluate_every: int = 100
-    """Updates between two evaluations on validation rows; 0: only at the end."""
+    """Updates between two evaluations on what is held out; 0: only at the end."""
     evaluation_rows: int = 512
-    """Validation rows to evaluate on, evenly spaced over the split; 0: all."""
+    """Held-out rows, texts or prompts to evaluate on, evenly spaced; 0: all."""
     checkpoint_every: int = 0
     """Updates between two checkpoints; 0: as evaluate_every. There is one at the end and at each best loss anyway."""
     keep_checkpoints: int = 2
@@ -60,14 +79,6 @@ class TrainingConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Type of the products; weights stay float32. auto: bf16 on a GPU, and on a CPU that multiplies it (PyTorch alone),
     else fp32."""
-    backend: BackendName = "auto"
-    """The framework that computes; auto: MLX on Apple silicon where it is installed, else PyTorch."""
-    device: str = "auto"
-    """cpu or cuda with PyTorch, cpu or gpu with MLX; auto: a GPU where there is one."""
-    threads: int = 0
-    """CPU threads, with PyTorch alone; 0: as many as it takes."""
-    compile: bool = False
-    """Compile the model with torch.compile: a slow first update, then faster ones. MLX does by itself on a GPU."""
     log: tuple[LoggerName, ...] = ()
     """Log to tensorboard and/or wandb too (WANDB_MODE=offline works)."""
 
@@ -75,7 +86,7 @@ class TrainingConfig:
         for name in ("steps", "batch_size", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("micro_batch_size", "evaluate_every", "evaluation_rows", "checkpoint_every", "seed", "threads"):
+        for name in ("micro_batch_size", "evaluate_every", "evaluation_rows", "checkpoint_every", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.micro_batch_size > self.batch_size:
@@ -96,9 +107,14 @@ class TrainingConfig:
             warmup_steps=warmup,
             decay_steps=decay,
             minimum_learning_rate=minimum,
-            micro_batch_size=self.micro_batch_size or self.batch_size,
+            micro_batch_size=self.rows_at_once,
             checkpoint_every=self.checkpoint_every or self.evaluate_every,
         )
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that are computed at a time."""
+        return self.micro_batch_size or self.batch_size
 
     def learning_rates(self) -> Schedule:
         """The learning rate of each update."""
@@ -117,44 +133,90 @@ class TrainingConfig:
 
     def identity(self) -> dict[str, Any]:
         """The options that decide the run's weights and its record; a resumed run must have the same."""
-        resolved = self.resolved()
-        values = {
-            field.name: getattr(resolved, field.name)
-            for field in fields(TrainingConfig)
-            if field.name not in INCIDENTAL_OPTIONS
-        }
+        values = flat_options(self.resolved())
+        values = {name: value for name, value in values.items() if name not in INCIDENTAL_OPTIONS}
         if self.schedule == "constant":  # nothing follows from its end, so it may be moved
             del values["steps"]
         return values
 
-    def arguments(self) -> dict[str, Any]:
-        """Every option, JSON-able, as a resumed run takes it over."""
-        resolved = self.resolved()
-        values = {field.name: getattr(resolved, field.name) for field in fields(self)}
-        del values["output"], values["resume"]
-        # A path that is none is the name of a model on the hub.
-        paths = {name: value for name, value in values.items() if isinstance(value, Path)}
-        return values | {name: str(path.resolve() if path.exists() else path) for name, path in paths.items()}
+
+INCIDENTAL_OPTIONS = ("checkpoint_every", "keep_checkpoints", "log")
+"""Options of training that a resumed run may change."""
 
 
-INCIDENTAL_OPTIONS = frozenset(
-    {"output", "resume", "checkpoint_every", "keep_checkpoints", "backend", "device", "threads", "compile", "log"}
-)
-"""Options that a resumed run may change; backend, device, threads and compile are conditions: a change is announced."""
+class TrainingVerb(Protocol):
+    """The options of a verb that trains."""
+
+    @property
+    def run(self) -> RunConfig: ...
+    @property
+    def training(self) -> TrainingConfig: ...
+    @property
+    def machine(self) -> MachineConfig: ...
 
 
-Config = TypeVar("Config", bound=TrainingConfig)
+# --- options by the names of their flags -----------------------------------------------------------------------------
+
+Config = TypeVar("Config")
 
 
-def take_over(given: Config, saved: Mapping[str, Any]) -> Config:
-    """`given`, with every option that was left at its default replaced by that of the run (`arguments()`)."""
-    hints = get_type_hints(type(given))
-    changes: dict[str, Any] = {}
-    for field in fields(given):
-        if field.name not in saved or getattr(given, field.name) != field.default:
-            continue
-        value = saved[field.name]
-        if value is not None and Path in (hints[field.name], *get_args(hints[field.name])):
-            value = Path(value)
-        changes[field.name] = tuple(value) if isinstance(value, list) else value
-    return replace(given, **changes)
+def flat_options(config: Any) -> dict[str, Any]:
+    """Returns every option of a dataclass by the name of its flag, those of the groups in it included."""
+    options: dict[str, Any] = {}
+    for option in fields(config):
+        value = getattr(config, option.name)
+        options |= flat_options(value) if is_dataclass(value) else {option.name: value}
+    return options
+
+
+def with_options(config: Config, **changes: Any) -> Config:
+    """Returns `config` with other values for some options, by the names of their flags, whichever group holds them.
+
+    Texts become paths and lists tuples where the option is one. ValueError for a name that is no option.
+    """
+    unknown = changes.keys() - flat_options(config).keys()
+    if unknown:
+        raise ValueError(f"{type(config).__name__} has no option {', '.join(sorted(unknown))}")
+    return _changed(config, changes)
+
+
+def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
+    hints = get_type_hints(type(config))
+    values: dict[str, Any] = {}
+    for option in fields(config):
+        value = getattr(config, option.name)
+        if is_dataclass(value):
+            values[option.name] = _changed(value, changes)
+        elif option.name in changes:
+            value, hint = changes[option.name], hints[option.name]
+            if isinstance(value, str) and Path in (hint, *get_args(hint)):
+                value = Path(value)
+            values[option.name] = tuple(value) if isinstance(value, list) else value
+    return replace(config, **values)
+
+
+def saved_options(config: TrainingVerb) -> dict[str, Any]:
+    """Returns every option but those of `RunConfig`, JSON-able, as a resumed run takes them over from any directory.
+
+    Paths are absolute. An option whose texts name files has a function for them as its field's metadata["saved"].
+    """
+    values = _saved(config) | _saved(config.training.resolved())
+    return {name: value for name, value in values.items() if name not in _saved(config.run)}
+
+
+def _saved(config: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for option in fields(config):
+        value = getattr(config, option.name)
+        if is_dataclass(value):
+            values |= _saved(value)
+        else:
+            values[option.name] = option.metadata.get("saved", _absolute)(value)
+    return values
+
+
+def _absolute(value: Any) -> Any:
+    """Returns a path as a text, absolute where it exists: one that does not is the name of a model on the hub."""
+    if not isinstance(value, Path):
+        return value
+    return str(value.resolve() if value.exists() else value)

@@ -188,8 +188,7 @@ def open_run(
     path = Path(path)
     identity = json.loads(json.dumps(identity))
     check(path, resume)
-    if resume:
-        compare(read_manifest(path)["identity"], identity)
+    check_identity(path, identity, resume)
     path.mkdir(parents=True, exist_ok=True)
     with _locked(path):
         check(path, resume)  # again, now that nobody else can begin one
@@ -244,6 +243,12 @@ def read_manifest(path: Path | str) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{file} has format {manifest.get('format')!r}, this version reads {FORMAT}")
     return manifest
+
+
+def check_identity(path: Path, identity: Mapping[str, Any], resume: bool) -> None:
+    """Raise ValueError, naming every difference, where a run that is resumed was begun with another identity."""
+    if resume:
+        compare(read_manifest(path)["identity"], identity)
 
 
 def compare(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:

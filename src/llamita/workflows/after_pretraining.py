@@ -6,7 +6,7 @@ backend is passed in.
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from llamita.backend.interface import Backend
 from llamita.data.labelled import Fields, read_labelled
 from llamita.evaluation import classification
 from llamita.training import exit_status
-from llamita.training.config import TrainingConfig
+from llamita.training.config import TrainingVerb, with_options
 from llamita.training.record import FINISHED, command_line
 from llamita.training.run_directory import BEST, MANIFEST
 from llamita.training.trainer import TrainingResult
 from llamita.workflows import report
 from llamita.workflows.classify import Classifier, ClassifyConfig, train_classifier
 from llamita.workflows.dpo import DpoConfig, dpo
+from llamita.workflows.options import resolve
 from llamita.workflows.quickstart import QuickstartConfig
 from llamita.workflows.runs import open_run
 from llamita.workflows.sft import SftConfig, sft
@@ -56,7 +57,7 @@ class Part:
 
     title: str
     verb: str
-    config: TrainingConfig
+    config: TrainingVerb
     run: Callable[[Any], TrainingResult]
 
 
@@ -68,11 +69,12 @@ def tune_and_report(
 ) -> int:
     """Run all parts, those of an earlier call excepted, and print what came out; the exit status."""
     for number, part in enumerate(parts(config, backend, console, amounts), start=4):
-        begun = (part.config.output / MANIFEST).is_file()
-        if begun and open_run(part.config.output).state == FINISHED:
+        run = part.config.run.output
+        begun = (run / MANIFEST).is_file()
+        if begun and open_run(run).state == FINISHED:
             continue
         console.print(f"[bold]{number}. {part.title}[/], as llamita {part.verb} does it")
-        if part.run(replace(part.config, resume=begun)).interrupted:
+        if part.run(with_options(part.config, resume=begun)).interrupted:
             console.print("stopped and saved; the same command goes on from here")
             return exit_status.INTERRUPTED
     measure_classifier(config.output / LABELS, backend, amounts.labelled)
@@ -87,7 +89,8 @@ def parts(config: QuickstartConfig, backend: Backend, console: Console, amounts:
     """The runs in their order; each begins from what one before it left."""
     output = config.output
     shared: dict[str, Any] = {"batch_size": 16, "seed": config.seed, "backend": config.backend}
-    taught = SftConfig(
+    taught = resolve(
+        SftConfig,
         output=output / ANSWERS,
         model=output / PRETRAINED,
         data=("meadow",),
@@ -99,7 +102,8 @@ def parts(config: QuickstartConfig, backend: Backend, console: Console, amounts:
         evaluate_every=-(-amounts.answer_steps // 3),
         **shared,
     )
-    preferring = DpoConfig(
+    preferring = resolve(
+        DpoConfig,
         output=output / PREFERENCES,
         model=output / ANSWERS,
         data=("meadow",),
@@ -110,7 +114,8 @@ def parts(config: QuickstartConfig, backend: Backend, console: Console, amounts:
         evaluate_every=-(-amounts.pair_steps // 2),
         **shared,
     )
-    labelling = ClassifyConfig(
+    labelling = resolve(
+        ClassifyConfig,
         output=output / LABELS,
         model=output / PRETRAINED,
         data=(f"meadow:{amounts.texts}",),

@@ -7,7 +7,7 @@ sequence-classification classes with the same logits. The backend is passed in.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,23 +26,31 @@ from llamita.model.parameters import CLASSIFIER, OUTPUT_HEAD, initial_values, pa
 from llamita.model.quantization import SCALE
 from llamita.storage import model_directory, peft_directory
 from llamita.text.tokenizer import Tokenizer
+from llamita.training.config import MachineConfig, RunConfig, TrainingConfig
 from llamita.training.examples import Examples
 from llamita.training.trainer import TrainingResult
 from llamita.workflows.finetune import Base, FinetuneConfig, finetune, load_base
-from llamita.workflows.pretrain import resumed
+from llamita.workflows.pretrain import check_run
 
 ACCURACY = "accuracy"
 Report = Callable[[str], None]
 
 
+def absolute_sources(sources: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names of sources as they are from anywhere."""
+    return tuple(map(absolute, sources))
+
+
 @dataclass(frozen=True, kw_only=True)
-class ClassifyConfig(FinetuneConfig):
+class ClassifyConfig:
     """The options of `llamita classify train`."""
 
-    data: tuple[str, ...] = ()
+    run: RunConfig
+    finetune: FinetuneConfig = FinetuneConfig()
+    data: tuple[str, ...] = field(default=(), metadata={"saved": absolute_sources})
     """Labelled texts to learn from: files (label ||| sentence, .csv, .jsonl), meadow[:COUNT], or
     hub:NAME[:CONFIG][@SPLIT]. Needed, but when resuming."""
-    validation: tuple[str, ...] = ()
+    validation: tuple[str, ...] = field(default=(), metadata={"saved": absolute_sources})
     """Labelled texts to choose the best checkpoint by. Of meadow and hub data left out: their validation split."""
     label_mapping: Path | None = None
     """A JSON list of the labels' names in the order of their numbers, or an object of their numbers."""
@@ -62,14 +70,10 @@ class ClassifyConfig(FinetuneConfig):
     """The weight of each label's loss, in the order of the labels; or balanced: texts / (labels x texts of it)."""
     seeds: tuple[int, ...] = ()
     """Train once with each seed, in OUTPUT/seed-N, and report mean and standard deviation."""
-    steps: int = 1000
-    learning_rate: float = 3e-4
-    """The highest learning rate, reached after the warm-up."""
-    evaluation_rows: int = 0
-    """Validation texts to evaluate on, evenly spaced; 0: all."""
+    training: TrainingConfig = TrainingConfig(learning_rate=3e-4, evaluation_rows=0)
+    machine: MachineConfig = MachineConfig()
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.sequence_length < 0:
             raise ValueError(f"sequence_length={self.sequence_length} must not be negative")
         if not 0 <= self.head_dropout < 1:
@@ -79,20 +83,15 @@ class ClassifyConfig(FinetuneConfig):
         if len(set(self.seeds)) < len(self.seeds) or any(seed < 0 for seed in self.seeds):
             raise ValueError(f"seeds={self.seeds} must be different and not negative")
 
-    def arguments(self) -> dict[str, Any]:
-        """As for every run; files by their whole path, so that a run may be resumed from elsewhere."""
-        sources = {name: tuple(map(absolute, getattr(self, name))) for name in ("data", "validation")}
-        return super().arguments() | sources
-
 
 def train_classifier(config: ClassifyConfig, backend: Backend, report: Report = print) -> TrainingResult:
-    """Tune as `config` says, or go on with the run in config.output; the best checkpoint is the most accurate.
+    """Tune as `config` says, or go on with the run in its directory; the best checkpoint is the most accurate.
 
     The loss of a batch is the sum of weight x -log p over its texts, divided by the number of texts: with balanced
     weights these are 1 in the mean over the training texts. ValueError or OSError, in one line, before anything is
     written.
     """
-    config = resumed(config)
+    check_run(config)
     task = read_task(config, report)
     return finetune(
         config,
@@ -123,7 +122,7 @@ def read_task(config: ClassifyConfig, report: Report) -> Task:
     """Read and check what `config` names; `report` is told what was found."""
     if not config.data:
         raise ValueError("--data is missing: give the labelled texts to learn from")
-    base = load_base(config)
+    base = load_base(config.finetune)
     train, validation = read_data(config)
     context = context_length(config.sequence_length, base.config)
     objective = Classification(config.head_dropout, class_weights(config.class_weights, train))
@@ -135,17 +134,17 @@ def read_task(config: ClassifyConfig, report: Report) -> Task:
         report(_described(what, texts, encoded, config.keep))
         return LabelledRows(encoded, texts.labels, pad_id, whole)
 
-    batches = BatchIterator(rows("training", train, config.compile), config.batch_size, config.seed)
+    training = config.training
+    batches = BatchIterator(rows("training", train, config.machine.compile), training.batch_size, training.seed)
     examples = Examples(batches, target="text")
     if validation is not None:
         held_out = rows("validation", validation, False)
-        batch_size = config.micro_batch_size or config.batch_size
-        evaluation = partial(labelled_evaluation, held_out, batch_size, config.evaluation_rows)
+        evaluation = partial(labelled_evaluation, held_out, training.rows_at_once, training.evaluation_rows)
         examples = replace(examples, validation=evaluation)
         if shared := len(set(train.texts) & set(validation.texts)):
             report(f"note: the training texts hold {shared} of the validation texts too")
-    epochs = config.steps * config.batch_size / len(train)
-    report(f"{config.steps} updates of {config.batch_size} texts are {epochs:.1f} epochs")
+    epochs = training.steps * training.batch_size / len(train)
+    report(f"{training.steps} updates of {training.batch_size} texts are {epochs:.1f} epochs")
     identity = {
         "data": {"train": train.digest(), "validation": validation and validation.digest()},
         "objective": asdict(objective),
@@ -213,7 +212,7 @@ def with_head(
     if base.config.labels != names:
         if base.config.num_labels:
             report(f"the head of {base.directory} for {', '.join(base.config.labels)} is left out; a new one is drawn")
-        head = initial_values(rows[CLASSIFIER], config.seed)
+        head = initial_values(rows[CLASSIFIER], config.training.seed)
         arrays[CLASSIFIER] = HostArray.from_numpy(head)
     laid_out = tokenizer.for_classification(pad_id, context, config.keep == "end")
     return replace(base, arrays=arrays, tokenizer=laid_out), model

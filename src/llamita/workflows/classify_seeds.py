@@ -12,11 +12,9 @@ from typing import Any
 from llamita.backend.interface import Backend
 from llamita.storage import files
 from llamita.training import run_directory
-from llamita.training.config import take_over
+from llamita.training.config import saved_options, with_options
 from llamita.workflows.classify import ACCURACY, ClassifyConfig, Report, read_task, train_classifier
-from llamita.workflows.pretrain import taken_over
-
-SEEDS = "seeds.json"
+from llamita.workflows.options import SEEDS, options_of_run
 
 
 @dataclass(frozen=True)
@@ -36,42 +34,30 @@ class SeedsResult:
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
 
 
-def over_seeds(config: ClassifyConfig) -> bool:
-    """Whether a call is about several seeds: it names some, or goes on with such a directory."""
-    return bool(config.seeds) or (config.resume and (config.output / SEEDS).is_file())
-
-
-def with_options_of_run(config: ClassifyConfig) -> ClassifyConfig:
-    """The options of the run, or runs, that a call goes on with; others as they are."""
-    file = config.output / SEEDS
-    if config.resume and file.is_file():
-        return take_over(config, files.read_json(file)["arguments"])
-    return taken_over(config)
-
-
 def train_seeds(config: ClassifyConfig, backend: Backend, report: Report = print) -> SeedsResult:
     """Train once with each of the seeds; resuming leaves finished ones alone, goes on with the one that was stopped,
     and trains the rest, which may be more than there were."""
-    file = config.output / SEEDS
-    if config.resume:
+    root = config.run.output
+    file = root / SEEDS
+    if config.run.resume:
         if not file.is_file():
-            raise FileNotFoundError(f"{config.output} holds no runs over seeds to resume; leave --resume out to begin")
-        earlier = tuple(files.read_json(file)["arguments"]["seeds"])
-        config = with_options_of_run(config)
+            raise FileNotFoundError(f"{root} holds no runs over seeds to resume; leave --resume out to begin")
+        earlier = options_of_run(root)["seeds"]
         config = replace(config, seeds=tuple(dict.fromkeys((*earlier, *config.seeds))))
     else:
-        run_directory.check(config.output, resume=False)
+        run_directory.check(root, resume=False)
     if not read_task(config, lambda text: None).validated:
         raise ValueError("--validation is missing: the accuracy on it is what is compared over seeds")
-    record: dict[str, Any] = {"arguments": config.arguments()}
-    config.output.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {"arguments": saved_options(config)}
+    root.mkdir(parents=True, exist_ok=True)
     files.atomic_write(file, json.dumps(record, indent=2) + "\n")
     accuracies: list[float] = []
     for seed in config.seeds:
-        output = config.output / f"seed-{seed}"
+        output = root / f"seed-{seed}"
         report(f"seed {seed}: {output}")
         begun = (output / run_directory.MANIFEST).is_file()
-        result = train_classifier(replace(config, output=output, seed=seed, seeds=(), resume=begun), backend, report)
+        one = with_options(config, output=output, resume=begun, seed=seed, seeds=())
+        result = train_classifier(one, backend, report)
         if result.interrupted:
             return SeedsResult(config.seeds, tuple(accuracies), True)
         assert result.best is not None

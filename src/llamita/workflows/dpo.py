@@ -4,12 +4,12 @@ What is read where lies in data/preferences.py, what a model before tuning think
 in the backend. The backend is passed in.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Literal
 
+from llamita.backend.adamw import AdamWSettings
 from llamita.backend.interface import Backend
 from llamita.backend.objectives import Preference
 from llamita.data import preferences as pairs_data
@@ -17,29 +17,29 @@ from llamita.data.batches import BatchIterator, evaluation_batches
 from llamita.data.conversations import Conversation, ConversationSource
 from llamita.data.preferences import Layout, PairRows, Pairs, encode
 from llamita.data.preferences import Preference as Pair
+from llamita.training.config import MachineConfig, RunConfig, TrainingConfig
 from llamita.training.display import Display
 from llamita.training.examples import Examples
 from llamita.training.run_directory import RunDirectory
 from llamita.training.trainer import TrainingResult
 from llamita.workflows import answers, reference
-from llamita.workflows.finetune import finetune, load_base, make_step
+from llamita.workflows.finetune import FinetuneConfig, finetune, load_base, make_step
 from llamita.workflows.layouts import layout_of, source_of
-from llamita.workflows.pretrain import resumed
-from llamita.workflows.reading import ValidatedConfig
+from llamita.workflows.pretrain import check_run
+from llamita.workflows.reading import HeldOutConfig, ReadingConfig
 
 MEADOW_PAIRS = 4800
 MEADOW_ANSWERS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoConfig(ValidatedConfig):
+class DpoConfig:
     """The options of `llamita dpo`."""
 
-    data: tuple[str, ...] = ()
-    """Files of JSON lines, each {"prompt": ..., "chosen": ..., "rejected": ...} of texts or messages; or the word
-    meadow, for right and wrong answers about stories of the embedded corpus."""
-    validation_share: float = 0.05
-    """The share of pairs to validate on, by a hash of their prompt; 0 for none."""
+    run: RunConfig
+    finetune: FinetuneConfig = FinetuneConfig()
+    reading: ReadingConfig = ReadingConfig()
+    held_out: HeldOutConfig = HeldOutConfig()
     pairs: int | None = None
     """Read at most this many (meadow: write so many, 4,800 where left out, and a validation share more)."""
     template: str = ""
@@ -57,20 +57,16 @@ class DpoConfig(ValidatedConfig):
     normalize_lengths: bool = False
     """Compare means over the tokens of answers instead of sums, so that length counts for nothing; beta is then to be
     larger."""
-    epochs: float = 0.0
-    """Passes over the pairs, instead of --steps; 0: as --steps says."""
     answers: int | None = None
     """Held-out prompts to answer at each evaluation, greedily; the share that is the chosen answer to the letter is the
     measure `exact`. It needs a chat template. Left out: 200 for meadow, elsewhere none."""
-    steps: int = 300
-    """Updates in the whole run."""
-    learning_rate: float = 5e-5
-    """The highest learning rate, reached after the warm-up."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay, multiplied by the learning rate; not on norms and biases."""
+    training: TrainingConfig = TrainingConfig(steps=300, learning_rate=5e-5, optimizer=AdamWSettings(weight_decay=0.0))
+    machine: MachineConfig = MachineConfig()
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        for name in ("sequence_length", "answers"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         self.objective()
         if self.pairs is not None and self.pairs < 1:
             raise ValueError(f"pairs={self.pairs} must be at least 1")
@@ -86,14 +82,14 @@ def dpo(
     report: Callable[[str], None] = print,
     display: Display | None = None,
 ) -> TrainingResult:
-    """Tune config.model on pairs of answers, or go on with the run in config.output where config.resume is set.
+    """Tune a model on pairs of answers, or go on with the run in its directory where it is to be resumed.
 
     `report` is told what was read. ValueError or OSError, in one line, for options and data that cannot be met.
     """
-    config = resumed(config)
-    made = ConversationSource(meadow="train", limit=config.pairs or MEADOW_PAIRS, seed=config.seed)
-    sources = config.sources(config.pairs, made, "pairs")
-    base = load_base(config)
+    check_run(config)
+    made = ConversationSource(meadow="train", limit=config.pairs or MEADOW_PAIRS, seed=config.training.seed)
+    sources = config.held_out.sources(config.reading, config.pairs, made, "pairs")
+    base = load_base(config.finetune)
     config = replace(config, template=source_of(config.template))
     layout, model = layout_of(base, config.template)
     train, held_out = read(config, *sources)
@@ -104,13 +100,12 @@ def dpo(
     rows = make_rows(config, encoded, base.tokenizer.pad_id)
     report(f"training: {encoded[0].counts}, in rows of {rows['train'].config.sequence_length} tokens")
     report(f"validation: {encoded[1].counts}")
-    if config.epochs:
-        config = replace(config, steps=math.ceil(config.epochs * len(rows["train"]) / config.batch_size))
+    config = replace(config, training=config.held_out.updates(config.training, len(rows["train"])))
     objective = config.objective()
     step = make_step(config, backend, model, base.arrays, objective)
     asked = questions(config, layout, held_out, positions)
     examination = answers.Examination(step, layout.chat, asked) if asked and layout.chat else None
-    size = config.micro_batch_size or config.batch_size
+    training, size = config.training, config.training.rows_at_once
 
     def score_with_base(run: RunDirectory) -> None:
         reference.attach(run, rows, base.digest(), step.log_probs, size, objective.normalize_lengths, report)
@@ -128,8 +123,8 @@ def dpo(
             "answers": len(asked),
         },
         examples=Examples(
-            BatchIterator(rows["train"], config.batch_size, config.seed),
-            partial(evaluation_batches, rows["validation"], size, config.evaluation_rows) if encoded[1] else tuple,
+            BatchIterator(rows["train"], training.batch_size, training.seed),
+            partial(evaluation_batches, rows["validation"], size, training.evaluation_rows) if encoded[1] else tuple,
             target="pair",
         ),
         step=step,
@@ -147,7 +142,7 @@ def read(
     """All pairs: those to train on, those to validate on."""
     if validation is not None:
         return list(pairs_data.preferences(source)), list(pairs_data.preferences(validation))
-    return pairs_data.split(pairs_data.preferences(source), config.validation_share, config.seed)
+    return pairs_data.split(pairs_data.preferences(source), config.reading.validation_share, config.training.seed)
 
 
 def make_rows(config: DpoConfig, encoded: list[Pairs], pad_id: int | None) -> dict[str, PairRows]:
@@ -160,7 +155,7 @@ def make_rows(config: DpoConfig, encoded: list[Pairs], pad_id: int | None) -> di
 
 def questions(config: DpoConfig, layout: Layout, held_out: list[Pair], positions: int) -> list[answers.Question]:
     """Held-out prompts to be answered at each evaluation."""
-    count = (MEADOW_ANSWERS if config.on_meadow else 0) if config.answers is None else config.answers
+    count = (MEADOW_ANSWERS if config.reading.on_meadow else 0) if config.answers is None else config.answers
     if layout.chat is None:
         if config.answers:
             raise ValueError("--answers needs a chat template, and this model has none; name one with --template")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from llamita.backend.interface import Backend, TrainStep
 from llamita.backend.objectives import Objective
@@ -19,7 +19,7 @@ from llamita.storage import files, model_directory
 from llamita.storage.peft_directory import AdapterFiles, BaseModel, weight_hashes
 from llamita.text.tokenizer import Tokenizer
 from llamita.training import run_directory
-from llamita.training.config import TrainingConfig
+from llamita.training.config import TrainingVerb, saved_options
 from llamita.training.display import Display
 from llamita.training.evaluation import OnEvaluation
 from llamita.training.examples import Examples
@@ -29,8 +29,8 @@ from llamita.workflows.pretrain import step_options
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainingConfig):
-    """The options that every kind of tuning shares."""
+class FinetuneConfig:
+    """The model that tuning begins from, and what of it is trained."""
 
     model: Path | None = None
     """The model to begin from: a directory, a training run, a name on the hub. Needed, but when resuming."""
@@ -51,7 +51,6 @@ class FinetuneConfig(TrainingConfig):
     """Multiply by alpha / sqrt(rank) instead (rsLoRA), for high ranks."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.lora()
 
     def lora(self) -> LoraSettings:
@@ -59,6 +58,13 @@ class FinetuneConfig(TrainingConfig):
         return LoraSettings(
             self.lora_rank, self.lora_alpha, self.lora_dropout, tuple(self.lora_targets), self.lora_rank_stabilized
         )
+
+
+class FinetuneVerb(TrainingVerb, Protocol):
+    """The options of a verb that tunes a model."""
+
+    @property
+    def finetune(self) -> FinetuneConfig: ...
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ def load_base(config: FinetuneConfig, flag: str = "--model") -> Base:
 
 
 def finetune(
-    config: FinetuneConfig,
+    config: FinetuneVerb,
     base: Base,
     backend: Backend,
     *,
@@ -113,7 +119,7 @@ def finetune(
     before: Callable[[RunDirectory], None] | None = None,
     display: Display | None = None,
 ) -> TrainingResult:
-    """Train from `base` on `examples`, or go on with the run in config.output.
+    """Train from `base` on `examples`, or go on with the run in its directory.
 
     `identity` is what decides the result besides the base and the options of training (hashes of data, for one).
     `model` is the base's config with what the kind changes (labels, special tokens). The tokenizer, chat template
@@ -121,22 +127,22 @@ def finetune(
     is called with the run held and the weights still those of the base, also where a run goes on.
     """
     model = model or base.config
-    _check_tuning(config, model, base)
+    _check_tuning(config.finetune, model, base)
     whole = {
         "kind": kind,
         "model": asdict(model),
         "base": base.digest(),
         **identity,
-        "training": config.identity(),
-        **_tuning_identity(config),
+        "training": config.training.identity(),
+        **_tuning_identity(config.finetune),
     }
-    if config.resume:  # a changed option is named before the weights are made
-        run_directory.compare(run_directory.read_manifest(config.output)["identity"], whole)
+    run_directory.check_identity(config.run.output, whole, config.run.resume)  # before the weights are made
     if step is None:
         assert objective is not None
         step = make_step(config, backend, model, base.arrays, objective)
+    weight_files = _weight_files(config.finetune, base)
     with run_directory.open_run(
-        config.output, whole, config.arguments(), config.resume, _weight_files(config, base)
+        config.run.output, whole, saved_options(config), config.run.resume, weight_files
     ) as run:
         tokenizer = run.file("tokenizer")
         with files.atomic_directory(tokenizer, overwrite=True) as temporary:
@@ -144,7 +150,7 @@ def finetune(
         if before is not None:
             before(run)
         trainer = Trainer(
-            config,
+            config.training,
             model,
             step,
             examples,
@@ -159,16 +165,16 @@ def finetune(
 
 
 def make_step(
-    config: FinetuneConfig,
+    config: FinetuneVerb,
     backend: Backend,
     model: ModelConfig,
     arrays: dict[str, HostArray],
     objective: Objective,
 ) -> TrainStep:
-    """The backend's training step over a model with values, all of which are trained or what config.tuning says."""
-    if config.tuning == "head" and not model.num_labels:
+    """The backend's training step over a model with values, all of which are trained or what `tuning` says."""
+    if config.finetune.tuning == "head" and not model.num_labels:
         raise ValueError("--tuning head trains a classifier's head, and a language model has none; use lora or full")
-    options = step_options(config) | tuning_options(config)
+    options = step_options(config) | tuning_options(config.finetune)
     return backend.build_train_step(model, arrays, objective=objective, **options)
 
 

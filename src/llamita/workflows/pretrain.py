@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llamita.backend.adamw import AdamWSettings
 from llamita.backend.interface import Backend
 from llamita.backend.sampling_params import SamplingParams
 from llamita.data.batches import Batch, BatchIterator, evaluation_batches
@@ -26,7 +25,7 @@ from llamita.model.parameters import InitializationName
 from llamita.model.presets import preset
 from llamita.text.tokenizer import Tokenizer
 from llamita.training import loggers, run_directory
-from llamita.training.config import Config, TrainingConfig, take_over
+from llamita.training.config import MachineConfig, RunConfig, TrainingConfig, TrainingVerb, saved_options
 from llamita.training.display import Display
 from llamita.training.evaluation import Evaluation, OnEvaluation
 from llamita.training.examples import Examples, TokenText
@@ -37,9 +36,10 @@ DEFAULT_SEQUENCE_LENGTH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(TrainingConfig):
+class PretrainConfig:
     """The options of `llamita train`."""
 
+    run: RunConfig
     recipe: str = ""
     """Take every option that is not given from a recipe; llamita recipe lists them."""
     data: Path | None = None
@@ -62,9 +62,10 @@ class PretrainConfig(TrainingConfig):
     """Length of the sample written at each evaluation; 0: none."""
     sample_prompt: str = ""
     """The text that the sample continues; empty: a new text."""
+    training: TrainingConfig = TrainingConfig()
+    machine: MachineConfig = MachineConfig()
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in ("sequence_length", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
@@ -78,12 +79,12 @@ def pretrain(
     on_evaluation: OnEvaluation | None = None,
     display: Display | None = None,
 ) -> TrainingResult:
-    """Train as `config` says, or go on with the run in config.output where config.resume is set.
+    """Train as `config` says, or go on with the run in its directory where it is to be resumed.
 
     `floor` is the least possible loss in nats per character, for the plot. `on_evaluation` is called after each
     evaluation, after the sample was written. ValueError or OSError, in one line, for options that cannot be met.
     """
-    config = resumed(config)
+    check_run(config)
     if config.data is None:
         raise ValueError("--data is missing: give the directory that llamita prepare wrote")
     tokenizer = load_tokenizer(config.data)
@@ -96,10 +97,9 @@ def pretrain(
         "initialization": config.initialization,
         "data": {"tokenizer": tokenizer.hash, **{name: _digest(split) for name, split in manifest.splits.items()}},
         "rows": asdict(rows),
-        "training": config.identity(),
+        "training": config.training.identity(),
     }
-    if config.resume:  # a changed option is named before the weights are made
-        run_directory.compare(run_directory.read_manifest(config.output)["identity"], identity)
+    run_directory.check_identity(config.run.output, identity, config.run.resume)  # before the weights are made
     examples = make_examples(config, tokenizer, rows)
     step = backend.build_train_step(model, initialization=config.initialization, **step_options(config))
     prompt = sample_prompt(config, tokenizer, examples)
@@ -107,14 +107,14 @@ def pretrain(
     def after_evaluation(evaluation: Evaluation) -> str | None:
         texts = []
         if config.sample_tokens:
-            params = SamplingParams(max_tokens=config.sample_tokens, seed=config.seed)
+            params = SamplingParams(max_tokens=config.sample_tokens, seed=config.training.seed)
             texts.append(sample(LLM(step.runner(), tokenizer, engine=EngineConfig(warm_up=False)), prompt, params))
         more = on_evaluation(evaluation) if on_evaluation else None
         return "\n".join([*texts, *([more] if more else [])]) or None
 
-    with run_directory.open_run(config.output, identity, config.arguments(), config.resume) as run:
+    with run_directory.open_run(config.run.output, identity, saved_options(config), config.run.resume) as run:
         trainer = Trainer(
-            config,
+            config.training,
             model,
             step,
             examples,
@@ -127,27 +127,32 @@ def pretrain(
         return trainer.run()
 
 
-def step_options(config: TrainingConfig) -> dict[str, Any]:
+def step_options(config: TrainingVerb) -> dict[str, Any]:
     """Returns what a backend's `build_train_step` takes of the options that every kind of training has."""
-    names = ("seed", "precision", "device", "threads", "max_grad_norm")
-    adamw = {field.name: getattr(config, field.name) for field in dataclasses.fields(AdamWSettings)}
-    compiled = {"compile": True} if config.compile else {}  # left out, a backend does what is usual with it
-    return {name: getattr(config, name) for name in names} | {"optimizer": AdamWSettings(**adamw)} | compiled
+    training, machine = config.training, config.machine
+    compiled = {"compile": True} if machine.compile else {}  # left out, a backend does what is usual with it
+    return {
+        "seed": training.seed,
+        "optimizer": training.optimizer,
+        "max_grad_norm": training.max_grad_norm,
+        **scorer_options(config),
+        **compiled,
+    }
 
 
-def taken_over(config: Config) -> Config:
-    """`config`, or where it goes on with a run, that run's options in the place of those that were left out."""
-    if not config.resume:
-        return config
-    return take_over(config, run_directory.read_manifest(config.output)["arguments"])
+def scorer_options(config: TrainingVerb) -> dict[str, Any]:
+    """Returns what a backend's `build_scorer` takes of the same."""
+    return {
+        "precision": config.training.precision,
+        "device": config.machine.device,
+        "threads": config.machine.threads,
+    }
 
 
-def resumed(config: Config) -> Config:
-    """The options of a run, those of an earlier call taken over where it goes on; checked before anything is read."""
-    config = taken_over(config)
-    run_directory.check(config.output, config.resume)
-    loggers.require(config.log)
-    return config
+def check_run(config: TrainingVerb) -> None:
+    """ValueError or OSError where a run cannot be begun, or gone on with, in its directory; before anything is read."""
+    run_directory.check(config.run.output, config.run.resume)
+    loggers.require(config.training.log)
 
 
 def model_config(config: PretrainConfig, tokenizer: Tokenizer) -> ModelConfig:
@@ -202,15 +207,16 @@ def make_examples(config: PretrainConfig, tokenizer: Tokenizer, rows: RowsConfig
     validation: Callable[[], Iterator[Batch]] = lambda: iter(())  # noqa: E731
     if VALIDATION in Manifest.load(config.data).splits:
         held_out = Rows(TokenShards(config.data, VALIDATION), rows.for_evaluation(), *special)
-        batch_size = config.micro_batch_size or config.batch_size
-        validation = partial(evaluation_batches, held_out, batch_size, config.evaluation_rows)
+        validation = partial(
+            evaluation_batches, held_out, config.training.rows_at_once, config.training.evaluation_rows
+        )
     pieces = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
     text = TokenText(
         # A character is a byte that does not continue another: one that is not 0b10xxxxxx.
         characters_V=np.array([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces], dtype=np.int64),
         bytes_V=np.array([len(piece) for piece in pieces], dtype=np.int64),
     )
-    return Examples(BatchIterator(train, config.batch_size, config.seed), validation, text)
+    return Examples(BatchIterator(train, config.training.batch_size, config.training.seed), validation, text)
 
 
 def sample_prompt(config: PretrainConfig, tokenizer: Tokenizer, examples: Examples) -> str | tuple[int, ...]:

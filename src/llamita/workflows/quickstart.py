@@ -31,6 +31,7 @@ from llamita.text.tokenizer import Tokenizer
 from llamita.training import exit_status
 from llamita.training.record import command_line
 from llamita.training.run_directory import LAST
+from llamita.workflows.options import resolve
 from llamita.workflows.pretrain import PretrainConfig, pretrain
 
 TOKENIZER_STORIES = 5000  # enough for the most frequent pairs to be known
@@ -155,7 +156,8 @@ def quickstart(config: QuickstartConfig, backend: Backend) -> int:
 def training_options(config: QuickstartConfig, data: Path, run: Path) -> PretrainConfig:
     """A story a row, the longest one filling it, so that each is predicted from its beginning to its end."""
     splits = Manifest.load(data).splits.values()
-    return PretrainConfig(
+    return resolve(
+        PretrainConfig,
         data=data,
         output=run,
         resume=(run / "run.json").exists(),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llamita.data.prepare import PrepareConfig
 from llamita.text.bpe import TokenizerTrainingConfig
+from llamita.training.config import RunConfig, with_options
 from llamita.workflows.pretrain import PretrainConfig
 
 
@@ -32,8 +33,8 @@ def base(name: str, text: str, vocab_size: int) -> Recipe:
     """
     tokenizer = TokenizerTrainingConfig(files=(Path(text),), vocab_size=vocab_size, output=Path(f"{name}-tokenizer"))
     prepare = PrepareConfig(output=Path(f"{name}-data"), tokenizer=tokenizer.output, files=tokenizer.files)
-    train = PretrainConfig(recipe=name, output=Path("runs") / name, data=prepare.output)
-    return Recipe(tokenizer, prepare, train, (f"llamita generate {train.output}",))
+    train = PretrainConfig(recipe=name, run=RunConfig(output=Path("runs") / name), data=prepare.output)
+    return Recipe(tokenizer, prepare, train, (f"llamita generate {train.run.output}",))
 
 
 def mini_llama_wikitext() -> Recipe:
@@ -48,7 +49,7 @@ def mini_llama_wikitext() -> Recipe:
     return replace(
         common,
         prepare=replace(common.prepare, source="wikitext", validation_files=(Path("wiki.valid.tokens"),)),
-        train=replace(
+        train=with_options(
             common.train,
             preset="mini-llama",
             initialization="fan-in",
@@ -76,7 +77,7 @@ def scratch_shakespeare() -> Recipe:
     return replace(
         common,
         prepare=replace(common.prepare, separator="file", split="tail", bos=False, eos=False),
-        train=replace(
+        train=with_options(
             common.train,
             preset="scratch",
             set=("num_key_value_heads=2",),
@@ -105,7 +106,7 @@ def lillm_39m() -> Recipe:
         common,
         tokenizer=replace(common.tokenizer, reserved_tokens=8),
         prepare=replace(common.prepare, validation_share=0.01),
-        train=replace(
+        train=with_options(
             common.train,
             preset="lillm-39m",
             sequence_length=512,
@@ -140,7 +141,7 @@ def recipe(name: str) -> Recipe:
 
 def with_recipe(config: PretrainConfig) -> PretrainConfig:
     """`config` with its changes to the preset on those of its recipe; FileNotFoundError where its data is missing."""
-    if not config.recipe or config.resume:
+    if not config.recipe or config.run.resume:
         return config
     ours = recipe(config.recipe).train.set
     if config.data is None or not config.data.exists():

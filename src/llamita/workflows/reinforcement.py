@@ -6,22 +6,24 @@ are worth in rewards.py, the loss in the backend. The backend is passed in.
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from llamita.backend.adamw import AdamWSettings
 from llamita.backend.interface import Backend
 from llamita.backend.objectives import PolicyGradient
 from llamita.backend.sampling_params import MAX_CONTINUATIONS
 from llamita.data import prompts as prompts_data
 from llamita.data.preferences import Layout
 from llamita.data.prompts import Prompt
+from llamita.training.config import MachineConfig, RunConfig, TrainingConfig
 from llamita.training.display import Display
 from llamita.training.examples import Examples
 from llamita.training.trainer import TrainingResult
-from llamita.workflows.finetune import finetune, load_base, make_step
+from llamita.workflows.finetune import FinetuneConfig, finetune, load_base, make_step
 from llamita.workflows.layouts import TEXT, layout_of, source_of
-from llamita.workflows.pretrain import resumed
+from llamita.workflows.pretrain import check_run, scorer_options
 from llamita.workflows.reading import ReadingConfig
 from llamita.workflows.rewards import BUILT_IN, LoadReward
 from llamita.workflows.rollouts import AnswerBatches, Answerer, HeldOut, Rules
@@ -29,27 +31,29 @@ from llamita.workflows.rollouts import AnswerBatches, Answerer, HeldOut, Rules
 MEADOW_ANSWERS = 200  # stories to validate on, where all are asked for
 
 
+def absolute(reward: str) -> str:
+    """Returns the name of a reward as it is from anywhere."""
+    path, colon, function = reward.rpartition(":")
+    return f"{Path(path).resolve()}{colon}{function}" if path.endswith(".py") else reward
+
+
 @dataclass(frozen=True, kw_only=True)
-class RlConfig(ReadingConfig):
+class RlConfig:
     """The options of `llamita rl`."""
 
-    data: tuple[str, ...] = ()
-    """Files of JSON lines, each {"prompt": a text or messages, ...} or {"messages": [...]}; or the word meadow, for
-    stories from nothing."""
+    run: RunConfig
+    finetune: FinetuneConfig = FinetuneConfig()
+    reading: ReadingConfig = ReadingConfig()
     prompts: int | None = None
     """Read at most this many."""
-    validation_share: float = 0.05
-    """The share of prompts to validate on, by a hash of what they say; 0 for none."""
-    reward: str = ""
+    reward: str = field(default="", metadata={"saved": absolute})
     """The reward of an answer: meadow (1 for a story whose facts agree), exact (1 for the record's `answer`, to the
     letter), or a Python function of a sample, as module:function or file.py:function. Left out: meadow for meadow."""
     template: str = ""
     """The chat template: chatml, r0, plain-eos, a file of Jinja, or text for none. Left out: the model's own, else
     text."""
     group: int = 8
-    """Answers to each prompt, which are measured against each other."""
-    batch_size: int = 64
-    """Answers in an update: so many prompts times the size of a group."""
+    """Answers to each prompt, which are measured against each other; --batch-size counts answers."""
     updates: int = 1
     """Updates from the same answers before new ones are drawn."""
     max_tokens: int = 128
@@ -62,28 +66,26 @@ class RlConfig(ReadingConfig):
     """Of the divergence from the model before tuning; above 0 that model is held in memory too."""
     normalization: Literal["answer", "token"] = "answer"
     """answer: each answer counts alike; token: each token does."""
-    steps: int = 100
-    """Updates in the whole run."""
-    learning_rate: float = 1e-4
-    """The highest learning rate, reached after the warm-up."""
-    schedule: Literal["cosine", "constant", "warmup-stable-decay"] = "constant"
-    """The course after the warm-up."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay, multiplied by the learning rate; not on norms and biases."""
-    evaluate_every: int = 20
-    """Updates between two evaluations on held-out prompts; 0: only at the end."""
-    evaluation_rows: int = 100
-    """Held-out prompts to answer, once each; 0: all (meadow: 200 stories)."""
+    training: TrainingConfig = TrainingConfig(
+        steps=100,
+        batch_size=64,
+        learning_rate=1e-4,
+        schedule="constant",
+        optimizer=AdamWSettings(weight_decay=0.0),
+        evaluate_every=20,
+        evaluation_rows=100,
+    )
+    machine: MachineConfig = MachineConfig()
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        self.reading.refuse_on_meadow(template=self.template, prompts=self.prompts)
         self.objective()
         if self.group < 2:
             raise ValueError(f"group={self.group} must be at least 2: answers are measured against each other")
         if self.group > MAX_CONTINUATIONS:
             raise ValueError(f"group={self.group} must be at most {MAX_CONTINUATIONS}")
-        if self.batch_size % self.group:
-            raise ValueError(f"batch_size={self.batch_size} must be a multiple of group={self.group}")
+        if self.training.batch_size % self.group:
+            raise ValueError(f"batch_size={self.training.batch_size} must be a multiple of group={self.group}")
         for name in ("updates", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -94,29 +96,20 @@ class RlConfig(ReadingConfig):
         if not math.isfinite(self.temperature):
             raise ValueError(f"temperature={self.temperature} must be a number; 1 samples what is learned")
 
-    @property
-    def unread_on_meadow(self) -> tuple[str, ...]:
-        return ("template", "prompts")
-
     def objective(self) -> PolicyGradient:
         return PolicyGradient(self.clip, self.kl_weight, self.normalization)
 
     def rules(self) -> Rules:
         return Rules(
-            self.batch_size // self.group,
+            self.training.batch_size // self.group,
             self.group,
             self.updates,
             self.max_tokens,
             self.temperature,
-            self.seed,
+            self.training.seed,
             self.normalization == "answer",
-            self.micro_batch_size or self.batch_size,
+            self.training.rows_at_once,
         )
-
-    def arguments(self) -> dict[str, Any]:
-        path, colon, function = self.reward.rpartition(":")
-        reward = f"{Path(path).resolve()}{colon}{function}" if path.endswith(".py") else self.reward
-        return super().arguments() | {"reward": reward}
 
 
 def reinforce(
@@ -127,13 +120,13 @@ def reinforce(
     report: Callable[[str], None] = print,
     display: Display | None = None,
 ) -> TrainingResult:
-    """Tune config.model on its own answers, or go on with the run in config.output where config.resume is set.
+    """Tune a model on its own answers, or go on with the run in its directory where it is to be resumed.
 
     ValueError or OSError, in one line, for options and data that cannot be met, and for a sample that has no reward.
     """
-    config = resumed(config)
+    check_run(config)
     train, held_out = read(config)
-    reward_name = config.reward or ("meadow" if config.on_meadow else "")
+    reward_name = config.reward or ("meadow" if config.reading.on_meadow else "")
     if not reward_name:
         raise ValueError("--reward is missing: give meadow, exact, module:function or file.py:function")
     reward = load_reward(reward_name)
@@ -143,18 +136,17 @@ def reinforce(
                 raise ValueError(
                     f"{prompt.where} has no field 'answer' that is a text, which the reward exact compares"
                 )
-    base = load_base(config)
-    if not config.on_meadow:
+    base = load_base(config.finetune)
+    if not config.reading.on_meadow:
         config = replace(config, template=source_of(config.template))
-    layout, model = layout_of(base, TEXT if config.on_meadow else config.template)
+    layout, model = layout_of(base, TEXT if config.reading.on_meadow else config.template)
     for prompt in (*train, *held_out):
         check_length(layout, prompt, config.max_tokens, model.max_position_embeddings)
     report(f"{len(train):,} prompts to train on, {len(held_out):,} to validate on; reward {reward.name}")
     step = make_step(config, backend, model, base.arrays, config.objective())
     reference = None
     if config.kl_weight:
-        options = {name: getattr(config, name) for name in ("precision", "device", "threads")}
-        reference = backend.build_scorer(base.config, base.arrays, **options)
+        reference = backend.build_scorer(base.config, base.arrays, **scorer_options(config))
     answerer = Answerer(config.rules(), step, layout, reward)
     validation = HeldOut(answerer, held_out, reference)
     return finetune(
@@ -186,16 +178,19 @@ def reinforce(
 
 def read(config: RlConfig) -> tuple[list[Prompt], list[Prompt]]:
     """The prompts to train on, and those to validate on."""
-    config.require_data("prompts")
-    if config.on_meadow:
+    config.reading.require_data("prompts")
+    asked = config.training.evaluation_rows
+    if config.reading.on_meadow:
         nothing = Prompt(({"role": "user", "content": ""},), {}, "a story from nothing")
-        return [nothing], [nothing] * (config.evaluation_rows or MEADOW_ANSWERS)
+        return [nothing], [nothing] * (asked or MEADOW_ANSWERS)
     train, held_out = prompts_data.split(
-        prompts_data.prompts(config.source(config.prompts)), config.validation_share, config.seed
+        prompts_data.prompts(config.reading.source(config.prompts)),
+        config.reading.validation_share,
+        config.training.seed,
     )
     if not train:
         raise ValueError("there are no prompts to train on; give more, or a smaller --validation-share")
-    count = min(config.evaluation_rows or len(held_out), len(held_out))
+    count = min(asked or len(held_out), len(held_out))
     return train, [held_out[i * len(held_out) // count] for i in range(count)]
 
 

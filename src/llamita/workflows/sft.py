@@ -6,7 +6,6 @@ data/conversations.py, what becomes a row in data/examples.py. The backend is pa
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from llamita.backend.adamw import AdamWSettings
 from llamita.backend.interface import Backend, Scorer
 from llamita.backend.objectives import Distillation, NextToken
 from llamita.data import conversations as talks
@@ -24,14 +24,15 @@ from llamita.data.examples import ConversationRows, EncodedConversations, TooLon
 from llamita.data.packing import RowsConfig
 from llamita.model.config import ModelConfig
 from llamita.text.chat import Chat
+from llamita.training.config import MachineConfig, RunConfig, TrainingConfig
 from llamita.training.display import Display
 from llamita.training.examples import Batches, Examples
 from llamita.training.trainer import TrainingResult
 from llamita.workflows import answers
-from llamita.workflows.finetune import Base, finetune, load_base, make_step
+from llamita.workflows.finetune import Base, FinetuneConfig, finetune, load_base, make_step
 from llamita.workflows.layouts import ending_answers, learn, refuse_what_writes_nothing, source_of
-from llamita.workflows.pretrain import resumed
-from llamita.workflows.reading import ValidatedConfig
+from llamita.workflows.pretrain import check_run, scorer_options
+from llamita.workflows.reading import HeldOutConfig, ReadingConfig
 
 MEADOW_CONVERSATIONS = 16000
 MEADOW_TURNS = 3  # questions about a story, of which each costs a fraction of reading it
@@ -40,14 +41,13 @@ PACKED_LENGTH = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig(ValidatedConfig):
+class SftConfig:
     """The options of `llamita sft`."""
 
-    data: tuple[str, ...] = ()
-    """Files of JSON lines, each {"messages": [...]} or {"prompt": ..., "response": ...}; or the word meadow, for
-    questions about stories of the embedded corpus."""
-    validation_share: float = 0.05
-    """The share of conversations to validate on, by a hash of what is said; 0 for none."""
+    run: RunConfig
+    finetune: FinetuneConfig = FinetuneConfig()
+    reading: ReadingConfig = ReadingConfig()
+    held_out: HeldOutConfig = HeldOutConfig()
     conversations: int | None = None
     """Read at most this many (meadow: write so many, 16,000 where left out, and a validation share more)."""
     template: str = ""
@@ -60,8 +60,6 @@ class SftConfig(ValidatedConfig):
     512, where the model has as many."""
     too_long: TooLong = "drop"
     """A conversation longer than a row is dropped, or loses its end."""
-    epochs: float = 0.0
-    """Passes over the conversations, instead of --steps; 0: as --steps says."""
     answers: int | None = None
     """Held-out questions to answer at each evaluation, greedily; the share of answers that are right to the letter
     becomes the measure `exact`, and chooses the best checkpoint. Left out: 200 for meadow; elsewhere 3, only shown."""
@@ -72,13 +70,13 @@ class SftConfig(ValidatedConfig):
     """Of the divergence from the teacher, in the place of as much of the ordinary loss."""
     teacher_temperature: float = 1.0
     """Divides the logits of teacher and student in the divergence."""
-    learning_rate: float = 3e-4
-    """The highest learning rate, reached after the warm-up."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay, multiplied by the learning rate; not on norms and biases."""
+    training: TrainingConfig = TrainingConfig(learning_rate=3e-4, optimizer=AdamWSettings(weight_decay=0.0))
+    machine: MachineConfig = MachineConfig()
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        for name in ("sequence_length", "answers"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.conversations is not None and self.conversations < 1:
             raise ValueError(f"conversations={self.conversations} must be at least 1")
         self.distillation()
@@ -94,13 +92,15 @@ def sft(
     report: Callable[[str], None] = print,
     display: Display | None = None,
 ) -> TrainingResult:
-    """Tune config.model on conversations, or go on with the run in config.output where config.resume is set.
+    """Tune a model on conversations, or go on with the run in its directory where it is to be resumed.
 
     `report` is told what was read. ValueError or OSError, in one line, for options and data that cannot be met.
     """
-    config = resumed(config)
-    train_source, validation_source = config.sources(config.conversations, meadow_source(config), "conversations")
-    base = load_base(config)
+    check_run(config)
+    train_source, validation_source = config.held_out.sources(
+        config.reading, config.conversations, meadow_source(config), "conversations"
+    )
+    base = load_base(config.finetune)
     config, chat = learn_template(config, base)
     longest = _longest(config, base.config)
     encoded, held_out = read(config, chat, longest, train_source, validation_source)
@@ -108,18 +108,17 @@ def sft(
     teacher = load_teacher(config, backend, base, rows[0].block - 1)
     report(f"training: {encoded[0].counts}, in {len(rows[0]):,} rows of {rows[0].block - 1} tokens")
     report(f"validation: {encoded[1].counts}, in {len(rows[1]):,} rows")
-    if config.epochs:
-        config = replace(config, steps=math.ceil(config.epochs * len(rows[0]) / config.batch_size))
+    config = replace(config, training=config.held_out.updates(config.training, len(rows[0])))
     model = ending_answers(base.config, chat)
-    count = MEADOW_ANSWERS if config.on_meadow else answers.SHOWN
+    count = MEADOW_ANSWERS if config.reading.on_meadow else answers.SHOWN
     count = count if config.answers is None else config.answers
     asked = answers.questions(chat, held_out, count, model.max_position_embeddings)
-    measured = bool(asked) and (config.on_meadow or config.answers is not None)
+    measured = bool(asked) and (config.reading.on_meadow or config.answers is not None)
     step = make_step(config, backend, model, base.arrays, config.distillation() if teacher else NextToken())
     examination = answers.Examination(step, chat, asked)
     examples = Examples(
-        BatchIterator(rows[0], config.batch_size, config.seed),
-        partial(evaluation_batches, rows[1], config.micro_batch_size or config.batch_size, config.evaluation_rows)
+        BatchIterator(rows[0], config.training.batch_size, config.training.seed),
+        partial(evaluation_batches, rows[1], config.training.rows_at_once, config.training.evaluation_rows)
         if len(rows[1])
         else tuple,
     )
@@ -149,7 +148,7 @@ def sft(
 def meadow_source(config: SftConfig) -> ConversationSource:
     """Questions about Meadow's stories."""
     limit = config.conversations or MEADOW_CONVERSATIONS
-    return ConversationSource(meadow="train", limit=limit, turns=MEADOW_TURNS, seed=config.seed)
+    return ConversationSource(meadow="train", limit=limit, turns=MEADOW_TURNS, seed=config.training.seed)
 
 
 def learn_template(config: SftConfig, base: Base) -> tuple[SftConfig, Chat]:
@@ -171,7 +170,7 @@ def read(
     """Returns what to train on and what to validate on, as tokens; and the latter as they were said."""
     train: Iterable[Conversation] = talks.conversations(source)
     if validation is None:
-        train, held_out = talks.split(train, config.validation_share, config.seed)
+        train, held_out = talks.split(train, config.reading.validation_share, config.training.seed)
     else:
         held_out = list(talks.conversations(validation))
     return [encode(chat, side, longest, config.too_long) for side in (train, held_out)], held_out
@@ -250,7 +249,7 @@ def load_teacher(config: SftConfig, backend: Backend, base: Base, longest_row: i
         if config.distillation() != Distillation():
             raise ValueError("--teacher-weight and --teacher-temperature say how to learn from a --teacher; give one")
         return None
-    found = load_base(replace(config, model=config.teacher), "--teacher")
+    found = load_base(replace(config.finetune, model=config.teacher), "--teacher")
     if found.config.num_labels:
         raise ValueError(f"{found.directory} is a classifier, which predicts no tokens; give a language model")
     if found.tokenizer.hash != base.tokenizer.hash:
@@ -266,12 +265,10 @@ def load_teacher(config: SftConfig, backend: Backend, base: Base, longest_row: i
             f"{found.config.max_position_embeddings} positions; give a shorter --sequence-length"
         )
     return Teacher(
-        backend.build_scorer(
-            found.config, found.arrays, precision=config.precision, device=config.device, threads=config.threads
-        ),
+        backend.build_scorer(found.config, found.arrays, **scorer_options(config)),
         found.digest(),
         config.teacher_temperature,
-        config.micro_batch_size or config.batch_size,
+        config.training.rows_at_once,
         found.config.vocab_size,
     )
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from llamita.storage import model_directory
+from llamita.workflows.options import resolve
 from llamita.workflows.pretrain import PretrainConfig, pretrain
 from tests.backend.frameworks import NAMES, make
 from tests.training.helpers import Altered, Silence, prepare_stories
@@ -48,7 +49,7 @@ def test_a_run_of_either_backend_goes_on_in_the_other(tmp_path, data):
         broken = tmp_path / f"begun on {begun}"
         with pytest.raises(ConnectionError):
             run(settings(broken, data, **config), backends[begun], CutOff())
-        result, display = run(PretrainConfig(output=broken, resume=True), backends[other])
+        result, display = run(resolve(PretrainConfig, output=broken, resume=True), backends[other])
         assert result.step == STEPS
         assert any(message.startswith(f"{other} was None and is now ") for message in display.messages)
         weights = model_directory.load_tensors(broken / "last")
