@@ -37,8 +37,13 @@ class Steps:
         return cls(greedy, params.reads_history, changed, truncated)
 
     @property
+    def scored_anew(self) -> bool:
+        """Whether scores are other than the logits."""
+        return self.penalized or self.changed
+
+    @property
     def plain_greedy(self) -> bool:
-        return self.greedy and not self.penalized and not self.changed
+        return self.greedy and not self.scored_anew
 
 
 def rows_by_steps(specs: Sequence[SampleSpec]) -> dict[Steps, list[int]]:

@@ -94,7 +94,7 @@ class Sampler:
             best_R1 = mx.take_along_axis(wide_RV, ids_R1, axis=-1)
         else:
             columns = Columns([spec.params for spec in specs], self.dtype)
-            scores_RV = self._score(wide_RV, specs, columns, counts)
+            scores_RV = self._score(wide_RV, specs, columns, counts) if steps.scored_anew else wide_RV
             best_R1, ids_R1 = scores_RV.max(axis=-1, keepdims=True), mx.argmax(scores_RV, axis=-1, keepdims=True)
             if not steps.greedy:
                 # Subtracting the largest changes no probability and keeps tiny temperatures from overflowing.

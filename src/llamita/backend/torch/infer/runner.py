@@ -142,6 +142,8 @@ class TorchRunner:
 
     def _adapters_of(self, names: Sequence[str | None]) -> Adapters | None:
         """Returns the adapters of so many rows of a step."""
+        if not self._running_adapters:
+            return None
         return adapters_of_rows(self._running_adapters, names, self.device, EXACT_ROWS if self.exact else 1)
 
     @torch.inference_mode()

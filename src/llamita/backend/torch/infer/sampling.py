@@ -97,9 +97,9 @@ class Sampler:
             best_R1, ids_R1 = logits_RV.max(dim=-1, keepdim=True)
         else:
             columns = Columns([spec.params for spec in specs], self.device)
-            scores_RV = self._score(
-                logits_RV.to(torch.float64, copy=True, memory_format=torch.contiguous_format), specs, columns, counts
-            )
+            scores_RV = logits_RV.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+            if steps.scored_anew:
+                scores_RV = self._score(scores_RV, specs, columns, counts)
             best_R1, ids_R1 = scores_RV.max(dim=-1, keepdim=True)
             if not steps.greedy:
                 # Subtracting the largest changes no probability and keeps tiny temperatures from overflowing.

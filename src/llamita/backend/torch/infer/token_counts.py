@@ -51,6 +51,8 @@ class TokenCounts:
         Rows of one sequence share its counts where they continue its shortest history, as those of drafted tokens do:
         what they have beyond it is not kept, since the next call may take it back.
         """
+        if not specs and not self._known:
+            return []
         histories = [list(spec.history) for spec in specs]
         keys: list[Hashable] = list(sequence_ids)
         first: dict[Hashable, int] = {}
