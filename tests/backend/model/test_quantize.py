@@ -22,6 +22,47 @@ CONFIGS = {
     "classifier": replace(CONFIG, num_labels=3),
 }
 
+FAMILIES = {
+    "smollm 3": replace(CONFIG, query_key_value_bias=False, tie_word_embeddings=True, layers_without_rope=(1,)),
+    "olmo 2": replace(
+        CONFIG, query_key_value_bias=False, query_key_norm=True, norm_all_heads=True, norm_placement="after"
+    ),
+    "granite 3": replace(
+        CONFIG,
+        query_key_value_bias=False,
+        embedding_multiplier=12.0,
+        attention_multiplier=0.1,
+        residual_multiplier=0.22,
+        logits_scaling=8.0,
+    ),
+    "gemma 2": replace(
+        CONFIG,
+        query_key_value_bias=False,
+        tie_word_embeddings=True,
+        norm_placement="both",
+        unit_offset_norm=True,
+        embedding_multiplier=8.0,
+        sliding_window=8,
+        full_attention_at=(1,),
+        hidden_act="gelu_pytorch_tanh",
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma 3": replace(
+        CONFIG,
+        query_key_value_bias=False,
+        query_key_norm=True,
+        tie_word_embeddings=True,
+        norm_placement="both",
+        unit_offset_norm=True,
+        embedding_multiplier=8.0,
+        sliding_window=8,
+        full_attention_at=(1,),
+        rope_local_base_freq=1000.0,
+        hidden_act="gelu_pytorch_tanh",
+    ),
+}
+
 
 def bfloat16(x: np.ndarray) -> np.ndarray:
     return torch.from_numpy(np.asarray(x, dtype=np.float32)).bfloat16().double().numpy()
@@ -103,6 +144,20 @@ def test_logits_are_those_of_the_dequantised_model(framework, kind, scheme):
         for model, precision in zip(models, ("fp32", "fp32", "bf16"), strict=True):
             found = framework.logits(model, tokens_BT)
             assert relative_difference(found, np.stack(expected)) <= QUANTIZED[precision]
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_a_family_are_those_of_its_dequantised_weights(framework, family, scheme):
+    """The same model over numbers that were never stored in so few bits, which other tests hold to transformers'."""
+    config = FAMILIES[family]
+    quantized, arrays = stored_by(framework, config, scheme)
+    plain = framework.build_model(config, dequantized(arrays), "fp32")
+    tokens_BT = np.random.default_rng(4).integers(config.vocab_size, size=(2, 20))
+    expected = framework.logits(plain, tokens_BT)
+    for precision in ("fp32", "bf16"):
+        found = framework.logits(framework.build_model(quantized, arrays, precision), tokens_BT)
+        assert relative_difference(found, expected) <= QUANTIZED[precision]
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
