@@ -96,13 +96,13 @@ def test_a_teacher_speaks_where_labels_are_scored(given):
     tokens_BT, labels_BT = random.integers(0, 300, (2, 5, 12), dtype=np.int32)
     for row, count in enumerate((5, 1, 12, 3, 2)):
         labels_BT[row, random.permutation(12)[count:]] = IGNORE_INDEX
-    batch = Batch(tokens_BT, labels_BT, None, np.arange(5), figures={"kept": 1.0})
+    batch = Batch(tokens_BT, labels_BT, None, np.arange(5), metrics={"kept": 1.0})
     logits_BTV = torch.from_numpy(BACKEND.load_runner(given.teacher, "float32", "cpu").forward(tokens_BT)["logits"])
     expected_BTV = (logits_BTV.double() / 0.5).log_softmax(-1).numpy()
     for rows_at_once in (1, 2, 5):
         teacher = Teacher(scorer, "", temperature=0.5, rows_at_once=rows_at_once, vocab_size=300)
         found = teacher.teach(batch)
-        assert found.figures == batch.figures
+        assert found.metrics == batch.metrics
         found_BSV = found.extras["teacher_log_probs_BSV"]
         assert found_BSV.shape == (5, 12, 300)
         assert found_BSV.dtype == np.float32

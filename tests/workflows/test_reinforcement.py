@@ -214,7 +214,7 @@ def test_advantages_are_rewards_within_their_group():
     expected = (groups - groups.mean(1, keepdims=True)) / (groups.std(1, ddof=1, keepdims=True) + 1e-4)
     np.testing.assert_allclose(rollouts.advantages(values.tolist(), 4), expected.ravel(), rtol=1e-12, atol=1e-12)
     answers = [rollouts.Answer(0, (1, 2), "", number != 3, value) for number, value in enumerate(values.tolist())]
-    found = rollouts.figures(answers, 4)
+    found = rollouts.metrics_of(answers, 4)
     assert found["reward"] == pytest.approx(values.mean())
     assert found["reward_std"] == pytest.approx(values.std())
     assert (found["no_signal"], found["length"], found["cut_off"]) == (pytest.approx(1 / 3), 2, pytest.approx(1 / 12))

@@ -50,10 +50,10 @@ def test_a_run_is_summed_up(made):
     assert run.parameters == count_parameters(MODEL).total
     lowest = min(checks, key=lambda line: line["loss"])
     assert run.best == ("loss", lowest["loss"], lowest["step"])
-    figures = run.final_metrics()
-    assert figures["validation.perplexity"] == checks[-1]["perplexity"]
+    last = run.final_metrics()
+    assert last["validation.perplexity"] == checks[-1]["perplexity"]
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
-    assert figures["train.loss (smoothed)"] == metrics.smoothed(losses)[-1]
+    assert last["train.loss (smoothed)"] == metrics.smoothed(losses)[-1]
     assert runs.open_run(made / "group/second").state == "failed"
     old = runs.open_run(made / "old")
     assert (old.state, old.started, old.parameters) == ("finished", None, run.parameters)

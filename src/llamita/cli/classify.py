@@ -276,8 +276,8 @@ def _show(report: Report, output: Path | None, about: dict[str, object]) -> None
     for name in ("label", "texts", "predicted", "precision", "recall", "F1"):
         table.add_column(name, justify="left" if name == "label" else "right")
     for scores in report.labels:
-        figures = (scores.precision, scores.recall, scores.f1)
-        table.add_row(scores.label, str(scores.texts), str(scores.predicted), *(f"{figure:.4f}" for figure in figures))
+        values = (scores.precision, scores.recall, scores.f1)
+        table.add_row(scores.label, str(scores.texts), str(scores.predicted), *(f"{value:.4f}" for value in values))
     Console(highlight=False, markup=False).print(table)
     print(
         f"accuracy          {report.accuracy:.4f} (standard error {report.standard_error:.4f}; "

@@ -104,8 +104,8 @@ def show(config: ShowConfig) -> int:
     rest = {key: value for key, value in identity.items() if key not in ("kind", "model", "training")}
     more = {key: found.manifest[key] for key in ("tokenizer", "floor", "best_measure") if key in found.manifest}
     _section(console, "data and identity", rest | more)
-    figures = found.final_metrics()
-    _section(console, "results", {key: value for key, value in figures.items() if not key.startswith("evaluation.")})
+    metrics = found.final_metrics()
+    _section(console, "results", {key: value for key, value in metrics.items() if not key.startswith("evaluation.")})
     for evaluation in found.evaluations:
         facts = {"when": _moment(evaluation.time), "command": evaluation.command, "model": evaluation.model}
         _section(console, f"evaluation {evaluation.name}", {**evaluation.metrics, **facts})

@@ -26,7 +26,7 @@ class Batch:
     tokens_BT: int32. labels_BT: int32, IGNORE_INDEX where nothing is scored. segments_BT: int32 of the inputs, or None
     where every row is one causal sequence (padding, if any, behind it); 0 is padding. row_ids: int64 [B], the rows'
     numbers. extras: what an objective needs besides, arrays of B rows each (see backend/objectives.py). row_is_target:
-    the loss is a mean over rows, not over scored positions. figures: metrics of the whole batch for the record of an
+    the loss is a mean over rows, not over scored positions. metrics: those of the whole batch for the record of an
     update.
     """
 
@@ -36,7 +36,7 @@ class Batch:
     row_ids: np.ndarray
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
     row_is_target: bool = False
-    figures: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_targets(self) -> int:

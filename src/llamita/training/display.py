@@ -56,7 +56,8 @@ class PlainDisplay:
         now = time.monotonic()
         if now - self._shown >= self._seconds or record["step"] == self._clock.steps:
             self._shown = now
-            self.message("  ".join([f"step {record['step']}/{self._clock.steps}", *_figures(record), f"left {left}"]))
+            step = f"step {record['step']}/{self._clock.steps}"
+            self.message("  ".join([step, *metric_texts(record), f"left {left}"]))
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         self.message(f"step {record['step']}/{self._clock.steps}  {evaluation_text(record)}")
@@ -79,10 +80,10 @@ class LiveDisplay:
         self._live.start()
 
     def update(self, record: Mapping[str, Any]) -> None:
-        figures = [figure.split(" ", 1) for figure in _figures(record)]
+        pairs = [text.split(" ", 1) for text in metric_texts(record)]
         table = Table.grid(padding=(0, 2))
-        table.add_row(*(Text(name, style="dim") for name, _ in figures))
-        table.add_row(*(Text(value, style="bold") for _, value in figures))
+        table.add_row(*(Text(name, style="dim") for name, _ in pairs))
+        table.add_row(*(Text(value, style="bold") for _, value in pairs))
         bar = Table.grid(padding=(0, 1))
         progress = ProgressBar(total=self._clock.steps, completed=record["step"], width=40)
         left = self._clock.left(record["step"])
@@ -113,9 +114,9 @@ class _Clock:
         return duration((time.monotonic() - self._begun) / done * (self.steps - step))
 
 
-def _figures(record: Mapping[str, Any]) -> list[str]:
+def metric_texts(record: Mapping[str, Any]) -> list[str]:
     """The numbers of a train record, each `name value`, in the order shown."""
-    figures = [
+    texts = [
         f"loss {record['loss']:.3f}",
         f"smoothed {record['smoothed']:.3f}",
         f"rate {record['learning_rate']:.2e}",
@@ -123,10 +124,10 @@ def _figures(record: Mapping[str, Any]) -> list[str]:
         f"tokens/s {record['tokens_per_second']:,.0f}",
     ]
     measured = [name for name in record if name not in (*OWN, *metrics.TIMES)]
-    figures += [f"{name.replace('_', '-')} {record[name]:.3f}" for name in measured]
+    texts += [f"{name.replace('_', '-')} {record[name]:.3f}" for name in measured]
     if record.get("utilization"):
-        figures.append(f"of-peak {record['utilization']:.0%}")
-    return [*figures, f"memory {record['memory_bytes'] / 1e9:.2f} GB"]
+        texts.append(f"of-peak {record['utilization']:.0%}")
+    return [*texts, f"memory {record['memory_bytes'] / 1e9:.2f} GB"]
 
 
 def evaluation_text(record: Mapping[str, Any]) -> str:

@@ -155,7 +155,7 @@ class Trainer:
             "learning_rate": rate,
             "grad_norm": result.grad_norm,
             "targets": result.targets,
-            **batch.figures,
+            **batch.metrics,
             **result.measures,
             "tokens_per_second": round(speed, 1),
             "utilization": round(flops / self._peak, 4),

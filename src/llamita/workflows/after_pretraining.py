@@ -142,7 +142,7 @@ def measure_classifier(run: Path, backend: Backend, count: int) -> None:
 
 
 def show(output: Path, console: Console) -> None:
-    """The figures of all parts, and what to do next."""
+    """The metrics of all parts, and what to do next."""
     answers, preferences, labels = (open_run(output / name) for name in (ANSWERS, PREFERENCES, LABELS))
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("on held-out stories", "reached"):

@@ -118,7 +118,7 @@ def in_words(run: Run) -> str:
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
-    """The figures that a reader looks for first."""
+    """The metrics that a reader looks for first."""
     found: list[tuple[str, str]] = []
     if run.best:
         name, value, step = run.best

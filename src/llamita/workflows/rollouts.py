@@ -170,7 +170,7 @@ class AnswerBatches:
         if self._round.reference_log_probs_BT is not None:
             extras["reference_log_probs_BT"] = self._round.reference_log_probs_BT
         self.taken += 1
-        return replace(batch, extras=extras, figures=figures(answers, rules.group))
+        return replace(batch, extras=extras, metrics=metrics_of(answers, rules.group))
 
     def state(self) -> dict[str, Any]:
         """Returns what `load_state` needs to go on exactly here; JSON-able."""
@@ -216,7 +216,7 @@ class HeldOut:
 
     def measure(self) -> dict[str, float]:
         """Of the answers of this evaluation."""
-        found = figures(self._answers, 1)
+        found = metrics_of(self._answers, 1)
         del found["no_signal"]
         return found
 
@@ -241,7 +241,7 @@ def advantages(rewards: Sequence[float], group: int) -> list[float]:
     return found
 
 
-def figures(answers: Sequence[Answer], group: int) -> dict[str, float]:
+def metrics_of(answers: Sequence[Answer], group: int) -> dict[str, float]:
     """The mean reward and its standard deviation over the answers, the share of groups whose rewards are all alike and
     teach nothing, the mean length in tokens, and the share of answers that were cut off."""
     rewards = [answer.reward for answer in answers]

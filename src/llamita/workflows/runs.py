@@ -108,7 +108,7 @@ class Run:
         return None if value is None else (name, value, line["step"])
 
     def final_metrics(self) -> dict[str, Any]:
-        """The last figures of training and validation, the speed, and all that evaluations found."""
+        """The last metrics of training and validation, the speed, and all that evaluations found."""
         found: dict[str, Any] = {}
         if self.updates:
             losses = [line["loss"] for line in self.updates if line.get("loss") is not None]
