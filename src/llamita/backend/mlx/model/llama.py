@@ -44,8 +44,12 @@ class Linear(nn.Module):
         self.bias = mx.zeros(n_out) if bias else None
         self.product = operations.linear
 
-    def __call__(self, x: mx.array, adapters: Adapters | None = None) -> mx.array:
-        y = self.product(x, self.weight, self.bias)
+    def __call__(self, x: mx.array, adapters: Adapters | None = None, dtype: mx.Dtype | None = None) -> mx.array:
+        """Multiplies in the type of the weight, or in `dtype`, to which the weight is rounded for it."""
+        weight, bias = self.weight, self.bias
+        if dtype is not None:
+            weight, bias = weight.astype(dtype), None if bias is None else bias.astype(dtype)
+        y = self.product(x, weight, bias)
         return y if adapters is None else adapters.changed(self.name, x, y)
 
 
@@ -95,6 +99,8 @@ class Context:
     cache: PagedStep | None = None
     dropout: masks.Dropout | None = None
     adapters: Adapters | None = None
+    dtype: mx.Dtype | None = None
+    """The type of products with weights that are not quantised; None for that of each weight."""
 
 
 class Attention(nn.Module):
@@ -114,14 +120,14 @@ class Attention(nn.Module):
 
     def __call__(self, x_BTD: mx.array, context: Context) -> mx.array:
         N, K, H = self.N, self.K, self.H
-        heads_BTGH = self.qkv_proj(x_BTD, context.adapters).reshape(*x_BTD.shape[:2], N + 2 * K, H)
+        heads_BTGH = self.qkv_proj(x_BTD, context.adapters, context.dtype).reshape(*x_BTD.shape[:2], N + 2 * K, H)
         rotated_BTGH = self.normed(heads_BTGH[..., : N + K, :])
         if self.rotation is not None:
             rotated_BTGH = self.rotate(rotated_BTGH, context.positions_BT, *context.rotations[self.rotation])
         if context.cache is not None:
             rotated_TGH, v_TKH = rotated_BTGH[0], heads_BTGH[0, :, N + K :]
             mixed_TNH = context.cache.attend(self.layer, rotated_TGH[:, :N], rotated_TGH[:, N:], v_TKH)
-            return self.o_proj(mixed_TNH.flatten(-2)[None], context.adapters)
+            return self.o_proj(mixed_TNH.flatten(-2)[None], context.adapters, context.dtype)
         q_BNTH = rotated_BTGH[..., :N, :].swapaxes(1, 2)
         k_BKTH = rotated_BTGH[..., N:, :].swapaxes(1, 2)
         v_BKTH = heads_BTGH[..., N + K :, :].swapaxes(1, 2)
@@ -129,7 +135,7 @@ class Attention(nn.Module):
         if self.spec.window and context.window_mask is not None:
             mask, causal = context.window_mask, False
         mixed_BNTH = self.attend(q_BNTH, k_BKTH, v_BKTH, mask, causal, context.dropout, self.spec)
-        return self.o_proj(mixed_BNTH.swapaxes(1, 2).flatten(-2), context.adapters)
+        return self.o_proj(mixed_BNTH.swapaxes(1, 2).flatten(-2), context.adapters, context.dtype)
 
     def normed(self, heads_BTGH: mx.array) -> mx.array:
         """Returns queries and keys with their norms, where there are any: over each head, or over all heads at once."""
@@ -153,8 +159,9 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(D, C, bias, operations)
         self.gate = operations.gates[config.hidden_act]
 
-    def __call__(self, x_BTD: mx.array, adapters: Adapters | None = None) -> mx.array:
-        return self.down_proj(self.gate(self.gate_up_proj(x_BTD, adapters)), adapters)
+    def __call__(self, x_BTD: mx.array, context: Context) -> mx.array:
+        gated_BTC = self.gate(self.gate_up_proj(x_BTD, context.adapters, context.dtype))
+        return self.down_proj(gated_BTC, context.adapters, context.dtype)
 
 
 class Block(nn.Module):
@@ -172,7 +179,7 @@ class Block(nn.Module):
         y_BTD = self.self_attn(self.normed(norms.before_attention, x_BTD), context)
         x_BTD = x_BTD + self.added(self.normed(norms.after_attention, y_BTD), context)
         x_BTD = x_BTD if rows_R is None else x_BTD[:, rows_R]
-        y_BTD = self.mlp(self.normed(norms.before_feed_forward, x_BTD), context.adapters)
+        y_BTD = self.mlp(self.normed(norms.before_feed_forward, x_BTD), context)
         return x_BTD + self.added(self.normed(norms.after_feed_forward, y_BTD), context)
 
     def normed(self, norm: str, x_BTD: mx.array) -> mx.array:
@@ -277,11 +284,15 @@ class Llama(nn.Module):
         trace: Trace | None = None,
         dropout: masks.Dropout | None = None,
         adapters: Adapters | None = None,
+        dtype: mx.Dtype | None = None,
         rows_R: mx.array | None = None,
     ) -> mx.array:
-        """Returns the hidden states of `__call__`, or of some rows, without logits; with `dropout`, for training."""
+        """Returns the hidden states of `__call__`, or of some rows, without logits; with `dropout`, for training.
+
+        Products with weights are in `dtype`, without one in the type of each weight; a `cache` comes without both.
+        """
         if cache is None:
-            context = self.context(tokens_BT, positions_BT, segments_BT, dropout, adapters)
+            context = self.context(tokens_BT, positions_BT, segments_BT, dropout, adapters, dtype)
         else:
             assert positions_BT is None, "the cache knows the positions"
             assert segments_BT is None, "the cache keeps sequences apart"
@@ -308,6 +319,7 @@ class Llama(nn.Module):
         segments_BT: mx.array | None,
         dropout: masks.Dropout | None = None,
         adapters: Adapters | None = None,
+        dtype: mx.Dtype | None = None,
     ) -> Context:
         """Returns rotations and masks, computed once for all layers."""
         T = tokens_BT.shape[1]
@@ -317,7 +329,7 @@ class Llama(nn.Module):
             window_mask = masks.window_mask(T, window)
             window_mask = window_mask if mask is None else mask & window_mask
         causal = mask is None
-        return Context(self.rotations(), positions_BT, mask, causal, window_mask, dropout=dropout, adapters=adapters)
+        return Context(self.rotations(), positions_BT, mask, causal, window_mask, None, dropout, adapters, dtype)
 
     def rotations(self) -> tuple[tuple[mx.array, float], ...]:
         """Returns `Context.rotations`."""

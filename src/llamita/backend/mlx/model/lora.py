@@ -76,7 +76,16 @@ class ModelAdapter:
         for matrix in self.changes if probability else ():
             key, own = mx.random.split(key)
             draws[matrix] = Dropout(probability, own)
-        return ModelAdapter(self.changes, draws)
+        return replace(self, draws=draws)
+
+    def astype(self, dtype: mx.Dtype) -> "ModelAdapter":
+        """Returns the same adapter with A and B rounded to a type."""
+
+        def rounded(part: Part) -> Part:
+            return Part(part.module, part.index, part.down_RD.astype(dtype), part.up_CR.astype(dtype), part.scale)
+
+        changes = {name: Change([*map(rounded, old.parts)], old.sizes) for name, old in self.changes.items()}
+        return replace(self, changes=changes)
 
     def parts(self) -> Iterator[Part]:
         for change in self.changes.values():

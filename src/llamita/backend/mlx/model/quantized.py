@@ -56,7 +56,8 @@ class QuantizedLinear(nn.Module):
         """Returns the weight (n_out, n_in) in floating-point numbers."""
         return quantize.dequantize(self.plain_weight(), self.weight_scale, self.n_in, dtype)
 
-    def __call__(self, x: mx.array, adapters: Adapters | None = None) -> mx.array:
+    def __call__(self, x: mx.array, adapters: Adapters | None = None, dtype: mx.Dtype | None = None) -> mx.array:
+        """Multiplies as `multiply` does, whatever the `dtype` of other products is."""
         y = self.multiply(x)
         return y if adapters is None else adapters.changed(self.name, x, y)
 

@@ -4,7 +4,6 @@ The loop, the schedule, the data's order and all files are the trainer's. Nothin
 that dropout draws are a function of (seed, number of the step), so a resumed run draws what the whole run drew.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from llamita.backend.mlx.infer.runner import MlxRunner
 from llamita.backend.mlx.model import lora, weights
 from llamita.backend.mlx.model.attention import Dropout
 from llamita.backend.mlx.model.llama import Llama
+from llamita.backend.mlx.model.quantized import QuantizedLinear
 from llamita.backend.mlx.train.adamw import AdamW, AdamWSettings, clipping_scale, global_norm
 from llamita.backend.mlx.train.objectives import LossOutput, TensorBatch, loss_function
 from llamita.backend.mlx.train.scorer import MlxScorer, arrays_of, choose
@@ -61,13 +61,11 @@ class MlxTrainStep(MlxScorer):
         trained = [fused for fused in model.fused_parameters() if all(map(trainable, fused.parts))]
         if any(not mx.issubdtype(fused.parameter.dtype, mx.floating) for fused in trained):
             raise quantized_refusal(model.config)
-        self.frozen = [fused for fused in self.frozen if not all(map(trainable, fused.parts))]
         self.adapter = lora.fresh_adapter(model, adapter, seed) if adapter else None
         self._adapter_dropout = adapter.dropout if adapter else 0.0
         trained += self.adapter.fused_parameters() if self.adapter else []
         if not trained:
             raise ValueError("no parameter of the model is to be trained")
-        self.trained = trained
         self.optimizer = AdamW(trained, settings)
         self.objective = objective
         self.max_grad_norm = max_grad_norm
@@ -89,8 +87,8 @@ class MlxTrainStep(MlxScorer):
 
     def evaluate(self, batch: Batch) -> LossSums:
         """Returns the loss and the metrics summed over the batch's targets; without dropout."""
-        with mx.stream(self.device), self.parameters_kept() as parameters:
-            output = self._loss(*parameters, arrays_of(batch))
+        with mx.stream(self.device):
+            output = self._loss(arrays_of(batch))
             mx.eval(output.nats, list(output.measures.values()))
             measures = {name: float(np.array(value)) for name, value in output.measures.items()}
             return LossSums(float(np.array(output.nats)), batch.num_targets, measures)
@@ -148,48 +146,53 @@ class MlxTrainStep(MlxScorer):
         """Returns each micro-batch's loss, and the gradients of the mean over all targets; begun, not waited for."""
         outputs: list[LossOutput] = []
         gradients: list[mx.array] = []
-        with self.parameters_kept() as parameters:
-            share, key = mx.array(1 / targets, dtype=mx.float32), self._key_of_step()
-            for batch in micro_batches:
-                key, drawn = mx.random.split(key)
-                (_, nats, measures), found = self._differentiated(*parameters, arrays_of(batch), share, drawn)
-                gradients = [a + b for a, b in zip(gradients, found, strict=True)] if gradients else found
-                outputs.append(LossOutput(nats, measures))
-                mx.async_eval(nats, gradients)  # begun now, so that what a micro-batch holds is soon let go
+        share, key = mx.array(1 / targets, dtype=mx.float32), self._key_of_step()
+        for batch in micro_batches:
+            key, drawn = mx.random.split(key)
+            (_, nats, measures), found = self._differentiated(arrays_of(batch), share, drawn)
+            gradients = [a + b for a, b in zip(gradients, found, strict=True)] if gradients else found
+            outputs.append(LossOutput(nats, measures))
+            # Begun now, so that what a micro-batch holds is soon let go.
+            mx.async_eval(nats, gradients, [item.parameter for item in self.optimizer.parameters])
         return outputs, gradients
 
-    def _loss(
-        self,
-        trained: Sequence[mx.array],
-        frozen: Sequence[mx.array],
-        arrays: Mapping[str, Any],
-        key: mx.array | None = None,
-    ) -> LossOutput:
-        """Returns the loss from the parameters and a batch's arrays; with a key for dropout, in training."""
-        head = self.take(trained, frozen)
-        hidden, adapter, own_key = self.model.hidden, self.adapter, None
+    def _loss(self, arrays: Mapping[str, Any], key: mx.array | None = None) -> LossOutput:
+        """Returns the loss of a batch's arrays; with a key for dropout, in training."""
+        adapter, dropout, own_key = self.adapter, None, None
         if key is not None:
             key, own_key = mx.random.split(key)
             if adapter:
                 key, drawn = mx.random.split(key)
                 adapter = adapter.dropping(self._adapter_dropout, drawn)
             probability = self.model.config.dropout
-            hidden = functools.partial(hidden, dropout=Dropout(probability, key) if probability else None)
-        hidden, head = self.output(hidden, head, adapter)
-        return loss_function(self.objective, own_key)(hidden, head, TensorBatch(**arrays))
+            dropout = Dropout(probability, key) if probability else None
+        return loss_function(self.objective, own_key)(*self.output(adapter, dropout), TensorBatch(**arrays))
 
     def _loss_and_gradients(self) -> Callable[..., Any]:
-        """Returns (trained, frozen, arrays, share, key) -> ((loss x share, loss, measures), gradients of loss x share
-        by the trained parameters); perhaps compiled."""
+        """Returns (arrays, share, key) -> ((loss x share, loss, measures), gradients of loss x share by the trained
+        parameters); perhaps compiled."""
+        trained = self.optimizer.parameters
 
         def weighted(
-            trained: list[mx.array], frozen: list[mx.array], arrays: Mapping[str, Any], share: mx.array, key: mx.array
+            values: list[mx.array], arrays: Mapping[str, Any], share: mx.array, key: mx.array
         ) -> tuple[mx.array, mx.array, Mapping[str, mx.array]]:
-            output = self._loss(trained, frozen, arrays, key)
+            for item, value in zip(trained, values, strict=True):
+                item.replace(value)  # the same numbers, in the arrays that gradients are taken by
+            output = self._loss(arrays, key)
             return output.nats * share, output.nats, output.measures
 
-        function = mx.value_and_grad(weighted)
-        return mx.compile(function) if self.compiled else function
+        differentiated = mx.value_and_grad(weighted)
+
+        def loss_and_gradients(arrays: Mapping[str, Any], share: mx.array, key: mx.array) -> Any:
+            return differentiated([item.parameter for item in trained], arrays, share, key)
+
+        if not self.compiled:
+            return loss_and_gradients
+        # Quantised weights are constants: they never change, and are read from a form outside the tree of arrays.
+        leaves = [module for module in self.model.modules() if not module.children()]
+        state = [module for module in leaves if not isinstance(module, QuantizedLinear)]
+        state += self.adapter.parts() if self.adapter else []
+        return mx.compile(loss_and_gradients, inputs=state, outputs=state)
 
     def _key_of_step(self) -> mx.array:
         """Returns the key that dropout draws from: a function of (seed, step)."""
