@@ -19,7 +19,7 @@ from llamita.model.config import ModelConfig
 from llamita.model.parameters import Initialization, InitializationName, Parameter, parameter_table, stored_arrays
 from llamita.model.presets import PRESETS, preset
 from llamita.model.sizes import count_parameters, flops_per_token, kv_bytes_per_token, training_memory
-from llamita.storage.model_directory import load_config, resolve_model_directory
+from llamita.storage.model_directory import load_config, resolve_model_directory, weight_files
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
 LAYER = re.compile(r"(model\.layers\.)(\d+)\.(.+)")
@@ -87,7 +87,7 @@ def describe(config: ModelConfig, options: InfoConfig, directory: Path | None = 
     file_bytes = {name: size * counts.total for name, size in NUMBER_BYTES.items()}
     if config.quantization:
         file_bytes[config.quantization] = sum(array.stored_bytes for array in stored_arrays(config))
-    files = sorted(directory.glob("model*.safetensors")) if directory else []
+    files = weight_files(directory) if directory else []
     return {
         "model": options.model,
         "config": dataclasses.asdict(config),
