@@ -159,9 +159,8 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(D, C, bias, operations)
         self.gate = operations.gates[config.hidden_act]
 
-    def __call__(self, x_BTD: mx.array, context: Context) -> mx.array:
-        gated_BTC = self.gate(self.gate_up_proj(x_BTD, context.adapters, context.dtype))
-        return self.down_proj(gated_BTC, context.adapters, context.dtype)
+    def __call__(self, x_BTD: mx.array, adapters: Adapters | None = None, dtype: mx.Dtype | None = None) -> mx.array:
+        return self.down_proj(self.gate(self.gate_up_proj(x_BTD, adapters, dtype)), adapters, dtype)
 
 
 class Block(nn.Module):
@@ -179,7 +178,7 @@ class Block(nn.Module):
         y_BTD = self.self_attn(self.normed(norms.before_attention, x_BTD), context)
         x_BTD = x_BTD + self.added(self.normed(norms.after_attention, y_BTD), context)
         x_BTD = x_BTD if rows_R is None else x_BTD[:, rows_R]
-        y_BTD = self.mlp(self.normed(norms.before_feed_forward, x_BTD), context)
+        y_BTD = self.mlp(self.normed(norms.before_feed_forward, x_BTD), context.adapters, context.dtype)
         return x_BTD + self.added(self.normed(norms.after_feed_forward, y_BTD), context)
 
     def normed(self, norm: str, x_BTD: mx.array) -> mx.array:
