@@ -103,7 +103,8 @@ SPLITTERS: Mapping[str, Splitter] = {
     **dict.fromkeys(("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), _LLAMA3),
     **dict.fromkeys(("phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "granite-docling", "gigachat"), _GPT2),
     **dict.fromkeys(("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"), _DIGITS),
-    **dict.fromkeys(("deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "solar-open"), _QWEN2),
+    **dict.fromkeys(("deepseek-r1-qwen", "megrez"), _QWEN2),
+    **dict.fromkeys(("stablelm2", "hunyuan", "solar-open"), Splitter((QWEN2,))),
     **dict.fromkeys(("smaug-bpe", "glm4", "chatglm-bpe"), Splitter((WORDS,))),
     "llama4": Splitter((GPT4O,)),
 }
