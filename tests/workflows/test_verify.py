@@ -13,7 +13,7 @@ from llamita.cli.main import main
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.storage import files, model_directory
-from llamita.storage.formats.foreign import to_halves
+from llamita.storage.rotation import to_halves
 from llamita.workflows.verify import verify
 
 CONFIG = ModelConfig(97, 32, 48, 4, 4, 2, 64)

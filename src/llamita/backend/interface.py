@@ -153,6 +153,12 @@ class Runner(Forward, Protocol):
     """Bytes of weights that decoding one token reads."""
     kv_bytes_per_token: int
     """Bytes of keys and values that one earlier position adds to that."""
+    dtype_reason: str
+    """Why weights and cache have the type that they have; empty where nobody chose it."""
+
+    @property
+    def dtype_name(self) -> str:
+        """The type of weights and cache: float32, bfloat16 or float16."""
 
     @property
     def cache_budget(self) -> int:

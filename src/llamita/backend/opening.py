@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from llamita.backend import processor
 from llamita.model import host_array
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
@@ -29,13 +30,19 @@ class OpenedModel:
     default: str | None
     dtype: str
     """One of DTYPES: what was asked for, or for "auto" that of the file (bfloat16 for the activations of a quantised
-    model)."""
+    model), or float32 on a CPU that multiplies that slowly."""
+    dtype_reason: str
+    """Why it is that one, in a few words."""
 
 
-def open_model(model: Path | str, dtype: str = "auto", adapters: Mapping[str, Path] | None = None) -> OpenedModel:
-    """Opens a model directory, the best checkpoint of a run, a name on the hub, or an adapter over its base.
+def open_model(
+    model: Path | str, dtype: str = "auto", adapters: Mapping[str, Path] | None = None, on_cpu: bool = False
+) -> OpenedModel:
+    """Opens a model directory, the best checkpoint of a run, a GGUF file, a name on the hub, or an adapter over its
+    base.
 
-    `adapters` are further ones over the same base, by name. ValueError or OSError, in one line, for what does not fit.
+    `adapters` are further ones over the same base, by name. `on_cpu`: it will run on a CPU. ValueError or OSError, in
+    one line, for what does not fit.
     """
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype={dtype!r} is not supported; give auto or one of {', '.join(DTYPES)}")
@@ -48,7 +55,19 @@ def open_model(model: Path | str, dtype: str = "auto", adapters: Mapping[str, Pa
         arrays = own.adapter.over(arrays)
         named[OWN] = own.adapter
     config = own.adapter.config if own else model_directory.load_config(directory)
+    reason = "asked for"
     if dtype == "auto":
-        stored = "BF16" if config.quantization else next((array.dtype for array in arrays.values()), "F32")
-        dtype = host_array.DTYPE_NAMES.get(stored, "float32")
-    return OpenedModel(config, arrays, named, OWN if own else None, dtype if dtype in DTYPES else "float32")
+        dtype, reason = _dtype_of(config, arrays, on_cpu)
+    return OpenedModel(config, arrays, named, OWN if own else None, dtype, reason)
+
+
+def _dtype_of(config: ModelConfig, arrays: Mapping[str, HostArray], on_cpu: bool) -> tuple[str, str]:
+    """Returns the type that "auto" stands for, and why."""
+    if config.quantization:
+        return "bfloat16", f"the kernels over {config.quantization} take it"
+    stored = host_array.DTYPE_NAMES.get(next((array.dtype for array in arrays.values()), "F32"), "float32")
+    if stored not in DTYPES:
+        return "float32", f"nothing runs in the file's {stored}"
+    if on_cpu and not processor.multiplies(stored):
+        return "float32", f"the file has {stored}, for which this processor has no instructions"
+    return stored, "the file's own"

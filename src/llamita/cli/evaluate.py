@@ -165,7 +165,7 @@ def _multiple_choice(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     tokenizer = Tokenizer.load(peft_directory.place_of(directory, *peft_directory.VOCABULARY))
     if config.bos == "always" and tokenizer.bos_id is None:
         raise ValueError(f"bos=always: the tokenizer of {directory} has no token that begins a text")
-    bos = tokenizer.bos_id is not None and config.bos != "never"
+    bos = config.bos == "always" or (config.bos == "auto" and tokenizer.begins_texts)
     runner = _runner(config)
     result = multiple_choice.evaluate(
         runner,

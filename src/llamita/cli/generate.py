@@ -90,8 +90,7 @@ def run(config: GenerateConfig) -> int:
         status = exit_status.INTERRUPTED
     print(flush=True)
     if config.statistics and last is not None:
-        warm_up = llm.engine.warm_up_seconds
-        print(report(last.statistics, last.finish_reason or "interrupted", warm_up), file=sys.stderr)
+        print(report(last.statistics, last.finish_reason or "interrupted", llm), file=sys.stderr)
     return status
 
 
@@ -168,9 +167,7 @@ def _run_several(llm: "LLM", prompt: str | tuple[int, ...], adapter: str | None,
     print("\n\n".join(start + shape(text) for text in texts), flush=True)
     if config.statistics:
         for continuation in found:
-            print(
-                report(continuation.statistics, continuation.finish_reason, llm.engine.warm_up_seconds), file=sys.stderr
-            )
+            print(report(continuation.statistics, continuation.finish_reason, llm), file=sys.stderr)
     return 0
 
 
@@ -200,18 +197,19 @@ def harmless(text: str) -> str:
     return "".join("\ufffd" if category(letter) == "Cc" and letter not in "\n\t" else letter for letter in text)
 
 
-def report(statistics: Statistics, ending: str, warm_up_seconds: float) -> str:
+def report(statistics: Statistics, ending: str, llm: "LLM") -> str:
     """Returns the line of `--statistics`.
 
     Its bandwidth counts the weights, and the cached keys and values, once for every decoded token.
     """
     return (
-        f"warm-up: {warm_up_seconds:.2f} s; "
+        f"warm-up: {llm.engine.warm_up_seconds:.2f} s; "
         f"prefill: {statistics.prompt_tokens} tokens in {statistics.prefill_seconds:.3f} s, "
         f"{statistics.prefill_tokens_per_second:.1f} tokens/s; "
         f"decode: {statistics.decode_tokens} tokens in {statistics.decode_seconds:.3f} s, "
         f"{statistics.decode_tokens_per_second:.1f} tokens/s, "
         f"{statistics.decode_bytes_per_second / 1e9:.2f} GB/s read; "
+        f"in {llm.runner.dtype_name} ({llm.runner.dtype_reason}); "
         f"{statistics.generated_tokens} generated; seed {statistics.seed}; finished: {ending}"
     )
 

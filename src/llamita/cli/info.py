@@ -15,11 +15,12 @@ import tyro
 from rich.console import Console, Group
 from rich.table import Table
 
+from llamita.backend.opening import open_model
 from llamita.model.config import ModelConfig
 from llamita.model.parameters import Initialization, InitializationName, Parameter, parameter_table, stored_arrays
 from llamita.model.presets import PRESETS, preset
 from llamita.model.sizes import count_parameters, flops_per_token, kv_bytes_per_token, training_memory
-from llamita.storage.model_directory import load_config, resolve_model_directory
+from llamita.storage.model_directory import load_config, resolve_model_directory, weight_files
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
 LAYER = re.compile(r"(model\.layers\.)(\d+)\.(.+)")
@@ -87,7 +88,8 @@ def describe(config: ModelConfig, options: InfoConfig, directory: Path | None = 
     file_bytes = {name: size * counts.total for name, size in NUMBER_BYTES.items()}
     if config.quantization:
         file_bytes[config.quantization] = sum(array.stored_bytes for array in stored_arrays(config))
-    files = sorted(directory.glob("model*.safetensors")) if directory else []
+    files = weight_files(directory) if directory else []
+    opened = open_model(directory, on_cpu=True) if directory and files else None
     return {
         "model": options.model,
         "config": dataclasses.asdict(config),
@@ -103,6 +105,7 @@ def describe(config: ModelConfig, options: InfoConfig, directory: Path | None = 
         },
         "file_bytes": file_bytes,
         "file_bytes_on_disk": sum(file.stat().st_size for file in files) if files else None,
+        "dtype_on_cpu": {"dtype": opened.dtype, "reason": opened.dtype_reason} if opened else None,
         "table": [dataclasses.asdict(row) for row in parameter_table(config, options.initialization)],
     }
 
@@ -198,6 +201,8 @@ def facts_table(facts: dict[str, Any], config: ModelConfig) -> Table:
     ]
     if facts["file_bytes_on_disk"] is not None:
         rows.append(("  on disk", short_bytes(facts["file_bytes_on_disk"])))
+    if chosen := facts["dtype_on_cpu"]:
+        rows.append(("runs on this CPU", f"in {chosen['dtype']} ({chosen['reason']}); --dtype says otherwise"))
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for label, value in rows:
         table.add_row(label if label.startswith(" ") else f"[bold]{label}[/bold]", value)

@@ -96,7 +96,7 @@ class Layout:
         """The tokens that an answer goes on from."""
         if self.chat is not None:
             return self.chat.encode(said).tokens
-        return tuple(self.tokenizer.encode(plain(said), bos=self.tokenizer.bos_id is not None))
+        return tuple(self.tokenizer.encode(plain(said), bos=self.tokenizer.begins_texts))
 
     def answered(self, said: Messages, answer: Messages) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of a prompt and its answer, int32, and which of them the answer is, its end included: bool."""

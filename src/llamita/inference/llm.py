@@ -70,7 +70,8 @@ class LLM:
         draft: Path | str = "",
         adapters: Mapping[str, Path | str] | None = None,
     ) -> "LLM":
-        """Loads a language model: a Hugging Face model directory, a training run, or a name on the hub (`owner/name`).
+        """Loads a language model: a Hugging Face model directory, a training run, a GGUF file, or a name on the hub
+        (`owner/name`).
 
         `backend` is "torch", "mlx", "auto" for MLX on Apple silicon where it is installed, else PyTorch; or one that
         was loaded. `dtype` is that of weights and cache, "auto" that of the file. `device` is "cpu", "cuda" (PyTorch),
@@ -94,8 +95,7 @@ class LLM:
         places = {name: Path(place) for name, place in (adapters or {}).items()}
         runner = backend.load_runner(directory, dtype, device, threads, exact, places)
         vocabulary = peft_directory.place_of(directory, *peft_directory.VOCABULARY)
-        has_tokenizer = any((vocabulary / name).is_file() for name in peft_directory.VOCABULARY)
-        tokenizer = Tokenizer.load(vocabulary) if has_tokenizer else None
+        tokenizer = Tokenizer.load(vocabulary) if Tokenizer.is_in(vocabulary) else None
         if tokenizer is not None and tokenizer.vocab_size > runner.config.vocab_size:
             raise ValueError(
                 f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens and the model embeddings for "
@@ -129,7 +129,7 @@ class LLM:
             return tuple(int(token_id) for token_id in prompt)
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer beside it; give the prompt as token ids")
-        tokens = tuple(self.tokenizer.encode(prompt, bos=self.tokenizer.bos_id is not None))
+        tokens = tuple(self.tokenizer.encode(prompt, bos=self.tokenizer.begins_texts))
         if not tokens:
             raise ValueError("the prompt is empty and this model has no BOS token to start from; give some text")
         return tokens

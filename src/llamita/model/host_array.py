@@ -1,6 +1,7 @@
 """Arrays on the host: a dtype by its safetensors name, a shape, and bytes, since numpy has no bfloat16."""
 
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,6 +58,29 @@ class HostArray:
         first, last = -(-(self.offset + start) // page) * page, (self.offset + stop) // page * page
         if first < last:
             self.mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+class ComputedArray(HostArray):
+    """An array whose bytes are computed when they are read, and again after `forget`: of many, few are in memory."""
+
+    _compute: Callable[[], np.ndarray]
+    _bytes: memoryview | None
+
+    def __init__(self, dtype: str, shape: tuple[int, ...], compute: Callable[[], np.ndarray]) -> None:
+        """`compute` returns an array of this shape, of uint16 bit patterns where `dtype` is BF16."""
+        values = {"dtype": dtype, "shape": shape, "mapping": None, "offset": 0, "_compute": compute, "_bytes": None}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def data(self) -> memoryview:
+        if self._bytes is None:
+            object.__setattr__(self, "_bytes", _bytes_of(self._compute()))
+        assert self._bytes is not None
+        return self._bytes
+
+    def forget(self, start: int, stop: int) -> None:
+        object.__setattr__(self, "_bytes", None)
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:

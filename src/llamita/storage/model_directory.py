@@ -14,7 +14,9 @@ import huggingface_hub
 from llamita.model.config import ModelConfig, unknown_keys
 from llamita.model.host_array import DTYPE_NAMES, HostArray
 from llamita.model.parameters import shortened
+from llamita.storage import gguf
 from llamita.storage.files import read_json
+from llamita.storage.gguf_header import is_gguf
 from llamita.storage.safetensors import Layout, layout_of, read_safetensors, size_of, write_file
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -56,9 +58,12 @@ def stream_tensors(
 def load_tensors(directory: Path | str, name: str = "model") -> dict[str, HostArray]:
     """Map `<name>.safetensors`, or the shards that its index lists; nothing is copied.
 
-    Raises FileNotFoundError where neither exists, ValueError (naming the file) for a broken one.
+    A GGUF file's are read too. Raises FileNotFoundError where neither exists, ValueError (naming the file) for a
+    broken one.
     """
     directory = Path(directory)
+    if is_gguf(directory):
+        return gguf.load_tensors(directory)
     single, index_file = directory / f"{name}.safetensors", directory / f"{name}.safetensors.index.json"
     if single.is_file():
         return read_safetensors(single)
@@ -117,6 +122,8 @@ def save_config(directory: Path | str, config: ModelConfig, dtype: str = "F32") 
 
 def load_config(directory: Path | str) -> ModelConfig:
     """Read `config.json`; keys that Llamita does not know are named in a warning."""
+    if is_gguf(Path(directory)):
+        return gguf.load_config(Path(directory))
     file = Path(directory) / "config.json"
     values = read_json(file)
     try:
@@ -129,14 +136,23 @@ def load_config(directory: Path | str) -> ModelConfig:
     return config
 
 
+def weight_files(directory: Path | str) -> list[Path]:
+    """The files of a model's weights, in their order; a GGUF file holds its own."""
+    directory = Path(directory)
+    return [directory] if directory.is_file() else sorted(directory.glob("model*.safetensors"))
+
+
 def resolve_model_directory(path: Path | str) -> Path:
-    """The model directory that a user means: a path, the best (else last) checkpoint of a training run, or a model's
-    name on the Hugging Face hub (`owner/name` or `owner/name@revision`), which is fetched into the hub's cache.
+    """The model directory that a user means: a path, the best (else last) checkpoint of a training run, a GGUF file
+    (which stands for a directory wherever one is read), or a model's name on the Hugging Face hub (`owner/name` or
+    `owner/name@revision`), which is fetched into the hub's cache.
 
     The hub's client decides where the cache is and whether to go online (HF_HOME, HF_HUB_OFFLINE).
     """
     on_hub = HUB_NAME.fullmatch(str(path))
     path = Path(path)
+    if is_gguf(path):
+        return path
     for candidate in (path, path / "best", path / "last"):
         if any((candidate / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
             return candidate

@@ -20,7 +20,7 @@ from llamita.model.host_array import HostArray
 from llamita.model.lora import ALL, HEAD, Adapter, Factors, LoraSettings, is_called, linear_maps
 from llamita.model.parameters import CLASSIFIER
 from llamita.storage import files, model_directory, safetensors
-from llamita.storage.model_directory import ADAPTER_CONFIG
+from llamita.storage.model_directory import ADAPTER_CONFIG, weight_files
 
 VALUES, BASE = "adapter_model", "adapter_base.json"
 PREFIX = "base_model.model."
@@ -154,7 +154,7 @@ def base_directory(directory: Path) -> Path:
     if not isinstance(name, str) or not name or not isinstance(revision, str | None):
         raise ValueError(f"{directory} does not say which model it adapts; load that model, and this as its adapter")
     for place in (Path(name), directory / name):
-        if place.is_dir():
+        if place.exists():
             return model_directory.resolve_model_directory(place)
     try:
         return model_directory.resolve_model_directory(f"{name}@{revision}" if revision else name)
@@ -169,7 +169,8 @@ CONFIG = "config.json"
 
 
 def place_of(directory: Path, *names: str) -> Path:
-    """Returns the directory of one of these files: a model's own or, for an adapter without it, its base's."""
+    """Returns the directory of one of these files: a model's own or, for an adapter without it, its base's. A GGUF file
+    stands for its own directory."""
     if is_adapter(directory) and not any((directory / name).is_file() for name in names):
         return base_directory(directory)
     return directory
@@ -258,4 +259,4 @@ def weights_digest(directory: Path | str) -> str:
 
 def weight_hashes(directory: Path | str) -> list[str]:
     """The SHA-256 of each file of weights of a model directory, in their order."""
-    return [files.sha256(file) for file in sorted(Path(directory).glob("model*.safetensors"))]
+    return [files.sha256(file) for file in weight_files(directory)]

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from llamita.text import tiktoken_ranks
+from llamita.storage.gguf_header import is_gguf
+from llamita.text import gguf_tokenizer, tiktoken_ranks
 from llamita.text.huggingface_codec import HuggingFaceCodec
 from llamita.text.sentencepiece_codec import SentencePieceCodec
 
@@ -46,7 +47,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
-        """Open a directory, a tokenizer.json or a tokenizer.model, which is SentencePiece's or, of Llama 3, tiktoken's.
+        """Open a directory, a tokenizer.json, a GGUF file with a tokenizer in it, or a tokenizer.model, which is
+        SentencePiece's or, of Llama 3, tiktoken's.
 
         A directory's tokenizer.model is read by `sentencepiece`, unless the tokenizer.json beside it has more tokens.
         One of tiktoken's is read only where there is no tokenizer.json.
@@ -55,6 +57,8 @@ class Tokenizer:
         path = Path(path)
         if not path.exists():
             raise FileNotFoundError(f"there is no tokenizer at {path}; `llamita tokenizer train` makes one")
+        if is_gguf(path):
+            return cls(*gguf_tokenizer.read(path))
         file = _tokenizer_file(path) if path.is_dir() else path
         codec: HuggingFaceCodec | SentencePieceCodec
         if file.suffix == ".json" or file.read_bytes()[:1] == b"{":
@@ -71,6 +75,13 @@ class Tokenizer:
         if isinstance(codec, HuggingFaceCodec):
             codec = codec.with_special(token_id for token_id in roles.values() if token_id is not None)
         return cls(codec, config, roles)
+
+    @staticmethod
+    def is_in(place: Path) -> bool:
+        """Whether a directory, or a GGUF file, holds a tokenizer."""
+        if is_gguf(place):
+            return gguf_tokenizer.has_tokenizer(place)
+        return any((place / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
     @classmethod
     def from_codec(cls, codec: HuggingFaceCodec | SentencePieceCodec) -> "Tokenizer":
@@ -91,6 +102,16 @@ class Tokenizer:
         if isinstance(self.codec, HuggingFaceCodec):  # its post-processor decides, whatever the settings beside it say
             return self.codec.ids_around_nothing()[:1] == [self.bos_id]
         return bool(self._config.get("add_bos_token", True))
+
+    @property
+    def begins_texts(self) -> bool:
+        """Whether a text that a model goes on from begins with the BOS token.
+
+        It does where transformers puts it there, and for tokenizers trained here, whose files leave that to whoever
+        asks (`OWN_SETTINGS`) while all texts that a model learns from begin with it.
+        """
+        own = OWN_SETTINGS.items() <= (self._config or OWN_SETTINGS).items()
+        return self.bos_id is not None and (own or self.adds_bos)
 
     @property
     def chat_template(self) -> str | None:

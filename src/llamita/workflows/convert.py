@@ -17,6 +17,7 @@ from llamita.model.config import ModelConfig
 from llamita.storage import files, model_directory, safetensors
 from llamita.storage.formats import checkpoints, gguf, llama2c, llama2c_tokenizer
 from llamita.storage.formats.foreign import ForeignModel
+from llamita.storage.gguf_header import is_gguf
 from llamita.text import tiktoken_ranks
 from llamita.text.tokenizer import Tokenizer
 
@@ -114,18 +115,17 @@ def read_model(source: Path, config: ConvertConfig, tools: Tools) -> tuple[str, 
         return "Meta's checkpoint", _read_meta(source, tools)
     if source.is_dir() or not source.exists():
         directory = model_directory.resolve_model_directory(source)
-        found = any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
         arrays, shape = model_directory.load_tensors(directory), model_directory.load_config(directory)
         if shape.quantization:
             raise ValueError(
                 f"{directory} is quantised ({shape.quantization}); convert the model that it was made from"
             )
-        model = ForeignModel(shape, arrays, Tokenizer.load(directory) if found else None)
+        model = ForeignModel(shape, arrays, Tokenizer.load(directory) if Tokenizer.is_in(directory) else None)
         return "Hugging Face directory", model
     with open(source, "rb") as file:
         head = file.read(16)
-    if gguf.is_gguf(head):
-        return "GGUF file", gguf.read_model(source)
+    if is_gguf(source):
+        return "GGUF file", gguf.read_model(source, with_tokenizer=config.tokenizer is None)
     # A pickle begins with its protocol and an operation; 128 as llama2.c's width has the same first byte.
     if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5" and head[2:3] != b"\0"):
         return "training checkpoint", checkpoints.from_training_checkpoint(source, tools.read_pickle(source))

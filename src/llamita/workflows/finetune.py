@@ -83,8 +83,9 @@ class Base:
 
     def digest(self) -> str:
         """One hash over the files that the model's values and its tokens depend on."""
-        config = files.sha256(self.directory / "config.json")
-        return files.combined_sha256([config, *self.hashes], self.tokenizer.hash)
+        file = self.directory / "config.json"
+        config = [files.sha256(file)] if file.is_file() else []  # a GGUF file holds both
+        return files.combined_sha256([*config, *self.hashes], self.tokenizer.hash)
 
 
 def load_base(config: FinetuneConfig, flag: str = "--model") -> Base:

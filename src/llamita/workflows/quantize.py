@@ -15,6 +15,9 @@ from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.parameters import check_arrays, parameter_table, stored_arrays
 from llamita.storage import files, model_directory
+from llamita.storage.gguf_header import is_gguf
+from llamita.storage.safetensors import size_of
+from llamita.text.tokenizer import Tokenizer
 
 Scheme = Literal["int8", "int4"]
 CARRIED = (
@@ -51,12 +54,22 @@ def quantize(model: Path | str, output: Path, scheme: Scheme, overwrite: bool, b
     layout = {array.name: (array.stored_dtype, array.shape) for array in stored}
     with files.atomic_directory(output, overwrite) as temporary:
         model_directory.save_config(temporary, result)
-        for name in CARRIED:
-            if (directory / name).is_file():
-                shutil.copyfile(directory / name, temporary / name)
+        carry_over(temporary, directory)
         model_directory.stream_tensors(temporary, layout, backend.quantize_arrays(result, _one_by_one(arrays, names)))
-    before = sum(len(arrays[name].data) for name in names)
+    before = sum(size_of(arrays[name].dtype, arrays[name].shape) for name in names)
     return Quantized(result, before, sum(array.stored_bytes for array in stored))
+
+
+def carry_over(output: Path, *places: Path) -> None:
+    """Copies the files around a model's weights (`CARRIED`) from the first of these places that has each; from a GGUF
+    file, where none of them has a tokenizer, its own."""
+    for name in CARRIED:
+        found = [place / name for place in places if (place / name).is_file()]
+        if found:
+            shutil.copyfile(found[0], output / name)
+    for place in places:
+        if is_gguf(place) and not Tokenizer.is_in(output) and Tokenizer.is_in(place):
+            Tokenizer.load(place).save(output)
 
 
 def _one_by_one(arrays: dict[str, HostArray], names: list[str]) -> Iterator[tuple[str, HostArray]]:

@@ -1,12 +1,16 @@
 """GGUF files: settings and tensors as llama.cpp names them, every family and number type, tokenizers, broken files."""
 
 import dataclasses
+import functools
+import re
 import struct
+import time
 
 import gguf as library
 import numpy as np
 import pytest
 import tokenizers
+import transformers
 from tokenizers import normalizers
 
 from llamita.data import meadow
@@ -14,12 +18,15 @@ from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.parameters import initialize_parameters
 from llamita.model.rope import RopeScaling, rotary_frequencies
-from llamita.storage.formats import gguf, gguf_tokenizer
+from llamita.storage import gguf as gguf_file
+from llamita.storage.formats import gguf
 from llamita.storage.formats.foreign import ForeignModel
-from llamita.text import sentencepiece_training
+from llamita.storage.gguf_header import read_header
+from llamita.text import sentencepiece_training, word_splitters
 from llamita.text.bpe import special_tokens, train_bpe_from_iterator
 from llamita.text.huggingface_codec import HuggingFaceCodec
 from llamita.text.tokenizer import Tokenizer
+from llamita.text.word_splitters import SPLITTERS
 from tests.storage.formats.helpers import as_pairs, equal, model
 
 GEMMA = {
@@ -177,7 +184,7 @@ def test_any_scaling_of_llama_3s_kind_is_read_from_its_divisors(tmp_path, scalin
 def test_divisors_of_another_kind_are_refused(tmp_path, monkeypatch):
     ours = model(**PLAIN, head_dim=64, rope_theta=500000.0, rope_scaling=RopeScaling("llama3", 8.0, 8192))
     plain = rotary_frequencies(64, 500000.0, None)[0]
-    for divisors in (np.linspace(1, 8, 32), np.full(32, 8.0), np.ones(32), np.full(32, np.nan), np.zeros(32)):
+    for divisors in (np.linspace(1, 8, 32), np.full(32, 8.0), np.full(32, np.nan), np.zeros(32)):
         with np.errstate(divide="ignore"):
             wrong = (plain / divisors).astype(np.float32)
         monkeypatch.setattr(
@@ -223,10 +230,34 @@ def test_other_peoples_quantised_tensors_are_dequantised(tmp_path, kind):
     writer.add_tensor("x", rows.reshape(4, -1), raw_dtype=qtype)
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
-    tensor = library.GGUFReader(tmp_path / "m.gguf").tensors[0]
-    read = gguf._array(tensor)
+    read = gguf_file._array(read_header(tmp_path / "m.gguf"), "x")
     assert read.shape == (4, 256)
     np.testing.assert_allclose(read.to_numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+DEQUANTISED = [
+    kind for kind in library.GGMLQuantizationType if gguf_file._dequantises(kind) and kind.name not in ("F32", "F16")
+]
+
+
+@pytest.mark.parametrize("kind", DEQUANTISED, ids=lambda kind: kind.name)
+def test_every_number_type_that_the_library_dequantises_is_read(tmp_path, kind):
+    """In shapes of one, two and three dimensions, beside what the library's own reader and dequantiser make of it."""
+    _, size = library.GGML_QUANT_SIZES[kind]
+    generator = np.random.default_rng(1)
+    writer = library.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for name, shape in {"a": (2 * size,), "b": (3, size), "c": (2, 3, 2 * size)}.items():
+        writer.add_tensor(name, generator.integers(0, 128, size=shape, dtype=np.uint8), raw_dtype=kind)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    header = read_header(tmp_path / "m.gguf")
+    for tensor in library.GGUFReader(tmp_path / "m.gguf").tensors:
+        read = gguf_file._array(header, tensor.name)
+        expected = library.quants.dequantize(np.array(tensor.data), kind)
+        assert read.shape == tuple(int(length) for length in reversed(tensor.shape))
+        for _ in range(2):
+            np.testing.assert_array_equal(read.to_numpy().reshape(-1), expected.astype(np.float32).reshape(-1))
+            read.forget(0, 1)
 
 
 def half(part, at):
@@ -299,6 +330,24 @@ def with_tokenizer(tokenizer: Tokenizer, size: int) -> ForeignModel:
     return ForeignModel(config, arrays, tokenizer)
 
 
+def write_bare(path, tokenizer: Tokenizer, name: str, settings) -> None:
+    """A file of a tokenizer alone, with a given name for how it splits words."""
+    vocabulary = sorted(tokenizer.codec.vocabulary, key=tokenizer.codec.vocabulary.__getitem__)
+    special = tokenizer.codec.special_tokens
+    writer = library.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(name)
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3 if text in special else 1 for text in vocabulary])
+    merges = tokenizer.codec.spec["model"]["merges"]
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
+    writer.add_bos_token_id(tokenizer.bos_id)
+    for key, value in settings.items():
+        writer.add_bool(key, value)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+
+
 def byte_level() -> Tokenizer:
     return train_bpe_from_iterator(meadow.corpus(0, 300, "train"), 400, reserved_tokens=2)
 
@@ -309,17 +358,17 @@ def sentencepiece() -> Tokenizer:
 
 
 def split_like(name: str) -> Tokenizer:
-    """A byte-level tokenizer that splits words as Llama 3 or Qwen 2 does."""
-    pattern, nfc = gguf_tokenizer.SPLITTERS[name]
+    """A byte-level tokenizer that splits words as those of the models do that llama.cpp has this name for."""
     made = tokenizers.Tokenizer.from_str(HuggingFaceCodec.__reduce__(byte_level().codec)[1][0])
-    made.pre_tokenizer = gguf_tokenizer._pre_tokenizer(pattern)
-    if nfc:
+    made.pre_tokenizer = SPLITTERS[name].pre_tokenizer()
+    if SPLITTERS[name].nfc:
         made.normalizer = normalizers.NFC()
+    made.model.ignore_merges = SPLITTERS[name].whole_words
     return Tokenizer.from_codec(HuggingFaceCodec(made))
 
 
 @pytest.mark.parametrize(
-    "make", [byte_level, sentencepiece, lambda: split_like("llama-bpe"), lambda: split_like("qwen2")]
+    "make", [byte_level, sentencepiece, *(functools.partial(split_like, name) for name in SPLITTERS)]
 )
 @pytest.mark.parametrize("padding", [0, 5])
 def test_a_tokenizer_goes_along(tmp_path, make, padding):
@@ -354,6 +403,139 @@ def test_a_tokenizer_that_llama_cpp_lacks_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="no way to split words as this tokenizer does"):
         gguf.write_model(tmp_path / "m.gguf", with_tokenizer(Tokenizer.from_codec(HuggingFaceCodec(made)), 400))
+
+
+def test_each_way_to_split_words_is_written_under_a_name_that_means_it(tmp_path):
+    for name, splitter in SPLITTERS.items():
+        made = split_like(name)
+        written = word_splitters.name_of(made.codec.spec)
+        assert SPLITTERS[written].patterns == splitter.patterns, name
+        assert SPLITTERS[written].whole_words == splitter.whole_words, name
+
+
+def test_a_text_begins_as_the_file_says(tmp_path):
+    for name, begins in (("smollm", None), ("llama-bpe", None), ("tekken", False), ("smollm", True)):
+        made, path = split_like(name), tmp_path / "m.gguf"
+        write_bare(path, made, name, {} if begins is None else {"tokenizer.ggml.add_bos_token": begins})
+        again = Tokenizer.load(path)
+        expected = SPLITTERS[name].begins_texts if begins is None else begins
+        assert (again.begins_texts, again.adds_bos) == (expected, expected)
+        again.save(tmp_path / name)
+        ids = transformers.AutoTokenizer.from_pretrained(tmp_path / name)("Once upon a time").input_ids
+        assert ids == again.encode("Once upon a time", bos=expected)
+
+
+def test_an_unknown_way_to_split_words_keeps_no_weights_from_being_read(tmp_path):
+    made, path = byte_level(), tmp_path / "m.gguf"
+    gguf.write_model(path, with_tokenizer(made, 400))
+    path.write_bytes(path.read_bytes().replace(b"gpt-2", b"gpt-0"))
+    with pytest.raises(ValueError, match=r"tokenizer\.ggml\.pre='gpt-0' is not supported; give the model's"):
+        gguf.read_model(path)
+    assert gguf.read_model(path, with_tokenizer=False).arrays.keys() == with_tokenizer(made, 400).arrays.keys()
+
+
+def test_settings_of_a_large_vocabulary_are_read_in_a_moment(tmp_path):
+    writer = library.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_token_list([f"token {number}" for number in range(150_000)])
+    writer.add_token_types([1] * 150_000)
+    writer.add_token_merges([f"a{number} b{number}" for number in range(150_000)])
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    begun = time.process_time()
+    metadata = read_header(tmp_path / "m.gguf").metadata
+    print(f"{time.process_time() - begun:.2f} s")
+    assert metadata["tokenizer.ggml.tokens"][149_999] == "token 149999"
+    assert metadata["tokenizer.ggml.merges"][0] == "a0 b0"
+
+
+# --- settings that change the mathematics ---
+
+
+def with_settings(path, settings, **changes):
+    """A written model with other settings beside its own; a value of None takes a setting away."""
+    gguf.write_model(tmp := path.with_suffix(".plain"), model(**PLAIN, **changes))
+    header = read_header(tmp)
+    writer = library.GGUFWriter(path, header.metadata["general.architecture"])
+    for key, value in (header.metadata | settings).items():
+        if value is None or key.startswith("general.architecture"):
+            continue
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
+    for tensor in library.GGUFReader(tmp).tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    return path
+
+
+YARN = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "scaling"),
+    [
+        ({"llama.rope.scaling.factor": 4.0}, RopeScaling("linear", 4.0)),  # without a type it is linear
+        ({"llama.rope.scale_linear": 2.5}, RopeScaling("linear", 2.5)),  # the old name
+        ({"llama.rope.scale_linear": 2.0, "llama.rope.scaling.factor": 3.0}, RopeScaling("linear", 3.0)),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, None),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.0}, None),
+        ({"llama.rope.scaling.type": "linear"}, None),
+        (YARN, RopeScaling("yarn", 4.0, 64)),  # the first length is all of the context's
+        (YARN | {"llama.rope.scaling.original_context_length": 16}, RopeScaling("yarn", 4.0, 16)),
+        (YARN | {"llama.rope.scaling.yarn_beta_fast": 16.0}, RopeScaling("yarn", 4.0, 64, beta_fast=16.0)),
+        (
+            YARN | {"llama.rope.scaling.attn_factor": 2.0},
+            RopeScaling("yarn", 4.0, 64, attention_factor=2.0 * (0.1 * np.log(4.0) + 1.0)),
+        ),
+    ],
+)
+def test_rotary_scaling_is_read_as_llama_cpp_does(tmp_path, settings, scaling):
+    found = gguf_file.load_config(with_settings(tmp_path / "m.gguf", settings, max_position_embeddings=64))
+    assert found.rope_scaling == scaling
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"llama.rope.scaling.attn_factor": 2.0}, "rope.scaling.attn_factor=2.0 is not supported but with yarn"),
+        ({"llama.rope.scaling.type": "longrope"}, "rope.scaling.type='longrope' is not supported"),
+        (YARN | {"llama.rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor=0.5 is not supported"),
+        (YARN | {"llama.rope.scaling.yarn_log_multiplier": 0.1}, "yarn_log_multiplier=0.1"),
+        ({"llama.expert_count": 8}, "llama.expert_count=8 is not supported"),
+        ({"llama.logit_scale": 0.0625}, "llama.logit_scale=0.0625 is not supported"),
+        ({"llama.attention.scale": 0.5}, "llama.attention.scale=0.5 is not supported"),
+        ({"llama.attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        ({"llama.final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        ({"llama.attention.clamp_kqv": 8.0}, "clamp_kqv=8.0"),
+        ({"llama.attention.causal": False}, "attention.causal=False"),
+        ({"llama.attention.sliding_window": 8}, "sliding_window=8"),
+        ({"llama.attention.value_length": 4}, "attention.value_length=4 is not the head size"),
+        ({"llama.rope.dimension_count": 4}, "rope.dimension_count=4 is not the head size"),
+        ({"llama.attention.head_count_kv": [1, 2]}, "differs between layers"),
+        ({"llama.a_setting_of_tomorrow": 3}, "llama.a_setting_of_tomorrow=3 is not supported"),
+        ({"llama.embedding_length": "wide"}, "m.gguf"),
+    ],
+)
+def test_settings_that_would_change_the_mathematics_are_refused_by_name(tmp_path, settings, words):
+    path = with_settings(tmp_path / "m.gguf", settings)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        gguf_file.load_config(path)
+
+
+def test_settings_that_change_nothing_are_passed_over(tmp_path):
+    neutral = {
+        "llama.expert_count": 0, "llama.logit_scale": 1.0, "llama.attention.scale": 0.0, "llama.attention.causal": True,
+        "llama.attention.sliding_window": 4096, "llama.rope.scaling.finetuned": True, "general.author": "somebody",
+        "llama.attention.head_count_kv": [2, 2], "llama.rope.scaling.attn_factor": 1.0, "quantize.imatrix.file": "x",
+    }  # fmt: skip
+    path = with_settings(tmp_path / "m.gguf", neutral)
+    assert gguf_file.load_config(path) == gguf_file.load_config(path.with_suffix(".plain"))
 
 
 # --- what is refused ---
@@ -394,7 +576,7 @@ def test_a_list_without_end_does_not_hang(tmp_path):
     header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(key)) + key
     for inner in (0, 8, 9):
         (tmp_path / "m.gguf").write_bytes(header + struct.pack("<IIQ", 9, inner, 2**60) + b"\0" * 64)
-        with pytest.raises(ValueError, match=r"m\.gguf is"):
+        with pytest.raises(ValueError, match=r"m\.gguf: it is"):
             gguf.read_model(tmp_path / "m.gguf")
 
 

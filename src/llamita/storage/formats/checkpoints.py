@@ -20,12 +20,11 @@ from llamita.storage.formats.foreign import (
     META_LAYER,
     ForeignModel,
     from_meta_names,
-    raw,
     refuse_switches,
     to_meta_names,
     untied_where_different,
-    with_numbers,
 )
+from llamita.storage.rotation import raw, with_numbers
 
 MINI_LLAMA_LAYER = {
     "pre_norm": "input_layernorm",

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import numpy as np
-
 from llamita.model.config import ModelConfig
 from llamita.model.families import SWITCHES
-from llamita.model.host_array import NUMPY_TYPES, HostArray
+from llamita.model.host_array import HostArray
 from llamita.model.parameters import EMBEDDING, OUTPUT_HEAD, check_arrays, parameter_table, shortened
+from llamita.storage.rotation import ROTATED, to_halves, to_pairs
 from llamita.text.tokenizer import Tokenizer
 
 # Within a layer: Meta's name -> the canonical one. The guided course renames the projections of attention.
@@ -38,7 +37,6 @@ COURSE_LAYER = {
     for name, canonical in META_LAYER.items()
 }
 META_OUTSIDE = {"tok_embeddings.weight": EMBEDDING, "norm.weight": "model.norm.weight", "output.weight": OUTPUT_HEAD}
-ROTATED = re.compile(r"model\.layers\.\d+\.self_attn\.[qk]_proj\.weight")
 
 
 @dataclass(frozen=True)
@@ -56,30 +54,6 @@ class ForeignModel:
         """The model with its arrays in the order of the table; ValueError lists those that do not fit the config."""
         check_arrays(config, arrays)
         return cls(config, {row.name: arrays[row.name] for row in parameter_table(config)}, tokenizer)
-
-
-def raw(array: HostArray) -> np.ndarray:
-    """The numbers of an array in numpy; bfloat16 as the bit patterns that numpy has no type for."""
-    code = "<u2" if array.dtype == "BF16" else NUMPY_TYPES[array.dtype]
-    return np.frombuffer(array.data, dtype=code).reshape(array.shape)
-
-
-def with_numbers(array: HostArray, numbers: np.ndarray) -> HostArray:
-    """An array of the same type with other numbers, as `raw` gives them."""
-    flat = np.ascontiguousarray(numbers)
-    return HostArray(array.dtype, numbers.shape, flat.reshape(-1).view(np.uint8).data)
-
-
-def to_halves(array: HostArray, head_dim: int) -> HostArray:
-    """Rows of a query or key projection that rotates pairs (2 i, 2 i + 1), reordered to rotate (i, i + H/2)."""
-    rows = raw(array)
-    return with_numbers(array, rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape))
-
-
-def to_pairs(array: HostArray, head_dim: int) -> HostArray:
-    """The inverse of `to_halves`."""
-    rows = raw(array)
-    return with_numbers(array, rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape))
 
 
 def from_meta_names(state: Mapping[str, HostArray], head_dim: int, source: Any) -> dict[str, HostArray]:

@@ -16,7 +16,8 @@ import numpy as np
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.parameters import EMBEDDING, OUTPUT_HEAD, parameter_table
-from llamita.storage.formats.foreign import ForeignModel, refuse_switches, to_halves, to_pairs
+from llamita.storage.formats.foreign import ForeignModel, refuse_switches
+from llamita.storage.rotation import to_halves, to_pairs
 
 MAGIC = 0x616B3432
 HEADER = struct.Struct("<7i")

@@ -62,6 +62,8 @@ class MlxRunner:
     A chunk goes through the one of `adapters` that it names, or through `default`, or the model alone.
     """
 
+    dtype_reason = ""
+
     def __init__(
         self,
         model: Llama,
@@ -84,6 +86,11 @@ class MlxRunner:
         """Bytes of weights that decoding one token reads."""
         self.kv_bytes_per_token = kv_bytes_per_token(self.config, self.dtype.size)
         """Bytes of keys and values that one earlier position adds to what decoding a token reads."""
+
+    @property
+    def dtype_name(self) -> str:
+        """The type of weights and cache."""
+        return str(self.dtype).removeprefix("mlx.core.")
 
     @property
     def cache_budget(self) -> int:
@@ -196,9 +203,10 @@ def load_runner(
     """Returns a runner over a model directory, or over the best checkpoint of a run directory; of an adapter's, over
     its base with that adapter. `adapters` are further ones over the same base, each for the chunks that name it.
 
-    `dtype` is that of weights and cache: a name in DTYPES, or "auto" for that of the file (bfloat16 for the activations
-    of a quantised one). `device` is "cpu", "gpu", or "auto" for MLX's own default: the GPU of a Mac. MLX has no setting
-    for `threads` and no `exact` mode, so either is refused.
+    `dtype` is that of weights and cache: a name in DTYPES, or "auto" for that of the file (bfloat16 for the
+    activations of a quantised one; float32 on a CPU without instructions for the file's). `device` is "cpu", "gpu",
+    or "auto" for MLX's own default: the GPU of a Mac. MLX has no setting for `threads` and no `exact` mode, so
+    either is refused.
     """
     if exact:
         raise ValueError(
@@ -207,8 +215,10 @@ def load_runner(
     if threads:
         raise ValueError(f"threads={threads} cannot be set: MLX chooses its threads itself; leave it at 0")
     where = choose_device(device)
-    opened = open_model(model, dtype, adapters)
-    return _arranged(opened.config, opened.arrays, DTYPES[opened.dtype], where, opened.adapters, opened.default)
+    opened = open_model(model, dtype, adapters, on_cpu=where == mx.cpu)
+    runner = _arranged(opened.config, opened.arrays, DTYPES[opened.dtype], where, opened.adapters, opened.default)
+    runner.dtype_reason = opened.dtype_reason
+    return runner
 
 
 def runner_over(config: ModelConfig, arrays: Mapping[str, HostArray], dtype: str = "float32") -> MlxRunner:

@@ -70,6 +70,8 @@ class TorchRunner:
     A chunk goes through the one of `adapters` that it names, or through `default`, or the model alone.
     """
 
+    dtype_reason = ""
+
     def __init__(
         self,
         model: Llama,
@@ -101,6 +103,11 @@ class TorchRunner:
         """Bytes of weights that decoding one token reads."""
         self.kv_bytes_per_token = kv_bytes_per_token(self.config, weight.element_size())
         """Bytes of keys and values that one earlier position adds to what decoding a token reads."""
+
+    @property
+    def dtype_name(self) -> str:
+        """The type of weights and cache."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def cache_budget(self) -> int:
@@ -253,19 +260,22 @@ def load_runner(
     """Returns a runner over a model directory, or over the best checkpoint of a run directory; of an adapter's, over
     its base with that adapter. `adapters` are further ones over the same base, each for the chunks that name it.
 
-    `dtype` is that of weights and cache: a name in DTYPES, or "auto" for that of the file (bfloat16 for the activations
-    of a quantised one, whose kernels take no other). `device` is PyTorch's, or "auto" for a GPU where there is one.
-    `threads` 0 leaves PyTorch's own choice. `exact` means float32 on the CPU.
+    `dtype` is that of weights and cache: a name in DTYPES, or "auto" for that of the file (bfloat16 for the
+    activations of a quantised one, whose kernels take no other; float32 on a CPU without instructions for the
+    file's). `device` is PyTorch's, or "auto" for a GPU where there is one. `threads` 0 leaves PyTorch's own choice.
+    `exact` means float32 on the CPU.
     """
     if exact:
         dtype, device = ("float32" if dtype == "auto" else dtype), ("cpu" if device == "auto" else device)
     if threads > 0:
         torch.set_num_threads(threads)
     device = choose_device(device)
-    opened = open_model(model, dtype, adapters)
+    opened = open_model(model, dtype, adapters, on_cpu=device == "cpu")
     build = build_model if exact else build_reordered
     built = build(opened.config, opened.arrays, dtype=DTYPES[opened.dtype], device=device)
-    return TorchRunner(built, exact, opened.adapters, opened.default)
+    runner = TorchRunner(built, exact, opened.adapters, opened.default)
+    runner.dtype_reason = opened.dtype_reason
+    return runner
 
 
 def runner_over(config: ModelConfig, arrays: Mapping[str, HostArray], dtype: str = "float32") -> TorchRunner:

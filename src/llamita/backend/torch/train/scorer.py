@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llamita.backend import processor
 from llamita.backend.interface import Precision
 from llamita.backend.torch.model import weights
 from llamita.backend.torch.model.head import OutputHead
@@ -80,14 +81,8 @@ def choose(device: str, precision: Precision, threads: int) -> tuple[str, Litera
     if threads > 0:
         torch.set_num_threads(threads)
     if precision == "auto":
-        precision = "bf16" if device == "cuda" or cpu_multiplies_bf16() else "fp32"
+        precision = "bf16" if device == "cuda" or processor.multiplies("bfloat16") else "fp32"
     return device, precision
-
-
-def cpu_multiplies_bf16() -> bool:
-    """Returns whether this CPU has instructions for bfloat16 products; without them bf16 is slower than float32."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def to_device(batch: Batch, device: torch.device) -> TensorBatch:

@@ -3,82 +3,116 @@
 Knows the keys of the file and nothing of tensors.
 """
 
-import json
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, processors
 
 from llamita.model.config import ModelConfig
-from llamita.text import sentencepiece_json, tiktoken_ranks
+from llamita.storage.gguf_header import read_header
+from llamita.text import sentencepiece_json, word_splitters
 from llamita.text.huggingface_codec import HuggingFaceCodec
 from llamita.text.sentencepiece_codec import SentencePieceCodec
 from llamita.text.sentencepiece_json import BPE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, SentencePieceModel
-from llamita.text.tokenizer import ROLES, Tokenizer
+from llamita.text.word_splitters import SPLITTERS
 
-QWEN2_WORDS = tiktoken_ranks.WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
-# llama.cpp's name for a way to split words -> the pattern, None for GPT-2's, and whether the text is brought to NFC.
-SPLITTERS: Mapping[str, tuple[str | None, bool]] = {
-    "gpt-2": (None, False),
-    "llama-bpe": (tiktoken_ranks.WORDS, False),
-    "qwen2": (QWEN2_WORDS, True),
-}
+if TYPE_CHECKING:
+    from llamita.text.tokenizer import Tokenizer
+
 KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # our roles, and their names in a file
+DEFAULTS = {"llama": {"bos": 1, "eos": 2, "unk": 0}}
+"""The tokens of the roles where the settings of a kind of tokenizer do not say."""
 
 
 def write(writer: gguf.GGUFWriter, tokenizer: Tokenizer, config: ModelConfig) -> None:
-    """Add the tokenizer's settings; the tokens are as many as the model's embeddings. ValueError where llama.cpp has no
-    such tokenizer."""
+    """Adds the tokenizer's settings; the tokens are as many as the model's embeddings. ValueError where llama.cpp has
+    no such tokenizer."""
     codec = tokenizer.codec
     if isinstance(codec, SentencePieceCodec):
         _write_sentencepiece(writer, codec, config.vocab_size)
     else:
         _write_byte_level(writer, codec, config.vocab_size)
-    for role, add in zip(
-        ROLES,
-        (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id, writer.add_pad_token_id),
-        strict=True,
+    for role, add in (
+        ("bos", writer.add_bos_token_id),
+        ("eos", writer.add_eos_token_id),
+        ("unk", writer.add_unk_token_id),
+        ("pad", writer.add_pad_token_id),
     ):
         token_id = getattr(tokenizer, f"{role}_id")
         if token_id is not None:
             add(token_id)
-    writer.add_add_bos_token(tokenizer.bos_id is not None)
+    writer.add_add_bos_token(tokenizer.begins_texts)
     writer.add_add_eos_token(False)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def read(metadata: Mapping[str, Any]) -> Tokenizer | None:
-    """The tokenizer of a file's settings; None where it has none, ValueError where it is of a kind that is not read."""
+def has_tokenizer(path: Path) -> bool:
+    """Returns whether a GGUF file holds a tokenizer."""
+    return read_header(path).metadata.get("tokenizer.ggml.model") not in (None, "none", "no_vocab")
+
+
+def read(path: Path) -> tuple[HuggingFaceCodec | SentencePieceCodec, dict[str, Any], dict[str, int | None]]:
+    """Returns the codec of a file's tokenizer, what would be its tokenizer_config.json, and the token of each role.
+
+    ValueError, naming the file, where it has none, or one of a kind that is not read.
+    """
+    metadata = read_header(path).metadata
     kind = metadata.get("tokenizer.ggml.model")
-    if kind is None or kind in ("none", "no_vocab"):
-        return None
+    try:
+        if kind in (None, "none", "no_vocab"):
+            raise ValueError("the file holds no tokenizer; give one with --tokenizer")
+        codec = _codec(metadata, kind)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    roles: dict[str, int | None] = {}
+    for role, key in KEYS.items():
+        found = metadata.get(f"tokenizer.ggml.{key}_token_id", DEFAULTS.get(kind, {}).get(role))
+        roles[role] = found if isinstance(found, int) and 0 <= found < codec.vocab_size else None
+    config: dict[str, Any] = {"clean_up_tokenization_spaces": False, "add_bos_token": _begins_texts(metadata, kind)}
+    if templates := _chat_templates(metadata):
+        config["chat_template"] = templates
+    return codec, config, roles
+
+
+def _codec(metadata: Mapping[str, Any], kind: str) -> HuggingFaceCodec | SentencePieceCodec:
     tokens = metadata.get("tokenizer.ggml.tokens")
     types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens or ())
     if not isinstance(tokens, list) or not isinstance(types, list) or len(types) != len(tokens):
         raise ValueError("tokenizer.ggml.tokens and tokenizer.ggml.token_type do not fit together")
-    codec: SentencePieceCodec | HuggingFaceCodec
     try:
         if kind == "llama":
-            codec = _read_sentencepiece(metadata, tokens, types)
-        elif kind == "gpt2":
-            codec = _read_byte_level(metadata, tokens, types)
-        else:
-            raise ValueError(f"tokenizer.ggml.model={kind!r} is not supported; Llamita reads llama and gpt2")
+            return _read_sentencepiece(metadata, tokens, types)
+        if kind == "gpt2":
+            return _read_byte_level(metadata, tokens, types)
     except ValueError:
         raise
     except Exception as fault:  # the libraries raise bare exceptions
         raise ValueError(f"the tokenizer cannot be used: {' '.join(str(fault).split())}") from None
-    roles: dict[str, int | None] = {}
-    for role, key in KEYS.items():
-        found = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        roles[role] = found if isinstance(found, int) and 0 <= found < codec.vocab_size else None
-    config: dict[str, Any] = {"add_bos_token": False, "clean_up_tokenization_spaces": False}
-    if metadata.get("tokenizer.chat_template"):
-        config["chat_template"] = metadata["tokenizer.chat_template"]
-    return Tokenizer(codec, config, roles)
+    raise ValueError(f"tokenizer.ggml.model={kind!r} is not supported; Llamita reads llama and gpt2")
+
+
+def _begins_texts(metadata: Mapping[str, Any], kind: str) -> bool:
+    """Returns whether llama.cpp puts the BOS token before a text."""
+    splitter = SPLITTERS.get(metadata.get("tokenizer.ggml.pre", ""))
+    usual = kind == "llama" or (splitter is not None and splitter.begins_texts)
+    return bool(metadata.get("tokenizer.ggml.add_bos_token", usual))
+
+
+def _chat_templates(metadata: Mapping[str, Any]) -> str | list[dict[str, str]] | None:
+    """Returns the chat template, or several with their names."""
+    default = metadata.get("tokenizer.chat_template")
+    prefix = "tokenizer.chat_template."
+    keys = [key for key in metadata if key.startswith(prefix)]
+    named = [{"name": key.removeprefix(prefix), "template": metadata[key]} for key in keys]
+    if not named:
+        return default
+    return [*([{"name": "default", "template": default}] if default else []), *named]
 
 
 def _write_sentencepiece(writer: gguf.GGUFWriter, codec: SentencePieceCodec, size: int) -> None:
@@ -95,7 +129,7 @@ def _write_sentencepiece(writer: gguf.GGUFWriter, codec: SentencePieceCodec, siz
 
 
 def _write_byte_level(writer: gguf.GGUFWriter, codec: HuggingFaceCodec, size: int) -> None:
-    splitter = _splitter(codec.spec)
+    splitter = word_splitters.name_of(codec.spec)
     if splitter is None or codec.spec["model"].get("type") != "BPE":
         raise ValueError("llama.cpp has no way to split words as this tokenizer does; leave the tokenizer out")
     names = {token_id: name for name, token_id in codec.vocabulary.items()}
@@ -112,31 +146,6 @@ def _write_byte_level(writer: gguf.GGUFWriter, codec: HuggingFaceCodec, size: in
     writer.add_token_list(texts)
     writer.add_token_types(types)
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
-
-
-def _splitter(spec: Mapping[str, Any]) -> str | None:
-    """llama.cpp's name for the way a tokenizer.json splits words; None where it has none."""
-    for name, (pattern, nfc) in SPLITTERS.items():
-        made = tokenizers.Tokenizer(models.BPE())
-        made.pre_tokenizer = _pre_tokenizer(pattern)
-        same = _decisive(spec.get("pre_tokenizer")) == _decisive(json.loads(made.to_str())["pre_tokenizer"])
-        if same and (spec.get("normalizer") or {}).get("type") == ("NFC" if nfc else None):
-            return name
-    return None
-
-
-def _decisive(spec: Any) -> Any:
-    """A pre-tokenizer's settings without those that change no split."""
-    if isinstance(spec, dict):
-        return {key: _decisive(value) for key, value in spec.items() if key != "trim_offsets"}
-    return [_decisive(item) for item in spec] if isinstance(spec, list) else spec
-
-
-def _pre_tokenizer(pattern: str | None) -> Any:
-    if pattern is None:
-        return pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words = pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
-    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _read_sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> SentencePieceCodec:
@@ -157,20 +166,34 @@ def _read_sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: l
 
 
 def _read_byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> HuggingFaceCodec:
-    name = metadata.get("tokenizer.ggml.pre", "gpt-2")
+    name = metadata.get("tokenizer.ggml.pre", "default")
     if name not in SPLITTERS:
-        raise ValueError(f"tokenizer.ggml.pre={name!r} is not supported; Llamita reads {', '.join(SPLITTERS)}")
-    pattern, nfc = SPLITTERS[name]
-    merges = [tuple(pair.split(" ", 1)) for pair in metadata.get("tokenizer.ggml.merges") or ()]
+        raise ValueError(
+            f"tokenizer.ggml.pre={name!r} is not supported; give the model's tokenizer.json with --tokenizer. Llamita "
+            f"reads {', '.join(SPLITTERS)}"
+        )
+    splitter = SPLITTERS[name]
+    merges = [_pair(text) for text in metadata.get("tokenizer.ggml.merges") or ()]
     used = {text: number for number, (text, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
     special = {text for text, number in used.items() if types[number] in (CONTROL, UNKNOWN)}
     added = special | {text for text, number in used.items() if types[number] == USER_DEFINED}
-    # llama.cpp looks a whole word up first where words are split as Llama 3's are.
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=used, merges=merges, ignore_merges=name == "llama-bpe"))
-    tokenizer.pre_tokenizer = _pre_tokenizer(pattern)
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=used, merges=merges, ignore_merges=splitter.whole_words))
+    tokenizer.pre_tokenizer = splitter.pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
-    if nfc:
-        tokenizer.normalizer = normalizers.NFC()
+    if splitter.nfc:
+        tokenizer.normalizer = splitter.normalizer()
     in_order = sorted(added, key=used.__getitem__)
     tokenizer.add_tokens([AddedToken(text, special=text in special, normalized=False) for text in in_order])
+    bos = metadata.get("tokenizer.ggml.bos_token_id")
+    if _begins_texts(metadata, "gpt2") and isinstance(bos, int) and 0 <= bos < len(tokens):
+        text = tokens[bos]
+        tokenizer.post_processor = processors.TemplateProcessing(f"{text}:0 $A:0", special_tokens=[(text, bos)])
     return HuggingFaceCodec(tokenizer)
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    """Returns the two tokens of a merge; the first has a character at least, which may be the space between them."""
+    place = merge.find(" ", 1)
+    if place < 0:
+        raise ValueError(f"tokenizer.ggml.merges holds {merge!r}, which is no pair")
+    return merge[:place], merge[place + 1 :]

@@ -1,0 +1,99 @@
+"""A published model, untouched: its tokens, its continuations and its conversation are llama.cpp's."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+
+import llamita
+from llamita import SamplingParams
+from llamita.cli.main import main
+from llamita.text.chat import Chat
+from tests.real import smollm2
+
+ANSWERS = json.loads(smollm2.STORED.read_text())
+DIFFERENCE = 2e-3  # of logits here and in llama.cpp, measured; tokens may differ where two are as near as twice that
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return llamita.load(smollm2.needed(), backend="torch", dtype="float32")
+
+
+def assert_greedy(llm, prompt, expected, count):
+    """The same tokens, up to one at which the two best logits are too near to tell."""
+    found = llm.generate(prompt, SamplingParams(max_tokens=count, temperature=0.0))
+    ours = [token for token in found.token_ids if token != smollm2.END]
+    if ours == expected:
+        return found.text
+    pairs = enumerate(zip(ours, expected, strict=False))
+    first = next((number for number, (a, b) in pairs if a != b), min(len(ours), len(expected)))
+    logits = np.sort(llm.runner.forward([[*prompt, *ours[:first]]])["logits"][0, -1])
+    margin = logits[-1] - logits[-2]
+    assert margin <= 2 * DIFFERENCE, f"token {first} is another, by {margin}: {found.text!r}"
+    return llm.tokenizer.decode(expected)
+
+
+def test_texts_become_llama_cpps_tokens(llm):
+    for text, expected in zip(smollm2.TEXTS, ANSWERS["tokens"], strict=True):
+        assert llm.tokenizer.encode(text) == expected
+        assert llm.tokenizer.decode(expected) == text
+    assert not llm.tokenizer.begins_texts
+    assert llm.config.tie_word_embeddings
+
+
+@pytest.mark.medium
+def test_texts_go_on_as_in_llama_cpp(llm):
+    for prompt, expected in zip(smollm2.PROMPTS, ANSWERS["continuations"], strict=True):
+        assert_greedy(llm, llm.encode(prompt), expected, 24)
+    assert llm.tokenizer.decode(ANSWERS["continuations"][0]).startswith(" Paris")
+
+
+def converse(llm, turns):
+    chat, messages = Chat(llm.tokenizer), []
+    for turn, expected in list(zip(smollm2.TURNS, ANSWERS["answers"], strict=True))[:turns]:
+        messages.append({"role": "user", "content": turn})
+        prompt = chat.encode(messages, add_generation_prompt=True).tokens
+        text = assert_greedy(llm, prompt, expected, smollm2.ANSWER_TOKENS)
+        messages.append({"role": "assistant", "content": text})
+    return messages
+
+
+@pytest.mark.medium
+def test_a_conversation_is_llama_cpps(llm):
+    messages = converse(llm, 3)
+    assert messages[1]["content"] == "The capital of France is Paris."
+
+
+@pytest.mark.slow
+def test_ten_turns_are_llama_cpps(llm):
+    converse(llm, 10)
+
+
+@pytest.mark.medium
+def test_the_verbs_open_it_as_it_is(capsys, monkeypatch):
+    file = str(smollm2.needed())
+    assert main(["generate", file, "The capital of France is", "--max-tokens", "2", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == "The capital of France is Paris.\n"
+    assert main(["info", file]) == 0
+    assert "134,515,008" in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is the capital of France?\n/quit\n"))
+    assert main(["chat", file, "--temperature", "0", "--max-tokens", "12"]) == 0
+    assert "The capital of France is Paris." in capsys.readouterr().out
+
+
+@pytest.mark.medium
+def test_an_answer_follows_a_schema(llm):
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}, "inhabitants": {"type": "integer"}},
+        "required": ["city", "inhabitants"],
+        "additionalProperties": False,
+    }
+    messages = [{"role": "user", "content": "Give the capital of France and its inhabitants as JSON."}]
+    prompt = Chat(llm.tokenizer).encode(messages, add_generation_prompt=True).tokens
+    params = SamplingParams(max_tokens=60, temperature=0.0, json_schema=json.dumps(schema))
+    answer = json.loads(llm.generate(prompt, params).text)
+    assert answer.keys() == {"city", "inhabitants"}
+    assert answer["city"] == "Paris"
