@@ -27,6 +27,8 @@ from llamita.storage.rotation import ROTATED, halves
 OUTSIDE = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": OUTPUT_HEAD}
 ROPE_FACTORS = "rope_freqs.weight"
 FLOATS = {Kind.F32: "F32", Kind.F16: "F16", Kind.BF16: "BF16"}
+DEQUANTIZED_AT_ONCE = 1 << 18
+"""Numbers, so that what is computed on the way stays in a processor's cache."""
 HARMLESS = frozenset(
     {
         *("vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length"),
@@ -116,8 +118,13 @@ def _numbers(header: Header, info: TensorInfo) -> np.ndarray:
     if info.kind in codes:
         return stored.view(codes[info.kind]).reshape(info.shape)
     block, block_bytes = gguf.GGML_QUANT_SIZES[info.kind]
-    rows = stored.reshape(*info.shape[:-1], info.shape[-1] // block * block_bytes)
-    return gguf.quants.dequantize(rows, info.kind).reshape(info.shape)
+    blocks = stored.reshape(-1, block_bytes)
+    numbers = np.empty((len(blocks), block), dtype=np.float32)
+    step = max(1, DEQUANTIZED_AT_ONCE // block)
+    for start in range(0, len(blocks), step):  # the library takes a row of any length, and few rows at a time
+        part = blocks[start : start + step]
+        numbers[start : start + step] = gguf.quants.dequantize(part.reshape(1, -1), info.kind).reshape(-1, block)
+    return numbers.reshape(info.shape)
 
 
 def _widened(numbers: np.ndarray, kind: Kind) -> np.ndarray:
