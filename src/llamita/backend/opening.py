@@ -28,8 +28,8 @@ class OpenedModel:
     adapters: Mapping[str, Adapter]
     default: str | None
     dtype: str
-    """One of DTYPES: what was asked for, or for "auto" that of the file (bfloat16 for the activations of a quantised
-    model)."""
+    """One of DTYPES: what was asked for, or for "auto" what config.json says, else that of the file (bfloat16 for the
+    activations of a quantised model)."""
 
 
 def open_model(model: Path | str, dtype: str = "auto", adapters: Mapping[str, Path] | None = None) -> OpenedModel:
@@ -51,4 +51,7 @@ def open_model(model: Path | str, dtype: str = "auto", adapters: Mapping[str, Pa
     if dtype == "auto":
         stored = "BF16" if config.quantization else next((array.dtype for array in arrays.values()), "F32")
         dtype = host_array.DTYPE_NAMES.get(stored, "float32")
+        asked = model_directory.stored_dtype(base)
+        if asked in DTYPES and not config.quantization:
+            dtype = asked
     return OpenedModel(config, arrays, named, OWN if own else None, dtype if dtype in DTYPES else "float32")

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import huggingface_hub
 
-from llamita.model.config import ModelConfig, unknown_keys
+from llamita.model.config import ModelConfig, dtype_of, unknown_keys
 from llamita.model.host_array import DTYPE_NAMES, HostArray
-from llamita.model.parameters import shortened
+from llamita.model.parameters import EMBEDDING, OUTPUT_HEAD, shortened
+from llamita.storage.contradictions import settled
 from llamita.storage.files import read_json
 from llamita.storage.safetensors import Layout, layout_of, read_safetensors, size_of, write_file
 
@@ -61,7 +62,7 @@ def load_tensors(directory: Path | str, name: str = "model") -> dict[str, HostAr
     directory = Path(directory)
     single, index_file = directory / f"{name}.safetensors", directory / f"{name}.safetensors.index.json"
     if single.is_file():
-        return read_safetensors(single)
+        return _with_embedding(directory, read_safetensors(single))
     if not index_file.is_file():
         if name == "model" and (directory / ADAPTER_CONFIG).is_file():
             raise ValueError(
@@ -85,7 +86,16 @@ def load_tensors(directory: Path | str, name: str = "model") -> dict[str, HostAr
     faults += [f"no shard holds {key}" for key in sorted(weight_map.keys() - result.keys())]
     if faults:
         raise ValueError(f"{index_file} and its shards disagree: {shortened(faults)}")
-    return result
+    return _with_embedding(directory, result)
+
+
+def _with_embedding(directory: Path, arrays: dict[str, HostArray]) -> dict[str, HostArray]:
+    """The arrays, with the embedding of a tied model whose file has it under the head's name alone."""
+    file = directory / "config.json"
+    if OUTPUT_HEAD not in arrays or EMBEDDING in arrays or not file.is_file():
+        return arrays
+    tied = ModelConfig.from_dict(read_json(file)).tie_word_embeddings
+    return {EMBEDDING: arrays[OUTPUT_HEAD], **arrays} if tied else arrays
 
 
 def _shard(directory: Path, name: str, index_file: Path) -> Path:
@@ -116,7 +126,10 @@ def save_config(directory: Path | str, config: ModelConfig, dtype: str = "F32") 
 
 
 def load_config(directory: Path | str) -> ModelConfig:
-    """Read `config.json`; keys that Llamita does not know are named in a warning."""
+    """Read `config.json`; keys that Llamita does not know are named in a warning.
+
+    Where the weights beside it contradict it, it is settled as transformers does, with a warning.
+    """
     file = Path(directory) / "config.json"
     values = read_json(file)
     try:
@@ -126,7 +139,17 @@ def load_config(directory: Path | str) -> ModelConfig:
     unknown = unknown_keys(values)
     if unknown:
         warnings.warn(f"{file} has keys that Llamita does not know, and ignores: {', '.join(unknown)}", stacklevel=2)
-    return config
+    try:
+        arrays = load_tensors(directory)
+    except (OSError, ValueError):
+        return config  # no weights, or broken ones: whoever needs them says so
+    return settled(config, arrays, file.parent)
+
+
+def stored_dtype(directory: Path | str) -> str | None:
+    """Returns the type that `config.json` gives for the weights, float32 or the like; None where it gives none."""
+    file = Path(directory) / "config.json"
+    return dtype_of(read_json(file)) if file.is_file() else None
 
 
 def resolve_model_directory(path: Path | str) -> Path:
