@@ -160,10 +160,10 @@ def _no_window(values: Values) -> dict[str, Any]:
 def _window_of_later_layers(values: Values) -> dict[str, Any]:
     """A window that begins after so many full layers (Qwen), or at once (Mistral)."""
     window = values.get("sliding_window") or 0
-    if values["model_type"] == "mistral":  # all its layers slide, whatever layer_types says
-        return {"sliding_window": window}
-    window = window if values.get("use_sliding_window") else 0
-    full = values.get("max_window_layers") or 0
+    full = 0
+    if values["model_type"] != "mistral":
+        window = window if values.get("use_sliding_window") else 0
+        full = values.get("max_window_layers") or 0
     if (types := _layer_types(values)) is not None:
         slides = [kind == "sliding_attention" for kind in types]
         full = len(slides) - sum(slides)

@@ -97,6 +97,9 @@ def read_rope(values: Mapping[str, Any], theta: float = 10000.0) -> dict[str, An
         if any(isinstance(value, Mapping) for value in given.values()):
             raise ValueError(f"{key} in config.json differs from layer to layer, which is not supported")
     rope = dict(scaling or parameters)
+    for found in (values, rope):
+        if found.get("rope_theta") is not None:
+            check_number("rope_theta", found["rope_theta"], 0.0)
     if rope.get("rope_theta") is None:
         rope["rope_theta"] = theta if values.get("rope_theta") is None else values["rope_theta"]
     if values.get("original_max_position_embeddings") is not None:

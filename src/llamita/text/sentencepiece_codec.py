@@ -6,6 +6,7 @@ it, so a literal `▁` decodes to a space. With the usual dummy prefix a text is
 which decoding takes away again (`strips_leading_space`).
 """
 
+import functools
 import hashlib
 import re
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
+import tokenizers
 
 from llamita.text import sentencepiece_json
 
@@ -20,10 +22,14 @@ SPACE_MARK = "▁"
 
 
 class SentencePieceCodec:
-    """A SentencePiece model: same attributes as HuggingFaceCodec."""
+    """A SentencePiece model: same attributes as HuggingFaceCodec.
 
-    def __init__(self, proto: bytes) -> None:
-        self.proto = proto
+    `prefix` says which texts between special tokens get the dummy prefix: always, or the first if the text begins with
+    it. `encode` is for texts without special tokens, and the same for both.
+    """
+
+    def __init__(self, proto: bytes, prefix: str = "always") -> None:
+        self.proto, self.prefix = proto, prefix
         self._processor = sentencepiece.SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(proto)
         processor = self._processor
@@ -42,7 +48,10 @@ class SentencePieceCodec:
                 self.bytes_of_id[token_id] = piece.replace(SPACE_MARK, " ").encode()
         self.bos_id, self.eos_id = _known(processor.bos_id()), _known(processor.eos_id())
         self.unk_id, self.pad_id = _known(processor.unk_id()), _known(processor.pad_id())
-        self.strips_leading_space = sentencepiece_json.parse(proto).adds_dummy_prefix
+        model = sentencepiece_json.parse(proto)
+        self.strips_leading_space = model.adds_dummy_prefix
+        kinds = enumerate(kind for _, _, kind in model.pieces)
+        self._user_defined = frozenset(i for i, kind in kinds if kind == sentencepiece_json.USER_DEFINED)
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         self._special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
@@ -57,7 +66,23 @@ class SentencePieceCodec:
             raise ValueError(f"{path} is not a SentencePiece model: {reason}") from None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SentencePieceCodec, (self.proto,)
+        return SentencePieceCodec, (self.proto, self.prefix)
+
+    def with_prefix(self, prefix: str) -> "SentencePieceCodec":
+        """This codec with another `prefix`."""
+        return SentencePieceCodec(self.proto, prefix)
+
+    def knows(self, token: tokenizers.AddedToken) -> bool:
+        """Whether a token's text is a piece of any kind."""
+        token_id = self._processor.piece_to_id(token.content)
+        return self._processor.id_to_piece(token_id) == token.content
+
+    def has(self, token: tokenizers.AddedToken) -> bool:
+        """Whether a token is a piece that is found in texts, or kept out of them, as the token says."""
+        token_id = self._processor.piece_to_id(token.content)
+        is_plain = not (token.lstrip or token.rstrip or token.single_word)
+        kept = self.special_tokens.keys() | {self._processor.id_to_piece(i) for i in self._user_defined}
+        return is_plain and self.knows(token) and self._processor.id_to_piece(token_id) in kept
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
@@ -66,14 +91,21 @@ class SentencePieceCodec:
         return [self._processor.encode(text) for text in texts]
 
     def encode_with_special(self, text: str) -> list[int]:
-        """Each stretch between special tokens is encoded as a text of its own, dummy prefix included."""
+        """Each stretch between special tokens is encoded as a text of its own, with the dummy prefix that it gets."""
         ids: list[int] = []
-        for part in self._special.split(text):
+        for place, part in enumerate(self._special.split(text)):
             if part in self.special_tokens:
                 ids.append(self.special_tokens[part])
             else:
-                ids.extend(self._processor.encode(part))
+                processor = self._processor if place == 0 or self.prefix == "always" else self._without_prefix
+                ids.extend(processor.encode(part))
         return ids
+
+    @functools.cached_property
+    def _without_prefix(self) -> sentencepiece.SentencePieceProcessor:
+        processor = sentencepiece.SentencePieceProcessor()
+        processor.LoadFromSerializedProto(sentencepiece_json.without_dummy_prefix(self.proto))
+        return processor
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self.proto).hexdigest()

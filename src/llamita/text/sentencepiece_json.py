@@ -70,6 +70,14 @@ def parse(proto: bytes) -> SentencePieceModel:
     )
 
 
+def without_dummy_prefix(proto: bytes) -> bytes:
+    """Returns the model that puts no space before a text."""
+    fields = [(number, _message(value)) for number, value in _fields(proto)]
+    normalizer = b"".join(value for number, value in fields if number == 3)
+    # Of a field that stands twice, the last counts.
+    return b"".join(_field(*field) for field in fields if field[0] != 3) + _field(3, normalizer + _field(3, 0))
+
+
 def serialize(model: SentencePieceModel, ids: Mapping[str, int]) -> bytes:
     """The inverse of `parse`: a ModelProto; `ids` are those of unk, bos, eos and pad, -1 for none."""
     trainer = [

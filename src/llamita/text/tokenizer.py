@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from llamita.text import tiktoken_ranks
+from llamita.text import added_tokens, tiktoken_ranks
+from llamita.text.added_tokens import read_json, template_marks
 from llamita.text.huggingface_codec import HuggingFaceCodec
 from llamita.text.sentencepiece_codec import SentencePieceCodec
 
 UNKNOWN, BOS, EOS = "<unk>", "<s>", "</s>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")  # all that `save` writes
+MARKS = ("<|im_start|>", "<|im_end|>")  # of a template that nearly every model for conversations has been tuned with
 ROLES = ("bos", "eos", "unk", "pad")
 OWN_SETTINGS = {"add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False}
 """The tokenizer_config.json of a tokenizer trained here."""
@@ -63,13 +65,15 @@ class Tokenizer:
             codec = tiktoken_ranks.codec_from_file(file)
         else:
             codec = SentencePieceCodec.from_file(file)
-        config = _read_json(file.parent / "tokenizer_config.json")
-        template = file.parent / "chat_template.jinja"
-        if template.exists():  # where both are there, transformers reads this one
-            config["chat_template"] = template.read_text("utf-8")
+        found = added_tokens.read(file.parent, read_json(file.parent / "tokenizer_config.json"))
+        codec, config = added_tokens.complete(codec, found, file.parent), found.config
+        if templates := _template_files(file.parent):  # where there are any, transformers reads these alone
+            config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
         roles = _find_roles(codec, config, file.parent)
         if isinstance(codec, HuggingFaceCodec):
             codec = codec.with_special(token_id for token_id in roles.values() if token_id is not None)
+            sources = _chat_templates(config.get("chat_template")).values()
+            codec = codec.with_marks(template_marks(codec.added, [*sources, *MARKS]))
         return cls(codec, config, roles)
 
     @classmethod
@@ -225,7 +229,7 @@ def _tokenizer_file(directory: Path) -> Path:
         return whole
     if whole.exists():
         size = SentencePieceCodec.from_file(model).vocab_size
-        added = _read_json(whole).get("added_tokens") or []
+        added = read_json(whole).get("added_tokens") or []
         if any(token["id"] >= size for token in added):
             return whole
     return model
@@ -239,8 +243,8 @@ def _find_roles(
     by_name = (
         {**codec.vocabulary, **codec.special_tokens} if isinstance(codec, HuggingFaceCodec) else codec.special_tokens
     )
-    by_text = [config, _read_json(directory / "special_tokens_map.json")]
-    by_id = [_read_json(directory / "generation_config.json"), _read_json(directory / "config.json")]
+    by_text = [config]
+    by_id = [read_json(directory / "generation_config.json"), read_json(directory / "config.json")]
     for role in ROLES:
         named = next((source[f"{role}_token"] for source in by_text if f"{role}_token" in source), ...)
         numbered = next((source[f"{role}_token_id"] for source in by_id if f"{role}_token_id" in source), None)
@@ -266,6 +270,13 @@ def _default_roles(codec: HuggingFaceCodec | SentencePieceCodec) -> dict[str, in
     return {role: codec.special_tokens[known[0]] if known else None for role, known in found.items()}
 
 
+def _template_files(directory: Path) -> dict[str, str]:
+    """The templates that stand in files of their own, by name."""
+    files = {"default": directory / "chat_template.jinja"}
+    files |= {file.stem: file for file in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    return {name: file.read_text("utf-8") for name, file in files.items() if file.is_file()}
+
+
 def _chat_templates(value: Any) -> dict[str, str]:
     """The templates of a tokenizer_config.json by name: it has one, or a list of named ones, or none."""
     if value is None:
@@ -277,15 +288,3 @@ def _chat_templates(value: Any) -> dict[str, str]:
         if all(isinstance(name, str) and isinstance(source, str) for name, source in found.items()):
             return found
     raise ValueError("chat_template in tokenizer_config.json must be a text, or a list of objects of name and template")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as fault:
-        raise ValueError(f"{path} is not JSON: {fault}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__} where an object was expected")
-    return content

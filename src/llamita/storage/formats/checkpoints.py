@@ -140,12 +140,17 @@ def _meta_scaling(parameters: Mapping[str, Any]) -> RopeScaling | None:
     if not parameters.get("use_scaled_rope"):
         return None
     usual = 32.0 if parameters["dim"] in LLAMA_32_WIDTHS else 8.0
-    names = ("rope_scaling_factor", "rope_scale_factor", "scale_factor")
-    factor = next((parameters[name] for name in names if parameters.get(name)), usual)
-    names = ("rope_high_freq_factor", "high_freq_factor")
-    high = next((parameters[name] for name in names if parameters.get(name)), 4.0)
-    low = parameters.get("rope_low_freq_factor") or parameters.get("low_freq_factor") or 1.0
-    return RopeScaling("llama3", factor, 8192, low_freq_factor=low, high_freq_factor=high)
+
+    def given(*names: str) -> Any:
+        return next((parameters[name] for name in names if parameters.get(name)), None)
+
+    return RopeScaling(
+        "llama3",
+        given("rope_scaling_factor", "rope_scale_factor", "scale_factor") or usual,
+        8192,
+        low_freq_factor=given("rope_low_freq_factor", "low_freq_factor") or 1.0,
+        high_freq_factor=given("rope_high_freq_factor", "high_freq_factor") or 4.0,
+    )
 
 
 def is_mini_llama(names: Sequence[str]) -> bool:

@@ -1,0 +1,208 @@
+"""What the files beside a vocabulary say of it, as transformers reads them: added tokens, and where a space goes first.
+
+Added tokens stand in `added_tokens_decoder` of tokenizer_config.json, or in special_tokens_map.json and
+added_tokens.json, which count where that key is absent. `tokenizer_class` LlamaTokenizer says that no space is put
+before a text that follows a special token.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, pre_tokenizers, processors
+
+from llamita.text import sentencepiece_json
+from llamita.text.huggingface_codec import SPACE_MARK, HuggingFaceCodec
+from llamita.text.sentencepiece_codec import SentencePieceCodec
+
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+@dataclass(frozen=True)
+class AddedTokens:
+    """What the files beside a vocabulary add to it, in the order in which tokens get their ids."""
+
+    config: dict[str, Any]
+    """The settings of tokenizer_config.json, with those of special_tokens_map.json where that counts."""
+    tokens: tuple[AddedToken, ...] = ()
+    """Listed with their ids; a token that the vocabulary has keeps its own id there."""
+    named: tuple[AddedToken, ...] = ()
+    """Named by their role, or as further special tokens: control tokens, added where nothing else has them."""
+    special: frozenset[str] = field(default=frozenset())
+    """The names of all control tokens among both."""
+
+
+def read(directory: Path, config: Mapping[str, Any]) -> AddedTokens:
+    """Reads the files beside a vocabulary; ValueError names the file where one is not of the form."""
+    config = dict(config)
+    listed: dict[int, AddedToken] = {}
+    if config.get("added_tokens_decoder") is not None:
+        for number, token in _object(config["added_tokens_decoder"], "added_tokens_decoder").items():
+            if not (str(number).isdigit() and isinstance(token, Mapping) and isinstance(token.get("content"), str)):
+                raise ValueError(
+                    f"added_tokens_decoder in {directory / 'tokenizer_config.json'} must map ids to objects with a "
+                    f"content, got {number!r}: {token!r:.80}"
+                )
+            listed[int(number)] = _token(token, special=bool(token.get("special", False)))
+    else:
+        further = read_json(directory / "special_tokens_map.json")
+        config |= further
+        special = {_content(config[name]) for name in NAMED if config.get(name)} | {
+            _content(token) for token in _further(config)
+        }
+        for name, number in read_json(directory / "added_tokens.json").items():
+            if not isinstance(number, int):
+                raise ValueError(f"{directory / 'added_tokens.json'} must map tokens to ids, got {name!r}: {number!r}")
+            listed[number] = AddedToken(name, normalized=name not in special, special=name in special)
+    by_name = {token.content: token for token in listed.values()}
+    named: list[AddedToken] = []
+    for value in [*(config[name] for name in NAMED if config.get(name)), *_further(config)]:
+        token = by_name.get(_content(value)) or _token(value, special=True)
+        if token.content not in {known.content for known in named}:
+            named.append(token)
+    tokens = tuple(listed[number] for number in sorted(listed))
+    control = {token.content for token in tokens if token.special} | {token.content for token in named}
+    return AddedTokens(config, tokens, tuple(named), frozenset(control))
+
+
+def complete(
+    codec: HuggingFaceCodec | SentencePieceCodec, found: AddedTokens, directory: Path
+) -> HuggingFaceCodec | SentencePieceCodec:
+    """Returns the codec of a vocabulary with what the files beside it say.
+
+    A SentencePiece model stays one unless tokens are added to it. Tokens that are only named by a role, without an id,
+    are added as far as config.json leaves room for them. ValueError for a SentencePiece model that cannot hold more.
+    """
+    model = read_json(directory / "config.json")
+    scheme = _prefix_scheme(found.config, model.get("model_type"))
+    if isinstance(codec, SentencePieceCodec):
+        more = [token for token in found.tokens if not codec.has(token)]
+        room = _room(model, codec.vocab_size + len({token.content for token in more if not codec.knows(token)}))
+        named = [token for token in found.named if not codec.knows(token)]
+        if not more and not named[:room]:
+            return codec.with_prefix(scheme) if scheme == "first" else codec
+        converted = sentencepiece_json.convert(sentencepiece_json.parse(codec.proto))
+        if converted is None:
+            raise ValueError(
+                f"{directory / 'tokenizer.model'} has tokens added beside it ({(more + named)[0].content}), and is no "
+                "model of the form that Llamita can add to (BPE without normalisation, user-defined symbols or removal "
+                "of spaces); save it as a tokenizer.json with transformers"
+            )
+        _add_ends(converted, found)
+        tokens = [_unnormalised(token) for token in found.tokens]
+        codec = HuggingFaceCodec(converted)
+    else:
+        tokens = list(found.tokens)
+    if scheme is not None and codec.strips_leading_space:
+        codec = _as_llama_tokenizer(codec, scheme)
+    codec = codec.with_added(tokens)
+    missing = [token for token in found.named if token.content not in codec.vocabulary]
+    codec = codec.with_added(missing[: _room(model, codec.vocab_size)])
+    return codec.with_special(codec.vocabulary[name] for name in found.special if name in codec.vocabulary)
+
+
+def _prefix_scheme(config: Mapping[str, Any], model_type: Any) -> str | None:
+    """Which texts between added tokens get a space before them; None for the vocabulary's own way.
+
+    transformers' LlamaTokenizer has a way of its own, except in Mistral's directories.
+    """
+    if str(config.get("tokenizer_class")).removesuffix("Fast") != "LlamaTokenizer" or model_type == "mistral":
+        return None
+    if config.get("add_prefix_space") is False:
+        return "never"
+    return "always" if config.get("legacy") else "first"
+
+
+def _as_llama_tokenizer(codec: HuggingFaceCodec, scheme: str) -> HuggingFaceCodec:
+    tokenizer = codec.copy()
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE_MARK, prepend_scheme=scheme, split=False)
+    strip = [decoders.Strip(" ", 1, 0)] if scheme != "never" else []
+    steps = [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return HuggingFaceCodec(tokenizer)
+
+
+def _add_ends(tokenizer: tokenizers.Tokenizer, found: AddedTokens) -> None:
+    """Makes the tokens that the settings want around a text those that the tokenizer puts there."""
+    ends = {}
+    for role in ("bos", "eos"):
+        name = _content(found.config.get(f"{role}_token")) or {"bos": "<s>", "eos": "</s>"}[role]
+        token_id = tokenizer.token_to_id(name)
+        if found.config.get(f"add_{role}_token") and token_id is not None:
+            ends[role] = (name, token_id)
+    before, after = (f"{ends[role][0]}:{{0}}" if role in ends else "" for role in ("bos", "eos"))
+    single = " ".join(part for part in (before, "$A:{0}", after) if part)
+    pair = " ".join(part for part in (before, "$B:{0}", after) if part)
+    if ends:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=single.format(0), pair=f"{single.format(0)} {pair.format(1)}", special_tokens=list(ends.values())
+        )
+
+
+def _room(model: Mapping[str, Any], size: int) -> int | None:
+    """How many more tokens the embeddings beside a vocabulary have; None where nothing says so."""
+    rows = model.get("vocab_size")
+    return max(rows - size, 0) if isinstance(rows, int) else None
+
+
+def _unnormalised(token: AddedToken) -> AddedToken:
+    return AddedToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=False,
+        special=token.special,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a file, an empty one where there is no file; ValueError names the file and the fault."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as fault:
+        raise ValueError(f"{path} is not JSON: {fault}") from None
+    return _object(content, str(path))
+
+
+def _further(config: Mapping[str, Any]) -> list[Any]:
+    """The special tokens of a config that have no role."""
+    found = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    found = list(found.values()) if isinstance(found, Mapping) else found
+    own = [v for key, v in config.items() if key.endswith("_token") and key not in NAMED and isinstance(v, str)]
+    return [token for token in [*own, *found] if isinstance(token, str | Mapping) and _content(token)]
+
+
+def _token(value: Any, special: bool) -> AddedToken:
+    if not isinstance(value, Mapping):
+        return AddedToken(value, special=special)
+    flags = {flag: bool(value[flag]) for flag in FLAGS[:-1] if flag in value}
+    return AddedToken(value["content"], special=special, **flags)
+
+
+def _content(value: Any) -> Any:
+    return value.get("content") if isinstance(value, Mapping) else value
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} holds a {type(value).__name__} where an object was expected")
+    return value
+
+
+def template_marks(tokens: Iterable[str], templates: Iterable[str]) -> frozenset[str]:
+    """Returns those of the tokens that a chat template writes around messages, by the text of its source.
+
+    Tags in pairs, `<think>` and `</think>`, are left out: they enclose a part of a message, and belong to its text.
+    """
+    sources = "\0".join(templates)
+    names = frozenset(tokens)
+    written = {name for name in names if name in sources and not name.isspace()}
+    return frozenset(name for name in written if not {f"</{name[1:]}", f"<{name[2:]}"} & (names - {name}))
