@@ -19,6 +19,7 @@ from llamita.text.huggingface_codec import SPACE_MARK, HuggingFaceCodec
 from llamita.text.sentencepiece_codec import SentencePieceCodec
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+FURTHER = ("extra_special_tokens", "additional_special_tokens")  # the newer name counts
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -33,13 +34,18 @@ class AddedTokens:
     named: tuple[AddedToken, ...] = ()
     """Named by their role, or as further special tokens: control tokens, added where nothing else has them."""
     special: frozenset[str] = field(default=frozenset())
-    """The names of all control tokens among both."""
+    """The names of those that are control tokens even where the vocabulary does not say so."""
 
 
-def read(directory: Path, config: Mapping[str, Any]) -> AddedTokens:
-    """Reads the files beside a vocabulary; ValueError names the file where one is not of the form."""
+def read(directory: Path, config: Mapping[str, Any], is_json: bool) -> AddedTokens:
+    """Reads the files beside a vocabulary; ValueError names the file where one is not of the form.
+
+    `is_json`: the vocabulary is a tokenizer.json. Beside any other, transformers does not read
+    `additional_special_tokens` of special_tokens_map.json.
+    """
     config = dict(config)
     listed: dict[int, AddedToken] = {}
+    further: dict[str, Any] = {}
     if config.get("added_tokens_decoder") is not None:
         for number, token in _object(config["added_tokens_decoder"], "added_tokens_decoder").items():
             if not (str(number).isdigit() and isinstance(token, Mapping) and isinstance(token.get("content"), str)):
@@ -50,23 +56,24 @@ def read(directory: Path, config: Mapping[str, Any]) -> AddedTokens:
             listed[int(number)] = _token(token, special=bool(token.get("special", False)))
     else:
         further = read_json(directory / "special_tokens_map.json")
+        late = further.pop("additional_special_tokens", None)
         config |= further
-        special = {_content(config[name]) for name in NAMED if config.get(name)} | {
-            _content(token) for token in _further(config)
-        }
+        special = {_content(token) for token in [*_named(config), *_further(config)]}
+        if late and is_json:  # too late to say what added_tokens.json means
+            config["additional_special_tokens"] = further["additional_special_tokens"] = late
         for name, number in read_json(directory / "added_tokens.json").items():
             if not isinstance(number, int):
                 raise ValueError(f"{directory / 'added_tokens.json'} must map tokens to ids, got {name!r}: {number!r}")
             listed[number] = AddedToken(name, normalized=name not in special, special=name in special)
     by_name = {token.content: token for token in listed.values()}
-    named: list[AddedToken] = []
-    for value in [*(config[name] for name in NAMED if config.get(name)), *_further(config)]:
-        token = by_name.get(_content(value)) or _token(value, special=True)
-        if token.content not in {known.content for known in named}:
-            named.append(token)
+    control = {_content(value) for value in _named(config)}
+    named: dict[str, AddedToken] = {}
+    for value in [*_named(config), *_further(config)]:
+        named.setdefault(_content(value), by_name.get(_content(value)) or _token(value, special=True))
     tokens = tuple(listed[number] for number in sorted(listed))
-    control = {token.content for token in tokens if token.special} | {token.content for token in named}
-    return AddedTokens(config, tokens, tuple(named), frozenset(control))
+    control |= {token.content for token in tokens if token.special}
+    settings = config | {key: _plain(value) for key, value in further.items()}
+    return AddedTokens(settings, tokens, tuple(named.values()), frozenset(control))
 
 
 def complete(
@@ -93,7 +100,8 @@ def complete(
                 "of spaces); save it as a tokenizer.json with transformers"
             )
         _add_ends(converted, found)
-        tokens = [_unnormalised(token) for token in found.tokens]
+        tokens = [_unnormalised(token) if scheme is None else token for token in found.tokens]
+        found.config.pop("added_tokens_decoder", None)  # they are a part of the vocabulary from here on
         codec = HuggingFaceCodec(converted)
     else:
         tokens = list(found.tokens)
@@ -172,12 +180,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return _object(content, str(path))
 
 
-def _further(config: Mapping[str, Any]) -> list[Any]:
-    """The special tokens of a config that have no role."""
-    found = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    found = list(found.values()) if isinstance(found, Mapping) else found
+def _named(config: Mapping[str, Any]) -> list[Any]:
+    """The tokens that a config names by a role, its own roles too."""
     own = [v for key, v in config.items() if key.endswith("_token") and key not in NAMED and isinstance(v, str)]
-    return [token for token in [*own, *found] if isinstance(token, str | Mapping) and _content(token)]
+    return [token for token in [*(config.get(name) for name in NAMED), *own] if token]
+
+
+def _further(config: Mapping[str, Any]) -> list[Any]:
+    """The special tokens of a config that have no role. They are control tokens only where they are new."""
+    found: Any = next((config[key] for key in FURTHER if config.get(key)), [])
+    found = list(found.values()) if isinstance(found, Mapping) else found
+    return [token for token in found if isinstance(token, str | Mapping) and _content(token)]
 
 
 def _token(value: Any, special: bool) -> AddedToken:
@@ -187,8 +200,13 @@ def _token(value: Any, special: bool) -> AddedToken:
     return AddedToken(value["content"], special=special, **flags)
 
 
+def _plain(value: Any) -> Any:
+    """A token, or several, by name alone; its flags are kept where the tokens are."""
+    return [_content(token) for token in value] if isinstance(value, list) else _content(value)
+
+
 def _content(value: Any) -> Any:
-    return value.get("content") if isinstance(value, Mapping) else value
+    return value.get("content", value) if isinstance(value, Mapping) else value
 
 
 def _object(value: Any, what: str) -> dict[str, Any]:

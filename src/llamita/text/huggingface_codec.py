@@ -39,14 +39,19 @@ class HuggingFaceCodec:
         added = {token["id"]: token for token in self.spec["added_tokens"]}
         self.special_tokens = {token["content"]: token_id for token_id, token in added.items() if token["special"]}
         self.added = tuple(token["content"] for token in added.values())
-        self.strips_leading_space = False
+        self.strips_leading_space = self.marks_spaces = False
         to_bytes = self._bytes_of_token()
         self.bytes_of_id = [b""] * self.vocab_size
         for name, token_id in vocab.items():
             if token_id not in added:
                 self.bytes_of_id[token_id] = to_bytes(name)
             elif not added[token_id]["special"] or name in marks:
-                self.bytes_of_id[token_id] = name.encode()
+                self.bytes_of_id[token_id] = self.spelled(name)
+
+    def spelled(self, name: str) -> bytes:
+        """The bytes of an added token: those of its normal form where it is found in normalised text."""
+        found = self._tokenizer.id_to_token(self.vocabulary[name]) or name
+        return found.replace(SPACE_MARK, " ").encode() if self.marks_spaces else found.encode()
 
     @classmethod
     def from_file(cls, path: Path) -> "HuggingFaceCodec":
@@ -142,7 +147,7 @@ class HuggingFaceCodec:
         return tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
 
     def _bytes_of_token(self) -> Any:
-        """The function from a token's name to its bytes, by the kind of decoder; sets strips_leading_space."""
+        """The function from a token's name to its bytes, by the kind of decoder; sets strips_leading_space and marks_spaces."""
         decoder = self.spec.get("decoder") or {}
         steps = decoder.get("decoders", [decoder])
         kinds = {step.get("type") for step in steps}
@@ -152,6 +157,7 @@ class HuggingFaceCodec:
         if "Metaspace" in kinds or any(
             step.get("type") == "Replace" and step["pattern"].get("String") == SPACE_MARK for step in steps
         ):
+            self.marks_spaces = True
             self.strips_leading_space = any(
                 (step["type"] == "Strip" and step["content"] == " " and step["start"] > 0)
                 or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")

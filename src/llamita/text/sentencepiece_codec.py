@@ -101,6 +101,10 @@ class SentencePieceCodec:
                 ids.extend(processor.encode(part))
         return ids
 
+    def spelled(self, name: str) -> bytes:
+        """The bytes of a special token."""
+        return name.encode()
+
     @functools.cached_property
     def _without_prefix(self) -> sentencepiece.SentencePieceProcessor:
         processor = sentencepiece.SentencePieceProcessor()

@@ -65,7 +65,8 @@ class Tokenizer:
             codec = tiktoken_ranks.codec_from_file(file)
         else:
             codec = SentencePieceCodec.from_file(file)
-        found = added_tokens.read(file.parent, read_json(file.parent / "tokenizer_config.json"))
+        config = read_json(file.parent / "tokenizer_config.json")
+        found = added_tokens.read(file.parent, config, isinstance(codec, HuggingFaceCodec))
         codec, config = added_tokens.complete(codec, found, file.parent), found.config
         if templates := _template_files(file.parent):  # where there are any, transformers reads these alone
             config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
@@ -195,7 +196,7 @@ class Tokenizer:
     def _bytes_with_special(self) -> list[bytes]:
         table = list(self.codec.bytes_of_id)
         for name, token_id in self.codec.special_tokens.items():
-            table[token_id] = name.encode()
+            table[token_id] = self.codec.spelled(name)
         return table
 
     def _ends(self, bos: bool, eos: bool) -> tuple[list[int], list[int]]:

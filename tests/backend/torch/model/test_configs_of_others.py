@@ -73,7 +73,7 @@ EDITS: dict[str, tuple[str, dict[str, Any]]] = {
     "no key/value heads": ("llama", {"num_key_value_heads": ABSENT}),
     "a window in mistral's way": ("mistral", {"sliding_window": 8}),
     "mistral whose layers all slide": ("mistral", {"sliding_window": 8, "layer_types": ["sliding_attention"] * 4}),
-    "mistral whose layers all see everything": ("mistral", {"sliding_window": 8, "layer_types": ["full_attention"] * 4}),
+    "mistral whose layers all see far": ("mistral", {"sliding_window": 8, "layer_types": ["full_attention"] * 4}),
     "mistral without a window": ("mistral", {"sliding_window": None}),
     "qwen 2, layers that slide by default": (
         "qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": ABSENT, "layer_types": ABSENT},

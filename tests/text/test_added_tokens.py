@@ -1,0 +1,225 @@
+"""Tokens beside a vocabulary, as people's directories have them: the ids and the text of transformers."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+
+from llamita.text import sentencepiece_training
+from llamita.text.bpe import special_tokens
+from llamita.text.chat import Chat
+from llamita.text.sentencepiece_codec import SentencePieceCodec
+from llamita.text.tokenizer import Tokenizer
+
+transformers = pytest.importorskip("transformers")
+
+CORPUS = (
+    "the cat sat on the mat and the dog sat on the cat.\nWhere is the dog? On the mat!\n\n\tIt's   there, on the mat.\n"
+)
+SENTENCEPIECE = sentencepiece_training.train([CORPUS * 5], 310, special_tokens(2))
+assert isinstance(SENTENCEPIECE, SentencePieceCodec)
+LLAMA = {"tokenizer_class": "LlamaTokenizer"}
+CHATML = {"<|im_end|>": 311, "<|im_start|>": 310}
+TEXTS = [
+    "", "the cat", " the cat", "  the  cat ", "the\ncat\n", "<s>the cat</s>", "<s> the cat </s> the", "é the caté",
+    "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n", "the <|im_start|> cat", "the   <|im_start|>   cat",
+    "<|im_start|><|im_end|>", "x<|im_start|>x", "<extra>the<extra> cat <extra>", "theextrathe extra the", "<pad>[PAD]",
+    "▁the▁cat", "Ünïcode 😀", "<|IM_START|>", "the\n<|im_end|>\n\n  cat", "<tool_call>the</tool_call>",
+]  # fmt: skip
+
+
+def token(content: str, special: bool = False, **flags: bool) -> dict[str, Any]:
+    usual = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    return {"content": content, "special": special, **usual, **flags}
+
+
+ENDS = {"0": token("<unk>", True), "1": token("<s>", True), "2": token("</s>", True)}
+
+# tokenizer_config.json, and further files, beside a tokenizer.model of 310 pieces
+BESIDE: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
+    "nothing": (LLAMA, {}),
+    "no settings": (None, {"added_tokens": CHATML}),
+    "added_tokens.json": ({}, {"added_tokens": CHATML}),
+    "added_tokens.json, Llama": (LLAMA, {"added_tokens": CHATML}),
+    "added_tokens.json, Llama, legacy": ({**LLAMA, "legacy": True}, {"added_tokens": CHATML}),
+    "added_tokens.json, Llama, not legacy": (
+        {"tokenizer_class": "LlamaTokenizerFast", "legacy": False}, {"added_tokens": CHATML},
+    ),
+    "added_tokens.json, Llama, no prefix": ({**LLAMA, "add_prefix_space": False}, {"added_tokens": CHATML}),
+    "ids with a gap": (LLAMA, {"added_tokens": {"<extra>": 400, "<|im_start|>": 350}}),
+    "one of the pieces": (LLAMA, {"added_tokens": {"<r0>": 3, "<|im_start|>": 310}}),
+    "special by the map": (
+        LLAMA, {"added_tokens": CHATML, "special_tokens_map": {"eos_token": "<|im_end|>", "bos_token": "<s>"}},
+    ),
+    "the map before the settings": (
+        {**LLAMA, "eos_token": "</s>", "pad_token": "</s>"},
+        {"added_tokens": CHATML, "special_tokens_map": {"eos_token": token("<|im_end|>"), "pad_token": "<unk>"}},
+    ),
+    "further special tokens by the map": (
+        LLAMA, {"added_tokens": CHATML, "special_tokens_map": {"additional_special_tokens": ["<|im_start|>"]}},
+    ),
+    "added_tokens_decoder": (
+        {**LLAMA, "added_tokens_decoder": {**ENDS, "310": token("<|im_start|>", True), "311": token("<|im_end|>")}}, {},
+    ),
+    "the decoder before other files": (
+        {**LLAMA, "added_tokens_decoder": {**ENDS, "310": token("<extra>")}, "eos_token": "</s>"},
+        {"added_tokens": CHATML, "special_tokens_map": {"eos_token": "<extra>"}},
+    ),
+    "lstrip": (
+        {**LLAMA, "added_tokens_decoder": {**ENDS, "310": token("<|im_start|>", lstrip=True), "311": token("<extra>")}},
+        {},
+    ),
+    "rstrip": (
+        {**LLAMA, "added_tokens_decoder": {**ENDS, "310": token("<|im_start|>", True, rstrip=True)}}, {},
+    ),
+    "both strip, not Llama": (
+        {"added_tokens_decoder": {**ENDS, "310": token("<|im_start|>", True, rstrip=True, lstrip=True)}}, {},
+    ),
+    "an end that strips": (
+        {**LLAMA, "added_tokens_decoder": {**ENDS, "1": token("<s>", True, rstrip=True, lstrip=True)}}, {},
+    ),
+    "single_word": ({**LLAMA, "added_tokens_decoder": {**ENDS, "310": token("extra", single_word=True)}}, {}),
+    "normalized": (
+        {**LLAMA, "added_tokens_decoder": {**ENDS, "310": token("extra", normalized=True, lstrip=True)}}, {},
+    ),
+    "named by a role alone": ({**LLAMA, "pad_token": "[PAD]"}, {}),
+    "named and further ones": (
+        {**LLAMA, "pad_token": "[PAD]", "additional_special_tokens": ["<extra>", "<|im_start|>"]}, {},
+    ),
+    "of a name of its own": ({"image_token": "<extra>", "pad_token": "<pad>"}, {"added_tokens": CHATML}),
+    "BOS and EOS around a text": (
+        {**LLAMA, "add_bos_token": True, "add_eos_token": True}, {"added_tokens": CHATML},
+    ),
+}  # fmt: skip
+
+
+def write(directory: Path, config: dict[str, Any] | None, files: dict[str, Any], model_type: str = "llama") -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    if config is not None:
+        (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps({"model_type": model_type, "vocab_size": 2000}))
+    for name, content in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    return directory
+
+
+def check(directory: Path, texts: list[str] = TEXTS, leading_space: bool = True, decodes: bool = True) -> Tokenizer:
+    """The tokenizer of a directory, compared with that of transformers; and saved, it is the same."""
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(directory), Tokenizer.load(directory)
+    copy = directory / "copy"
+    ours.save(copy)
+    (copy / "config.json").write_bytes((directory / "config.json").read_bytes())
+    again, theirs_again = Tokenizer.load(copy), transformers.AutoTokenizer.from_pretrained(copy)
+    assert ours.vocab_size == len(theirs) == again.vocab_size == len(theirs_again)
+    assert ours.hash == again.hash
+    for role in ("bos", "eos", "unk", "pad"):
+        expected, found = getattr(theirs, f"{role}_token_id"), getattr(ours, f"{role}_id")
+        assert found == getattr(again, f"{role}_id")
+        assert found == expected or expected is None, role  # Llamita knows <s> and </s> by their names
+    pickled = pickle.loads(pickle.dumps(ours))
+    for text in texts:
+        if text[:1] in (" ", "▁") and not leading_space:
+            continue
+        expected = theirs(text, add_special_tokens=False).input_ids
+        assert ours.encode(text, allow_special=True) == expected, text
+        for tokenizer in (again, pickled):
+            assert tokenizer.encode(text, allow_special=True) == expected, text
+        assert theirs_again(text, add_special_tokens=False).input_ids == expected, text
+        if decodes:
+            assert ours.decode(expected) == theirs.decode(expected, skip_special_tokens=True), text
+            assert ours.decode(expected, skip_special=False) == theirs.decode(expected), text
+    return ours
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_beside_a_sentencepiece_model(name, tmp_path):
+    config, files = BESIDE[name]
+    (tmp_path / "tokenizer.model").write_bytes(SENTENCEPIECE.proto)
+    write(tmp_path, config, files)
+    # A model without added tokens is read by SentencePiece, which keeps a space before a text apart.
+    check(tmp_path, leading_space=name != "nothing")
+
+
+@pytest.mark.parametrize("name", ["added_tokens.json, Llama", "added_tokens_decoder"])
+def test_beside_a_sentencepiece_model_of_mistral(name, tmp_path):
+    config, files = BESIDE[name]
+    (tmp_path / "tokenizer.model").write_bytes(SENTENCEPIECE.proto)
+    write(tmp_path, config, files, "mistral")
+    check(tmp_path)
+
+
+def byte_level(directory: Path, normalizer: Any = None, added: tuple[AddedToken, ...] = ()) -> None:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([CORPUS * 5], trainer)
+    tokenizer.add_tokens(list(added))
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+
+FAST = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+SMALL = ["the cat", "  THE cat ", "e\u0301 caf\u00e9", *TEXTS[8:]]
+
+# normaliser, tokens in the tokenizer.json, tokenizer_config.json, further files
+IN_JSON: dict[str, tuple[Any, tuple[AddedToken, ...], dict[str, Any], dict[str, Any]]] = {
+    "NFC": (normalizers.NFC(), (AddedToken("caf\u00e9", normalized=True),), FAST, {}),
+    "NFD, in which a token is another": (normalizers.NFD(), (AddedToken("caf\u00e9", normalized=True),), FAST, {}),
+    "lower case": (normalizers.Lowercase(), (AddedToken("<|im_start|>", normalized=True),), FAST, {}),
+    "lower case, not the token": (normalizers.Lowercase(), (AddedToken("<|im_start|>", normalized=False),), FAST, {}),
+    "strips and replaces": (
+        normalizers.Sequence([normalizers.Strip(), normalizers.Replace("extra", "cat")]),
+        (AddedToken("<|im_start|>", lstrip=True, rstrip=True), AddedToken("<extra>")), FAST, {},
+    ),
+    "flags of the decoder": (
+        None, (AddedToken("<|im_start|>"),),
+        {**FAST, "added_tokens_decoder": {"300": token("<|im_start|>", True, lstrip=True, rstrip=True)}}, {},
+    ),
+    "more in the decoder": (
+        None, (AddedToken("<|im_start|>"),),
+        {**FAST, "added_tokens_decoder": {"300": token("<|im_start|>"), "301": token("<|im_end|>", True)}}, {},
+    ),
+    "more in added_tokens.json": (None, (AddedToken("<|im_start|>"),), FAST, {"added_tokens": {"<|im_end|>": 301}}),
+    "special by the map": (
+        None, (AddedToken("<|im_start|>"), AddedToken("<|im_end|>")), FAST,
+        {"special_tokens_map": {"eos_token": token("<|im_end|>"), "additional_special_tokens": ["<|im_start|>"]}},
+    ),
+    "further by the map, and new": (
+        None, (AddedToken("<|im_start|>"),), FAST,
+        {"special_tokens_map": {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}},
+    ),
+    "extra by the map, and new": (
+        None, (AddedToken("<|im_start|>"),), FAST,
+        {"special_tokens_map": {"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]}},
+    ),
+    "special by the settings": (
+        None, (AddedToken("<|im_start|>"), AddedToken("<|im_end|>")),
+        {**FAST, "eos_token": "<|im_end|>", "extra_special_tokens": ["<extra>"], "pad_token": "[PAD]"}, {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_JSON)
+def test_in_and_beside_a_tokenizer_json(name, tmp_path):
+    normalizer, added, config, files = IN_JSON[name]
+    byte_level(tmp_path, normalizer, added)
+    write(tmp_path, config, files)
+    # Through `tokenizers`, a token outside of ASCII comes back as broken bytes, and another as its normal form.
+    check(tmp_path, SMALL, decodes=all(token.content.startswith("<|") for token in added))
+
+
+@pytest.mark.parametrize("name", [name for name in BESIDE if name not in ("nothing", "no settings")])
+def test_beside_the_json_of_a_sentencepiece_model(name, tmp_path):
+    """A tokenizer.json as older transformers wrote it: transformers reads its vocabulary in the way of its class."""
+    config, files = BESIDE[name]
+    SENTENCEPIECE.write(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    write(tmp_path, config, files)
+    check(tmp_path)
