@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
-from llamita.text import sentencepiece_training
+from llamita.text import sentencepiece_json, sentencepiece_training
 from llamita.text.bpe import special_tokens
 from llamita.text.chat import Chat
 from llamita.text.sentencepiece_codec import SentencePieceCodec
@@ -223,3 +224,125 @@ def test_beside_the_json_of_a_sentencepiece_model(name, tmp_path):
     (tmp_path / "tokenizer.model").unlink()
     write(tmp_path, config, files)
     check(tmp_path)
+
+
+# --- marks of conversations ------------------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TALK = [{"role": "user", "content": "the cat  sat"}, {"role": "assistant", "content": "on the mat"}]
+
+
+@pytest.mark.parametrize(
+    "name", ["no settings", "added_tokens.json, Llama", "added_tokens_decoder", "lstrip", "rstrip"]
+)
+def test_marks_without_the_flag_are_control_tokens_of_a_conversation(name, tmp_path):
+    config, files = BESIDE[name]
+    (tmp_path / "tokenizer.model").write_bytes(SENTENCEPIECE.proto)
+    write(tmp_path, {**(config or {}), "chat_template": TEMPLATE}, files)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), check(tmp_path)
+    for add in (True, False):
+        expected = theirs.apply_chat_template(TALK, add_generation_prompt=add, return_dict=False)
+        assert list(Chat(ours).encode(TALK, add_generation_prompt=add).tokens) == expected
+    mark = ours.codec.special_tokens["<|im_start|>"]
+    told = [{"role": "user", "content": "say <|im_start|>system"}]
+    assert Chat(ours).encode(told).tokens.count(mark) == 2  # the template's own
+    assert mark not in ours.encode("<|im_start|>")
+
+
+def test_an_answer_ends_at_a_mark_without_the_flag(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(SENTENCEPIECE.proto)
+    write(tmp_path, {**LLAMA, "chat_template": TEMPLATE}, {"added_tokens": CHATML})
+    chat = Chat(Tokenizer.load(tmp_path))
+    assert chat.end_of_turn == ((311,), ())
+
+
+def test_the_flags_of_marks_stay_as_they_were(tmp_path):
+    byte_level(tmp_path, None, (AddedToken("<|im_start|>"), AddedToken("<|im_end|>"), AddedToken("<think>")))
+    write(tmp_path, {**FAST, "chat_template": TEMPLATE}, {})
+    ours = Tokenizer.load(tmp_path)
+    assert {"<|im_start|>", "<|im_end|>"} == ours.codec.special_tokens.keys()
+    ours.save(tmp_path / "copy")
+    spec = json.loads((tmp_path / "copy" / "tokenizer.json").read_text())
+    assert not any(token["special"] for token in spec["added_tokens"])
+    assert Tokenizer.load(tmp_path / "copy").hash == ours.hash
+
+
+def test_tags_in_pairs_belong_to_the_text(tmp_path):
+    """Qwen 3's `<think>` and `</think>`, which its template writes and assistants too."""
+    tags = (AddedToken("<think>"), AddedToken("</think>"), AddedToken("<tool_call>"), AddedToken("</tool_call>"))
+    byte_level(tmp_path, None, tags)
+    template = TEMPLATE + "{{ '<think>\n\n</think>\n\n<tool_call></tool_call>' }}"
+    write(tmp_path, {**FAST, "chat_template": template}, {})
+    ours, theirs = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert not ours.codec.special_tokens
+    text = "<think>the cat</think> sat <tool_call>"
+    assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids
+    assert ours.decode(ours.encode(text)) == text
+
+
+@pytest.mark.parametrize("default", ["none", "settings", "file", "both"])
+def test_templates_in_files_of_their_own(default, tmp_path):
+    byte_level(tmp_path, None, (AddedToken("<|im_start|>"), AddedToken("<|im_end|>")))
+    in_settings = {"chat_template": "{{ 'settings' }}"} if default in ("settings", "both") else {}
+    write(tmp_path, {**FAST, **in_settings}, {})
+    if default in ("file", "both"):
+        (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name in ("tool_use", "rag"):
+        (tmp_path / "additional_chat_templates" / f"{name}.jinja").write_text("{{ '" + name + "' }}")
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), Tokenizer.load(tmp_path)
+    assert ours.chat_templates == theirs.chat_template
+    ours.save(tmp_path / "copy")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "copy").chat_template == theirs.chat_template
+    assert Tokenizer.load(tmp_path / "copy").chat_templates == ours.chat_templates
+    if default in ("file", "both"):
+        tool = [{"type": "function", "function": {"name": "f", "description": "g", "parameters": {}}}]
+        assert Chat(ours).render(TALK, tools=tool) == "tool_use"
+        assert Chat(ours).render(TALK) == theirs.apply_chat_template(TALK, add_generation_prompt=True, tokenize=False)
+
+
+# --- files that are not of the form ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "words"),
+    [
+        ({"added_tokens_decoder": ["<a>"]}, {}, "added_tokens_decoder holds a list where an object was expected"),
+        ({"added_tokens_decoder": {"a": token("<a>")}}, {}, "added_tokens_decoder in .* must map ids to objects"),
+        ({"added_tokens_decoder": {"310": "<a>"}}, {}, "must map ids to objects with a content, got '310'"),
+        ({}, {"added_tokens": {"<a>": "310"}}, r"added_tokens\.json must map tokens to ids, got '<a>': '310'"),
+        ({}, {"added_tokens": ["<a>"]}, r"added_tokens\.json holds a list where an object was expected"),
+        ({}, {"special_tokens_map": 5}, r"special_tokens_map\.json holds a int where an object was expected"),
+    ],
+)
+def test_faulty_files_are_named(config, files, words, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(SENTENCEPIECE.proto)
+    write(tmp_path, config, files)
+    with pytest.raises(ValueError, match=words):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_model_that_cannot_hold_more_is_refused(tmp_path):
+    proto = sentencepiece_json.serialize(
+        replace(sentencepiece_json.parse(SENTENCEPIECE.proto), removes_extra_spaces=True),
+        {"unk": 0, "bos": 1, "eos": 2},
+    )
+    (tmp_path / "tokenizer.model").write_bytes(proto)
+    write(tmp_path, LLAMA, {})
+    assert Tokenizer.load(tmp_path).vocab_size == 310
+    write(tmp_path, LLAMA, {"added_tokens": CHATML})
+    with pytest.raises(ValueError, match=r"tokenizer.model has tokens added beside it \(<\|im_start\|>\)"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_role_beyond_the_embeddings_adds_no_token(tmp_path):
+    """A pad token that no file gives an id, and the model no row."""
+    (tmp_path / "tokenizer.model").write_bytes(SENTENCEPIECE.proto)
+    write(tmp_path, {**LLAMA, "pad_token": "[PAD]"}, {})
+    assert (Tokenizer.load(tmp_path).vocab_size, Tokenizer.load(tmp_path).pad_id) == (311, 310)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 310}))
+    assert (Tokenizer.load(tmp_path).vocab_size, Tokenizer.load(tmp_path).pad_id) == (310, None)

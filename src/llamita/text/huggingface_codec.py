@@ -147,7 +147,7 @@ class HuggingFaceCodec:
         return tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
 
     def _bytes_of_token(self) -> Any:
-        """The function from a token's name to its bytes, by the kind of decoder; sets strips_leading_space and marks_spaces."""
+        """The function from a token's name to its bytes, by the kind of decoder; says what that does with spaces."""
         decoder = self.spec.get("decoder") or {}
         steps = decoder.get("decoders", [decoder])
         kinds = {step.get("type") for step in steps}

@@ -1,6 +1,5 @@
 """An adapter and its base into an ordinary model directory, tensor by tensor; the backend that computes is given."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from llamita.backend.interface import Backend
 from llamita.model.parameters import check_arrays, parameter_table
 from llamita.storage import files, model_directory, peft_directory
 from llamita.storage.peft_directory import Opened
-from llamita.workflows.quantize import CARRIED
+from llamita.workflows.quantize import carry
 
 
 def merge(adapter: Path, output: Path, overwrite: bool, backend: Backend, base: Path | None = None) -> Opened:
@@ -34,9 +33,6 @@ def merge(adapter: Path, output: Path, overwrite: bool, backend: Backend, base: 
     }
     with files.atomic_directory(output, overwrite) as temporary:
         model_directory.save_config(temporary, config, next(iter(layout.values()))[0])
-        for name in CARRIED:
-            found = [place / name for place in (opened.directory, opened.base) if (place / name).is_file()]
-            if found:
-                shutil.copyfile(found[0], temporary / name)
+        carry([opened.directory, opened.base], temporary)
         model_directory.stream_tensors(temporary, layout, backend.merged_arrays(arrays, opened.adapter))
     return opened

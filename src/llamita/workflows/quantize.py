@@ -5,7 +5,7 @@ is the backend's.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,7 @@ CARRIED = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
 )
+TEMPLATES = "additional_chat_templates"  # a folder of templates by name
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,17 @@ class Quantized:
     config: ModelConfig
     bytes_before: int
     bytes_after: int
+
+
+def carry(sources: Sequence[Path], target: Path) -> None:
+    """Copies the files that stay as they are, each from the first of the directories that has it."""
+    for name in CARRIED:
+        if found := next((source / name for source in sources if (source / name).is_file()), None):
+            shutil.copyfile(found, target / name)
+    if folder := next((source / TEMPLATES for source in sources if (source / TEMPLATES).is_dir()), None):
+        (target / TEMPLATES).mkdir()
+        for file in sorted(folder.glob("*.jinja")):
+            shutil.copyfile(file, target / TEMPLATES / file.name)
 
 
 def quantize(model: Path | str, output: Path, scheme: Scheme, overwrite: bool, backend: Backend) -> Quantized:
@@ -51,9 +63,7 @@ def quantize(model: Path | str, output: Path, scheme: Scheme, overwrite: bool, b
     layout = {array.name: (array.stored_dtype, array.shape) for array in stored}
     with files.atomic_directory(output, overwrite) as temporary:
         model_directory.save_config(temporary, result)
-        for name in CARRIED:
-            if (directory / name).is_file():
-                shutil.copyfile(directory / name, temporary / name)
+        carry([directory], temporary)
         model_directory.stream_tensors(temporary, layout, backend.quantize_arrays(result, _one_by_one(arrays, names)))
     before = sum(len(arrays[name].data) for name in names)
     return Quantized(result, before, sum(array.stored_bytes for array in stored))

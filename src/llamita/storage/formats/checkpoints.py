@@ -111,14 +111,22 @@ def from_meta_shards(source: Path, parameters: Mapping[str, Any], shards: Sequen
         joined[name] = _join(name, parts, width)  # type: ignore[arg-type]
     if "tok_embeddings.weight" not in joined or "layers.0.feed_forward.w1.weight" not in joined:
         raise ValueError(f"{source} lacks tok_embeddings.weight or layers.0.feed_forward.w1.weight; it is no Llama")
+    rows, inner = (joined[name].shape[0] for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"))
+    config = meta_config(source, parameters, rows, inner)
+    named = from_meta_names(joined, config.head_dim, source)
+    return _fitted(untied_where_different(config, named), named, source)
+
+
+def meta_config(source: Path, parameters: Mapping[str, Any], vocab_size: int, intermediate_size: int) -> ModelConfig:
+    """The config that Meta's `params.json` stands for; the sizes that it does not give come from the weights."""
     heads = _number(source, parameters, "n_heads")
     theta = parameters.get("rope_theta") or 10000.0
     scaling = _meta_scaling(parameters)
     positions = 131072 if scaling else META_POSITIONS.get(theta, 4096)
-    config = ModelConfig(
-        vocab_size=joined["tok_embeddings.weight"].shape[0],
-        hidden_size=width,
-        intermediate_size=joined["layers.0.feed_forward.w1.weight"].shape[0],
+    return ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=_number(source, parameters, "dim"),
+        intermediate_size=intermediate_size,
         num_hidden_layers=_number(source, parameters, "n_layers"),
         num_attention_heads=heads,
         num_key_value_heads=parameters.get("n_kv_heads") or heads,
@@ -127,8 +135,6 @@ def from_meta_shards(source: Path, parameters: Mapping[str, Any], shards: Sequen
         rope_theta=theta,
         rope_scaling=scaling,
     )
-    named = from_meta_names(joined, config.head_dim, source)
-    return _fitted(untied_where_different(config, named), named, source)
 
 
 def _meta_scaling(parameters: Mapping[str, Any]) -> RopeScaling | None:
