@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llamita.backend import opening
+from llamita.backend.torch.backend import BACKEND
 from llamita.backend.torch.model import weights
 from llamita.model.config import ModelConfig
 from llamita.storage import model_directory
+from llamita.workflows.classify import Classifier
 
 transformers = pytest.importorskip("transformers")
 
@@ -296,6 +298,21 @@ def test_a_head_of_one_number(tmp_path):
     edit(directory, problem_type="ranking")
     with pytest.raises(ValueError, match="problem_type='ranking' must be one of single_label_classification"):
         model_directory.load_config(directory)
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "words"),
+    [
+        (1, {}, "num_labels=1 numbers are for regression"),
+        (3, {"problem_type": "regression"}, "num_labels=3 numbers are for regression"),
+        (3, {"problem_type": "multi_label_classification"}, "are for multi_label_classification"),
+    ],
+)
+def test_numbers_that_are_no_probabilities_are_not_given_as_such(count, changes, words, tmp_path):
+    directory = made(tmp_path, "llama", "SequenceClassification", num_labels=count)
+    edit(directory, **changes)
+    with pytest.raises(ValueError, match=words):
+        Classifier.load(directory, BACKEND)
 
 
 @pytest.mark.parametrize("head", ["TokenClassification", "QuestionAnswering"])
