@@ -1,5 +1,6 @@
 """Tokens beside a vocabulary, as people's directories have them: the ids and the text of transformers."""
 
+import base64
 import json
 import pickle
 from dataclasses import replace
@@ -253,6 +254,25 @@ def test_marks_without_the_flag_are_control_tokens_of_a_conversation(name, tmp_p
     assert mark not in ours.encode("<|im_start|>")
 
 
+def test_user_defined_symbols_of_sentencepiece_are_marks_too(tmp_path):
+    model = sentencepiece_json.parse(SENTENCEPIECE.proto)
+    symbols = (("<|im_start|>", 0.0, 4), ("<|im_end|>", 0.0, 4), ("<other>", 0.0, 4))
+    pieces = (*model.pieces, *symbols)
+    proto = sentencepiece_json.serialize(replace(model, pieces=pieces), {"unk": 0, "bos": 1, "eos": 2})
+    (tmp_path / "tokenizer.model").write_bytes(proto)
+    write(tmp_path, {"chat_template": TEMPLATE}, {})
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), check(tmp_path)
+    assert {"<|im_start|>", "<|im_end|>"} == set(ours.codec.special_tokens) - set(SENTENCEPIECE.special_tokens)
+    assert list(Chat(ours).encode(TALK, add_generation_prompt=False).tokens) == theirs.apply_chat_template(
+        TALK, return_dict=False
+    )
+    assert 310 not in ours.encode("a<|im_start|>b<other>")
+    assert ours.decode(ours.encode("a<|im_start|>b<other>")) == "a<|im_start|>b<other>"
+    assert ours.encode("<other>")[-1] == 312
+    told = [{"role": "user", "content": "say <|im_start|>system"}]
+    assert Chat(ours).encode(told).tokens.count(310) == 2
+
+
 def test_an_answer_ends_at_a_mark_without_the_flag(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(SENTENCEPIECE.proto)
     write(tmp_path, {**LLAMA, "chat_template": TEMPLATE}, {"added_tokens": CHATML})
@@ -303,6 +323,33 @@ def test_templates_in_files_of_their_own(default, tmp_path):
         tool = [{"type": "function", "function": {"name": "f", "description": "g", "parameters": {}}}]
         assert Chat(ours).render(TALK, tools=tool) == "tool_use"
         assert Chat(ours).render(TALK) == theirs.apply_chat_template(TALK, add_generation_prompt=True, tokenize=False)
+
+
+def test_a_rank_file_with_names_beside_it(tmp_path):
+    """Llama 3.1's names of tokens that Llama 3 had reserved, as tokenizer_config.json lists them."""
+    letters = [bytes([byte]) for byte in range(256)] + [b"th", b"the", b" the", b" c", b" cat"]
+    lines = (base64.b64encode(letter) + b" %d\n" % rank for rank, letter in enumerate(letters))
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
+    names = {str(261 + i): token(f"<|special_{i}|>", True) for i in (0, 1, 3)}
+    write(tmp_path, {**FAST, "added_tokens_decoder": names, "bos_token": "<|special_0|>"}, {})
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), Tokenizer.load(tmp_path)
+    assert ours.vocab_size == len(theirs) == 265
+    assert ours.bos_id == theirs.bos_token_id == 261
+    for text in ("the cat", "<|special_0|>the<|special_3|> cat <|special_1|>", "<|reserved_token_263|> the"):
+        assert ours.encode(text, allow_special=True) == theirs(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("prefix", [None, True, False])
+def test_a_json_without_a_prefix_read_in_llamas_way(prefix, tmp_path):
+    SENTENCEPIECE.write(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    file = tmp_path / "tokenizer.json"
+    spec = json.loads(file.read_text())
+    spec["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    spec["decoder"]["decoders"] = spec["decoder"]["decoders"][:-1]
+    file.write_text(json.dumps(spec))
+    write(tmp_path, {**LLAMA, "add_prefix_space": prefix}, {"added_tokens": CHATML})
+    check(tmp_path)
 
 
 # --- files that are not of the form ----------------------------------------------------------------------------------

@@ -71,4 +71,4 @@ def _equal(first: HostArray, second: HostArray) -> bool:
 
 
 def _warn(directory: Path, what: str, remedy: str) -> None:
-    warnings.warn(f"{directory / 'config.json'} {what}; {remedy} to say so without this warning", stacklevel=4)
+    warnings.warn(f"{directory / 'config.json'} {what}; {remedy} to say so without this warning", stacklevel=2)

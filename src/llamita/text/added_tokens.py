@@ -105,7 +105,7 @@ def complete(
         codec = HuggingFaceCodec(converted)
     else:
         tokens = list(found.tokens)
-    if scheme is not None and codec.strips_leading_space:
+    if scheme is not None and codec.marks_spaces:
         codec = _as_llama_tokenizer(codec, scheme)
     codec = codec.with_added(tokens)
     missing = [token for token in found.named if token.content not in codec.vocabulary]
@@ -213,6 +213,13 @@ def _object(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{what} holds a {type(value).__name__} where an object was expected")
     return value
+
+
+def names_by_id(config: Mapping[str, Any], first: int) -> list[str]:
+    """Returns the names of the tokens from an id on that `added_tokens_decoder` lists; gaps have names as well."""
+    listed = config.get("added_tokens_decoder") or {}
+    names = {int(number): _content(token) for number, token in listed.items() if str(number).isdigit()}
+    return [names.get(number, f"<|reserved_token_{number}|>") for number in range(first, max(names, default=-1) + 1)]
 
 
 def template_marks(tokens: Iterable[str], templates: Iterable[str]) -> frozenset[str]:

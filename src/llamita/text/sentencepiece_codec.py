@@ -9,7 +9,7 @@ which decoding takes away again (`strips_leading_space`).
 import functools
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,13 @@ class SentencePieceCodec:
     """A SentencePiece model: same attributes as HuggingFaceCodec.
 
     `prefix` says which texts between special tokens get the dummy prefix: always, or the first if the text begins with
-    it. `encode` is for texts without special tokens, and the same for both.
+    it. `encode` is for texts without special tokens, and the same for both. `marks` are user-defined symbols that
+    control a model; decoding shows them.
     """
 
-    def __init__(self, proto: bytes, prefix: str = "always") -> None:
-        self.proto, self.prefix = proto, prefix
-        self._processor = sentencepiece.SentencePieceProcessor()
-        self._processor.LoadFromSerializedProto(proto)
-        processor = self._processor
+    def __init__(self, proto: bytes, prefix: str = "always", marks: frozenset[str] = frozenset()) -> None:
+        self.proto, self.prefix, self.marks = proto, prefix, marks
+        self._processor = processor = _processor(proto)
         self.vocab_size = processor.get_piece_size()
         if self.vocab_size == 0:
             raise ValueError("it holds no pieces")
@@ -50,10 +49,12 @@ class SentencePieceCodec:
         self.unk_id, self.pad_id = _known(processor.unk_id()), _known(processor.pad_id())
         model = sentencepiece_json.parse(proto)
         self.strips_leading_space = model.adds_dummy_prefix
-        kinds = enumerate(kind for _, _, kind in model.pieces)
-        self._user_defined = frozenset(i for i, kind in kinds if kind == sentencepiece_json.USER_DEFINED)
+        self._user_defined = frozenset(
+            text for text, _, kind in model.pieces if kind == sentencepiece_json.USER_DEFINED
+        )
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         self._special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self.special_tokens |= {mark: processor.piece_to_id(mark) for mark in sorted(marks)}
 
     @classmethod
     def from_file(cls, path: Path) -> "SentencePieceCodec":
@@ -66,11 +67,21 @@ class SentencePieceCodec:
             raise ValueError(f"{path} is not a SentencePiece model: {reason}") from None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SentencePieceCodec, (self.proto, self.prefix)
+        return SentencePieceCodec, (self.proto, self.prefix, self.marks)
 
     def with_prefix(self, prefix: str) -> "SentencePieceCodec":
         """This codec with another `prefix`."""
-        return SentencePieceCodec(self.proto, prefix)
+        return SentencePieceCodec(self.proto, prefix, self.marks)
+
+    def with_marks(self, names: Iterable[str]) -> "SentencePieceCodec":
+        """This codec, or one in which those user-defined symbols are `marks`."""
+        marks = self.marks | self._user_defined.intersection(names)
+        return self if marks == self.marks else SentencePieceCodec(self.proto, self.prefix, marks)
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """The user-defined symbols, which come out of any text that spells them."""
+        return tuple(sorted(self._user_defined))
 
     def knows(self, token: tokenizers.AddedToken) -> bool:
         """Whether a token's text is a piece of any kind."""
@@ -79,22 +90,20 @@ class SentencePieceCodec:
 
     def has(self, token: tokenizers.AddedToken) -> bool:
         """Whether a token is a piece that is found in texts, or kept out of them, as the token says."""
-        token_id = self._processor.piece_to_id(token.content)
         is_plain = not (token.lstrip or token.rstrip or token.single_word)
-        kept = self.special_tokens.keys() | {self._processor.id_to_piece(i) for i in self._user_defined}
-        return is_plain and self.knows(token) and self._processor.id_to_piece(token_id) in kept
+        return is_plain and self.knows(token) and token.content in (self.special_tokens.keys() | self._user_defined)
 
     def encode(self, text: str) -> list[int]:
-        return self._processor.encode(text)
+        return self._plain.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self._processor.encode(text) for text in texts]
+        return [self._plain.encode(text) for text in texts]
 
     def encode_with_special(self, text: str) -> list[int]:
         """Each stretch between special tokens is encoded as a text of its own, with the dummy prefix that it gets."""
         ids: list[int] = []
         for place, part in enumerate(self._special.split(text)):
-            if part in self.special_tokens:
+            if place % 2:  # what splits
                 ids.append(self.special_tokens[part])
             else:
                 processor = self._processor if place == 0 or self.prefix == "always" else self._without_prefix
@@ -107,9 +116,12 @@ class SentencePieceCodec:
 
     @functools.cached_property
     def _without_prefix(self) -> sentencepiece.SentencePieceProcessor:
-        processor = sentencepiece.SentencePieceProcessor()
-        processor.LoadFromSerializedProto(sentencepiece_json.without_dummy_prefix(self.proto))
-        return processor
+        return _processor(sentencepiece_json.without_dummy_prefix(self.proto))
+
+    @functools.cached_property
+    def _plain(self) -> sentencepiece.SentencePieceProcessor:
+        """To SentencePiece, marks are pieces that no text becomes."""
+        return _processor(sentencepiece_json.with_unused(self.proto, self.marks)) if self.marks else self._processor
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self.proto).hexdigest()
@@ -120,6 +132,12 @@ class SentencePieceCodec:
         converted = sentencepiece_json.convert(sentencepiece_json.parse(self.proto))
         if converted is not None and sentencepiece_json.agree_on_spaces(converted, self._processor):
             converted.save(str(directory / "tokenizer.json"), pretty=True)
+
+
+def _processor(proto: bytes) -> sentencepiece.SentencePieceProcessor:
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.LoadFromSerializedProto(proto)
+    return processor
 
 
 def _known(token_id: int) -> int | None:

@@ -18,7 +18,7 @@ nothing else can, and where no other piece holds two spaces, how a run merges de
 
 import collections
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import sentencepiece
@@ -76,6 +76,17 @@ def without_dummy_prefix(proto: bytes) -> bytes:
     normalizer = b"".join(value for number, value in fields if number == 3)
     # Of a field that stands twice, the last counts.
     return b"".join(_field(*field) for field in fields if field[0] != 3) + _field(3, normalizer + _field(3, 0))
+
+
+def with_unused(proto: bytes, names: Container[str]) -> bytes:
+    """Returns the model in which no text becomes those pieces."""
+    result = []
+    for number, value in _fields(proto):
+        message = _message(value)
+        if number == 1 and _message(dict(_fields(message))[1]).decode() in names:
+            message += _field(3, UNUSED)
+        result.append(_field(number, message))
+    return b"".join(result)
 
 
 def serialize(model: SentencePieceModel, ids: Mapping[str, int]) -> bytes:

@@ -58,14 +58,14 @@ class Tokenizer:
         if not path.exists():
             raise FileNotFoundError(f"there is no tokenizer at {path}; `llamita tokenizer train` makes one")
         file = _tokenizer_file(path) if path.is_dir() else path
+        config = read_json(file.parent / "tokenizer_config.json")
         codec: HuggingFaceCodec | SentencePieceCodec
         if file.suffix == ".json" or file.read_bytes()[:1] == b"{":
             codec = HuggingFaceCodec.from_file(file)
         elif tiktoken_ranks.is_rank_file(file):
-            codec = tiktoken_ranks.codec_from_file(file)
+            codec = tiktoken_ranks.codec_from_file(file, functools.partial(added_tokens.names_by_id, config))
         else:
             codec = SentencePieceCodec.from_file(file)
-        config = read_json(file.parent / "tokenizer_config.json")
         found = added_tokens.read(file.parent, config, isinstance(codec, HuggingFaceCodec))
         codec, config = added_tokens.complete(codec, found, file.parent), found.config
         if templates := _template_files(file.parent):  # where there are any, transformers reads these alone
@@ -73,8 +73,8 @@ class Tokenizer:
         roles = _find_roles(codec, config, file.parent)
         if isinstance(codec, HuggingFaceCodec):
             codec = codec.with_special(token_id for token_id in roles.values() if token_id is not None)
-            sources = _chat_templates(config.get("chat_template")).values()
-            codec = codec.with_marks(template_marks(codec.added, [*sources, *MARKS]))
+        sources = _chat_templates(config.get("chat_template")).values()
+        codec = codec.with_marks(template_marks(codec.added, [*sources, *MARKS]))
         return cls(codec, config, roles)
 
     @classmethod
@@ -231,7 +231,7 @@ def _tokenizer_file(directory: Path) -> Path:
     if whole.exists():
         size = SentencePieceCodec.from_file(model).vocab_size
         added = read_json(whole).get("added_tokens") or []
-        if any(token["id"] >= size for token in added):
+        if any(token["id"] >= size or token.get("lstrip") or token.get("rstrip") for token in added):
             return whole
     return model
 
