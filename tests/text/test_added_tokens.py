@@ -88,6 +88,13 @@ BESIDE: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "normalized": (
         {**LLAMA, "added_tokens_decoder": {**ENDS, "310": token("extra", normalized=True, lstrip=True)}}, {},
     ),
+    "not legacy, of no class": ({"legacy": False}, {}),
+    "not legacy, of no class, with tokens": ({"legacy": None}, {"added_tokens": CHATML}),
+    "a piece that is named": ({"pad_token": "▁the", "tokenizer_class": "PreTrainedTokenizerFast"}, {}),
+    "further ones twice": (
+        {**LLAMA, "extra_special_tokens": ["<extra>"], "additional_special_tokens": ["<|im_start|>"]},
+        {"special_tokens_map": {"additional_special_tokens": ["<|im_end|>"]}},
+    ),
     "named by a role alone": ({**LLAMA, "pad_token": "[PAD]"}, {}),
     "named and further ones": (
         {**LLAMA, "pad_token": "[PAD]", "additional_special_tokens": ["<extra>", "<|im_start|>"]}, {},
@@ -143,7 +150,7 @@ def test_beside_a_sentencepiece_model(name, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(SENTENCEPIECE.proto)
     write(tmp_path, config, files)
     # A model without added tokens is read by SentencePiece, which keeps a space before a text apart.
-    check(tmp_path, leading_space=name != "nothing")
+    check(tmp_path, leading_space=name not in ("nothing", "not legacy, of no class"))
 
 
 @pytest.mark.parametrize("name", ["added_tokens.json, Llama", "added_tokens_decoder"])
@@ -189,6 +196,11 @@ IN_JSON: dict[str, tuple[Any, tuple[AddedToken, ...], dict[str, Any], dict[str, 
         {**FAST, "added_tokens_decoder": {"300": token("<|im_start|>"), "301": token("<|im_end|>", True)}}, {},
     ),
     "more in added_tokens.json": (None, (AddedToken("<|im_start|>"),), FAST, {"added_tokens": {"<|im_end|>": 301}}),
+    "in the vocabulary, and named": (None, (), {**FAST, "additional_special_tokens": ["the"]}, {}),
+    "the file before added_tokens.json": (
+        None, (AddedToken("<|im_start|>", lstrip=True), AddedToken("<|im_end|>", single_word=True)), FAST,
+        {"added_tokens": {"<|im_start|>": 286, "<|im_end|>": 287}},
+    ),
     "special by the map": (
         None, (AddedToken("<|im_start|>"), AddedToken("<|im_end|>")), FAST,
         {"special_tokens_map": {"eos_token": token("<|im_end|>"), "additional_special_tokens": ["<|im_start|>"]}},

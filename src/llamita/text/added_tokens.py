@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, pre_tokenizers, processors
+from tokenizers import AddedToken, processors
 
 from llamita.text import sentencepiece_json
-from llamita.text.huggingface_codec import SPACE_MARK, HuggingFaceCodec
+from llamita.text.huggingface_codec import HuggingFaceCodec
 from llamita.text.sentencepiece_codec import SentencePieceCodec
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -37,10 +37,10 @@ class AddedTokens:
     """The names of those that are control tokens even where the vocabulary does not say so."""
 
 
-def read(directory: Path, config: Mapping[str, Any], is_json: bool) -> AddedTokens:
+def read(directory: Path, config: Mapping[str, Any], codec: HuggingFaceCodec | SentencePieceCodec) -> AddedTokens:
     """Reads the files beside a vocabulary; ValueError names the file where one is not of the form.
 
-    `is_json`: the vocabulary is a tokenizer.json. Beside any other, transformers does not read
+    A tokenizer.json counts before added_tokens.json. Beside any other vocabulary, transformers does not read
     `additional_special_tokens` of special_tokens_map.json.
     """
     config = dict(config)
@@ -59,12 +59,15 @@ def read(directory: Path, config: Mapping[str, Any], is_json: bool) -> AddedToke
         late = further.pop("additional_special_tokens", None)
         config |= further
         special = {_content(token) for token in [*_named(config), *_further(config)]}
-        if late and is_json:  # too late to say what added_tokens.json means
+        if late and isinstance(codec, HuggingFaceCodec) and not any(config.get(key) for key in FURTHER):
+            # It comes too late to say what added_tokens.json means.
             config["additional_special_tokens"] = further["additional_special_tokens"] = late
         for name, number in read_json(directory / "added_tokens.json").items():
             if not isinstance(number, int):
                 raise ValueError(f"{directory / 'added_tokens.json'} must map tokens to ids, got {name!r}: {number!r}")
             listed[number] = AddedToken(name, normalized=name not in special, special=name in special)
+        if isinstance(codec, HuggingFaceCodec):
+            listed |= {token["id"]: _token(token, special=token["special"]) for token in codec.spec["added_tokens"]}
     by_name = {token.content: token for token in listed.values()}
     control = {_content(value) for value in _named(config)}
     named: dict[str, AddedToken] = {}
@@ -85,11 +88,14 @@ def complete(
     are added as far as config.json leaves room for them. ValueError for a SentencePiece model that cannot hold more.
     """
     model = read_json(directory / "config.json")
-    scheme = _prefix_scheme(found.config, model.get("model_type"))
+    is_llama = _is_llama_tokenizer(found.config, model.get("model_type"))
+    scheme = _prefix_scheme(found.config) if is_llama else None
     if isinstance(codec, SentencePieceCodec):
+        if not is_llama and not found.config.get("legacy", True):
+            scheme = "first"
         more = [token for token in found.tokens if not codec.has(token)]
         room = _room(model, codec.vocab_size + len({token.content for token in more if not codec.knows(token)}))
-        named = [token for token in found.named if not codec.knows(token)]
+        named = [token for token in found.named if not codec.has(token)]
         if not more and not named[:room]:
             return codec.with_prefix(scheme) if scheme == "first" else codec
         converted = sentencepiece_json.convert(sentencepiece_json.parse(codec.proto))
@@ -100,39 +106,33 @@ def complete(
                 "of spaces); save it as a tokenizer.json with transformers"
             )
         _add_ends(converted, found)
-        tokens = [_unnormalised(token) if scheme is None else token for token in found.tokens]
-        found.config.pop("added_tokens_decoder", None)  # they are a part of the vocabulary from here on
+        tokens = [token if is_llama else _unnormalised(token) for token in found.tokens]
         codec = HuggingFaceCodec(converted)
     else:
         tokens = list(found.tokens)
     if scheme is not None and codec.marks_spaces:
-        codec = _as_llama_tokenizer(codec, scheme)
+        changed = codec.copy()
+        sentencepiece_json.prefix_texts(changed, scheme)
+        codec = HuggingFaceCodec(changed)
     codec = codec.with_added(tokens)
-    missing = [token for token in found.named if token.content not in codec.vocabulary]
-    codec = codec.with_added(missing[: _room(model, codec.vocab_size)])
+    missing = [token for token in found.named if token.content not in codec.added]
+    room = _room(model, codec.vocab_size)
+    while missing and room is not None and len({token.content for token in missing} - codec.vocabulary.keys()) > room:
+        missing.pop()
+    codec = codec.with_added(missing)
     return codec.with_special(codec.vocabulary[name] for name in found.special if name in codec.vocabulary)
 
 
-def _prefix_scheme(config: Mapping[str, Any], model_type: Any) -> str | None:
-    """Which texts between added tokens get a space before them; None for the vocabulary's own way.
+def _is_llama_tokenizer(config: Mapping[str, Any], model_type: Any) -> bool:
+    """Whether transformers reads a directory by its LlamaTokenizer, which it does not where the model is Mistral's."""
+    return str(config.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer" and model_type != "mistral"
 
-    transformers' LlamaTokenizer has a way of its own, except in Mistral's directories.
-    """
-    if str(config.get("tokenizer_class")).removesuffix("Fast") != "LlamaTokenizer" or model_type == "mistral":
-        return None
+
+def _prefix_scheme(config: Mapping[str, Any]) -> str:
+    """Which texts between added tokens get a space before them in LlamaTokenizer."""
     if config.get("add_prefix_space") is False:
         return "never"
     return "always" if config.get("legacy") else "first"
-
-
-def _as_llama_tokenizer(codec: HuggingFaceCodec, scheme: str) -> HuggingFaceCodec:
-    tokenizer = codec.copy()
-    tokenizer.normalizer = None
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE_MARK, prepend_scheme=scheme, split=False)
-    strip = [decoders.Strip(" ", 1, 0)] if scheme != "never" else []
-    steps = [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    tokenizer.decoder = decoders.Sequence(steps)
-    return HuggingFaceCodec(tokenizer)
 
 
 def _add_ends(tokenizer: tokenizers.Tokenizer, found: AddedTokens) -> None:

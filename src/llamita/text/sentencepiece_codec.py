@@ -131,6 +131,8 @@ class SentencePieceCodec:
         (directory / "tokenizer.model").write_bytes(self.proto)
         converted = sentencepiece_json.convert(sentencepiece_json.parse(self.proto))
         if converted is not None and sentencepiece_json.agree_on_spaces(converted, self._processor):
+            if self.prefix == "first":
+                sentencepiece_json.prefix_texts(converted, self.prefix)
             converted.save(str(directory / "tokenizer.json"), pretty=True)
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece.Type
 BPE = 2  # TrainerSpec.ModelType
@@ -146,6 +146,18 @@ def convert(model: SentencePieceModel) -> tokenizers.Tokenizer | None:
     special = [text for text, _, kind in model.pieces if kind in (UNKNOWN, CONTROL)]
     tokenizer.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])
     return tokenizer
+
+
+def prefix_texts(tokenizer: tokenizers.Tokenizer, scheme: str) -> None:
+    """Makes the tokenizer put a space before a text as transformers' LlamaTokenizer does, by `scheme`.
+
+    always: before each text between added tokens; first: before one that nothing precedes; never.
+    """
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE_MARK, prepend_scheme=scheme, split=False)
+    strip = [decoders.Strip(" ", 1, 0)] if scheme != "never" else []
+    steps = [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    tokenizer.decoder = decoders.Sequence(steps)
 
 
 def agree_on_spaces(converted: tokenizers.Tokenizer, processor: sentencepiece.SentencePieceProcessor) -> bool:

@@ -66,7 +66,7 @@ class Tokenizer:
             codec = tiktoken_ranks.codec_from_file(file, functools.partial(added_tokens.names_by_id, config))
         else:
             codec = SentencePieceCodec.from_file(file)
-        found = added_tokens.read(file.parent, config, isinstance(codec, HuggingFaceCodec))
+        found = added_tokens.read(file.parent, config, codec)
         codec, config = added_tokens.complete(codec, found, file.parent), found.config
         if templates := _template_files(file.parent):  # where there are any, transformers reads these alone
             config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
@@ -188,6 +188,7 @@ class Tokenizer:
             if token_id in names:
                 config.setdefault(f"{role}_token", names[token_id])
         if (directory / "tokenizer.json").exists():
+            config.pop("added_tokens_decoder", None)  # the tokenizer.json has them all
             config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
         text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
         (directory / "tokenizer_config.json").write_text(text + "\n", "utf-8")
