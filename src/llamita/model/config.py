@@ -277,8 +277,7 @@ class ModelConfig:
         switches = family.implied(values) | family.read(values)
         _refuse_foreign(values, rope, switches)
         taken = [field.name for field in fields(cls) if field.name not in (*_NOT_KEYS, "rope_scaling", *SWITCHES)]
-        keys = {*taken, "attention_bias", "mlp_bias", *family.keys}
-        known = {name: values[name] for name in keys if values.get(name) is not None}
+        known = {name: values[name] for name in {*taken, *family.keys} if values.get(name) is not None}
         known.setdefault("num_key_value_heads", values["num_attention_heads"])
         known.setdefault("dropout", values.get("attention_dropout") or 0.0)
         known["rope_theta"] = rope["rope_theta"]
@@ -336,8 +335,9 @@ def unknown_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns the keys of a `config.json` that are neither read nor known to change nothing."""
     family = family_named(values.get("model_type", "llama"))
     named = {field.name for field in fields(ModelConfig)} - set(SWITCHES)
-    read = {"attention_bias", "mlp_bias", "sliding_window", *family.keys, *family.other_keys}
-    known = named | read | _HARMLESS_KEYS
+    read = {"sliding_window", *family.keys, *family.other_keys}
+    off = {key for key in ("attention_bias", "mlp_bias") if not values.get(key)}
+    known = named | read | off | _HARMLESS_KEYS
     return tuple(sorted(key for key in values if key not in known and not key.startswith(("_", "unsloth_"))))
 
 

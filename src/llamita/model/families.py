@@ -303,6 +303,10 @@ GEMMA_TENSORS = {
 def _read_smollm3(values: Values) -> dict[str, Any]:
     if values.get("use_sliding_window"):
         raise ValueError("use_sliding_window in config.json is not supported for the family smollm3")
+    if values.get("sliding_window") and "sliding_attention" in (_layer_types(values) or ()):
+        raise ValueError(
+            "layer_types in config.json has layers that slide, which the family smollm3 does not have here"
+        )
     layers = values["num_hidden_layers"]
     turned = values.get("no_rope_layers")  # in spite of its name: 1 for a layer with rotary positions
     if turned is None:

@@ -34,10 +34,9 @@ def settled(config: ModelConfig, arrays: Mapping[str, HostArray], directory: Pat
                 "set tie_word_embeddings to false",
             )
             config = replace(config, tie_word_embeddings=False)
-    for switch, without in (
-        ("attention_bias", replace(config, attention_bias=False)),
-        ("mlp_bias", replace(config, mlp_bias=False)),
-    ):
+    for switch in ("attention_bias", "mlp_bias"):
+        off = {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias} | {switch: False}
+        without = replace(config, attention_bias=off["attention_bias"], mlp_bias=off["mlp_bias"])
         rows = {row.name for row in parameter_table(config)} - {row.name for row in parameter_table(without)}
         if rows and arrays and not rows & arrays.keys():
             _warn(directory, f"has {switch} true, but the weights hold no such biases", f"set {switch} to false")

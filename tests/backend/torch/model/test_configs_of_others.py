@@ -238,6 +238,23 @@ def test_biases_that_the_file_has_not(switch, tmp_path):
         check_logits(directory)
 
 
+def test_both_kinds_of_biases_that_the_file_has_not(tmp_path):
+    directory = made(tmp_path, "smollm3")
+    edit(directory, attention_bias=True, mlp_bias=True)
+    with pytest.warns(UserWarning, match="the weights hold no such biases"):
+        check_logits(directory)
+
+
+@pytest.mark.parametrize(
+    ("family", "key"), [("qwen2", "attention_bias"), ("qwen3", "mlp_bias"), ("gemma2", "mlp_bias")]
+)
+def test_biases_that_the_family_has_not_are_named(family, key, tmp_path):
+    directory = made(tmp_path, family)
+    edit(directory, **{key: True})
+    with pytest.warns(UserWarning, match=f"does not know, and ignores: {key}"):
+        check_logits(directory)
+
+
 @pytest.mark.parametrize("switch", ["attention_bias", "mlp_bias"])
 def test_biases_that_the_config_has_not(switch, tmp_path):
     directory = made(tmp_path, "llama", **{switch: True})
