@@ -138,6 +138,8 @@ def check(directory: Path, texts: list[str] = TEXTS, leading_space: bool = True,
         for tokenizer in (again, pickled):
             assert tokenizer.encode(text, allow_special=True) == expected, text
         assert theirs_again(text, add_special_tokens=False).input_ids == expected, text
+        assert ours.encode_with_offsets(text, allow_special=True)[0] == expected, text
+        assert ours.encode_with_offsets(text)[0] == ours.encode(text), text
         if decodes:
             assert ours.decode(expected) == theirs.decode(expected, skip_special_tokens=True), text
             assert ours.decode(expected, skip_special=False) == theirs.decode(expected), text
@@ -362,6 +364,23 @@ def test_a_json_without_a_prefix_read_in_llamas_way(prefix, tmp_path):
     file.write_text(json.dumps(spec))
     write(tmp_path, {**LLAMA, "add_prefix_space": prefix}, {"added_tokens": CHATML})
     check(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nothing", "added_tokens.json, Llama", "lstrip", "not legacy, of no class"])
+def test_offsets_are_those_of_the_text(name, tmp_path):
+    config, files = BESIDE[name]
+    (tmp_path / "tokenizer.model").write_bytes(SENTENCEPIECE.proto)
+    write(tmp_path, config, files)
+    ours = Tokenizer.load(tmp_path)
+    text = "<s>the  <|im_start|> cat</s> the\n<|im_end|>mat"
+    ids, offsets = ours.encode_with_offsets(text, allow_special=True)
+    assert len(ids) == len(offsets)
+    assert all(0 <= start <= end <= len(text) for start, end in offsets)
+    assert "".join(text[start:end] for start, end in offsets) == text
+    for token_id, (start, end) in zip(ids, offsets, strict=True):
+        if token_id in ours.special_ids:
+            names = {number: word for word, number in ours.codec.special_tokens.items()}
+            assert text[start:end].strip() == names[token_id]
 
 
 # --- files that are not of the form ----------------------------------------------------------------------------------

@@ -106,9 +106,29 @@ class SentencePieceCodec:
             if place % 2:  # what splits
                 ids.append(self.special_tokens[part])
             else:
-                processor = self._processor if place == 0 or self.prefix == "always" else self._without_prefix
-                ids.extend(processor.encode(part))
+                ids.extend(self._processor_at(place).encode(part))
         return ids
+
+    def encode_with_offsets(self, text: str, allow_special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and the characters that each stands for: [start, end) in the text as it was given."""
+        if not allow_special:
+            return _with_places(self._plain, text)
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        position = 0
+        for place, part in enumerate(self._special.split(text)):
+            if place % 2:
+                ids.append(self.special_tokens[part])
+                offsets.append((position, position + len(part)))
+            else:
+                inner, places = _with_places(self._processor_at(place), part)
+                ids += inner
+                offsets += [(position + start, position + end) for start, end in places]
+            position += len(part)
+        return ids, offsets
+
+    def _processor_at(self, place: int) -> sentencepiece.SentencePieceProcessor:
+        return self._processor if place == 0 or self.prefix == "always" else self._without_prefix
 
     def spelled(self, name: str) -> bytes:
         """The bytes of a special token."""
@@ -140,6 +160,15 @@ def _processor(proto: bytes) -> sentencepiece.SentencePieceProcessor:
     processor = sentencepiece.SentencePieceProcessor()
     processor.LoadFromSerializedProto(proto)
     return processor
+
+
+def _with_places(processor: sentencepiece.SentencePieceProcessor, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    encode: Any = processor.encode
+    if hasattr(processor, "encode_as_offset_mapping"):
+        found = encode(text, out_type="offset_mapping")
+        return found["ids"], found["offsets"]
+    pieces = encode(text, out_type="immutable_proto").pieces  # before sentencepiece 0.2.2
+    return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
 
 
 def _known(token_id: int) -> int | None:
