@@ -7,7 +7,7 @@ from llamita.backend.interface import Backend
 from llamita.model.parameters import check_arrays, parameter_table
 from llamita.storage import files, model_directory, peft_directory
 from llamita.storage.peft_directory import Opened
-from llamita.workflows.quantize import carry
+from llamita.workflows.quantize import carry_over
 
 
 def merge(adapter: Path, output: Path, overwrite: bool, backend: Backend, base: Path | None = None) -> Opened:
@@ -33,6 +33,6 @@ def merge(adapter: Path, output: Path, overwrite: bool, backend: Backend, base: 
     }
     with files.atomic_directory(output, overwrite) as temporary:
         model_directory.save_config(temporary, config, next(iter(layout.values()))[0])
-        carry([opened.directory, opened.base], temporary)
+        carry_over(temporary, opened.directory, opened.base)
         model_directory.stream_tensors(temporary, layout, backend.merged_arrays(arrays, opened.adapter))
     return opened

@@ -5,7 +5,7 @@ is the backend's.
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -33,17 +33,6 @@ class Quantized:
     bytes_after: int
 
 
-def carry(sources: Sequence[Path], target: Path) -> None:
-    """Copies the files that stay as they are, each from the first of the directories that has it."""
-    for name in CARRIED:
-        if found := next((source / name for source in sources if (source / name).is_file()), None):
-            shutil.copyfile(found, target / name)
-    if folder := next((source / TEMPLATES for source in sources if (source / TEMPLATES).is_dir()), None):
-        (target / TEMPLATES).mkdir()
-        for file in sorted(folder.glob("*.jinja")):
-            shutil.copyfile(file, target / TEMPLATES / file.name)
-
-
 def quantize(model: Path | str, output: Path, scheme: Scheme, overwrite: bool, backend: Backend) -> Quantized:
     """Write `model` (a directory, a run, a name on the hub) to `output`, quantised.
 
@@ -63,10 +52,22 @@ def quantize(model: Path | str, output: Path, scheme: Scheme, overwrite: bool, b
     layout = {array.name: (array.stored_dtype, array.shape) for array in stored}
     with files.atomic_directory(output, overwrite) as temporary:
         model_directory.save_config(temporary, result)
-        carry([directory], temporary)
+        carry_over(temporary, directory)
         model_directory.stream_tensors(temporary, layout, backend.quantize_arrays(result, _one_by_one(arrays, names)))
     before = sum(len(arrays[name].data) for name in names)
     return Quantized(result, before, sum(array.stored_bytes for array in stored))
+
+
+def carry_over(output: Path, *places: Path) -> None:
+    """Copies the files around a model's weights (`CARRIED`, `TEMPLATES`), each from the first place that has it."""
+    for name in CARRIED:
+        found = [place / name for place in places if (place / name).is_file()]
+        if found:
+            shutil.copyfile(found[0], output / name)
+    if folders := [place / TEMPLATES for place in places if (place / TEMPLATES).is_dir()]:
+        (output / TEMPLATES).mkdir()
+        for file in sorted(folders[0].glob("*.jinja")):
+            shutil.copyfile(file, output / TEMPLATES / file.name)
 
 
 def _one_by_one(arrays: dict[str, HostArray], names: list[str]) -> Iterator[tuple[str, HostArray]]:
