@@ -268,6 +268,60 @@ def test_marks_without_the_flag_are_control_tokens_of_a_conversation(name, tmp_p
     assert mark not in ours.encode("<|im_start|>")
 
 
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+PHI = {
+    "310": token("<|user|>", rstrip=True), "311": token("<|assistant|>", rstrip=True), "312": token("<|end|>", True),
+}  # fmt: skip
+# In the manner of published models: the model's type, tokenizer_config.json, further files, what ends a turn
+DIRECTORIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
+    "Llama 2": ("llama", {**LLAMA, **ROLES, "added_tokens_decoder": ENDS, "chat_template": INST}, {}, 2),
+    "Llama 2, legacy": ("llama", {**LLAMA, **ROLES, "legacy": True, "chat_template": INST}, {}, 2),
+    "TinyLlama": (
+        "llama", {**LLAMA, **ROLES, "legacy": False, "chat_template": ZEPHYR}, {"special_tokens_map": ROLES}, 2,
+    ),
+    "Mistral": ("mistral", {**LLAMA, **ROLES, "added_tokens_decoder": ENDS, "chat_template": INST}, {}, 2),
+    "Hermes": (
+        "mistral",
+        {**LLAMA, **ROLES, "eos_token": "<|im_end|>", "chat_template": TEMPLATE,
+         "added_tokens_decoder": {**ENDS, "310": token("<|im_end|>", True), "311": token("<|im_start|>")}},
+        {"added_tokens": {"<|im_end|>": 310, "<|im_start|>": 311}}, 310,
+    ),
+    "an older Hermes": (
+        "llama", {**LLAMA, **ROLES, "chat_template": TEMPLATE},
+        {"added_tokens": {"<|im_end|>": 310, "<|im_start|>": 311},
+         "special_tokens_map": {"eos_token": "<|im_end|>", "bos_token": token("<s>", normalized=True)}}, 310,
+    ),
+    "Phi 3": (
+        "llama",
+        {**LLAMA, **ROLES, "eos_token": "<|end|>", "legacy": False, "chat_template": ZEPHYR,
+         "added_tokens_decoder": {**ENDS, **PHI}}, {}, 312,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("with_json", [True, False])
+@pytest.mark.parametrize("name", DIRECTORIES)
+def test_conversations_in_the_directories_of_published_models(name, with_json, tmp_path):
+    model_type, config, files, end = DIRECTORIES[name]
+    SENTENCEPIECE.write(tmp_path)
+    if not with_json:
+        (tmp_path / "tokenizer.json").unlink()
+    write(tmp_path, config, files, model_type)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), Tokenizer.load(tmp_path)
+    for add in (True, False):
+        expected = theirs.apply_chat_template(TALK, add_generation_prompt=add, return_dict=False)
+        assert list(Chat(ours).encode(TALK, add_generation_prompt=add).tokens) == expected
+    assert Chat(ours).end_of_turn == ((end,), ())
+
+
 def test_user_defined_symbols_of_sentencepiece_are_marks_too(tmp_path):
     model = sentencepiece_json.parse(SENTENCEPIECE.proto)
     symbols = (("<|im_start|>", 0.0, 4), ("<|im_end|>", 0.0, 4), ("<other>", 0.0, 4))

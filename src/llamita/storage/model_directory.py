@@ -138,7 +138,7 @@ def load_config(directory: Path | str) -> ModelConfig:
         raise ValueError(f"{file}: {error}") from None
     unknown = unknown_keys(values)
     if unknown:
-        warnings.warn(f"{file} has keys that Llamita does not know, and ignores: {', '.join(unknown)}", stacklevel=2)
+        warnings.warn(f"{file} has keys that Llamita does not know, and ignores: {', '.join(unknown)}", stacklevel=1)
     try:
         arrays = load_tensors(directory)
     except (OSError, ValueError):
