@@ -458,12 +458,40 @@ def test_faulty_files_are_named(config, files, words, tmp_path):
         Tokenizer.load(tmp_path)
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "removes spaces": {"removes_extra_spaces": True},
+    "no prefix": {"adds_dummy_prefix": False},
+    "symbols": {"symbols": ("<sym>", "cat")},
+    "symbols, no prefix": {"symbols": ("<sym>", "cat"), "adds_dummy_prefix": False},
+    "symbols, removes spaces": {"symbols": ("<sym>",), "removes_extra_spaces": True},
+}
+ODD = [
+    *TEXTS,
+    "<sym>the<sym> cat<|im_start|>cat <sym>",
+    "  the   cat  <|im_end|>  the   cat  ",
+    "<sym>",
+    "the cat<sym>",
+]
+
+
+def changed(symbols: tuple[str, ...] = (), **changes: Any) -> bytes:
+    """The model with further pieces of its users, and with other settings."""
+    model = sentencepiece_json.parse(SENTENCEPIECE.proto)
+    pieces = (*model.pieces, *((name, 0.0, sentencepiece_json.USER_DEFINED) for name in symbols))
+    return sentencepiece_json.serialize(replace(model, pieces=pieces, **changes), {"unk": 0, "bos": 1, "eos": 2})
+
+
+@pytest.mark.parametrize("config", [{}, LLAMA, {**LLAMA, "legacy": True}, {"legacy": False}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_beside_models_of_other_kinds(kind, config, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(changed(**KINDS[kind]))
+    size = 310 + len(KINDS[kind].get("symbols", ()))
+    write(tmp_path, config, {"added_tokens": {"<|im_start|>": size, "<|im_end|>": size + 1}})
+    check(tmp_path, ODD)
+
+
 def test_a_model_that_cannot_hold_more_is_refused(tmp_path):
-    proto = sentencepiece_json.serialize(
-        replace(sentencepiece_json.parse(SENTENCEPIECE.proto), removes_extra_spaces=True),
-        {"unk": 0, "bos": 1, "eos": 2},
-    )
-    (tmp_path / "tokenizer.model").write_bytes(proto)
+    (tmp_path / "tokenizer.model").write_bytes(changed(model_type=1))
     write(tmp_path, LLAMA, {})
     assert Tokenizer.load(tmp_path).vocab_size == 310
     write(tmp_path, LLAMA, {"added_tokens": CHATML})

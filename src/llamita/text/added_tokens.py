@@ -91,7 +91,7 @@ def complete(
     is_llama = _is_llama_tokenizer(found.config, model.get("model_type"))
     scheme = _prefix_scheme(found.config) if is_llama else None
     if isinstance(codec, SentencePieceCodec):
-        if not is_llama and not found.config.get("legacy", True):
+        if not is_llama and codec.strips_leading_space and not found.config.get("legacy", True):
             scheme = "first"
         more = [token for token in found.tokens if not codec.has(token)]
         room = _room(model, codec.vocab_size + len({token.content for token in more if not codec.knows(token)}))
@@ -100,10 +100,13 @@ def complete(
             return codec.with_prefix(scheme) if scheme == "first" else codec
         converted = sentencepiece_json.convert(sentencepiece_json.parse(codec.proto))
         if converted is None:
+            converted = sentencepiece_json.convert_loosely(codec.proto, is_llama, scheme or "always")
+            scheme = None
+        if converted is None:
             raise ValueError(
-                f"{directory / 'tokenizer.model'} has tokens added beside it ({(more + named)[0].content}), and is no "
-                "model of the form that Llamita can add to (BPE without normalisation, user-defined symbols or removal "
-                "of spaces); save it as a tokenizer.json with transformers"
+                f"{directory / 'tokenizer.model'} has tokens added beside it ({(more + named)[0].content}), and is not "
+                "of SentencePiece's kind BPE, the only one that Llamita can add to; save it as a tokenizer.json with "
+                "transformers"
             )
         _add_ends(converted, found)
         tokens = [token if is_llama else _unnormalised(token) for token in found.tokens]
