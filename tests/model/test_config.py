@@ -99,7 +99,7 @@ def test_shapes_that_cannot_be_built_are_refused(changes, words):
         ({"rope_parameters": {"type": "longrope", "factor": 8.0}}, "of type 'longrope' is not supported"),
         ({"model_type": "gemma3_text", "rope_parameters": 5}, "rope_parameters=5 in config.json must be an object"),
         ({"rope_parameters": {"rope_type": "defaul"}}, "of type 'defaul' is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": None}}, "of type 'yarn' in config.json lacks its factor"),
+        ({"rope_theta": math.nan}, "rope_theta=nan must be a finite number"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "of type 'yarn' in config.json lacks its factor"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differs from layer to layer"),
         ({"rope_parameters": {"rope_type": "linear", "factor": math.inf}}, "factor=inf must be a finite number"),

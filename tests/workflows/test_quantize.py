@@ -20,6 +20,7 @@ from llamita.model.host_array import HostArray
 from llamita.model.parameters import check_arrays
 from llamita.storage import files, model_directory
 from llamita.text.bpe import train_bpe_from_iterator
+from llamita.workflows.quantize import carry_over
 from llamita.workflows.verify import verify
 
 CONFIG = ModelConfig(300, 64, 160, 2, 4, 2, 64)
@@ -196,3 +197,22 @@ def test_another_scheme_is_refused_by_name(scheme) -> None:
         ModelConfig.from_dict(values)
     with pytest.raises(ValueError, match="quantization='int3' must be int8, int4"):
         replace(CONFIG, quantization="int3")
+
+
+def test_files_around_the_weights_are_carried_over(tmp_path):
+    first, second, output = (tmp_path / name for name in ("first", "second", "output"))
+    for place in (first, second, output):
+        place.mkdir()
+    (first / "added_tokens.json").write_text("{}")
+    for place, text in ((first, "of the first"), (second, "of the second")):
+        (place / "tokenizer.json").write_text(text)
+    (second / "additional_chat_templates").mkdir()
+    (second / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    (second / "weights.bin").write_text("not carried")
+    carry_over(output, first, second)
+    found = {file.relative_to(output).as_posix(): file.read_text() for file in output.rglob("*") if file.is_file()}
+    assert found == {
+        "added_tokens.json": "{}",
+        "tokenizer.json": "of the first",
+        "additional_chat_templates/tool_use.jinja": "{{ tools }}",
+    }

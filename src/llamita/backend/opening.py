@@ -29,8 +29,8 @@ class OpenedModel:
     adapters: Mapping[str, Adapter]
     default: str | None
     dtype: str
-    """One of DTYPES: what was asked for, or for "auto" that of the file (bfloat16 for the activations of a quantised
-    model), or float32 on a CPU that multiplies that slowly."""
+    """One of DTYPES: what was asked for, or for "auto" what config.json says, else that of the file (bfloat16 for the
+    activations of a quantised model), or float32 on a CPU that multiplies that slowly."""
     dtype_reason: str
     """Why it is that one, in a few words."""
 
@@ -57,15 +57,17 @@ def open_model(
     config = own.adapter.config if own else model_directory.load_config(directory)
     reason = "asked for"
     if dtype == "auto":
-        dtype, reason = _dtype_of(config, arrays, on_cpu)
+        asked = model_directory.stored_dtype(base)
+        dtype, reason = _dtype_of(config, arrays, asked, on_cpu)
     return OpenedModel(config, arrays, named, OWN if own else None, dtype, reason)
 
 
-def _dtype_of(config: ModelConfig, arrays: Mapping[str, HostArray], on_cpu: bool) -> tuple[str, str]:
-    """Returns the type that "auto" stands for, and why."""
+def _dtype_of(config: ModelConfig, arrays: Mapping[str, HostArray], asked: str | None, on_cpu: bool) -> tuple[str, str]:
+    """Returns the type that "auto" stands for, and why; `asked` is what config.json says."""
     if config.quantization:
         return "bfloat16", f"the kernels over {config.quantization} take it"
     stored = host_array.DTYPE_NAMES.get(next((array.dtype for array in arrays.values()), "F32"), "float32")
+    stored = asked if asked in DTYPES else stored
     if stored not in DTYPES:
         return "float32", f"nothing runs in the file's {stored}"
     if on_cpu and not processor.multiplies(stored):

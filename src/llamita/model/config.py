@@ -4,13 +4,14 @@ Field names are the keys of a Hugging Face `config.json`. Knows nothing of tenso
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from llamita.model.families import SWITCHES, family_named, family_of
+from llamita.model.families import SWITCHES, Family, family_named, family_of
 from llamita.model.quantization import QUANTIZATION_CONFIGS, Quantization
 from llamita.model.rope import RopeScaling, check_count, check_number, rotary_frequencies
 
@@ -18,6 +19,7 @@ TOO_MANY_LAYERS = 10_000
 
 Activation = Literal["silu", "gelu_pytorch_tanh"]
 NormPlacement = Literal["before", "after", "both"]
+ProblemType = Literal["", "single_label_classification", "multi_label_classification", "regression"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class ModelConfig:
     """0 is a language model; otherwise a linear classification head over the hidden states."""
     label_names: tuple[str, ...] = ()
     """What the labels are called, in the order of the head's rows; empty: LABEL_0, LABEL_1, ...."""
+    problem_type: ProblemType = ""
+    """What a classification head's numbers mean, where the model says so; see `scores_labels`."""
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
     pad_token_id: int | None = None
@@ -147,9 +151,11 @@ class ModelConfig:
         ):
             if getattr(self, name):
                 check_number(name, getattr(self, name), 0.0)
-        for name, choices in (("hidden_act", Activation), ("norm_placement", NormPlacement)):
+        literals = {"hidden_act": Activation, "norm_placement": NormPlacement, "problem_type": ProblemType}
+        for name, choices in literals.items():
             if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(get_args(choices))}")
+                known = ", ".join(choice for choice in get_args(choices) if choice)
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {known}")
         if not 0 <= self.full_attention_layers <= (self.num_hidden_layers if self.sliding_window else 0):
             raise ValueError(
                 f"full_attention_layers={self.full_attention_layers!r} needs a sliding_window, and at most "
@@ -162,6 +168,12 @@ class ModelConfig:
             raise ValueError(f"num_labels={self.num_labels!r} must be 0 (a language model) or more")
         if self.label_names and not len(self.label_names) == len(set(self.label_names)) == self.num_labels:
             raise ValueError(f"label_names={self.label_names!r} must be num_labels={self.num_labels} different names")
+        if self.problem_type and not self.num_labels:
+            raise ValueError(f"problem_type={self.problem_type!r} needs a classification head, num_labels of 1 or more")
+        if self.problem_type == "single_label_classification" and self.num_labels == 1:
+            raise ValueError(
+                "problem_type='single_label_classification' needs num_labels of 2 or more; one number is a regression"
+            )
         if self.quantization not in get_args(Quantization):
             raise ValueError(f"quantization={self.quantization!r} must be int8, int4, or empty for none")
 
@@ -209,6 +221,15 @@ class ModelConfig:
         """The names of the labels, those of Hugging Face where they were given none."""
         return self.label_names or default_labels(self.num_labels)
 
+    @property
+    def scores_labels(self) -> bool:
+        """Whether the softmax over a classification head's numbers is the probability of each label.
+
+        It is not where the head gives one number or `problem_type` says that the numbers are those of a regression or
+        labels that do not exclude each other.
+        """
+        return self.num_labels > 1 and self.problem_type in ("", "single_label_classification")
+
     def to_dict(self, dtype: str = "float32") -> dict[str, Any]:
         """The `config.json` of a Hugging Face model of this family; `dtype` is that of the weights beside it."""
         family = family_of(self)
@@ -238,39 +259,35 @@ class ModelConfig:
         if self.num_labels:
             result["id2label"] = {str(i): name for i, name in enumerate(self.labels)}
             result["label2id"] = {name: i for i, name in enumerate(self.labels)}
+            if self.problem_type:
+                result["problem_type"] = self.problem_type
         return result
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
         """Reads a Hugging Face `config.json`; refuses, by key, mathematics that Llamita does not have."""
         family = family_named(values.get("model_type", "llama"))
-        values = {**family.defaults, "model_type": family.model_type} | dict(values)
+        values = {**_defaults(family, values), "model_type": family.model_type} | dict(values)
         missing = [name for name in _REQUIRED if values.get(name) is None]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}; it must describe a Llama-family model")
         for name in _REQUIRED:
             check_count(name, values[name])
-        rope = _rope(values)
+        rope = family.rope(values)
         switches = family.implied(values) | family.read(values)
         _refuse_foreign(values, rope, switches)
         taken = [field.name for field in fields(cls) if field.name not in (*_NOT_KEYS, "rope_scaling", *SWITCHES)]
-        keys = {*taken, "attention_bias", "mlp_bias", *family.keys}
-        known = {name: values[name] for name in keys if values.get(name) is not None}
+        known = {name: values[name] for name in {*taken, *family.keys} if values.get(name) is not None}
         known.setdefault("num_key_value_heads", values["num_attention_heads"])
         known.setdefault("dropout", values.get("attention_dropout") or 0.0)
-        known["rope_theta"] = values.get("rope_theta") or rope.get("rope_theta") or 10000.0
-        scaling = {**(values.get("rope_scaling") or {}), **rope}
-        known["rope_scaling"] = RopeScaling.from_dict(scaling, values["max_position_embeddings"])
+        known["rope_theta"] = rope["rope_theta"]
+        known["rope_scaling"] = RopeScaling.from_dict(rope, values["max_position_embeddings"])
         known |= switches
         scheme = values.get("quantization_config")
         known["quantization"] = next((name for name, its in QUANTIZATION_CONFIGS.items() if its == scheme), "")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             known[name] = _token_ids(name, values.get(name), values["vocab_size"])
-        known["num_labels"] = 0
-        if "SequenceClassification" in str(values.get("architectures")):
-            known["num_labels"] = len(values.get("id2label") or ()) or 2  # transformers writes no id2label for two
-            known["label_names"] = _read_id2label(values.get("id2label") or {})
-        return cls(**known)
+        return cls(**(known | _read_head(values)))
 
 
 _COUNTS = (
@@ -282,42 +299,87 @@ _SWITCHES = (
     *("norm_all_heads", "unit_offset_norm"),
 )
 _REQUIRED = tuple(name for name in _COUNTS if name != "num_key_value_heads")  # absent in Llama 1 configs
-_NOT_KEYS = ("num_labels", "label_names", "quantization")  # fields that no key has the name of
+_NOT_KEYS = ("num_labels", "label_names", "problem_type", "quantization")  # fields that are read or written apart
 _HARMLESS_KEYS = frozenset(
     (
-        *("_name_or_path", "add_cross_attention", "architectures", "attention_dropout", "auto_map"),
-        *("chunk_size_feed_forward", "classifier_dropout", "cross_attention_hidden_size", "decoder_start_token_id"),
-        *("dtype", "finetuning_task", "hidden_act", "id2label", "initializer_range", "is_decoder"),
-        *("is_encoder_decoder", "label2id", "layer_types", "max_window_layers", "model_type", "name_or_path"),
-        *("num_labels", "output_attentions", "output_hidden_states", "partial_rotary_factor", "pretraining_tp"),
-        *("problem_type", "quantization_config", "return_dict", "rope_parameters", "sep_token_id"),
-        *("tie_encoder_decoder", "torch_dtype", "transformers.js_config", "transformers_version", "unsloth_version"),
-        *("use_cache", "use_mrope", "use_sliding_window"),
+        *("add_cross_attention", "architectures", "attention_dropout", "attn_implementation", "auto_map"),
+        *("base_model_name_or_path", "chunk_size_feed_forward", "classifier_dropout", "cross_attention_hidden_size"),
+        *("decoder_start_token_id", "dtype", "experts_implementation", "finetuning_task", "hidden_act", "id2label"),
+        *("initializer_range", "is_decoder", "is_encoder_decoder", "is_llama_config", "label2id", "layer_types"),
+        *("max_sequence_length", "max_window_layers", "model_name", "model_name_or_path", "model_type"),
+        *("name_or_path", "num_labels", "original_max_position_embeddings", "output_attentions"),
+        *("output_hidden_states", "pad_token_type_id", "partial_rotary_factor", "per_layer_config", "prefix"),
+        *("pretraining_tp", "problem_type", "pruned_heads", "quantization_config", "return_dict"),
+        *("rope_interleaved", "rope_parameters", "sep_token_id", "task_specific_params", "tf_legacy_loss"),
+        *("tie_encoder_decoder", "tie_last_hidden_states", "tokenizer_class", "torch_dtype", "torchscript"),
+        *("transformers.js_config", "transformers_version", "use_bfloat16", "use_cache", "use_mrope"),
+        *("use_sliding_window",),
+        # How to generate: transformers has these in generation_config.json and leaves them out of a config.
+        *("assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids", "begin_suppress_tokens"),
+        *("cache_implementation", "diversity_penalty", "do_sample", "early_stopping"),
+        *("encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "epsilon_cutoff", "eta_cutoff"),
+        *("exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "guidance_scale"),
+        *("length_penalty", "max_length", "max_new_tokens", "min_length", "min_new_tokens", "min_p"),
+        *("no_repeat_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule", "num_beam_groups"),
+        *("num_beams", "num_return_sequences", "output_scores", "remove_invalid_values", "repetition_penalty"),
+        *("return_dict_in_generate", "suppress_tokens", "target_lookbehind", "temperature", "top_k", "top_p"),
+        *("typical_p",),
     )
 )
-"""Keys of a `config.json` that change no logit here, besides those that are read."""
+"""Keys of a `config.json` that change no logit here, besides those that are read or that begin with _ or unsloth_."""
+_OTHER_HEAD = re.compile(r"For(?!CausalLM$|SequenceClassification$)[A-Z]")
+"""Finds, in the name of a class of transformers, a head that is neither a language model's nor a classifier's."""
 
 
 def unknown_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns the keys of a `config.json` that are neither read nor known to change nothing."""
     family = family_named(values.get("model_type", "llama"))
     named = {field.name for field in fields(ModelConfig)} - set(SWITCHES)
-    read = {"attention_bias", "mlp_bias", "sliding_window", *family.keys, *family.other_keys}
-    return tuple(sorted(key for key in values if key not in named | read | _HARMLESS_KEYS))
+    read = {"sliding_window", *family.keys, *family.other_keys}
+    off = {key for key in ("attention_bias", "mlp_bias") if not values.get(key)}
+    known = named | read | off | _HARMLESS_KEYS
+    return tuple(sorted(key for key in values if key not in known and not key.startswith(("_", "unsloth_"))))
 
 
-def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The rotary positions of a `config.json`, those of full attention where layers differ."""
-    for key in ("rope_parameters", "rope_scaling", "id2label"):
-        if not isinstance(values.get(key) or {}, Mapping):
-            raise ValueError(f"{key}={values[key]!r} in config.json must be an object")
-    rope = values.get("rope_parameters") or {}
-    if values.get("model_type") == "gemma3_text" and isinstance(rope.get("full_attention"), Mapping):
-        rope = rope["full_attention"]
-    for key, given in (("rope_parameters", rope), ("rope_scaling", values.get("rope_scaling") or {})):
-        if any(isinstance(value, Mapping) for value in given.values()):
-            raise ValueError(f"{key} in config.json differs from layer to layer, which is not supported")
-    return rope
+def dtype_of(values: Mapping[str, Any]) -> str | None:
+    """Returns the type of numbers that a `config.json` asks for; `dtype` counts before the older `torch_dtype`."""
+    found = values.get("dtype") if values.get("dtype") is not None else values.get("torch_dtype")
+    return found if isinstance(found, str) else None
+
+
+def _defaults(family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers takes for missing keys, without special tokens that a small vocabulary does not have."""
+    size = values.get("vocab_size")
+    return {
+        key: value
+        for key, value in family.defaults.items()
+        if not key.endswith("_token_id") or not isinstance(size, int) or value < size
+    }
+
+
+def _read_head(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that tell what the head gives: a classifier's where the first of `architectures` is one."""
+    named = values.get("architectures")
+    name = str((named[0] if isinstance(named, list) else named) if named else "")
+    if _OTHER_HEAD.search(name):
+        raise ValueError(
+            f"architectures={named!r} in config.json is not supported: its head is neither a language model's nor a "
+            "classifier of texts"
+        )
+    if not name.endswith("SequenceClassification"):
+        return {"num_labels": 0}
+    names = values.get("id2label")
+    count = values.get("num_labels")
+    if count is not None:
+        check_count("num_labels", count)
+    if not isinstance(names or {}, Mapping):
+        raise ValueError(f"id2label={names!r} in config.json must be an object")
+    if count is None or count == len(names or ()):
+        count = len(names or ()) or 2  # transformers writes no id2label for two
+    elif names:
+        names = {}  # num_labels counts in transformers, and takes the names away
+    problem_type = values.get("problem_type") or ""
+    return {"num_labels": count, "label_names": _read_id2label(names or {}), "problem_type": problem_type}
 
 
 def _refuse_foreign(values: Mapping[str, Any], rope: Mapping[str, Any], switches: Mapping[str, Any]) -> None:
@@ -327,11 +389,13 @@ def _refuse_foreign(values: Mapping[str, Any], rope: Mapping[str, Any], switches
         "quantization_config": tuple(QUANTIZATION_CONFIGS.values()),
         "is_encoder_decoder": (False,),
         "use_mrope": (False,),
+        "pruned_heads": ({},),
+        "per_layer_config": ({},),
     }
     if "hidden_act" not in switches:
         expected["hidden_act"] = ("silu", "swish")
     for key, allowed in expected.items():
-        value = values.get(key, rope.get(key)) if key == "partial_rotary_factor" else values.get(key)
+        value = rope.get(key, values.get(key)) if key == "partial_rotary_factor" else values.get(key)
         if value is not None and value not in allowed:
             has = f"; Llamita has {', '.join(map(str, allowed))}" if allowed else ""
             raise ValueError(f"{key}={value!r} in config.json is not supported{has}")

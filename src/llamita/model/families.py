@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from llamita.model.rope import read_rope, rope_object
+
 if TYPE_CHECKING:
     from llamita.model.config import ModelConfig
 
@@ -82,6 +84,8 @@ class Family:
     """Switches that are keys of its `config.json` under their own names."""
     other_keys: tuple[str, ...] = ()
     """Further keys that `read` reads."""
+    rope: Callable[[Values], dict[str, Any]] = read_rope
+    """The rotary positions of `config.json` in one object: those of full attention where layers differ."""
     classifier: str = ""
     """The beginning of the name of its class for classification, where that is another."""
     gguf: Gguf | None = None
@@ -191,13 +195,14 @@ def _implied_by_gemma(values: Values) -> dict[str, Any]:
 
 
 def _read_gemma(values: Values) -> dict[str, Any]:
-    act = values.get("hidden_activation") or values.get("hidden_act") or "gelu_pytorch_tanh"
-    if act not in ("gelu_pytorch_tanh", "gelu"):  # old files say gelu and mean the approximation too
+    act = values.get("hidden_activation") or "gelu_pytorch_tanh"  # transformers does not read hidden_act either
+    if act != "gelu_pytorch_tanh":
         raise ValueError(f"hidden_activation={act!r} in config.json is not supported; Llamita has gelu_pytorch_tanh")
     if values.get("use_bidirectional_attention"):
         raise ValueError("use_bidirectional_attention in config.json is not supported: attention is causal here")
-    layers, every = values["num_hidden_layers"], 2 if values["model_type"] == "gemma2" else 6
-    every = values.get("sliding_window_pattern") or values.get("_sliding_window_pattern") or every
+    layers, every = values["num_hidden_layers"], 2
+    if values["model_type"] != "gemma2":
+        every = values.get("sliding_window_pattern") or 6
     types = _layer_types(values)
     full = tuple(
         layer
@@ -217,15 +222,21 @@ def _read_gemma(values: Values) -> dict[str, Any]:
 
 
 def _read_gemma3(values: Values) -> dict[str, Any]:
-    rope = values.get("rope_parameters") or {}
-    if "sliding_attention" not in rope:
-        return _read_gemma(values)
-    local = rope["sliding_attention"]
-    if not isinstance(local, Mapping) or local.get("rope_type", "default") != "default":
+    local = rope_object(rope_object(values, "rope_parameters"), "sliding_attention")
+    if local.get("rope_type", local.get("type", "default")) != "default":
         raise ValueError(
             "rope_parameters in config.json scales the positions of sliding layers, which is not supported"
         )
-    return _read_gemma(values) | {"rope_local_base_freq": local.get("rope_theta", 10000.0)}
+    theta = local.get("rope_theta") or values.get("rope_local_base_freq") or 10000.0
+    return _read_gemma(values) | {"rope_local_base_freq": theta}
+
+
+def _rope_of_gemma3(values: Values) -> dict[str, Any]:
+    """Those of full attention. Its old `rope_scaling` goes over the keys of `rope_parameters`; one that does not tell
+    the two kinds of layers apart is not read."""
+    full = rope_object(rope_object(values, "rope_parameters"), "full_attention")
+    scaling = {**full, **rope_object(values, "rope_scaling")}
+    return read_rope({**values, "rope_parameters": scaling, "rope_scaling": None}, 1e6)
 
 
 def _write_gemma(config: ModelConfig) -> dict[str, Any]:
@@ -273,6 +284,10 @@ GEMMA_DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
+    "num_key_value_heads": 4,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
 }
 GEMMA_TENSORS = {
     "attn_norm": "input_layernorm",
@@ -288,6 +303,10 @@ GEMMA_TENSORS = {
 def _read_smollm3(values: Values) -> dict[str, Any]:
     if values.get("use_sliding_window"):
         raise ValueError("use_sliding_window in config.json is not supported for the family smollm3")
+    if values.get("sliding_window") and "sliding_attention" in (_layer_types(values) or ()):
+        raise ValueError(
+            "layer_types in config.json has layers that slide, which the family smollm3 does not have here"
+        )
     layers = values["num_hidden_layers"]
     turned = values.get("no_rope_layers")  # in spite of its name: 1 for a layer with rotary positions
     if turned is None:
@@ -305,6 +324,14 @@ def _write_smollm3(config: ModelConfig) -> dict[str, Any]:
 
 # --- the records -----------------------------------------------------------------------------------------------------
 
+LLAMA_DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2}
+QWEN_DEFAULTS = {
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 
 FAMILIES: tuple[Family, ...] = (
@@ -316,8 +343,9 @@ FAMILIES: tuple[Family, ...] = (
         is_marked=lambda config: config.norm_placement == "both" and config.query_key_norm,
         switches=(*GEMMA, "query_key_norm", "rope_local_base_freq"),
         implied=lambda values: _implied_by_gemma(values) | {"query_key_norm": True},
-        defaults=GEMMA_DEFAULTS | {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        defaults=GEMMA_DEFAULTS | {"max_position_embeddings": 131072},
         read=_read_gemma3,
+        rope=_rope_of_gemma3,
         write=_write_gemma3,
         keys=("attention_bias", "rope_local_base_freq"),
         other_keys=GEMMA_KEYS,
@@ -335,7 +363,8 @@ FAMILIES: tuple[Family, ...] = (
         is_marked=lambda config: config.norm_placement == "both",
         switches=GEMMA,
         implied=_implied_by_gemma,
-        defaults=GEMMA_DEFAULTS | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        defaults=GEMMA_DEFAULTS
+        | {"max_position_embeddings": 8192, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         read=_read_gemma,
         write=_write_gemma,
         keys=("attention_bias",),
@@ -358,6 +387,7 @@ FAMILIES: tuple[Family, ...] = (
         is_marked=lambda config: config.norm_placement == "after",
         switches=("norm_placement", "query_key_norm", "norm_all_heads", "attention_bias"),
         implied=lambda values: {"norm_placement": "after", "query_key_norm": True, "norm_all_heads": True},
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "eos_token_id": 50279, "pad_token_id": 1},
         read=_no_window,
         keys=("attention_bias",),
         gguf=Gguf(
@@ -374,8 +404,17 @@ FAMILIES: tuple[Family, ...] = (
         mark="layers_without_rope",
         is_marked=lambda config: bool(config.layers_without_rope),
         switches=("layers_without_rope", "attention_bias", "mlp_bias"),
-        defaults={"tie_word_embeddings": True, "rms_norm_eps": 1e-6, "rope_theta": 2e6},
+        defaults={
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-6,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
+            "pad_token_id": 128004,
+        },
         read=_read_smollm3,
+        rope=lambda values: read_rope(values, 2e6),
         write=_write_smollm3,
         keys=("attention_bias", "mlp_bias"),
         other_keys=("no_rope_layers", "no_rope_layer_interval", "sliding_window"),
@@ -393,7 +432,7 @@ FAMILIES: tuple[Family, ...] = (
             getattr(config, name) != (0.0 if name == "attention_multiplier" else 1.0) for name in MULTIPLIERS
         ),
         switches=(*MULTIPLIERS, "attention_bias", "mlp_bias"),
-        defaults={"rms_norm_eps": 1e-6} | dict.fromkeys(MULTIPLIERS, 1.0),
+        defaults=LLAMA_DEFAULTS | dict.fromkeys(MULTIPLIERS, 1.0),
         read=_no_window,
         keys=(*MULTIPLIERS, "attention_bias", "mlp_bias"),
         gguf=Gguf(
@@ -414,6 +453,7 @@ FAMILIES: tuple[Family, ...] = (
         is_marked=lambda config: config.query_key_norm,
         switches=("query_key_norm", "attention_bias", "sliding_window", "full_attention_layers"),
         implied=lambda values: {"query_key_norm": True},
+        defaults=QWEN_DEFAULTS | {"head_dim": 128},
         read=_window_of_later_layers,
         write=_write_qwen_window,
         keys=("attention_bias",),
@@ -426,6 +466,7 @@ FAMILIES: tuple[Family, ...] = (
         is_marked=lambda config: config.query_key_value_bias,
         switches=("query_key_value_bias", "sliding_window", "full_attention_layers"),
         implied=lambda values: {"query_key_value_bias": True},
+        defaults=QWEN_DEFAULTS,
         read=_window_of_later_layers,
         write=_write_qwen_window,
         gguf=Gguf("qwen2"),
@@ -436,6 +477,7 @@ FAMILIES: tuple[Family, ...] = (
         mark="a sliding_window",
         is_marked=lambda config: config.sliding_window > 0,
         switches=("sliding_window",),
+        defaults=LLAMA_DEFAULTS | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
         read=_window_of_later_layers,
         write=lambda config: {"sliding_window": config.sliding_window},
     ),
@@ -445,6 +487,7 @@ FAMILIES: tuple[Family, ...] = (
         mark="",
         is_marked=lambda config: True,
         switches=("attention_bias", "mlp_bias"),
+        defaults=LLAMA_DEFAULTS,
         read=_no_window,
         keys=("attention_bias", "mlp_bias"),
         gguf=Gguf("llama", rotates_pairs=True),

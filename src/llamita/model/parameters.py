@@ -5,6 +5,7 @@ Backends build, initialise, group for AdamW, load and check from this table. Kno
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -45,6 +46,7 @@ ONES, ZEROS = Initialization("ones"), Initialization("zeros")
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT_HEAD = "lm_head.weight"
 CLASSIFIER = "score.weight"
+LAYER_BIAS = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\.bias")
 
 
 class BlockNorms(NamedTuple):
@@ -207,7 +209,7 @@ def check_arrays(config: ModelConfig, arrays: Mapping[str, Array]) -> None:
     expected = {row.name: row for row in stored_arrays(config)}
     faults = [f"{name} is missing" for name in expected if name not in arrays]
     for name, array in arrays.items():
-        if name.endswith(".rotary_emb.inv_freq") or (name == OUTPUT_HEAD and config.tie_word_embeddings):
+        if name.endswith(".rotary_emb.inv_freq") or is_left_aside(config, name):
             continue  # some files hold the rotary frequencies, or the tied embedding again under the head's name
         if name not in expected:
             faults.append(f"{name} is not part of this model")
@@ -218,6 +220,24 @@ def check_arrays(config: ModelConfig, arrays: Mapping[str, Array]) -> None:
             faults.append(f"{name} has dtype {array.dtype}, expected {one_of}{', '.join(dtypes)}")
     if faults:
         raise ValueError(f"the weights do not fit config.json: {shortened(faults)}")
+
+
+def is_left_aside(config: ModelConfig, name: str) -> bool:
+    """Whether an array of this name is not the model's, and can be in its file all the same.
+
+    It is a head of another kind than the model's, the embedding again under the head's name, or a bias of a linear map
+    that has none by the config. transformers leaves the same ones aside.
+    """
+    if name == OUTPUT_HEAD:
+        return config.tie_word_embeddings or bool(config.num_labels)
+    if name == CLASSIFIER:
+        return not config.num_labels
+    found = LAYER_BIAS.fullmatch(name)
+    if found is None:
+        return False
+    if found[1] == "mlp":
+        return not config.mlp_bias
+    return not (config.attention_bias or (config.query_key_value_bias and found[2] != "o"))
 
 
 def initialize_parameters(

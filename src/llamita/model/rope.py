@@ -65,16 +65,54 @@ class RopeScaling:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], max_position_embeddings: int) -> "RopeScaling | None":
-        """Read the `rope_scaling` or `rope_parameters` of a `config.json`; None where nothing is scaled."""
+        """Reads the rotary positions of a `config.json`, which `read_rope` gives; None where nothing is scaled."""
         kind = values.get("rope_type", values.get("type", "default"))
         if kind == "default":
             return None
-        if kind in get_args(RopeType) and values.get("factor") is None:
+        if kind in get_args(RopeType) and values.get("factor") is None and not (kind == "yarn" and "factor" in values):
             raise ValueError(f"the rotary scaling of type {kind!r} in config.json lacks its factor")
         known = {field.name: values[field.name] for field in fields(cls) if values.get(field.name) is not None}
-        if kind != "linear":
+        for name in ("beta_fast", "beta_slow"):
+            if not known.get(name):
+                known.pop(name, None)  # 0 stands for the usual value
+        if kind == "linear":
+            known.pop("original_max_position_embeddings", None)
+        else:
             known.setdefault("original_max_position_embeddings", max_position_embeddings)
+        if kind == "yarn" and "factor" not in known:  # null: what the two lengths say
+            check_count("original_max_position_embeddings", known["original_max_position_embeddings"])
+            known["factor"] = max_position_embeddings / known["original_max_position_embeddings"]
         return cls(**({"factor": 1.0} | known | {"rope_type": kind}))
+
+
+def read_rope(values: Mapping[str, Any], theta: float = 10000.0) -> dict[str, Any]:
+    """Returns the rotary positions of a `config.json` in one object, `rope_theta` included, as transformers reads them.
+
+    `rope_scaling`, the older key, counts instead of `rope_parameters`, the whole of it. A `rope_theta` inside counts
+    before the one beside it, and `theta` where there is none. `original_max_position_embeddings` beside it counts
+    before the one inside.
+    """
+    scaling, parameters = rope_object(values, "rope_scaling"), rope_object(values, "rope_parameters")
+    for key, given in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        if any(isinstance(value, Mapping) for value in given.values()):
+            raise ValueError(f"{key} in config.json differs from layer to layer, which is not supported")
+    rope = dict(scaling or parameters)
+    for found in (values, rope):
+        if found.get("rope_theta") is not None:
+            check_number("rope_theta", found["rope_theta"], 0.0)
+    if rope.get("rope_theta") is None:
+        rope["rope_theta"] = theta if values.get("rope_theta") is None else values["rope_theta"]
+    if values.get("original_max_position_embeddings") is not None:
+        rope["original_max_position_embeddings"] = values["original_max_position_embeddings"]
+    return rope
+
+
+def rope_object(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Returns the object under a key of a `config.json`, an empty one for null; ValueError for what is no object."""
+    found = values.get(key)
+    if found is not None and not isinstance(found, Mapping):
+        raise ValueError(f"{key}={found!r} in config.json must be an object")
+    return found or {}
 
 
 _LLAMA3 = ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")

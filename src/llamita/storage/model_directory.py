@@ -11,10 +11,11 @@ from pathlib import Path
 
 import huggingface_hub
 
-from llamita.model.config import ModelConfig, unknown_keys
+from llamita.model.config import ModelConfig, dtype_of, unknown_keys
 from llamita.model.host_array import DTYPE_NAMES, HostArray
-from llamita.model.parameters import shortened
+from llamita.model.parameters import EMBEDDING, OUTPUT_HEAD, shortened
 from llamita.storage import gguf
+from llamita.storage.contradictions import settled
 from llamita.storage.files import read_json
 from llamita.storage.gguf_header import is_gguf
 from llamita.storage.safetensors import Layout, layout_of, read_safetensors, size_of, write_file
@@ -66,7 +67,7 @@ def load_tensors(directory: Path | str, name: str = "model") -> dict[str, HostAr
         return gguf.load_tensors(directory)
     single, index_file = directory / f"{name}.safetensors", directory / f"{name}.safetensors.index.json"
     if single.is_file():
-        return read_safetensors(single)
+        return _with_embedding(directory, read_safetensors(single))
     if not index_file.is_file():
         if name == "model" and (directory / ADAPTER_CONFIG).is_file():
             raise ValueError(
@@ -90,7 +91,16 @@ def load_tensors(directory: Path | str, name: str = "model") -> dict[str, HostAr
     faults += [f"no shard holds {key}" for key in sorted(weight_map.keys() - result.keys())]
     if faults:
         raise ValueError(f"{index_file} and its shards disagree: {shortened(faults)}")
-    return result
+    return _with_embedding(directory, result)
+
+
+def _with_embedding(directory: Path, arrays: dict[str, HostArray]) -> dict[str, HostArray]:
+    """The arrays, with the embedding of a tied model whose file has it under the head's name alone."""
+    file = directory / "config.json"
+    if OUTPUT_HEAD not in arrays or EMBEDDING in arrays or not file.is_file():
+        return arrays
+    tied = ModelConfig.from_dict(read_json(file)).tie_word_embeddings
+    return {EMBEDDING: arrays[OUTPUT_HEAD], **arrays} if tied else arrays
 
 
 def _shard(directory: Path, name: str, index_file: Path) -> Path:
@@ -121,7 +131,10 @@ def save_config(directory: Path | str, config: ModelConfig, dtype: str = "F32") 
 
 
 def load_config(directory: Path | str) -> ModelConfig:
-    """Read `config.json`; keys that Llamita does not know are named in a warning."""
+    """Read `config.json`; keys that Llamita does not know are named in a warning.
+
+    Where the weights beside it contradict it, it is settled as transformers does, with a warning.
+    """
     if is_gguf(Path(directory)):
         return gguf.load_config(Path(directory))
     file = Path(directory) / "config.json"
@@ -132,8 +145,18 @@ def load_config(directory: Path | str) -> ModelConfig:
         raise ValueError(f"{file}: {error}") from None
     unknown = unknown_keys(values)
     if unknown:
-        warnings.warn(f"{file} has keys that Llamita does not know, and ignores: {', '.join(unknown)}", stacklevel=2)
-    return config
+        warnings.warn(f"{file} has keys that Llamita does not know, and ignores: {', '.join(unknown)}", stacklevel=1)
+    try:
+        arrays = load_tensors(directory)
+    except (OSError, ValueError):
+        return config  # no weights, or broken ones: whoever needs them says so
+    return settled(config, arrays, file.parent)
+
+
+def stored_dtype(directory: Path | str) -> str | None:
+    """Returns the type that `config.json` gives for the weights, float32 or the like; None where it gives none."""
+    file = Path(directory) / "config.json"
+    return dtype_of(read_json(file)) if file.is_file() else None
 
 
 def weight_files(directory: Path | str) -> list[Path]:

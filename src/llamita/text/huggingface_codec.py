@@ -20,30 +20,38 @@ SPACE_MARK = "▁"
 class HuggingFaceCodec:
     """A `tokenizers.Tokenizer` with byte-level or SentencePiece-like tokens.
 
-    vocab_size: ids are 0..vocab_size-1. special_tokens: text -> id of the tokens that control a model. Raises
-    ValueError for a tokenizer whose tokens do not stand for bytes (WordPiece, a word list).
+    vocab_size: ids are 0..vocab_size-1. special_tokens: text -> id of the tokens that control a model. `marks` are
+    control tokens too, though the file does not say so; they are written as the file has them, and decoding shows
+    them. Raises ValueError for a tokenizer whose tokens do not stand for bytes (WordPiece, a word list).
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, marks: frozenset[str] = frozenset()) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # text that looks like a control token is text
         self._tokenizer = tokenizer
         self.spec: dict[str, Any] = json.loads(tokenizer.to_str())
+        self.marks = marks
         self.vocabulary = vocab = tokenizer.get_vocab(with_added_tokens=True)
         if not vocab:
             raise ValueError("the vocabulary is empty")
         self.vocab_size = max(vocab.values()) + 1
         added = {token["id"]: token for token in self.spec["added_tokens"]}
         self.special_tokens = {token["content"]: token_id for token_id, token in added.items() if token["special"]}
-        self.strips_leading_space = False
+        self.added = tuple(token["content"] for token in added.values())
+        self.strips_leading_space = self.marks_spaces = False
         to_bytes = self._bytes_of_token()
         self.bytes_of_id = [b""] * self.vocab_size
         for name, token_id in vocab.items():
             if token_id not in added:
                 self.bytes_of_id[token_id] = to_bytes(name)
-            elif not added[token_id]["special"]:
-                self.bytes_of_id[token_id] = name.encode()
+            elif not added[token_id]["special"] or name in marks:
+                self.bytes_of_id[token_id] = self.spelled(name)
+
+    def spelled(self, name: str) -> bytes:
+        """The bytes of an added token: those of its normal form where it is found in normalised text."""
+        found = self._tokenizer.id_to_token(self.vocabulary[name]) or name
+        return found.replace(SPACE_MARK, " ").encode() if self.marks_spaces else found.encode()
 
     @classmethod
     def from_file(cls, path: Path) -> "HuggingFaceCodec":
@@ -58,7 +66,7 @@ class HuggingFaceCodec:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The library's own pickling forgets that control tokens are to be read as text.
-        return _from_string, (self._tokenizer.to_str(),)
+        return _from_string, (self._tokenizer.to_str(), self.marks)
 
     def with_special(self, token_ids: Iterable[int]) -> "HuggingFaceCodec":
         """This codec, or one in which those added tokens are special though the file does not say so."""
@@ -68,7 +76,30 @@ class HuggingFaceCodec:
             return self
         for token in found:
             token["special"] = True
-        return _from_string(json.dumps(self.spec))
+        return _from_string(json.dumps(self.spec), self.marks)
+
+    def with_marks(self, names: Iterable[str]) -> "HuggingFaceCodec":
+        """This codec, or one in which those added tokens are `marks`."""
+        wanted = set(names)
+        found = [token for token in self.spec["added_tokens"] if token["content"] in wanted and not token["special"]]
+        if not found:
+            return self
+        for token in found:
+            token["special"] = True
+        return _from_string(json.dumps(self.spec), self.marks | {token["content"] for token in found})
+
+    def with_added(self, tokens: Sequence[tokenizers.AddedToken]) -> "HuggingFaceCodec":
+        """This codec, or one to which those tokens are added, with the next ids in their order where it lacks them."""
+        if not tokens:
+            return self
+        changed = self.copy()
+        before = changed.to_str()
+        changed.add_tokens(list(tokens))
+        return self if changed.to_str() == before else HuggingFaceCodec(changed).with_marks(self.marks)
+
+    def copy(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer, as the file has it."""
+        return tokenizers.Tokenizer.from_str(json.dumps(self._as_given()))
 
     def encode(self, text: str) -> list[int]:
         fast = self._fast.encode(text) if self._fast else None
@@ -82,19 +113,36 @@ class HuggingFaceCodec:
     def encode_with_special(self, text: str) -> list[int]:
         return self._with_special.encode(text, add_special_tokens=False).ids
 
+    def encode_with_offsets(self, text: str, allow_special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and the characters that each stands for: [start, end) in the text as it was given."""
+        tokenizer = self._with_special if allow_special else self._tokenizer
+        found = tokenizer.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
+
     def ids_around_nothing(self) -> list[int]:
         """The ids that the file's post-processor puts around an empty text; `encode` leaves them out."""
         return self._tokenizer.encode("", add_special_tokens=True).ids
 
     def fingerprint(self) -> str:
         """sha256 over what decides ids: not over how a text is decoded or how a pair of texts is joined."""
-        decisive = {key: self.spec.get(key) for key in ("normalizer", "pre_tokenizer", "added_tokens")}
+        given = self._as_given()
+        decisive = {key: given.get(key) for key in ("normalizer", "pre_tokenizer", "added_tokens")}
         # Options that are off are left out, so that a library version that adds one leaves the hash alone.
         decisive["model"] = {key: value for key, value in self.spec["model"].items() if value not in (None, False, "")}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
     def write(self, directory: Path) -> None:
+        if self.marks:
+            return self.copy().save(str(directory / "tokenizer.json"), pretty=True)
         self._tokenizer.save(str(directory / "tokenizer.json"), pretty=True)
+
+    def _as_given(self) -> dict[str, Any]:
+        """The tokenizer's JSON, in which `marks` are no special tokens."""
+        tokens = [
+            {**token, "special": False} if token["content"] in self.marks else token
+            for token in self.spec["added_tokens"]
+        ]
+        return {**self.spec, "added_tokens": tokens}
 
     @functools.cached_property
     def _fast(self) -> fast_bpe.FastBpe | None:
@@ -105,7 +153,7 @@ class HuggingFaceCodec:
         return tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
 
     def _bytes_of_token(self) -> Any:
-        """The function from a token's name to its bytes, by the kind of decoder; sets strips_leading_space."""
+        """The function from a token's name to its bytes, by the kind of decoder; says what that does with spaces."""
         decoder = self.spec.get("decoder") or {}
         steps = decoder.get("decoders", [decoder])
         kinds = {step.get("type") for step in steps}
@@ -115,6 +163,7 @@ class HuggingFaceCodec:
         if "Metaspace" in kinds or any(
             step.get("type") == "Replace" and step["pattern"].get("String") == SPACE_MARK for step in steps
         ):
+            self.marks_spaces = True
             self.strips_leading_space = any(
                 (step["type"] == "Strip" and step["content"] == " " and step["start"] > 0)
                 or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
@@ -128,5 +177,5 @@ class HuggingFaceCodec:
         )
 
 
-def _from_string(text: str) -> HuggingFaceCodec:
-    return HuggingFaceCodec(tokenizers.Tokenizer.from_str(text))
+def _from_string(text: str, marks: frozenset[str] = frozenset()) -> HuggingFaceCodec:
+    return HuggingFaceCodec(tokenizers.Tokenizer.from_str(text), marks)

@@ -17,13 +17,14 @@ nothing else can, and where no other piece holds two spaces, how a run merges de
 """
 
 import collections
+import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece.Type
 BPE = 2  # TrainerSpec.ModelType
@@ -68,6 +69,25 @@ def parse(proto: bytes) -> SentencePieceModel:
         removes_extra_spaces=bool(normalizer.get(4, 1)),
         escapes_spaces=bool(normalizer.get(5, 1)),
     )
+
+
+def without_dummy_prefix(proto: bytes) -> bytes:
+    """Returns the model that puts no space before a text."""
+    fields = [(number, _message(value)) for number, value in _fields(proto)]
+    normalizer = b"".join(value for number, value in fields if number == 3)
+    # Of a field that stands twice, the last counts.
+    return b"".join(_field(*field) for field in fields if field[0] != 3) + _field(3, normalizer + _field(3, 0))
+
+
+def with_unused(proto: bytes, names: Container[str]) -> bytes:
+    """Returns the model in which no text becomes those pieces."""
+    result = []
+    for number, value in _fields(proto):
+        message = _message(value)
+        if number == 1 and _message(dict(_fields(message))[1]).decode() in names:
+            message += _field(3, UNUSED)
+        result.append(_field(number, message))
+    return b"".join(result)
 
 
 def serialize(model: SentencePieceModel, ids: Mapping[str, int]) -> bytes:
@@ -127,6 +147,73 @@ def convert(model: SentencePieceModel) -> tokenizers.Tokenizer | None:
     special = [text for text, _, kind in model.pieces if kind in (UNKNOWN, CONTROL)]
     tokenizer.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])
     return tokenizer
+
+
+def convert_loosely(proto: bytes, for_llama: bool, prefix: str) -> tokenizers.Tokenizer | None:
+    """The tokenizer that transformers makes of a BPE model, of those too that `convert` has no proof for.
+
+    Its LlamaTokenizer (`for_llama`) leaves a model's normalisation out; `prefix` is that of `prefix_texts`. None for
+    models of another kind.
+    """
+    model = parse(proto)
+    if model.model_type != BPE or model.whitespace_as_suffix:
+        return None
+    normal = {text: score for text, score, kind in model.pieces if kind == NORMAL}
+    symbols = [text for text, _, kind in model.pieces if kind == USER_DEFINED]
+    places = {text: place for place, (text, _, _) in enumerate(model.pieces)}
+    longer = sorted((text for text in normal if len(text) > 1), key=lambda text: (-normal[text], places[text]))
+    pairs = ((text[:cut], text[cut:]) for text in longer for cut in range(1, len(text)))
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(
+            vocab=places,
+            merges=[(left, right) for left, right in pairs if left in normal and right in normal],
+            unk_token=next(text for text, _, kind in model.pieces if kind == UNKNOWN),
+            fuse_unk=True,
+            byte_fallback=model.byte_fallback,
+            ignore_merges=bool(symbols) and not for_llama,
+        )
+    )
+    prefix_texts(tokenizer, prefix if for_llama or model.adds_dummy_prefix else "never")
+    if not for_llama:
+        steps: list[normalizers.Normalizer] = []
+        if charsmap := _charsmap(proto):
+            steps.append(normalizers.Precompiled(charsmap))
+        if model.removes_extra_spaces:
+            steps += [normalizers.Replace(tokenizers.Regex(r"\A +| +\z"), "")]
+            steps += [normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+        if model.escapes_spaces:
+            steps.append(normalizers.Replace(" ", SPACE_MARK))
+        if model.adds_dummy_prefix and prefix == "always":
+            steps.append(normalizers.Replace(tokenizers.Regex(rf"\A{SPACE_MARK}"), SPACE_MARK * 2))
+        tokenizer.normalizer = normalizers.Sequence(steps)
+        splits = [tokenizer.pre_tokenizer] if model.adds_dummy_prefix else []
+        if symbols:
+            pattern = "|".join(re.escape(text) for text in sorted(symbols, key=len, reverse=True))
+            splits.append(pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    special = [text for text, _, kind in model.pieces if kind in (UNKNOWN, CONTROL)]
+    tokenizer.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])
+    if for_llama:
+        tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in symbols])
+    return tokenizer
+
+
+def _charsmap(proto: bytes) -> bytes:
+    """The rules of normalisation, compiled by SentencePiece; empty where there are none."""
+    normalizer = next((value for number, value in _fields(proto) if number == 3), b"")
+    return _message(dict(_fields(_message(normalizer))).get(2, b""))
+
+
+def prefix_texts(tokenizer: tokenizers.Tokenizer, scheme: str) -> None:
+    """Makes the tokenizer put a space before a text as transformers' LlamaTokenizer does, by `scheme`.
+
+    always: before each text between added tokens; first: before one that nothing precedes; never.
+    """
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE_MARK, prepend_scheme=scheme, split=False)
+    strip = [decoders.Strip(" ", 1, 0)] if scheme != "never" else []
+    steps = [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    tokenizer.decoder = decoders.Sequence(steps)
 
 
 def agree_on_spaces(converted: tokenizers.Tokenizer, processor: sentencepiece.SentencePieceProcessor) -> bool:

@@ -12,6 +12,7 @@ comes to two pieces is found only where it is a whole word, in both libraries (`
 import base64
 import itertools
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -41,10 +42,14 @@ def is_rank_file(path: Path) -> bool:
         return LINE.fullmatch(file.readline(2 * LONGEST_TOKEN).strip()) is not None
 
 
-def codec_from_file(path: Path) -> HuggingFaceCodec:
-    """Read a rank file with Llama 3's special tokens; ValueError names the file and the fault."""
+def codec_from_file(path: Path, names: Callable[[int], Sequence[str]] | None = None) -> HuggingFaceCodec:
+    """Read a rank file with Llama 3's special tokens; ValueError names the file and the fault.
+
+    `names` gives the special tokens after so many ranks, where the files beside it name others.
+    """
     try:
-        return HuggingFaceCodec(convert(parse(path.read_bytes())))
+        ranks = parse(path.read_bytes())
+        return HuggingFaceCodec(convert(ranks, (names and names(len(ranks))) or SPECIAL))
     except ValueError as error:
         raise ValueError(f"{path} is no rank file of tiktoken's that can be used: {error}") from None
 
@@ -69,11 +74,11 @@ def parse(content: bytes) -> dict[bytes, int]:
     return ranks
 
 
-def convert(ranks: dict[bytes, int]) -> tokenizers.Tokenizer:
+def convert(ranks: dict[bytes, int], special: Sequence[str] = SPECIAL) -> tokenizers.Tokenizer:
     """The tokenizer with the ids that tiktoken gives with these ranks, and the special tokens after them."""
     character = {byte: name for name, byte in fast_bpe.byte_of_character().items()}
     names = {token: "".join(map(character.__getitem__, token)) for token in ranks}
-    taken = {*names.values()}.intersection(SPECIAL)
+    taken = {*names.values()}.intersection(special)
     if taken:
         raise ValueError(f"{min(taken)!r} is an ordinary token there, and a special one of Llama 3's")
     pairs = [pair for token in ranks if len(token) > 1 and (pair := last_pair(token, ranks))]
@@ -91,7 +96,7 @@ def convert(ranks: dict[bytes, int]) -> tokenizers.Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
     return tokenizer
 
 

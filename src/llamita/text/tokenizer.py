@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from llamita.storage.gguf_header import is_gguf
-from llamita.text import gguf_tokenizer, tiktoken_ranks
+from llamita.text import added_tokens, gguf_tokenizer, tiktoken_ranks
+from llamita.text.added_tokens import read_json, template_marks
 from llamita.text.huggingface_codec import HuggingFaceCodec
 from llamita.text.sentencepiece_codec import SentencePieceCodec
 
 UNKNOWN, BOS, EOS = "<unk>", "<s>", "</s>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")  # all that `save` writes
+MARKS = ("<|im_start|>", "<|im_end|>")  # of a template that nearly every model for conversations has been tuned with
 ROLES = ("bos", "eos", "unk", "pad")
 OWN_SETTINGS = {"add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False}
 """The tokenizer_config.json of a tokenizer trained here."""
@@ -60,20 +62,23 @@ class Tokenizer:
         if is_gguf(path):
             return cls(*gguf_tokenizer.read(path))
         file = _tokenizer_file(path) if path.is_dir() else path
+        config = read_json(file.parent / "tokenizer_config.json")
         codec: HuggingFaceCodec | SentencePieceCodec
         if file.suffix == ".json" or file.read_bytes()[:1] == b"{":
             codec = HuggingFaceCodec.from_file(file)
         elif tiktoken_ranks.is_rank_file(file):
-            codec = tiktoken_ranks.codec_from_file(file)
+            codec = tiktoken_ranks.codec_from_file(file, functools.partial(added_tokens.names_by_id, config))
         else:
             codec = SentencePieceCodec.from_file(file)
-        config = _read_json(file.parent / "tokenizer_config.json")
-        template = file.parent / "chat_template.jinja"
-        if template.exists():  # where both are there, transformers reads this one
-            config["chat_template"] = template.read_text("utf-8")
+        found = added_tokens.read(file.parent, config, codec)
+        codec, config = added_tokens.complete(codec, found, file.parent), found.config
+        if templates := _template_files(file.parent):  # where there are any, transformers reads these alone
+            config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
         roles = _find_roles(codec, config, file.parent)
         if isinstance(codec, HuggingFaceCodec):
             codec = codec.with_special(token_id for token_id in roles.values() if token_id is not None)
+        sources = _chat_templates(config.get("chat_template")).values()
+        codec = codec.with_marks(template_marks(codec.added, [*sources, *MARKS]))
         return cls(codec, config, roles)
 
     @staticmethod
@@ -158,6 +163,12 @@ class Tokenizer:
         ids = self.codec.encode_with_special(text) if allow_special else self.codec.encode(text)
         return [*begin, *ids, *end] if begin or end else ids
 
+    def encode_with_offsets(self, text: str, allow_special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode`, and for each id where the characters of the text that it stands for begin and end, as the tokenizer
+        itself says: those of a text that it normalises too."""
+        _check_text(text)
+        return self.codec.encode_with_offsets(text, allow_special)
+
     def encode_batch(self, texts: Sequence[str], bos: bool = False, eos: bool = False) -> list[np.ndarray]:
         """`encode` of each text, as int32 arrays. A byte-level BPE trained here takes one thread."""
         for text in texts:
@@ -204,6 +215,7 @@ class Tokenizer:
             if token_id in names:
                 config.setdefault(f"{role}_token", names[token_id])
         if (directory / "tokenizer.json").exists():
+            config.pop("added_tokens_decoder", None)  # the tokenizer.json has them all
             config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
         text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
         (directory / "tokenizer_config.json").write_text(text + "\n", "utf-8")
@@ -212,7 +224,7 @@ class Tokenizer:
     def _bytes_with_special(self) -> list[bytes]:
         table = list(self.codec.bytes_of_id)
         for name, token_id in self.codec.special_tokens.items():
-            table[token_id] = name.encode()
+            table[token_id] = self.codec.spelled(name)
         return table
 
     def _ends(self, bos: bool, eos: bool) -> tuple[list[int], list[int]]:
@@ -246,8 +258,8 @@ def _tokenizer_file(directory: Path) -> Path:
         return whole
     if whole.exists():
         size = SentencePieceCodec.from_file(model).vocab_size
-        added = _read_json(whole).get("added_tokens") or []
-        if any(token["id"] >= size for token in added):
+        added = read_json(whole).get("added_tokens") or []
+        if any(token["id"] >= size or token.get("lstrip") or token.get("rstrip") for token in added):
             return whole
     return model
 
@@ -260,8 +272,8 @@ def _find_roles(
     by_name = (
         {**codec.vocabulary, **codec.special_tokens} if isinstance(codec, HuggingFaceCodec) else codec.special_tokens
     )
-    by_text = [config, _read_json(directory / "special_tokens_map.json")]
-    by_id = [_read_json(directory / "generation_config.json"), _read_json(directory / "config.json")]
+    by_text = [config]
+    by_id = [read_json(directory / "generation_config.json"), read_json(directory / "config.json")]
     for role in ROLES:
         named = next((source[f"{role}_token"] for source in by_text if f"{role}_token" in source), ...)
         numbered = next((source[f"{role}_token_id"] for source in by_id if f"{role}_token_id" in source), None)
@@ -287,6 +299,13 @@ def _default_roles(codec: HuggingFaceCodec | SentencePieceCodec) -> dict[str, in
     return {role: codec.special_tokens[known[0]] if known else None for role, known in found.items()}
 
 
+def _template_files(directory: Path) -> dict[str, str]:
+    """The templates that stand in files of their own, by name."""
+    files = {"default": directory / "chat_template.jinja"}
+    files |= {file.stem: file for file in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    return {name: file.read_text("utf-8") for name, file in files.items() if file.is_file()}
+
+
 def _chat_templates(value: Any) -> dict[str, str]:
     """The templates of a tokenizer_config.json by name: it has one, or a list of named ones, or none."""
     if value is None:
@@ -298,15 +317,3 @@ def _chat_templates(value: Any) -> dict[str, str]:
         if all(isinstance(name, str) and isinstance(source, str) for name, source in found.items()):
             return found
     raise ValueError("chat_template in tokenizer_config.json must be a text, or a list of objects of name and template")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as fault:
-        raise ValueError(f"{path} is not JSON: {fault}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__} where an object was expected")
-    return content

@@ -205,11 +205,11 @@ def with_head(
     tokenizer = base.tokenizer
     pads = (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id)
     pad_id = next((token_id for token_id in pads if token_id is not None), None)
-    model = replace(base.config, num_labels=len(names), label_names=names, pad_token_id=pad_id)
+    model = replace(base.config, num_labels=len(names), label_names=names, pad_token_id=pad_id, problem_type="")
     rows = {row.name: row for row in parameter_table(model)}
     left_out = (OUTPUT_HEAD, OUTPUT_HEAD + SCALE)
     arrays = {name: array for name, array in base.arrays.items() if name not in left_out}
-    if base.config.labels != names:
+    if base.config.labels != names or not base.config.scores_labels:
         if base.config.num_labels:
             report(f"the head of {base.directory} for {', '.join(base.config.labels)} is left out; a new one is drawn")
         head = initial_values(rows[CLASSIFIER], config.training.seed)
@@ -247,6 +247,13 @@ class Classifier:
             raise ValueError(
                 f"{directory} is a language model without a classification head; tune it with llamita classify train, "
                 "or ask it with llamita classify zero-shot"
+            )
+        if not runner.config.scores_labels:
+            meaning = runner.config.problem_type or "regression"
+            raise ValueError(
+                f"{directory} has a head whose num_labels={runner.config.num_labels} numbers are for {meaning}: they "
+                "do not tell which of several labels is right; llamita.load gives them as they are, as the logits of "
+                "runner.forward(tokens)"
             )
         tokenizer = Tokenizer.load(peft_directory.place_of(directory, *peft_directory.VOCABULARY))
         return cls(directory, runner.config, tokenizer, runner)

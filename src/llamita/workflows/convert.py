@@ -120,7 +120,7 @@ def read_model(source: Path, config: ConvertConfig, tools: Tools) -> tuple[str, 
             raise ValueError(
                 f"{directory} is quantised ({shape.quantization}); convert the model that it was made from"
             )
-        model = ForeignModel(shape, arrays, Tokenizer.load(directory) if Tokenizer.is_in(directory) else None)
+        model = ForeignModel.in_order(shape, arrays, Tokenizer.load(directory) if Tokenizer.is_in(directory) else None)
         return "Hugging Face directory", model
     with open(source, "rb") as file:
         head = file.read(16)

@@ -204,7 +204,7 @@ def _check_tuning(config: FinetuneConfig, model: ModelConfig, base: Base) -> Non
 
 
 OF_THE_ADAPTED = (
-    *("num_labels", "label_names", "tie_word_embeddings", "dropout"),
+    *("num_labels", "label_names", "problem_type", "tie_word_embeddings", "dropout"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 )
 """Fields that may differ between a model and its base without another set of weights below the head."""

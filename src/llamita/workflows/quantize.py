@@ -24,6 +24,7 @@ CARRIED = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
 )
+TEMPLATES = "additional_chat_templates"  # a folder of templates by name
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,16 @@ def quantize(model: Path | str, output: Path, scheme: Scheme, overwrite: bool, b
 
 
 def carry_over(output: Path, *places: Path) -> None:
-    """Copies the files around a model's weights (`CARRIED`) from the first of these places that has each; from a GGUF
-    file, where none of them has a tokenizer, its own."""
+    """Copies the files around a model's weights (`CARRIED`, `TEMPLATES`), each from the first place that has it; from a
+    GGUF file, where none of them has a tokenizer, its own."""
     for name in CARRIED:
         found = [place / name for place in places if (place / name).is_file()]
         if found:
             shutil.copyfile(found[0], output / name)
+    if folders := [place / TEMPLATES for place in places if (place / TEMPLATES).is_dir()]:
+        (output / TEMPLATES).mkdir()
+        for file in sorted(folders[0].glob("*.jinja")):
+            shutil.copyfile(file, output / TEMPLATES / file.name)
     for place in places:
         if is_gguf(place) and not Tokenizer.is_in(output) and Tokenizer.is_in(place):
             Tokenizer.load(place).save(output)

@@ -104,6 +104,79 @@ def test_metas_parameters_tell_the_positions():
     assert (scaled.max_position_embeddings, scaled.rope_scaling) == (131072, RopeScaling("llama3", 8.0, 8192))
 
 
+PUBLISHED = {  # model -> Meta's params.json, and the factor and the positions of its published config.json
+    "Llama 2 7B": ({"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256}, None, 4096),
+    "Llama 3 8B": (
+        {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "rope_theta": 500000.0}, None, 8192,
+    ),
+    "Code Llama 7B": ({"dim": 4096, "n_layers": 32, "n_heads": 32, "rope_theta": 1000000.0}, None, 16384),
+    "Llama 3.1 8B": (
+        {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "rope_theta": 500000.0, "use_scaled_rope": True},
+        8.0, 131072,
+    ),
+    "Llama 3.1 405B": (
+        {"dim": 16384, "n_layers": 126, "n_heads": 128, "n_kv_heads": 8, "rope_theta": 500000.0,
+         "use_scaled_rope": True},
+        8.0, 131072,
+    ),
+    "Llama 3.2 1B": (
+        {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "rope_theta": 500000.0, "use_scaled_rope": True},
+        32.0, 131072,
+    ),
+    "Llama 3.2 3B": (
+        {"dim": 3072, "n_layers": 28, "n_heads": 24, "n_kv_heads": 8, "rope_theta": 500000.0, "use_scaled_rope": True},
+        32.0, 131072,
+    ),
+    "Llama 3.3 70B": (
+        {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8, "rope_theta": 500000.0, "use_scaled_rope": True},
+        8.0, 131072,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_metas_models_have_the_scaling_of_their_published_config(name):
+    parameters, factor, positions = PUBLISHED[name]
+    config = checkpoints.meta_config(SOURCE, {"norm_eps": 1e-5, **parameters}, vocab_size=128256, intermediate_size=64)
+    expected = (
+        None if factor is None else RopeScaling("llama3", factor, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
+    )
+    assert (config.rope_scaling, config.max_position_embeddings) == (expected, positions)
+    assert config.rope_theta == parameters.get("rope_theta", 10000.0)
+    assert (config.hidden_size, config.num_hidden_layers) == (parameters["dim"], parameters["n_layers"])
+    assert config.num_key_value_heads == parameters.get("n_kv_heads", parameters["n_heads"])
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({"rope_scaling_factor": 16.0}, RopeScaling("llama3", 16.0, 8192)),
+        ({"rope_scaling_factor": 16, "rope_high_freq_factor": 1.5}, RopeScaling("llama3", 16, 8192, 1.0, 1.5)),
+        ({"high_freq_factor": 2.0, "low_freq_factor": 0.5}, RopeScaling("llama3", 8.0, 8192, 0.5, 2.0)),
+        ({"rope_scaling_factor": None}, RopeScaling("llama3", 8.0, 8192)),
+        ({"use_scaled_rope": False, "rope_scaling_factor": 16.0}, None),
+    ],
+)
+def test_metas_parameters_may_give_the_scaling(parameters, expected):
+    base = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "rope_theta": 500000.0, "use_scaled_rope": True}
+    for given in (base | parameters, {"model": base | parameters}):
+        found = checkpoints.from_meta_shards(SOURCE, given, [meta_state(model(tie_word_embeddings=False))])
+        assert found.config.rope_scaling == expected
+
+
+@pytest.mark.parametrize("holds_output", [True, False])
+def test_metas_tied_models(holds_output):
+    """Llama 3.2 1B and 3B: the output head is the embedding, which the file holds twice or once."""
+    ours = model(tie_word_embeddings=True)
+    state = meta_state(ours)
+    if not holds_output:
+        del state["output.weight"]
+    parameters = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5}
+    found = checkpoints.from_meta_shards(SOURCE, parameters, [state])
+    assert found.config.tie_word_embeddings
+    assert "lm_head.weight" not in found.arrays
+
+
 def mini_llama_state(ours: ForeignModel) -> dict[str, HostArray]:
     weights, state = plain(ours), {}
     state["embd_toks.weight"] = weights["model.embed_tokens.weight"]

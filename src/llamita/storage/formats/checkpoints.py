@@ -39,6 +39,10 @@ MINI_LLAMA_OUTSIDE = {
     "out_norm.weight": "model.norm.weight",
     "lm_head.weight": OUTPUT_HEAD,
 }
+META_POSITIONS: Mapping[float, int] = {500000.0: 8192, 1000000.0: 16384}
+"""By `rope_theta`: Llama 3's and Code Llama's."""
+LLAMA_32_WIDTHS = (2048, 3072)
+"""Of Llama 3.2's 1B and 3B, narrower than all other models of Meta's with scaled positions."""
 PREFIXES = ("_orig_mod.", "module.", "llama.")  # of torch.compile, of data parallelism, of the course's classifier
 
 
@@ -94,6 +98,9 @@ def to_training_checkpoint(model: ForeignModel, names: str) -> dict[str, Any]:
 
 def from_meta_shards(source: Path, parameters: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> ForeignModel:
     """A model from Meta's `params.json` and `consolidated.*.pth`, one shard for each model-parallel process."""
+    parameters = parameters.get("model", parameters)
+    if not isinstance(parameters, Mapping):
+        raise ValueError(f"{source}: params.json must hold an object of the model's sizes, dim, n_layers and n_heads")
     width = _number(source, parameters, "dim")
     joined: dict[str, HostArray] = {}
     for name in shards[0]:
@@ -103,24 +110,52 @@ def from_meta_shards(source: Path, parameters: Mapping[str, Any], shards: Sequen
         joined[name] = _join(name, parts, width)  # type: ignore[arg-type]
     if "tok_embeddings.weight" not in joined or "layers.0.feed_forward.w1.weight" not in joined:
         raise ValueError(f"{source} lacks tok_embeddings.weight or layers.0.feed_forward.w1.weight; it is no Llama")
+    rows, inner = (joined[name].shape[0] for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"))
+    config = meta_config(source, parameters, rows, inner)
+    named = from_meta_names(joined, config.head_dim, source)
+    return _fitted(untied_where_different(config, named), named, source)
+
+
+def meta_config(source: Path, parameters: Mapping[str, Any], vocab_size: int, intermediate_size: int) -> ModelConfig:
+    """The config that Meta's `params.json` stands for; the sizes that it does not give come from the weights."""
     heads = _number(source, parameters, "n_heads")
     theta = parameters.get("rope_theta") or 10000.0
-    scaled = bool(parameters.get("use_scaled_rope"))
-    positions = 131072 if scaled else 8192 if theta == 500000.0 else 4096
-    config = ModelConfig(
-        vocab_size=joined["tok_embeddings.weight"].shape[0],
-        hidden_size=width,
-        intermediate_size=joined["layers.0.feed_forward.w1.weight"].shape[0],
+    scaling = _meta_scaling(parameters)
+    positions = 131072 if scaling else META_POSITIONS.get(theta, 4096)
+    return ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=_number(source, parameters, "dim"),
+        intermediate_size=intermediate_size,
         num_hidden_layers=_number(source, parameters, "n_layers"),
         num_attention_heads=heads,
         num_key_value_heads=parameters.get("n_kv_heads") or heads,
         max_position_embeddings=parameters.get("max_seq_len") or positions,
         rms_norm_eps=parameters.get("norm_eps") or 1e-5,
         rope_theta=theta,
-        rope_scaling=RopeScaling("llama3", parameters.get("rope_scaling_factor") or 8.0, 8192) if scaled else None,
+        rope_scaling=scaling,
     )
-    named = from_meta_names(joined, config.head_dim, source)
-    return _fitted(untied_where_different(config, named), named, source)
+
+
+def _meta_scaling(parameters: Mapping[str, Any]) -> RopeScaling | None:
+    """The scaling of Llama 3.1 to 3.3, which Meta's code has and params.json mostly only switches on.
+
+    Llama 3.2's 1B and 3B, told by their width, stretch positions by 32, all others by 8 (as their published
+    config.json say).
+    """
+    if not parameters.get("use_scaled_rope"):
+        return None
+    usual = 32.0 if parameters["dim"] in LLAMA_32_WIDTHS else 8.0
+
+    def given(*names: str) -> Any:
+        return next((parameters[name] for name in names if parameters.get(name)), None)
+
+    return RopeScaling(
+        "llama3",
+        given("rope_scaling_factor", "rope_scale_factor", "scale_factor") or usual,
+        8192,
+        low_freq_factor=given("rope_low_freq_factor", "low_freq_factor") or 1.0,
+        high_freq_factor=given("rope_high_freq_factor", "high_freq_factor") or 4.0,
+    )
 
 
 def is_mini_llama(names: Sequence[str]) -> bool:
