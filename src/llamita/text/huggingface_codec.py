@@ -82,6 +82,12 @@ class HuggingFaceCodec:
     def encode_with_special(self, text: str) -> list[int]:
         return self._with_special.encode(text, add_special_tokens=False).ids
 
+    def encode_with_offsets(self, text: str, allow_special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and the characters that each stands for: [start, end) in the text as it was given."""
+        tokenizer = self._with_special if allow_special else self._tokenizer
+        found = tokenizer.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
+
     def ids_around_nothing(self) -> list[int]:
         """The ids that the file's post-processor puts around an empty text; `encode` leaves them out."""
         return self._tokenizer.encode("", add_special_tokens=True).ids

@@ -75,6 +75,30 @@ class SentencePieceCodec:
                 ids.extend(self._processor.encode(part))
         return ids
 
+    def encode_with_offsets(self, text: str, allow_special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and the characters that each stands for: [start, end) in the text as it was given."""
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        position = 0
+        for part in self._special.split(text) if allow_special else [text]:
+            if allow_special and part in self.special_tokens:
+                ids.append(self.special_tokens[part])
+                offsets.append((position, position + len(part)))
+            else:
+                inner, places = self._with_places(part)
+                ids += inner
+                offsets += [(position + start, position + end) for start, end in places]
+            position += len(part)
+        return ids, offsets
+
+    def _with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encode: Any = self._processor.encode
+        if hasattr(self._processor, "encode_as_offset_mapping"):
+            found = encode(text, out_type="offset_mapping")
+            return found["ids"], found["offsets"]
+        pieces = encode(text, out_type="immutable_proto").pieces  # before sentencepiece 0.2.2
+        return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
+
     def fingerprint(self) -> str:
         return hashlib.sha256(self.proto).hexdigest()
 

@@ -137,6 +137,12 @@ class Tokenizer:
         ids = self.codec.encode_with_special(text) if allow_special else self.codec.encode(text)
         return [*begin, *ids, *end] if begin or end else ids
 
+    def encode_with_offsets(self, text: str, allow_special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode`, and for each id where the characters of the text that it stands for begin and end, as the tokenizer
+        itself says: those of a text that it normalises too."""
+        _check_text(text)
+        return self.codec.encode_with_offsets(text, allow_special)
+
     def encode_batch(self, texts: Sequence[str], bos: bool = False, eos: bool = False) -> list[np.ndarray]:
         """`encode` of each text, as int32 arrays. A byte-level BPE trained here takes one thread."""
         for text in texts:
