@@ -1,7 +1,7 @@
 """Text files in bounded memory: decoded pieces, lines, and documents between separators.
 
-UTF-8 only, a byte order mark at the start is dropped, and line ends (LF, CRLF, CR) become LF as Python's text mode has
-it. Knows nothing about what the documents are for.
+gzip and Zstandard files are read as what they hold. UTF-8 only, a byte order mark at the start is dropped, and line
+ends (LF, CRLF, CR) become LF as Python's text mode has it. Knows nothing about what the documents are for.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
+
+from llamita.storage import compressed
 
 Separator = Literal["blank-line", "<|endoftext|>", "file"]
 
@@ -38,7 +40,7 @@ def chunks(path: Path) -> Iterator[str]:
     """The file's text in pieces of about a megabyte. ValueError names the file and byte offset of what is not UTF-8."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
     read = 0
-    with open(path, "rb") as file:
+    with compressed.opened(path) as file:
         at_end = False
         while not at_end:
             piece = file.read(CHUNK_BYTES)
