@@ -139,18 +139,19 @@ def conversation(record: Any, where: str) -> Conversation:
     return Conversation(tuple(messages), tools_of(record, where), where)
 
 
-def tools_of(record: Mapping[str, Any], where: str) -> list[Any] | None:
+def tools_of(record: Mapping[str, Any], where: str = "") -> list[Any] | None:
     """The tools of a record, a list or the JSON of one, as datasets keep it; None where there are none."""
     tools = record.get("tools")
+    place = f"{where}: " if where else ""
     if isinstance(tools, str) and tools:
         try:
             tools = json.loads(tools)
         except ValueError as error:
-            raise ValueError(f"{where}: tools is a text that is not JSON: {error}") from None
+            raise ValueError(f"{place}tools is a text that is not JSON: {error}") from None
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(f"{where}: tools must be a list of objects, got {tools!r:.100}")
+        raise ValueError(f"{place}tools must be a list of objects, got {tools!r:.100}")
     return tools
 
 

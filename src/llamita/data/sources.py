@@ -103,8 +103,8 @@ def json_records(path: Path, on_fault: OnFault | None = None) -> Iterator[tuple[
 
     ValueError for a line that is no JSON, unless `on_fault` takes it; an array that is broken is read no further.
     """
-    if _holds_array(path):
-        yield from _array_records(path)
+    if holds_array(path):
+        yield from array_records(path)
         return
     for number, line in enumerate(textfiles.lines(path), start=1):
         if not line or line.isspace():
@@ -121,7 +121,7 @@ def json_records(path: Path, on_fault: OnFault | None = None) -> Iterator[tuple[
             yield value, where
 
 
-def _holds_array(path: Path) -> bool:
+def holds_array(path: Path) -> bool:
     """Whether a file is one array of objects, not a value a line."""
     begin = ""
     for text in textfiles.chunks(path):
@@ -133,7 +133,7 @@ def _holds_array(path: Path) -> bool:
     return False
 
 
-def _array_records(path: Path) -> Iterator[tuple[Any, str]]:
+def array_records(path: Path) -> Iterator[tuple[Any, str]]:
     """The entries of an array, one after the other; memory is bounded by the longest, and a piece of the file."""
     decoder = json.JSONDecoder()
     pieces = textfiles.chunks(path)

@@ -28,9 +28,13 @@ class Reader:
         self._path, self._file, self._content, self._faults = path, file, content, faults
 
     def read(self, count: int) -> bytes:
-        """Up to `count` bytes, none at the end; ValueError for a file that is damaged or cut short."""
+        """`count` bytes, fewer at the end alone; ValueError for a file that is damaged or cut short."""
+        pieces: list[bytes] = []
         try:
-            return self._content.read(count)
+            while count and (piece := self._content.read(count)):
+                pieces.append(piece)
+                count -= len(piece)
+            return b"".join(pieces)
         except self._faults as error:
             raise ValueError(f"{self._path} is compressed and damaged, or cut short: {error}") from None
 
