@@ -47,15 +47,19 @@ def template(name: str) -> str:
     return (TEMPLATES / f"{name}.jinja").read_text("utf-8")
 
 
-def theirs(tokenizer: Tokenizer, source: str, messages: Sequence[Any], tools: Any = None) -> tuple[list, list]:
-    """Ids and mask of transformers."""
+def wrapped(tokenizer: Tokenizer, source: str) -> Any:
+    """The tokenizer as transformers has it."""
     from transformers import PreTrainedTokenizerFast
 
     backend = tokenizers.Tokenizer.from_str(json.dumps(tokenizer.codec.spec))
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=source)
+
+
+def theirs(tokenizer: Tokenizer, source: str, messages: Sequence[Any], tools: Any = None) -> tuple[list, list]:
+    """Ids and mask of transformers."""
     given = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    found = wrapped.apply_chat_template(
-        given, tools=tools, chat_template=source, return_dict=True, return_assistant_tokens_mask=True
+    found = wrapped(tokenizer, source).apply_chat_template(
+        given, tools=tools, return_dict=True, return_assistant_tokens_mask=True
     )
     return found["input_ids"], [bool(mine) for mine in found["assistant_masks"]]
 
