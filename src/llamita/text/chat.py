@@ -142,17 +142,39 @@ class Chat:
 
         The control token that the template writes after an answer, or else the text there up to a space.
         """
-        roles = ("user", "assistant", "user")
-        messages = [{"role": role, "content": letter} for role, letter in zip(roles, "abc", strict=True)]
-        layout = self._layout(messages, False, False, None, {}, find=True)
-        answered = [place.end for place in layout.found[1].places if place.message == 1] if layout.found else []
-        if not answered:
-            return (), ()
-        end = answered[-1]
-        if (control := self._control_after(layout.text, end)) is not None:
+        behind = self._behind_an_answer(3)
+        if (control := self._control_after(behind, 0)) is not None:
             return (self._control[control[1]],), ()
-        found = re.match(r"\s*\S+", layout.text[end:])
+        found = re.match(r"\s*\S+", behind)
         return (), ((found[0],) if found else ())
+
+    @functools.cached_property
+    def _closing(self) -> tuple[str, ...]:
+        """The texts that end a turn, in the order to look for them: all control tokens there, then the first alone."""
+        try:
+            ids, behind = self.end_of_turn[0], self._behind_an_answer(2)
+        except TemplateError:
+            return ()
+        names = [name for name, token_id in self._control.items() if token_id in ids]
+        run = re.match(rf"\s*((?:{self._control_pattern.pattern})+)", behind)
+        together = [run[1]] if run and names and run[1].startswith(names[0]) else []
+        return tuple(dict.fromkeys([*together, *names]))
+
+    def _behind_an_answer(self, turns: int) -> str:
+        """What the template writes behind an answer that is one letter, in a conversation of so many turns."""
+        roles = ("user", "assistant", "user")[:turns]
+        for form in (str, lambda letter: [{"type": "text", "text": letter}]):
+            messages = [{"role": role, "content": form(letter)} for role, letter in zip(roles, "abc", strict=False)]
+            try:
+                layout = self._layout(messages, False, False, None, {}, find=True)
+            except TemplateError:
+                if form is not str:
+                    raise
+                continue
+            answered = [place.end for place in layout.found[1].places if place.message == 1] if layout.found else []
+            if answered:
+                return layout.text[answered[-1] :]
+        return ""
 
     # --- laying out ---------------------------------------------------------------------------------------------
 
@@ -299,10 +321,8 @@ class Chat:
         def render(messages: Sequence[Message], prompt: bool, more: Mapping[str, Any] | None = None) -> str:
             return self._run(source, tools, prompt, "", {**variables, **(more or {})}, messages)
 
-        ids = self.end_of_turn[0]
-        end = next((name for name, token_id in self._control.items() if token_id in ids), None)
-        pattern = self._control_pattern
-        turns = Turns(layout.text, layout.messages, render, layout.marks, layout.found, pattern, end, is_open)
+        pattern, ends = self._control_pattern, self._closing
+        turns = Turns(layout.text, layout.messages, render, layout.marks, layout.found, pattern, ends, is_open)
         if (spans := self._generated(layout, source, render)) is not None:
             ours = [number for number, message in enumerate(layout.messages) if message["role"] == "assistant"]
             left_out = [turns.span(number) for number in ours if not learned[number]]

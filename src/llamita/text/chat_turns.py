@@ -177,8 +177,8 @@ class Turns:
     """The turns of the assistant in a text that a template laid messages out as.
 
     `render` lays out as many messages as it is given, with the same tools. `found` is the text with the places that
-    marks showed, and which marks those were; None where they change the text. `control` finds control tokens, `end` is
-    the one that ends a turn between two of a user's, where there is one. `is_open`: the last message goes on.
+    marks showed, and which marks those were; None where they change the text. `control` finds control tokens; `ends` are
+    the texts that end a turn, in the order to look for them. `is_open`: the last message goes on.
     """
 
     def __init__(
@@ -189,13 +189,13 @@ class Turns:
         marks: Marks,
         found: tuple[Level, Found] | None,
         control: re.Pattern[str],
-        end: str | None,
+        ends: Sequence[str],
         is_open: bool,
     ) -> None:
         self.text, self.messages, self._render, self._marks = text, messages, render, marks
         self._level = found[0] if found else None
         self._found = found[1] if found else None
-        self._control, self._end, self._is_open = control, end, is_open
+        self._control, self._ends, self._is_open = control, ends, is_open
 
     def span(self, number: int) -> Span:
         """What message `number`, which is the assistant's, is in the text: all that a model writes, with the token that
@@ -275,8 +275,9 @@ class Turns:
 
     def _end_after(self, number: int, last: int, stop: int) -> int:
         """The end of the turn of which nothing is said after `last`."""
-        if self._end and (place := self.text.find(self._end, last, stop)) >= 0:
-            return place + len(self._end)
+        for closing in self._ends:
+            if (place := self.text.find(closing, last, stop)) >= 0:
+                return place + len(closing)
         alone = self._rendered(number + 1, False)
         if alone is None:
             return last
@@ -286,8 +287,9 @@ class Turns:
             rest = alone.text[last:]
         else:
             return last
-        closing = rest[: common_prefix(rest, self.text[last:stop])]
-        end = last + self._closed(closing)
+        shared = common_prefix(rest, self.text[last:stop])
+        closing = rest[:shared]
+        end = last + (len(rest.rstrip()) if shared == len(rest) else self._closed(closing))
         if self._control.search(closing) is None and (found := self._next_control.match(self.text, end)):
             return found.end()  # the next message's, for want of one of its own
         return end
@@ -306,8 +308,8 @@ class Turns:
         if not (alone.startswith(asked) and self.text.startswith(asked)):
             raise fault
         turn = alone[start:]
-        place = turn.rfind(self._end) if self._end else -1
-        end = start + (place + len(self._end) if self._end and place >= 0 else self._closed(turn))
+        found = [turn.rfind(closing) + len(closing) for closing in self._ends if closing in turn]
+        end = start + (found[0] if found else len(turn.rstrip()))
         if not self.text.startswith(alone[:end]):
             raise fault
         return start, end
