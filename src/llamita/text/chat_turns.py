@@ -177,8 +177,8 @@ class Turns:
     """The turns of the assistant in a text that a template laid messages out as.
 
     `render` lays out as many messages as it is given, with the same tools. `found` is the text with the places that
-    marks showed, and which marks those were; None where they change the text. `control` finds control tokens; `ends` are
-    the texts that end a turn, in the order to look for them. `is_open`: the last message goes on.
+    marks showed, and which marks those were; None where they change the text. `control` finds control tokens; `ends`
+    are the texts that end a turn, in the order to look for them. `is_open`: the last message goes on.
     """
 
     def __init__(
