@@ -332,7 +332,11 @@ class Chat:
                 if learned[number] and spans:
                     turns.check(number, text)
         else:
-            spans = [turns.span(number) for number, is_learned in enumerate(learned) if is_learned]
+            spans = []
+            for number in (number for number, is_learned in enumerate(learned) if is_learned):
+                start, stop = turns.span(number)
+                turns.check(number, layout.text[start:stop])
+                spans.append((start, stop))
         inside = bytearray(len(layout.text) + 1)
         for start, stop in spans:
             inside[start:stop] = b"\1" * (stop - start)

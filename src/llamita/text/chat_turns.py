@@ -196,15 +196,15 @@ class Turns:
         self._level = found[0] if found else None
         self._found = found[1] if found else None
         self._control, self._ends, self._is_open = control, ends, is_open
+        self._begins_after: dict[str | None, str] = {}
+        """What lies between the words of a message and an answer to it, by the message's role: found once, not for each
+        answer of a long conversation."""
 
     def span(self, number: int) -> Span:
         """What message `number`, which is the assistant's, is in the text: all that a model writes, with the token that
         ends its turn. TurnError where that cannot be told."""
         start, end = self._marked_span(number) if self._found else self._span_by_prefix(number)
-        if self._is_open and number == len(self.messages) - 1:
-            end = len(self.text)
-        self.check(number, self.text[start:end])
-        return start, end
+        return start, len(self.text) if self._is_open and number == len(self.messages) - 1 else end
 
     def check(self, number: int, text: str) -> None:
         """Raises TurnError where the text of a turn lacks what the message says."""
@@ -250,10 +250,15 @@ class Turns:
 
     def _start(self, number: int, before: Place | None, first: int | None, stop: int) -> int:
         """Where the text that an answer is asked with ends; else the message's own first place."""
+        low = before.end if before else 0
+        role = self.messages[number - 1]["role"] if before and before.message == number - 1 else None
+        if (known := self._begins_after.get(role)) and self.text.startswith(known, low):
+            return low + len(known)
         asked = self._rendered(number, True)
         if asked is not None and self.text.startswith(asked.text):
+            if role is not None and asked.places and asked.places[-1].end == low:
+                self._begins_after[role] = asked.text[low:]
             return len(asked.text)
-        low = before.end if before else 0
         if asked is not None:
             # The template lays earlier messages out in another way when they are the last: compare what follows them.
             rest = asked.text[asked.places[-1].end :] if asked.places else asked.text
@@ -261,6 +266,8 @@ class Turns:
                 shared = common_prefix(rest, self.text[low:stop])
                 if shared < len(rest):
                     shared = self._last_edge(rest[:shared])
+                elif role is not None:
+                    self._begins_after[role] = rest
                 if shared:
                     return low + shared
         begun = self._beginning
