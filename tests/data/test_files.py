@@ -4,8 +4,10 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import sys
+import threading
 
 import pytest
 from hypothesis import example, given, settings
@@ -224,7 +226,20 @@ def test_a_quote_in_tsv_is_a_character_unless_asked_otherwise(tmp_path):
         list(read_records(str(tmp_path / "c.csv"), "train"))
 
 
+@pytest.mark.parametrize("form", ["plain", "gzip", "zstd"])
+@pytest.mark.parametrize("text", ['{"a": 1}\n{"a": 2}\n', '[{"a": 1}, {"a": 2}]'])
+def test_a_pipe_is_read_once(tmp_path, form, text):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_bytes, args=(PACKED[form](text.encode()),))
+    writer.start()
+    assert [value for value, _ in json_records(path)] == [{"a": 1}, {"a": 2}]
+    writer.join()
+
+
 def test_sources_says_where_arrays_begin(tmp_path):
     for text, expected in [("[{}]", True), (" \n[\n {", True), ("[[{}]]", False), ("{}", False), ("", False)]:
         (tmp_path / "a").write_text(text)
-        assert sources.holds_array(tmp_path / "a") == expected, text
+        found, pieces = sources.array_or_lines(tmp_path / "a")
+        assert found == expected, text
+        assert "".join(pieces) == text

@@ -4,6 +4,7 @@ transformers reads those marks. Ids and masks of a template with marks are their
 lacks only the line ends around it, which the template writes.
 """
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from tokenizers import AddedToken, normalizers
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.chat import Chat, ChatTokens
 from llamita.text.huggingface_codec import HuggingFaceCodec
+from llamita.text.sentencepiece_codec import SentencePieceCodec
 from llamita.text.tokenizer import Tokenizer
 
 trl = pytest.importorskip("trl")
@@ -254,6 +256,43 @@ def test_tokens_of_a_text_that_is_normalised_are_found_by_their_offsets(normaliz
         own = ours(template("qwen2_5"), messages, tokenizer)
         (turn,) = turns(tokenizer, own.tokens, own.assistant_mask)
         assert turn == normalizer.normalize_str(messages[1]["content"]) + "<|im_end|>"
+
+
+def sentencepiece_tokenizer(rule: str) -> Tokenizer:
+    """Words of the cases, bytes for what is not in them, two marks; spaces are kept."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["The cafe is warm and sunny. user assistant system"] * 60),
+        model_writer=model,
+        vocab_size=320,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        model_type="bpe",
+        normalization_rule_name=rule,
+        remove_extra_whitespaces=False,
+        control_symbols=["<|im_start|>", "<|im_end|>"],
+        minloglevel=2,
+    )
+    return Tokenizer.from_codec(SentencePieceCodec(model.getvalue()))
+
+
+@pytest.mark.parametrize("rule", ["identity", "nmt_nfkc"])
+def test_tokens_of_sentencepiece_are_found_by_its_offsets(rule: str) -> None:
+    """Its normaliser joins accents, and takes ligatures apart; it puts a space before a text."""
+    tokenizer = sentencepiece_tokenizer(rule)
+    messages = [user("The cafe\u0301?"), assistant("It is cafe\u0301 ﬁ 🦙."), user("c"), assistant("<|im_end|> b")]
+    found = ours(template("qwen2_5"), messages, tokenizer)
+    said = "It is cafe\u0301 ﬁ 🦙." if rule == "identity" else "It is caf\u00e9 fi 🦙."
+    assert turns(tokenizer, found.tokens, found.assistant_mask) == [f"{said}<|im_end|>", "<|im_end|> b<|im_end|>"]
+    plain = ours("plain-eos", messages, tokenizer)
+    assert turns(tokenizer, plain.tokens, plain.assistant_mask) == [f"{said}</s>", "<|im_end|> b</s>"]
+    for text in ("", "The  cafe\u0301", "ﬁ<|im_end|>日本", "  a"):
+        ids, offsets = tokenizer.encode_with_offsets(text, allow_special=True)
+        assert ids == tokenizer.encode(text, allow_special=True)
+        assert all(0 <= start <= end <= len(text) for start, end in offsets)
+        assert offsets == sorted(offsets)
 
 
 def test_text_that_a_template_shows_in_another_order_or_repeats() -> None:

@@ -66,7 +66,11 @@ class Source:
     @property
     def total_bytes(self) -> int | None:
         """Bytes of the files, about what the documents will come to; None where it is not known."""
-        if self.limit is not None or not self.files or any(map(compressed.compression, self.files)):
+        if (
+            self.limit is not None
+            or not self.files
+            or any(map(compressed.compression, filter(Path.is_file, self.files)))
+        ):
             return None
         return sum(path.stat().st_size for path in self.files)
 
@@ -103,10 +107,11 @@ def json_records(path: Path, on_fault: OnFault | None = None) -> Iterator[tuple[
 
     ValueError for a line that is no JSON, unless `on_fault` takes it; an array that is broken is read no further.
     """
-    if holds_array(path):
-        yield from array_records(path)
+    is_array, pieces = array_or_lines(path)
+    if is_array:
+        yield from array_records(path, pieces)
         return
-    for number, line in enumerate(textfiles.lines(path), start=1):
+    for number, line in enumerate(textfiles.lines_of(pieces), start=1):
         if not line or line.isspace():
             continue
         where = f"{path}, line {number}"
@@ -121,22 +126,20 @@ def json_records(path: Path, on_fault: OnFault | None = None) -> Iterator[tuple[
             yield value, where
 
 
-def holds_array(path: Path) -> bool:
-    """Whether a file is one array of objects, not a value a line."""
+def array_or_lines(path: Path) -> tuple[bool, Iterator[str]]:
+    """Whether a file is one array of objects, not a value a line; and its text, which is read once, as a pipe can be."""
+    pieces = textfiles.chunks(path)
     begin = ""
-    for text in textfiles.chunks(path):
+    for text in pieces:
         begin += text
-        if ARRAY_OF_OBJECTS.match(begin):
-            return True
         if ARRAY_PERHAPS.fullmatch(begin) is None:
             break
-    return False
+    return ARRAY_OF_OBJECTS.match(begin) is not None, chain([begin] * bool(begin), pieces)
 
 
-def array_records(path: Path) -> Iterator[tuple[Any, str]]:
+def array_records(path: Path, pieces: Iterator[str]) -> Iterator[tuple[Any, str]]:
     """The entries of an array, one after the other; memory is bounded by the longest, and a piece of the file."""
     decoder = json.JSONDecoder()
-    pieces = textfiles.chunks(path)
     text, place, line = "", 0, 1
     separator, number = "[", 0
     while True:

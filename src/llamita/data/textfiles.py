@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -64,8 +64,13 @@ def chunks(path: Path) -> Iterator[str]:
 
 def lines(path: Path) -> Iterator[str]:
     """The file's lines without their ends. A line of any length works as long as it fits in memory."""
+    return lines_of(chunks(path))
+
+
+def lines_of(pieces: Iterable[str]) -> Iterator[str]:
+    """The lines of a text in pieces."""
     held: list[str] = []
-    for text in chunks(path):
+    for text in pieces:
         first, *rest = text.split("\n")
         held.append(first)
         if rest:

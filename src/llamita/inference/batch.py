@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from llamita.backend.sampling_params import SamplingParams
 from llamita.data.conversations import tools_of
-from llamita.data.sources import array_records, holds_array
+from llamita.data.sources import array_or_lines, array_records
 from llamita.inference.conversation import with_end_of_turn
 from llamita.inference.llm import LLM
 from llamita.inference.request import Generation, Request
@@ -133,8 +133,9 @@ def digest(path: Path) -> str:
 
 def _entries(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The place of each value of the input, a line or an entry of the array that it is, and what reads the value."""
-    if holds_array(path):
-        for value, where in array_records(path):
+    is_array, pieces = array_or_lines(path)
+    if is_array:
+        for value, where in array_records(path, pieces):
             yield where.removeprefix(f"{path}, "), partial(copy, value)
         return
     try:

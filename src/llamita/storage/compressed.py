@@ -8,6 +8,7 @@ import gzip
 import sys
 import zlib
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
 
@@ -40,13 +41,17 @@ class Reader:
 
     @property
     def consumed(self) -> int:
-        return self._file.tell()
+        return self._file.tell() if self._file.seekable() else 0
 
 
 def compression(path: Path) -> Compression | None:
     """How a file is compressed, by its first bytes."""
     with open(path, "rb") as file:
-        begin = file.read(4)
+        return _kind(file)
+
+
+def _kind(file: BufferedReader) -> Compression | None:
+    begin = file.peek(4)[:4]  # what is peeked at is still to be read, from a pipe too
     if begin.startswith(GZIP):
         return "gzip"
     return "zstd" if begin in ZSTD else None
@@ -55,8 +60,8 @@ def compression(path: Path) -> Compression | None:
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Reader]:
     """A file to read; ValueError for Zstandard where nothing that reads it is installed."""
-    kind = compression(path)
     with open(path, "rb") as file:
+        kind = _kind(file)
         if kind == "gzip":
             with gzip.GzipFile(fileobj=file) as content:
                 yield Reader(path, file, content, (gzip.BadGzipFile, EOFError, zlib.error))
