@@ -127,7 +127,7 @@ def json_records(path: Path, on_fault: OnFault | None = None) -> Iterator[tuple[
 
 
 def array_or_lines(path: Path) -> tuple[bool, Iterator[str]]:
-    """Whether a file is one array of objects, not a value a line; and its text, which is read once, as a pipe can be."""
+    """Whether a file is one array of objects, not a value a line; and its text, read once, as a pipe can be."""
     pieces = textfiles.chunks(path)
     begin = ""
     for text in pieces:
