@@ -221,6 +221,18 @@ def test_reasoning_under_each_of_its_names_is_learned(name: str, special_tags: b
     assert found.tokens.count(tag) == 1
 
 
+def test_reasoning_reaches_a_template_under_the_name_that_it_reads() -> None:
+    """And only where it reads another than the message has: what transformers would lay out stays as it is."""
+    for source, name in [("{{ m.thinking }}", "reasoning"), ("{{ m['reasoning'] }}", "thinking")]:
+        whole = (
+            "{# a comment on reasoning and thinking #}{% for m in messages %}{% if m.role == 'assistant' %}"
+            f"({source}) {{% endif %}}{{{{ m.content }}}}<|end|>{{% endfor %}}"
+        )
+        assert Chat(TOKENIZER, whole).render([user("a"), assistant("b", **{name: "hm"})]) == "a<|end|>(hm) b<|end|>"
+    both = "{% for m in messages %}{{ m.reasoning }},{{ m.thinking }}{% endfor %}"
+    assert Chat(TOKENIZER, both).render([assistant("b", thinking="x")]) == ",x"
+
+
 def test_a_tag_of_reasoning_that_a_user_spells_stays_text_where_it_is_a_control_token() -> None:
     tokenizer = tokenizer_of(special_tags=True)
     found = ours(template("qwen2_5"), [user("<think>"), assistant("<think>\nhm\n</think>\n\nb")], tokenizer)

@@ -21,6 +21,7 @@ Message = Mapping[str, Any]
 WEIGHT = "weight"
 """A key of a message that is for training, not for the template: 0 where it is not learned."""
 LOOP_OVER_CONTENT = re.compile(r"\{%-?\s*for\s+\w+\s+in\s+[^%]*\bcontent\b")
+COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 MARKS_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -450,7 +451,7 @@ def with_content(message: dict[str, Any], change: Any) -> dict[str, Any]:
 
 def with_reasoning(messages: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
     """The messages with the assistant's reasoning under the names that the template reads, where it reads another."""
-    read = [name for name in REASONING if re.search(rf"\b{name}\b", source)]
+    read = [name for name in REASONING if re.search(rf"""[.'"]{name}\b""", COMMENT.sub("", source))]
     if not read:
         return messages
     result = []
