@@ -66,7 +66,6 @@ def test_a_damaged_file_is_one_line(tmp_path, form, harm):
     assert "\n" not in str(found.value)
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 14), reason="Python has Zstandard itself")
 def test_zstandard_that_is_missing_is_told_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"\x28\xb5\x2f\xfd1234")
     monkeypatch.setitem(sys.modules, "zstandard", None)

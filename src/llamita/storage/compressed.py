@@ -5,7 +5,6 @@ Knows nothing of what files hold.
 
 import contextlib
 import gzip
-import sys
 import zlib
 from collections.abc import Iterator
 from io import BufferedReader
@@ -120,11 +119,7 @@ class Frames:
 
 
 def _zstd(path: Path, file: BinaryIO) -> tuple[Any, tuple[type[Exception], ...]]:
-    """A reader of all frames of a file, and what it raises: Python's own, from 3.14 on, or the package zstandard."""
-    if sys.version_info >= (3, 14):
-        from compression import zstd
-
-        return zstd.ZstdFile(file), (zstd.ZstdError, EOFError)
+    """A reader of all frames of a file, and what it raises."""
     try:
         import zstandard
     except ImportError:
