@@ -277,6 +277,9 @@ def test_what_a_template_leaves_of_a_turn_is_its_mask(tokenizer: Tokenizer) -> N
     found = chat(tokenizer, "chatml").encode(calling)
     assert found.assistant_mask is None
     assert found.fault.startswith("message 1 calls the tool 'look', which the chat template leaves out")
+    for content in (None, "m", "e"):  # a name that stands in the text by chance, and in what is said beside the call
+        calling[1] |= {"content": content, "tool_calls": [{"function": {"name": "m"}}]}
+        assert chat(tokenizer, "chatml").encode(calling).fault.startswith("message 1 calls the tool 'm'")
 
 
 def test_what_ends_a_turn(tokenizer: Tokenizer) -> None:

@@ -195,6 +195,40 @@ def test_turns_of_a_template_without_marks_are_those_that_trl_marks(name: str, n
         assert actual[-1].endswith(control[end])
 
 
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [assistant("hi"), user("a"), assistant("b")],
+        [user("a"), assistant("b"), assistant("c")],
+        [user("a"), assistant("a"), user("a"), assistant("a")],
+        [user("a"), assistant("<|im_start|>assistant\n")],
+        [user(""), assistant("b"), user(""), assistant("d")],
+        [user("a"), assistant("\n\nb\n\n")],
+        [user("a"), assistant("<think>\nhm")],
+        [user("a"), assistant("hm\n</think>\n\nb")],
+        [
+            {"role": "system", "content": "s"},
+            user("a"),
+            assistant("b"),
+            {"role": "system", "content": "t"},
+            assistant("c"),
+        ],
+        [user("a"), assistant("b"), user("c")],
+    ],
+)
+@pytest.mark.parametrize("name", ["qwen2_5", "llama3"])
+def test_turns_in_unusual_places_and_of_unusual_words(name: str, messages: list[dict[str, Any]]) -> None:
+    source = template(f"{name}_training")
+    ids, mask = theirs(TOKENIZER, source, messages)
+    found = ours(source, messages)
+    expected = turns(TOKENIZER, ids, mask)
+    assert turns(TOKENIZER, found.tokens, found.assistant_mask) == expected
+    own = ours(template(name), messages)
+    assert [turn.strip() for turn in turns(TOKENIZER, own.tokens, own.assistant_mask)] == [
+        turn.strip() for turn in expected
+    ]
+
+
 def test_a_turn_begins_where_the_model_is_asked_and_holds_all_of_it() -> None:
     """To the token: what an engine is given, and what a model then has to write, make up the text."""
     for name, case in [("qwen2_5", LINES[2]), ("qwen2_5", LINES[1]), ("qwen3", LINES[4]), ("qwen3", LINES[5])]:

@@ -209,13 +209,20 @@ class Turns:
     def check(self, number: int, text: str) -> None:
         """Raises TurnError where the text of a turn lacks what the message says."""
         message = self.messages[number]
-        names = list(called(message))
-        if missing := [name for name in names if name.strip() not in text]:
+        names, said = list(called(message)), list(answers(message))
+        laid: list[str] | None = None  # what marks showed: a short word may stand in a text by chance
+        if self._found is not None and self._level is not None and (self._level.fields or not names):
+            laid = [self.text[place.start : place.end] for place in self._found.places if place.message == number]
+
+        def is_there(part: str) -> bool:
+            return part in text if laid is None else laid.count(part) >= [*names, *said].count(part)
+
+        if missing := [name for name in names if not is_there(name.strip())]:
             raise TurnError(
                 f"message {number} calls the tool {missing[0]!r}, which the chat template leaves out; use a template "
                 "that lays tool calls out"
             )
-        if not names and any(part not in text for part in answers(message)):
+        if not names and not all(map(is_there, said)):
             raise TurnError(
                 f"the chat template changes this conversation: what message {number} says is not found in its text; "
                 "use another template"
@@ -374,7 +381,8 @@ def called(message: Mapping[str, Any]) -> Iterator[str]:
 
 
 def answers(message: Mapping[str, Any]) -> Iterator[str]:
-    """What a message says, its reasoning left out, which a template may drop."""
+    """What a message says between tags of reasoning, its reasoning left out, which a template may drop."""
     content = message.get("content")
-    parts = [part["text"] for part in content] if isinstance(content, list | tuple) else [content or ""]
-    return (AFTER_REASONING.sub("", part, count=1).strip() for part in parts)
+    for part in [part["text"] for part in content] if isinstance(content, list | tuple) else [content or ""]:
+        pieces = THINK_TAG.split(AFTER_REASONING.sub("", part, count=1))[::2]
+        yield from (piece.strip() for piece in pieces if piece.strip())
