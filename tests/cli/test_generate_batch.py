@@ -1,5 +1,6 @@
 """`llamita generate --input --output`: files of prompts, cut off anywhere and gone on with."""
 
+import gzip
 import json
 import os
 import re
@@ -175,6 +176,29 @@ def test_two_runs_do_not_write_one_file(model: Path, llm: LLM, tmp_path: Path) -
     first.close()
     kept, rest = batch.run_batch(llm, items, tmp_path / "out.jsonl", {})
     assert (kept, len(list(rest))) == (1, 1)
+
+
+def test_tools_arrays_and_compressed_files(llm: LLM, tmp_path: Path) -> None:
+    said, tools = [{"role": "user", "content": "look"}], [{"name": "look"}]
+    given = [{"messages": said, "tools": tools, "id": 7}, {"prompt": "The fox"}]
+    telling = "{{ tools | tojson if tools else '' }}" + BUILT_IN["r0"]
+    for number, content in enumerate(
+        (json.dumps(given, indent=1), "\n".join(map(json.dumps, given)), json.dumps(given[:1] + given))
+    ):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_bytes(gzip.compress(content.encode()))
+        if number == 2:
+            with pytest.raises(ValueError, match=r"entry 2 \(line 1\): the id 7 is that of entry 1 \(line 1\) too"):
+                batch.read_items(llm, path, SamplingParams(), telling)
+            continue
+        asked, plain = batch.read_items(llm, path, SamplingParams(), telling)
+        assert llm.tokenizer is not None
+        assert asked.request.prompt == Chat(llm.tokenizer, telling).encode(said, tools=tools).tokens
+        assert asked.given == given[0]
+        assert plain.given == given[1]
+    path = write(tmp_path / "bad.jsonl", [{"messages": said, "tools": ["look"]}])
+    with pytest.raises(ValueError, match=r"line 1: tools must be a list of objects, got \['look'\]"):
+        batch.read_items(llm, path, SamplingParams(), telling)
 
 
 def test_bad_lines_are_all_named_before_anything_is_run(

@@ -5,7 +5,14 @@ import json
 import pytest
 
 from llamita.data import meadow
-from llamita.data.conversations import ConversationSource, conversation, conversations, for_validation, split
+from llamita.data.conversations import (
+    BadRecords,
+    ConversationSource,
+    conversation,
+    conversations,
+    for_validation,
+    split,
+)
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
@@ -60,6 +67,34 @@ def test_a_mistake_is_told_with_file_and_line(tmp_path, record, message):
         list(conversations(ConversationSource(files=(file,))))
     assert str(found.value).startswith(str(file))
     assert "\n" not in str(found.value)
+
+
+def test_records_that_cannot_be_read_are_skipped_where_that_is_asked(tmp_path):
+    good = {"messages": TURNS}
+    file = write(tmp_path / "a.jsonl", good, "{broken", {"text": "Hi"}, [1], {**good, "tools": 3}, {**good, "n": 1})
+    bad = BadRecords(skip=True)
+    found = list(conversations(ConversationSource(files=(file,)), bad))
+    assert [each.where for each in found] == [f"{file}, line 1", f"{file}, line 6"]
+    assert bad.count == 4
+    assert [line.partition(", ")[2][:6] for line in bad.lines()] == ["line 2", "line 3", "line 4", ""]
+    assert bad.lines()[-1] == "skipped: 1 more"
+
+
+def test_tools_count_in_every_form():
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    for form in ({"messages": TURNS}, {"prompt": "Hi", "response": "Hello"}, {"prompt": "Hi", "completion": "Hello"}):
+        for given in (tools, json.dumps(tools)):
+            assert conversation({**form, "tools": given}, "x").tools == tools
+        for none in ([], None, ""):
+            assert conversation({**form, "tools": none}, "x").tools is None
+        with pytest.raises(ValueError, match=r"^x: tools must be a list of objects, got \['look'\]"):
+            conversation({**form, "tools": ["look"]}, "x")
+
+
+def test_an_array_of_conversations(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps([{"messages": TURNS}, {"prompt": "Hi"}], indent=2))
+    with pytest.raises(ValueError, match=r"a\.jsonl, entry 2 \(line \d+\) has the fields \['prompt'\]"):
+        list(conversations(ConversationSource(files=(tmp_path / "a.jsonl",))))
 
 
 def test_files_that_are_not_there(tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamita.data.batches import IGNORE_INDEX, BatchIterator, collate
-from llamita.data.conversations import conversation
+from llamita.data.conversations import BadRecords, conversation
 from llamita.data.examples import ConversationRows, Counts, best_fit, encode
 from llamita.data.packing import RowsConfig
 from llamita.text.bpe import train_bpe_from_iterator
@@ -92,6 +92,39 @@ def test_a_mistake_in_a_conversation_names_its_place():
     changing = Chat(TOKENIZER, "{% for m in messages %}{{ m.content.split('|')[-1] }}{% endfor %}")
     with pytest.raises(ValueError, match="here: the chat template changes this conversation"):
         encode(changing, [talk("Hi", "hm|Yo")], 100)
+
+
+def test_conversations_that_cannot_be_laid_out_are_skipped_where_that_is_asked():
+    roles = conversation({"messages": [{"role": "user<r0>", "content": "Hi"}]}, "line 2")
+    weight = conversation(
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo", "weight": 2}]}, "line 3"
+    )
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+    calling = conversation({"messages": [{"role": "user", "content": "Hi"}, call]}, "line 4")
+    given = [talk("Hi", "Yo"), roles, weight, calling, talk("Hi", "No")]
+    with pytest.raises(
+        ValueError, match=r"^line 4: message 1 calls the tool 'look', which the chat template leaves out"
+    ):
+        encode(R0, [calling], 100)
+    with pytest.raises(ValueError, match=r"^line 3: message 1 has the weight 2; expected 0, not learned, or 1"):
+        encode(R0, given[2:], 100)
+    bad = BadRecords(skip=True)
+    encoded = encode(R0, given, 100, bad=bad)
+    assert (encoded.counts.read, encoded.counts.kept, encoded.counts.bad) == (5, 2, 3)
+    assert str(encoded.counts).endswith("6 scored, 3 skipped, which cannot be laid out")
+    assert [line.partition(": ")[2][:7] for line in bad.lines()] == ["line 2:", "line 3:", "line 4:"]
+    assert encoded.digest() == encode(R0, [given[0], given[4]], 100).digest()
+    assert "bad" not in encode(R0, given[:1], 100).counts.recorded()
+
+
+def test_a_message_of_weight_0_is_read_and_not_learned():
+    messages = [dict(message) for message in TWO_TURNS.messages]
+    messages[1]["weight"] = 0
+    whole, part = (encode(R0, [each], 100) for each in (TWO_TURNS, conversation({"messages": messages}, "here")))
+    assert (whole.tokens == part.tokens).all()
+    assert TOKENIZER.decode(part.tokens[part.scored], skip_special=False) == "No<r2>"
+    messages[3]["weight"] = 0
+    assert encode(R0, [conversation({"messages": messages}, "here")], 100).counts.nothing_to_learn == 1
 
 
 @given(st.lists(st.integers(1, 30), max_size=60))

@@ -1,24 +1,26 @@
 """Pairs of answers and prompts: the forms of records, what is scored of them, batches, what is refused."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from llamita.data import meadow_tasks, preferences, prompts
 from llamita.data.batches import IGNORE_INDEX, BatchIterator, evaluation_batches
-from llamita.data.conversations import ConversationSource
+from llamita.data.conversations import BadRecords, ConversationSource
 from llamita.data.preferences import Layout, PairRows, encode
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.chat import Chat
+from llamita.text.chat_templates import BUILT_IN
 
 
 def user(text):
     return {"role": "user", "content": text}
 
 
-def assistant(text):
-    return {"role": "assistant", "content": text}
+def assistant(text, **more):
+    return {"role": "assistant", "content": text, **more}
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +183,115 @@ def test_pairs_of_one_prompt_lie_on_one_side():
     assert len(train) + len(held_out) == 200
     assert 20 < len(held_out) < 100
     assert not {each.prompt[0]["content"] for each in train} & {each.prompt[0]["content"] for each in held_out}
+
+
+# --- calls of tools, as trl lays them out -----------------------------------------------------------------------------
+
+LINES = (Path(__file__).parent / "cases" / "preference-tools.jsonl").read_text("utf-8").splitlines()
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": 1}}}
+RECORDS = [json.loads(line) for line in LINES] + [
+    # Reasoning preferred to none, and a longer way to go on with the result of a call.
+    {"prompt": [user("a")], "chosen": [assistant("b", reasoning_content="hm")], "rejected": [assistant("b")]},
+    {
+        "prompt": [user("a")],
+        "chosen": [assistant("", tool_calls=[CALL]), {"role": "tool", "content": "c"}, assistant("d")],
+        "rejected": [assistant("d")],
+    },
+    # An earlier turn of the assistant, with reasoning, in the prompt.
+    {
+        "prompt": [user("a"), assistant("<think>\nhm\n</think>\n\nb"), user("c")],
+        "chosen": [assistant("d")],
+        "rejected": [assistant("e")],
+    },
+    # The same call with other arguments, and the same text with a call and without.
+    {
+        "prompt": [user("a")],
+        "chosen": [assistant(None, tool_calls=[CALL])],
+        "rejected": [assistant(None, tool_calls=[{"function": {"name": "look", "arguments": {"at": 2}}}])],
+    },
+    {"prompt": [user("a")], "chosen": [assistant("I look.", tool_calls=[CALL])], "rejected": [assistant("I look.")]},
+    # Two conversations that begin alike.
+    {"chosen": [user("a"), assistant("", tool_calls=[CALL])], "rejected": [user("a"), assistant("b")]},
+]
+
+
+@pytest.mark.parametrize("number", range(len(RECORDS)))
+@pytest.mark.parametrize("family", ["qwen2_5", "qwen3"])
+def test_answers_with_calls_are_laid_out_as_trl_does(family, number):
+    trl_data = pytest.importorskip("trl.data_utils")
+    from tests.text import test_chat_turns as chat
+
+    record = RECORDS[number]
+    found = preferences.preference(record, "x")
+    layout = Layout(chat.TOKENIZER, Chat(chat.TOKENIZER, chat.template(family)))
+    theirs = trl_data.apply_chat_template(
+        {
+            name: [{k: v for k, v in said.items() if v is not None} for said in getattr(found, name)]
+            for name in ("prompt", "chosen", "rejected")
+        },
+        chat.wrapped(chat.TOKENIZER, chat.template(family)),
+        tools=record.get("tools"),
+    )
+    for name in ("chosen", "rejected"):
+        tokens, scored = layout.answered(found.prompt, getattr(found, name), found.tools)
+        assert chat.TOKENIZER.decode(tokens, skip_special=False) == theirs["prompt"] + theirs[name]
+        turns = chat.turns(chat.TOKENIZER, tokens.tolist(), scored.tolist())
+        between = theirs[name]
+        for turn in turns:  # what lies between turns is another's; around them, only line ends of the template
+            before, at, between = between.partition(turn)
+            assert at
+            assert not before or "<tool_response>" in before
+        assert between == "\n"
+    # Qwen2.5's template leaves reasoning out, which is all that one pair differs in.
+    same = number == 3 or (number == 5 and family == "qwen2_5")
+    counts = encode(layout, [found], 10_000).counts
+    assert (counts.kept, counts.without_preference) == ((0, 1) if same else (1, 0))
+
+
+def test_equal_conversations_have_nothing_to_choose(tokenizer):
+    same = [user("a"), assistant("b")]
+    found = preferences.preference({"chosen": same, "rejected": list(same)}, "x")
+    assert (found.prompt, found.chosen, found.rejected) == ((user("a"),), (assistant("b"),), (assistant("b"),))
+    assert encode(Layout(tokenizer, Chat(tokenizer, "r0")), [found], 100).counts.without_preference == 1
+
+
+def test_a_pair_that_cannot_be_laid_out_is_named_or_skipped(tokenizer):
+    calling = {"prompt": "a", "chosen": [assistant(None, tool_calls=[CALL])], "rejected": "b"}
+    pairs = [
+        preferences.preference(record, f"line {i}") for i, record in enumerate([calling, {**calling, "chosen": "c"}])
+    ]
+    for template, message in [
+        ("r0", r"^line 0, chosen: message 1 calls the tool 'look', which the chat template leaves out"),
+        (None, r"^line 0, chosen: message 0 of them has tool_calls; without a chat template there can be text alone"),
+    ]:
+        layout = Layout(tokenizer, Chat(tokenizer, template) if template else None)
+        with pytest.raises(ValueError, match=message):
+            encode(layout, pairs, 100)
+        bad = BadRecords(skip=True)
+        counts = encode(layout, pairs, 100, bad).counts
+        assert (counts.read, counts.kept, counts.bad) == (2, 1, 1)
+        assert str(counts) == "1 of 2 pairs, 1 skipped, which cannot be laid out"
+        assert len(bad.lines()) == 1
+
+
+def test_tools_reach_the_template(tokenizer):
+    """In pairs and in prompts, as a list or, as datasets keep it, as JSON."""
+    telling = Chat(tokenizer, "{{ tools | tojson if tools else '' }}" + BUILT_IN["r0"])
+    tools = [{"name": "look"}]
+    for given in (tools, json.dumps(tools)):
+        pair = preferences.preference({"prompt": "a", "chosen": "b", "rejected": "c", "tools": given}, "x")
+        tokens, _ = Layout(tokenizer, telling).answered(pair.prompt, pair.chosen, pair.tools)
+        assert tokenizer.decode(tokens).startswith('[{"name": "look"}]')
+        for record in ({"prompt": "a"}, {"messages": [user("a"), assistant("b")]}):
+            asked = prompts.prompt({**record, "tools": given}, "x")
+            assert tokenizer.decode(Layout(tokenizer, telling).prompt(asked.said, asked.tools)).startswith('[{"name"')
+    for given in (3, "look", ["look"], "{}x", {"name": "look"}):
+        for parse, record in [
+            (preferences.preference, {"prompt": "a", "chosen": "b", "rejected": "c"}),
+            (prompts.prompt, {"prompt": "a"}),
+        ]:
+            with pytest.raises(ValueError, match=r"^x: tools "):
+                parse({**record, "tools": given}, "x")
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------

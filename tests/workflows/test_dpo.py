@@ -57,6 +57,23 @@ def tune(config, backend=QUICK):
     return dpo(config, backend, report=reported.append, display=Silence()), reported
 
 
+def test_bad_pairs_end_a_run_or_are_skipped_and_counted(given, tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+    bad = [{"prompt": "a", "chosen": "b"}, {"prompt": "a", "chosen": [call], "rejected": "b"}, 7]
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text(given.train.read_text() + "".join(json.dumps(record) + "\n" for record in bad))
+    changes = {"data": (str(mixed),), "steps": 1, "evaluate_every": 0}
+    with pytest.raises(ValueError, match=r"mixed\.jsonl, line 9 has the fields \['chosen', 'prompt'\]"):
+        tune(config(given, tmp_path / "run", **changes))
+    _, reported = tune(config(given, tmp_path / "run", skip_bad=True, **changes))
+    assert reported[0].startswith("training: 8 of 11 pairs, 3 skipped, which cannot be laid out")
+    told = [line for line in reported if line.startswith("skipped: ")]
+    assert [line.partition("mixed.jsonl, ")[2].split(" ")[1].strip(",") for line in told] == ["9", "11", "10"]
+    assert "line 10, chosen: message 0 of them has tool_calls" in told[2]
+    counts = json.loads((tmp_path / "run/run.json").read_text())["identity"]["pairs"]["train"]
+    assert (counts["read"], counts["kept"], counts["bad"]) == (11, 8, 3)
+
+
 def stored(run):
     arrays = safetensors.read_safetensors(run / "reference.safetensors")
     return {name: array.to_numpy().copy() for name, array in arrays.items()}

@@ -13,6 +13,7 @@ from llamita.data.preferences import Layout
 from llamita.data.prompts import Prompt
 from llamita.storage import model_directory
 from llamita.text.chat import Chat
+from llamita.text.chat_templates import BUILT_IN
 from llamita.text.tokenizer import Tokenizer
 from llamita.training import metrics
 from llamita.workflows import rewards, rollouts
@@ -336,6 +337,47 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(given, tmp_path, chang
         tune(config(given, tmp_path / "run", **changes))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_bad_prompts_end_a_run_or_are_skipped_and_counted(given, tmp_path):
+    data = tmp_path / "prompts.jsonl"
+    bad = [
+        "{",
+        json.dumps({"text": "a"}),
+        json.dumps({"prompt": "long " * 600}),
+        json.dumps({"prompt": "b", "tools": 1}),
+    ]
+    data.write_text(given.prompts.read_text() + "\n".join(bad) + "\n")
+    changes = {"data": (str(data),), "steps": 1, "validation_share": 0.0, "evaluate_every": 0}
+    with pytest.raises(ValueError, match=r"prompts\.jsonl, line 25 is not JSON"):
+        tune(config(given, tmp_path / "run", **changes))
+    reported = []
+    reinforce(
+        config(given, tmp_path / "run", skip_bad=True, **changes), QUICK, rewarding(vowels), report=reported.append,
+        display=Silence(),
+    )  # fmt: skip
+    assert reported[0] == "24 prompts to train on, 0 to validate on; reward vowels; 4 skipped, which cannot be laid out"
+    assert [line.partition("prompts.jsonl, ")[2][:7] for line in reported[1:]] == ["line 25", "line 26", "line 28", ""]
+    identity = json.loads((tmp_path / "run/run.json").read_text())["identity"]
+    assert identity["prompts"] == {"train": 24, "validation": 0, "bad": 4}
+    data.write_text("{\n")
+    with pytest.raises(ValueError, match="there are no prompts to train on"):
+        tune(config(given, tmp_path / "none", skip_bad=True, **changes))
+
+
+def test_what_is_sampled_from_has_the_tools(given, tmp_path):
+    """In the text that answers go on from, and in the rows that are learned."""
+    step = build_train_step(model_directory.load_config(given.model), model_directory.load_tensors(given.model))
+    tokenizer = Tokenizer.load(given.model)
+    chat = Chat(tokenizer, "{{ tools | tojson if tools else '' }}" + BUILT_IN["plain-eos"])
+    asker = Answerer(Rules(1, 2, 1, 4, 1.0, 0, True, 8), step, Layout(tokenizer, chat), Reward("vowels", vowels))
+    told = Prompt(({"role": "user", "content": "a"},), {}, "x", [{"name": "look"}])
+    (first, _) = answers = asker.answer([told], [0], [1], 2)
+    batch = asker.batch([told], answers, [1.0, -1.0])
+    text = tokenizer.decode(batch.tokens_BT[0])
+    assert text.startswith('[{"name": "look"}]')
+    scored = batch.labels_BT[0] != IGNORE_INDEX
+    assert batch.labels_BT[0][scored].tolist() == list(first.tokens)
 
 
 def test_an_exact_reward_needs_answers_before_anything_is_written(given, tmp_path):

@@ -1,5 +1,6 @@
 """Instruction tuning as a run: it learns to answer and to stop, resumes to the same bytes, and refuses in one line."""
 
+import gzip
 import json
 from types import SimpleNamespace
 
@@ -160,6 +161,63 @@ def test_meadow_needs_no_file(given, tmp_path):
     assert result.evaluation.measures["exact"] == 0.0
     assert reported[0].startswith("training: 30 of 30 conversations")
     assert reported[1].startswith("validation: 2 of 2 conversations")
+
+
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "home"}}}
+BAD = [
+    "{broken",
+    {"text": "Hi"},
+    {"messages": [{"role": "user", "content": 3}]},
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo", "weight": 7}]},
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]},
+]
+
+
+def test_bad_records_end_a_run_before_it_begins_or_are_skipped_and_counted(given, tmp_path):
+    mixed = tmp_path / "mixed.jsonl"
+    lines = [given.data.read_text().strip(), *(each if isinstance(each, str) else json.dumps(each) for each in BAD)]
+    mixed.write_text("\n".join(lines) + "\n")
+    changes = {"data": (str(mixed),), "steps": 2, "evaluate_every": 0}
+    with pytest.raises(ValueError, match=r"mixed\.jsonl, line 9 is not JSON"):
+        tune(config(given, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+    result, reported = tune(config(given, tmp_path / "run", skip_bad=True, **changes))
+    assert result.step == 2
+    assert reported[0].startswith("training: 8 of 13 conversations,")
+    assert "5 skipped, which cannot be laid out" in reported[0]
+    assert [line.partition("mixed.jsonl, ")[2][:7] for line in reported[2:]] == ["line 9 ", "line 10", "line 11", ""]
+    assert reported[-1] == "skipped: 2 more"
+    counts = json.loads((tmp_path / "run/run.json").read_text())["identity"]["conversations"]
+    assert (counts["train"]["bad"], counts["train"]["kept"], counts["train"]["read"]) == (5, 8, 13)
+    assert "bad" not in counts["validation"]
+    again, _ = tune(resolve(SftConfig, output=tmp_path / "run", resume=True))  # it remembers what is skipped
+    assert again.step == 2
+
+
+@pytest.mark.medium
+def test_calls_and_reasoning_are_learned_from_files_as_they_come(given, tmp_path):
+    """A compressed array of conversations, under a template that lays calls out: the model learns to write the call."""
+    template = tmp_path / "calls.jinja"
+    template.write_text(
+        "{% for m in messages %}<r0>{{ m.role }}<r1>{% if m.thinking %}({{ m.thinking }}) {% endif %}"
+        "{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<r2>{% endfor %}"
+        "{% if add_generation_prompt %}<r0>assistant<r1>{% endif %}"
+    )
+    talks = [
+        {"messages": [{"role": "user", "content": "Go"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]},
+        {"messages": [{"role": "user", "content": "Say"}, {"role": "assistant", "content": "So", "reasoning": "hm"}]},
+    ]
+    (tmp_path / "talks.jsonl").write_bytes(gzip.compress(json.dumps(talks, indent=1).encode()))
+    data = (str(tmp_path / "talks.jsonl"),)
+    chosen = config(
+        given, tmp_path / "run", model=given.reserved, data=data, validation_data=data, template=str(template),
+        answers=2, mode="pad", steps=80, evaluate_every=80, batch_size=2,
+    )  # fmt: skip
+    result, _ = tune(chosen)
+    assert result.best.measures == {"exact": 1.0}
+    samples = (tmp_path / "run/samples.txt").read_text()
+    assert f"Go\n-> {json.dumps(CALL['function'])}" in samples
+    assert "Say\n-> (hm) So" in samples
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

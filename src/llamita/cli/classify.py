@@ -66,6 +66,8 @@ class TextConfig:
 
     text_field: str = "text"
     """The column or field that holds a text, in CSV, JSON lines and hub datasets."""
+    tsv_quotes: bool = False
+    """Fields of .tsv files may stand in quotes, as in .csv; without it a quote there is a character like any other."""
     dtype: Dtype = "auto"
     """Type of the weights; auto: that of the file."""
     backend: BackendName = "auto"
@@ -81,7 +83,7 @@ class EvaluateConfig:
     model: tyro.conf.Positional[Path]
     """A model directory, or a training run (then its best checkpoint)."""
     data: tuple[str, ...]
-    """Labelled texts: files (label ||| sentence, .csv, .jsonl), meadow[:COUNT] (its validation stories),
+    """Labelled texts: files (label ||| sentence, .csv, .tsv, .jsonl), meadow[:COUNT] (its validation stories),
     hub:NAME[:CONFIG][@SPLIT]."""
     output: Path | None = None
     """A new directory for evaluation.json, confusion.png and reliability.png. Left out: they are not kept."""
@@ -103,7 +105,7 @@ def evaluate(config: EvaluateConfig) -> None:
     _check_output(config.output)
     backend = load_backend(config.running.backend, device=config.running.device)
     model = Classifier.load(config.model, backend, config.running.dtype, config.running.device)
-    fields = Fields(config.running.text_field, config.label_field)
+    fields = Fields(config.running.text_field, config.label_field, config.running.tsv_quotes)
     texts = read_labelled(config.data, "validation", model.config.labels, fields)
     encoded = model.encode(texts.texts, texts.source)
     print(_context(len(texts), encoded.truncated, encoded.context, model.keep))
@@ -125,7 +127,8 @@ class PredictConfig:
     model: tyro.conf.Positional[Path]
     """A model directory, or a training run (then its best checkpoint)."""
     data: tuple[str, ...] = ()
-    """Texts: files (a text a line, or label ||| sentence; .csv, .jsonl), meadow[:COUNT], hub:NAME[:CONFIG][@SPLIT]."""
+    """Texts: files (a text a line, or label ||| sentence; .csv, .tsv, .jsonl), meadow[:COUNT],
+    hub:NAME[:CONFIG][@SPLIT]."""
     text: str | None = None
     """One text, instead of data; the probability of each label is printed."""
     output: Path | None = None
@@ -158,7 +161,7 @@ def predict(config: PredictConfig) -> None:
         for number in (-log_p).argsort(kind="stable"):
             print(f"{labels[number]}  {math.exp(log_p[number]):.4f}")
         return
-    fields = Fields(config.running.text_field)
+    fields = Fields(config.running.text_field, tsv_quotes=config.running.tsv_quotes)
     records = [
         record for source in config.data for record in read_records(source, "validation", fields, labelled=False)
     ]
@@ -189,7 +192,7 @@ class ZeroShotConfig:
     model: tyro.conf.Positional[Path]
     """A model directory, or a training run (then its best checkpoint)."""
     data: tuple[str, ...]
-    """Labelled texts: files (label ||| sentence, .csv, .jsonl), meadow[:COUNT] (its validation stories),
+    """Labelled texts: files (label ||| sentence, .csv, .tsv, .jsonl), meadow[:COUNT] (its validation stories),
     hub:NAME[:CONFIG][@SPLIT]."""
     label_mapping: Path | None = None
     """A JSON list of the labels' names in the order of their numbers, or an object that gives each name its number."""
@@ -229,7 +232,12 @@ def zero_shot(config: ZeroShotConfig) -> None:
         raise ValueError(f"{directory} has a classification head: llamita classify evaluate measures it")
     length = context_length(config.sequence_length, model_config)
     names = read_mapping(config.label_mapping) if config.label_mapping else config.labels
-    texts = read_labelled(config.data, "validation", names, Fields(config.running.text_field, config.label_field))
+    texts = read_labelled(
+        config.data,
+        "validation",
+        names,
+        Fields(config.running.text_field, config.label_field, config.running.tsv_quotes),
+    )
     words = config.labels or texts.names
     if len(words) != len(texts.names):
         raise ValueError(f"--labels has {len(words)} words, but there are {len(texts.names)} labels")

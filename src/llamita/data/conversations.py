@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from llamita.data import meadow_tasks, sources
 MEADOW = "meadow"
 Item = TypeVar("Item")
 MakeRecords = Callable[[int, int, meadow_tasks.Split], Iterable[Any]]
+MOST_SHOWN = 3
 FORMS = '{"messages": [...]} or {"prompt": ..., "response": ...}'
 
 
@@ -30,6 +31,30 @@ class Conversation:
     messages: tuple[Mapping[str, Any], ...]
     tools: Any
     where: str
+
+
+@dataclass
+class BadRecords:
+    """What becomes of records that cannot be used: the first ends the reading or, where they are skipped, all are
+    counted."""
+
+    skip: bool = False
+    count: int = 0
+    shown: list[str] = field(default_factory=list)
+    """What is wrong with the first of them, with their places."""
+
+    def add(self, error: ValueError) -> None:
+        """Counts a record; raises its error where none is to be skipped."""
+        if not self.skip:
+            raise error
+        self.count += 1
+        if len(self.shown) < MOST_SHOWN:
+            self.shown.append(str(error))
+
+    def lines(self) -> list[str]:
+        """What to report of them."""
+        more = self.count - len(self.shown)
+        return [f"skipped: {text}" for text in self.shown] + [f"skipped: {more:,} more"] * bool(more)
 
 
 @dataclass(frozen=True)
@@ -56,15 +81,30 @@ class ConversationSource:
                 raise IsADirectoryError(f"{path} is a directory; give the files in it")
 
 
-def conversations(source: ConversationSource) -> Iterator[Conversation]:
+def conversations(source: ConversationSource, bad: BadRecords | None = None) -> Iterator[Conversation]:
     """The conversations of a source, in order; ValueError or OSError, in one line, that names the place."""
-    found = records(source, partial(meadow_tasks.conversations, turns=source.turns))
-    return (conversation(record, where) for record, where in found)
+    bad = bad or BadRecords()
+    found = records(source, partial(meadow_tasks.conversations, turns=source.turns), bad)
+    return parsed(found, conversation, bad)
 
 
-def records(source: ConversationSource, from_meadow: MakeRecords | None = None) -> Iterator[tuple[Any, str]]:
+def parsed(found: Iterable[tuple[Any, str]], parse: Callable[[Any, str], Item], bad: BadRecords) -> Iterator[Item]:
+    """What `parse` makes of records and their places; those that it raises ValueError for are bad."""
+    for record, where in found:
+        try:
+            item = parse(record, where)
+        except ValueError as error:
+            bad.add(error)
+        else:
+            yield item
+
+
+def records(
+    source: ConversationSource, from_meadow: MakeRecords | None = None, bad: BadRecords | None = None
+) -> Iterator[tuple[Any, str]]:
     """The records of a source, in order, each with its place; of Meadow those that (seed, count, split) give."""
     source.check()
+    on_fault = bad.add if bad is not None else None
     if source.meadow is not None:
         assert source.limit is not None
         assert from_meadow is not None
@@ -73,7 +113,7 @@ def records(source: ConversationSource, from_meadow: MakeRecords | None = None) 
     elif source.dataset:
         found = sources.hub_records(source.dataset, source.dataset_config, source.dataset_split)
     else:
-        found = chain.from_iterable(sources.json_records(path) for path in source.files)
+        found = chain.from_iterable(sources.json_records(path, on_fault) for path in source.files)
     return islice(found, source.limit)
 
 
@@ -87,7 +127,7 @@ def conversation(record: Any, where: str) -> Conversation:
             raise ValueError(f"{where}: messages must be a list of at least one message")
         for number, message in enumerate(messages):
             _check_message(message, f"{where}: message {number}")
-        return Conversation(tuple(messages), record.get("tools") or None, where)
+        return Conversation(tuple(messages), tools_of(record, where), where)
     answer = "response" if "response" in record else "completion"
     if "prompt" not in record or answer not in record:
         raise ValueError(f"{where} has the fields {sorted(record)}; expected {FORMS}")
@@ -95,7 +135,24 @@ def conversation(record: Any, where: str) -> Conversation:
     for name in ("prompt", answer):
         if not isinstance(record[name], str):
             raise ValueError(f"{where}: {name} is {type(record[name]).__name__}, not text")
-    return Conversation(tuple({"role": role, "content": content} for role, content in said), None, where)
+    messages = [{"role": role, "content": content} for role, content in said]
+    return Conversation(tuple(messages), tools_of(record, where), where)
+
+
+def tools_of(record: Mapping[str, Any], where: str = "") -> list[Any] | None:
+    """The tools of a record, a list or the JSON of one, as datasets keep it; None where there are none."""
+    tools = record.get("tools")
+    place = f"{where}: " if where else ""
+    if isinstance(tools, str) and tools:
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise ValueError(f"{place}tools is a text that is not JSON: {error}") from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"{place}tools must be a list of objects, got {tools!r:.100}")
+    return tools
 
 
 def split(all_of: Iterable[Conversation], share: float, seed: int) -> tuple[list[Conversation], list[Conversation]]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import bisect
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
 
 from llamita.data.batches import Batch, collate
-from llamita.data.conversations import Conversation
+from llamita.data.conversations import BadRecords, Conversation
 from llamita.data.packing import Row, RowsConfig
 from llamita.text.chat import Chat
 
@@ -24,7 +24,7 @@ TooLong = Literal["drop", "truncate"]
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts of the conversations that were read: kept + dropped + nothing_to_learn of them."""
+    """Counts of the conversations that were read: kept + dropped + nothing_to_learn + bad of them."""
 
     read: int
     kept: int
@@ -37,12 +37,19 @@ class Counts:
     tokens: int
     targets: int
     """Tokens, of those kept, that are scored."""
+    bad: int = 0
+    """Skipped, since they could not be read or laid out."""
+
+    def recorded(self) -> dict[str, int]:
+        """Returns the counts for a run's record; `bad` is left out where there are none, as in older ones."""
+        return {name: value for name, value in asdict(self).items() if name != "bad" or value}
 
     def __str__(self) -> str:
         parts = [f"{self.kept:,} of {self.read:,} conversations", f"{self.tokens:,} tokens", f"{self.targets:,} scored"]
         parts += [f"{self.truncated:,} cut for their length"] * bool(self.truncated)
         parts += [f"{self.dropped:,} dropped for their length"] * bool(self.dropped)
         parts += [f"{self.nothing_to_learn:,} skipped, nothing in them to learn"] * bool(self.nothing_to_learn)
+        parts += [f"{self.bad:,} skipped, which cannot be laid out"] * bool(self.bad)
         return ", ".join(parts)
 
 
@@ -71,17 +78,27 @@ class EncodedConversations:
 
 
 def encode(
-    chat: Chat, conversations: Iterable[Conversation], longest: int, too_long: TooLong = "drop"
+    chat: Chat,
+    conversations: Iterable[Conversation],
+    longest: int,
+    too_long: TooLong = "drop",
+    bad: BadRecords | None = None,
 ) -> EncodedConversations:
     """Lay conversations out with a template; those of more than `longest` tokens are dropped, or lose their end.
 
-    ValueError, naming the place of the conversation, where the template refuses it or hides what the assistant wrote.
+    ValueError, naming the place of the conversation, where the template refuses it or hides what the assistant wrote;
+    `bad` may have those skipped, and has counted those that could not be read.
     """
+    bad = bad or BadRecords()
     tokens, scored = [np.zeros(0, dtype=np.int32)], [np.zeros(0, dtype=bool)]
     read = truncated = dropped = nothing = 0
     for conversation in conversations:
+        try:
+            ids, mask = _encode(chat, conversation)
+        except ValueError as error:
+            bad.add(error)
+            continue
         read += 1
-        ids, mask = _encode(chat, conversation)
         is_long = len(ids) > longest
         if is_long and too_long == "drop":
             dropped += 1
@@ -94,7 +111,8 @@ def encode(
     starts = np.cumsum([len(ids) for ids in tokens]).astype(np.int64)
     all_scored = np.concatenate(scored)
     all_scored[starts[:-1]] = False  # nothing precedes a conversation's first token
-    counts = Counts(read, len(tokens) - 1, truncated, dropped, nothing, int(starts[-1]), int(all_scored.sum()))
+    totals = int(starts[-1]), int(all_scored.sum())
+    counts = Counts(read + bad.count, len(tokens) - 1, truncated, dropped, nothing, *totals, bad.count)
     return EncodedConversations(np.concatenate(tokens), all_scored, starts, counts)
 
 
@@ -104,10 +122,7 @@ def _encode(chat: Chat, conversation: Conversation) -> tuple[np.ndarray, np.ndar
     except ValueError as error:
         raise ValueError(f"{conversation.where}: {error}") from None
     if found.assistant_mask is None:
-        raise ValueError(
-            f"{conversation.where}: the chat template changes this conversation so that what the assistant wrote "
-            "cannot be told from the rest; use another template"
-        )
+        raise ValueError(f"{conversation.where}: {found.fault}")
     return np.array(found.tokens, dtype=np.int32), np.array(found.assistant_mask, dtype=bool)
 
 

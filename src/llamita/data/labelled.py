@@ -6,7 +6,6 @@ Knows nothing of tokens or models.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import re
@@ -18,8 +17,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from llamita.data import meadow, textfiles
-from llamita.storage import files
+from llamita.data import meadow, tables, textfiles
+from llamita.data.sources import json_records
+from llamita.storage import compressed, files
 
 SEPARATOR = "|||"
 SHOWN = 60  # characters of a faulty line that an error quotes
@@ -61,10 +61,12 @@ class LabelledTexts:
 
 @dataclass(frozen=True)
 class Fields:
-    """The names of the text and the label in CSV headers, JSON objects and hub datasets."""
+    """The names of the text and the label in CSV headers, JSON objects and hub datasets; how TSV is read."""
 
     text: str = "text"
     label: str = "label"
+    tsv_quotes: bool = False
+    """Whether fields of a TSV file may stand in quotes, as those of CSV do."""
 
 
 def read_labelled(
@@ -161,9 +163,9 @@ def read_records(source: str, split: Split, fields: Fields | None = None, labell
     """The records of one source, in order.
 
     `meadow` or `meadow:COUNT`: stories of the split. `hub:NAME`, `hub:NAME:CONFIG`, either with `@SPLIT`: a dataset of
-    the hub, or a directory of one. Otherwise a file: .csv and .tsv with a header, .jsonl or .json with an object a
-    line, anything else with `label ||| sentence` lines. Without `labelled` a text may lack its label, and a line
-    its `|||`.
+    the hub, or a directory of one. Otherwise a file, which may be compressed (.csv.gz): .csv and .tsv with a header,
+    .jsonl or .json with an object a line or an array of them, anything else with `label ||| sentence` lines. Without
+    `labelled` a text may lack its label, and a line its `|||`.
     """
     fields = fields or Fields()
     if found := MEADOW.fullmatch(source):
@@ -177,10 +179,13 @@ def read_records(source: str, split: Split, fields: Fields | None = None, labell
         raise IsADirectoryError(f"{path} is a directory; give a file in it, or hub:{path} for a dataset")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; give a file, meadow, or hub:NAME for a dataset of the hub")
-    if path.suffix in (".csv", ".tsv"):
-        yield from _csv(path, fields, labelled)
-    elif path.suffix in (".jsonl", ".json"):
-        yield from _json_lines(path, fields, labelled)
+    suffix = compressed.plain_name(path).suffix
+    if suffix in (".csv", ".tsv"):
+        separator, quoted = ("\t", fields.tsv_quotes) if suffix == ".tsv" else (",", True)
+        yield from _table(path, tables.rows(path, separator, quoted), fields, labelled)
+    elif suffix in (".jsonl", ".json"):
+        for value, where in json_records(path):
+            yield _record(value, fields, where, labelled)
     else:
         yield from _separated(path, labelled)
 
@@ -200,28 +205,14 @@ def _separated(path: Path, labelled: bool) -> Iterator[Record]:
         yield Record(_text(text.strip(), where), label.strip() or None, where)
 
 
-def _csv(path: Path, fields: Fields, labelled: bool) -> Iterator[Record]:
-    lines = (f"{line}\n" for line in textfiles.lines(path))
-    reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-    try:
-        for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            if None in row or None in row.values():
-                raise ValueError(f"{where} has not the {len(reader.fieldnames or ())} columns of the header")
-            yield _record(row, fields, where, labelled)
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.reader.line_num} is not CSV: {error}") from None
-
-
-def _json_lines(path: Path, fields: Fields, labelled: bool) -> Iterator[Record]:
-    for number, line in enumerate(textfiles.lines(path), start=1):
-        if line and not line.isspace():
-            where = f"{path}, line {number}"
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where} is not JSON: {error}") from None
-            yield _record(value, fields, where, labelled)
+def _table(path: Path, rows: Iterator[tuple[list[str], int]], fields: Fields, labelled: bool) -> Iterator[Record]:
+    """The records of rows, the first of which names the columns."""
+    header, _ = next(rows, ([], 0))
+    for row, number in rows:
+        where = f"{path}, line {number}"
+        if len(row) != len(header):
+            raise ValueError(f"{where} has not the {len(header)} columns of the header, but {len(row)}")
+        yield _record(dict(zip(header, row, strict=True)), fields, where, labelled)
 
 
 def _hub(name: str, config: str | None, split: str, fields: Fields, labelled: bool) -> Iterator[Record]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -17,9 +17,10 @@ import numpy as np
 
 from llamita.data import meadow_tasks
 from llamita.data.batches import Batch, collate
-from llamita.data.conversations import ConversationSource, records, split_by
+from llamita.data.conversations import BadRecords, ConversationSource, parsed, records, split_by, tools_of
 from llamita.data.packing import Row, RowsConfig
 from llamita.text.chat import Chat
+from llamita.text.chat_turns import REASONING
 from llamita.text.tokenizer import Tokenizer
 
 FORMS = '{"prompt": ..., "chosen": ..., "rejected": ...}, each a text or a list of messages'
@@ -35,11 +36,14 @@ class Preference:
     chosen: Messages
     rejected: Messages
     where: str
+    tools: Any = None
+    """What the template may be told of, as a conversation's."""
 
 
-def preferences(source: ConversationSource) -> Iterator[Preference]:
+def preferences(source: ConversationSource, bad: BadRecords | None = None) -> Iterator[Preference]:
     """The pairs of a source, in order; ValueError or OSError, in one line, that names the place."""
-    return (preference(record, where) for record, where in records(source, meadow_tasks.preferences))
+    bad = bad or BadRecords()
+    return parsed(records(source, meadow_tasks.preferences, bad), preference, bad)
 
 
 def preference(record: Any, where: str) -> Preference:
@@ -57,13 +61,15 @@ def preference(record: Any, where: str) -> Preference:
     else:
         alike = [a == b for a, b in zip(chosen, rejected, strict=False)]
         shared = alike.index(False) if False in alike else len(alike)
+        if shared == len(alike) and shared and chosen[shared - 1]["role"] == "assistant":
+            shared -= 1  # one goes on from the other, or they are equal: what both end with is an answer
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
         if not prompt:
             raise ValueError(f"{where} has no prompt, and chosen and rejected do not begin alike; expected {FORMS}")
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer or answer[0]["role"] != "assistant":
             raise ValueError(f"{where}: {name} must go on from the prompt with a message of the assistant")
-    return Preference(prompt, chosen, rejected, where)
+    return Preference(prompt, chosen, rejected, where, tools_of(record, where))
 
 
 def messages(value: Any, role: str, where: str) -> Messages:
@@ -75,7 +81,8 @@ def messages(value: Any, role: str, where: str) -> Messages:
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"{where} holds {message!r:.100}; a message is an object with a role and a content")
-        if not isinstance(message.get("content"), str | list):
+        says_otherwise = message.get("tool_calls") or any(message.get(name) for name in REASONING)
+        if not (isinstance(message.get("content"), str | list) or (message.get("content") is None and says_otherwise)):
             raise ValueError(
                 f"{where} has a message whose content is {type(message.get('content')).__name__}, not text"
             )
@@ -92,51 +99,58 @@ class Layout:
     tokenizer: Tokenizer
     chat: Chat | None
 
-    def prompt(self, said: Messages) -> tuple[int, ...]:
+    def prompt(self, said: Messages, tools: Any = None) -> tuple[int, ...]:
         """The tokens that an answer goes on from."""
         if self.chat is not None:
-            return self.chat.encode(said).tokens
+            return self.chat.encode(said, tools=tools).tokens
         return tuple(self.tokenizer.encode(plain(said), bos=self.tokenizer.begins_texts))
 
-    def answered(self, said: Messages, answer: Messages) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of a prompt and its answer, int32, and which of them the answer is, its end included: bool."""
+    def answered(self, said: Messages, answer: Messages, tools: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of a prompt and its answer, int32, and which of them the assistant wrote in the answer: bool."""
         if self.chat is None:
             before = self.prompt(said)
             ids = [*before, *self.tokenizer.encode(plain(answer), eos=self.tokenizer.eos_id is not None)]
             return np.array(ids, dtype=np.int32), np.arange(len(ids)) >= len(before)
-        before = self.chat.encode(said, add_generation_prompt=False).tokens
-        whole = self.chat.encode([*said, *answer], add_generation_prompt=False)
-        if whole.assistant_mask is None or whole.tokens[: len(before)] != before:
-            raise ValueError(
-                "the chat template changes this so that the answer cannot be told from the rest; use another"
-            )
-        mask = np.array(whole.assistant_mask, dtype=bool)
-        mask[: len(before)] = False
-        return np.array(whole.tokens, dtype=np.int32), mask
+        whole = self.chat.encode([*said, *answer], add_generation_prompt=False, tools=tools, learned_from=len(said))
+        if whole.assistant_mask is None:
+            raise ValueError(whole.fault)
+        return np.array(whole.tokens, dtype=np.int32), np.array(whole.assistant_mask, dtype=bool)
 
 
 def plain(said: Messages) -> str:
-    """Returns the texts of messages without their roles; ValueError for content that is not text."""
-    for message in said:
-        if not isinstance(message["content"], str):
-            raise ValueError("a message has parts; without a chat template there can be text alone")
+    """Returns the texts of messages without their roles; ValueError for what is not text."""
+    for number, message in enumerate(said):
+        other = [name for name in ("tool_calls", *REASONING) if message.get(name)]
+        if other or not isinstance(message["content"], str):
+            what = other[0] if other else "parts"
+            raise ValueError(
+                f"message {number} of them has {what}; without a chat template there can be text alone: name one with "
+                "--template"
+            )
     return "".join(message["content"] for message in said)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts of the pairs that were read: kept + too_long + without_preference of them."""
+    """Counts of the pairs that were read: kept + too_long + without_preference + bad of them."""
 
     read: int
     kept: int
     too_long: int
     without_preference: int
     """Both answers the same tokens, or one of them none."""
+    bad: int = 0
+    """Skipped, since they could not be read or laid out."""
+
+    def recorded(self) -> dict[str, int]:
+        """Returns the counts for a run's record; `bad` is left out where there are none, as in older ones."""
+        return {name: value for name, value in asdict(self).items() if name != "bad" or value}
 
     def __str__(self) -> str:
         parts = [f"{self.kept:,} of {self.read:,} pairs"]
         parts += [f"{self.too_long:,} dropped for their length"] * bool(self.too_long)
         parts += [f"{self.without_preference:,} skipped, nothing to choose between"] * bool(self.without_preference)
+        parts += [f"{self.bad:,} skipped, which cannot be laid out"] * bool(self.bad)
         return ", ".join(parts)
 
 
@@ -176,20 +190,23 @@ class Pairs:
         return total.hexdigest()
 
 
-def encode(layout: Layout, pairs: Iterable[Preference], longest: int) -> Pairs:
+def encode(layout: Layout, pairs: Iterable[Preference], longest: int, bad: BadRecords | None = None) -> Pairs:
     """Lay pairs out; those of which one row has more than `longest` tokens are dropped.
 
-    ValueError, naming the place of the pair, where the template refuses it.
+    ValueError, naming the place of the pair, where the template refuses it; `bad` may have those skipped, and has
+    counted those that could not be read.
     """
+    bad = bad or BadRecords()
     chosen: list[Side] = []
     rejected: list[Side] = []
     read = too_long = same = 0
     for pair in pairs:
-        read += 1
         try:
-            better, worse = (layout.answered(pair.prompt, answer) for answer in (pair.chosen, pair.rejected))
+            better, worse = (answered(layout, pair, name) for name in ("chosen", "rejected"))
         except ValueError as error:
-            raise ValueError(f"{pair.where}: {error}") from None
+            bad.add(error)
+            continue
+        read += 1
         if max(len(better[0]), len(worse[0])) > longest:
             too_long += 1
         elif not (better[1][1:].any() and worse[1][1:].any()) or better[0].tolist() == worse[0].tolist():
@@ -197,7 +214,15 @@ def encode(layout: Layout, pairs: Iterable[Preference], longest: int) -> Pairs:
         else:
             chosen.append(better)
             rejected.append(worse)
-    return Pairs(chosen, rejected, Counts(read, len(chosen), too_long, same))
+    return Pairs(chosen, rejected, Counts(read + bad.count, len(chosen), too_long, same, bad.count))
+
+
+def answered(layout: Layout, pair: Preference, name: str) -> Side:
+    """One of a pair's answers laid out; ValueError names the place."""
+    try:
+        return layout.answered(pair.prompt, getattr(pair, name), pair.tools)
+    except ValueError as error:
+        raise ValueError(f"{pair.where}, {name}: {error}") from None
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

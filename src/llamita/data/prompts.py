@@ -12,7 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llamita.data.conversations import ConversationSource, records, said_in, split_by
+from llamita.data.conversations import (
+    BadRecords,
+    ConversationSource,
+    parsed,
+    records,
+    said_in,
+    split_by,
+    tools_of,
+)
 from llamita.data.preferences import Messages, messages
 
 FORMS = '{"prompt": a text or messages, ...} or {"messages": [...]}'
@@ -25,11 +33,14 @@ class Prompt:
     said: Messages
     record: Mapping[str, Any]
     where: str
+    tools: Any = None
+    """What the template may be told of, as a conversation's."""
 
 
-def prompts(source: ConversationSource) -> Iterator[Prompt]:
+def prompts(source: ConversationSource, bad: BadRecords | None = None) -> Iterator[Prompt]:
     """The prompts of a source other than Meadow, in order; ValueError or OSError, in one line, that names the place."""
-    return (prompt(record, where) for record, where in records(source))
+    bad = bad or BadRecords()
+    return parsed(records(source, bad=bad), prompt, bad)
 
 
 def prompt(record: Any, where: str) -> Prompt:
@@ -37,15 +48,15 @@ def prompt(record: Any, where: str) -> Prompt:
     if not isinstance(record, dict):
         raise ValueError(f"{where} is {type(record).__name__}, not an object; expected {FORMS}")
     if "prompt" in record:
-        return Prompt(messages(record["prompt"], "user", f"{where}: prompt"), record, where)
+        return Prompt(messages(record["prompt"], "user", f"{where}: prompt"), record, where, tools_of(record, where))
     if "messages" not in record:
         raise ValueError(f"{where} has the fields {sorted(record)}; expected {FORMS}")
     said = messages(record["messages"], "user", f"{where}: messages")
     if said[-1]["role"] == "assistant":
-        said, record = said[:-1], {"answer": said[-1]["content"], **record}
+        said, record = said[:-1], {"answer": said[-1].get("content"), **record}
     if not said:
         raise ValueError(f"{where} has an answer alone and nothing that it answers")
-    return Prompt(said, record, where)
+    return Prompt(said, record, where, tools_of(record, where))
 
 
 def split(all_of: Iterator[Prompt], share: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:

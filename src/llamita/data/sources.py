@@ -7,14 +7,20 @@ nothing about tokens, splits of a corpus or where documents go.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
 from llamita.data import meadow, textfiles, wikitext
+from llamita.storage import compressed
 
+ARRAY_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
+ARRAY_PERHAPS = re.compile(r"\s*(\[\s*)?")
+SPACE = re.compile(r"[ \t\n\r]*")
+OnFault = Callable[[ValueError], None]
 SourceKind = Literal["text", "wikitext", "jsonl", "hub", "meadow"]
 
 
@@ -60,7 +66,11 @@ class Source:
     @property
     def total_bytes(self) -> int | None:
         """Bytes of the files, about what the documents will come to; None where it is not known."""
-        if self.limit is not None or not self.files:
+        if (
+            self.limit is not None
+            or not self.files
+            or any(map(compressed.compression, filter(Path.is_file, self.files)))
+        ):
             return None
         return sum(path.stat().st_size for path in self.files)
 
@@ -92,17 +102,84 @@ def _all_documents(source: Source) -> Iterator[str]:
     raise ValueError(f"source={source.kind!r} is not known; use text, wikitext, jsonl, hub or meadow")
 
 
-def json_records(path: Path) -> Iterator[tuple[Any, str]]:
-    """The value of each line that is not blank, and where it stands, as errors name it; ValueError for one that is no
-    JSON."""
-    for number, line in enumerate(textfiles.lines(path), start=1):
+def json_records(path: Path, on_fault: OnFault | None = None) -> Iterator[tuple[Any, str]]:
+    """The value of each line that is not blank, or each entry of the array that a file is; and its place for errors.
+
+    ValueError for a line that is no JSON, unless `on_fault` takes it; an array that is broken is read no further.
+    """
+    is_array, pieces = array_or_lines(path)
+    if is_array:
+        yield from array_records(path, pieces)
+        return
+    for number, line in enumerate(textfiles.lines_of(pieces), start=1):
         if not line or line.isspace():
             continue
         where = f"{path}, line {number}"
         try:
-            yield json.loads(line), where
+            value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON: {error}") from None
+            fault = ValueError(f"{where} is not JSON: {error}")
+            if on_fault is None:
+                raise fault from None
+            on_fault(fault)
+        else:
+            yield value, where
+
+
+def array_or_lines(path: Path) -> tuple[bool, Iterator[str]]:
+    """Whether a file is one array of objects, not a value a line; and its text, read once, as a pipe can be."""
+    pieces = textfiles.chunks(path)
+    begin = ""
+    for text in pieces:
+        begin += text
+        if ARRAY_PERHAPS.fullmatch(begin) is None:
+            break
+    return ARRAY_OF_OBJECTS.match(begin) is not None, chain([begin] * bool(begin), pieces)
+
+
+def array_records(path: Path, pieces: Iterator[str]) -> Iterator[tuple[Any, str]]:
+    """The entries of an array, one after the other; memory is bounded by the longest, and a piece of the file."""
+    decoder = json.JSONDecoder()
+    text, place, line = "", 0, 1
+    separator, number = "[", 0
+    while True:
+        blank = SPACE.match(text, place)
+        assert blank is not None
+        line += text.count("\n", place, blank.end())
+        text, place = text[blank.end() :], 0
+        if not text:
+            piece = next(pieces, None)
+            if piece is None:
+                if separator:
+                    raise ValueError(f"{path} begins an array of JSON that does not end: {number} entries are whole")
+                return
+            text = piece
+        elif not separator:
+            raise ValueError(f"{path}, line {line}: text follows behind the array that the file begins with")
+        elif separator == "value":
+            where = f"{path}, entry {number + 1} (line {line})"
+            while True:
+                try:
+                    value, place = decoder.raw_decode(text)
+                    fault = None
+                except (ValueError, RecursionError) as error:
+                    fault = error
+                if fault is None and place < len(text):
+                    break
+                more = "".join(islice(pieces, 1 + len(text) // textfiles.CHUNK_BYTES))
+                if not more:
+                    break
+                text += more
+            if fault is not None:
+                raise ValueError(f"{where} is not JSON: {fault}")
+            line += text.count("\n", 0, place)
+            number += 1
+            yield value, where
+            separator = ",]"
+        elif text[0] not in separator:
+            raise ValueError(f"{path}, line {line}: expected {' or '.join(separator)} in the array, got {text[0]!r}")
+        else:
+            separator, place = ("" if text[0] == "]" else "value"), 1
 
 
 def hub_records(dataset: str, config: str | None, split: str) -> Iterator[tuple[Any, str]]:

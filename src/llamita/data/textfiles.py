@@ -1,16 +1,18 @@
 """Text files in bounded memory: decoded pieces, lines, and documents between separators.
 
-UTF-8 only, a byte order mark at the start is dropped, and line ends (LF, CRLF, CR) become LF as Python's text mode has
-it. Knows nothing about what the documents are for.
+gzip and Zstandard files are read as what they hold. UTF-8 only, a byte order mark at the start is dropped, and line
+ends (LF, CRLF, CR) become LF as Python's text mode has it. Knows nothing about what the documents are for.
 """
 
 from __future__ import annotations
 
 import codecs
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
+
+from llamita.storage import compressed
 
 Separator = Literal["blank-line", "<|endoftext|>", "file"]
 
@@ -38,7 +40,7 @@ def chunks(path: Path) -> Iterator[str]:
     """The file's text in pieces of about a megabyte. ValueError names the file and byte offset of what is not UTF-8."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
     read = 0
-    with open(path, "rb") as file:
+    with compressed.opened(path) as file:
         at_end = False
         while not at_end:
             piece = file.read(CHUNK_BYTES)
@@ -62,8 +64,13 @@ def chunks(path: Path) -> Iterator[str]:
 
 def lines(path: Path) -> Iterator[str]:
     """The file's lines without their ends. A line of any length works as long as it fits in memory."""
+    return lines_of(chunks(path))
+
+
+def lines_of(pieces: Iterable[str]) -> Iterator[str]:
+    """The lines of a text in pieces."""
     held: list[str] = []
-    for text in chunks(path):
+    for text in pieces:
         first, *rest = text.split("\n")
         held.append(first)
         if rest:

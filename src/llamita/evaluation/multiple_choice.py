@@ -6,7 +6,6 @@
 Nothing is generated: each choice is scored as the continuation of the prompt and a blank. Knows no framework.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llamita.backend.interface import Forward
-from llamita.data import textfiles
+from llamita.data.sources import json_records
 from llamita.evaluation import continuations
 from llamita.evaluation.continuations import Encode, Likelihood
 
@@ -98,13 +97,11 @@ def read_questions(file: Path, limit: int = 0) -> list[Question]:
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}; give one of JSON lines, a question each")
     questions = []
-    for number, line in enumerate(textfiles.lines(file), 1):
-        if not line.strip():
-            continue
+    for value, where in json_records(file):
         try:
-            questions.append(question(json.loads(line)))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}, line {number}: {error}") from None
+            questions.append(question(value))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
         if limit and len(questions) == limit:
             break
     if not questions:

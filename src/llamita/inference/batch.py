@@ -1,9 +1,10 @@
 """Runs a file of prompts through a model into a file of answers, and goes on where an earlier run was cut off.
 
-Each line of the input is an object with `prompt` (text), `prompt_tokens` or `messages`, optionally an `id`, an
-`adapter` (or a `model` of the form `base:adapter`) and fields of `SamplingParams`. Each line of the output is an object
-with the same and the text written, in the order in which requests end. A file beside the output records the input and
-the options, so that no others are mixed into it. Knows nothing of progress bars or of flags.
+Each line of the input is an object with `prompt` (text), `prompt_tokens` or `messages` (with `tools`, where there are
+any), optionally an `id`, an `adapter` (or a `model` of the form `base:adapter`) and fields of `SamplingParams`; or the
+input is an array of such objects. Each line of the output is an object with the same and the text written, in the order
+in which requests end. A file beside the output records the input and the options, so that no others are mixed into it.
+Knows nothing of progress bars or of flags.
 """
 
 import contextlib
@@ -11,20 +12,24 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from llamita.backend.sampling_params import SamplingParams
+from llamita.data.conversations import tools_of
+from llamita.data.sources import array_or_lines, array_records
 from llamita.inference.conversation import with_end_of_turn
 from llamita.inference.llm import LLM
 from llamita.inference.request import Generation, Request
-from llamita.storage import files
+from llamita.storage import compressed, files
 from llamita.text.chat import Chat
 
 PROMPTS = ("prompt", "prompt_tokens", "messages")
-OWN = ("id", "adapter", "model", *PROMPTS)
+OWN = ("id", "adapter", "model", "tools", *PROMPTS)
 """The keys of a line that are no sampling parameters."""
 SHOWN_FAULTS = 10
 
@@ -53,28 +58,22 @@ class Totals:
 
 def read_items(llm: LLM, path: Path, defaults: SamplingParams, template: str | None = None) -> list[Item]:
     """Returns all lines of the input, each checked against the model; ValueError lists the faults, in one line."""
-    try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from None
     items: list[Item] = []
     faults: list[str] = []
     chat: Chat | None = None
-    seen: dict[Any, int] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    seen: dict[Any, str] = {}
+    for place, read in _entries(path):
         try:
-            given = files.parse_json(line.encode(), "not JSON")
+            given = read()
             if not isinstance(given, dict):
-                raise ValueError(f"expected an object, got {line.strip():.40}")
+                raise ValueError(f"expected an object, got {json.dumps(given):.40}")
             if "messages" in given and chat is None:
                 chat = _chat(llm, template)
             items.append(Item(len(items), *_parse(llm, chat, given, defaults)))
-            if "id" in given and seen.setdefault(given["id"], number) != number:
-                raise ValueError(f"the id {given['id']!r} is that of line {seen[given['id']]} too")
+            if "id" in given and seen.setdefault(given["id"], place) != place:
+                raise ValueError(f"the id {given['id']!r} is that of {seen[given['id']]} too")
         except (ValueError, TypeError) as error:
-            faults.append(f"line {number}: {error}")
+            faults.append(f"{place}: {error}")
     if faults:
         more = len(faults) - SHOWN_FAULTS
         shown = "; ".join(faults[:SHOWN_FAULTS]) + (f"; and {more} more" if more > 0 else "")
@@ -132,6 +131,22 @@ def digest(path: Path) -> str:
 # --- the input -------------------------------------------------------------------------------------------------------
 
 
+def _entries(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The place of each value of the input, a line or an entry of the array that it is, and what reads the value."""
+    is_array, pieces = array_or_lines(path)
+    if is_array:
+        for value, where in array_records(path, pieces):
+            yield where.removeprefix(f"{path}, "), partial(copy, value)
+        return
+    try:
+        lines = compressed.read(path).decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield f"line {number}", partial(files.parse_json, line.encode(), "not JSON")
+
+
 def _chat(llm: LLM, template: str | None) -> Chat:
     if llm.tokenizer is None:
         raise ValueError("messages need a tokenizer, and this model has none; give prompt_tokens")
@@ -151,7 +166,7 @@ def _parse(
     value = given[kinds[0]]
     if kinds[0] == "messages":
         assert chat is not None
-        prompt: Any = chat.encode(value).tokens
+        prompt: Any = chat.encode(value, tools=tools_of(given)).tokens
         params = with_end_of_turn(params, chat)
     elif kinds[0] == "prompt_tokens":
         if not isinstance(value, list) or not all(type(token_id) is int for token_id in value):
@@ -161,7 +176,7 @@ def _parse(
         prompt = value
     else:
         raise ValueError(f"prompt={value!r:.40} must be a text")
-    repeated = {name: given[name] for name in ("id", "adapter", "model", *kinds) if name in given}
+    repeated = {name: given[name] for name in ("id", "adapter", "model", "tools", *kinds) if name in given}
     return repeated, llm.request(prompt, params, _adapter(given))
 
 

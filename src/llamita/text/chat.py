@@ -1,48 +1,77 @@
 """Conversations as tokens: a chat template lays messages out as text, in which only its own control tokens are such.
 
-The template is a Jinja program out of the model's tokenizer files, or one of `BUILT_IN`; chat_sandbox.py runs it.
-What people and models wrote is found again in the rendered text by rendering a second time with marks around it, so
-that a control token spelled in a message stays text, and so that training can tell what the assistant wrote. Knows
-nothing of models.
+The template is a Jinja program out of the model's tokenizer files, or one of `BUILT_IN`; chat_sandbox.py runs it. Where
+in the text messages stand, and which turns are the assistant's, is found by chat_turns.py: so a control token spelled
+in a message stays text, and training can tell what the assistant wrote. Knows nothing of models.
 """
 
 import functools
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from llamita.text.chat_sandbox import MAX_TEXT, TemplateError, compile_template
+from llamita.text import chat_turns
+from llamita.text.chat_sandbox import GENERATION, MAX_TEXT, TemplateError, compile_template
 from llamita.text.chat_templates import BUILT_IN
+from llamita.text.chat_turns import REASONING, THINK_TAG, Found, Level, Marks, Span, TurnError, Turns
 from llamita.text.tokenizer import ROLES, Tokenizer
 
 Message = Mapping[str, Any]
-MARKS = range(0xFDD0, 0xFDF0)  # code points that Unicode keeps out of text
+WEIGHT = "weight"
+"""A key of a message that is for training, not for the template: 0 where it is not learned."""
 LOOP_OVER_CONTENT = re.compile(r"\{%-?\s*for\s+\w+\s+in\s+[^%]*\bcontent\b")
+COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
+MARKS_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 @dataclass(frozen=True)
 class ChatTokens:
-    """A conversation as token ids.
-
-    `assistant_mask` is true for the tokens that the assistant wrote, with the spaces that lead to them from where the
-    template begins an answer, and the control token that ends its turn; None where the template changes the messages so
-    that they cannot be found in its text.
-    """
+    """A conversation as token ids."""
 
     tokens: tuple[int, ...]
     text: str
-    assistant_mask: tuple[bool, ...] | None
+    _find: Callable[[], tuple[bool, ...]] = field(compare=False, repr=False)
+
+    @property
+    def assistant_mask(self) -> tuple[bool, ...] | None:
+        """True for the tokens of the assistant's turns; None where `fault` says why they cannot be found.
+
+        A turn is all between the beginning of an answer that the template gives and the token that ends the turn, that
+        one included: text, reasoning, calls of tools. Or it is what the template marks with `{% generation %}`."""
+        return self._found[0]
+
+    @property
+    def fault(self) -> str:
+        """What keeps the assistant's turns from being found, in one line; empty where nothing does."""
+        return self._found[1]
+
+    @functools.cached_property
+    def _found(self) -> tuple[tuple[bool, ...] | None, str]:
+        try:
+            return self._find(), ""
+        except TurnError as fault:
+            return None, str(fault)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A rendered conversation, and where in it messages stand; None for both where that cannot be known."""
+    """A rendered conversation with the messages as the template was given them, and where in it they stand.
+
+    `found`: the marks that did not change the text, and what stood between them; None where all change it.
+    """
 
     text: str
-    written: list[tuple[int, int]] | None
-    by_assistant: list[tuple[int, int]] | None
+    messages: list[dict[str, Any]]
+    marks: Marks
+    found: tuple[Level, Found] | None
+
+    @property
+    def written(self) -> list[Span] | None:
+        """What messages say in the text; None where that is not known of all of them."""
+        if self.found is None or not self.found[0].everyone:
+            return None
+        return [(place.start, place.end) for place in self.found[1].places]
 
 
 class Chat:
@@ -88,19 +117,25 @@ class Chat:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        learned_from: int = 0,
         **variables: Any,
     ) -> ChatTokens:
         """The conversation as token ids; the arguments are those of `render`.
 
         BOS is there if the template writes it, and once. Control tokens come from the template alone: one that is
         spelled in a message is encoded as the characters it is, and refused with ValueError where the template changes
-        the message or it stands in a role or another field.
+        the message or it stands in a role or another field. The tags of reasoning in the assistant's content are the
+        format's own. The mask leaves out the messages before number `learned_from`, and those whose `weight` is 0.
         """
         layout = self._layout(messages, add_generation_prompt, continue_final_message, tools, variables, find=True)
-        self._refuse_control_tokens(messages, tools, variables, contents=layout.written is None)
-        tokens = self._tokens(layout)
-        mask = None if layout.by_assistant is None else self._mask(tokens, layout.text, layout.by_assistant)
-        return ChatTokens(tuple(tokens), layout.text, mask)
+        self._refuse_control_tokens(layout, tools, variables)
+        tokens, offsets = self._tokens(layout)
+        learned = [
+            message["role"] == "assistant" and number >= learned_from and message.get(WEIGHT) != 0
+            for number, message in enumerate(messages)
+        ]
+        arguments = (continue_final_message, tools, variables)
+        return ChatTokens(tuple(tokens), layout.text, lambda: self._mask(layout, offsets, learned, *arguments))
 
     @functools.cached_property
     def end_of_turn(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -108,30 +143,39 @@ class Chat:
 
         The control token that the template writes after an answer, or else the text there up to a space.
         """
-        roles = ("user", "assistant", "user")
-        messages = [{"role": role, "content": letter} for role, letter in zip(roles, "abc", strict=True)]
-        layout = self._layout(messages, False, False, None, {}, find=True)
-        if not layout.by_assistant:
-            return (), ()
-        end = layout.by_assistant[-1][1]
-        if (control := self._control_after(layout.text, end)) is not None:
+        behind = self._behind_an_answer(3)
+        if (control := self._control_after(behind, 0)) is not None:
             return (self._control[control[1]],), ()
-        found = re.match(r"\s*\S+", layout.text[end:])
+        found = re.match(r"\s*\S+", behind)
         return (), ((found[0],) if found else ())
 
     @functools.cached_property
-    def _spaces_given(self) -> int | None:
-        """Counts the spaces at the end of the beginning that the template gives an answer.
+    def _closing(self) -> tuple[str, ...]:
+        """The texts that end a turn, in the order to look for them: all control tokens there, then the first alone."""
+        try:
+            ids, behind = self.end_of_turn[0], self._behind_an_answer(2)
+        except TemplateError:
+            return ()
+        names = [name for name, token_id in self._control.items() if token_id in ids]
+        run = re.match(rf"\s*((?:{self._control_pattern.pattern})+)", behind)
+        together = [run[1]] if run and names and run[1].startswith(names[0]) else []
+        return tuple(dict.fromkeys([*together, *names]))
 
-        Those that follow before its text are the assistant's to write. None where answers do not begin as the template
-        begins one.
-        """
-        messages = [{"role": role, "content": letter} for role, letter in (("user", "a"), ("assistant", "b"))]
-        given = self._layout(messages[:1], True, False, None, {}, find=False).text
-        whole = self._layout(messages, False, False, None, {}, find=True)
-        if not whole.by_assistant or not whole.text.startswith(given) or len(given) > whole.by_assistant[-1][0]:
-            return None
-        return len(given) - len(given.rstrip())
+    def _behind_an_answer(self, turns: int) -> str:
+        """What the template writes behind an answer that is one letter, in a conversation of so many turns."""
+        roles = ("user", "assistant", "user")[:turns]
+        for form in (str, lambda letter: [{"type": "text", "text": letter}]):
+            messages = [{"role": role, "content": form(letter)} for role, letter in zip(roles, "abc", strict=False)]
+            try:
+                layout = self._layout(messages, False, False, None, {}, find=True)
+            except TemplateError:
+                if form is not str:
+                    raise
+                continue
+            answered = [place.end for place in layout.found[1].places if place.message == 1] if layout.found else []
+            if answered:
+                return layout.text[answered[-1] :]
+        return ""
 
     # --- laying out ---------------------------------------------------------------------------------------------
 
@@ -145,21 +189,17 @@ class Chat:
         find: bool,
     ) -> Layout:
         source = self._source(tools)
-        plain = normalised(messages, flat=LOOP_OVER_CONTENT.search(source) is None)
+        plain = with_reasoning(normalised(messages, flat=LOOP_OVER_CONTENT.search(source) is None), source)
         if add_generation_prompt and continue_final_message:
             raise ValueError(
                 "add_generation_prompt begins a new message and continue_final_message goes on in the last"
             )
-        marks = choose_marks(plain, tools, variables)
+        marks = chat_turns.choose_marks(plain, tools, variables)
         render = functools.partial(
-            self._run, source, tools, add_generation_prompt, marks[4] if continue_final_message else "", variables
+            self._run, source, tools, add_generation_prompt, marks.tag if continue_final_message else "", variables
         )
         text = render(plain)
-        if find:
-            found = without_marks(render([marked(message, marks) for message in plain]), marks)
-            if found is not None and found.text == text:
-                return found
-        return Layout(text, None, None)
+        return Layout(text, plain, marks, _find_places(plain, text, marks, render) if find else None)
 
     def _run(
         self,
@@ -168,13 +208,13 @@ class Chat:
         add_generation_prompt: bool,
         tag: str,
         variables: Mapping[str, Any],
-        messages: list[dict[str, Any]],
+        messages: Sequence[Mapping[str, Any]],
     ) -> str:
         names = {token_id: name for name, token_id in self._control.items()}
         given = {f"{role}_token": getattr(self.tokenizer, f"{role}_id") for role in ROLES}
         special = {key: names[token_id] for key, token_id in given.items() if token_id in names}
         if tag:  # marks where the last message ends; a space after it shows whether the template trims
-            messages = [*messages[:-1], with_content(messages[-1], lambda text: text + tag + " ")]
+            messages = [*messages[:-1], with_content(dict(messages[-1]), lambda text: text + tag + " ")]
         text = _compiled(source)(
             {
                 **special,
@@ -209,38 +249,52 @@ class Chat:
         longest_first = sorted(self._control, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
-    def _tokens(self, layout: Layout) -> list[int]:
-        """The ids of the text, in which control tokens are those that lie wholly outside of messages."""
+    def _tokens(self, layout: Layout) -> tuple[list[int], list[Span]]:
+        """The ids of the text, and the characters that each stands for.
+
+        Control tokens are those that lie wholly outside of messages."""
         inside = bytearray(len(layout.text))
         for start, end in layout.written or ():
             inside[start:end] = b"\1" * (end - start)
-        pieces: list[str | int] = []
-        begin = position = 0
+        controls: list[re.Match[str]] = []
+        position = 0
         refused = False
         while (match := self._control_pattern.search(layout.text, position)) is not None:
             if any(inside[match.start() : match.end()]):
                 refused, position = True, match.start() + 1
                 continue
-            pieces += [layout.text[begin : match.start()], self._control[match[0]]]
-            begin = position = match.end()
+            controls.append(match)
+            position = match.end()
         if not refused:  # what transformers does, to the letter
-            return self.tokenizer.encode(layout.text, allow_special=True)
-        pieces.append(layout.text[begin:])
+            return self.tokenizer.encode_with_offsets(layout.text, allow_special=True)
         ids: list[int] = []
-        for piece in pieces:
-            ids += [piece] if isinstance(piece, int) else self.tokenizer.encode(piece)
-        return ids
+        offsets: list[Span] = []
+        begin = 0
+        for control in (*controls, None):
+            piece, places = self.tokenizer.encode_with_offsets(layout.text[begin : control and control.start()])
+            ids += piece
+            offsets += [(begin + start, begin + end) for start, end in places]
+            if control is not None:
+                ids.append(self._control[control[0]])
+                offsets.append(control.span())
+                begin = control.end()
+        return ids, offsets
 
-    def _refuse_control_tokens(
-        self, messages: Sequence[Message], tools: Any, variables: Mapping[str, Any], contents: bool
-    ) -> None:
+    def _refuse_control_tokens(self, layout: Layout, tools: Any, variables: Mapping[str, Any]) -> None:
         """Refuse control tokens spelled where they cannot be told from the template's own."""
-        outside = [{key: value for key, value in message.items() if key != "content"} for message in messages]
+        said = {"content"}
+        if layout.written is not None and layout.found is not None and layout.found[0].fields:
+            said.update(REASONING)
+        outside = [{key: value for key, value in message.items() if key not in said} for message in layout.messages]
         for name, value in (("a field of a message", outside), ("the tools", tools), ("a variable", dict(variables))):
             self._refuse_in(value, name, "remove it")
-        if contents:
+        if layout.written is None:
             why = "and this chat template changes the message, so that it could not be kept from acting; remove it"
-            self._refuse_in([message.get("content") for message in messages], "a message", why)
+            for message in layout.messages:
+                texts = strings(message.get("content"))
+                if message["role"] == "assistant":
+                    texts = (piece for text in texts for piece in THINK_TAG.split(text)[::2])
+                self._refuse_in(list(texts), "a message", why)
 
     def _refuse_in(self, value: Any, where: str, what: str) -> None:
         for text in strings(value):
@@ -253,33 +307,75 @@ class Chat:
         found = self._control_pattern.match(text, match.end() if match else position)
         return None if found is None else (found.end(), found[0])
 
-    def _mask(self, tokens: list[int], text: str, spans: list[tuple[int, int]]) -> tuple[bool, ...] | None:
-        places = self._places(tokens, text)
-        if places is None:
-            return None
-        written = bytearray(len(text.encode()))
-        for start, end in spans:
-            control = self._control_after(text, end)
-            if self._spaces_given is not None:
-                start = min(start, len(text[:start].rstrip()) + self._spaces_given)
-            first, last = len(text[:start].encode()), len(text[: control[0] if control else end].encode())
-            written[first:last] = b"\1" * (last - first)
-        return tuple(any(written[start:end]) for start, end in places)
+    def _mask(
+        self,
+        layout: Layout,
+        offsets: Sequence[Span],
+        learned: Sequence[bool],
+        is_open: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> tuple[bool, ...]:
+        """Which tokens stand for characters of the turns that are learned; TurnError where a turn cannot be found."""
+        source = self._source(tools)
 
-    def _places(self, tokens: list[int], text: str) -> list[tuple[int, int]] | None:
-        """Returns the bytes of the text that each token stands for; None where their bytes are not the text's."""
-        data = text.encode()
-        names = {token_id: name.encode() for name, token_id in self._control.items()}
-        places, position = [], 0
-        for token_id in tokens:
-            piece = names.get(token_id) or self.tokenizer.token_bytes(token_id)
-            if not data.startswith(piece, position):
-                piece = piece.removeprefix(b" ")  # the one that SentencePiece puts before a text
-            if not data.startswith(piece, position):
-                return None
-            places.append((position, position + len(piece)))
-            position += len(piece)
-        return places if position == len(data) else None
+        def render(messages: Sequence[Message], prompt: bool, more: Mapping[str, Any] | None = None) -> str:
+            return self._run(source, tools, prompt, "", {**variables, **(more or {})}, messages)
+
+        pattern, ends = self._control_pattern, self._closing
+        turns = Turns(layout.text, layout.messages, render, layout.marks, layout.found, pattern, ends, is_open)
+        if (spans := self._generated(layout, source, render)) is not None:
+            ours = [number for number, message in enumerate(layout.messages) if message["role"] == "assistant"]
+            left_out = [turns.span(number) for number in ours if not learned[number]]
+            spans = [span for span in spans if not any(overlap(span, other) for other in left_out)]
+            text = "".join(layout.text[start:stop] for start, stop in spans)
+            for number in ours:
+                if learned[number] and spans:
+                    turns.check(number, text)
+        else:
+            spans = []
+            for number in (number for number, is_learned in enumerate(learned) if is_learned):
+                start, stop = turns.span(number)
+                turns.check(number, layout.text[start:stop])
+                spans.append((start, stop))
+        inside = bytearray(len(layout.text) + 1)
+        for start, stop in spans:
+            inside[start:stop] = b"\1" * (stop - start)
+        return tuple(any(inside[start : max(stop, start + 1)]) for start, stop in offsets)
+
+    def _generated(self, layout: Layout, source: str, render: Callable[..., str]) -> list[Span] | None:
+        """What the template marks as generated; None where it marks nothing, or where marks change its text."""
+        if MARKS_GENERATION.search(source) is None:
+            return None
+        given = dict(zip(GENERATION, layout.marks.generation, strict=True))
+        found = chat_turns.generated(render(layout.messages, False, given), layout.marks)
+        # The text may go on with the beginning of an answer, or end before what closes a message.
+        shared = None if found is None else chat_turns.common_prefix(found[0], layout.text)
+        if found is None or shared is None or shared < min(len(found[0].rstrip()), len(layout.text.rstrip())):
+            return None
+        return [(start, min(stop, len(layout.text))) for start, stop in found[1] if start < len(layout.text)]
+
+
+def overlap(one: Span, other: Span) -> bool:
+    """Whether two stretches share a character."""
+    return one[0] < other[1] and other[0] < one[1]
+
+
+def _find_places(
+    messages: Sequence[Message], text: str, marks: Marks, render: Callable[[Sequence[Message]], str]
+) -> tuple[Level, Found] | None:
+    """Where in a text messages stand: the most of marks that does not change it; None where all do."""
+    has_fields = any(name in message for message in messages for name in (*REASONING, "tool_calls"))
+    for level in chat_turns.LEVELS:
+        if level.fields and not has_fields:
+            continue
+        try:
+            found = chat_turns.without_marks(render(chat_turns.marked(messages, marks, level)), marks, len(messages))
+        except TemplateError:
+            continue
+        if found is not None and found.text == text:
+            return level, found
+    return None
 
 
 def encode_chat(
@@ -295,23 +391,12 @@ _compiled = functools.lru_cache(maxsize=16)(compile_template)
 __all__ = ["BUILT_IN", "Chat", "ChatTokens", "Message", "TemplateError", "encode_chat"]
 
 
-# --- messages, and marks around what they say ------------------------------------------------------------------------
-#
-# The marks are code points that no text has. They go around what a message says, inside of the spaces that templates
-# trim.
-
-
-def choose_marks(*values: Any) -> list[str]:
-    """Five marks that none of the values has: two around what others wrote, two around the assistant's, one to end."""
-    spoken = json.dumps(values, ensure_ascii=False, default=str)
-    marks = [chr(code) for code in MARKS if chr(code) not in spoken][:5]
-    if len(marks) < 5:
-        raise ValueError("the messages hold nearly all of the code points U+FDD0 to U+FDEF, which are not for text")
-    return marks
+# --- messages ---------------------------------------------------------------------------------------------------------
 
 
 def normalised(messages: Sequence[Message], flat: bool) -> list[dict[str, Any]]:
-    """The messages checked, without keys that are null; `flat`: text parts joined, for templates that expect texts."""
+    """The messages checked, without their weights and keys that are null; `flat`: text parts joined, for templates that
+    expect texts."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError("messages must be a list of at least one object with role and content")
     result, length = [], 0
@@ -328,11 +413,13 @@ def normalised(messages: Sequence[Message], flat: bool) -> list[dict[str, Any]]:
                 content = "\n".join(part["text"] for part in content)
         elif content is not None and not isinstance(content, str):
             raise ValueError(f"message {index} has the content {content!r:.100}; expected a text, text parts or null")
+        if message.get(WEIGHT) not in (0, 1, None):
+            raise ValueError(f"message {index} has the weight {message[WEIGHT]!r:.40}; expected 0, not learned, or 1")
         length += sum(map(len, strings(content)))
         if content is None and not message.get("tool_calls"):
             content = ""  # what is not there would end many templates
         kept = {**message, "content": content}
-        result.append({key: value for key, value in kept.items() if value is not None})
+        result.append({key: value for key, value in kept.items() if value is not None and key != WEIGHT})
     if length > MAX_TEXT:
         raise ValueError(f"the messages have {length} characters; at most {MAX_TEXT} are allowed")
     return result
@@ -362,39 +449,15 @@ def with_content(message: dict[str, Any], change: Any) -> dict[str, Any]:
     return {**message, "content": change(content)}
 
 
-def marked(message: dict[str, Any], marks: Sequence[str]) -> dict[str, Any]:
-    """The message with marks around what its texts say, inside of the spaces that templates trim."""
-    begin, end = marks[2:4] if message["role"] == "assistant" else marks[0:2]
-
-    def mark(text: str) -> str:
-        core = text.strip()
-        before = len(text) - len(text.lstrip())
-        return text[:before] + begin + core + end + text[before + len(core) :] if core else text
-
-    content = message.get("content")
-    if isinstance(content, str):
-        return {**message, "content": mark(content)}
-    if isinstance(content, list | tuple):
-        return {**message, "content": [{**part, "text": mark(part["text"])} for part in content]}
-    return message
-
-
-def without_marks(text: str, marks: Sequence[str]) -> Layout | None:
-    """The text without marks, and what stood between them; None where they do not come in pairs."""
-    pieces: list[str] = []
-    spans: dict[str, list[tuple[int, int]]] = {marks[1]: [], marks[3]: []}
-    position, start, expected = 0, 0, ""
-    for piece in re.split(f"([{''.join(marks[:4])}])", text):
-        if piece not in marks[:4] or not piece:
-            pieces.append(piece)
-            position += len(piece)
-        elif expected:
-            if piece != expected:
-                return None
-            spans[piece].append((start, position))
-            expected = ""
-        elif piece in (marks[0], marks[2]):
-            start, expected = position, marks[marks.index(piece) + 1]
-        else:
-            return None
-    return None if expected else Layout("".join(pieces), spans[marks[1]] + spans[marks[3]], spans[marks[3]])
+def with_reasoning(messages: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
+    """The messages with the assistant's reasoning under the names that the template reads, where it reads another."""
+    read = [name for name in REASONING if re.search(rf"""[.'"]{name}\b""", COMMENT.sub("", source))]
+    if not read:
+        return messages
+    result = []
+    for message in messages:
+        given = [message[name] for name in REASONING if isinstance(message.get(name), str) and message[name]]
+        if message["role"] == "assistant" and given and not any(message.get(name) for name in read):
+            message = {**message, **dict.fromkeys(read, given[0])}
+        result.append(message)
+    return result

@@ -26,6 +26,7 @@ MAX_ENTRIES = 200_000  # of lists and objects, all levels together, that are mad
 MAX_TURNS = 1_000_000  # of loops and macros
 MAX_SECONDS = 5.0
 MAX_RANGE = 100_000
+GENERATION = ("__generation_begins", "__generation_ends")
 
 FILTERS = """
 abs attr bool capitalize count d default dictsort e escape first float forceescape groupby indent int items join last
@@ -79,13 +80,16 @@ def measured(value: Any) -> Any:
 
 
 class Generation(Extension):
-    """`{% generation %}`, with which templates mark what the assistant writes: here it changes nothing."""
+    """`{% generation %}`, with which templates mark what the assistant writes: the variables named `GENERATION`, texts
+    that are empty unless they are given, are written before and after it."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        begin, end = (nodes.Output([nodes.Name(name, "load")]).set_lineno(line) for name in GENERATION)
+        return [begin, *body, end]
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
@@ -173,7 +177,7 @@ def compile_template(source: str) -> Callable[[Mapping[str, Any]], str]:
             "__join": lambda parts: _join_texts("", (str(measured(part)) for part in parts)),
         }
         try:
-            for piece in template.generate(dict(variables) | helpers):
+            for piece in template.generate(dict.fromkeys(GENERATION, "") | dict(variables) | helpers):
                 length += len(piece)
                 size(length)
                 pieces.append(piece)

@@ -8,6 +8,8 @@ import codecs
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from llamita.storage import compressed
+
 CHUNK_BYTES = 1 << 16
 LONGEST_WORD = 1 << 20  # characters without a place to cut; after that a chunk is cut anywhere
 
@@ -32,14 +34,16 @@ def read_chunks(files: Sequence[Path], on_bytes: Callable[[int], None] | None = 
 
     A chunk ends before a space, tab or newline that follows a character that is none: there the GPT-2 pattern always
     ends a part, so chunks split into the same parts as the whole text. Line ends are kept as they are. `on_bytes` is
-    told how many bytes have been read so far. Raises ValueError, with file and byte, for what is not UTF-8.
+    told how many bytes of the files, which may be compressed, have been read so far. Raises ValueError, with file and
+    byte, for what is not UTF-8.
     """
     done = 0
     for file in files:
         decoder = codecs.getincrementaldecoder("utf-8")()
         held = ""
         position = 0
-        with file.open("rb") as stream:
+        before = done
+        with compressed.opened(file) as stream:
             while True:
                 data = stream.read(CHUNK_BYTES)
                 pending = len(decoder.getstate()[0])  # bytes of a character that the last chunk cut
@@ -49,7 +53,7 @@ def read_chunks(files: Sequence[Path], on_bytes: Callable[[int], None] | None = 
                     place = position - pending + fault.start
                     raise ValueError(f"{file} is not UTF-8: {fault.reason} at byte {place}") from None
                 position += len(data)
-                done += len(data)
+                done = before + stream.consumed
                 cut = len(held) if not data else _last_cut(held)
                 if held[:cut]:
                     yield held[:cut]

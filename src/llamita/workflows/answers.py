@@ -39,16 +39,28 @@ class Answer:
 
 
 def questions(chat: Chat, conversations: Sequence[Conversation], count: int, positions: int) -> list[Question]:
-    """At most `count`, evenly spaced, of the conversations that end in a text of the assistant and fit with it into the
-    model's positions."""
+    """At most `count`, evenly spaced, of the conversations that end with the assistant and fit with its turn into the
+    model's positions. Right is all of that turn: reasoning and calls of tools too, as the template lays them out."""
     found = []
     for conversation in conversations:
         *before, last = conversation.messages
-        if not before or last["role"] != "assistant" or not isinstance(last.get("content"), str):
+        if not before or last["role"] != "assistant":
             continue
-        right = last["content"].strip()
-        tokens = chat.encode(before, tools=conversation.tools).tokens
-        room = len(chat.tokenizer.encode(right)) + MORE_TOKENS
+        try:
+            tokens = chat.encode(before, tools=conversation.tools).tokens
+            whole = chat.encode(
+                conversation.messages,
+                add_generation_prompt=False,
+                tools=conversation.tools,
+                learned_from=len(before),
+            )
+        except ValueError:  # one that was skipped, or is named elsewhere
+            continue
+        turn = [token for token, mine in zip(whole.tokens, whole.assistant_mask or (), strict=False) if mine]
+        if not turn:
+            continue
+        right = chat.tokenizer.decode(turn).strip()
+        room = len(turn) + MORE_TOKENS
         if len(tokens) + room <= positions:
             found.append(Question(str(before[-1].get("content")), tokens, right, room))
     count = min(count, len(found))

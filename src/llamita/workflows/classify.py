@@ -48,7 +48,7 @@ class ClassifyConfig:
     run: RunConfig
     finetune: FinetuneConfig = FinetuneConfig()
     data: tuple[str, ...] = field(default=(), metadata={"saved": absolute_sources})
-    """Labelled texts to learn from: files (label ||| sentence, .csv, .jsonl), meadow[:COUNT], or
+    """Labelled texts to learn from: files (label ||| sentence, .csv, .tsv, .jsonl; gzip or zstd), meadow[:COUNT], or
     hub:NAME[:CONFIG][@SPLIT]. Needed, but when resuming."""
     validation: tuple[str, ...] = field(default=(), metadata={"saved": absolute_sources})
     """Labelled texts to choose the best checkpoint by. Of meadow and hub data left out: their validation split."""
@@ -60,6 +60,8 @@ class ClassifyConfig:
     """The column or field of a text in CSV, JSON lines and hub datasets."""
     label_field: str = "label"
     """That of its label."""
+    tsv_quotes: bool = False
+    """Fields of .tsv files may stand in quotes, as in .csv; without it a quote there is a character like any other."""
     sequence_length: int = 0
     """Tokens of a text that are read, its context; 0: as many as the model has positions."""
     keep: Keep = "end"
@@ -155,7 +157,7 @@ def read_task(config: ClassifyConfig, report: Report) -> Task:
 
 def read_data(config: ClassifyConfig) -> tuple[LabelledTexts, LabelledTexts | None]:
     """The training texts, and those that choose the best checkpoint, under the same labels."""
-    fields = Fields(config.text_field, config.label_field)
+    fields = Fields(config.text_field, config.label_field, config.tsv_quotes)
     names = read_mapping(config.label_mapping) if config.label_mapping else config.labels
     train = read_labelled(config.data, "train", names, fields)
     held_out = config.validation or validation_of(config.data)

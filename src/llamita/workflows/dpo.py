@@ -14,7 +14,7 @@ from llamita.backend.interface import Backend
 from llamita.backend.objectives import Preference
 from llamita.data import preferences as pairs_data
 from llamita.data.batches import BatchIterator, evaluation_batches
-from llamita.data.conversations import Conversation, ConversationSource
+from llamita.data.conversations import BadRecords, Conversation, ConversationSource
 from llamita.data.preferences import Layout, PairRows, Pairs, encode
 from llamita.data.preferences import Preference as Pair
 from llamita.training.config import MachineConfig, RunConfig, TrainingConfig
@@ -92,14 +92,19 @@ def dpo(
     base = load_base(config.finetune)
     config = replace(config, template=source_of(config.template))
     layout, model = layout_of(base, config.template)
-    train, held_out = read(config, *sources)
+    bad = BadRecords(config.reading.skip_bad), BadRecords(config.reading.skip_bad)
+    train, held_out = read(config, *sources, bad)
     positions = model.max_position_embeddings
     if config.sequence_length > positions:
         raise ValueError(f"sequence_length={config.sequence_length} is longer than the model's {positions} positions")
-    encoded = [encode(layout, side, (config.sequence_length or positions) + 1) for side in (train, held_out)]
+    longest = (config.sequence_length or positions) + 1
+    sides = zip((train, held_out), bad, strict=True)
+    encoded = [encode(layout, side, longest, of_side) for side, of_side in sides]
     rows = make_rows(config, encoded, base.tokenizer.pad_id)
     report(f"training: {encoded[0].counts}, in rows of {rows['train'].config.sequence_length} tokens")
     report(f"validation: {encoded[1].counts}")
+    for line in (*bad[0].lines(), *bad[1].lines()):
+        report(line)
     config = replace(config, training=config.held_out.updates(config.training, len(rows["train"])))
     objective = config.objective()
     step = make_step(config, backend, model, base.arrays, objective)
@@ -117,7 +122,7 @@ def dpo(
         kind="preference tuning",
         identity={
             "data": {name: part.pairs.digest() for name, part in rows.items()},
-            "pairs": {name: asdict(part.pairs.counts) for name, part in rows.items()},
+            "pairs": {name: part.pairs.counts.recorded() for name, part in rows.items()},
             "objective": asdict(objective),
             "sequence_length": rows["train"].config.sequence_length,
             "answers": len(asked),
@@ -137,12 +142,17 @@ def dpo(
 
 
 def read(
-    config: DpoConfig, source: ConversationSource, validation: ConversationSource | None
+    config: DpoConfig,
+    source: ConversationSource,
+    validation: ConversationSource | None,
+    bad: tuple[BadRecords, BadRecords],
 ) -> tuple[list[Pair], list[Pair]]:
-    """All pairs: those to train on, those to validate on."""
+    """All pairs: those to train on, those to validate on; `bad` is what becomes of records that cannot be read."""
     if validation is not None:
-        return list(pairs_data.preferences(source)), list(pairs_data.preferences(validation))
-    return pairs_data.split(pairs_data.preferences(source), config.reading.validation_share, config.training.seed)
+        return list(pairs_data.preferences(source, bad[0])), list(pairs_data.preferences(validation, bad[1]))
+    return pairs_data.split(
+        pairs_data.preferences(source, bad[0]), config.reading.validation_share, config.training.seed
+    )
 
 
 def make_rows(config: DpoConfig, encoded: list[Pairs], pad_id: int | None) -> dict[str, PairRows]:
@@ -160,5 +170,5 @@ def questions(config: DpoConfig, layout: Layout, held_out: list[Pair], positions
         if config.answers:
             raise ValueError("--answers needs a chat template, and this model has none; name one with --template")
         return []
-    conversations = [Conversation((*pair.prompt, *pair.chosen), None, pair.where) for pair in held_out]
+    conversations = [Conversation((*pair.prompt, *pair.chosen), pair.tools, pair.where) for pair in held_out]
     return answers.questions(layout.chat, conversations, count, positions)

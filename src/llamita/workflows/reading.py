@@ -27,13 +27,15 @@ class ReadingConfig:
     """The records to learn from."""
 
     data: tuple[str, ...] = field(default=(), metadata={"saved": absolute})
-    """Files of JSON lines; or the word meadow."""
+    """Files of JSON lines, or of an array of such records, which may be compressed (gzip, zstd); or the word meadow."""
     dataset: str = field(default="", metadata={"saved": local})
     """Instead of files: a dataset on the Hugging Face hub, or a local directory of one, with rows of that form."""
     dataset_config: str | None = None
     """The dataset's configuration, where it has several."""
     dataset_split: str = "train"
     """The dataset's split to read."""
+    skip_bad: bool = False
+    """Go on without records that cannot be read or laid out as text, and count them, instead of ending at the first."""
     validation_share: float = 0.05
     """The share to validate on, by a hash of what is said; 0 for none."""
 

@@ -5,8 +5,9 @@ are worth in rewards.py, the loss in the backend. The backend is passed in.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from llamita.backend.interface import Backend
 from llamita.backend.objectives import PolicyGradient
 from llamita.backend.sampling_params import MAX_CONTINUATIONS
 from llamita.data import prompts as prompts_data
+from llamita.data.conversations import BadRecords
 from llamita.data.preferences import Layout
 from llamita.data.prompts import Prompt
 from llamita.training.config import MachineConfig, RunConfig, TrainingConfig
@@ -125,24 +127,26 @@ def reinforce(
     ValueError or OSError, in one line, for options and data that cannot be met, and for a sample that has no reward.
     """
     check_run(config)
-    train, held_out = read(config)
+    bad = BadRecords(config.reading.skip_bad)
+    train, held_out = read(config, bad)
     reward_name = config.reward or ("meadow" if config.reading.on_meadow else "")
     if not reward_name:
         raise ValueError("--reward is missing: give meadow, exact, module:function or file.py:function")
     reward = load_reward(reward_name)
     if reward_name == "exact":
-        for prompt in (*train, *held_out):
-            if not isinstance(prompt.record.get("answer"), str):
-                raise ValueError(
-                    f"{prompt.where} has no field 'answer' that is a text, which the reward exact compares"
-                )
+        train, held_out = (only(check_answer, side, bad) for side in (train, held_out))
     base = load_base(config.finetune)
     if not config.reading.on_meadow:
         config = replace(config, template=source_of(config.template))
     layout, model = layout_of(base, TEXT if config.reading.on_meadow else config.template)
-    for prompt in (*train, *held_out):
-        check_length(layout, prompt, config.max_tokens, model.max_position_embeddings)
-    report(f"{len(train):,} prompts to train on, {len(held_out):,} to validate on; reward {reward.name}")
+    check = partial(check_length, layout, max_tokens=config.max_tokens, positions=model.max_position_embeddings)
+    train, held_out = (only(check, side, bad) for side in (train, held_out))
+    if not train:
+        raise ValueError(f"there are no prompts to train on; {bad.count:,} are bad, the first: {bad.shown[0]}")
+    skipped = f"; {bad.count:,} skipped, which cannot be laid out" if bad.count else ""
+    report(f"{len(train):,} prompts to train on, {len(held_out):,} to validate on; reward {reward.name}{skipped}")
+    for line in bad.lines():
+        report(line)
     step = make_step(config, backend, model, base.arrays, config.objective())
     reference = None
     if config.kl_weight:
@@ -156,6 +160,7 @@ def reinforce(
         kind="reinforcement",
         identity={
             "data": {"train": prompts_data.digest(train), "validation": prompts_data.digest(held_out)},
+            **({"prompts": {"train": len(train), "validation": len(held_out), "bad": bad.count}} if bad.count else {}),
             "reward": {"name": reward.name, "sha256": reward.digest},
             "objective": asdict(config.objective()),
             "sampling": {
@@ -176,15 +181,15 @@ def reinforce(
     )
 
 
-def read(config: RlConfig) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to train on, and those to validate on."""
+def read(config: RlConfig, bad: BadRecords) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on, and those to validate on; `bad` is what becomes of records that cannot be read."""
     config.reading.require_data("prompts")
     asked = config.training.evaluation_rows
     if config.reading.on_meadow:
         nothing = Prompt(({"role": "user", "content": ""},), {}, "a story from nothing")
         return [nothing], [nothing] * (asked or MEADOW_ANSWERS)
     train, held_out = prompts_data.split(
-        prompts_data.prompts(config.reading.source(config.prompts)),
+        prompts_data.prompts(config.reading.source(config.prompts), bad),
         config.reading.validation_share,
         config.training.seed,
     )
@@ -194,10 +199,29 @@ def read(config: RlConfig) -> tuple[list[Prompt], list[Prompt]]:
     return train, [held_out[i * len(held_out) // count] for i in range(count)]
 
 
+def only(check: Callable[[Prompt], None], prompts: Iterable[Prompt], bad: BadRecords) -> list[Prompt]:
+    """The prompts that a check lets pass; those that it raises ValueError for are bad."""
+    found = []
+    for prompt in prompts:
+        try:
+            check(prompt)
+        except ValueError as error:
+            bad.add(error)
+        else:
+            found.append(prompt)
+    return found
+
+
+def check_answer(prompt: Prompt) -> None:
+    """Refuse, naming it, a prompt without the answer that the reward exact compares."""
+    if not isinstance(prompt.record.get("answer"), str):
+        raise ValueError(f"{prompt.where} has no field 'answer' that is a text, which the reward exact compares")
+
+
 def check_length(layout: Layout, prompt: Prompt, max_tokens: int, positions: int) -> None:
     """Refuse, naming it, a prompt that leaves no room for an answer."""
     try:
-        length = len(layout.prompt(prompt.said))
+        length = len(layout.prompt(prompt.said, prompt.tools))
     except ValueError as error:
         raise ValueError(f"{prompt.where}: {error}") from None
     if length == 0:

@@ -15,7 +15,7 @@ import numpy as np
 from llamita.backend.interface import Scorer, TrainStep
 from llamita.backend.sampling_params import SamplingParams
 from llamita.data.batches import IGNORE_INDEX, Batch
-from llamita.data.preferences import Layout, plain
+from llamita.data.preferences import Layout
 from llamita.data.prompts import Prompt
 from llamita.inference.config import EngineConfig
 from llamita.inference.conversation import with_end_of_turn
@@ -71,7 +71,7 @@ class Answerer:
 
         The engine is a new one with memory for all that it runs, so that nothing earlier changes the last bits.
         """
-        tokens = {number: self.layout.prompt(prompts[number].said) for number in numbers}
+        tokens = {number: self._asked(prompts[number]) for number in numbers}
         params = [
             SamplingParams(temperature=self.rules.temperature, max_tokens=self.rules.max_tokens, seed=seed, n=n)
             for seed in seeds
@@ -89,7 +89,7 @@ class Answerer:
         ):
             for index, continuation in enumerate(generation.continuations):
                 prompt, ended = prompts[number], continuation.finish_reason == "stop"
-                content = prompt.said[-1]["content"]
+                content = prompt.said[-1].get("content")
                 said = content if isinstance(content, str) else str(content)
                 where = f"answer {index} to {prompt.where} (seed {seed + index}): {continuation.text[:60]!r}"
                 value = self.reward(Sample(said, continuation.text, prompt.record, ended), where)
@@ -97,9 +97,12 @@ class Answerer:
         llm.close()
         return found
 
+    def _asked(self, prompt: Prompt) -> tuple[int, ...]:
+        return self.layout.prompt(prompt.said, prompt.tools)
+
     def batch(self, prompts: Sequence[Prompt], answers: Sequence[Answer], advantages: Sequence[float]) -> Batch:
         """Answers as rows after their prompts, padding behind; `extras` hold the advantages."""
-        before = [self.layout.prompt(prompts[answer.prompt].said) for answer in answers]
+        before = [self._asked(prompts[answer.prompt]) for answer in answers]
         longest = max(len(said) + len(answer.tokens) for said, answer in zip(before, answers, strict=True)) - 1
         shape = (len(answers), -(-longest // ROUNDED_TO) * ROUNDED_TO)
         pad_id = self.layout.tokenizer.pad_id or 0  # never scored, and behind all that is: any id will do
@@ -225,7 +228,8 @@ class HeldOut:
         parts = []
         for answer in self._answers[:count]:
             said = self.prompts[answer.prompt].said
-            asked = plain(said[-1:]) if isinstance(said[-1]["content"], str) else ""
+            content = said[-1].get("content")
+            asked = content if isinstance(content, str) else ""
             cut = "" if answer.ended else ", cut off"
             parts.append(f"{asked}{' -> ' if asked else ''}{answer.text}\n(reward {answer.reward:g}{cut})")
         return "\n\n".join(parts)

@@ -19,7 +19,7 @@ from llamita.backend.interface import Backend, Scorer
 from llamita.backend.objectives import Distillation, NextToken
 from llamita.data import conversations as talks
 from llamita.data.batches import IGNORE_INDEX, Batch, BatchIterator, evaluation_batches
-from llamita.data.conversations import Conversation, ConversationSource
+from llamita.data.conversations import BadRecords, Conversation, ConversationSource
 from llamita.data.examples import ConversationRows, EncodedConversations, TooLong, encode
 from llamita.data.packing import RowsConfig
 from llamita.model.config import ModelConfig
@@ -103,11 +103,14 @@ def sft(
     base = load_base(config.finetune)
     config, chat = learn_template(config, base)
     longest = _longest(config, base.config)
-    encoded, held_out = read(config, chat, longest, train_source, validation_source)
+    bad = BadRecords(config.reading.skip_bad), BadRecords(config.reading.skip_bad)
+    encoded, held_out = read(config, chat, longest, train_source, validation_source, bad)
     rows = make_rows(config, encoded, base)
     teacher = load_teacher(config, backend, base, rows[0].block - 1)
     report(f"training: {encoded[0].counts}, in {len(rows[0]):,} rows of {rows[0].block - 1} tokens")
     report(f"validation: {encoded[1].counts}, in {len(rows[1]):,} rows")
+    for line in (*bad[0].lines(), *bad[1].lines()):
+        report(line)
     config = replace(config, training=config.held_out.updates(config.training, len(rows[0])))
     model = ending_answers(base.config, chat)
     count = MEADOW_ANSWERS if config.reading.on_meadow else answers.SHOWN
@@ -129,7 +132,7 @@ def sft(
         kind="instruction tuning",
         identity={
             "data": {"train": encoded[0].digest(), "validation": encoded[1].digest()},
-            "conversations": {"train": asdict(encoded[0].counts), "validation": asdict(encoded[1].counts)},
+            "conversations": {"train": encoded[0].counts.recorded(), "validation": encoded[1].counts.recorded()},
             "template": hashlib.sha256(config.template.encode()).hexdigest(),
             "rows": asdict(rows[0].config),
             "answers": len(asked),
@@ -165,15 +168,25 @@ def learn_template(config: SftConfig, base: Base) -> tuple[SftConfig, Chat]:
 
 
 def read(
-    config: SftConfig, chat: Chat, longest: int, source: ConversationSource, validation: ConversationSource | None
+    config: SftConfig,
+    chat: Chat,
+    longest: int,
+    source: ConversationSource,
+    validation: ConversationSource | None,
+    bad: tuple[BadRecords, BadRecords],
 ) -> tuple[list[EncodedConversations], list[Conversation]]:
-    """Returns what to train on and what to validate on, as tokens; and the latter as they were said."""
-    train: Iterable[Conversation] = talks.conversations(source)
+    """Returns what to train on and what to validate on, as tokens; and the latter as they were said.
+
+    `bad` is what becomes of bad records of the two. Where both are of one source, one that cannot be read counts with
+    those to train on.
+    """
+    train: Iterable[Conversation] = talks.conversations(source, bad[0])
     if validation is None:
         train, held_out = talks.split(train, config.reading.validation_share, config.training.seed)
     else:
-        held_out = list(talks.conversations(validation))
-    return [encode(chat, side, longest, config.too_long) for side in (train, held_out)], held_out
+        held_out = list(talks.conversations(validation, bad[1]))
+    sides = zip((train, held_out), bad, strict=True)
+    return [encode(chat, side, longest, config.too_long, of_side) for side, of_side in sides], held_out
 
 
 def make_rows(config: SftConfig, encoded: Sequence[EncodedConversations], base: Base) -> list[ConversationRows]:
