@@ -164,3 +164,12 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(run):
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000005"]
     assert os.readlink(run.file("last")) == "checkpoints/step-00000005"
     assert run.newest(pytest.fail).step == 5
+
+
+def test_a_key_that_an_older_version_lacked_counts_where_it_is_on():
+    older = {"data": {"kept": 3}}
+    compare(older, {"data": {"kept": 3, "bad": 0, "strict": False}})
+    with pytest.raises(ValueError, match=r"data\.bad was None and is now 2"):
+        compare(older, {"data": {"kept": 3, "bad": 2}})
+    with pytest.raises(ValueError, match=r"data\.kept was 3 and is now None"):
+        compare(older, {"data": {}})

@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from numbers import Integral
 from pathlib import Path
 from typing import Literal, cast, overload
@@ -95,10 +94,8 @@ class LLM:
         directory = model_directory.resolve_model_directory(path)
         places = {name: Path(place) for name, place in (adapters or {}).items()}
         vocabulary = peft_directory.place_of(directory, *peft_directory.VOCABULARY)
-        with ThreadPoolExecutor(1) as beside:  # a large vocabulary takes as long as many weights
-            loading = beside.submit(Tokenizer.load, vocabulary) if Tokenizer.is_in(vocabulary) else None
-            runner = backend.load_runner(directory, dtype, device, threads, exact, places)
-            tokenizer = loading.result() if loading else None
+        runner = backend.load_runner(directory, dtype, device, threads, exact, places)
+        tokenizer = Tokenizer.load(vocabulary) if Tokenizer.is_in(vocabulary) else None
         if tokenizer is not None and tokenizer.vocab_size > runner.config.vocab_size:
             raise ValueError(
                 f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens and the model embeddings for "

@@ -5,6 +5,7 @@ Read in one pass over the mapped file, in which no count or length is believed: 
 library's reader would loop or allocate without end, and take seconds over a large vocabulary.
 """
 
+import functools
 import math
 import mmap
 import struct
@@ -52,6 +53,12 @@ def is_gguf(path: Path) -> bool:
 
 def read_header(path: Path) -> Header:
     """Reads a file's header; ValueError, naming the file, where it is broken, truncated or of another version."""
+    about = path.stat()
+    return _read(path, about.st_mtime_ns, about.st_size)
+
+
+@functools.lru_cache(maxsize=1)  # whoever opens a model asks for its shape, its weights and its tokenizer in turn
+def _read(path: Path, modified: int, size: int) -> Header:
     with open(path, "rb") as file:
         if len(head := file.read(24)) < 24 or head[:4] != b"GGUF":
             raise ValueError(f"{path} is no GGUF file of version 2 or 3")

@@ -252,7 +252,10 @@ def check_identity(path: Path, identity: Mapping[str, Any], resume: bool) -> Non
 
 
 def compare(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raise ValueError naming every key in which two identities differ."""
+    """Raise ValueError naming every key in which two identities differ.
+
+    A key that the saved one lacks, as one of an older version may, makes no difference where it is off: 0, false, "".
+    """
     before, now = flatten(saved), flatten(json.loads(json.dumps(given)))
     if "model" in saved:  # by an older version perhaps, which did not have every field
         known = {field.name: field.default for field in fields(ModelConfig) if field.default is not MISSING}
@@ -261,7 +264,7 @@ def compare(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     faults = [
         f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
+        if before.get(key) != now.get(key) and (key in before or now[key])
     ]
     if not faults:
         return
