@@ -18,9 +18,9 @@ from llamita.model.parameters import initialize_parameters
 from llamita.storage import gguf as gguf_file
 from llamita.storage.formats import gguf
 from llamita.storage.formats.foreign import ForeignModel
-from llamita.storage.gguf_header import read_header
 from llamita.text.bpe import train_bpe_from_iterator
 from tests.backend.frameworks import NAMES
+from tests.storage.formats.helpers import rewritten
 
 TEMPLATE = "{% for m in messages %}<r0>{{ m.content }}<r1>{% endfor %}"
 
@@ -36,27 +36,7 @@ def files(tmp_path_factory):
     )
     arrays = {name: HostArray.from_numpy(array) for name, array in initialize_parameters(config, seed=3)}
     gguf.write_model(root / "plain.gguf", ForeignModel(config, arrays, tokenizer))
-    plain = library.GGUFReader(root / "plain.gguf")
-    writer = library.GGUFWriter(root / "model.gguf", "llama")
-    for key, value in read_header(root / "plain.gguf").metadata.items():
-        if key == "general.architecture":
-            continue
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        elif isinstance(value, bool):
-            writer.add_bool(key, value)
-        else:
-            (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
-    kind = library.GGMLQuantizationType.Q4_1
-    for tensor in plain.tensors:
-        if len(tensor.shape) == 1:
-            writer.add_tensor(tensor.name, tensor.data)
-        else:
-            writer.add_tensor(tensor.name, library.quants.quantize(tensor.data, kind), raw_dtype=kind)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
+    rewritten(root / "plain.gguf", root / "model.gguf", {}, library.GGMLQuantizationType.Q4_1)
     assert main(["convert", str(root / "model.gguf"), str(root / "directory")]) == 0
     return root
 

@@ -1,11 +1,13 @@
 """What the tests of formats share: a small model, and its rows in the order of other people's files."""
 
+import gguf
 import numpy as np
 
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.parameters import initialize_parameters
 from llamita.storage.formats.foreign import ForeignModel
+from llamita.storage.gguf_header import read_header
 
 CONFIG = ModelConfig(
     vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -31,3 +33,28 @@ def as_pairs(weight: np.ndarray, H: int) -> np.ndarray:
             result[start + 2 * i] = weight[start + i]
             result[start + 2 * i + 1] = weight[start + i + H // 2]
     return result
+
+
+def rewritten(source, path, settings, kind=None):
+    """Writes a GGUF file anew, with other settings beside its own and its matrices in another number type."""
+    header = read_header(source)
+    writer = gguf.GGUFWriter(path, header.metadata["general.architecture"])
+    for key, value in (header.metadata | settings).items():
+        if key == "general.architecture":
+            continue
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
+    for tensor in gguf.GGUFReader(source).tensors:
+        if kind is None or len(tensor.shape) == 1:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        else:
+            writer.add_tensor(tensor.name, gguf.quants.quantize(tensor.data, kind), raw_dtype=kind)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    return path

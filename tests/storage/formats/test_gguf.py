@@ -27,7 +27,7 @@ from llamita.text.bpe import special_tokens, train_bpe_from_iterator
 from llamita.text.huggingface_codec import HuggingFaceCodec
 from llamita.text.tokenizer import Tokenizer
 from llamita.text.word_splitters import SPLITTERS
-from tests.storage.formats.helpers import as_pairs, equal, model
+from tests.storage.formats.helpers import as_pairs, equal, model, rewritten
 
 GEMMA = {
     "norm_placement": "both",
@@ -452,26 +452,9 @@ def test_settings_of_a_large_vocabulary_are_read_in_a_moment(tmp_path):
 
 
 def with_settings(path, settings, **changes):
-    """A written model with other settings beside its own; a value of None takes a setting away."""
-    gguf.write_model(tmp := path.with_suffix(".plain"), model(**PLAIN, **changes))
-    header = read_header(tmp)
-    writer = library.GGUFWriter(path, header.metadata["general.architecture"])
-    for key, value in (header.metadata | settings).items():
-        if value is None or key.startswith("general.architecture"):
-            continue
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        elif isinstance(value, list):
-            writer.add_array(key, value)
-        else:
-            (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
-    for tensor in library.GGUFReader(tmp).tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
-    return path
+    """A written model with other settings beside its own."""
+    gguf.write_model(plain := path.with_suffix(".plain"), model(**PLAIN, **changes))
+    return rewritten(plain, path, settings)
 
 
 YARN = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
