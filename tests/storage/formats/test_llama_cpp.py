@@ -1,5 +1,9 @@
 """llama.cpp reads our GGUF files: the same ids, the same logits, the same greedy story. Needs llama-cpp-python."""
 
+import ctypes
+from pathlib import Path
+
+import gguf as library
 import numpy as np
 import pytest
 
@@ -9,11 +13,14 @@ from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.parameters import initialize_parameters
 from llamita.model.rope import RopeScaling
+from llamita.storage import gguf as gguf_file
 from llamita.storage.formats import gguf
 from llamita.storage.formats.foreign import ForeignModel
+from llamita.storage.gguf_header import read_header
 from llamita.text import sentencepiece_training
 from llamita.text.bpe import special_tokens, train_bpe_from_iterator
 from llamita.text.tokenizer import Tokenizer
+from tests.storage.formats.test_gguf import DEQUANTISED
 
 pytestmark = pytest.mark.slow
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which is compiled")
@@ -62,3 +69,40 @@ def test_ids_and_logits_are_llama_cpps(tmp_path, family, kind):
     best = np.sort(logits, axis=-1)
     clear = best[:, -1] - best[:, -2] > 2 * np.abs(logits - expected).max()
     assert (logits.argmax(-1) == expected.argmax(-1))[clear].all()
+
+
+# --- number types ---
+
+
+class Traits(ctypes.Structure):
+    """The beginning of ggml's `ggml_type_traits`."""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p), ("block", ctypes.c_int64), ("interleaved", ctypes.c_int64),
+        ("size", ctypes.c_size_t), ("is_quantized", ctypes.c_bool), ("to_float", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+def by_ggml(raw: np.ndarray, kind: library.GGMLQuantizationType, count: int) -> np.ndarray:
+    """Blocks dequantised by llama.cpp's own code."""
+    (file, *_) = (Path(llama_cpp.__file__).parent / "lib").glob("libggml-base.*")
+    traits_of = ctypes.CDLL(str(file)).ggml_get_type_traits
+    traits_of.restype, traits_of.argtypes = ctypes.POINTER(Traits), [ctypes.c_int]
+    numbers = np.zeros(count, np.float32)
+    signature = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+    signature(traits_of(int(kind)).contents.to_float)(raw.ctypes.data, numbers.ctypes.data, count)
+    return numbers
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # random scales are NaN at times, on both sides
+@pytest.mark.parametrize("kind", DEQUANTISED, ids=lambda kind: kind.name)
+def test_every_number_type_is_dequantised_to_llama_cpps_bits(tmp_path, kind):
+    block, size = library.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(0).integers(0, 256, size=(8, 8 * size), dtype=np.uint8)
+    writer = library.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("x", raw, raw_dtype=kind)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    ours = gguf_file._array(read_header(tmp_path / "m.gguf"), "x").to_numpy().reshape(-1)
+    assert np.isfinite(ours).mean() > 0.5
+    np.testing.assert_array_equal(ours, by_ggml(raw, kind, 64 * block))
