@@ -1,6 +1,6 @@
 """The engine beside transformers in one run: decoding alone and in batches, prefill, and a crowd of mixed requests.
 
-    python benchmarks/inference.py [--presets stories-110m qwen2-0.5b] [--passes 5] [--dtype bfloat16]
+    python benchmarks/inference.py [--presets stories-110m qwen2-0.5b] [--passes 5] [--dtype auto]
 
 Random weights, greedy, no end-of-sequence token. Passes alternate between the contestants, so that a change in the
 machine's speed meets all; ratios are taken pass by pass, medians printed with their spread. The memory bandwidth is
@@ -25,6 +25,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from llamita.backend import processor
 from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.runner import DTYPES, TorchRunner, load_runner
 from llamita.backend.torch.model.weights import build_model, to_host_arrays
@@ -71,12 +72,16 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=["stories-110m", "qwen2-0.5b"])
     parser.add_argument("--passes", type=int, default=5)
     parser.add_argument("--crowd-passes", type=int, default=2)
-    parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", *DTYPES], help="auto: bfloat16 where it is multiplied"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)  # a process of its own, for `memory_of`
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if arguments.dtype == "auto":
+        arguments.dtype = "bfloat16" if arguments.device == "cuda" or processor.multiplies("bfloat16") else "float32"
     shape = Shape() if arguments.device == "cpu" else Shape(256, 256, 4096, 256, 100, 1024, 0.0)
     if arguments.memory_of:
         contestant, directory = arguments.memory_of

@@ -1,6 +1,6 @@
 """What bounds inference on a CPU: a model's matrix products by the number of rows, and attention to a prompt.
 
-    python benchmarks/products.py [--presets stories-110m qwen2-0.5b] [--dtype bfloat16] [--passes 5]
+    python benchmarks/products.py [--presets stories-110m qwen2-0.5b] [--dtype auto] [--passes 5]
 
 All products of one step with weights as they are and reordered, taking turns with a sum over an array that no cache
 holds: milliseconds, the share of the memory read, and the share of the best product of large square matrices. Then
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
+from llamita.backend import processor
 from llamita.backend.torch.devices import fast_few_rows
 from llamita.backend.torch.infer.runner import DTYPES
 from llamita.backend.torch.model import attention, reordered
@@ -34,8 +35,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=["stories-110m", "qwen2-0.5b"])
     parser.add_argument("--passes", type=int, default=5)
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     arguments = parser.parse_args()
+    if arguments.dtype == "auto":
+        arguments.dtype = "bfloat16" if processor.multiplies("bfloat16") else "float32"
     dtype = DTYPES[arguments.dtype]
     if not reordered.can_reorder(dtype):
         raise SystemExit(f"oneDNN reorders no weights of {arguments.dtype} on this processor")

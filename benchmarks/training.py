@@ -1,6 +1,6 @@
-"""Training speed and memory of stories-15m (8 x 256 tokens, bf16) beside transformers, on this machine.
+"""Training speed and memory of stories-15m (8 x 256 tokens) beside transformers, on this machine.
 
-    python benchmarks/training.py
+    python benchmarks/training.py [--preset stories-15m] [--precision auto]
 
 Each contestant trains in a process of its own and is timed in turn, pass by pass, so that whatever else the machine
 does falls on all alike. Prints tokens per second (median and spread), the ratio to transformers' eager loop, the share
@@ -23,8 +23,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from llamita.backend.interface import Precision
 from llamita.backend.torch.model import weights
 from llamita.backend.torch.train.adamw import AdamW
+from llamita.backend.torch.train.scorer import choose
 from llamita.backend.torch.train.step import build_train_step
 from llamita.data.batches import Batch
 from llamita.model.presets import preset
@@ -40,7 +42,7 @@ def tokens(vocab_size: int) -> torch.Tensor:
     return torch.randint(vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(0))
 
 
-def transformers_step(name: str, compiled: bool) -> Callable[[], float]:
+def transformers_step(name: str, compiled: bool, precision: Precision) -> Callable[[], float]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = preset(name)
@@ -51,7 +53,7 @@ def transformers_step(name: str, compiled: bool) -> Callable[[], float]:
     ids = tokens(config.vocab_size)[:, :T].contiguous()
 
     def step() -> float:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
             loss = run(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -62,20 +64,20 @@ def transformers_step(name: str, compiled: bool) -> Callable[[], float]:
     return step
 
 
-def llamita_step(name: str, compiled: bool) -> Callable[[], float]:
+def llamita_step(name: str, compiled: bool, precision: Precision) -> Callable[[], float]:
     config = preset(name)
-    train_step = build_train_step(config, max_grad_norm=1.0, precision="bf16", device="cpu", compile=compiled)
+    train_step = build_train_step(config, max_grad_norm=1.0, precision=precision, device="cpu", compile=compiled)
     row = tokens(config.vocab_size).int().numpy()
     batch = Batch(row[:, :-1].copy(), row[:, 1:].copy(), None, torch.arange(B).numpy())
     return lambda: train_step.step([batch], LEARNING_RATE).loss
 
 
-def work(contestant: str, name: str, steps: int, threads: int, pipe: Connection) -> None:
+def work(contestant: str, name: str, steps: int, threads: int, precision: Precision, pipe: Connection) -> None:
     """A contestant's process: warm up, then time `steps` steps at each request."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     make = transformers_step if contestant.startswith("transformers") else llamita_step
-    step = make(name, contestant.endswith("compiled"))
+    step = make(name, contestant.endswith("compiled"), precision)
     started = time.perf_counter()
     losses = [step(), step()]
     warm_up = time.perf_counter() - started
@@ -103,9 +105,9 @@ def peak_memory() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def matmul_rate(size: int = 2048, seconds: float = 1.0) -> float:
-    """The best rate of a bf16 product seen in `seconds`, in FLOP/s."""
-    a, b = (torch.randn(size, size).bfloat16() for _ in range(2))
+def matmul_rate(precision: Precision, size: int = 2048, seconds: float = 1.0) -> float:
+    """The best rate of a product in this precision seen in `seconds`, in FLOP/s."""
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16 if precision == "bf16" else None) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         started = time.perf_counter()
@@ -114,12 +116,12 @@ def matmul_rate(size: int = 2048, seconds: float = 1.0) -> float:
     return 2 * size**3 / best
 
 
-def compare_training(name: str, passes: int, steps: int, threads: int, console: Console) -> None:
+def compare_training(name: str, passes: int, steps: int, threads: int, precision: Precision, console: Console) -> None:
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     for contestant in CONTESTANTS:  # one warms up at a time
         pipe, theirs = context.Pipe()
-        process = context.Process(target=work, args=(contestant, name, steps, threads, theirs), daemon=True)
+        process = context.Process(target=work, args=(contestant, name, steps, threads, precision, theirs), daemon=True)
         process.start()
         processes.append(process)
         warm_up, losses = pipe.recv()
@@ -128,7 +130,7 @@ def compare_training(name: str, passes: int, steps: int, threads: int, console: 
     rates: dict[str, list[float]] = {contestant: [] for contestant in CONTESTANTS}
     memory, peaks = {}, []
     for number in range(passes):
-        peaks.append(matmul_rate())
+        peaks.append(matmul_rate(precision))
         for contestant, pipe in pipes.items():
             pipe.send(True)
             rate, memory[contestant], _ = pipe.recv()
@@ -140,7 +142,7 @@ def compare_training(name: str, passes: int, steps: int, threads: int, console: 
         process.join()
     flops, peak = flops_per_token(preset(name), T), max(peaks)
     table = Table(
-        title=f"{name}, {B} x {T} tokens, bf16, {threads} threads; peak product rate {peak / 1e9:.0f} GFLOP/s"
+        title=f"{name}, {B} x {T} tokens, {precision}, {threads} threads; peak product rate {peak / 1e9:.0f} GFLOP/s"
     )
     for column in ("", "tokens/s", "spread", "x eager", "x compiled", "of the peak", "memory"):
         table.add_column(column, justify="right" if column else "left")
@@ -197,10 +199,13 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="training steps in a pass")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--precision", default="auto", choices=["auto", "bf16", "fp32"], help="auto: bf16 where this CPU multiplies it"
+    )
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    _, precision = choose("cpu", options.precision, options.threads)
     console = Console(width=100)
-    compare_training(options.preset, options.passes, options.steps, options.threads, console)
+    compare_training(options.preset, options.passes, options.steps, options.threads, precision, console)
     compare_optimizers(options.preset, options.passes, console)
 
 
