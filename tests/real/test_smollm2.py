@@ -9,6 +9,7 @@ import pytest
 import llamita
 from llamita import SamplingParams
 from llamita.cli.main import main
+from llamita.inference.drafting import PromptLookup
 from llamita.text.chat import Chat
 from tests.real import smollm2
 
@@ -21,17 +22,21 @@ def llm():
     return llamita.load(smollm2.needed(), backend="torch", dtype="float32")
 
 
-def assert_greedy(llm, prompt, expected, count):
+def assert_near(llm, prompt, ours, expected):
     """The same tokens, up to one at which the two best logits are too near to tell."""
-    found = llm.generate(prompt, SamplingParams(max_tokens=count, temperature=0.0))
-    ours = [token for token in found.token_ids if token != smollm2.END]
-    if ours == expected:
-        return found.text
     pairs = enumerate(zip(ours, expected, strict=False))
     first = next((number for number, (a, b) in pairs if a != b), min(len(ours), len(expected)))
+    if len(ours) == len(expected) == first:
+        return
     logits = np.sort(llm.runner.forward([[*prompt, *ours[:first]]])["logits"][0, -1])
     margin = logits[-1] - logits[-2]
-    assert margin <= 2 * DIFFERENCE, f"token {first} is another, by {margin}: {found.text!r}"
+    assert margin <= 2 * DIFFERENCE, f"token {first} is another, by {margin}: {llm.tokenizer.decode(ours)!r}"
+
+
+def assert_greedy(llm, prompt, expected, count):
+    """Returns the text of `expected`, which is what the model says too."""
+    found = llm.generate(prompt, SamplingParams(max_tokens=count, temperature=0.0))
+    assert_near(llm, prompt, [token for token in found.token_ids if token != smollm2.END], expected)
     return llm.tokenizer.decode(expected)
 
 
@@ -97,3 +102,26 @@ def test_an_answer_follows_a_schema(llm):
     answer = json.loads(llm.generate(prompt, params).text)
     assert answer.keys() == {"city", "inhabitants"}
     assert answer["city"] == "Paris"
+
+
+@pytest.mark.medium
+def test_sharing_preempting_and_guessing_change_no_token(llm):
+    """Prompts of one long beginning: alone, then together where memory is short, then with guesses from the text."""
+    chat = Chat(llm.tokenizer)
+    system = {"role": "system", "content": "You answer in one short sentence. " + " ".join(smollm2.TURNS)}
+    prompts = [
+        chat.encode([system, {"role": "user", "content": turn}], add_generation_prompt=True).tokens
+        for turn in smollm2.TURNS[:3]
+    ]
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    alone = [llm.generate(prompt, params) for prompt in prompts]
+    assert alone[1].statistics.cached_tokens >= 64  # of the beginning that the first has read
+    engine = llamita.EngineConfig(blocks=2 * -(-max(map(len, prompts)) // 16) + 1, prefix_caching=False)
+    together = llamita.LLM(llm.runner, llm.tokenizer, engine=engine).generate(prompts, params)
+    assert sum(found.statistics.preemptions for found in together) > 0
+    guessing = llamita.LLM(llm.runner, llm.tokenizer, drafter=PromptLookup())
+    guessed = [guessing.generate(prompt, params) for prompt in prompts]
+    assert sum(found.statistics.accepted_tokens for found in guessed) > 0
+    for others in (together, guessed):
+        for prompt, found, expected in zip(prompts, others, alone, strict=True):
+            assert_near(llm, prompt, found.token_ids, expected.token_ids)
