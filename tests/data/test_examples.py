@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamita.data.batches import IGNORE_INDEX, BatchIterator, collate
-from llamita.data.conversations import BadRecords, conversation
+from llamita.data.conversations import BadRecords, conversation, recorded
 from llamita.data.examples import ConversationRows, Counts, best_fit, encode
 from llamita.data.packing import RowsConfig
 from llamita.text.bpe import train_bpe_from_iterator
@@ -114,7 +114,7 @@ def test_conversations_that_cannot_be_laid_out_are_skipped_where_that_is_asked()
     assert str(encoded.counts).endswith("6 scored, 3 skipped, which cannot be laid out")
     assert [line.partition(": ")[2][:7] for line in bad.lines()] == ["line 2:", "line 3:", "line 4:"]
     assert encoded.digest() == encode(R0, [given[0], given[4]], 100).digest()
-    assert "bad" not in encode(R0, given[:1], 100).counts.recorded()
+    assert "bad" not in recorded(encode(R0, given[:1], 100).counts)
 
 
 def test_a_message_of_weight_0_is_read_and_not_learned():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -55,6 +55,11 @@ class BadRecords:
         """What to report of them."""
         more = self.count - len(self.shown)
         return [f"skipped: {text}" for text in self.shown] + [f"skipped: {more:,} more"] * bool(more)
+
+
+def recorded(counts: Any) -> dict[str, int]:
+    """Returns counts (a dataclass) for a run's record; `bad` is left out where there are none, as in older ones."""
+    return {name: value for name, value in asdict(counts).items() if name != "bad" or value}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -39,10 +39,6 @@ class Counts:
     """Tokens, of those kept, that are scored."""
     bad: int = 0
     """Skipped, since they could not be read or laid out."""
-
-    def recorded(self) -> dict[str, int]:
-        """Returns the counts for a run's record; `bad` is left out where there are none, as in older ones."""
-        return {name: value for name, value in asdict(self).items() if name != "bad" or value}
 
     def __str__(self) -> str:
         parts = [f"{self.kept:,} of {self.read:,} conversations", f"{self.tokens:,} tokens", f"{self.targets:,} scored"]

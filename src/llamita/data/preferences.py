@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -141,10 +141,6 @@ class Counts:
     """Both answers the same tokens, or one of them none."""
     bad: int = 0
     """Skipped, since they could not be read or laid out."""
-
-    def recorded(self) -> dict[str, int]:
-        """Returns the counts for a run's record; `bad` is left out where there are none, as in older ones."""
-        return {name: value for name, value in asdict(self).items() if name != "bad" or value}
 
     def __str__(self) -> str:
         parts = [f"{self.kept:,} of {self.read:,} pairs"]

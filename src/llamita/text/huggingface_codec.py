@@ -71,22 +71,23 @@ class HuggingFaceCodec:
     def with_special(self, token_ids: Iterable[int]) -> "HuggingFaceCodec":
         """This codec, or one in which those added tokens are special though the file does not say so."""
         wanted = set(token_ids)
-        found = [token for token in self.spec["added_tokens"] if token["id"] in wanted and not token["special"]]
-        if not found:
-            return self
-        for token in found:
-            token["special"] = True
-        return _from_string(json.dumps(self.spec), self.marks)
+        return self._with_more_special([token for token in self.spec["added_tokens"] if token["id"] in wanted], False)
 
     def with_marks(self, names: Iterable[str]) -> "HuggingFaceCodec":
         """This codec, or one in which those added tokens are `marks`."""
         wanted = set(names)
-        found = [token for token in self.spec["added_tokens"] if token["content"] in wanted and not token["special"]]
+        return self._with_more_special(
+            [token for token in self.spec["added_tokens"] if token["content"] in wanted], True
+        )
+
+    def _with_more_special(self, tokens: list[dict[str, Any]], are_marks: bool) -> "HuggingFaceCodec":
+        found = [token for token in tokens if not token["special"]]
         if not found:
             return self
         for token in found:
             token["special"] = True
-        return _from_string(json.dumps(self.spec), self.marks | {token["content"] for token in found})
+        marks = {token["content"] for token in found} if are_marks else set()
+        return _from_string(json.dumps(self.spec), self.marks | marks)
 
     def with_added(self, tokens: Sequence[tokenizers.AddedToken]) -> "HuggingFaceCodec":
         """This codec, or one to which those tokens are added, with the next ids in their order where it lacks them."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from llamita.storage.gguf_header import is_gguf
+from llamita.storage.peft_directory import VOCABULARY
 from llamita.text import added_tokens, gguf_tokenizer, tiktoken_ranks
 from llamita.text.added_tokens import read_json, template_marks
 from llamita.text.huggingface_codec import HuggingFaceCodec
@@ -86,7 +87,7 @@ class Tokenizer:
         """Whether a directory, or a GGUF file, holds a tokenizer."""
         if is_gguf(place):
             return gguf_tokenizer.has_tokenizer(place)
-        return any((place / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+        return any((place / name).is_file() for name in VOCABULARY)
 
     @classmethod
     def from_codec(cls, codec: HuggingFaceCodec | SentencePieceCodec) -> "Tokenizer":

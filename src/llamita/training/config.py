@@ -4,8 +4,8 @@ The options of a verb are a dataclass of such groups beside its own fields (`Tra
 flag of that name. Knows nothing of models or data.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_args, get_type_hints
 
@@ -162,11 +162,7 @@ Config = TypeVar("Config")
 
 def flat_options(config: Any) -> dict[str, Any]:
     """Returns every option of a dataclass by the name of its flag, those of the groups in it included."""
-    options: dict[str, Any] = {}
-    for option in fields(config):
-        value = getattr(config, option.name)
-        options |= flat_options(value) if is_dataclass(value) else {option.name: value}
-    return options
+    return {option.name: value for option, value in _walk(config)}
 
 
 def with_options(config: Config, **changes: Any) -> Config:
@@ -205,14 +201,17 @@ def saved_options(config: TrainingVerb) -> dict[str, Any]:
 
 
 def _saved(config: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+    return {option.name: option.metadata.get("saved", _absolute)(value) for option, value in _walk(config)}
+
+
+def _walk(config: Any) -> Iterator[tuple[Field[Any], Any]]:
+    """Yields every option with its value, those of the groups included."""
     for option in fields(config):
         value = getattr(config, option.name)
         if is_dataclass(value):
-            values |= _saved(value)
+            yield from _walk(value)
         else:
-            values[option.name] = option.metadata.get("saved", _absolute)(value)
-    return values
+            yield option, value
 
 
 def _absolute(value: Any) -> Any:

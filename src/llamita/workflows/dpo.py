@@ -14,7 +14,7 @@ from llamita.backend.interface import Backend
 from llamita.backend.objectives import Preference
 from llamita.data import preferences as pairs_data
 from llamita.data.batches import BatchIterator, evaluation_batches
-from llamita.data.conversations import BadRecords, Conversation, ConversationSource
+from llamita.data.conversations import BadRecords, Conversation, ConversationSource, recorded
 from llamita.data.preferences import Layout, PairRows, Pairs, encode
 from llamita.data.preferences import Preference as Pair
 from llamita.training.config import MachineConfig, RunConfig, TrainingConfig
@@ -122,7 +122,7 @@ def dpo(
         kind="preference tuning",
         identity={
             "data": {name: part.pairs.digest() for name, part in rows.items()},
-            "pairs": {name: part.pairs.counts.recorded() for name, part in rows.items()},
+            "pairs": {name: recorded(part.pairs.counts) for name, part in rows.items()},
             "objective": asdict(objective),
             "sequence_length": rows["train"].config.sequence_length,
             "answers": len(asked),

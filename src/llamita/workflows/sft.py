@@ -132,7 +132,10 @@ def sft(
         kind="instruction tuning",
         identity={
             "data": {"train": encoded[0].digest(), "validation": encoded[1].digest()},
-            "conversations": {"train": encoded[0].counts.recorded(), "validation": encoded[1].counts.recorded()},
+            "conversations": {
+                "train": talks.recorded(encoded[0].counts),
+                "validation": talks.recorded(encoded[1].counts),
+            },
             "template": hashlib.sha256(config.template.encode()).hexdigest(),
             "rows": asdict(rows[0].config),
             "answers": len(asked),

@@ -22,22 +22,19 @@ CONFIGS = {
     "classifier": replace(CONFIG, num_labels=3),
 }
 
+PLAIN = replace(CONFIG, query_key_value_bias=False)
 FAMILIES = {
-    "smollm 3": replace(CONFIG, query_key_value_bias=False, tie_word_embeddings=True, layers_without_rope=(1,)),
-    "olmo 2": replace(
-        CONFIG, query_key_value_bias=False, query_key_norm=True, norm_all_heads=True, norm_placement="after"
-    ),
+    "smollm 3": replace(PLAIN, tie_word_embeddings=True, layers_without_rope=(1,)),
+    "olmo 2": replace(PLAIN, query_key_norm=True, norm_all_heads=True, norm_placement="after"),
     "granite 3": replace(
-        CONFIG,
-        query_key_value_bias=False,
+        PLAIN,
         embedding_multiplier=12.0,
         attention_multiplier=0.1,
         residual_multiplier=0.22,
         logits_scaling=8.0,
     ),
     "gemma 2": replace(
-        CONFIG,
-        query_key_value_bias=False,
+        PLAIN,
         tie_word_embeddings=True,
         norm_placement="both",
         unit_offset_norm=True,
@@ -49,8 +46,7 @@ FAMILIES = {
         final_logit_softcapping=3.0,
     ),
     "gemma 3": replace(
-        CONFIG,
-        query_key_value_bias=False,
+        PLAIN,
         query_key_norm=True,
         tie_word_embeddings=True,
         norm_placement="both",

@@ -35,6 +35,12 @@ def as_pairs(weight: np.ndarray, H: int) -> np.ndarray:
     return result
 
 
+def finish(writer):
+    """Writes all that a GGUF writer was given, and closes its file."""
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+
+
 def rewritten(source, path, settings, kind=None):
     """Writes a GGUF file anew, with other settings beside its own and its matrices in another number type."""
     header = read_header(source)
@@ -55,6 +61,5 @@ def rewritten(source, path, settings, kind=None):
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
         else:
             writer.add_tensor(tensor.name, gguf.quants.quantize(tensor.data, kind), raw_dtype=kind)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
+    finish(writer)
     return path

@@ -27,7 +27,7 @@ from llamita.text.bpe import special_tokens, train_bpe_from_iterator
 from llamita.text.huggingface_codec import HuggingFaceCodec
 from llamita.text.tokenizer import Tokenizer
 from llamita.text.word_splitters import SPLITTERS
-from tests.storage.formats.helpers import as_pairs, equal, model, rewritten
+from tests.storage.formats.helpers import as_pairs, equal, finish, model, rewritten
 
 GEMMA = {
     "norm_placement": "both",
@@ -228,8 +228,7 @@ def test_other_peoples_quantised_tensors_are_dequantised(tmp_path, kind):
     expected = np.array([[number for part in row for number in BY_HAND[kind](part)] for row in rows])
     writer = library.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_tensor("x", rows.reshape(4, -1), raw_dtype=qtype)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
+    finish(writer)
     read = gguf_file._array(read_header(tmp_path / "m.gguf"), "x")
     assert read.shape == (4, 256)
     np.testing.assert_allclose(read.to_numpy(), expected, rtol=1e-5, atol=1e-6)
@@ -248,8 +247,7 @@ def test_every_number_type_that_the_library_dequantises_is_read(tmp_path, kind):
     writer = library.GGUFWriter(tmp_path / "m.gguf", "llama")
     for name, shape in {"a": (2 * size,), "b": (3, size), "c": (2, 3, 2 * size)}.items():
         writer.add_tensor(name, generator.integers(0, 128, size=shape, dtype=np.uint8), raw_dtype=kind)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
+    finish(writer)
     header = read_header(tmp_path / "m.gguf")
     for tensor in library.GGUFReader(tmp_path / "m.gguf").tensors:
         read = gguf_file._array(header, tensor.name)
@@ -344,8 +342,7 @@ def write_bare(path, tokenizer: Tokenizer, name: str, settings) -> None:
     writer.add_bos_token_id(tokenizer.bos_id)
     for key, value in settings.items():
         writer.add_bool(key, value)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
+    finish(writer)
 
 
 def byte_level() -> Tokenizer:
@@ -439,8 +436,7 @@ def test_settings_of_a_large_vocabulary_are_read_in_a_moment(tmp_path):
     writer.add_token_list([f"token {number}" for number in range(150_000)])
     writer.add_token_types([1] * 150_000)
     writer.add_token_merges([f"a{number} b{number}" for number in range(150_000)])
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
+    finish(writer)
     begun = time.process_time()
     metadata = read_header(tmp_path / "m.gguf").metadata
     print(f"{time.process_time() - begun:.2f} s")
@@ -565,7 +561,6 @@ def test_a_list_without_end_does_not_hang(tmp_path):
 
 def test_other_architectures_are_named(tmp_path):
     writer = library.GGUFWriter(tmp_path / "m.gguf", "gpt2")
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
+    finish(writer)
     with pytest.raises(ValueError, match=r"general\.architecture='gpt2' is not supported"):
         gguf.read_model(tmp_path / "m.gguf")

@@ -20,6 +20,7 @@ from llamita.storage.gguf_header import read_header
 from llamita.text import sentencepiece_training
 from llamita.text.bpe import special_tokens, train_bpe_from_iterator
 from llamita.text.tokenizer import Tokenizer
+from tests.storage.formats.helpers import finish
 from tests.storage.formats.test_gguf import DEQUANTISED
 
 pytestmark = pytest.mark.slow
@@ -101,8 +102,7 @@ def test_every_number_type_is_dequantised_to_llama_cpps_bits(tmp_path, kind):
     raw = np.random.default_rng(0).integers(0, 256, size=(8, 8 * size), dtype=np.uint8)
     writer = library.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_tensor("x", raw, raw_dtype=kind)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
+    finish(writer)
     ours = gguf_file._array(read_header(tmp_path / "m.gguf"), "x").to_numpy().reshape(-1)
     assert np.isfinite(ours).mean() > 0.5
     np.testing.assert_array_equal(ours, by_ggml(raw, kind, 64 * block))
