@@ -28,9 +28,9 @@ ORDER = (
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 FRAMEWORKS = {"torch": "backend.torch", "mlx": "backend.mlx", "mlx_lm": "backend.mlx"}
 LAZY_ROOMS = ("cli", "")
-LAZY_MODULES = ("llamita.backend.choice",)
+LAZY_MODULES = ("llamita.backend.choice", "llamita.backend.torch.devices")
 """What a user calls first loads no framework before it has to: verbs, the package's own face, and the choice of a
-backend, which imports the one chosen."""
+backend, which imports the one chosen. Triton is imported where there is a GPU."""
 
 
 def faults(module: str, source: str, is_package: bool = False) -> list[str]:
@@ -180,6 +180,16 @@ def test_importing_the_package_loads_nothing_and_its_names_are_found_when_asked_
         "for name in llamita.__all__: getattr(llamita, name)\n"
         "assert llamita.load == llamita.LLM.load and llamita.save is llamita.LLM.save\n"
         "assert not {'torch', 'mlx'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_pytorch_on_a_cpu_loads_no_triton() -> None:
+    code = (
+        "import sys; from llamita.backend.torch import backend, devices; import torch\n"
+        "assert devices.table_kernel(torch.device('cpu')) is None\n"
+        "assert 'triton' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

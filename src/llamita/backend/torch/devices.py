@@ -4,12 +4,6 @@ import torch
 
 from llamita.backend.torch.infer.paged_attention import TableKernel
 
-attention_over_tables: TableKernel | None
-try:
-    from llamita.backend.torch.infer.kernels.table_attention import attention_over_tables
-except ImportError:  # PyTorch comes with Triton for GPUs alone
-    attention_over_tables = None
-
 
 def choose_device(name: str) -> str:
     """Returns a PyTorch device by name, or a GPU if there is one for "auto"; ValueError where it cannot be used."""
@@ -26,5 +20,14 @@ def choose_device(name: str) -> str:
 
 
 def table_kernel(device: torch.device) -> TableKernel | None:
-    """Returns the kernel that attends through tables of blocks: on a GPU, where there is Triton."""
-    return attention_over_tables if device.type == "cuda" else None
+    """Returns the kernel that attends through tables of blocks: on a GPU, where there is Triton.
+
+    Triton is imported there alone, since that takes time and memory.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        from llamita.backend.torch.infer.kernels.table_attention import attention_over_tables
+    except ImportError:  # PyTorch comes with Triton for GPUs alone
+        return None
+    return attention_over_tables
