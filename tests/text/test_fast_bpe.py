@@ -121,6 +121,15 @@ def test_any_other_kind_of_tokenizer_forbids_the_fast_path(change) -> None:
     assert fast_bpe.fast_bpe(SLOW, spec) is None
 
 
+@pytest.mark.parametrize(
+    "name", ["", "a", "Ġcat", "ĠÃ©", "naïve", "Ġa b", "a\n", "\x85", "\xad", "漢", "Ġ漢", "☃", "\uffff"]
+)
+def test_bytes_of_a_name_are_those_of_its_characters_or_of_its_text(name) -> None:
+    table = fast_bpe.byte_of_character()
+    known = all(character in table for character in name)
+    assert fast_bpe.bytes_of_name(name) == (bytes(map(table.__getitem__, name)) if known else name.encode())
+
+
 # --- Unicode ---------------------------------------------------------------------------------------------------------
 
 

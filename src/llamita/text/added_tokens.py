@@ -67,7 +67,7 @@ def read(directory: Path, config: Mapping[str, Any], codec: HuggingFaceCodec | S
                 raise ValueError(f"{directory / 'added_tokens.json'} must map tokens to ids, got {name!r}: {number!r}")
             listed[number] = AddedToken(name, normalized=name not in special, special=name in special)
         if isinstance(codec, HuggingFaceCodec):
-            listed |= {token["id"]: _token(token, special=token["special"]) for token in codec.spec["added_tokens"]}
+            listed |= codec.added_tokens
     by_name = {token.content: token for token in listed.values()}
     control = {_content(value) for value in _named(config)}
     named: dict[str, AddedToken] = {}

@@ -76,12 +76,32 @@ def fast_bpe(tokenizer: tokenizers.Tokenizer, spec: Mapping[str, Any]) -> FastBp
     return FastBpe(ranks)
 
 
+def splits_as_gpt2(pre_tokenizer: Mapping[str, Any]) -> bool:
+    """Whether a pre-tokenizer, by its settings, splits texts by GPT-2's pattern: no other is taken here."""
+    byte_level = pre_tokenizer.get("type") == "ByteLevel" and pre_tokenizer.get("use_regex", True)
+    return bool(byte_level) and not pre_tokenizer.get("add_prefix_space")
+
+
 def byte_of_character() -> dict[str, int]:
     """The byte that each character of a byte-level vocabulary stands for (GPT-2's table, 256 entries)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     table = {chr(byte): byte for byte in printable}
     return table | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTES = str.maketrans(
+    dict.fromkeys(map(chr, range(256)), "\uffff") | {c: chr(b) for c, b in byte_of_character().items()}
+)
+"""To the characters of Latin 1, which are bytes; to one that is none for what stands for no byte."""
+
+
+def bytes_of_name(name: str) -> bytes:
+    """The bytes that a byte-level token stands for; those of its text where a character of it stands for none."""
+    try:
+        return name.translate(_BYTES).encode("latin-1")
+    except UnicodeEncodeError:
+        return name.encode()
 
 
 def has_long_run(text: str, length: int) -> bool:
@@ -118,7 +138,6 @@ def engines_agree(characters: str, pattern: str = GPT2_PATTERN) -> bool:
 def _ranks(spec: Mapping[str, Any]) -> dict[bytes, int] | None:
     """Bytes and id of every token that text can become, or None unless the first condition of the proof holds."""
     model = spec["model"]
-    splitter = spec.get("pre_tokenizer") or {}
     oddities = (
         "dropout",
         "unk_token",
@@ -129,7 +148,7 @@ def _ranks(spec: Mapping[str, Any]) -> dict[bytes, int] | None:
     )
     if model.get("type") != "BPE" or any(model.get(name) for name in oddities) or spec.get("normalizer"):
         return None
-    if splitter.get("type") != "ByteLevel" or splitter.get("add_prefix_space") or not splitter.get("use_regex", True):
+    if not splits_as_gpt2(spec.get("pre_tokenizer") or {}):
         return None
     if not all(token["special"] for token in spec["added_tokens"]):  # these are found in text
         return None

@@ -20,9 +20,10 @@ SPACE_MARK = "▁"
 class HuggingFaceCodec:
     """A `tokenizers.Tokenizer` with byte-level or SentencePiece-like tokens.
 
-    vocab_size: ids are 0..vocab_size-1. special_tokens: text -> id of the tokens that control a model. `marks` are
-    control tokens too, though the file does not say so; they are written as the file has them, and decoding shows
-    them. Raises ValueError for a tokenizer whose tokens do not stand for bytes (WordPiece, a word list).
+    vocab_size: ids are 0..vocab_size-1. special_tokens: text -> id of the tokens that control a model. added_tokens: by
+    id, those that are found in a text before it is split. `marks` are control tokens too, though the file does not say
+    so; they are written as the file has them, and decoding shows them. Raises ValueError for a tokenizer whose tokens
+    do not stand for bytes (WordPiece, a word list).
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, marks: frozenset[str] = frozenset()) -> None:
@@ -30,23 +31,28 @@ class HuggingFaceCodec:
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # text that looks like a control token is text
         self._tokenizer = tokenizer
-        self.spec: dict[str, Any] = json.loads(tokenizer.to_str())
         self.marks = marks
         self.vocabulary = vocab = tokenizer.get_vocab(with_added_tokens=True)
         if not vocab:
             raise ValueError("the vocabulary is empty")
         self.vocab_size = max(vocab.values()) + 1
-        added = {token["id"]: token for token in self.spec["added_tokens"]}
-        self.special_tokens = {token["content"]: token_id for token_id, token in added.items() if token["special"]}
-        self.added = tuple(token["content"] for token in added.values())
+        added = self.added_tokens = dict(sorted(tokenizer.get_added_tokens_decoder().items()))
+        self.special_tokens = {token.content: token_id for token_id, token in added.items() if token.special}
+        self.added = tuple(token.content for token in added.values())
         self.strips_leading_space = self.marks_spaces = False
         to_bytes = self._bytes_of_token()
         self.bytes_of_id = [b""] * self.vocab_size
         for name, token_id in vocab.items():
             if token_id not in added:
                 self.bytes_of_id[token_id] = to_bytes(name)
-            elif not added[token_id]["special"] or name in marks:
+            elif not added[token_id].special or name in marks:
                 self.bytes_of_id[token_id] = self.spelled(name)
+
+    @functools.cached_property
+    def spec(self) -> dict[str, Any]:
+        """The tokenizer's JSON, parsed: large, and read only by who writes or changes a tokenizer."""
+        spec: dict[str, Any] = json.loads(self._tokenizer.to_str())
+        return spec
 
     def spelled(self, name: str) -> bytes:
         """The bytes of an added token: those of its normal form where it is found in normalised text."""
@@ -71,27 +77,33 @@ class HuggingFaceCodec:
     def with_special(self, token_ids: Iterable[int]) -> "HuggingFaceCodec":
         """This codec, or one in which those added tokens are special though the file does not say so."""
         wanted = set(token_ids)
-        return self._with_more_special([token for token in self.spec["added_tokens"] if token["id"] in wanted], False)
+        return self._with_more_special(
+            [token for number, token in self.added_tokens.items() if number in wanted], False
+        )
 
     def with_marks(self, names: Iterable[str]) -> "HuggingFaceCodec":
         """This codec, or one in which those added tokens are `marks`."""
         wanted = set(names)
-        return self._with_more_special(
-            [token for token in self.spec["added_tokens"] if token["content"] in wanted], True
-        )
+        return self._with_more_special([token for token in self.added_tokens.values() if token.content in wanted], True)
 
-    def _with_more_special(self, tokens: list[dict[str, Any]], are_marks: bool) -> "HuggingFaceCodec":
-        found = [token for token in tokens if not token["special"]]
+    def _with_more_special(self, tokens: list[tokenizers.AddedToken], are_marks: bool) -> "HuggingFaceCodec":
+        found = {token.content for token in tokens if not token.special}
         if not found:
             return self
-        for token in found:
-            token["special"] = True
-        marks = {token["content"] for token in found} if are_marks else set()
-        return _from_string(json.dumps(self.spec), self.marks | marks)
+        listed = [
+            {**token, "special": token["special"] or token["content"] in found} for token in self.spec["added_tokens"]
+        ]
+        text = json.dumps({**self.spec, "added_tokens": listed})
+        return _from_string(text, self.marks | found if are_marks else self.marks)
 
     def with_added(self, tokens: Sequence[tokenizers.AddedToken]) -> "HuggingFaceCodec":
         """This codec, or one to which those tokens are added, with the next ids in their order where it lacks them."""
-        if not tokens:
+        known = {
+            token.content: token.__getstate__()
+            for token in self.added_tokens.values()
+            if token.content not in self.marks
+        }
+        if all(known.get(token.content) == token.__getstate__() for token in tokens):
             return self
         changed = self.copy()
         before = changed.to_str()
@@ -147,6 +159,8 @@ class HuggingFaceCodec:
 
     @functools.cached_property
     def _fast(self) -> fast_bpe.FastBpe | None:
+        if not fast_bpe.splits_as_gpt2(_settings(self._tokenizer.pre_tokenizer)):
+            return None
         return fast_bpe.fast_bpe(self._tokenizer, self.spec)
 
     @functools.cached_property
@@ -155,12 +169,11 @@ class HuggingFaceCodec:
 
     def _bytes_of_token(self) -> Any:
         """The function from a token's name to its bytes, by the kind of decoder; says what that does with spaces."""
-        decoder = self.spec.get("decoder") or {}
+        decoder = _settings(self._tokenizer.decoder)
         steps = decoder.get("decoders", [decoder])
         kinds = {step.get("type") for step in steps}
         if "ByteLevel" in kinds:
-            table = fast_bpe.byte_of_character()
-            return lambda name: bytes(table[c] for c in name) if all(c in table for c in name) else name.encode()
+            return fast_bpe.bytes_of_name
         if "Metaspace" in kinds or any(
             step.get("type") == "Replace" and step["pattern"].get("String") == SPACE_MARK for step in steps
         ):
@@ -180,3 +193,9 @@ class HuggingFaceCodec:
 
 def _from_string(text: str, marks: frozenset[str] = frozenset()) -> HuggingFaceCodec:
     return HuggingFaceCodec(tokenizers.Tokenizer.from_str(text), marks)
+
+
+def _settings(part: Any) -> dict[str, Any]:
+    """Returns a part of the library's tokenizer as its JSON has it; nothing for a part that is not there."""
+    settings: dict[str, Any] = {} if part is None else json.loads(part.__getstate__())
+    return settings
