@@ -50,24 +50,31 @@ class HostArray:
             return bits.view(np.float32).reshape(self.shape)
         return np.frombuffer(self.data, dtype=NUMPY_TYPES[self.dtype]).reshape(self.shape)
 
+    def rows(self, wanted: slice | np.ndarray) -> "HostArray":
+        """Some of the rows along the first dimension: a slice without a step, or whole numbers of any order."""
+        code = "<u2" if self.dtype == "BF16" else NUMPY_TYPES[self.dtype]
+        found = np.frombuffer(self.data, dtype=code).reshape(self.shape)[wanted]
+        return HostArray(self.dtype, found.shape, _bytes_of(found))
+
+    @property
+    def stays_readable(self) -> bool:
+        """Whether rows can be read at any time at no cost in memory: a file has the numbers."""
+        return self.mapping is not None
+
     def forget(self, start: int, stop: int) -> None:
         """Give the memory of bytes that were read back to the system, where a file can give them again."""
-        if self.mapping is None:
-            return
-        page = mmap.PAGESIZE
-        first, last = -(-(self.offset + start) // page) * page, (self.offset + stop) // page * page
-        if first < last:
-            self.mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
+        if self.mapping is not None:
+            forget_mapped(self.mapping, self.offset + start, self.offset + stop)
 
 
 class ComputedArray(HostArray):
     """An array whose bytes are computed when they are read, and again after `forget`: of many, few are in memory."""
 
-    _compute: Callable[[], np.ndarray]
+    _compute: Callable[[slice | np.ndarray], np.ndarray]
     _bytes: memoryview | None
 
-    def __init__(self, dtype: str, shape: tuple[int, ...], compute: Callable[[], np.ndarray]) -> None:
-        """`compute` returns an array of this shape, of uint16 bit patterns where `dtype` is BF16."""
+    def __init__(self, dtype: str, shape: tuple[int, ...], compute: Callable[[slice | np.ndarray], np.ndarray]) -> None:
+        """`compute` returns the rows it is asked for, as `rows` is; uint16 bit patterns where `dtype` is BF16."""
         values = {"dtype": dtype, "shape": shape, "mapping": None, "offset": 0, "_compute": compute, "_bytes": None}
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -75,12 +82,28 @@ class ComputedArray(HostArray):
     @property
     def data(self) -> memoryview:
         if self._bytes is None:
-            object.__setattr__(self, "_bytes", _bytes_of(self._compute()))
+            object.__setattr__(self, "_bytes", _bytes_of(self._compute(slice(None))))
         assert self._bytes is not None
         return self._bytes
 
+    def rows(self, wanted: slice | np.ndarray) -> HostArray:
+        found = self._compute(wanted)
+        return HostArray(self.dtype, found.shape, _bytes_of(found))
+
+    @property
+    def stays_readable(self) -> bool:
+        return True
+
     def forget(self, start: int, stop: int) -> None:
         object.__setattr__(self, "_bytes", None)
+
+
+def forget_mapped(mapping: mmap.mmap, start: int, stop: int) -> None:
+    """Give the memory of the whole pages of a mapped file between two bytes back to the system."""
+    page = mmap.PAGESIZE
+    first, last = -(-start // page) * page, stop // page * page
+    if first < last:
+        mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:

@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType as Kind
 from llamita.model import families
 from llamita.model.config import ModelConfig
 from llamita.model.families import Family, Gguf
-from llamita.model.host_array import ComputedArray, HostArray
+from llamita.model.host_array import ComputedArray, HostArray, forget_mapped
 from llamita.model.parameters import EMBEDDING, OUTPUT_HEAD, check_arrays, parameter_table
 from llamita.model.rope import TOO_LARGE, RopeScaling, rotary_frequencies
 from llamita.storage.gguf_header import Header, TensorInfo, read_header
@@ -27,8 +27,8 @@ from llamita.storage.rotation import ROTATED, halves
 OUTSIDE = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": OUTPUT_HEAD}
 ROPE_FACTORS = "rope_freqs.weight"
 FLOATS = {Kind.F32: "F32", Kind.F16: "F16", Kind.BF16: "BF16"}
-DEQUANTIZED_AT_ONCE = 1 << 18
-"""Numbers, so that what is computed on the way stays in a processor's cache."""
+DEQUANTIZED_AT_ONCE = 1 << 16
+"""Numbers, so that what is computed on the way stays in a processor's cache and in memory that was had before."""
 HARMLESS = frozenset(
     {
         *("vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length"),
@@ -102,29 +102,39 @@ def _array(header: Header, name: str, head_dim: int = 0, one_less: bool = False)
     if dtype is None and not _dequantises(info.kind):
         raise ValueError(f"{name} has numbers of type {info.kind.name}, which the gguf library cannot dequantise")
 
-    def compute() -> np.ndarray:
-        numbers = _numbers(header, info)
-        if one_less:
-            numbers = _widened(numbers, info.kind) - np.float32(1)
-        return halves(numbers, head_dim) if head_dim else numbers
+    def compute(wanted: slice | np.ndarray) -> np.ndarray:
+        stored = halves(np.arange(info.shape[0]), head_dim)[wanted] if head_dim else wanted
+        numbers = _numbers(header, info, stored)
+        return _widened(numbers, info.kind) - np.float32(1) if one_less else numbers
 
     return ComputedArray("F32" if dtype is None or one_less else dtype, info.shape, compute)
 
 
-def _numbers(header: Header, info: TensorInfo) -> np.ndarray:
-    """Returns the numbers of a tensor: floats as they are (bfloat16 as bit patterns), others dequantised to float32."""
+def _numbers(header: Header, info: TensorInfo, wanted: slice | np.ndarray) -> np.ndarray:
+    """Returns the numbers of some rows of a tensor: floats as they are (bfloat16 as bit patterns), others dequantised
+    to float32. The file's pages do not stay in memory."""
     stored = np.frombuffer(header.mapping, dtype=np.uint8, count=info.stop - info.start, offset=info.start)
     codes = {Kind.F32: "<f4", Kind.F16: "<f2", Kind.BF16: "<u2"}
     if info.kind in codes:
-        return stored.view(codes[info.kind]).reshape(info.shape)
-    block, block_bytes = gguf.GGML_QUANT_SIZES[info.kind]
+        numbers = stored.view(codes[info.kind]).reshape(info.shape)[wanted]
+    elif len(info.shape) == 1:  # a block holds several rows
+        numbers = _dequantized(stored, info.kind)[wanted]
+    else:
+        rows = stored.reshape(info.shape[0], len(stored) // max(info.shape[0], 1))[wanted]
+        numbers = _dequantized(rows.reshape(-1), info.kind).reshape(len(rows), *info.shape[1:])
+    forget_mapped(header.mapping, info.start, info.stop)
+    return numbers
+
+
+def _dequantized(stored: np.ndarray, kind: Kind) -> np.ndarray:
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     blocks = stored.reshape(-1, block_bytes)
     numbers = np.empty((len(blocks), block), dtype=np.float32)
     step = max(1, DEQUANTIZED_AT_ONCE // block)
     for start in range(0, len(blocks), step):  # the library takes a row of any length, and few rows at a time
         part = blocks[start : start + step]
-        numbers[start : start + step] = gguf.quants.dequantize(part.reshape(1, -1), info.kind).reshape(-1, block)
-    return numbers.reshape(info.shape)
+        numbers[start : start + step] = gguf.quants.dequantize(part.reshape(1, -1), kind).reshape(-1, block)
+    return numbers.reshape(-1)
 
 
 def _widened(numbers: np.ndarray, kind: Kind) -> np.ndarray:

@@ -256,6 +256,10 @@ def test_every_number_type_that_the_library_dequantises_is_read(tmp_path, kind):
         for _ in range(2):
             np.testing.assert_array_equal(read.to_numpy().reshape(-1), expected.astype(np.float32).reshape(-1))
             read.forget(0, 1)
+        for wanted in (slice(1, 3), np.array([1, 0, 1])):
+            rows = read.rows(wanted)
+            assert rows.shape == read.to_numpy()[wanted].shape
+            np.testing.assert_array_equal(rows.to_numpy(), read.to_numpy()[wanted])
 
 
 def half(part, at):

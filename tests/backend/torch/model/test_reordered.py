@@ -113,19 +113,33 @@ def test_a_loaded_model_computes_as_the_plain_one_and_gives_the_same_weights_bac
 
 
 def test_a_tied_embedding_is_looked_up_in_the_file(tmp_path) -> None:
-    """The output head is a reordered copy of it; where the file has another type, both are in memory."""
+    """The output head is a reordered copy of it, of another type too, and the one that is in memory."""
     model = save(tmp_path / "model")
     runner = load_runner(model)
     table = runner.model.model.embed_tokens
     assert isinstance(table, reordered.ReorderedEmbedding)
-    assert table.array is not None
+    assert table.weight.is_mkldnn
+    assert table.rows.mapping is not None
     for path in sorted(model.iterdir()):
         path.unlink()  # what is mapped stays
     expected = TorchRunner(build_model(CONFIG, seed=1).eval()).forward(TOKENS)["logits"]
     assert np.abs(runner.forward(TOKENS)["logits"] - expected).max() < 1e-5 * np.abs(expected).max()
     other = load_runner(save(tmp_path / "other", dtype="bfloat16"), "float32")
-    assert other.model.model.embed_tokens.array is None
-    assert other.model.model.embed_tokens.weight.dtype == torch.float32
+    assert other.model.model.embed_tokens.rows.dtype == "BF16"
+    found = other.forward(TOKENS, ("embedding",))["embedding"]
+    weight = build_model(CONFIG, seed=1, dtype=torch.bfloat16).model.embed_tokens.weight
+    assert np.array_equal(found, weight[torch.from_numpy(TOKENS)].float().detach().numpy())
+
+
+def test_a_tied_embedding_of_arrays_in_memory_is_a_copy() -> None:
+    """They may be those of a model in training, which goes on."""
+    arrays = to_host_arrays(build_model(CONFIG, seed=1))
+    runner = TorchRunner(reordered.build_reordered(CONFIG, arrays, dtype=torch.float32))
+    before = runner.forward(TOKENS, ("embedding",))
+    for array in arrays.values():
+        np.frombuffer(array.data, dtype=np.uint8)[:] = 0
+    after = runner.forward(TOKENS, ("embedding",))
+    assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
 def test_an_adapter_over_reordered_weights_gives_the_logits_of_the_merged_model() -> None:
@@ -179,10 +193,12 @@ def test_damaged_weights_are_refused(tied, name, tmp_path) -> None:
 
 
 def test_what_would_change_reordered_weights_is_refused(tmp_path) -> None:
-    """Where the tied table alone is large, too, of which no parameter tells."""
+    """Where the tied table alone is large, too."""
     config = dataclasses.replace(CONFIG, vocab_size=4096, hidden_size=96, intermediate_size=96)
     model = load_runner(save(tmp_path / "model", config)).model
-    assert not any(parameter.is_mkldnn for parameter in model.parameters())
+    assert [name for name, parameter in model.named_parameters() if parameter.is_mkldnn] == [
+        "model.embed_tokens.weight"
+    ]
     with pytest.raises(ValueError, match="plain weights"):
         TorchRunner(model, exact=True)
     with pytest.raises(AssertionError, match="kernel's order"):

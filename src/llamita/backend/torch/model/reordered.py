@@ -8,6 +8,7 @@ Letters beyond the usual: R rows, X numbers laid end to end.
 """
 
 import functools
+import math
 import mmap
 from collections.abc import Mapping
 
@@ -22,11 +23,12 @@ from llamita.backend.torch.model.weights import (
     build_model,
     copy_values,
     finite_pieces,
+    host_from_tensor,
     model_without_values,
     tensor_from_host,
 )
 from llamita.model.config import ModelConfig
-from llamita.model.host_array import HostArray
+from llamita.model.host_array import ITEM_BYTES, HostArray
 from llamita.model.parameters import check_arrays
 
 SMALLEST = 2**18
@@ -79,30 +81,26 @@ def can_reorder(dtype: torch.dtype) -> bool:
 
 
 class ReorderedEmbedding(Embedding):
-    """A table (V, D) that is the output head too: as it is for looking tokens up, beside a reordered copy.
+    """A table (V, D) that is the output head too: reordered, so that memory holds it once. `rows` is the array or the
+    file in which tokens are looked up."""
 
-    With `array`, the mapped file that `weight_VD` lies in, memory holds the copy alone.
-    """
-
-    def __init__(self, weight_VD: Tensor, array: HostArray | None) -> None:
+    def __init__(self, weight_VD: Tensor, rows: HostArray) -> None:
         nn.Module.__init__(self)  # not that of an embedding, which would make room for another table
-        self.weight = nn.Parameter(weight_VD, requires_grad=False)
-        self.array = array
-        self.head_VD = reorder(weight_VD)
+        self.weight = nn.Parameter(reorder(weight_VD), requires_grad=False)
+        self.dtype, self.rows = weight_VD.dtype, rows
         self._forget()
 
     def _forget(self) -> None:
         """Lets go of the file's pages: a system reads ahead, and would end with all of it in memory."""
-        if self.array is not None:
-            self.array.forget(0, len(self.array.data))
+        self.rows.forget(0, math.prod(self.rows.shape) * ITEM_BYTES[self.rows.dtype])
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        x_BTD = super().forward(tokens_BT)
+        x_XD = tensor_from_host(self.rows.rows(tokens_BT.reshape(-1).numpy())).to(self.dtype)
         self._forget()
-        return x_BTD
+        return x_XD.view(*tokens_BT.shape, -1)
 
     def multiply(self, hidden_BTD: Tensor) -> Tensor:
-        return linear(hidden_BTD, self.head_VD)
+        return linear(hidden_BTD, self.weight)
 
 
 @torch.no_grad()
@@ -112,8 +110,7 @@ def build_reordered(
     """Builds a model for inference, as `weights.build_model` does: linear maps lie as their kernels read them.
 
     Where there are no kernels for that, it is an ordinary one. Each weight is reordered as it is read, so that memory
-    holds one plain weight at a time. An embedding that is the output head too, in a mapped file with numbers of this
-    type, stays there.
+    holds one plain weight at a time. The tokens of an embedding that is the output head too are looked up in its file.
     """
     if config.quantization or torch.device(device).type != "cpu" or not can_reorder(dtype):
         return build_model(config, arrays, dtype=dtype, device=device)
@@ -156,8 +153,9 @@ def _read(fused: FusedParameter, arrays: Mapping[str, HostArray], room_X: Tensor
 
 def _tied_embedding(fused: FusedParameter, arrays: Mapping[str, HostArray], dtype: torch.dtype) -> ReorderedEmbedding:
     array = arrays[fused.name]
-    if array.mapping is None or TORCH_DTYPES[array.dtype] != dtype:
-        return ReorderedEmbedding(_read(fused, arrays, torch.empty(fused.parameter.numel(), dtype=dtype)), None)
-    for _ in finite_pieces(fused.name, array):
-        pass
-    return ReorderedEmbedding(tensor_from_host(array), array)
+    if array.mapping is not None and TORCH_DTYPES[array.dtype] == dtype:
+        for _ in finite_pieces(fused.name, array):
+            pass
+        return ReorderedEmbedding(tensor_from_host(array), array)
+    weight_VD = _read(fused, arrays, _memory_of_its_own(fused.parameter.numel(), dtype))
+    return ReorderedEmbedding(weight_VD, array if array.stays_readable else host_from_tensor(weight_VD))

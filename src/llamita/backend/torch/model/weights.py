@@ -5,6 +5,7 @@ Copies arrays in and out by the names that `fused_parameters` and `canonical_sta
 Letters beyond the usual: X numbers laid end to end.
 """
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -108,11 +109,13 @@ def finite_pieces(name: str, array: HostArray) -> Iterator[tuple[int, Tensor]]:
 
     ValueError, naming the array, for NaN or infinity.
     """
-    item, source_X = host_array.ITEM_BYTES[array.dtype], tensor_from_host(array).reshape(-1)
-    for start in range(0, len(source_X), COPIED_AT_ONCE):
-        piece_X = source_X[start : start + COPIED_AT_ONCE]
+    row = math.prod(array.shape[1:])
+    item, at_once = host_array.ITEM_BYTES[array.dtype], max(1, COPIED_AT_ONCE // max(1, row))
+    for first in range(0, array.shape[0], at_once):
+        piece_X = tensor_from_host(array.rows(slice(first, first + at_once))).reshape(-1)
         if piece_X.is_floating_point() and not torch.isfinite(piece_X.sum(dtype=torch.float32)):
             raise ValueError(f"{name} holds NaN or infinite values; the weights are damaged")
+        start = first * row
         yield start, piece_X
         array.forget(start * item, (start + len(piece_X)) * item)
 
