@@ -104,6 +104,36 @@ def test_an_answer_follows_a_schema(llm):
     assert answer["city"] == "Paris"
 
 
+TOOLS = {
+    "get_weather": ("The weather in a city.", {"city": "string"}),
+    "add": ("Add.", {"a": "integer", "b": "integer"}),
+}
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    ("question", "call"),
+    [
+        ("What is the weather in Paris?", {"name": "get_weather", "arguments": {"city": "Paris"}}),
+        ("What is 17 plus 25?", {"name": "add", "arguments": {"a": 17, "b": 25}}),
+    ],
+)
+def test_a_tool_is_called(llm, question, call):
+    """Its template knows no tools: they stand in the system message, and a schema holds the answer to a call."""
+    tools, calls = [], []
+    for name, (description, fields) in TOOLS.items():
+        properties = {field: {"type": kind} for field, kind in fields.items()}
+        arguments = {"type": "object", "properties": properties, "required": [*fields], "additionalProperties": False}
+        tools.append({"name": name, "description": description, "parameters": arguments})
+        calls.append(arguments | {"properties": {"name": {"const": name}, "arguments": arguments}})
+        calls[-1]["required"] = ["name", "arguments"]
+    system = "Answer with a call of one of these functions, as JSON with its name and arguments: " + json.dumps(tools)
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    prompt = Chat(llm.tokenizer).encode(messages, add_generation_prompt=True).tokens
+    params = SamplingParams(max_tokens=60, temperature=0.0, json_schema=json.dumps({"anyOf": calls}))
+    assert json.loads(llm.generate(prompt, params).text) == call
+
+
 @pytest.mark.medium
 def test_sharing_preempting_and_guessing_change_no_token(llm):
     """Prompts of one long beginning: alone, then together where memory is short, then with guesses from the text."""
