@@ -1,5 +1,7 @@
 """The choice of a framework: what auto stands for, what is refused, and what works where neither is installed."""
 
+import contextlib
+import gc
 import io
 import re
 import subprocess
@@ -135,6 +137,30 @@ def test_the_loader_of_a_backend_is_found_by_its_name():
     mlx = choice.load_backend("mlx")
     assert (mlx.name, mlx.device in ("cpu", "gpu")) == ("mlx", True)
     assert mlx.load_runner.__module__ == "llamita.backend.mlx.infer.runner"
+
+
+@pytest.mark.parametrize("collects", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_garbage_collector_rests_while_a_framework_is_imported_and_no_longer(collects, fails, monkeypatch):
+    states = []
+
+    def imported(name):
+        states.append(gc.isenabled())
+        if fails:
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+        return choice
+
+    monkeypatch.setattr(choice.importlib, "import_module", imported)
+    monkeypatch.setattr(choice, "BACKEND", None, raising=False)
+    try:
+        if not collects:
+            gc.disable()
+        with pytest.raises(ModuleNotFoundError) if fails else contextlib.nullcontext():
+            choice.load_backend("torch")
+        states.append(gc.isenabled())
+    finally:
+        gc.enable()
+    assert states == [False, collects]
 
 
 def test_what_needs_no_framework_works_with_neither(tmp_path):

@@ -4,8 +4,10 @@ A verb's module is imported only when that verb is called, so `llamita --help` l
 A verb's flags are the fields of the dataclass that its function takes; this file knows nothing of what a verb does.
 """
 
+import atexit
 import contextlib
 import difflib
+import gc
 import importlib
 import inspect
 import io
@@ -31,6 +33,7 @@ PACKAGES = {
     "mlx_lm": "mlx-lm",
 }
 """The packages to install for modules of another name."""
+atexit.register(gc.freeze)  # no search for garbage among all that ends with the process: half a second after PyTorch
 
 
 class Verb(NamedTuple):
