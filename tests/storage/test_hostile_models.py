@@ -304,7 +304,7 @@ def test_it_is_refused_at_once_in_one_line(outcomes, name):
     assert CASES[name][1] in message
     assert "\n" not in message.strip()
     assert len(message) < 3000
-    assert seconds < 5
+    assert seconds < 60  # a busy machine may be slow; work that grows with what a file claims takes minutes
 
 
 def test_the_model_they_were_made_from_loads(tmp_path):
