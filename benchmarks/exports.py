@@ -10,7 +10,6 @@ eight bits; here they are dequantised. int8 and int4 are computed in float32.
 
 import argparse
 import logging
-import os
 import tempfile
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import llamita
+from llamita.backend.interface import Forward
 from llamita.cli.main import main as run_llamita
 from llamita.evaluation.perplexity import score_sequences
 from llamita.text.tokenizer import Tokenizer
@@ -83,23 +83,19 @@ def megabytes(path: Path) -> float:
 def perplexity(model: Path, windows: list[np.ndarray]) -> float:
     """Computed in float32 by PyTorch on the CPU."""
     llm = llamita.load(model, backend="torch", device="cpu", dtype="float32")
-    scores = score_sequences(llm.runner, windows, llm.config.vocab_size)
-    return float(np.exp(-np.concatenate([each.log_probabilities_T for each in scores]).mean(dtype=np.float64)))
+    return _perplexity(llm.runner, windows, llm.config.vocab_size)
 
 
 def llama_cpp_perplexity(file: Path, windows: list[np.ndarray]) -> float:
-    import llama_cpp
+    from llamita.storage.formats.llama_cpp import LlamaCppRunner
 
-    llama = llama_cpp.Llama(str(file), n_ctx=len(windows[0]), logits_all=True, verbose=False, n_threads=os.cpu_count())
-    nats = []
-    for window in windows:
-        llama.reset()
-        llama.eval(window.tolist())
-        logits_TV = llama.scores[: len(window) - 1].astype(np.float64)
-        logits_TV -= logits_TV.max(axis=-1, keepdims=True)
-        log_p_TV = logits_TV - np.log(np.exp(logits_TV).sum(axis=-1, keepdims=True))
-        nats.append(-np.take_along_axis(log_p_TV, window[1:, None], axis=-1))
-    return float(np.exp(np.concatenate(nats).mean()))
+    runner = LlamaCppRunner(file)
+    return _perplexity(runner, windows, runner.model.n_vocab())
+
+
+def _perplexity(runner: Forward, windows: list[np.ndarray], vocab_size: int) -> float:
+    scores = score_sequences(runner, windows, vocab_size)
+    return float(np.exp(-np.concatenate([each.log_probabilities_T for each in scores]).mean(dtype=np.float64)))
 
 
 def quantized_by_llama_cpp(file: Path, output: Path, kind: str) -> None:

@@ -260,7 +260,7 @@ used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 500_000_000,) * 2)
 results = {}
 for name in rest:
-    started = time.perf_counter()
+    started = time.process_time()  # of computing: a busy machine takes longer
     try:
         llamita.load(name)
         outcome = ["loaded", ""]
@@ -268,14 +268,14 @@ for name in rest:
         outcome = ["refused", str(error)]
     except BaseException as error:
         outcome = [type(error).__name__, str(error)]
-    results[name] = [*outcome, time.perf_counter() - started]
+    results[name] = [*outcome, time.process_time() - started]
 json.dump(results, sys.stdout)
 """
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> dict[str, tuple[str, str, float]]:
-    """What loading each case came to: how it ended, the message, the seconds."""
+    """What loading each case came to: how it ended, the message, the seconds of computing."""
     root = tmp_path_factory.mktemp("hostile")
     make_model(root / "good")
     paths = {}
@@ -304,7 +304,7 @@ def test_it_is_refused_at_once_in_one_line(outcomes, name):
     assert CASES[name][1] in message
     assert "\n" not in message.strip()
     assert len(message) < 3000
-    assert seconds < 60  # a busy machine may be slow; work that grows with what a file claims takes minutes
+    assert seconds < 5
 
 
 def test_the_model_they_were_made_from_loads(tmp_path):

@@ -43,18 +43,22 @@ class HostArray:
         """An array of bfloat16 given as uint16 bit patterns."""
         return cls("BF16", bits.shape, _bytes_of(bits))
 
+    def raw(self) -> np.ndarray:
+        """A numpy array over the bytes; bfloat16 as the bit patterns that numpy has no type for."""
+        code = "<u2" if self.dtype == "BF16" else NUMPY_TYPES[self.dtype]
+        return np.frombuffer(self.data, dtype=code).reshape(self.shape)
+
     def to_numpy(self) -> np.ndarray:
-        """A numpy array: a view of the bytes, but for bfloat16, which is widened to float32."""
-        if self.dtype == "BF16":
-            bits = np.frombuffer(self.data, dtype="<u2").astype(np.uint32) << 16
-            return bits.view(np.float32).reshape(self.shape)
-        return np.frombuffer(self.data, dtype=NUMPY_TYPES[self.dtype]).reshape(self.shape)
+        """As `raw`, but for bfloat16, which is widened to float32."""
+        return (self.raw().astype(np.uint32) << 16).view(np.float32) if self.dtype == "BF16" else self.raw()
+
+    def with_numbers(self, numbers: np.ndarray) -> "HostArray":
+        """An array of the same type with other numbers, as `raw` gives them."""
+        return HostArray(self.dtype, numbers.shape, _bytes_of(numbers))
 
     def rows(self, wanted: slice | np.ndarray) -> "HostArray":
         """Some of the rows along the first dimension: a slice without a step, or whole numbers of any order."""
-        code = "<u2" if self.dtype == "BF16" else NUMPY_TYPES[self.dtype]
-        found = np.frombuffer(self.data, dtype=code).reshape(self.shape)[wanted]
-        return HostArray(self.dtype, found.shape, _bytes_of(found))
+        return self.with_numbers(self.raw()[wanted])
 
     @property
     def stays_readable(self) -> bool:
@@ -87,8 +91,7 @@ class ComputedArray(HostArray):
         return self._bytes
 
     def rows(self, wanted: slice | np.ndarray) -> HostArray:
-        found = self._compute(wanted)
-        return HostArray(self.dtype, found.shape, _bytes_of(found))
+        return self.with_numbers(self._compute(wanted))
 
     @property
     def stays_readable(self) -> bool:

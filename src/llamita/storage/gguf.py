@@ -96,34 +96,28 @@ def _array(header: Header, name: str, head_dim: int = 0, one_less: bool = False)
     """Returns a tensor of the file; with `head_dim` its rows are brought from pairs to halves."""
     info = header.tensors[name]
     dtype = FLOATS.get(info.kind)
-    if dtype is not None and not head_dim and not one_less:
-        data = memoryview(header.mapping)[info.start : info.stop]
-        return HostArray(dtype, info.shape, data, header.mapping, info.start)
-    if dtype is None and not _dequantises(info.kind):
+    data = memoryview(header.mapping)[info.start : info.stop]
+    plain = HostArray(dtype, info.shape, data, header.mapping, info.start) if dtype else None
+    if plain is not None and not head_dim and not one_less:
+        return plain
+    if plain is None and not _dequantises(info.kind):
         raise ValueError(f"{name} has numbers of type {info.kind.name}, which the gguf library cannot dequantise")
 
     def compute(wanted: slice | np.ndarray) -> np.ndarray:
         stored = halves(np.arange(info.shape[0]), head_dim)[wanted] if head_dim else wanted
-        numbers = _numbers(header, info, stored)
-        return _widened(numbers, info.kind) - np.float32(1) if one_less else numbers
+        rows = plain.rows(stored) if plain is not None else _dequantized_rows(data, info, stored)
+        forget_mapped(header.mapping, info.start, info.stop)
+        return rows.to_numpy().astype(np.float32) - np.float32(1) if one_less else rows.raw()
 
     return ComputedArray("F32" if dtype is None or one_less else dtype, info.shape, compute)
 
 
-def _numbers(header: Header, info: TensorInfo, wanted: slice | np.ndarray) -> np.ndarray:
-    """Returns the numbers of some rows of a tensor: floats as they are (bfloat16 as bit patterns), others dequantised
-    to float32. The file's pages do not stay in memory."""
-    stored = np.frombuffer(header.mapping, dtype=np.uint8, count=info.stop - info.start, offset=info.start)
-    codes = {Kind.F32: "<f4", Kind.F16: "<f2", Kind.BF16: "<u2"}
-    if info.kind in codes:
-        numbers = stored.view(codes[info.kind]).reshape(info.shape)[wanted]
-    elif len(info.shape) == 1:  # a block holds several rows
-        numbers = _dequantized(stored, info.kind)[wanted]
-    else:
-        rows = stored.reshape(info.shape[0], len(stored) // max(info.shape[0], 1))[wanted]
-        numbers = _dequantized(rows.reshape(-1), info.kind).reshape(len(rows), *info.shape[1:])
-    forget_mapped(header.mapping, info.start, info.stop)
-    return numbers
+def _dequantized_rows(data: memoryview, info: TensorInfo, wanted: slice | np.ndarray) -> HostArray:
+    stored = np.frombuffer(data, dtype=np.uint8)
+    if len(info.shape) == 1:  # a block holds several rows
+        return HostArray.from_numpy(_dequantized(stored, info.kind)[wanted])
+    rows = stored.reshape(info.shape[0], len(stored) // max(info.shape[0], 1))[wanted]
+    return HostArray.from_numpy(_dequantized(rows.reshape(-1), info.kind).reshape(len(rows), *info.shape[1:]))
 
 
 def _dequantized(stored: np.ndarray, kind: Kind) -> np.ndarray:
@@ -135,12 +129,6 @@ def _dequantized(stored: np.ndarray, kind: Kind) -> np.ndarray:
         part = blocks[start : start + step]
         numbers[start : start + step] = gguf.quants.dequantize(part.reshape(1, -1), kind).reshape(-1, block)
     return numbers.reshape(-1)
-
-
-def _widened(numbers: np.ndarray, kind: Kind) -> np.ndarray:
-    if kind == Kind.BF16:
-        return (numbers.astype(np.uint32) << 16).view(np.float32)
-    return numbers.astype(np.float32)
 
 
 def _dequantises(kind: Kind) -> bool:

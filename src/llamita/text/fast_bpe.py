@@ -163,4 +163,4 @@ def _ranks(spec: Mapping[str, Any]) -> dict[bytes, int] | None:
         return None
     if len(merged) + len(table) != len(vocab):  # a token that no merge makes
         return None
-    return {bytes(table[character] for character in name): token_id for name, token_id in vocab.items()}
+    return {bytes_of_name(name): token_id for name, token_id in vocab.items()}

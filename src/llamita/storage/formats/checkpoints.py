@@ -24,7 +24,6 @@ from llamita.storage.formats.foreign import (
     to_meta_names,
     untied_where_different,
 )
-from llamita.storage.rotation import raw, with_numbers
 
 MINI_LLAMA_LAYER = {
     "pre_norm": "input_layernorm",
@@ -177,8 +176,8 @@ def from_mini_llama(
         if name in MINI_LLAMA_OUTSIDE:
             named[MINI_LLAMA_OUTSIDE[name]] = array
         elif inside and inside[2] == "attn.attn_proj" and array.shape[0] % 3 == 0:
-            for part, rows in zip("qkv", np.split(raw(array), 3), strict=True):
-                named[f"model.layers.{inside[1]}.self_attn.{part}_proj.weight"] = with_numbers(array, rows)
+            for part, rows in zip("qkv", np.split(array.raw(), 3), strict=True):
+                named[f"model.layers.{inside[1]}.self_attn.{part}_proj.weight"] = array.with_numbers(rows)
         elif inside and inside[2] in MINI_LLAMA_LAYER:
             named[f"model.layers.{inside[1]}.{MINI_LLAMA_LAYER[inside[2]]}.weight"] = array
         else:
@@ -232,6 +231,5 @@ def _join(name: str, parts: Sequence[HostArray], width: int) -> HostArray:
         return parts[0]
     row_parallel = name.endswith((".attention.wo.weight", ".feed_forward.w2.weight"))
     cut_embedding = name.startswith("tok_embeddings.") and parts[0].shape[1] != width  # Llama 3 cuts the vocabulary
-    return with_numbers(
-        parts[0], np.concatenate([raw(part) for part in parts], 1 if row_parallel or cut_embedding else 0)
-    )
+    axis = 1 if row_parallel or cut_embedding else 0
+    return parts[0].with_numbers(np.concatenate([part.raw() for part in parts], axis))

@@ -15,7 +15,7 @@ from llamita.model.rope import rotary_frequencies
 from llamita.storage import gguf as gguf_file
 from llamita.storage.formats.foreign import ForeignModel
 from llamita.storage.gguf import ROPE_FACTORS, foreign_name
-from llamita.storage.rotation import ROTATED, raw, to_pairs
+from llamita.storage.rotation import ROTATED, to_pairs
 from llamita.text import gguf_tokenizer
 from llamita.text.tokenizer import Tokenizer
 
@@ -98,7 +98,7 @@ def _write_tensor(writer: gguf.GGUFWriter, name: str, array: HostArray, numbers:
     if kind == Kind.Q8_0 and array.shape[-1] % 32:
         kind = Kind.F16  # groups have 32 numbers
     if kind == Kind.BF16 and array.dtype == "BF16":
-        stored = raw(array).view(np.uint8)  # as it is
+        stored = array.raw().view(np.uint8)  # as it is
     else:
         stored = gguf.quants.quantize(array.to_numpy().astype(np.float32), kind)
     writer.add_tensor(name, np.ascontiguousarray(stored), raw_dtype=kind)
