@@ -130,6 +130,8 @@ def tensor_from_host(array: HostArray) -> Tensor:
     """Returns a tensor over the array's own bytes; read only where those are a mapped file."""
     if 0 in array.shape:
         return torch.empty(array.shape, dtype=TORCH_DTYPES[array.dtype])
+    if not array.data.readonly:
+        return torch.frombuffer(array.data, dtype=TORCH_DTYPES[array.dtype]).reshape(array.shape)
     with warnings.catch_warnings():  # a mapped file cannot be written to, of which torch warns
         warnings.simplefilter("ignore", UserWarning)
         return torch.frombuffer(array.data, dtype=TORCH_DTYPES[array.dtype]).reshape(array.shape)
