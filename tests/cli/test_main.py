@@ -239,6 +239,13 @@ def test_a_reader_that_has_gone_is_no_error(arguments: list[str]) -> None:
     assert done.returncode in (1, 141)  # 1 where rich met the closed pipe first
 
 
+def test_a_command_that_loaded_triton_ends_without_a_word() -> None:
+    pytest.importorskip("triton", reason="needs Triton, which is there on Linux")
+    code = "import triton\nfrom llamita.cli.main import main\nmain(['--version'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_every_module_of_the_command_line_is_reached_by_a_verb() -> None:
     modules = {path.stem for path in Path(command.__file__).parent.glob("*.py")}
     modules -= {"__init__", "main", "tuning", "loading"}  # what verbs share

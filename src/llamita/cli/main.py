@@ -33,7 +33,16 @@ PACKAGES = {
     "mlx_lm": "mlx-lm",
 }
 """The packages to install for modules of another name."""
-atexit.register(gc.freeze)  # no search for garbage among all that ends with the process: half a second after PyTorch
+
+
+@atexit.register
+def _leave_garbage() -> None:
+    """Leaves out the search for garbage among all that ends with the process, half a second after PyTorch.
+
+    Triton, which PyTorch imports on a GPU and to compile, reports leaks where it is left out.
+    """
+    if "triton" not in sys.modules:
+        gc.freeze()
 
 
 class Verb(NamedTuple):
