@@ -23,7 +23,7 @@ from llamita.storage.safetensors import Layout, layout_of, read_safetensors, siz
 MAX_SHARD_BYTES = 5_000_000_000
 HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 ADAPTER_CONFIG = "adapter_config.json"  # a directory that has it holds an adapter over another model
-HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
+HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
 
 
 def save_tensors(directory: Path | str, tensors: Mapping[str, HostArray], name: str = "model") -> None:

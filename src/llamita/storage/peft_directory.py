@@ -164,7 +164,7 @@ def base_directory(directory: Path) -> Path:
         ) from None
 
 
-VOCABULARY = ("tokenizer.json", "tokenizer.model")  # either makes a tokenizer's directory
+VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")  # any makes a tokenizer's directory
 CONFIG = "config.json"
 
 

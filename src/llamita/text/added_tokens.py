@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 from tokenizers import AddedToken, processors
 
 from llamita.text import sentencepiece_json
@@ -80,12 +79,13 @@ def read(directory: Path, config: Mapping[str, Any], codec: HuggingFaceCodec | S
 
 
 def complete(
-    codec: HuggingFaceCodec | SentencePieceCodec, found: AddedTokens, directory: Path
+    codec: HuggingFaceCodec | SentencePieceCodec, found: AddedTokens, directory: Path, adds_ends: bool = False
 ) -> HuggingFaceCodec | SentencePieceCodec:
     """Returns the codec of a vocabulary with what the files beside it say.
 
     A SentencePiece model stays one unless tokens are added to it. Tokens that are only named by a role, without an id,
-    are added as far as config.json leaves room for them. ValueError for a SentencePiece model that cannot hold more.
+    are added as far as config.json leaves room for them. `adds_ends`: the settings say which tokens stand around a
+    text, as they do where no tokenizer.json does. ValueError for a SentencePiece model that cannot hold more.
     """
     model = read_json(directory / "config.json")
     is_llama = _is_llama_tokenizer(found.config, model.get("model_type"))
@@ -108,7 +108,7 @@ def complete(
                 "of SentencePiece's kind BPE, the only one that Llamita can add to; save it as a tokenizer.json with "
                 "transformers"
             )
-        _add_ends(converted, found)
+        adds_ends = True
         tokens = [token if is_llama else _unnormalised(token) for token in found.tokens]
         codec = HuggingFaceCodec(converted)
     else:
@@ -123,12 +123,21 @@ def complete(
     while missing and room is not None and len({token.content for token in missing} - codec.vocabulary.keys()) > room:
         missing.pop()
     codec = codec.with_added(missing)
+    if _class_name(found.config) == "Qwen2Tokenizer":  # it adds them once more, by their names alone
+        again = [AddedToken(token.content, special=True) for token in found.named if token.content in codec.added]
+        codec = codec.with_added(again)
+    if adds_ends:
+        codec = _with_ends(codec, found)
     return codec.with_special(codec.vocabulary[name] for name in found.special if name in codec.vocabulary)
 
 
 def _is_llama_tokenizer(config: Mapping[str, Any], model_type: Any) -> bool:
     """Whether transformers reads a directory by its LlamaTokenizer, which it does not where the model is Mistral's."""
-    return str(config.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer" and model_type != "mistral"
+    return _class_name(config) == "LlamaTokenizer" and model_type != "mistral"
+
+
+def _class_name(config: Mapping[str, Any]) -> str:
+    return str(config.get("tokenizer_class")).removesuffix("Fast")
 
 
 def _prefix_scheme(config: Mapping[str, Any]) -> str:
@@ -138,21 +147,23 @@ def _prefix_scheme(config: Mapping[str, Any]) -> str:
     return "always" if config.get("legacy") else "first"
 
 
-def _add_ends(tokenizer: tokenizers.Tokenizer, found: AddedTokens) -> None:
-    """Makes the tokens that the settings want around a text those that the tokenizer puts there."""
+def _with_ends(codec: HuggingFaceCodec, found: AddedTokens) -> HuggingFaceCodec:
+    """Returns the codec that puts around a text the tokens that the settings want there."""
     ends = {}
-    for role in ("bos", "eos"):
-        name = _content(found.config.get(f"{role}_token")) or {"bos": "<s>", "eos": "</s>"}[role]
-        token_id = tokenizer.token_to_id(name)
-        if found.config.get(f"add_{role}_token") and token_id is not None:
-            ends[role] = (name, token_id)
+    for role, usual in (("bos", "<s>"), ("eos", "</s>")):
+        name = _content(found.config.get(f"{role}_token", usual))
+        if found.config.get(f"add_{role}_token") and name in codec.vocabulary:
+            ends[role] = (name, codec.vocabulary[name])
+    if not ends:
+        return codec
     before, after = (f"{ends[role][0]}:{{0}}" if role in ends else "" for role in ("bos", "eos"))
     single = " ".join(part for part in (before, "$A:{0}", after) if part)
     pair = " ".join(part for part in (before, "$B:{0}", after) if part)
-    if ends:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=single.format(0), pair=f"{single.format(0)} {pair.format(1)}", special_tokens=list(ends.values())
-        )
+    changed = codec.copy()
+    changed.post_processor = processors.TemplateProcessing(
+        single=single.format(0), pair=f"{single.format(0)} {pair.format(1)}", special_tokens=[*ends.values()]
+    )
+    return HuggingFaceCodec(changed)
 
 
 def _room(model: Mapping[str, Any], size: int) -> int | None:

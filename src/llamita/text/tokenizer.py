@@ -15,7 +15,7 @@ import numpy as np
 
 from llamita.storage.gguf_header import is_gguf
 from llamita.storage.peft_directory import VOCABULARY
-from llamita.text import added_tokens, gguf_tokenizer, tiktoken_ranks
+from llamita.text import added_tokens, gguf_tokenizer, tiktoken_ranks, vocabulary_files
 from llamita.text.added_tokens import read_json, template_marks
 from llamita.text.huggingface_codec import HuggingFaceCodec
 from llamita.text.sentencepiece_codec import SentencePieceCodec
@@ -54,7 +54,8 @@ class Tokenizer:
         SentencePiece's or, of Llama 3, tiktoken's.
 
         A directory's tokenizer.model is read by `sentencepiece`, unless the tokenizer.json beside it has more tokens.
-        One of tiktoken's is read only where there is no tokenizer.json.
+        One of tiktoken's is read only where there is no tokenizer.json; vocab.json and merges.txt, where there is
+        neither file.
         Raises FileNotFoundError or ValueError with one line that names the file and the fault.
         """
         path = Path(path)
@@ -65,14 +66,16 @@ class Tokenizer:
         file = _tokenizer_file(path) if path.is_dir() else path
         config = read_json(file.parent / "tokenizer_config.json")
         codec: HuggingFaceCodec | SentencePieceCodec
-        if file.suffix == ".json" or file.read_bytes()[:1] == b"{":
+        if in_two_files := file.name in (vocabulary_files.TOKENS, vocabulary_files.MERGES):
+            codec, config = vocabulary_files.read(file.parent, config)
+        elif file.suffix == ".json" or file.read_bytes()[:1] == b"{":
             codec = HuggingFaceCodec.from_file(file)
         elif tiktoken_ranks.is_rank_file(file):
             codec = tiktoken_ranks.codec_from_file(file, functools.partial(added_tokens.names_by_id, config))
         else:
             codec = SentencePieceCodec.from_file(file)
         found = added_tokens.read(file.parent, config, codec)
-        codec, config = added_tokens.complete(codec, found, file.parent), found.config
+        codec, config = added_tokens.complete(codec, found, file.parent, adds_ends=in_two_files), found.config
         if templates := _template_files(file.parent):  # where there are any, transformers reads these alone
             config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
         roles = _find_roles(codec, config, file.parent)
@@ -251,8 +254,13 @@ def _check_text(text: str) -> None:
 
 def _tokenizer_file(directory: Path) -> Path:
     model, whole = directory / "tokenizer.model", directory / "tokenizer.json"
+    in_two_files = (directory / vocabulary_files.TOKENS, directory / vocabulary_files.MERGES)
     if not model.exists() and not whole.exists():
-        raise FileNotFoundError(f"{directory} holds neither a tokenizer.json nor a tokenizer.model")
+        if any(file.is_file() for file in in_two_files):
+            return in_two_files[0]
+        raise FileNotFoundError(
+            f"{directory} holds neither a tokenizer.json nor a tokenizer.model, nor vocab.json with merges.txt"
+        )
     if not model.exists():
         return whole
     if whole.exists() and tiktoken_ranks.is_rank_file(model):

@@ -67,8 +67,8 @@ class Splitter:
     begins_texts: bool = False
     """Whether llama.cpp puts the BOS token before a text where the file does not say."""
 
-    def pre_tokenizer(self) -> Any:
-        """Returns the same for a `tokenizers.Tokenizer`."""
+    def pre_tokenizer(self, add_prefix_space: bool = False) -> Any:
+        """Returns the same for a `tokenizers.Tokenizer`, with or without a space before a text that has none."""
         steps = [
             pre_tokenizers.Digits(individual_digits=True)
             if pattern == r"\p{N}"
@@ -76,9 +76,9 @@ class Splitter:
             for pattern in self.patterns
         ]
         if self.patterns[-1] == GPT2:  # the library has it built in
-            byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            byte_level = pre_tokenizers.ByteLevel(add_prefix_space)
             return pre_tokenizers.Sequence([*steps[:-1], byte_level]) if steps[:-1] else byte_level
-        return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space, use_regex=False)])
 
     def normalizer(self) -> Any:
         return normalizers.NFC() if self.nfc else None
