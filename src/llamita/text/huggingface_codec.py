@@ -108,7 +108,12 @@ class HuggingFaceCodec:
         changed = self.copy()
         before = changed.to_str()
         changed.add_tokens(list(tokens))
-        return self if changed.to_str() == before else HuggingFaceCodec(changed).with_marks(self.marks)
+        after = changed.to_str()
+        if after == before:
+            return self
+        if any(token.content in self.special_tokens and not token.special for token in tokens):
+            changed = tokenizers.Tokenizer.from_str(after)  # the library itself still takes them for special ones
+        return HuggingFaceCodec(changed).with_marks(self.marks)
 
     def copy(self) -> tokenizers.Tokenizer:
         """The library's tokenizer, as the file has it."""
