@@ -5,6 +5,7 @@ Knows the keys of the file and nothing of tensors.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,9 @@ def write(writer: gguf.GGUFWriter, tokenizer: Tokenizer, config: ModelConfig) ->
     no such tokenizer."""
     codec = tokenizer.codec
     if isinstance(codec, SentencePieceCodec):
-        _write_sentencepiece(writer, codec, config.vocab_size)
+        _write_sentencepiece(writer, sentencepiece_json.parse(codec.proto), config.vocab_size)
+    elif codec.marks_spaces:
+        _write_sentencepiece(writer, _as_sentencepiece(codec), config.vocab_size)
     else:
         _write_byte_level(writer, codec, config.vocab_size)
     for role, add in (
@@ -115,8 +118,16 @@ def _chat_templates(metadata: Mapping[str, Any]) -> str | list[dict[str, str]] |
     return [*([{"name": "default", "template": default}] if default else []), *named]
 
 
-def _write_sentencepiece(writer: gguf.GGUFWriter, codec: SentencePieceCodec, size: int) -> None:
-    model = sentencepiece_json.parse(codec.proto)
+def _as_sentencepiece(codec: HuggingFaceCodec) -> SentencePieceModel:
+    try:
+        return sentencepiece_json.revert(codec.spec)
+    except ValueError as error:
+        raise ValueError(
+            f"llama.cpp has SentencePiece's BPE with added tokens, and this tokenizer is another: {error}"
+        ) from None
+
+
+def _write_sentencepiece(writer: gguf.GGUFWriter, model: SentencePieceModel, size: int) -> None:
     if model.model_type != BPE:
         raise ValueError("llama.cpp has SentencePiece's BPE, and this tokenizer is of another kind of SentencePiece's")
     padding = [(f"[PAD{token_id}]", 0.0, UNUSED) for token_id in range(len(model.pieces), size)]
@@ -148,7 +159,9 @@ def _write_byte_level(writer: gguf.GGUFWriter, codec: HuggingFaceCodec, size: in
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
 
 
-def _read_sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> SentencePieceCodec:
+def _read_sentencepiece(
+    metadata: Mapping[str, Any], tokens: list[str], types: list[int]
+) -> HuggingFaceCodec | SentencePieceCodec:
     scores = metadata.get("tokenizer.ggml.scores") or [0.0] * len(tokens)
     if len(scores) != len(tokens):
         raise ValueError("tokenizer.ggml.scores and tokenizer.ggml.tokens do not fit together")
@@ -162,7 +175,24 @@ def _read_sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: l
         removes_extra_spaces=False,
     )
     ids = {role: metadata.get(f"tokenizer.ggml.{key}_token_id", -1) for role, key in KEYS.items()}
-    return SentencePieceCodec(sentencepiece_json.serialize(model, ids))
+    converted = _with_symbols_as_control_tokens(model) if USER_DEFINED in types else None
+    if converted is None:
+        return SentencePieceCodec(sentencepiece_json.serialize(model, ids))
+    symbols = [AddedToken(text, normalized=False) for text, _, kind in model.pieces if kind == USER_DEFINED]
+    return HuggingFaceCodec(_beginning(converted, metadata, "llama", tokens)).with_added(symbols)
+
+
+def _with_symbols_as_control_tokens(model: SentencePieceModel) -> tokenizers.Tokenizer | None:
+    """Returns the tokenizer that looks for the user's symbols first, as for control tokens; None for a model that has
+    no such form.
+
+    So does llama.cpp, and puts the dummy prefix before the text that follows a symbol. SentencePiece does not.
+    """
+    size = max(number for number, (_, _, kind) in enumerate(model.pieces, 1) if kind != UNUSED)
+    pieces = [(text, score, CONTROL if kind == USER_DEFINED else kind) for text, score, kind in model.pieces[:size]]
+    unknown = next(number for number, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN)
+    used = dataclasses.replace(model, pieces=tuple(pieces))
+    return SentencePieceCodec(sentencepiece_json.serialize(used, {"unk": unknown})).converted()
 
 
 def _read_byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> HuggingFaceCodec:
@@ -184,11 +214,18 @@ def _read_byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list
         tokenizer.normalizer = splitter.normalizer()
     in_order = sorted(added, key=used.__getitem__)
     tokenizer.add_tokens([AddedToken(text, special=text in special, normalized=False) for text in in_order])
-    bos = metadata.get("tokenizer.ggml.bos_token_id")
-    if _begins_texts(metadata, "gpt2") and isinstance(bos, int) and 0 <= bos < len(tokens):
+    return HuggingFaceCodec(_beginning(tokenizer, metadata, "gpt2", tokens))
+
+
+def _beginning(
+    tokenizer: tokenizers.Tokenizer, metadata: Mapping[str, Any], kind: str, tokens: list[str]
+) -> tokenizers.Tokenizer:
+    """Returns the tokenizer, which now begins texts as llama.cpp does."""
+    bos = metadata.get("tokenizer.ggml.bos_token_id", DEFAULTS.get(kind, {}).get("bos"))
+    if _begins_texts(metadata, kind) and isinstance(bos, int) and 0 <= bos < len(tokens):
         text = tokens[bos]
         tokenizer.post_processor = processors.TemplateProcessing(f"{text}:0 $A:0", special_tokens=[(text, bos)])
-    return HuggingFaceCodec(tokenizer)
+    return tokenizer
 
 
 def _pair(merge: str) -> tuple[str, str]:

@@ -146,11 +146,16 @@ class SentencePieceCodec:
     def fingerprint(self) -> str:
         return hashlib.sha256(self.proto).hexdigest()
 
+    def converted(self) -> tokenizers.Tokenizer | None:
+        """The same tokenizer in the form of a tokenizer.json, where that can hold it."""
+        found = sentencepiece_json.convert(sentencepiece_json.parse(self.proto))
+        return found if found is not None and sentencepiece_json.agree_on_spaces(found, self._processor) else None
+
     def write(self, directory: Path) -> None:
         """Write tokenizer.model, and the same tokenizer as tokenizer.json where that form can hold it."""
         (directory / "tokenizer.model").write_bytes(self.proto)
-        converted = sentencepiece_json.convert(sentencepiece_json.parse(self.proto))
-        if converted is not None and sentencepiece_json.agree_on_spaces(converted, self._processor):
+        converted = self.converted()
+        if converted is not None:
             if self.prefix == "first":
                 sentencepiece_json.prefix_texts(converted, self.prefix)
             converted.save(str(directory / "tokenizer.json"), pretty=True)

@@ -1,4 +1,4 @@
-"""A SentencePiece BPE model as a `tokenizers.Tokenizer`, so that other libraries open what is saved here.
+"""A SentencePiece BPE model as a `tokenizers.Tokenizer`, so that other libraries open what is saved here; and back.
 
 Reads the few fields of the model's protocol buffer that decide ids, and nothing else of it
 (https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto).
@@ -17,10 +17,13 @@ nothing else can, and where no other piece holds two spaces, how a run merges de
 """
 
 import collections
+import itertools
+import json
 import re
 import struct
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import sentencepiece
 import tokenizers
@@ -29,6 +32,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece.Type
 BPE = 2  # TrainerSpec.ModelType
 SPACE_MARK = "▁"
+DOUBLE_MARK = normalizers.Replace(tokenizers.Regex(rf"\A{SPACE_MARK}"), SPACE_MARK * 2)
+"""Keeps the first space of a text apart from the one that `Metaspace` puts before texts that have none."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +127,7 @@ def convert(model: SentencePieceModel) -> tokenizers.Tokenizer | None:
     longer = sorted((text for text in normal if len(text) > 1), key=lambda text: -normal[text])
     if not _ties_are_harmless(longer, normal):
         return None
-    merges = [
-        (text[:cut], text[cut:])
-        for text in longer
-        for cut in range(1, len(text))
-        if text[:cut] in normal and text[cut:] in normal
-    ]
+    merges = [pair for text in longer for pair in _pairs(text, normal)]
     unknown = next(text for text, _, kind in model.pieces if kind == UNKNOWN)
     tokenizer = tokenizers.Tokenizer(
         models.BPE(
@@ -162,11 +162,10 @@ def convert_loosely(proto: bytes, for_llama: bool, prefix: str) -> tokenizers.To
     symbols = [text for text, _, kind in model.pieces if kind == USER_DEFINED]
     places = {text: place for place, (text, _, _) in enumerate(model.pieces)}
     longer = sorted((text for text in normal if len(text) > 1), key=lambda text: (-normal[text], places[text]))
-    pairs = ((text[:cut], text[cut:]) for text in longer for cut in range(1, len(text)))
     tokenizer = tokenizers.Tokenizer(
         models.BPE(
             vocab=places,
-            merges=[(left, right) for left, right in pairs if left in normal and right in normal],
+            merges=[pair for text in longer for pair in _pairs(text, normal)],
             unk_token=next(text for text, _, kind in model.pieces if kind == UNKNOWN),
             fuse_unk=True,
             byte_fallback=model.byte_fallback,
@@ -184,7 +183,7 @@ def convert_loosely(proto: bytes, for_llama: bool, prefix: str) -> tokenizers.To
         if model.escapes_spaces:
             steps.append(normalizers.Replace(" ", SPACE_MARK))
         if model.adds_dummy_prefix and prefix == "always":
-            steps.append(normalizers.Replace(tokenizers.Regex(rf"\A{SPACE_MARK}"), SPACE_MARK * 2))
+            steps.append(DOUBLE_MARK)
         tokenizer.normalizer = normalizers.Sequence(steps)
         splits = [tokenizer.pre_tokenizer] if model.adds_dummy_prefix else []
         if symbols:
@@ -196,6 +195,98 @@ def convert_loosely(proto: bytes, for_llama: bool, prefix: str) -> tokenizers.To
     if for_llama:
         tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in symbols])
     return tokenizer
+
+
+def revert(spec: Mapping[str, Any]) -> SentencePieceModel:
+    """The inverse of both, from a tokenizer's JSON: added tokens are control tokens, or symbols of the user's.
+
+    The pieces' scores are no longer known; any that fall in the order of the merges give the same ids. ValueError names
+    what llama.cpp does otherwise: it looks for added tokens first, the longest first, and puts the dummy prefix before
+    each text between them.
+    """
+    model, listed = spec["model"], {token["content"]: token for token in spec["added_tokens"]}
+    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+    bytes_ = {f"<0x{byte:02X}>" for byte in range(256)}
+    if not model.get("byte_fallback") or model.get("ignore_merges") or not bytes_ <= model["vocab"].keys():
+        raise ValueError("its characters outside the vocabulary are not spelled by pieces of one byte")
+    _check_added(listed, is_normalized=bool(spec["normalizer"]))
+    made = {"".join(pair) for pair in merges}
+    if both := next((name for name in listed if name in made or (len(name) == 1 and name in model["vocab"])), None):
+        raise ValueError(f"its token {both!r} is a piece of ordinary text as well")
+    names = model["vocab"].keys() - bytes_ - listed.keys()
+    ranks: dict[str, int] = {}
+    for text, pairs in itertools.groupby(merges, "".join):
+        if text in ranks or set(pairs) != set(_pairs(text, names)):
+            raise ValueError(f"its merges that make {text!r} are not all those that pieces allow, one after another")
+        ranks[text] = len(ranks)
+    for text in names - made:
+        if next(_pairs(text, names), None) or not names.issuperset(text):
+            raise ValueError(f"no merge makes its piece {text!r}")
+    kinds = {name: CONTROL if token["special"] else USER_DEFINED for name, token in listed.items()}
+    kinds |= dict.fromkeys(bytes_, BYTE)
+    kinds[model.get("unk_token")] = UNKNOWN
+    ids = model["vocab"] | {name: token["id"] for name, token in listed.items()}
+    pieces = [(f"[PAD{number}]", 0.0, UNUSED) for number in range(max(ids.values()) + 1)]
+    for name, number in ids.items():
+        pieces[number] = (name, float(-ranks.get(name, 0)), kinds.get(name, NORMAL))
+    return SentencePieceModel(
+        pieces=tuple(pieces),
+        model_type=BPE,
+        byte_fallback=True,
+        adds_dummy_prefix=_prefixes_texts(spec),
+        removes_extra_spaces=False,
+    )
+
+
+def _check_added(tokens: Mapping[str, Mapping[str, Any]], is_normalized: bool) -> None:
+    """Refuses added tokens that a search for the longest first, in a text as it is given, would find elsewhere."""
+    flags = ("lstrip", "rstrip", "single_word", *(["normalized"] if is_normalized else []))
+    for name, token in tokens.items():
+        if flag := next((flag for flag in flags if token[flag]), None):
+            raise ValueError(f"{name!r} is a token with the flag {flag}")
+    starts = collections.defaultdict(set)
+    for name in tokens:
+        for cut in range(1, len(name)):
+            starts[name[:cut]].add(name)
+    for name in tokens:
+        for cut in range(1, len(name)):
+            if other := next(iter(starts[name[cut:]] - {name}), None):
+                raise ValueError(f"of its tokens {name!r} and {other!r}, one may begin within the other")
+    late = {name for name, token in tokens.items() if token["normalized"]}  # looked for where no other was found
+    for name in tokens.keys() - late:
+        if other := next((other for other in late if name in other), None):
+            raise ValueError(f"its token {name!r} is looked for before {other!r}, which holds it")
+
+
+def _prefixes_texts(spec: Mapping[str, Any]) -> bool:
+    """Whether a space is put before each text between added tokens; ValueError where it is before some alone."""
+
+    def form(steps: list[normalizers.Normalizer], *schemes: str) -> list[list[Any]]:
+        return [[json.loads(step.__getstate__()) for step in part] for part in (steps, map(_metaspace, schemes))]
+
+    given = [_steps(spec["normalizer"], "normalizers"), _steps(spec["pre_tokenizer"], "pretokenizers")]
+    first, marks = normalizers.Prepend(SPACE_MARK), normalizers.Replace(" ", SPACE_MARK)
+    if given in (form([first, marks]), form([], "always"), form([marks, DOUBLE_MARK], "always")):
+        return True
+    if given in (form([marks]), form([], "never")):
+        return False
+    if given in (form([], "first"), form([marks], "first")):
+        raise ValueError(
+            "it puts a space before the first text alone, and not before each that follows a special token; "
+            '"legacy": true in tokenizer_config.json makes it do so'
+        )
+    raise ValueError("it changes or splits a text before it looks for pieces")
+
+
+def _steps(part: Mapping[str, Any] | None, key: str) -> list[Any]:
+    """The steps of a part of a tokenizer's JSON, in their order."""
+    if part is None:
+        return []
+    return [step for inner in part[key] for step in _steps(inner, key)] if key in part else [part]
+
+
+def _metaspace(scheme: str) -> pre_tokenizers.Metaspace:
+    return pre_tokenizers.Metaspace(SPACE_MARK, prepend_scheme=scheme, split=False)
 
 
 def _charsmap(proto: bytes) -> bytes:
@@ -210,7 +301,7 @@ def prefix_texts(tokenizer: tokenizers.Tokenizer, scheme: str) -> None:
     always: before each text between added tokens; first: before one that nothing precedes; never.
     """
     tokenizer.normalizer = None
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE_MARK, prepend_scheme=scheme, split=False)
+    tokenizer.pre_tokenizer = _metaspace(scheme)
     strip = [decoders.Strip(" ", 1, 0)] if scheme != "never" else []
     steps = [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     tokenizer.decoder = decoders.Sequence(steps)
@@ -221,6 +312,12 @@ def agree_on_spaces(converted: tokenizers.Tokenizer, processor: sentencepiece.Se
     texts = [text for length in range(200) for text in ("a" + " " * length + "a", " " * length)]
     found = converted.encode_batch(texts, add_special_tokens=False)
     return all(encoding.ids == ids for encoding, ids in zip(found, processor.encode(texts), strict=True))
+
+
+def _pairs(text: str, names: Container[str]) -> Iterator[tuple[str, str]]:
+    """The ways to make a piece of two."""
+    cuts = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
+    return (pair for pair in cuts if pair[0] in names and pair[1] in names)
 
 
 def _ties_are_harmless(longer: list[str], scores: dict[str, float]) -> bool:

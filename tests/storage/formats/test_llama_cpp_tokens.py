@@ -37,11 +37,11 @@ def made(name, path):
     return Tokenizer.load(path)
 
 
-def by_llama_cpp(path, texts):
+def by_llama_cpp(path, texts, special=False):
     import llama_cpp
 
     llama = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
-    return [llama.tokenize(text.encode(), add_bos=False, special=False) for text in texts]
+    return [llama.tokenize(text.encode(), add_bos=False, special=special) for text in texts]
 
 
 @pytest.mark.parametrize("name", SPLITTERS)
