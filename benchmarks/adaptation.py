@@ -38,6 +38,7 @@ SENTENCES = (
 )
 INSTRUCTION = "Write this order as JSON with name, item, count and day: "
 LONGEST_ANSWER = 48
+PAIRS = 300
 
 Order = dict[str, Any]
 
@@ -82,7 +83,7 @@ def write_data(output: Path, count: int, held_out: int) -> list[Order]:
     made = list(orders.values())
     train = made[held_out:]
     conversations = [{"messages": [*asked(order), {"role": "assistant", "content": wanted(order)}]} for order in train]
-    pairs = [{"prompt": asked(o), "chosen": wanted(o), "rejected": wanted(mistaken(o, chance))} for o in train]
+    pairs = [{"prompt": asked(o), "chosen": wanted(o), "rejected": wanted(mistaken(o, chance))} for o in train[:PAIRS]]
     prompts = [{"prompt": asked(order), "answer": wanted(order)} for order in train]
     for name, records in (("conversations", conversations), ("pairs", pairs), ("prompts", prompts)):
         (output / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -106,7 +107,7 @@ def mistaken(order: Order, chance: random.Random) -> Order:
 def tuned(arguments: argparse.Namespace) -> dict[str, Path]:
     """The merged models by the name of their tuning."""
     output: Path = arguments.output
-    lora = ("--tuning", "lora", "--lora-rank", 8, "--mode", "pad")
+    lora = ("--tuning", "lora", "--lora-rank", 8)
     found = {}
 
     def stage(name: str, verb: str, model: Path, *options: Any) -> Path:
@@ -117,12 +118,12 @@ def tuned(arguments: argparse.Namespace) -> dict[str, Path]:
         return output / verb
 
     data = ("--data", output / "conversations.jsonl", "--steps", arguments.sft_steps, "--learning-rate", 1e-3)
-    sft = stage("after SFT", "sft", arguments.model, *lora, *data, "--batch-size", 16)
+    sft = stage("after SFT", "sft", arguments.model, *lora, *data, "--batch-size", 16, "--mode", "pad")
     data = ("--data", output / "pairs.jsonl", "--steps", arguments.dpo_steps, "--learning-rate", 2e-4)
     stage("after SFT and DPO", "dpo", sft, *lora, *data, "--batch-size", 8)
     data = ("--data", output / "prompts.jsonl", "--steps", arguments.rl_steps, "--learning-rate", 3e-4)
     rules = ("--reward", "exact", "--max-tokens", LONGEST_ANSWER, "--group", 8, "--batch-size", 64)
-    stage("after SFT and RL", "rl", sft, *lora[:-2], *data, *rules)
+    stage("after SFT and RL", "rl", sft, *lora, *data, *rules)
     return found
 
 
