@@ -3,10 +3,10 @@
     python benchmarks/adaptation.py MODEL --output DIRECTORY
 
 The task: an order in a sentence, to be answered as JSON of four keys; an answer counts where it is right to the
-letter. A short instruction tuning with LoRA leaves mistakes; from there the model is tuned further on pairs of a right
-and a wrong answer (DPO), and on its own answers with 1 for a right one (RL), each with LoRA. What each gives is merged
-and written as float32, and answers the held-out orders here, in transformers and in llama.cpp. Stages whose directories
-are there already are not run again.
+letter. A short instruction tuning with LoRA leaves mistakes; from there the model is tuned further on pairs of the
+right answer and one of its own wrong ones (DPO), and on its answers with 1 for a right one (RL), each with LoRA. What
+each gives is merged and written as float32, and answers held-out orders here, in transformers and in llama.cpp. Stages
+whose directories are there already are not run again.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from rich.table import Table
 import llamita
 from llamita.backend.sampling_params import SamplingParams
 from llamita.cli.main import main as run_llamita
+from llamita.inference.llm import LLM
 from llamita.text.chat import Chat
 
 NAMES = ("Ada", "Ben", "Carla", "Dev", "Eva", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Kofi", "Lena", "Mira", "Olga")
@@ -39,6 +40,9 @@ SENTENCES = (
 INSTRUCTION = "Write this order as JSON with name, item, count and day: "
 LONGEST_ANSWER = 48
 PAIRS = 300
+"""Orders that the model answers, to learn from those that are wrong."""
+COMPARED = 20
+"""Orders that the other programs answer too, one after the other."""
 
 Order = dict[str, Any]
 
@@ -48,30 +52,32 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--orders", type=int, default=1200)
-    parser.add_argument("--held-out", type=int, default=100)
-    parser.add_argument("--sft-steps", type=int, default=24)
-    parser.add_argument("--dpo-steps", type=int, default=40)
-    parser.add_argument("--rl-steps", type=int, default=30)
+    parser.add_argument("--held-out", type=int, default=50)
+    parser.add_argument("--sft-steps", type=int, default=6)
+    parser.add_argument("--dpo-steps", type=int, default=30)
+    parser.add_argument("--rl-steps", type=int, default=6)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    held_out = write_data(arguments.output, arguments.orders, arguments.held_out)
-    models = {"as it came": arguments.model} | tuned(arguments)
-    table = Table(box=None, title=f"right of {len(held_out)} held-out orders", title_justify="left")
+    held_out, orders = write_data(arguments.output, arguments.orders, arguments.held_out)
+    models = {"as it came": arguments.model} | tuned(arguments, orders)
+    few = held_out[:COMPARED]
+    table = Table(box=None, title=f"right of {len(held_out)} held-out orders; elsewhere of {len(few)}")
     for column in ("model", "here", "in transformers", "in llama.cpp", "the same three answers"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, model in models.items():
         directory, file = written(model, arguments.output / f"{model.stem}-written")
-        answers = [answer(directory, file, held_out) for answer in (here, in_transformers, in_llama_cpp)]
-        rights = [
-            str(sum(said == wanted(order) for said, order in zip(given, held_out, strict=True))) for given in answers
-        ]
-        same = sum(len(set(three)) == 1 for three in zip(*answers, strict=True))
-        table.add_row(name, *rights, str(same))
+        mine, *others = here(directory, held_out), in_transformers(directory, few), in_llama_cpp(directory, file, few)
+        same = sum(len(set(three)) == 1 for three in zip(mine[: len(few)], *others, strict=True))
+        table.add_row(name, *(str(rights(answers, held_out)) for answers in (mine, *others)), str(same))
     Console().print(table)
 
 
-def write_data(output: Path, count: int, held_out: int) -> list[Order]:
-    """Writes the three files that tuning reads; returns orders of which none is in them."""
+def rights(answers: Sequence[str], orders: Sequence[Order]) -> int:
+    return sum(said == wanted(order) for said, order in zip(answers, orders, strict=False))
+
+
+def write_data(output: Path, count: int, held_out: int) -> tuple[list[Order], list[Order]]:
+    """Writes the files that tuning reads; returns orders of which none is in them, and those that are."""
     chance = random.Random(0)
     orders: dict[str, Order] = {}
     while len(orders) < count + held_out:
@@ -83,11 +89,14 @@ def write_data(output: Path, count: int, held_out: int) -> list[Order]:
     made = list(orders.values())
     train = made[held_out:]
     conversations = [{"messages": [*asked(order), {"role": "assistant", "content": wanted(order)}]} for order in train]
-    pairs = [{"prompt": asked(o), "chosen": wanted(o), "rejected": wanted(mistaken(o, chance))} for o in train[:PAIRS]]
     prompts = [{"prompt": asked(order), "answer": wanted(order)} for order in train]
-    for name, records in (("conversations", conversations), ("pairs", pairs), ("prompts", prompts)):
-        (output / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return made[:held_out]
+    write_lines(output / "conversations.jsonl", conversations)
+    write_lines(output / "prompts.jsonl", prompts)
+    return made[:held_out], train
+
+
+def write_lines(file: Path, records: Sequence[Order]) -> None:
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def asked(order: Order) -> list[dict[str, str]]:
@@ -98,13 +107,22 @@ def wanted(order: Order) -> str:
     return json.dumps({key: order[key] for key in ("name", "item", "count", "day")})
 
 
-def mistaken(order: Order, chance: random.Random) -> Order:
-    """The order with one of its four values wrong."""
-    key, values = chance.choice((("name", NAMES), ("item", ITEMS), ("count", range(1, 13)), ("day", DAYS)))
-    return order | {key: chance.choice([value for value in values if value != order[key]])}
+def write_pairs(file: Path, model: Path, orders: Sequence[Order]) -> None:
+    """Writes the orders that a model, drawing its answers, answers wrongly: beside the right answer, its own."""
+    llm = llamita.load(model, backend="torch", device="cpu")
+    params = [SamplingParams(max_tokens=LONGEST_ANSWER, seed=number) for number in range(len(orders))]
+    answers = [generation.text for generation in llm.generate(_prompts(llm, orders), params)]
+    wrong = [(order, said) for order, said in zip(orders, answers, strict=True) if said != wanted(order)]
+    write_lines(file, [{"prompt": asked(o), "chosen": wanted(o), "rejected": said} for o, said in wrong])
 
 
-def tuned(arguments: argparse.Namespace) -> dict[str, Path]:
+def _prompts(llm: LLM, orders: Sequence[Order]) -> list[tuple[int, ...]]:
+    assert llm.tokenizer is not None, "a directory has its tokenizer"
+    chat = Chat(llm.tokenizer)
+    return [tuple(chat.encode(asked(order), add_generation_prompt=True).tokens) for order in orders]
+
+
+def tuned(arguments: argparse.Namespace, orders: Sequence[Order]) -> dict[str, Path]:
     """The merged models by the name of their tuning."""
     output: Path = arguments.output
     lora = ("--tuning", "lora", "--lora-rank", 8)
@@ -119,7 +137,9 @@ def tuned(arguments: argparse.Namespace) -> dict[str, Path]:
 
     data = ("--data", output / "conversations.jsonl", "--steps", arguments.sft_steps, "--learning-rate", 1e-3)
     sft = stage("after SFT", "sft", arguments.model, *lora, *data, "--batch-size", 16, "--mode", "pad")
-    data = ("--data", output / "pairs.jsonl", "--steps", arguments.dpo_steps, "--learning-rate", 2e-4)
+    if not (output / "pairs.jsonl").is_file():
+        write_pairs(output / "pairs.jsonl", sft, orders[:PAIRS])
+    data = ("--data", output / "pairs.jsonl", "--steps", arguments.dpo_steps, "--learning-rate", 5e-5)
     stage("after SFT and DPO", "dpo", sft, *lora, *data, "--batch-size", 8)
     data = ("--data", output / "prompts.jsonl", "--steps", arguments.rl_steps, "--learning-rate", 3e-4)
     rules = ("--reward", "exact", "--max-tokens", LONGEST_ANSWER, "--group", 8, "--batch-size", 64)
@@ -145,16 +165,13 @@ def written(model: Path, output: Path) -> tuple[Path, Path]:
     return directory, file
 
 
-def here(directory: Path, file: Path, orders: Sequence[Order]) -> list[str]:
+def here(directory: Path, orders: Sequence[Order]) -> list[str]:
     llm = llamita.load(directory, backend="torch", device="cpu", dtype="float32")
-    assert llm.tokenizer is not None, "a directory has its tokenizer"
-    chat = Chat(llm.tokenizer)
-    prompts = [chat.encode(asked(order), add_generation_prompt=True).tokens for order in orders]
     params = SamplingParams(max_tokens=LONGEST_ANSWER, temperature=0.0)
-    return [generation.text for generation in llm.generate(prompts, params)]
+    return [generation.text for generation in llm.generate(_prompts(llm, orders), params)]
 
 
-def in_transformers(directory: Path, file: Path, orders: Sequence[Order]) -> list[str]:
+def in_transformers(directory: Path, orders: Sequence[Order]) -> list[str]:
     import torch
     import transformers
 
