@@ -28,9 +28,9 @@ ORDER = (
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 FRAMEWORKS = {"torch": "backend.torch", "mlx": "backend.mlx", "mlx_lm": "backend.mlx"}
 LAZY_ROOMS = ("cli", "")
-LAZY_MODULES = ("llamita.backend.choice", "llamita.backend.torch.devices")
+LAZY_MODULES = ("llamita.backend.choice", "llamita.backend.torch.devices", "llamita.backend.torch.infer.kernels.choice")
 """What a user calls first loads no framework before it has to: verbs, the package's own face, and the choice of a
-backend, which imports the one chosen. Triton is imported where there is a GPU."""
+backend, which imports the one chosen. Triton is imported where there is a GPU, Numba where kernels of it are wanted."""
 
 
 def faults(module: str, source: str, is_package: bool = False) -> list[str]:

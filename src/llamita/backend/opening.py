@@ -36,13 +36,17 @@ class OpenedModel:
 
 
 def open_model(
-    model: Path | str, dtype: str = "auto", adapters: Mapping[str, Path] | None = None, on_cpu: bool = False
+    model: Path | str,
+    dtype: str = "auto",
+    adapters: Mapping[str, Path] | None = None,
+    on_cpu: bool = False,
+    quantized_dtype: str = "bfloat16",
 ) -> OpenedModel:
     """Opens a model directory, the best checkpoint of a run, a GGUF file, a name on the hub, or an adapter over its
     base.
 
-    `adapters` are further ones over the same base, by name. `on_cpu`: it will run on a CPU. ValueError or OSError, in
-    one line, for what does not fit.
+    `adapters` are further ones over the same base, by name. `on_cpu`: it will run on a CPU. `quantized_dtype` is what
+    the kernels over quantised weights take best. ValueError or OSError, in one line, for what does not fit.
     """
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"dtype={dtype!r} is not supported; give auto or one of {', '.join(DTYPES)}")
@@ -58,14 +62,16 @@ def open_model(
     reason = "asked for"
     if dtype == "auto":
         asked = model_directory.stored_dtype(base)
-        dtype, reason = _dtype_of(config, arrays, asked, on_cpu)
+        dtype, reason = _dtype_of(config, arrays, asked, on_cpu, quantized_dtype)
     return OpenedModel(config, arrays, named, OWN if own else None, dtype, reason)
 
 
-def _dtype_of(config: ModelConfig, arrays: Mapping[str, HostArray], asked: str | None, on_cpu: bool) -> tuple[str, str]:
+def _dtype_of(
+    config: ModelConfig, arrays: Mapping[str, HostArray], asked: str | None, on_cpu: bool, quantized_dtype: str
+) -> tuple[str, str]:
     """Returns the type that "auto" stands for, and why; `asked` is what config.json says."""
     if config.quantization:
-        return "bfloat16", f"the kernels over {config.quantization} take it"
+        return quantized_dtype, f"the kernels over {config.quantization} take it"
     stored = host_array.DTYPE_NAMES.get(next((array.dtype for array in arrays.values()), "F32"), "float32")
     stored = asked if asked in DTYPES else stored
     if stored not in DTYPES:

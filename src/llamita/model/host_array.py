@@ -23,6 +23,16 @@ FLOATING = ("F32", "BF16", "F16", "F64")
 
 
 @dataclass(frozen=True)
+class PackedRows:
+    """The rows of a matrix in blocks of some numbers with a scale, as a file has them."""
+
+    kind: str
+    """GGUF's name for the blocks."""
+    read: Callable[[slice | np.ndarray], np.ndarray]
+    """Returns the bytes of the rows that it is asked for, uint8 (rows, bytes of a row)."""
+
+
+@dataclass(frozen=True)
 class HostArray:
     """An array in host memory or in a mapped file: little-endian, row-major bytes."""
 
@@ -65,6 +75,11 @@ class HostArray:
         """Whether rows can be read at any time at no cost in memory: a file has the numbers."""
         return self.mapping is not None
 
+    @property
+    def packed(self) -> "PackedRows | None":
+        """The rows as their file has them, where that is no number type of ours."""
+        return None
+
     def forget(self, start: int, stop: int) -> None:
         """Give the memory of bytes that were read back to the system, where a file can give them again."""
         if self.mapping is not None:
@@ -76,12 +91,23 @@ class ComputedArray(HostArray):
 
     _compute: Callable[[slice | np.ndarray], np.ndarray]
     _bytes: memoryview | None
+    _packed: PackedRows | None
 
-    def __init__(self, dtype: str, shape: tuple[int, ...], compute: Callable[[slice | np.ndarray], np.ndarray]) -> None:
+    def __init__(
+        self,
+        dtype: str,
+        shape: tuple[int, ...],
+        compute: Callable[[slice | np.ndarray], np.ndarray],
+        packed: PackedRows | None = None,
+    ) -> None:
         """`compute` returns the rows it is asked for, as `rows` is; uint16 bit patterns where `dtype` is BF16."""
         values = {"dtype": dtype, "shape": shape, "mapping": None, "offset": 0, "_compute": compute, "_bytes": None}
-        for name, value in values.items():
+        for name, value in {**values, "_packed": packed}.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def packed(self) -> PackedRows | None:
+        return self._packed
 
     @property
     def data(self) -> memoryview:

@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType as Kind
 from llamita.model import families
 from llamita.model.config import ModelConfig
 from llamita.model.families import Family, Gguf
-from llamita.model.host_array import ComputedArray, HostArray, forget_mapped
+from llamita.model.host_array import ComputedArray, HostArray, PackedRows, forget_mapped
 from llamita.model.parameters import EMBEDDING, OUTPUT_HEAD, check_arrays, parameter_table
 from llamita.model.rope import TOO_LARGE, RopeScaling, rotary_frequencies
 from llamita.storage.gguf_header import Header, TensorInfo, read_header
@@ -109,15 +109,26 @@ def _array(header: Header, name: str, head_dim: int = 0, one_less: bool = False)
         forget_mapped(header.mapping, info.start, info.stop)
         return rows.to_numpy().astype(np.float32) - np.float32(1) if one_less else rows.raw()
 
-    return ComputedArray("F32" if dtype is None or one_less else dtype, info.shape, compute)
+    def read_blocks(wanted: slice | np.ndarray) -> np.ndarray:
+        stored = halves(np.arange(info.shape[0]), head_dim)[wanted] if head_dim else wanted
+        return _rows(data, info)[stored]
+
+    packed = PackedRows(info.kind.name, read_blocks) if dtype is None and len(info.shape) == 2 else None
+    return ComputedArray("F32" if dtype is None or one_less else dtype, info.shape, compute, packed)
 
 
 def _dequantized_rows(data: memoryview, info: TensorInfo, wanted: slice | np.ndarray) -> HostArray:
     stored = np.frombuffer(data, dtype=np.uint8)
     if len(info.shape) == 1:  # a block holds several rows
         return HostArray.from_numpy(_dequantized(stored, info.kind)[wanted])
-    rows = stored.reshape(info.shape[0], len(stored) // max(info.shape[0], 1))[wanted]
+    rows = _rows(data, info)[wanted]
     return HostArray.from_numpy(_dequantized(rows.reshape(-1), info.kind).reshape(len(rows), *info.shape[1:]))
+
+
+def _rows(data: memoryview, info: TensorInfo) -> np.ndarray:
+    """Returns the bytes of a matrix, a row of it in each row."""
+    stored = np.frombuffer(data, dtype=np.uint8)
+    return stored.reshape(info.shape[0], len(stored) // max(info.shape[0], 1))
 
 
 def _dequantized(stored: np.ndarray, kind: Kind) -> np.ndarray:

@@ -9,6 +9,7 @@ Letters beyond the usual: M blocks to be emptied.
 import math
 import mmap
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -72,6 +73,24 @@ class PagedKVCache:
                 if group == copy.group:
                     self.keys[layer][target] = self.keys[layer][source]
                     self.values[layer][target] = self.values[layer][source]
+
+    @cached_property
+    def flat(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The keys and values of each layer as flat numpy arrays over the same memory, those of two bytes as bits."""
+        bits = torch.float32 if self.keys[0].dtype == torch.float32 else torch.uint16
+        return [
+            (keys.view(bits).numpy().reshape(-1), values.view(bits).numpy().reshape(-1))
+            for keys, values in zip(self.keys, self.values, strict=True)
+        ]
+
+    def begin(self, chunks: Sequence[ScheduledChunk]) -> None:
+        """Empties the blocks that the chunks begin, in every layer."""
+        size = self.layout.block_size
+        for layer, group in enumerate(self.group_of_layer):
+            begun_M = _begun(chunks, [chunk.tables[group] for chunk in chunks], size, self.keys[0].device)
+            if begun_M is not None:
+                for memory in (self.keys[layer], self.values[layer]):
+                    memory.unflatten(0, (-1, size)).index_fill_(0, begun_M, 0)
 
     def step(self, chunks: Sequence[ScheduledChunk], exact: bool = False) -> "PagedStep":
         """Returns the use of this memory by the chunks of one step, whose tokens follow one another in one row."""

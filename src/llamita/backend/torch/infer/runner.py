@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llamita.backend import processor
 from llamita.backend.interface import (
     CacheLayout,
     Plan,
@@ -34,6 +35,7 @@ from llamita.backend.torch.devices import choose_device, table_kernel
 from llamita.backend.torch.infer.adapters import adapters_of_rows, exact_adapter
 from llamita.backend.torch.infer.exact import exact_model
 from llamita.backend.torch.infer.graphs import DecodeGraphs, TableStep, cuda_recorder
+from llamita.backend.torch.infer.kernels.choice import chosen_instructions, decoder_of
 from llamita.backend.torch.infer.kv_cache import EXACT_ROWS, PagedKVCache, PagedStep
 from llamita.backend.torch.infer.sampling import Sampler
 from llamita.backend.torch.model import lora
@@ -48,6 +50,8 @@ from llamita.model.lora import Adapter
 from llamita.model.sizes import kv_bytes_per_token
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DECODED_AT_ONCE = 8
+"""Tokens of a sequence that a decoding step takes, guesses among them; more are read as a chunk."""
 CACHE_SHARE = {"cpu": 0.25, "cuda": 0.8}
 """Of the memory that is free once the weights are loaded, what keys and values may take."""
 
@@ -88,6 +92,7 @@ class TorchRunner:
             raise ValueError(f"the exact mode runs on a CPU in float32, not on {self.device.type} in {form}")
         self.exact = exact
         self._running = exact_model(model) if exact else model
+        self._decoder = decoder_of(model)
         self.adapters, self.default = dict(adapters or {}), default
         self._adapters = {
             name: adapter if isinstance(adapter, lora.ModelAdapter) else lora.loaded_adapter(model, adapter)
@@ -96,9 +101,11 @@ class TorchRunner:
         self._running_adapters = self._adapters
         if exact:
             self._running_adapters = {name: exact_adapter(adapter) for name, adapter in self._adapters.items()}
-        read = [(name, parameter.nbytes) for name, parameter in model.named_parameters()]
-        modules = model.named_modules()
+        read = [(name, parameter.nbytes) for name, parameter in model.named_parameters() if not parameter.is_meta]
+        modules = list(model.named_modules())
         read += [(name, module.kernel_bytes) for name, module in modules if isinstance(module, QuantizedLinear)]
+        kernels = [(name, getattr(module, "kernel", None)) for name, module in modules]
+        read += [(name, kernel.nbytes) for name, kernel in kernels if kernel]
         self.weight_bytes = bytes_read_per_token(self.config, read)
         """Bytes of weights that decoding one token reads."""
         self.kv_bytes_per_token = kv_bytes_per_token(self.config, weight.element_size())
@@ -172,10 +179,14 @@ class TorchRunner:
         return States(memory.graphs.run(chunks), {row: row for row in range(len(chunks))}, names)
 
     def _computed(self, layout: StepLayout, memory: TorchMemory) -> States[Tensor]:
+        names = layout.adapters(self.default)
+        short = all(len(chunk.tokens) <= DECODED_AT_ONCE for chunk in layout.chunks)
+        if self._decoder is not None and short and not any(names):
+            hidden_RD = self._decoder.hidden(layout.tokens, layout.chunks, memory.cache)
+            return States(hidden_RD, {row: row for row in range(len(hidden_RD))}, names)
         step = memory.cache.step(layout.chunks, self.exact)
         padding = step.padded - step.tokens
         tokens_1T = torch.tensor([layout.tokens + [0] * padding], device=self.device)
-        names = layout.adapters(self.default)
         # The exact mode has its own count of rows, and adapters are told apart by rows of the whole step.
         every = self.exact or len(set(names)) > 1
         wanted = list(range(step.padded)) if every else rows_wanted(layout.chunks)
@@ -270,9 +281,22 @@ def load_runner(
     if threads > 0:
         torch.set_num_threads(threads)
     device = choose_device(device)
-    opened = open_model(model, dtype, adapters, on_cpu=device == "cpu")
-    build = build_model if exact else build_reordered
-    built = build(opened.config, opened.arrays, dtype=DTYPES[opened.dtype], device=device)
+    instructions = chosen_instructions() if device == "cpu" and not exact else None
+    widens = instructions is not None and not processor.multiplies("bfloat16")  # kernels of our own take any type
+    opened = open_model(
+        model, dtype, adapters, on_cpu=device == "cpu", quantized_dtype="float32" if widens else "bfloat16"
+    )
+    if exact:
+        built = build_model(opened.config, opened.arrays, dtype=DTYPES[opened.dtype], device=device)
+    else:
+        built = build_reordered(
+            opened.config,
+            opened.arrays,
+            dtype=DTYPES[opened.dtype],
+            device=device,
+            instructions=instructions,
+            packed=dtype == "auto",
+        )
     runner = TorchRunner(built, exact, opened.adapters, opened.default)
     runner.dtype_reason = opened.dtype_reason
     return runner

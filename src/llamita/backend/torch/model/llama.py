@@ -9,12 +9,13 @@ wanted.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llamita.backend.torch.infer.kernels.instructions import Instructions
 from llamita.backend.torch.infer.kv_cache import CacheStep
 from llamita.backend.torch.model import attention as masks
 from llamita.backend.torch.model import layers
@@ -36,8 +37,30 @@ class ModelOutput(NamedTuple):
     hidden_BTD: Tensor
 
 
+class KernelWeight(Protocol):
+    """A weight (n_out, n_in) in the order of a kernel."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def product(self, x: Tensor, weight: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        """Computes `layers.linear` without looking at `weight`."""
+
+    def plain(self) -> Tensor:
+        """Returns the weight in floating-point numbers, in its ordinary order."""
+
+    def rows(self, wanted: Tensor) -> Tensor:
+        """Returns some rows."""
+
+
 class Linear(nn.Module):
-    """A weight (n_out, n_in) and perhaps a bias (n_out,), not yet initialised."""
+    """A weight (n_out, n_in) and perhaps a bias (n_out,), not yet initialised. With a `kernel`, that holds it."""
 
     def __init__(self, n_out: int, n_in: int, bias: bool, operations: Operations) -> None:
         super().__init__()
@@ -45,6 +68,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
         self.product = operations.linear
+        self.kernel: KernelWeight | None = None
 
     def forward(self, x: Tensor, adapters: Adapters | None = None) -> Tensor:
         y = self.product(x, self.weight, self.bias)
@@ -52,6 +76,8 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
+    kernel: KernelWeight | None = None
+
     def __init__(self, config: ModelConfig, operations: Operations) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
@@ -215,6 +241,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.reordered = False  # whether weights lie in a kernel's order, to be used and not changed
+        self.instructions: Instructions | None = None  # those of the kernels in whose blocks weights lie
         self.ropes = [layers.RopeTable(torch.from_numpy(turns), scale) for turns, scale in config.rotations]
         self.transform = LogitTransform.of(config)
         self.model = Body(config, operations)
@@ -305,9 +332,7 @@ class Llama(nn.Module):
             assert segments_BT is None, "the cache keeps sequences apart"
             rotations = tuple(rope.at(cache.positions_1T, cache.longest) for rope in self.ropes)
             context = Context(rotations, cache=cache, adapters=adapters)
-        x_BTD = self.model.embed_tokens(tokens_BT)
-        if self.config.embedding_multiplier != 1.0:  # rounded to the type of the embeddings first
-            x_BTD = x_BTD * x_BTD.new_full((), self.config.embedding_multiplier)
+        x_BTD = self.embedded(tokens_BT)
         if self.config.dropout and training:
             x_BTD = drop(x_BTD, self.config.dropout)
         if trace:
@@ -319,6 +344,13 @@ class Llama(nn.Module):
         x_BTD = self.model.norm(x_BTD)
         if trace:
             trace("norm", x_BTD)
+        return x_BTD
+
+    def embedded(self, tokens_BT: Tensor) -> Tensor:
+        """Returns what enters the first block, (B, T, D)."""
+        x_BTD: Tensor = self.model.embed_tokens(tokens_BT)
+        if self.config.embedding_multiplier != 1.0:  # rounded to the type of the embeddings first
+            x_BTD = x_BTD * x_BTD.new_full((), self.config.embedding_multiplier)
         return x_BTD
 
     def context(
@@ -358,6 +390,8 @@ class Llama(nn.Module):
             owner, values = self.get_submodule(module), fused.parameter.detach()
             if isinstance(owner, QuantizedLinear) and kind == "weight":
                 values = owner.plain_weight()
+            elif isinstance(owner, Linear | Embedding) and owner.kernel is not None and kind == "weight":
+                values = owner.kernel.plain()
             elif values.is_mkldnn:
                 values = values.to_dense()
             result |= zip(fused.parts, fused.split(values), strict=True)

@@ -54,7 +54,7 @@ def _quantize_int4(weight_CD: Tensor) -> tuple[Tensor, Tensor]:
     scale_CG = (largest_CG1.squeeze(-1) / -8).bfloat16()
     values_CGX = (groups_CGX / _divisor(scale_CG)[..., None]).round().clamp(-8, 7) + 8
     values_CD = values_CGX.to(torch.uint8).flatten(1)[:, : D + D % 2]
-    return values_CD[:, 0::2] | values_CD[:, 1::2] << 4, scale_CG
+    return packed(values_CD), scale_CG
 
 
 def _divisor(scale: Tensor) -> Tensor:
@@ -66,8 +66,17 @@ def dequantize(values: Tensor, scale: Tensor, D: int, dtype: torch.dtype) -> Ten
     """Returns the weights (C, D) that stored values and scales stand for."""
     if values.dtype == torch.int8:
         return values.to(dtype).mul_(scale[:, None])
-    unpacked_CD = torch.stack((values & 15, values >> 4), dim=-1).flatten(1)[:, :D]
-    return _scaled(unpacked_CD.to(torch.int8), scale, dtype)
+    return _scaled(unpacked(values)[:, :D].to(torch.int8), scale, dtype)
+
+
+def unpacked(values: Tensor) -> Tensor:
+    """Returns stored int4 values (C, D/2) one to a byte, 0 to 15: (C, D)."""
+    return torch.stack((values & 15, values >> 4), dim=-1).flatten(1)
+
+
+def packed(unpacked_CD: Tensor) -> Tensor:
+    """Inverts `unpacked`."""
+    return unpacked_CD[:, 0::2] | unpacked_CD[:, 1::2] << 4
 
 
 def _scaled(unpacked_CD: Tensor, scale_CG: Tensor, dtype: torch.dtype) -> Tensor:
@@ -110,14 +119,12 @@ def scales_and_zeros(scale_CG: Tensor) -> Tensor:
 
 def to_blocks(values: Tensor) -> Tensor:
     """Puts stored int4 values (C, D/2) into the order of the CPU's kernel; the number of bytes stays."""
-    unpacked_CD = torch.stack((values & 15, values >> 4), dim=-1).flatten(1)
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpacked_CD.int(), 1)
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpacked(values).int(), 1)
 
 
 def from_blocks(blocked: Tensor) -> Tensor:
     """Inverts `to_blocks`."""
-    unpacked_CD = _unblocked(blocked, _rows_of_block())
-    return unpacked_CD[:, 0::2] | unpacked_CD[:, 1::2] << 4
+    return packed(_unblocked(blocked, _rows_of_block()))
 
 
 def dequantize_blocks(blocked: Tensor, scale_CG: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,15 +7,20 @@ Knows nothing of how numbers are rounded or multiplied: `quantize.py` does.
 Letters beyond the usual: M rows of activations.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llamita.backend.torch.infer.kernels.choice import weights_in_blocks
+from llamita.backend.torch.infer.kernels.instructions import Instructions
 from llamita.backend.torch.model import quantize
 from llamita.backend.torch.model.layers import Adapters, Operations
-from llamita.model.quantization import quantized_shapes
+from llamita.model.quantization import QUANTIZATION_GROUP, quantized_shapes
+
+if TYPE_CHECKING:
+    from llamita.backend.torch.infer.kernels.blocked import BlockedWeight
 
 
 class QuantizedLinear(nn.Module):
@@ -37,30 +42,46 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
         self.product = operations.linear
         self.dtype = torch.float32
-        self.kernel = False
+        self.fits_kernel = False
         self.kernel_scale: Tensor | None = None  # where the weight lies in the order of the int4 kernel
+        self.blocks: BlockedWeight | None = None  # where it lies in the order of kernels of our own
 
-    def arrange(self, dtype: torch.dtype) -> None:
-        """Prepares for activations of this type: puts the weight into the order of the kernel that will read it."""
-        if self.kernel_scale is not None:
-            self.weight.data, self.kernel_scale = self.plain_weight(), None
+    def arrange(self, dtype: torch.dtype, instructions: Instructions | None = None) -> None:
+        """Prepares for activations of this type: puts the weight into the order of the kernel that will read it.
+
+        `instructions` are those that kernels of our own are compiled for, None: there are none.
+        """
+        if self.kernel_scale is not None or self.blocks is not None:
+            self.weight = nn.Parameter(self.plain_weight(), requires_grad=False)
+            self.kernel_scale = self.blocks = None
         self.dtype = dtype
-        self.kernel = quantize.kernel_fits(self.weight, self.n_out, self.n_in, dtype)
-        if self.kernel and self.bits == 4:
+        if instructions is not None and self.n_in % QUANTIZATION_GROUP == 0 and self.weight.device.type == "cpu":
+            values = self.weight.data if self.bits == 8 else quantize.unpacked(self.weight.data)
+            self.blocks = weights_in_blocks().blocked_bytes(values, self.weight_scale.data, self.bits, instructions)
+            self.weight = nn.Parameter(self.weight.data.to("meta"), requires_grad=False)  # holds no numbers any more
+            return
+        self.fits_kernel = quantize.kernel_fits(self.weight, self.n_out, self.n_in, dtype)
+        if self.fits_kernel and self.bits == 4:
             self.weight.data = quantize.to_blocks(self.weight.data)
             self.kernel_scale = quantize.scales_and_zeros(self.weight_scale.data)
 
     @property
     def kernel_bytes(self) -> int:
         """Bytes that the kernel reads beyond the weight and scales as they are stored: its own form of the scales."""
+        if self.blocks is not None:
+            return self.blocks.nbytes - self.weight_scale.nbytes  # the stored weight holds no memory
         return 0 if self.kernel_scale is None else self.kernel_scale.nbytes - self.weight_scale.nbytes
 
     def plain_weight(self) -> Tensor:
         """Returns the values in the order in which they are stored."""
+        if self.blocks is not None:
+            return self.blocks.values() if self.bits == 8 else quantize.packed(self.blocks.values())
         return self.weight.data if self.kernel_scale is None else quantize.from_blocks(self.weight.data)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """Returns the weight (n_out, n_in) in floating-point numbers."""
+        if self.blocks is not None:
+            return quantize.dequantize(self.plain_weight(), self.weight_scale, self.n_in, dtype)
         if self.kernel_scale is not None:
             return quantize.dequantize_blocks(self.weight, self.weight_scale, dtype)
         return quantize.dequantize(self.weight, self.weight_scale, self.n_in, dtype)
@@ -74,8 +95,10 @@ class QuantizedLinear(nn.Module):
         if torch.is_grad_enabled() and x.requires_grad:
             y = _Product.apply(x.to(_autocast_dtype(x)), self)
             return y if self.bias is None else y + self.bias.to(y.dtype)
+        if self.blocks is not None:
+            return self.blocks.product(x, self.weight, self.bias)
         rows = x.numel() // self.n_in
-        if not self.kernel or rows > quantize.KERNEL_ROWS or x.dtype != self.dtype:
+        if not self.fits_kernel or rows > quantize.KERNEL_ROWS or x.dtype != self.dtype:
             return self.product(x, self.dequantized(x.dtype), self.bias)
         x_MD = x.reshape(rows, self.n_in).contiguous()
         if self.kernel_scale is None:
@@ -114,5 +137,7 @@ class QuantizedEmbedding(QuantizedLinear):
         super().__init__(size, False, operations, bits=8)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:  # type: ignore[override]  # no adapter changes it
+        if self.blocks is not None:
+            return self.blocks.rows(tokens_BT).to(self.dtype)
         values_BTD = F.embedding(tokens_BT, self.weight).to(self.dtype)
         return values_BTD * self.weight_scale[tokens_BT].to(self.dtype)[..., None]

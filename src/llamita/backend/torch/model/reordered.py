@@ -1,23 +1,29 @@
 """A model's weights on a CPU in the order in which their kernels read them, for a model that is used, not trained.
 
-Large ones lie in oneDNN's own order, which PyTorch calls prepacked: a plain weight is reordered anew at each product,
-which for few rows takes longer than the product itself. Small ones in bfloat16 lie column by column, for a kernel that
-costs less to call. Knows nothing of runners.
+With kernels of our own all lie in their blocks. Without, large ones lie in oneDNN's own order, which PyTorch calls
+prepacked: a plain weight is reordered anew at each product, which for few rows takes longer than the product itself.
+Small ones in bfloat16 lie column by column, for a kernel that costs less to call. Knows nothing of runners.
 
 Letters beyond the usual: R rows, X numbers laid end to end.
 """
+
+from __future__ import annotations
 
 import functools
 import math
 import mmap
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llamita.backend.torch.infer.kernels.choice import weights_in_blocks
+from llamita.backend.torch.infer.kernels.instructions import Instructions
 from llamita.backend.torch.model.fused import FusedParameter
-from llamita.backend.torch.model.llama import Embedding, Linear, Llama
+from llamita.backend.torch.model.llama import Embedding, KernelWeight, Linear, Llama
 from llamita.backend.torch.model.weights import (
     TORCH_DTYPES,
     build_model,
@@ -30,6 +36,9 @@ from llamita.backend.torch.model.weights import (
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import ITEM_BYTES, HostArray
 from llamita.model.parameters import check_arrays
+
+if TYPE_CHECKING:
+    from llamita.backend.torch.infer.kernels.blocked import BlockedWeight
 
 SMALLEST = 2**18
 """Numbers in a weight from which on it is faster reordered: below, what it costs to call the operator is more."""
@@ -103,16 +112,51 @@ class ReorderedEmbedding(Embedding):
         return linear(hidden_BTD, self.weight)
 
 
+class BlockedEmbedding(Embedding):
+    """A table (V, D) that is the output head too, in blocks. Tokens are looked up there or, with `rows`, in a file."""
+
+    def __init__(self, kernel: KernelWeight, dtype: torch.dtype, rows: HostArray | None = None) -> None:
+        nn.Module.__init__(self)
+        self.weight, self.kernel, self.dtype, self.rows = without_memory(kernel), kernel, dtype, rows
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        assert self.kernel is not None
+        if self.rows is None:
+            return self.kernel.rows(tokens_BT).to(self.dtype)
+        x_XD = tensor_from_host(self.rows.rows(tokens_BT.reshape(-1).numpy())).to(self.dtype)
+        return x_XD.view(*tokens_BT.shape, -1)
+
+    def multiply(self, hidden_BTD: Tensor) -> Tensor:
+        assert self.kernel is not None
+        return self.kernel.product(hidden_BTD, self.weight)
+
+
+def without_memory(kernel: KernelWeight) -> nn.Parameter:
+    """Returns a parameter of the shape and type of a weight whose numbers lie in blocks."""
+    return nn.Parameter(torch.empty(kernel.shape, dtype=kernel.dtype, device="meta"), requires_grad=False)
+
+
 @torch.no_grad()
 def build_reordered(
-    config: ModelConfig, arrays: Mapping[str, HostArray], *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    config: ModelConfig,
+    arrays: Mapping[str, HostArray],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    instructions: Instructions | None = None,
+    packed: bool = False,
 ) -> Llama:
     """Builds a model for inference, as `weights.build_model` does: linear maps lie as their kernels read them.
 
-    Where there are no kernels for that, it is an ordinary one. Each weight is reordered as it is read, so that memory
-    holds one plain weight at a time. The tokens of an embedding that is the output head too are looked up in its file.
+    `instructions` are those that kernels of our own are compiled for; None: there are none. `packed`: they may multiply
+    the blocks of a file as they are, with activations rounded to bytes. Where there are no kernels
+    at all, it is an ordinary model. Each weight is reordered as it is read, so that memory holds one plain weight at a
+    time. The tokens of an embedding that is the output head too are looked up in its blocks or in its file.
     """
-    if config.quantization or torch.device(device).type != "cpu" or not can_reorder(dtype):
+    on_cpu = torch.device(device).type == "cpu"
+    if on_cpu and instructions is not None:
+        return _build_blocked(config, arrays, dtype, instructions, packed)
+    if config.quantization or not on_cpu or not can_reorder(dtype):
         return build_model(config, arrays, dtype=dtype, device=device)
     check_arrays(config, arrays)
     model = model_without_values(config, dtype)
@@ -136,6 +180,61 @@ def build_reordered(
                 values, owner.product = values.mT.contiguous().mT, linear_of_columns
             setattr(owner, kind, nn.Parameter(values, requires_grad=False))
     return model
+
+
+def _build_blocked(
+    config: ModelConfig,
+    arrays: Mapping[str, HostArray],
+    dtype: torch.dtype,
+    instructions: Instructions,
+    packed: bool,
+) -> Llama:
+    """Builds a model whose weights lie in blocks, in the type of their file where float32 is asked for: the numbers are
+    the same."""
+    if config.quantization:
+        return build_model(config, arrays, dtype=dtype, instructions=instructions)
+    check_arrays(config, arrays)
+    model = model_without_values(config, dtype)
+    model.reordered, model.instructions = True, instructions
+    tied = config.tie_word_embeddings and not config.num_labels
+    for fused in list(model.fused_parameters()):
+        module, _, kind = fused.name.rpartition(".")
+        owner, size = model.get_submodule(module), fused.parameter.numel()
+        in_blocks = kind == "weight" and (isinstance(owner, Linear) or (tied and isinstance(owner, Embedding)))
+        if not in_blocks or fused.parameter.shape[1] % 2:
+            values = _read(fused, arrays, torch.empty(size, dtype=dtype))
+            setattr(owner, kind, nn.Parameter(values, requires_grad=False))
+            continue
+        kernel = _blocked_weight(fused, arrays, dtype, instructions, packed)
+        if isinstance(owner, Linear):
+            owner.weight, owner.kernel, owner.product = without_memory(kernel), kernel, kernel.product
+        else:
+            file = arrays[fused.name]
+            model.model.embed_tokens = BlockedEmbedding(kernel, dtype, file if kernel.form.in_bytes else None)
+    return model
+
+
+def _blocked_weight(
+    fused: FusedParameter,
+    arrays: Mapping[str, HostArray],
+    dtype: torch.dtype,
+    instructions: Instructions,
+    packed: bool,
+) -> BlockedWeight:
+    blocked = weights_in_blocks()
+    parts = [arrays[name] for name in fused.parts]
+    kinds = {part.packed.kind if part.packed is not None else "" for part in parts}
+    if packed and len(kinds) == 1 and kinds <= set(blocked.PACKED):
+        rows = [part.packed.read(slice(None)) for part in parts if part.packed is not None]
+        held: BlockedWeight = blocked.blocked_rows(kinds.pop(), np.concatenate(rows), instructions)
+        if not held.is_finite:
+            raise ValueError(f"{' or '.join(fused.parts)} holds NaN or infinite values; the weights are damaged")
+        return held
+    stored = {TORCH_DTYPES[part.dtype] for part in parts}
+    narrow = dtype == torch.float32 and len(stored) == 1 and stored <= {torch.bfloat16, torch.float16}
+    room_X = _memory_of_its_own(fused.parameter.numel(), stored.pop() if narrow else dtype)
+    found: BlockedWeight = blocked.blocked_floats(_read(fused, arrays, room_X), instructions, dtype == torch.bfloat16)
+    return found
 
 
 def _memory_of_its_own(size: int, dtype: torch.dtype) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llamita.backend.arrays import missing_or_misshapen, quantized_arrays
+from llamita.backend.torch.infer.kernels.instructions import Instructions
 from llamita.backend.torch.model import quantize
 from llamita.backend.torch.model.layers import FUSED, Operations
 from llamita.backend.torch.model.llama import Llama
@@ -34,10 +35,12 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     operations: Operations = FUSED,
+    instructions: Instructions | None = None,
 ) -> Llama:
     """Returns a model with the values of `arrays` (canonical names), or freshly initialised from `seed` without them.
 
-    Memory is allocated once the arrays are known to fit; mapped ones are read a few megabytes at a time.
+    Memory is allocated once the arrays are known to fit; mapped ones are read a few megabytes at a time. Quantised
+    weights are put into the order of the kernels for `instructions`, where there are any.
     """
     if arrays is not None:
         check_arrays(config, arrays)
@@ -51,7 +54,8 @@ def build_model(
         copy_values(state, ((name, arrays[name]) for name in state))
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
-            module.arrange(dtype)
+            module.arrange(dtype, instructions)
+            model.instructions = instructions
     return model
 
 

@@ -1,0 +1,154 @@
+"""Products of activations with blocked weights: any number of rows, on all threads.
+
+Each thread has some of the blocks. It takes as many at a time as keep its sums in registers, and all rows of
+activations past them while they are near: one row reads each weight once, at the speed of memory; many rows find it in
+the cache, at the speed of arithmetic.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit, typeof
+from numba.extending import overload
+
+from llamita.backend.torch.infer.kernels.instructions import Instructions
+from llamita.backend.torch.infer.kernels.simd import Static
+from llamita.backend.torch.infer.kernels.threads import parallel
+from llamita.backend.torch.infer.kernels.tiles import GROUP, multiply_tile, round_group, rounds_activations
+
+
+def _can_keep() -> bool:
+    """Returns whether Numba has a folder to keep compiled kernels in."""
+    try:
+        njit(cache=True)(_can_keep)
+        return True
+    except RuntimeError:
+        return False
+
+
+COMPILED: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False, "cache": _can_keep()}
+
+ONE, TWO, FOUR, SIX = Static(1), Static(2), Static(4), Static(6)
+BLOCKS_OF_ROWS: dict[Instructions, Static] = {"avx512": FOUR, "avx2": ONE, "portable": ONE}
+"""Blocks that up to six rows take at a time: as many sums as there are registers, less a few. One row alone takes four,
+whose sums do not wait for one another."""
+GROUPS_ALONE = 512
+"""Groups that are rounded by the calling thread: for fewer it takes longer to wake the others."""
+
+
+def compiled_for(function: Any, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+    """Returns a compiled function for arguments of just these types, which it does not look at again: that takes longer
+    than many a product."""
+    kinds = tuple(typeof(argument) for argument in arguments)
+    function.compile(kinds)
+    return function.overloads[kinds].entry_point
+
+
+def tiles_of(instructions: Instructions) -> tuple[Any, ...]:
+    """Returns the sizes of tiles that `multiply` is compiled for: of rows, of blocks, and these again as a number."""
+    wide = BLOCKS_OF_ROWS[instructions]
+    return ONE, TWO, FOUR, SIX, wide, wide.value
+
+
+@njit(**COMPILED)
+def multiply_row(first, last, code, form, one, wide, y, width, w, s, m, x, xs, sums, n_in):
+    """Multiplies one row by blocks `first` to `last` - 1."""
+    block = first
+    while block + 4 <= last:
+        multiply_tile(code, form, one, wide, y, width, w, s, m, block, x, xs, sums, 0, n_in)
+        block += 4
+    while block < last:
+        multiply_tile(code, form, one, one, y, width, w, s, m, block, x, xs, sums, 0, n_in)
+        block += 1
+
+
+@njit(**COMPILED)
+def multiply_rows(first, last, code, form, tiles, y, width, w, s, m, x, xs, sums, rows, n_in):
+    """Multiplies all rows by blocks `first` to `last` - 1."""
+    one, two, four, six, wide, step = tiles
+    block = first
+    while block + step <= last:
+        row = 0
+        while row + 6 <= rows:
+            multiply_tile(code, form, six, wide, y, width, w, s, m, block, x, xs, sums, row, n_in)
+            row += 6
+        if row + 4 <= rows:
+            multiply_tile(code, form, four, wide, y, width, w, s, m, block, x, xs, sums, row, n_in)
+            row += 4
+        if row + 2 <= rows:
+            multiply_tile(code, form, two, wide, y, width, w, s, m, block, x, xs, sums, row, n_in)
+            row += 2
+        if row < rows:
+            multiply_tile(code, form, one, wide, y, width, w, s, m, block, x, xs, sums, row, n_in)
+        block += step
+    while block < last:
+        row = 0
+        while row + 6 <= rows:
+            multiply_tile(code, form, six, one, y, width, w, s, m, block, x, xs, sums, row, n_in)
+            row += 6
+        while row < rows:
+            multiply_tile(code, form, one, one, y, width, w, s, m, block, x, xs, sums, row, n_in)
+            row += 1
+        block += 1
+
+
+@njit(**COMPILED)
+def multiply(threads, code, form, tiles, width, weight, activations, rows, n_in):
+    """Returns y (R, width) of a weight (its numbers, scales and minimums) and of what `prepared` returns."""
+    w, s, m = weight
+    x, xs, sums = activations
+    y = np.empty(rows * width, np.float32)
+    if rows == 1:
+        shared = (code, form, tiles[0], tiles[2], y, width, w, s, m, x, xs, sums, n_in)
+        parallel(multiply_row, threads, width // 16, shared)
+    else:
+        parallel(multiply_rows, threads, width // 16, (code, form, tiles, y, width, w, s, m, x, xs, sums, rows, n_in))
+    return y
+
+
+def prepared(threads: int, code: Static, form: Static, x: np.ndarray) -> Any:
+    """Returns float32 activations as the product with a form takes them: as they are, as the bits of bfloat16, or as
+    bytes; with their scales and their sums."""
+    raise NotImplementedError("for compiled code")
+
+
+@overload(prepared)
+def _prepared(threads, code, form, x):
+    if form.value.in_bytes:
+        return _in_bytes
+    return _in_bfloat16 if rounds_activations(form.value, code.value.instructions) else _as_they_are
+
+
+def _as_they_are(threads, code, form, x):
+    return x, np.empty(0, np.float32), np.empty(0, np.int32)
+
+
+def _in_bfloat16(threads, code, form, x):
+    bits, halves = x.view(np.uint32), np.empty(x.size, np.uint16)
+    for place in range(x.size):  # to the nearest, to even where two are as near
+        word = bits[place]
+        halves[place] = np.uint16(
+            (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        )
+    return halves, np.empty(0, np.float32), np.empty(0, np.int32)
+
+
+def _in_bytes(threads, code, form, x):
+    groups = x.size // GROUP
+    rounded, scales, sums = np.empty(x.size, np.int8), np.empty(groups, np.float32), np.empty(groups, np.int32)
+    parallel(round_groups, threads if groups > GROUPS_ALONE else 1, groups, (code, x, rounded, scales, sums))
+    return rounded, scales, sums
+
+
+@njit(**COMPILED)
+def round_groups(first, last, code, x, rounded, scales, sums):
+    """Rounds groups `first` to `last` - 1 of the activations."""
+    for group in range(first, last):
+        round_group(code, x, rounded, scales, sums, group)
+
+
+@njit(**COMPILED)
+def multiply_activations(threads, code, form, tiles, width, weight, x, rows, n_in):
+    """Returns y (R, width) of a weight and of float32 activations (R, I), both flat."""
+    return multiply(threads, code, form, tiles, width, weight, prepared(threads, code, form, x), rows, n_in)

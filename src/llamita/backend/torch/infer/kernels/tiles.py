@@ -1,0 +1,265 @@
+"""The inner loops of products: a few rows of activations times a few blocks of weights, all sums held in registers.
+
+A block is 16 rows of a weight side by side, one in each lane of a vector: a number of an activation, put into all
+lanes, meets the 16 weights of its column, and nothing is ever summed across lanes. Weights of one byte or less have a
+scale for 32 numbers along the input, and perhaps a minimum; activations are then rounded to bytes, 32 with a scale of
+theirs, and the products are whole numbers.
+
+    y = scale_x (scale_w sum(w x) + minimum_w sum(x))    for each group of 32
+
+Letters beyond the usual: R rows of activations, O outputs of a weight, I its inputs, G groups of 32 inputs.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from llamita.backend.torch.infer.kernels.simd import (
+    BYTE,
+    BYTES,
+    FLOAT,
+    FLOATS,
+    HALVES,
+    LANES,
+    LONG,
+    WORD,
+    WORDS,
+    ByteDots,
+    Code,
+)
+
+GROUP = 32
+"""Numbers along the input that share a scale."""
+BYTES_A_CHUNK = 4 * LANES
+CHUNKS = GROUP // 4
+
+
+class Form(NamedTuple):
+    """How the numbers of a blocked weight are stored."""
+
+    numbers: Literal["float32", "float16", "bfloat16", "int8", "int4"]
+    scale: Literal["", "row", "bfloat16", "float16"] = ""
+    """The type of a group's scale; row: one float32 for each output."""
+    minimum: bool = False
+    """Whether a group has a minimum, in the type of its scale; int4 is then 0 to 15, and otherwise -8 to 7."""
+    rounded: bool = False
+    """Whether activations are bfloat16 too, where the processor multiplies that."""
+
+    @property
+    def in_bytes(self) -> bool:
+        return self.numbers in ("int8", "int4")
+
+
+def bias(form: Form, instructions: str) -> int:
+    """Returns what is added to the numbers of a form so that they are stored without a sign."""
+    if form.numbers == "int4":
+        return 0 if form.minimum else 8
+    return 128 if instructions == "avx512" else 0
+
+
+def rounds_activations(form: Form, instructions: str) -> bool:
+    """Returns whether activations are bfloat16 for the product with a form; otherwise float32, or bytes."""
+    return form.rounded and instructions == "avx512"
+
+
+@intrinsic
+def multiply_tile(
+    typing_context: Any,
+    target: Any,
+    form: Any,
+    rows: Any,
+    blocks: Any,
+    y: Any,
+    width: Any,
+    weights: Any,
+    scales: Any,
+    minimums: Any,
+    block: Any,
+    x: Any,
+    x_scales: Any,
+    x_sums: Any,
+    row: Any,
+    n_in: Any,
+) -> Any:
+    """Multiplies rows `row`, `row` + 1, ... of x by blocks `block`, `block` + 1, ... and stores the sums in y.
+
+    y is float32 (R, width), width being 16 times the number of blocks. x is float32 or bfloat16 (R, I); or int8 with
+    `x_scales` float32 (R, G) and `x_sums` int32 (R, G). All arrays are flat.
+    """
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> Any:
+        code = Code(builder, target.value)
+        y_at, weights_at, scales_at, minimums_at, x_at, x_scales_at, x_sums_at = (
+            context.make_array(signature.args[place])(context, builder, values[place]).data
+            for place in (4, 6, 7, 8, 10, 11, 12)
+        )
+        width_value, first_block, first_row, inputs = (values[place] for place in (5, 9, 13, 14))
+        tile = Tile(code, form.value, rows.value, blocks.value, inputs)
+        tile.begin(weights_at, scales_at, minimums_at, first_block)
+        tile.take(x_at, x_scales_at, x_sums_at, first_row)
+        sums = tile.sums_of_bytes() if form.value.in_bytes else tile.sums_of_floats()
+        for number, of_row in enumerate(sums):
+            place = builder.add(builder.mul(builder.add(first_row, LONG(number)), width_value), LONG(0))
+            place = builder.add(place, builder.mul(first_block, LONG(LANES)))
+            for which, total in enumerate(of_row):
+                code.store(total, code.after(y_at, builder.add(place, LONG(which * LANES))))
+        return context.get_dummy_value()
+
+    integers = (types.intp,)
+    arguments = (target, form, rows, blocks, y, *integers, weights, scales, minimums, *integers)
+    return types.void(*arguments, x, x_scales, x_sums, *integers, *integers), generate
+
+
+class Tile:
+    """The sums of one tile: `rows` rows of activations by `blocks` blocks of weights."""
+
+    def __init__(self, code: Code, form: Form, rows: int, blocks: int, inputs: ir.Value) -> None:
+        self.code, self.form, self.rows, self.blocks, self.inputs = code, form, rows, blocks, inputs
+        self.builder = code.builder
+        self.groups = self.builder.lshr(inputs, LONG(5))
+
+    def begin(self, weights: ir.Value, scales: ir.Value, minimums: ir.Value, first_block: ir.Value) -> None:
+        """Finds where the numbers of each block begin."""
+        items = self.builder.mul(self.inputs, LONG(LANES // 2 if self.form.numbers == "int4" else LANES))
+        scale_items = LONG(LANES) if self.form.scale == "row" else self.builder.mul(self.groups, LONG(LANES))
+
+        def starts(pointer: ir.Value, size: ir.Value) -> list[ir.Value]:
+            numbers = [self.builder.add(first_block, LONG(which)) for which in range(self.blocks)]
+            return [self.code.after(pointer, self.builder.mul(number, size)) for number in numbers]
+
+        self.weights, self.scales = starts(weights, items), starts(scales, scale_items)
+        self.minimums = starts(minimums, scale_items)
+
+    def take(self, x: ir.Value, x_scales: ir.Value, x_sums: ir.Value, first_row: ir.Value) -> None:
+        """Finds where the numbers of each row begin."""
+
+        def starts(pointer: ir.Value, size: ir.Value) -> list[ir.Value]:
+            numbers = [self.builder.add(first_row, LONG(which)) for which in range(self.rows)]
+            return [self.code.after(pointer, self.builder.mul(number, size)) for number in numbers]
+
+        self.x, self.x_scales = starts(x, self.inputs), starts(x_scales, self.groups)
+        self.x_sums = starts(x_sums, self.groups)
+
+    def sums_of_floats(self) -> list[list[ir.Value]]:
+        """Returns the sums of each row and block, over weights that are floating-point numbers."""
+        code, zero = self.code, self.code.filled(FLOATS, 0.0)
+        totals = [[code.variable(zero) for _ in range(self.blocks)] for _ in range(self.rows)]
+
+        def add(row: int, x: ir.Value, weights: list[ir.Value]) -> None:
+            for total, weight in zip(totals[row], weights, strict=True):
+                total.set(code.multiply_add(weight, x, total.get()))
+
+        if self.form.numbers == "bfloat16":
+            with code.loop(self.builder.lshr(self.inputs, LONG(1))) as pair:
+                two = self.builder.mul(pair.index, LONG(2))
+                at = self.builder.mul(pair.index, LONG(2 * LANES))
+                words = [code.load(code.after(start, at), WORDS) for start in self.weights]
+                if rounds_activations(self.form, code.instructions):
+                    for row, start in enumerate(self.x):
+                        x = code.splat(code.load(code.after(start, two), WORD))
+                        for total, word in zip(totals[row], words, strict=True):
+                            total.set(code.dot_bfloat16(total.get(), word, x))
+                else:
+                    halves = [code.split_bfloat16(word) for word in words]
+                    for row, start in enumerate(self.x):
+                        for which in (0, 1):
+                            x = code.splat(code.load(code.after(start, self.builder.add(two, LONG(which))), FLOAT))
+                            add(row, x, [half[which] for half in halves])
+        else:
+            with code.loop(self.inputs) as turn:
+                at = self.builder.mul(turn.index, LONG(LANES))
+                weights = [self._floats(code.after(start, at), self.form.numbers) for start in self.weights]
+                for row, start in enumerate(self.x):
+                    add(row, code.splat(code.load(code.after(start, turn.index), FLOAT)), weights)
+        return [[total.get() for total in of_row] for of_row in totals]
+
+    def sums_of_bytes(self) -> list[list[ir.Value]]:
+        """Returns the sums of each row and block, over weights and activations in bytes."""
+        code, builder, form = self.code, self.builder, self.form
+        totals = [[code.variable(code.filled(FLOATS, 0.0)) for _ in self.weights] for _ in self.x]
+        with code.loop(self.groups) as group:
+            sums = [code.load(code.after(start, group.index), WORD) for start in self.x_sums]
+            starts = [code.splat(builder.mul(total, WORD(-bias(form, code.instructions)))) for total in sums]
+            small = form.numbers == "int4"
+            dots = [[ByteDots(code, small, start) for _ in self.weights] for start in starts]
+            first = builder.mul(group.index, LONG(GROUP))
+            for chunk in range(0, CHUNKS, 2):
+                pairs = [self._chunks(start, group.index, chunk) for start in self.weights]
+                for which in (0, 1):
+                    for row, start in enumerate(self.x):
+                        place = builder.add(first, LONG(4 * (chunk + which)))
+                        x = builder.bitcast(code.splat(code.load(code.after(start, place), WORD)), BYTES)
+                        for dot, pair in zip(dots[row], pairs, strict=True):
+                            dot.add(pair[which], x)
+            at = builder.mul(group.index, LONG(LANES))
+            by_row = form.scale == "row"
+            scales = [None if by_row else self._floats(code.after(start, at), form.scale) for start in self.scales]
+            for row, start in enumerate(self.x_scales):
+                x_scale = code.load(code.after(start, group.index), FLOAT)
+                x_scales = code.splat(x_scale)
+                for total, dot, scale in zip(totals[row], dots[row], scales, strict=True):
+                    factor = x_scales if scale is None else builder.fmul(scale, x_scales)
+                    total.set(code.multiply_add(builder.sitofp(dot.sum(), FLOATS), factor, total.get()))
+                if form.minimum:
+                    x_sum = code.splat(builder.fmul(x_scale, builder.sitofp(sums[row], FLOAT)))
+                    for total, minimum in zip(totals[row], self.minimums, strict=True):
+                        lowest = self._floats(code.after(minimum, at), form.scale)
+                        total.set(code.multiply_add(lowest, x_sum, total.get()))
+        found = [[total.get() for total in of_row] for of_row in totals]
+        if form.scale == "row":
+            scales = [code.load(start, FLOATS) for start in self.scales]
+            found = [[builder.fmul(*pair) for pair in zip(of_row, scales, strict=True)] for of_row in found]
+        return found
+
+    def _chunks(self, start: ir.Value, group: ir.Value, chunk: int) -> list[ir.Value]:
+        """Returns the weights of four inputs, and of the next four: BYTES each."""
+        code, builder = self.code, self.builder
+        if self.form.numbers == "int8":
+            at = builder.mul(group, LONG(CHUNKS * BYTES_A_CHUNK))
+            places = [builder.add(at, LONG((chunk + which) * BYTES_A_CHUNK)) for which in (0, 1)]
+            return [code.load(code.after(start, place), BYTES) for place in places]
+        at = builder.add(builder.mul(group, LONG(CHUNKS // 2 * BYTES_A_CHUNK)), LONG(chunk // 2 * BYTES_A_CHUNK))
+        both, four = code.load(code.after(start, at), BYTES), code.filled(BYTES, 4)
+        return [builder.and_(both, code.filled(BYTES, 15)), builder.lshr(both, four)]
+
+    def _floats(self, pointer: ir.Value, kind: str) -> ir.Value:
+        """Loads 16 numbers of a type as float32."""
+        if kind == "float32":
+            return self.code.load(pointer, FLOATS)
+        halves = self.code.load(pointer, HALVES)
+        return self.code.from_bfloat16(halves) if kind == "bfloat16" else self.code.from_float16(halves)
+
+
+@intrinsic
+def round_group(typing_context: Any, target: Any, x: Any, rounded: Any, scales: Any, sums: Any, group: Any) -> Any:
+    """Rounds 32 float32 of x to int8 from -127 to 127, the largest magnitude becoming 127; with their scale and sum.
+
+    All arrays are flat, groups one after the other.
+    """
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> Any:
+        code = Code(builder, target.value)
+        x_at, rounded_at, scales_at, sums_at = (
+            context.make_array(signature.args[place])(context, builder, values[place]).data for place in (1, 2, 3, 4)
+        )
+        first = builder.mul(values[5], LONG(GROUP))
+        halves = [code.load(code.after(x_at, builder.add(first, LONG(which))), FLOATS) for which in (0, LANES)]
+        sizes = [code.call("llvm.fabs.v16f32", FLOATS, half) for half in halves]
+        largest = code.call("llvm.vector.reduce.fmax.v16f32", FLOAT, code.call("llvm.maxnum.v16f32", FLOATS, *sizes))
+        some = builder.fcmp_ordered(">", largest, FLOAT(0.0))
+        factor = builder.select(some, builder.fdiv(FLOAT(127.0), largest), FLOAT(0.0))
+        words = []
+        for which, half in enumerate(halves):
+            nearest = code.call("llvm.rint.v16f32", FLOATS, builder.fmul(half, code.splat(factor)))
+            words.append(builder.fptosi(nearest, WORDS))
+            narrow = builder.trunc(words[-1], ir.VectorType(BYTE, LANES))
+            code.store(narrow, code.after(rounded_at, builder.add(first, LONG(which * LANES))))
+        code.store(builder.fdiv(largest, FLOAT(127.0)), code.after(scales_at, values[5]))
+        total = code.call("llvm.vector.reduce.add.v16i32", WORD, builder.add(*words))
+        code.store(total, code.after(sums_at, values[5]))
+        return context.get_dummy_value()
+
+    return types.void(target, x, rounded, scales, sums, types.intp), generate

@@ -1,0 +1,183 @@
+"""What a decoding step does besides products, sixteen numbers at a time: norms, rotations, exponentials, mixing values.
+
+The exponential is a polynomial (Cephes, Moshier 1989): within 2 units in the last place of float32 from -87 to 88, and
+0 below. SiLU divides by one more than it.
+
+Letters beyond the usual: Z numbers of a vector, laid end to end in flat arrays.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from llamita.backend.torch.infer.kernels.simd import FLOAT, FLOAT16S, FLOATS, HALVES, LANES, LONG, WORDS, Code
+
+LOWEST, HIGHEST = -87.3, 88.3
+"""Exponents beyond which the exponential is no ordinary float32."""
+LOG2_E, LN2_HIGH, LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
+POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+
+
+def exponential(code: Code, x: ir.Value) -> ir.Value:
+    """Returns e^x in each lane: 2^n e^r with a whole n and r between -ln(2) / 2 and ln(2) / 2."""
+    builder = code.builder
+
+    def all_lanes(value: float) -> ir.Value:
+        return code.filled(FLOATS, value)
+
+    held = code.call("llvm.maxnum.v16f32", FLOATS, x, all_lanes(LOWEST))
+    held = code.call("llvm.minnum.v16f32", FLOATS, held, all_lanes(HIGHEST))
+    whole = code.call("llvm.rint.v16f32", FLOATS, builder.fmul(held, all_lanes(LOG2_E)))
+    rest = code.multiply_add(whole, all_lanes(-LN2_HIGH), held)
+    rest = code.multiply_add(whole, all_lanes(-LN2_LOW), rest)
+    value = all_lanes(POLYNOMIAL[0])
+    for coefficient in POLYNOMIAL[1:]:
+        value = code.multiply_add(value, rest, all_lanes(coefficient))
+    value = code.multiply_add(builder.fmul(value, rest), rest, builder.fadd(rest, all_lanes(1.0)))
+    exponent = builder.shl(builder.fptosi(whole, WORDS), code.filled(WORDS, 23))
+    value = builder.bitcast(builder.add(builder.bitcast(value, WORDS), exponent), FLOATS)
+    small = builder.fcmp_ordered("<", x, all_lanes(LOWEST))
+    return builder.select(small, all_lanes(0.0), value)
+
+
+def load_floats(code: Code, kind: str, pointer: ir.Value) -> ir.Value:
+    """Loads 16 numbers of a type as float32."""
+    if kind == "float32":
+        return code.load(pointer, FLOATS)
+    halves = code.load(pointer, HALVES)
+    return code.from_bfloat16(halves) if kind == "bfloat16" else code.from_float16(halves)
+
+
+def _pointers(context: Any, builder: Any, signature: Any, values: Sequence[Any], *places: int) -> list[ir.Value]:
+    return [context.make_array(signature.args[place])(context, builder, values[place]).data for place in places]
+
+
+@intrinsic
+def score(
+    typing_context: Any, code: Any, kind: Any, count: Any, query: Any, query_at: Any, keys: Any, at: Any, step: Any,
+    size: Any, scale: Any, scores: Any, place: Any
+) -> Any:  # fmt: skip
+    """Stores `scale` times the dot product of a query with each of `count` keys, `step` numbers apart, in scores from
+    `place` on; returns the largest."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        writer = Code(builder, code.value)
+        query_p, keys_p, scores_p = _pointers(context, builder, signature, values, 3, 5, 10)
+        query_p, keys_p = writer.after(query_p, values[4]), writer.after(keys_p, values[6])
+        rows = [writer.after(keys_p, builder.mul(values[7], LONG(row))) for row in range(count.value)]
+        totals = [writer.variable(writer.filled(FLOATS, 0.0)) for _ in rows]
+        with writer.loop(builder.lshr(values[8], LONG(4))) as turn:
+            first = builder.mul(turn.index, LONG(LANES))
+            part = writer.load(writer.after(query_p, first), FLOATS)
+            for row, total in zip(rows, totals, strict=True):
+                key = load_floats(writer, kind.value, writer.after(row, first))
+                total.set(writer.multiply_add(part, key, total.get()))
+        largest = None
+        for number, total in enumerate(totals):
+            value = builder.fmul(sum_of_lanes(writer, total.get()), values[9])
+            writer.store(value, writer.after(scores_p, builder.add(values[11], LONG(number))))
+            largest = value if largest is None else writer.call("llvm.maxnum.f32", FLOAT, largest, value)
+        return largest
+
+    whole = (types.intp, types.intp, types.intp)
+    arguments = (code, kind, count, query, types.intp, keys, *whole, types.float32, scores, types.intp)
+    return types.float32(*arguments), generate
+
+
+def sum_of_lanes(code: Code, vector: ir.Value) -> ir.Value:
+    """Returns the sum over the lanes, in any order."""
+    kind = ir.FunctionType(FLOAT, [FLOAT, FLOATS])
+    function = cgutils.get_or_insert_function(code.builder.module, kind, "llvm.vector.reduce.fadd.v16f32")
+    return code.builder.call(function, [FLOAT(0.0), vector], fastmath=("reassoc",))
+
+
+@intrinsic
+def mix(
+    typing_context: Any, code: Any, kind: Any, count: Any, out: Any, out_at: Any, memory: Any, at: Any, step: Any,
+    size: Any, factor: Any, weights: Any, place: Any
+) -> Any:  # fmt: skip
+    """Adds `count` rows of a memory, `step` numbers apart, to out[out_at : out_at + size], each times `factor` and its
+    weight, of which the first is weights[place]."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        writer = Code(builder, code.value)
+        out_p, memory_p, weights_p = _pointers(context, builder, signature, values, 3, 5, 10)
+        out_p, memory_p = writer.after(out_p, values[4]), writer.after(memory_p, values[6])
+        rows = [writer.after(memory_p, builder.mul(values[7], LONG(row))) for row in range(count.value)]
+        shares = []
+        for number in range(count.value):
+            weight = writer.load(writer.after(weights_p, builder.add(values[11], LONG(number))), FLOAT)
+            shares.append(writer.splat(builder.fmul(weight, values[9])))
+        with writer.loop(builder.lshr(values[8], LONG(4))) as turn:
+            first = builder.mul(turn.index, LONG(LANES))
+            at_place = writer.after(out_p, first)
+            total = writer.load(at_place, FLOATS)
+            for row, share in zip(rows, shares, strict=True):
+                total = writer.multiply_add(load_floats(writer, kind.value, writer.after(row, first)), share, total)
+            writer.store(total, at_place)
+        return context.get_dummy_value()
+
+    whole = (types.intp, types.intp, types.intp)
+    arguments = (code, kind, count, out, types.intp, memory, *whole, types.float32, weights, types.intp)
+    return types.void(*arguments), generate
+
+
+@intrinsic
+def save(typing_context: Any, code: Any, kind: Any, memory: Any, at: Any, x: Any, x_at: Any, size: Any) -> Any:
+    """Puts `size` numbers of x, float32, into a memory of some type from `at` on, each to the nearest."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        writer = Code(builder, code.value)
+        memory_p, x_p = _pointers(context, builder, signature, values, 2, 4)
+        memory_p, x_p = writer.after(memory_p, values[3]), writer.after(x_p, values[5])
+        with writer.loop(builder.lshr(values[6], LONG(4))) as turn:
+            first = builder.mul(turn.index, LONG(LANES))
+            numbers = writer.load(writer.after(x_p, first), FLOATS)
+            if kind.value == "bfloat16":
+                numbers = writer.to_bfloat16(numbers)
+            elif kind.value == "float16":
+                numbers = builder.fptrunc(numbers, FLOAT16S)
+            writer.store(numbers, writer.after(memory_p, first))
+        return context.get_dummy_value()
+
+    return types.void(code, kind, memory, types.intp, x, types.intp, types.intp), generate
+
+
+@intrinsic
+def exponentials(typing_context: Any, code: Any, x: Any, largest: Any, count: Any) -> Any:
+    """Puts e^(x - largest) into the place of `count` numbers, a multiple of 16; returns their sum."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        writer = Code(builder, code.value)
+        (x_p,) = _pointers(context, builder, signature, values, 1)
+        most = writer.splat(values[2])
+        total = writer.variable(writer.filled(FLOATS, 0.0))
+        with writer.loop(builder.lshr(values[3], LONG(4))) as turn:
+            place = writer.after(x_p, builder.mul(turn.index, LONG(LANES)))
+            value = exponential(writer, builder.fsub(writer.load(place, FLOATS), most))
+            writer.store(value, place)
+            total.set(builder.fadd(total.get(), value))
+        return sum_of_lanes(writer, total.get())
+
+    return types.float32(code, x, types.float32, types.intp), generate
+
+
+@intrinsic
+def gate(typing_context: Any, code: Any, gates: Any, gate_at: Any, ups: Any, up_at: Any, out: Any, out_at: Any) -> Any:
+    """Stores silu(gate) * up for 16 numbers each (Shazeer 2020, arXiv:2002.05202)."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        writer = Code(builder, code.value)
+        gates_p, ups_p, out_p = _pointers(context, builder, signature, values, 1, 3, 5)
+        value = writer.load(writer.after(gates_p, values[2]), FLOATS)
+        one = writer.filled(FLOATS, 1.0)
+        below = builder.fadd(one, exponential(writer, builder.fneg(value)))
+        gated = builder.fmul(builder.fdiv(value, below), writer.load(writer.after(ups_p, values[4]), FLOATS))
+        writer.store(gated, writer.after(out_p, values[6]))
+        return context.get_dummy_value()
+
+    return types.void(code, gates, types.intp, ups, types.intp, out, types.intp), generate

@@ -1,0 +1,73 @@
+"""Which instructions are compiled for, by the processor's flags and LLAMITA_KERNELS."""
+
+import pytest
+
+from llamita.backend import processor
+from llamita.backend.torch.infer.kernels import choice
+
+ZEN_3 = frozenset({"avx", "avx2", "fma", "f16c"})
+ZEN_4 = ZEN_3 | {"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"}
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """Linux, Numba installed, and the flags of a processor."""
+    monkeypatch.setattr(choice.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: name)
+
+    def has(flags: frozenset[str]) -> None:
+        monkeypatch.setattr(processor, "cpu_flags", lambda: flags)
+
+    return has
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked", "found"),
+    [
+        (ZEN_4, "auto", "avx512"),
+        (ZEN_3, "auto", "avx2"),
+        (ZEN_4 - {"avx512_bf16"}, "auto", "avx2"),
+        (frozenset(), "auto", "portable"),
+        (ZEN_4, "avx2", "avx2"),
+        (ZEN_4, "portable", "portable"),
+        (ZEN_4, "off", None),
+    ],
+)
+def test_the_best_that_the_processor_has_or_what_is_asked_for(machine, monkeypatch, flags, asked, found) -> None:
+    machine(flags)
+    monkeypatch.setenv(choice.VARIABLE, asked)
+    assert choice.chosen_instructions() == found
+
+
+def test_nothing_where_nothing_is_asked_for(monkeypatch) -> None:
+    monkeypatch.delenv(choice.VARIABLE, raising=False)
+    assert choice.chosen_instructions() is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("sse", "LLAMITA_KERNELS=sse is not known; give off, auto or one of avx512, avx2, portable"),
+        ("avx512", "LLAMITA_KERNELS=avx512: this processor has only avx2, portable"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(machine, monkeypatch, asked, message) -> None:
+    machine(ZEN_3)
+    monkeypatch.setenv(choice.VARIABLE, asked)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        choice.chosen_instructions()
+
+
+def test_without_numba_the_extra_is_named(machine, monkeypatch) -> None:
+    machine(ZEN_4)
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv(choice.VARIABLE, "auto")
+    with pytest.raises(ValueError, match="needs Numba: pip install 'llamita"):
+        choice.chosen_instructions()
+
+
+def test_one_thread_alone_is_not_chosen(machine, monkeypatch) -> None:
+    machine(ZEN_4)
+    monkeypatch.setattr(choice.platform, "system", lambda: "Darwin")
+    monkeypatch.setenv(choice.VARIABLE, "auto")
+    assert choice.chosen_instructions() is None
