@@ -134,7 +134,8 @@ def test_every_file_that_is_no_module_is_carried_too() -> None:
     package = ROOT / "src" / "llamita"
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["llamita"]
     carried = {path for pattern in patterns for path in package.glob(pattern)}
-    others = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    files = (path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    others = {path for path in files if path.suffix != ".py"}
     assert others <= carried
 
 

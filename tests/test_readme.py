@@ -102,21 +102,28 @@ def verb_of(words: list[str]) -> str:
     raise ValueError(f"no such verb: {shlex.join(words)}")
 
 
+def without_settings(command: str) -> tuple[list[str], list[str]]:
+    """The words of a command, those at its beginning apart that set variables of the environment."""
+    words = shlex.split(command, comments=True)
+    count = next((number for number, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)), len(words))
+    return words[:count], words[count:]
+
+
 def shortened(command: str) -> str:
     """The command with the overrides of SHORTER at the end of each `llamita` part; pipes and redirections are kept."""
     parts = []
     for part in re.split(r"(\s[|>]\s|&&)", command):
-        words = shlex.split(part, comments=True)
+        settings, words = without_settings(part)
         if words[:1] == ["llamita"] and "--help" not in words:
             extra = shlex.join(SHORTER.get(verb_of(words), []))
-            part = f" {shlex.join(words)} {extra} "
+            part = f" {shlex.join([*settings, *words])} {extra} "
         parts.append(part)
     return "".join(parts).strip()
 
 
 def problem(command: str) -> str | None:
     """Why a command is of no kind that this test knows; None where it is."""
-    words = shlex.split(command, comments=True)
+    _, words = without_settings(command)
     if words[0] in NOT_RUN or words[0] in ("llamita", "echo", "printf", "cat"):
         if words[0] == "llamita":
             verb_of(words)
@@ -152,7 +159,7 @@ def make_dry_run(words: list[str]) -> int:
 
 def to_run(command: str) -> str | None:
     """The shell line that stands for a command here, or None where checking it was all."""
-    words = shlex.split(command, comments=True)
+    _, words = without_settings(command)
     if words == ["make", "quickstart"]:
         return shortened("llamita quickstart")
     return shortened(command) if words[0] in ("llamita", "echo", "printf", "cat") else None

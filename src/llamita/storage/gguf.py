@@ -111,7 +111,9 @@ def _array(header: Header, name: str, head_dim: int = 0, one_less: bool = False)
 
     def read_blocks(wanted: slice | np.ndarray) -> np.ndarray:
         stored = halves(np.arange(info.shape[0]), head_dim)[wanted] if head_dim else wanted
-        return _rows(data, info)[stored]
+        rows = _rows(data, info)[stored].copy()
+        forget_mapped(header.mapping, info.start, info.stop)
+        return rows
 
     packed = PackedRows(info.kind.name, read_blocks) if dtype is None and len(info.shape) == 2 else None
     return ComputedArray("F32" if dtype is None or one_less else dtype, info.shape, compute, packed)

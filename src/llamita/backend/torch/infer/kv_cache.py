@@ -85,12 +85,17 @@ class PagedKVCache:
 
     def begin(self, chunks: Sequence[ScheduledChunk]) -> None:
         """Empties the blocks that the chunks begin, in every layer."""
-        size = self.layout.block_size
+        size, device = self.layout.block_size, self.keys[0].device
+        groups = range(len(self.specs))
+        begun = [_begun(chunks, [chunk.tables[group] for chunk in chunks], size, device) for group in groups]
         for layer, group in enumerate(self.group_of_layer):
-            begun_M = _begun(chunks, [chunk.tables[group] for chunk in chunks], size, self.keys[0].device)
-            if begun_M is not None:
-                for memory in (self.keys[layer], self.values[layer]):
-                    memory.unflatten(0, (-1, size)).index_fill_(0, begun_M, 0)
+            self.empty(layer, begun[group])
+
+    def empty(self, layer: int, blocks_M: Tensor | None) -> None:
+        """Puts zeros into blocks of a layer; None: into none."""
+        if blocks_M is not None:
+            for memory in (self.keys[layer], self.values[layer]):
+                memory.unflatten(0, (-1, self.layout.block_size)).index_fill_(0, blocks_M, 0)
 
     def step(self, chunks: Sequence[ScheduledChunk], exact: bool = False) -> "PagedStep":
         """Returns the use of this memory by the chunks of one step, whose tokens follow one another in one row."""
@@ -160,10 +165,7 @@ class PagedStep:
         """Stores new keys and values, then returns the mix of values that each query sees: (T, N, H)."""
         group = self._cache.group_of_layer[layer]
         keys, values, slots_T = self._cache.keys[layer], self._cache.values[layer], self._slots[group]
-        begun_M = self._begun[group]
-        if begun_M is not None:
-            for memory in (keys, values):
-                memory.unflatten(0, (-1, self._cache.layout.block_size)).index_fill_(0, begun_M, 0)
+        self._cache.empty(layer, self._begun[group])
         keys.index_copy_(0, slots_T, k_TKH[: self.tokens])
         values.index_copy_(0, slots_T, v_TKH[: self.tokens])
         parts = self._parts[group]

@@ -391,7 +391,7 @@ class Llama(nn.Module):
             if isinstance(owner, QuantizedLinear) and kind == "weight":
                 values = owner.plain_weight()
             elif isinstance(owner, Linear | Embedding) and owner.kernel is not None and kind == "weight":
-                values = owner.kernel.plain()
+                values = owner.kernel.plain().to(self.model.norm.weight.dtype)
             elif values.is_mkldnn:
                 values = values.to_dense()
             result |= zip(fused.parts, fused.split(values), strict=True)

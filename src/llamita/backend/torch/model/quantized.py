@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 class QuantizedLinear(nn.Module):
     """A weight (n_out, n_in) of so many bits, its scales, and perhaps a bias (n_out,) in the model's type.
 
-    Few rows of bfloat16 go through a kernel that reads the weight as it is; more of them, or another type or device,
-    through `operations.linear` over the dequantised weight. `arrange` comes once the values are there.
+    With kernels of our own, all rows go through them. Else few rows of bfloat16 go through a kernel that reads the
+    weight as it is; more of them, or another type or device, through `operations.linear` over the dequantised weight.
+    `arrange` comes once the values are there.
     """
 
     def __init__(self, size: torch.Size, bias: bool, operations: Operations, bits: int) -> None:
@@ -67,7 +68,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def kernel_bytes(self) -> int:
-        """Bytes that the kernel reads beyond the weight and scales as they are stored: its own form of the scales."""
+        """Bytes that the kernel reads beyond the weight and scales that are held: its own form of them."""
         if self.blocks is not None:
             return self.blocks.nbytes - self.weight_scale.nbytes  # the stored weight holds no memory
         return 0 if self.kernel_scale is None else self.kernel_scale.nbytes - self.weight_scale.nbytes

@@ -1,5 +1,7 @@
 """Which instructions are compiled for, by the processor's flags and LLAMITA_KERNELS."""
 
+from pathlib import Path
+
 import pytest
 
 from llamita.backend import processor
@@ -11,8 +13,8 @@ ZEN_4 = ZEN_3 | {"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
-    """Linux, Numba installed, and the flags of a processor."""
-    monkeypatch.setattr(choice.platform, "system", lambda: "Linux")
+    """PyTorch's threads, Numba installed, and the flags of a processor."""
+    monkeypatch.setattr(choice, "openmp_library", lambda: Path("libgomp.so"))
     monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: name)
 
     def has(flags: frozenset[str]) -> None:
@@ -68,6 +70,6 @@ def test_without_numba_the_extra_is_named(machine, monkeypatch) -> None:
 
 def test_one_thread_alone_is_not_chosen(machine, monkeypatch) -> None:
     machine(ZEN_4)
-    monkeypatch.setattr(choice.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(choice, "openmp_library", lambda: None)
     monkeypatch.setenv(choice.VARIABLE, "auto")
     assert choice.chosen_instructions() is None

@@ -1,5 +1,7 @@
 """Products with blocked weights, against float64 over the very numbers that are stored, with each instruction set."""
 
+import math
+
 import gguf
 import numpy as np
 import pytest
@@ -126,6 +128,25 @@ def test_the_largest_products_of_bytes_do_not_overflow(instructions, form) -> No
 
 
 @pytest.mark.parametrize("instructions", supported())
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_is_not_hidden_by_rounding(instructions, value) -> None:
+    parts, _ = bytes_of("int4 with minimums", 50, 96)
+    blocked, x_RI = blocked_of("int4 with minimums", parts, instructions), random(3, 96)
+    expected = blocked.multiply(x_RI)
+    x_RI[1, 40] = value
+    found = blocked.multiply(x_RI)
+    assert found[1].isnan().all()
+    assert torch.equal(found[[0, 2]], expected[[0, 2]])
+
+
+@pytest.mark.parametrize("instructions", supported())
+def test_activations_next_to_nothing_count_as_zero(instructions) -> None:
+    parts, _ = bytes_of("int8 by row", 50, 96)
+    blocked = blocked_of("int8 by row", parts, instructions)
+    assert not blocked.multiply(torch.full((1, 96), 1e-40)).any()
+
+
+@pytest.mark.parametrize("instructions", supported())
 def test_blocks_hold_the_numbers_that_were_given(instructions) -> None:
     for kind in FLOATS:
         weight_OI, _ = floats(kind, 50, 96)
@@ -143,6 +164,8 @@ def test_blocks_hold_the_numbers_that_were_given(instructions) -> None:
         if form == "int8 by row":
             wanted = torch.tensor([1, 48])
             assert torch.equal(blocked.rows(wanted).double(), exact_OI[wanted].float().double())
+            with pytest.raises(IndexError):
+                blocked.rows(torch.tensor([50]))  # a row of zeros that fills the block
 
 
 @pytest.mark.parametrize("instructions", supported())

@@ -57,6 +57,9 @@ def test_exponential(code) -> None:
     error = np.abs(found[ordinary] - exact[ordinary]) / np.spacing(exact[ordinary].astype(np.float32))
     assert error.max() <= 2.0
     assert (found[~ordinary] == 0).all()
+    unknown = np.array([np.nan, 0.0] * 8, dtype=np.float32)
+    exponentials(code, unknown, np.float32(0))
+    np.testing.assert_array_equal(unknown, np.array([np.nan, 1.0] * 8, dtype=np.float32))
     small = np.linspace(-20, 0, 1600, dtype=np.float32)
     total = exponentials(code, small.copy(), np.float32(0.5))
     assert total == pytest.approx(np.exp(small.astype(np.float64) - 0.5).sum(), rel=1e-6)

@@ -70,7 +70,7 @@ class BlockedWeight:
         return all(bool(torch.isfinite(each.sum(dtype=torch.float32))) for each in both)
 
     def product(self, x: Tensor, weight: Tensor, bias_O: Tensor | None = None) -> Tensor:
-        """Computes `layers.linear`, in the type of x (..., I); of `weight`, this one has the numbers."""
+        """Computes `layers.linear`, in the type of x (..., I). `weight` is not read: this has its numbers."""
         y_RO = self.multiply(x.reshape(-1, self.n_in))
         y = y_RO.to(x.dtype).view(*x.shape[:-1], self.n_out)
         return y if bias_O is None else y + bias_O
@@ -122,6 +122,9 @@ class BlockedWeight:
 
     def rows(self, wanted: Tensor) -> Tensor:
         """Returns some rows (..., I) of a weight of floating-point numbers, or of int8 with a scale for each."""
+        assert not self.form.in_bytes or self.form == Form("int8", "row"), "rows of groups are not taken apart"
+        if wanted.numel() and not 0 <= int(wanted.min()) <= int(wanted.max()) < self.n_out:
+            raise IndexError(f"rows {wanted.tolist()} of {self.n_out}")
         blocks, lanes = wanted // LANES, wanted % LANES
         kind = FLOATS.get(self.form.numbers)
         together = {"bfloat16": 2, "int8": 4}.get(self.form.numbers, 1)

@@ -6,8 +6,10 @@ are imported here alone, and only where they are wanted: they need Numba.
 
 import importlib.util
 import os
-import platform
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+import torch
 
 from llamita.backend import processor
 from llamita.backend.torch.infer.kernels.instructions import Instructions
@@ -30,6 +32,14 @@ def supported() -> list[Instructions]:
     return [name for name, flags in NEEDED.items() if flags <= processor.cpu_flags()]
 
 
+def openmp_library() -> Path | None:
+    """Returns the OpenMP library that PyTorch brought along, and has loaded; None where its threads are of another."""
+    for folder in (Path(torch.__file__).parent / "lib", Path(torch.__file__).parents[1] / "torch.libs"):
+        for path in sorted(folder.glob("libgomp*")):
+            return path
+    return None
+
+
 def chosen_instructions() -> Instructions | None:
     """Returns the set to compile for; None where nothing is asked for, or where PyTorch's threads cannot be shared.
 
@@ -42,10 +52,10 @@ def chosen_instructions() -> Instructions | None:
         raise ValueError(f"{VARIABLE}={asked} is not known; give off, auto or one of {', '.join(NEEDED)}")
     if asked != "auto" and asked not in supported():
         raise ValueError(f"{VARIABLE}={asked}: this processor has only {', '.join(supported())}")
+    if asked == "auto" and openmp_library() is None:
+        return None  # one thread alone is slower than PyTorch's operators
     if importlib.util.find_spec("numba") is None:
         raise ValueError(f"{VARIABLE}={asked} needs Numba: pip install 'llamita[fast]'")
-    if platform.system() != "Linux" and asked == "auto":
-        return None  # one thread alone is slower than PyTorch's operators
     return supported()[0] if asked == "auto" else cast(Instructions, asked)
 
 

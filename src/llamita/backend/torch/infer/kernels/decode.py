@@ -245,7 +245,7 @@ class Decoder:
         cache.begin(chunks)
         positions_1R = torch.tensor([[position for chunk in chunks for position in range(chunk.start, chunk.end)]])
         turns = [rope.at(positions_1R, max(chunk.end for chunk in chunks)) for rope in self.model.ropes]
-        rotations = [tuple(table.numpy().reshape(-1) for table in turn) for turn in turns]
+        rotations = [tuple(table.float().numpy().reshape(-1) for table in turn) for turn in turns]
         tables = [_table(chunks, group, cache) for group in range(len(cache.specs))]
         for number, layer in enumerate(self.layers):
             slots, table = tables[cache.group_of_layer[number]]

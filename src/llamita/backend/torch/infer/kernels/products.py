@@ -38,8 +38,11 @@ GROUPS_ALONE = 512
 
 
 def compiled_for(function: Any, arguments: tuple[Any, ...]) -> Callable[..., Any]:
-    """Returns a compiled function for arguments of just these types, which it does not look at again: that takes longer
-    than many a product."""
+    """Returns a compiled function for arguments of just these types.
+
+    It does not look at the types again, since that takes longer than many a product: whoever calls it gives the same
+    ones, arrays being writable and contiguous, or memory is misread.
+    """
     kinds = tuple(typeof(argument) for argument in arguments)
     function.compile(kinds)
     return function.overloads[kinds].entry_point
@@ -126,11 +129,7 @@ def _as_they_are(threads, code, form, x):
 
 def _in_bfloat16(threads, code, form, x):
     bits, halves = x.view(np.uint32), np.empty(x.size, np.uint16)
-    for place in range(x.size):  # to the nearest, to even where two are as near
-        word = bits[place]
-        halves[place] = np.uint16(
-            (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        )
+    parallel(round_to_bfloat16, threads if x.size > GROUPS_ALONE * GROUP else 1, x.size, (bits, halves))
     return halves, np.empty(0, np.float32), np.empty(0, np.int32)
 
 
@@ -139,6 +138,15 @@ def _in_bytes(threads, code, form, x):
     rounded, scales, sums = np.empty(x.size, np.int8), np.empty(groups, np.float32), np.empty(groups, np.int32)
     parallel(round_groups, threads if groups > GROUPS_ALONE else 1, groups, (code, x, rounded, scales, sums))
     return rounded, scales, sums
+
+
+@njit(**COMPILED)
+def round_to_bfloat16(first, last, bits, halves):
+    """Rounds float32, given as its bits, to the nearest bfloat16, to the even one where two are as near."""
+    for place in range(first, last):
+        word = bits[place]
+        up = np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))
+        halves[place] = np.uint16((word + up) >> np.uint32(16))
 
 
 @njit(**COMPILED)

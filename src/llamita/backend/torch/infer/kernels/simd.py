@@ -167,6 +167,13 @@ class Code:
 
     # --- numbers of two bytes ---
 
+    def load_floats(self, pointer: ir.Value, kind: str) -> ir.Value:
+        """Loads 16 numbers of a type as float32."""
+        if kind == "float32":
+            return self.load(pointer, FLOATS)
+        halves = self.load(pointer, HALVES)
+        return self.from_bfloat16(halves) if kind == "bfloat16" else self.from_float16(halves)
+
     def from_bfloat16(self, halves: ir.Value) -> ir.Value:
         """Returns float32 for bfloat16 given as its bits: they are the upper half."""
         words = self.builder.shl(self.builder.zext(halves, WORDS), self.filled(WORDS, 16))

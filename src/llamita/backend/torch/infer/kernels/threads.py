@@ -2,35 +2,27 @@
 
 PyTorch keeps its threads with OpenMP on Linux. `parallel` enters the very library that PyTorch has loaded: there is one
 pool in the process, and a region costs about a microsecond while its threads are awake. Where that library is not to
-be found the calling thread does all the work, and `POOL` says so.
+be found the calling thread does all the work, and `pool` says so.
 
 Compiled code finds OpenMP's functions by names of ours, so that it can be kept on disk.
 """
 
 import ctypes
 import functools
-from pathlib import Path
 from typing import Any
 
 import llvmlite.binding
-import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from llamita.backend.torch.infer.kernels.choice import openmp_library
+
 ENTER, NUMBER, COUNT = "llamita_enter_threads", "llamita_thread_number", "llamita_thread_count"
 OF_OPENMP = {ENTER: "GOMP_parallel", NUMBER: "omp_get_thread_num", COUNT: "omp_get_num_threads"}
 
-POINTER, WORD, NUMBER_TYPE = ir.IntType(8).as_pointer(), ir.IntType(64), ir.IntType(32)
-
-
-def _openmp() -> ctypes.CDLL | None:
-    """Returns the OpenMP library that PyTorch brought along, and has loaded."""
-    for folder in (Path(torch.__file__).parent / "lib", Path(torch.__file__).parents[1] / "torch.libs"):
-        for path in sorted(folder.glob("libgomp*")):
-            return ctypes.CDLL(str(path))
-    return None
+POINTER, LONG, WORD = ir.IntType(8).as_pointer(), ir.IntType(64), ir.IntType(32)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
@@ -54,7 +46,8 @@ ALONE = {ENTER: _enter_alone, NUMBER: _zero, COUNT: _one}
 @functools.cache
 def pool() -> str:
     """Makes the functions known to compiled code; returns "OpenMP", or "one thread" where that is not to be found."""
-    library = _openmp()
+    path = openmp_library()
+    library = None if path is None else ctypes.CDLL(str(path))
     for name, theirs in OF_OPENMP.items():
         function = ALONE[name] if library is None else getattr(library, theirs)
         llvmlite.binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
@@ -71,15 +64,15 @@ def parallel(typing_context: Any, body: Any, threads: Any, count: Any, arguments
 
     def generate(context: Any, builder: ir.IRBuilder, _: Any, values: Any) -> Any:
         _, threads_value, count_value, arguments_value = values
-        shared = ir.LiteralStructType([WORD, arguments_value.type])
+        shared = ir.LiteralStructType([LONG, arguments_value.type])
         packed = builder.insert_value(ir.Constant(shared, ir.Undefined), count_value, 0)
         room = cgutils.alloca_once(builder, shared)
         builder.store(builder.insert_value(packed, arguments_value, 1), room)
         thread = _thread_function(context, builder.module, shared, body.dispatcher, signature)
-        kind = ir.FunctionType(ir.VoidType(), [thread.type, POINTER, NUMBER_TYPE, NUMBER_TYPE])
+        kind = ir.FunctionType(ir.VoidType(), [thread.type, POINTER, WORD, WORD])
         enter = cgutils.get_or_insert_function(builder.module, kind, ENTER)
         data = builder.bitcast(room, POINTER)
-        builder.call(enter, [thread, data, builder.trunc(threads_value, NUMBER_TYPE), NUMBER_TYPE(0)])
+        builder.call(enter, [thread, data, builder.trunc(threads_value, WORD), WORD(0)])
         return context.get_dummy_value()
 
     return types.void(body, types.intp, types.intp, arguments), generate
@@ -93,13 +86,13 @@ def _thread_function(context: Any, module: ir.Module, shared: ir.Type, dispatche
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     received = builder.load(builder.bitcast(function.args[0], shared.as_pointer()))
     count, arguments = builder.extract_value(received, 0), builder.extract_value(received, 1)
-    of_openmp = ir.FunctionType(NUMBER_TYPE, [])
+    of_openmp = ir.FunctionType(WORD, [])
     number, threads = (
-        builder.sext(builder.call(cgutils.get_or_insert_function(module, of_openmp, name), []), WORD)
+        builder.sext(builder.call(cgutils.get_or_insert_function(module, of_openmp, name), []), LONG)
         for name in (NUMBER, COUNT)
     )
     first = builder.sdiv(builder.mul(count, number), threads)
-    last = builder.sdiv(builder.mul(count, builder.add(number, WORD(1))), threads)
+    last = builder.sdiv(builder.mul(count, builder.add(number, LONG(1))), threads)
     compiled = dispatcher.overloads[signature.args]
     context.active_code_library.add_linking_library(compiled.library)
     passed = [builder.extract_value(arguments, place) for place in range(len(signature.args) - 2)]

@@ -22,7 +22,6 @@ from llamita.backend.torch.infer.kernels.simd import (
     BYTES,
     FLOAT,
     FLOATS,
-    HALVES,
     LANES,
     LONG,
     WORD,
@@ -33,6 +32,8 @@ from llamita.backend.torch.infer.kernels.simd import (
 
 GROUP = 32
 """Numbers along the input that share a scale."""
+SMALLEST = 1e-30
+"""Groups of smaller numbers are rounded to zeros."""
 BYTES_A_CHUNK = 4 * LANES
 CHUNKS = GROUP // 4
 
@@ -102,15 +103,14 @@ def multiply_tile(
         tile.take(x_at, x_scales_at, x_sums_at, first_row)
         sums = tile.sums_of_bytes() if form.value.in_bytes else tile.sums_of_floats()
         for number, of_row in enumerate(sums):
-            place = builder.add(builder.mul(builder.add(first_row, LONG(number)), width_value), LONG(0))
-            place = builder.add(place, builder.mul(first_block, LONG(LANES)))
+            before = builder.mul(builder.add(first_row, LONG(number)), width_value)
+            place = builder.add(before, builder.mul(first_block, LONG(LANES)))
             for which, total in enumerate(of_row):
                 code.store(total, code.after(y_at, builder.add(place, LONG(which * LANES))))
         return context.get_dummy_value()
 
-    integers = (types.intp,)
-    arguments = (target, form, rows, blocks, y, *integers, weights, scales, minimums, *integers)
-    return types.void(*arguments, x, x_scales, x_sums, *integers, *integers), generate
+    arguments = (target, form, rows, blocks, y, types.intp, weights, scales, minimums, types.intp)
+    return types.void(*arguments, x, x_scales, x_sums, types.intp, types.intp), generate
 
 
 class Tile:
@@ -171,7 +171,7 @@ class Tile:
         else:
             with code.loop(self.inputs) as turn:
                 at = self.builder.mul(turn.index, LONG(LANES))
-                weights = [self._floats(code.after(start, at), self.form.numbers) for start in self.weights]
+                weights = [code.load_floats(code.after(start, at), self.form.numbers) for start in self.weights]
                 for row, start in enumerate(self.x):
                     add(row, code.splat(code.load(code.after(start, turn.index), FLOAT)), weights)
         return [[total.get() for total in of_row] for of_row in totals]
@@ -196,7 +196,7 @@ class Tile:
                             dot.add(pair[which], x)
             at = builder.mul(group.index, LONG(LANES))
             by_row = form.scale == "row"
-            scales = [None if by_row else self._floats(code.after(start, at), form.scale) for start in self.scales]
+            scales = [None if by_row else code.load_floats(code.after(start, at), form.scale) for start in self.scales]
             for row, start in enumerate(self.x_scales):
                 x_scale = code.load(code.after(start, group.index), FLOAT)
                 x_scales = code.splat(x_scale)
@@ -206,7 +206,7 @@ class Tile:
                 if form.minimum:
                     x_sum = code.splat(builder.fmul(x_scale, builder.sitofp(sums[row], FLOAT)))
                     for total, minimum in zip(totals[row], self.minimums, strict=True):
-                        lowest = self._floats(code.after(minimum, at), form.scale)
+                        lowest = code.load_floats(code.after(minimum, at), form.scale)
                         total.set(code.multiply_add(lowest, x_sum, total.get()))
         found = [[total.get() for total in of_row] for of_row in totals]
         if form.scale == "row":
@@ -225,19 +225,13 @@ class Tile:
         both, four = code.load(code.after(start, at), BYTES), code.filled(BYTES, 4)
         return [builder.and_(both, code.filled(BYTES, 15)), builder.lshr(both, four)]
 
-    def _floats(self, pointer: ir.Value, kind: str) -> ir.Value:
-        """Loads 16 numbers of a type as float32."""
-        if kind == "float32":
-            return self.code.load(pointer, FLOATS)
-        halves = self.code.load(pointer, HALVES)
-        return self.code.from_bfloat16(halves) if kind == "bfloat16" else self.code.from_float16(halves)
-
 
 @intrinsic
 def round_group(typing_context: Any, target: Any, x: Any, rounded: Any, scales: Any, sums: Any, group: Any) -> Any:
     """Rounds 32 float32 of x to int8 from -127 to 127, the largest magnitude becoming 127; with their scale and sum.
 
-    All arrays are flat, groups one after the other.
+    All arrays are flat, groups one after the other. With NaN or infinity among them the scale is no number either, and
+    so is every product.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> Any:
@@ -248,13 +242,15 @@ def round_group(typing_context: Any, target: Any, x: Any, rounded: Any, scales: 
         first = builder.mul(values[5], LONG(GROUP))
         halves = [code.load(code.after(x_at, builder.add(first, LONG(which))), FLOATS) for which in (0, LANES)]
         sizes = [code.call("llvm.fabs.v16f32", FLOATS, half) for half in halves]
-        largest = code.call("llvm.vector.reduce.fmax.v16f32", FLOAT, code.call("llvm.maxnum.v16f32", FLOATS, *sizes))
-        some = builder.fcmp_ordered(">", largest, FLOAT(0.0))
-        factor = builder.select(some, builder.fdiv(FLOAT(127.0), largest), FLOAT(0.0))
+        both = code.call("llvm.maximum.v16f32", FLOATS, *sizes)  # NaN where one of them is
+        largest = code.call("llvm.vector.reduce.fmaximum.v16f32", FLOAT, both)
+        finite = builder.fcmp_ordered("<", largest, FLOAT(float("inf")))
+        usable = builder.and_(finite, builder.fcmp_ordered(">", largest, FLOAT(SMALLEST)))
+        factor = builder.select(usable, builder.fdiv(FLOAT(127.0), largest), FLOAT(0.0))
         words = []
         for which, half in enumerate(halves):
             nearest = code.call("llvm.rint.v16f32", FLOATS, builder.fmul(half, code.splat(factor)))
-            words.append(builder.fptosi(nearest, WORDS))
+            words.append(builder.select(finite, builder.fptosi(nearest, WORDS), code.filled(WORDS, 0)))
             narrow = builder.trunc(words[-1], ir.VectorType(BYTE, LANES))
             code.store(narrow, code.after(rounded_at, builder.add(first, LONG(which * LANES))))
         code.store(builder.fdiv(largest, FLOAT(127.0)), code.after(scales_at, values[5]))

@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from llamita.backend.torch.infer.kernels.simd import FLOAT, FLOAT16S, FLOATS, HALVES, LANES, LONG, WORDS, Code
+from llamita.backend.torch.infer.kernels.simd import FLOAT, FLOAT16S, FLOATS, LANES, LONG, WORDS, Code
 
 LOWEST, HIGHEST = -87.3, 88.3
 """Exponents beyond which the exponential is no ordinary float32."""
@@ -40,16 +40,8 @@ def exponential(code: Code, x: ir.Value) -> ir.Value:
     value = code.multiply_add(builder.fmul(value, rest), rest, builder.fadd(rest, all_lanes(1.0)))
     exponent = builder.shl(builder.fptosi(whole, WORDS), code.filled(WORDS, 23))
     value = builder.bitcast(builder.add(builder.bitcast(value, WORDS), exponent), FLOATS)
-    small = builder.fcmp_ordered("<", x, all_lanes(LOWEST))
-    return builder.select(small, all_lanes(0.0), value)
-
-
-def load_floats(code: Code, kind: str, pointer: ir.Value) -> ir.Value:
-    """Loads 16 numbers of a type as float32."""
-    if kind == "float32":
-        return code.load(pointer, FLOATS)
-    halves = code.load(pointer, HALVES)
-    return code.from_bfloat16(halves) if kind == "bfloat16" else code.from_float16(halves)
+    value = builder.select(builder.fcmp_ordered("<", x, all_lanes(LOWEST)), all_lanes(0.0), value)
+    return builder.select(builder.fcmp_unordered("uno", x, x), x, value)  # NaN stays NaN
 
 
 def _pointers(context: Any, builder: Any, signature: Any, values: Sequence[Any], *places: int) -> list[ir.Value]:
@@ -74,7 +66,7 @@ def score(
             first = builder.mul(turn.index, LONG(LANES))
             part = writer.load(writer.after(query_p, first), FLOATS)
             for row, total in zip(rows, totals, strict=True):
-                key = load_floats(writer, kind.value, writer.after(row, first))
+                key = writer.load_floats(writer.after(row, first), kind.value)
                 total.set(writer.multiply_add(part, key, total.get()))
         largest = None
         for number, total in enumerate(totals):
@@ -117,7 +109,7 @@ def mix(
             at_place = writer.after(out_p, first)
             total = writer.load(at_place, FLOATS)
             for row, share in zip(rows, shares, strict=True):
-                total = writer.multiply_add(load_floats(writer, kind.value, writer.after(row, first)), share, total)
+                total = writer.multiply_add(writer.load_floats(writer.after(row, first), kind.value), share, total)
             writer.store(total, at_place)
         return context.get_dummy_value()
 
