@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("numba", reason="the kernels need Numba")
 
+from llamita.backend.torch.infer.kernels.choice import supported
 from llamita.backend.torch.infer.kernels.tiles import Form
 from llamita.backend.torch.infer.runner import load_runner
 from llamita.storage.formats import gguf as gguf_format
@@ -22,7 +23,7 @@ FORMS = {
 
 @pytest.fixture(autouse=True)
 def with_kernels(monkeypatch) -> None:
-    monkeypatch.setenv("LLAMITA_KERNELS", "auto")
+    monkeypatch.setenv("LLAMITA_KERNELS", supported()[0])
 
 
 TOKENS = [[1, 5, 9, 30, 2, 77]]

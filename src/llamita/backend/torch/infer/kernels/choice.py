@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from llamita.backend import processor
 from llamita.backend.torch.infer.kernels.instructions import Instructions
 
 if TYPE_CHECKING:
@@ -20,16 +19,23 @@ if TYPE_CHECKING:
 
 VARIABLE = "LLAMITA_KERNELS"
 NEEDED: dict[Instructions, frozenset[str]] = {
-    "avx512": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"}),
+    "avx512": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512bf16"}),
     "avx2": frozenset({"avx2", "fma", "f16c"}),
     "portable": frozenset(),
 }
-"""The flags of a processor that has all instructions of a set, the fastest set first."""
+"""LLVM's names of the features that a set needs, the fastest set first."""
+
+
+def features() -> frozenset[str]:
+    """Returns the features that LLVM, which Numba compiles with, finds in this processor."""
+    from llvmlite import binding
+
+    return frozenset(name for name, there in binding.get_host_cpu_features().items() if there)
 
 
 def supported() -> list[Instructions]:
     """Returns the sets that this processor has, the fastest first."""
-    return [name for name, flags in NEEDED.items() if flags <= processor.cpu_flags()]
+    return [name for name, needed in NEEDED.items() if needed <= features()]
 
 
 def openmp_library() -> Path | None:
@@ -50,12 +56,12 @@ def chosen_instructions() -> Instructions | None:
         return None
     if asked not in ("auto", *NEEDED):
         raise ValueError(f"{VARIABLE}={asked} is not known; give off, auto or one of {', '.join(NEEDED)}")
-    if asked != "auto" and asked not in supported():
-        raise ValueError(f"{VARIABLE}={asked}: this processor has only {', '.join(supported())}")
     if asked == "auto" and openmp_library() is None:
         return None  # one thread alone is slower than PyTorch's operators
     if importlib.util.find_spec("numba") is None:
         raise ValueError(f"{VARIABLE}={asked} needs Numba: pip install 'llamita[fast]'")
+    if asked != "auto" and asked not in supported():
+        raise ValueError(f"{VARIABLE}={asked}: this processor has only {', '.join(supported())}")
     return supported()[0] if asked == "auto" else cast(Instructions, asked)
 
 
