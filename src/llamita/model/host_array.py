@@ -28,8 +28,8 @@ class PackedRows:
 
     kind: str
     """GGUF's name for the blocks."""
-    read: Callable[[slice | np.ndarray], np.ndarray]
-    """Returns the bytes of the rows that it is asked for, uint8 (rows, bytes of a row)."""
+    read: Callable[[], np.ndarray]
+    """Returns the bytes of all rows, uint8 (rows, bytes of a row)."""
 
 
 @dataclass(frozen=True)

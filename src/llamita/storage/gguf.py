@@ -103,15 +103,17 @@ def _array(header: Header, name: str, head_dim: int = 0, one_less: bool = False)
     if plain is None and not _dequantises(info.kind):
         raise ValueError(f"{name} has numbers of type {info.kind.name}, which the gguf library cannot dequantise")
 
+    def in_file(wanted: slice | np.ndarray) -> slice | np.ndarray:
+        return halves(np.arange(info.shape[0]), head_dim)[wanted] if head_dim else wanted
+
     def compute(wanted: slice | np.ndarray) -> np.ndarray:
-        stored = halves(np.arange(info.shape[0]), head_dim)[wanted] if head_dim else wanted
+        stored = in_file(wanted)
         rows = plain.rows(stored) if plain is not None else _dequantized_rows(data, info, stored)
         forget_mapped(header.mapping, info.start, info.stop)
         return rows.to_numpy().astype(np.float32) - np.float32(1) if one_less else rows.raw()
 
-    def read_blocks(wanted: slice | np.ndarray) -> np.ndarray:
-        stored = halves(np.arange(info.shape[0]), head_dim)[wanted] if head_dim else wanted
-        rows = _rows(data, info)[stored].copy()
+    def read_blocks() -> np.ndarray:
+        rows = _rows(data, info)[in_file(slice(None))].copy()
         forget_mapped(header.mapping, info.start, info.stop)
         return rows
 

@@ -89,6 +89,12 @@ def can_reorder(dtype: torch.dtype) -> bool:
         return False
 
 
+def looked_up(rows: HostArray, tokens_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the rows of some tokens, (B, T, D), out of an array or a file."""
+    x_XD = tensor_from_host(rows.rows(tokens_BT.reshape(-1).numpy())).to(dtype)
+    return x_XD.view(*tokens_BT.shape, -1)
+
+
 class ReorderedEmbedding(Embedding):
     """A table (V, D) that is the output head too: reordered, so that memory holds it once. `rows` is the array or the
     file in which tokens are looked up."""
@@ -104,9 +110,9 @@ class ReorderedEmbedding(Embedding):
         self.rows.forget(0, math.prod(self.rows.shape) * ITEM_BYTES[self.rows.dtype])
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        x_XD = tensor_from_host(self.rows.rows(tokens_BT.reshape(-1).numpy())).to(self.dtype)
+        x_BTD = looked_up(self.rows, tokens_BT, self.dtype)
         self._forget()
-        return x_XD.view(*tokens_BT.shape, -1)
+        return x_BTD
 
     def multiply(self, hidden_BTD: Tensor) -> Tensor:
         return linear(hidden_BTD, self.weight)
@@ -123,8 +129,7 @@ class BlockedEmbedding(Embedding):
         assert self.kernel is not None
         if self.rows is None:
             return self.kernel.rows(tokens_BT).to(self.dtype)
-        x_XD = tensor_from_host(self.rows.rows(tokens_BT.reshape(-1).numpy())).to(self.dtype)
-        return x_XD.view(*tokens_BT.shape, -1)
+        return looked_up(self.rows, tokens_BT, self.dtype)
 
     def multiply(self, hidden_BTD: Tensor) -> Tensor:
         assert self.kernel is not None
@@ -149,9 +154,9 @@ def build_reordered(
     """Builds a model for inference, as `weights.build_model` does: linear maps lie as their kernels read them.
 
     `instructions` are those that kernels of our own are compiled for; None: there are none. `packed`: they may multiply
-    the blocks of a file as they are, with activations rounded to bytes. Where there are no kernels
-    at all, it is an ordinary model. Each weight is reordered as it is read, so that memory holds one plain weight at a
-    time. The tokens of an embedding that is the output head too are looked up in its blocks or in its file.
+    the blocks of a file as they are, with activations rounded to bytes. Where there are no kernels at all, it is an
+    ordinary model. Each weight is reordered as it is read, so that memory holds one plain weight at a time. The tokens
+    of an embedding that is the output head too are looked up in its blocks or in its file.
     """
     on_cpu = torch.device(device).type == "cpu"
     if on_cpu and instructions is not None:
@@ -225,7 +230,7 @@ def _blocked_weight(
     parts = [arrays[name] for name in fused.parts]
     kinds = {part.packed.kind if part.packed is not None else "" for part in parts}
     if packed and len(kinds) == 1 and kinds <= set(blocked.PACKED):
-        rows = [part.packed.read(slice(None)) for part in parts if part.packed is not None]
+        rows = [part.packed.read() for part in parts if part.packed is not None]
         held: BlockedWeight = blocked.blocked_rows(kinds.pop(), np.concatenate(rows), instructions)
         if not held.is_finite:
             raise ValueError(f"{' or '.join(fused.parts)} holds NaN or infinite values; the weights are damaged")

@@ -55,7 +55,7 @@ def build_model(
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.arrange(dtype, instructions)
-            model.instructions = instructions
+    model.instructions = instructions if config.quantization else None
     return model
 
 

@@ -9,6 +9,7 @@ Letters beyond the usual: O outputs, I inputs, J blocks of 16 outputs, G groups 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llamita.backend.torch.infer.kernels.instructions import Instructions
-from llamita.backend.torch.infer.kernels.products import compiled_for, multiply_activations, tiles_of
+from llamita.backend.torch.infer.kernels.products import compiled_for, linear, tiles_of
 from llamita.backend.torch.infer.kernels.simd import LANES, Static, target
 from llamita.backend.torch.infer.kernels.tiles import GROUP, Form, bias
 
@@ -54,9 +55,10 @@ class BlockedWeight:
         """Outputs of all blocks."""
         return -(-self.n_out // LANES) * LANES
 
-    @property
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self.numbers, self.scales, self.minimums
+    @cached_property
+    def of_kernel(self) -> tuple[Static, tuple[np.ndarray, np.ndarray, np.ndarray], int]:
+        """The weight as `products.linear` takes it."""
+        return Static(self.form), (self.numbers, self.scales, self.minimums), self.width
 
     @property
     def nbytes(self) -> int:
@@ -78,14 +80,13 @@ class BlockedWeight:
     def multiply(self, x_RI: Tensor) -> Tensor:
         """Returns x W^T as float32, (R, n_in) to (R, n_out)."""
         x = x_RI.float().contiguous().numpy().reshape(-1)
-        fixed = target(self.instructions), Static(self.form), tiles_of(self.instructions)
-        threads, rows = torch.get_num_threads(), len(x_RI)
-        arguments = (threads, *fixed, self.width, self.arrays, x, rows, self.n_in)
+        code, tiles = target(self.instructions), tiles_of(self.instructions)
+        arguments = (torch.get_num_threads(), code, tiles, x, len(x_RI), self.of_kernel)
         key = (self.form, self.instructions)
         if key not in _COMPILED:
-            _COMPILED[key] = compiled_for(multiply_activations, arguments)
+            _COMPILED[key] = compiled_for(linear, arguments)
         y = _COMPILED[key](*arguments)
-        return torch.from_numpy(y).view(rows, self.width)[:, : self.n_out]
+        return torch.from_numpy(y).view(len(x_RI), self.width)[:, : self.n_out]
 
     def plain(self) -> Tensor:
         """Returns the weight (O, I) in floating-point numbers: its own, or float32."""
@@ -96,8 +97,7 @@ class BlockedWeight:
         if self.form.scale == "row":
             return values_OI * scales[: self.n_out, None]
         scales_OG, *lowest = (self._of_groups(each) for each in (self.scales, self.minimums) if each.size)
-        start = -bias(self.form, "portable")
-        weight_OGX = (values_OI.unflatten(1, (-1, GROUP)).float() + start) * scales_OG[..., None]
+        weight_OGX = (values_OI.unflatten(1, (-1, GROUP)).float() - self.form.middle) * scales_OG[..., None]
         return (weight_OGX + lowest[0][..., None] if lowest else weight_OGX).flatten(1)
 
     def _of_groups(self, numbers: np.ndarray) -> Tensor:
@@ -109,13 +109,12 @@ class BlockedWeight:
         numbers = torch.from_numpy(self.numbers)
         if not self.form.in_bytes:
             numbers = numbers.view(FLOATS[self.form.numbers])
-            together = 2 if self.form.numbers == "bfloat16" else 1
-            weight_JLI = numbers.view(-1, self.n_in // together, LANES, together).transpose(1, 2)
-            return weight_JLI.reshape(-1, self.n_in)[: self.n_out]
-        if self.form.numbers == "int4":
+        elif self.form.numbers == "int4":
             pairs_JPL4 = numbers.view(-1, self.n_in // 8, 1, LANES, 4)
             numbers = torch.cat((pairs_JPL4 & 15, pairs_JPL4 >> 4), dim=2)
-        values_OI = numbers.view(-1, self.n_in // 4, LANES, 4).transpose(1, 2).reshape(-1, self.n_in)[: self.n_out]
+        together = self.form.together
+        values_JLI = numbers.view(-1, self.n_in // together, LANES, together).transpose(1, 2)
+        values_OI = values_JLI.reshape(-1, self.n_in)[: self.n_out]
         if self.form.numbers == "int8":
             return (values_OI ^ bias(self.form, self.instructions)).view(torch.int8)
         return values_OI
@@ -127,8 +126,7 @@ class BlockedWeight:
             raise IndexError(f"rows {wanted.tolist()} of {self.n_out}")
         blocks, lanes = wanted // LANES, wanted % LANES
         kind = FLOATS.get(self.form.numbers)
-        together = {"bfloat16": 2, "int8": 4}.get(self.form.numbers, 1)
-        numbers = torch.from_numpy(self.numbers)
+        numbers, together = torch.from_numpy(self.numbers), self.form.together
         numbers = numbers if kind is None else numbers.view(kind)
         found = numbers.view(-1, self.n_in // together, LANES, together)[blocks, :, lanes].flatten(-2)
         if kind is not None:
@@ -141,12 +139,13 @@ def blocked_floats(weight_OI: Tensor, instructions: Instructions, rounded: bool 
     """Returns a weight of float32, float16 or bfloat16 in blocks; `rounded` as in `Form`."""
     n_out, n_in = weight_OI.shape
     name: Literal["float32", "float16", "bfloat16"] = str(weight_OI.dtype).removeprefix("torch.")  # type: ignore[assignment]
-    together = 2 if name == "bfloat16" else 1
+    form = Form(name, rounded=rounded)
+    together = form.together
     assert n_in % together == 0, f"{n_in} inputs are not in pairs"
     weight_JLI = _padded(weight_OI).view(-1, LANES, n_in // together, together)
     blocks = weight_JLI.transpose(1, 2).contiguous()
     numbers = blocks.view(torch.float32 if name == "float32" else torch.uint16).numpy().reshape(-1)
-    return BlockedWeight(Form(name, rounded=rounded), instructions, n_out, n_in, numbers)
+    return BlockedWeight(form, instructions, n_out, n_in, numbers)
 
 
 def blocked_bytes(

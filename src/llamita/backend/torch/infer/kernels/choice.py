@@ -35,7 +35,8 @@ def features() -> frozenset[str]:
 
 def supported() -> list[Instructions]:
     """Returns the sets that this processor has, the fastest first."""
-    return [name for name, needed in NEEDED.items() if needed <= features()]
+    found = features()
+    return [name for name, needed in NEEDED.items() if needed <= found]
 
 
 def openmp_library() -> Path | None:

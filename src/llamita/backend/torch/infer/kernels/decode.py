@@ -18,7 +18,7 @@ from torch import Tensor
 from llamita.backend.interface import ScheduledChunk
 from llamita.backend.step_layout import BlockSpan
 from llamita.backend.torch.infer.kernels.blocked import BlockedWeight
-from llamita.backend.torch.infer.kernels.products import COMPILED, compiled_for, multiply, prepared, tiles_of
+from llamita.backend.torch.infer.kernels.products import COMPILED, compiled_for, linear, tiles_of
 from llamita.backend.torch.infer.kernels.simd import LANES, Static, target
 from llamita.backend.torch.infer.kernels.threads import parallel
 from llamita.backend.torch.infer.kernels.tiles import Form
@@ -34,29 +34,23 @@ ROWS_ALONE = 2
 
 
 @njit(**COMPILED)
-def normed(x, weight, eps, rows):
-    """Returns rows (R, D) divided by their root mean square and scaled; flat."""
-    D = weight.size
-    y = np.empty(rows * D, np.float32)
-    for row in range(rows):
-        total = np.float32(0.0)
-        for i in range(row * D, (row + 1) * D):
-            total += x[i] * x[i]
-        factor = np.float32(1.0) / np.sqrt(total / np.float32(D) + eps)
-        for i in range(D):
-            y[row * D + i] = x[row * D + i] * factor * weight[i]
-    return y
+def norm(x, at, weight, eps, y):
+    """Puts the numbers of x from `at` on, divided by their root mean square and scaled, into their places in y."""
+    size, total = weight.size, np.float32(0.0)
+    for i in range(at, at + size):
+        total += x[i] * x[i]
+    factor = np.float32(1.0) / np.sqrt(total / np.float32(size) + eps)
+    for i in range(size):
+        y[at + i] = x[at + i] * factor * weight[i]
 
 
 @njit(**COMPILED)
-def norm_head(x, at, weight, eps):
-    """Scales one head in place by its own norm."""
-    H, total = weight.size, np.float32(0.0)
-    for i in range(at, at + H):
-        total += x[i] * x[i]
-    factor = np.float32(1.0) / np.sqrt(total / np.float32(H) + eps)
-    for i in range(H):
-        x[at + i] = x[at + i] * factor * weight[i]
+def normed(x, weight, eps, rows):
+    """Returns rows (R, D) through a norm; flat."""
+    y = np.empty(x.size, np.float32)
+    for row in range(rows):
+        norm(x, row * weight.size, weight, eps, y)
+    return y
 
 
 @njit(**COMPILED)
@@ -83,7 +77,7 @@ def place_heads(first, last, code, kind, heads, bias, q_norm, k_norm, eps, cos, 
         for head in range(N + K):
             at = begin + head * H
             if q_norm.size:
-                norm_head(heads, at, q_norm if head < N else k_norm, eps)
+                norm(heads, at, q_norm if head < N else k_norm, eps, heads)
             if E:
                 rotate(heads, at, cos, sin, row, E)
         save(code, kind, keys, slots[row] * K * H, heads, begin + N * H, K * H)
@@ -163,15 +157,14 @@ def decode_layer(threads, code, tiles, x, rows, layer, cache, positions):
     keys, values = cache
     slots, cos, sin, table = positions
     N, _, H = sizes
+    one, _, four, _, _, _ = tiles
     few = rows <= ROWS_ALONE
 
     heads = linear(threads, code, tiles, normed(x, attention_norm, eps, rows), rows, qkv)
     of_heads = (code, kind, heads, bias, q_norm, k_norm, eps, cos, sin, sizes, keys, values, slots)
     parallel(place_heads, 1 if few else threads, rows, of_heads)
     mixed = np.empty(rows * N * H, np.float32)
-    parallel(
-        attend, threads, rows * N, (code, kind, tiles[0], tiles[2], heads, sizes, scale, keys, values, table, mixed)
-    )
+    parallel(attend, threads, rows * N, (code, kind, one, four, heads, sizes, scale, keys, values, table, mixed))
     x += linear(threads, code, tiles, mixed, rows, output)
 
     both = linear(threads, code, tiles, normed(x, feed_norm, eps, rows), rows, gate_up)
@@ -179,13 +172,6 @@ def decode_layer(threads, code, tiles, x, rows, layer, cache, positions):
     gated = np.empty(rows * C, np.float32)
     parallel(gate_rows, 1 if few else threads, rows * (C // LANES), (code, both, C, gated))
     x += linear(threads, code, tiles, gated, rows, down)
-
-
-@njit(**COMPILED)
-def linear(threads, code, tiles, x, rows, weight):
-    """Returns the product of rows with a weight: its form, its arrays, and how many outputs its blocks have."""
-    form, arrays, width = weight
-    return multiply(threads, code, form, tiles, width, arrays, prepared(threads, code, form, x), rows, x.size // rows)
 
 
 Arrays = tuple[Any, ...]
@@ -201,9 +187,9 @@ class Decoder:
         self.code, self.tiles = target(instructions), tiles_of(instructions)
         self.kind = Static(str(model.model.norm.weight.dtype).removeprefix("torch."))
         self.eps = np.float32(self.config.rms_norm_eps)
-        self.layers = [self._layer(block) for block in blocks]
+        forms = [tuple(_held(module).form for module in _maps(block)) for block in blocks]
+        self.layers = list(zip(forms, map(self._layer, blocks), strict=True))
         self.norm = _floats(model.model.norm.weight)
-        self.forms = [tuple(_held(module).form for module in _maps(block)) for block in blocks]
         self.compiled: dict[tuple[Form, ...], Callable[..., None]] = {}
         """`decode_layer` by the forms of a layer's weights: arguments of other types are not looked at."""
 
@@ -230,30 +216,29 @@ class Decoder:
         config, attention = self.config, block.self_attn
         sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         scale = np.float32(factor(config.head_dim, attention.spec))
-        maps = [(Static(held.form), held.arrays, held.width) for held in map(_held, _maps(block))]
+        maps = [_held(module).of_kernel for module in _maps(block)]
         norms = [EMPTY if norm is None else _floats(norm.weight) for norm in (attention.q_norm, attention.k_norm)]
         bias = EMPTY if attention.qkv_proj.bias is None else _floats(attention.qkv_proj.bias)
         names = (block.norms.before_attention, block.norms.before_feed_forward)
         before, between = (_floats(block.get_submodule(name).get_parameter("weight")) for name in names)
         return sizes, self.eps, scale, before, maps[0], bias, *norms, maps[1], between, *maps[2:], self.kind
 
-    def hidden(self, tokens: Sequence[int], chunks: Sequence[ScheduledChunk], cache: PagedKVCache) -> Tensor:
+    def hidden(self, tokens: list[int], chunks: Sequence[ScheduledChunk], cache: PagedKVCache) -> Tensor:
         """Returns the states (R, D) after the final norm of the chunks' tokens; keys and values go into the cache."""
         rows, threads = len(tokens), torch.get_num_threads()
-        x_RD = self.model.embedded(torch.tensor([list(tokens)]))[0]
+        x_RD = self.model.embedded(torch.tensor([tokens]))[0]
         x = x_RD.to(torch.float32, copy=True).numpy().reshape(-1)
         cache.begin(chunks)
         positions_1R = torch.tensor([[position for chunk in chunks for position in range(chunk.start, chunk.end)]])
         turns = [rope.at(positions_1R, max(chunk.end for chunk in chunks)) for rope in self.model.ropes]
         rotations = [tuple(table.float().numpy().reshape(-1) for table in turn) for turn in turns]
         tables = [_table(chunks, group, cache) for group in range(len(cache.specs))]
-        for number, layer in enumerate(self.layers):
+        for number, (forms, layer) in enumerate(self.layers):
             slots, table = tables[cache.group_of_layer[number]]
             rotation = self.config.rotation(number)
             cos, sin = (EMPTY, EMPTY) if rotation is None else rotations[rotation]
             positions = (slots, cos, sin, table)
             arguments = (threads, self.code, self.tiles, x, rows, layer, cache.flat[number], positions)
-            forms = self.forms[number]
             if forms not in self.compiled:
                 self.compiled[forms] = compiled_for(decode_layer, arguments)
             self.compiled[forms](*arguments)

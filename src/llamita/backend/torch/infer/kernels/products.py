@@ -49,17 +49,17 @@ def compiled_for(function: Any, arguments: tuple[Any, ...]) -> Callable[..., Any
 
 
 def tiles_of(instructions: Instructions) -> tuple[Any, ...]:
-    """Returns the sizes of tiles that `multiply` is compiled for: of rows, of blocks, and these again as a number."""
+    """Returns the sizes of tiles that `linear` is compiled for: of rows, of blocks, and these again as a number."""
     wide = BLOCKS_OF_ROWS[instructions]
     return ONE, TWO, FOUR, SIX, wide, wide.value
 
 
 @njit(**COMPILED)
-def multiply_row(first, last, code, form, one, wide, y, width, w, s, m, x, xs, sums, n_in):
+def multiply_row(first, last, code, form, one, four, y, width, w, s, m, x, xs, sums, n_in):
     """Multiplies one row by blocks `first` to `last` - 1."""
     block = first
     while block + 4 <= last:
-        multiply_tile(code, form, one, wide, y, width, w, s, m, block, x, xs, sums, 0, n_in)
+        multiply_tile(code, form, one, four, y, width, w, s, m, block, x, xs, sums, 0, n_in)
         block += 4
     while block < last:
         multiply_tile(code, form, one, one, y, width, w, s, m, block, x, xs, sums, 0, n_in)
@@ -94,20 +94,6 @@ def multiply_rows(first, last, code, form, tiles, y, width, w, s, m, x, xs, sums
             multiply_tile(code, form, one, one, y, width, w, s, m, block, x, xs, sums, row, n_in)
             row += 1
         block += 1
-
-
-@njit(**COMPILED)
-def multiply(threads, code, form, tiles, width, weight, activations, rows, n_in):
-    """Returns y (R, width) of a weight (its numbers, scales and minimums) and of what `prepared` returns."""
-    w, s, m = weight
-    x, xs, sums = activations
-    y = np.empty(rows * width, np.float32)
-    if rows == 1:
-        shared = (code, form, tiles[0], tiles[2], y, width, w, s, m, x, xs, sums, n_in)
-        parallel(multiply_row, threads, width // 16, shared)
-    else:
-        parallel(multiply_rows, threads, width // 16, (code, form, tiles, y, width, w, s, m, x, xs, sums, rows, n_in))
-    return y
 
 
 def prepared(threads: int, code: Static, form: Static, x: np.ndarray) -> Any:
@@ -157,6 +143,16 @@ def round_groups(first, last, code, x, rounded, scales, sums):
 
 
 @njit(**COMPILED)
-def multiply_activations(threads, code, form, tiles, width, weight, x, rows, n_in):
-    """Returns y (R, width) of a weight and of float32 activations (R, I), both flat."""
-    return multiply(threads, code, form, tiles, width, weight, prepared(threads, code, form, x), rows, n_in)
+def linear(threads, code, tiles, x, rows, weight):
+    """Returns y (R, outputs) of float32 rows x (R, I), flat, and a weight: its form, its arrays (numbers, scales and
+    minimums), and the outputs of all its blocks."""
+    form, (w, s, m), width = weight
+    n_in = x.size // rows
+    x, xs, sums = prepared(threads, code, form, x)
+    y = np.empty(rows * width, np.float32)
+    if rows == 1:
+        one, _, four, _, _, _ = tiles
+        parallel(multiply_row, threads, width // 16, (code, form, one, four, y, width, w, s, m, x, xs, sums, n_in))
+    else:
+        parallel(multiply_rows, threads, width // 16, (code, form, tiles, y, width, w, s, m, x, xs, sums, rows, n_in))
+    return y

@@ -101,6 +101,11 @@ def _unbox_static(_: StaticType, __: Any, unboxing: Any) -> NativeValue:
     return NativeValue(unboxing.context.get_dummy_value())
 
 
+def pointers(context: Any, builder: ir.IRBuilder, signature: Any, values: Any, *places: int) -> list[ir.Value]:
+    """Returns the addresses of the arrays at some places of an intrinsic's arguments."""
+    return [context.make_array(signature.args[place])(context, builder, values[place]).data for place in places]
+
+
 class Code:
     """Writes a kernel's instructions for one instruction set."""
 
@@ -224,15 +229,12 @@ class ByteDots:
 
     def __init__(self, code: Code, small: bool, start: ir.Value) -> None:
         self.code, self.small, self.start = code, small, start
-        self.total = code.variable(self.filled_start())
+        self.total = code.variable(code.filled(HALF_PAIRS, 0) if self.in_halves else start)
 
     @property
     def in_halves(self) -> bool:
         """Whether products of small weights are summed in 16 bits: of 32 in a row, none is too large for that."""
         return self.small and self.code.instructions == "avx2"
-
-    def filled_start(self) -> ir.Value:
-        return self.code.filled(HALF_PAIRS, 0) if self.in_halves else self.start
 
     def add(self, weights: ir.Value, activations: ir.Value) -> None:
         """Adds four products in each lane; both are BYTES."""

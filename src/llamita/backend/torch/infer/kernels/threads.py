@@ -2,13 +2,12 @@
 
 PyTorch keeps its threads with OpenMP on Linux. `parallel` enters the very library that PyTorch has loaded: there is one
 pool in the process, and a region costs about a microsecond while its threads are awake. Where that library is not to
-be found the calling thread does all the work, and `pool` says so.
+be found the calling thread does all the work.
 
 Compiled code finds OpenMP's functions by names of ours, so that it can be kept on disk.
 """
 
 import ctypes
-import functools
 from typing import Any
 
 import llvmlite.binding
@@ -18,11 +17,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from llamita.backend.torch.infer.kernels.choice import openmp_library
+from llamita.backend.torch.infer.kernels.simd import LONG, WORD
 
 ENTER, NUMBER, COUNT = "llamita_enter_threads", "llamita_thread_number", "llamita_thread_count"
 OF_OPENMP = {ENTER: "GOMP_parallel", NUMBER: "omp_get_thread_num", COUNT: "omp_get_num_threads"}
-
-POINTER, LONG, WORD = ir.IntType(8).as_pointer(), ir.IntType(64), ir.IntType(32)
+POINTER = ir.IntType(8).as_pointer()
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
@@ -43,18 +42,16 @@ def _one() -> int:
 ALONE = {ENTER: _enter_alone, NUMBER: _zero, COUNT: _one}
 
 
-@functools.cache
-def pool() -> str:
-    """Makes the functions known to compiled code; returns "OpenMP", or "one thread" where that is not to be found."""
+def _make_known() -> None:
+    """Gives compiled code the addresses of the functions."""
     path = openmp_library()
     library = None if path is None else ctypes.CDLL(str(path))
     for name, theirs in OF_OPENMP.items():
         function = ALONE[name] if library is None else getattr(library, theirs)
         llvmlite.binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
-    return "one thread" if library is None else "OpenMP"
 
 
-pool()
+_make_known()
 
 
 @intrinsic

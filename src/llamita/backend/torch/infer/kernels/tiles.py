@@ -28,6 +28,7 @@ from llamita.backend.torch.infer.kernels.simd import (
     WORDS,
     ByteDots,
     Code,
+    pointers,
 )
 
 GROUP = 32
@@ -53,12 +54,20 @@ class Form(NamedTuple):
     def in_bytes(self) -> bool:
         return self.numbers in ("int8", "int4")
 
+    @property
+    def middle(self) -> int:
+        """What 0 is stored as: four bits without a minimum stand for -8 to 7."""
+        return 8 if self.numbers == "int4" and not self.minimum else 0
+
+    @property
+    def together(self) -> int:
+        """Inputs whose numbers lie together, those of four bits once the halves of a byte are taken apart."""
+        return {"bfloat16": 2, "int8": 4, "int4": 4}.get(self.numbers, 1)
+
 
 def bias(form: Form, instructions: str) -> int:
     """Returns what is added to the numbers of a form so that they are stored without a sign."""
-    if form.numbers == "int4":
-        return 0 if form.minimum else 8
-    return 128 if instructions == "avx512" else 0
+    return 128 if form.numbers == "int8" and instructions == "avx512" else form.middle
 
 
 def rounds_activations(form: Form, instructions: str) -> bool:
@@ -93,9 +102,8 @@ def multiply_tile(
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> Any:
         code = Code(builder, target.value)
-        y_at, weights_at, scales_at, minimums_at, x_at, x_scales_at, x_sums_at = (
-            context.make_array(signature.args[place])(context, builder, values[place]).data
-            for place in (4, 6, 7, 8, 10, 11, 12)
+        y_at, weights_at, scales_at, minimums_at, x_at, x_scales_at, x_sums_at = pointers(
+            context, builder, signature, values, 4, 6, 7, 8, 10, 11, 12
         )
         width_value, first_block, first_row, inputs = (values[place] for place in (5, 9, 13, 14))
         tile = Tile(code, form.value, rows.value, blocks.value, inputs)
@@ -125,23 +133,22 @@ class Tile:
         """Finds where the numbers of each block begin."""
         items = self.builder.mul(self.inputs, LONG(LANES // 2 if self.form.numbers == "int4" else LANES))
         scale_items = LONG(LANES) if self.form.scale == "row" else self.builder.mul(self.groups, LONG(LANES))
-
-        def starts(pointer: ir.Value, size: ir.Value) -> list[ir.Value]:
-            numbers = [self.builder.add(first_block, LONG(which)) for which in range(self.blocks)]
-            return [self.code.after(pointer, self.builder.mul(number, size)) for number in numbers]
-
-        self.weights, self.scales = starts(weights, items), starts(scales, scale_items)
-        self.minimums = starts(minimums, scale_items)
+        self.weights = self._starts(weights, first_block, self.blocks, items)
+        self.scales, self.minimums = (
+            self._starts(pointer, first_block, self.blocks, scale_items) for pointer in (scales, minimums)
+        )
 
     def take(self, x: ir.Value, x_scales: ir.Value, x_sums: ir.Value, first_row: ir.Value) -> None:
         """Finds where the numbers of each row begin."""
+        self.x = self._starts(x, first_row, self.rows, self.inputs)
+        self.x_scales, self.x_sums = (
+            self._starts(pointer, first_row, self.rows, self.groups) for pointer in (x_scales, x_sums)
+        )
 
-        def starts(pointer: ir.Value, size: ir.Value) -> list[ir.Value]:
-            numbers = [self.builder.add(first_row, LONG(which)) for which in range(self.rows)]
-            return [self.code.after(pointer, self.builder.mul(number, size)) for number in numbers]
-
-        self.x, self.x_scales = starts(x, self.inputs), starts(x_scales, self.groups)
-        self.x_sums = starts(x_sums, self.groups)
+    def _starts(self, pointer: ir.Value, first: ir.Value, count: int, size: ir.Value) -> list[ir.Value]:
+        """Returns where `count` items of a size begin, from the one of number `first` on."""
+        numbers = [self.builder.add(first, LONG(which)) for which in range(count)]
+        return [self.code.after(pointer, self.builder.mul(number, size)) for number in numbers]
 
     def sums_of_floats(self) -> list[list[ir.Value]]:
         """Returns the sums of each row and block, over weights that are floating-point numbers."""
@@ -236,9 +243,7 @@ def round_group(typing_context: Any, target: Any, x: Any, rounded: Any, scales: 
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> Any:
         code = Code(builder, target.value)
-        x_at, rounded_at, scales_at, sums_at = (
-            context.make_array(signature.args[place])(context, builder, values[place]).data for place in (1, 2, 3, 4)
-        )
+        x_at, rounded_at, scales_at, sums_at = pointers(context, builder, signature, values, 1, 2, 3, 4)
         first = builder.mul(values[5], LONG(GROUP))
         halves = [code.load(code.after(x_at, builder.add(first, LONG(which))), FLOATS) for which in (0, LANES)]
         sizes = [code.call("llvm.fabs.v16f32", FLOATS, half) for half in halves]

@@ -6,7 +6,6 @@ The exponential is a polynomial (Cephes, Moshier 1989): within 2 units in the la
 Letters beyond the usual: Z numbers of a vector, laid end to end in flat arrays.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -14,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from llamita.backend.torch.infer.kernels.simd import FLOAT, FLOAT16S, FLOATS, LANES, LONG, WORDS, Code
+from llamita.backend.torch.infer.kernels.simd import FLOAT, FLOAT16S, FLOATS, LANES, LONG, WORDS, Code, pointers
 
 LOWEST, HIGHEST = -87.3, 88.3
 """Exponents beyond which the exponential is no ordinary float32."""
@@ -44,10 +43,6 @@ def exponential(code: Code, x: ir.Value) -> ir.Value:
     return builder.select(builder.fcmp_unordered("uno", x, x), x, value)  # NaN stays NaN
 
 
-def _pointers(context: Any, builder: Any, signature: Any, values: Sequence[Any], *places: int) -> list[ir.Value]:
-    return [context.make_array(signature.args[place])(context, builder, values[place]).data for place in places]
-
-
 @intrinsic
 def score(
     typing_context: Any, code: Any, kind: Any, count: Any, query: Any, query_at: Any, keys: Any, at: Any, step: Any,
@@ -58,7 +53,7 @@ def score(
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         writer = Code(builder, code.value)
-        query_p, keys_p, scores_p = _pointers(context, builder, signature, values, 3, 5, 10)
+        query_p, keys_p, scores_p = pointers(context, builder, signature, values, 3, 5, 10)
         query_p, keys_p = writer.after(query_p, values[4]), writer.after(keys_p, values[6])
         rows = [writer.after(keys_p, builder.mul(values[7], LONG(row))) for row in range(count.value)]
         totals = [writer.variable(writer.filled(FLOATS, 0.0)) for _ in rows]
@@ -97,7 +92,7 @@ def mix(
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         writer = Code(builder, code.value)
-        out_p, memory_p, weights_p = _pointers(context, builder, signature, values, 3, 5, 10)
+        out_p, memory_p, weights_p = pointers(context, builder, signature, values, 3, 5, 10)
         out_p, memory_p = writer.after(out_p, values[4]), writer.after(memory_p, values[6])
         rows = [writer.after(memory_p, builder.mul(values[7], LONG(row))) for row in range(count.value)]
         shares = []
@@ -124,7 +119,7 @@ def save(typing_context: Any, code: Any, kind: Any, memory: Any, at: Any, x: Any
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         writer = Code(builder, code.value)
-        memory_p, x_p = _pointers(context, builder, signature, values, 2, 4)
+        memory_p, x_p = pointers(context, builder, signature, values, 2, 4)
         memory_p, x_p = writer.after(memory_p, values[3]), writer.after(x_p, values[5])
         with writer.loop(builder.lshr(values[6], LONG(4))) as turn:
             first = builder.mul(turn.index, LONG(LANES))
@@ -145,7 +140,7 @@ def exponentials(typing_context: Any, code: Any, x: Any, largest: Any, count: An
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         writer = Code(builder, code.value)
-        (x_p,) = _pointers(context, builder, signature, values, 1)
+        (x_p,) = pointers(context, builder, signature, values, 1)
         most = writer.splat(values[2])
         total = writer.variable(writer.filled(FLOATS, 0.0))
         with writer.loop(builder.lshr(values[3], LONG(4))) as turn:
@@ -164,7 +159,7 @@ def gate(typing_context: Any, code: Any, gates: Any, gate_at: Any, ups: Any, up_
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         writer = Code(builder, code.value)
-        gates_p, ups_p, out_p = _pointers(context, builder, signature, values, 1, 3, 5)
+        gates_p, ups_p, out_p = pointers(context, builder, signature, values, 1, 3, 5)
         value = writer.load(writer.after(gates_p, values[2]), FLOATS)
         one = writer.filled(FLOATS, 1.0)
         below = builder.fadd(one, exponential(writer, builder.fneg(value)))
