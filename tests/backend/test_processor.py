@@ -55,7 +55,7 @@ def test_auto_is_a_type_that_the_processor_multiplies(tmp_path, flags, capsys, f
     reason = "the file's own" if own == chosen else f"the file has {own}, for which this processor has no instructions"
     assert runner.dtype_reason == reason
     assert main(["generate", str(directory), "--prompt-tokens", "1", "2", "--max-tokens", "2", "--statistics"]) == 0
-    assert f" GB/s read; in {chosen} ({reason}); " in capsys.readouterr().err
+    assert f" GB/s read; in {chosen} ({reason}), {runner.kernels}; " in capsys.readouterr().err
     assert main(["info", str(directory)]) == 0
     assert f"in {chosen} ({reason[:20]}" in " ".join(capsys.readouterr().out.split())
 

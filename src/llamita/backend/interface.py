@@ -155,6 +155,8 @@ class Runner(Forward, Protocol):
     """Bytes of keys and values that one earlier position adds to that."""
     dtype_reason: str
     """Why weights and cache have the type that they have; empty where nobody chose it."""
+    kernels: str
+    """What multiplies, and why it does, in a few words."""
 
     @property
     def dtype_name(self) -> str:

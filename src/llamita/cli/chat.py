@@ -21,7 +21,7 @@ from rich.markdown import Markdown
 
 from llamita.backend.sampling_params import SamplingParams
 from llamita.cli.generate import harmless
-from llamita.cli.loading import LoadConfig
+from llamita.cli.loading import LoadConfig, shown_loading
 from llamita.inference.conversation import Conversation
 from llamita.inference.llm import LLM
 from llamita.inference.request import Statistics
@@ -59,7 +59,8 @@ def run(config: ChatConfig) -> int:
 
     if config.sampling.n > 1:
         raise ValueError(f"n={config.sampling.n} gives several answers at once, and a chat has one; leave n at 1")
-    llm = LLM.load(config.model, **vars(config.running))
+    with shown_loading(config.model):
+        llm = LLM.load(config.model, **vars(config.running))
     if llm.tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer beside it, and a chat needs one")
     template = config.template

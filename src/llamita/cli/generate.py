@@ -17,7 +17,7 @@ from unicodedata import category
 import tyro
 
 from llamita.backend.sampling_params import SamplingParams
-from llamita.cli.loading import LoadConfig
+from llamita.cli.loading import LoadConfig, shown_loading
 from llamita.inference.llm import LLM
 from llamita.inference.request import Statistics
 from llamita.progress import ProgressBar
@@ -68,7 +68,8 @@ def run(config: GenerateConfig) -> int:
     adapters = named_paths(config.adapter)
     if len(adapters) > 1:
         raise ValueError(f"{len(adapters)} adapters were given for one prompt; give one, or a file with --input")
-    llm = LLM.load(config.model, adapters=adapters, **vars(config.running))
+    with shown_loading(config.model):
+        llm = LLM.load(config.model, adapters=adapters, **vars(config.running))
     adapter = next(iter(adapters), None)
     if config.sampling.n > 1:
         return _run_several(llm, prompt, adapter, config)
@@ -106,7 +107,8 @@ def _run_file(config: GenerateConfig) -> int:
     if not source.is_file():
         raise FileNotFoundError(f"there is no file {source}")
     adapters = named_paths(config.adapter)
-    llm = LLM.load(config.model, adapters=adapters, **vars(config.running))
+    with shown_loading(config.model):
+        llm = LLM.load(config.model, adapters=adapters, **vars(config.running))
     items = batch.read_items(llm, source, config.sampling, config.template)
     made_from = {
         "model": str(config.model.resolve()) if config.model.exists() else str(config.model),
@@ -209,7 +211,7 @@ def report(statistics: Statistics, ending: str, llm: "LLM") -> str:
         f"decode: {statistics.decode_tokens} tokens in {statistics.decode_seconds:.3f} s, "
         f"{statistics.decode_tokens_per_second:.1f} tokens/s, "
         f"{statistics.decode_bytes_per_second / 1e9:.2f} GB/s read; "
-        f"in {llm.runner.dtype_name} ({llm.runner.dtype_reason}); "
+        f"in {llm.runner.dtype_name} ({llm.runner.dtype_reason}), {llm.runner.kernels}; "
         f"{statistics.generated_tokens} generated; seed {statistics.seed}; finished: {ending}"
     )
 

@@ -25,7 +25,8 @@ class EngineConfig:
     prefix_caching: bool = True
     """Keep the keys and values of a text's beginning for other texts that begin alike."""
     warm_up: bool = True
-    """Prepare a GPU's steps when the engine is made, which takes seconds and pays where much is decoded."""
+    """Prepare a GPU's steps, and compile a CPU's kernels, when the engine is made. A GPU takes seconds for it, which
+    pays where much is decoded; so does a CPU, but only the first time."""
 
     def __post_init__(self) -> None:
         at_least_one = ("max_sequences", "prefill_tokens", "mixed_prefill_tokens", "block_size")

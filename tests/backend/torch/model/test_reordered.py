@@ -35,6 +35,11 @@ TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 70))
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
 
 
+@pytest.fixture(autouse=True)
+def without_kernels_of_our_own(monkeypatch) -> None:
+    monkeypatch.setenv("LLAMITA_KERNELS", "off")
+
+
 def save(directory: Path, config: ModelConfig = CONFIG, dtype: str = "float32") -> Path:
     with files.atomic_directory(directory) as temporary:
         model_directory.save_tensors(temporary, to_host_arrays(build_model(config, seed=1, dtype=DTYPES[dtype])))

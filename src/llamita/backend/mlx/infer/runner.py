@@ -63,6 +63,7 @@ class MlxRunner:
     """
 
     dtype_reason = ""
+    kernels = "MLX's operations"
 
     def __init__(
         self,

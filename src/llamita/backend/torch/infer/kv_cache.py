@@ -7,7 +7,6 @@ Letters beyond the usual: M blocks to be emptied.
 """
 
 import math
-import mmap
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Protocol
@@ -27,6 +26,7 @@ from llamita.backend.torch.infer.paged_attention import (
     TableAttention,
     TableKernel,
 )
+from llamita.backend.torch.memory import own_memory
 from llamita.model.config import AttentionSpec, ModelConfig
 
 EXACT_ROWS = 16
@@ -196,6 +196,4 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | st
     """Returns zeros whose memory, on a CPU, is taken from the system page by page as it is first written."""
     if torch.device(device).type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    size = max(math.prod(shape) * dtype.itemsize, 1)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # numpy would ask for huge ones
-    return torch.frombuffer(pages, dtype=dtype, count=math.prod(shape)).view(shape)
+    return own_memory(math.prod(shape), dtype).view(shape)

@@ -35,14 +35,14 @@ from llamita.backend.torch.devices import choose_device, table_kernel
 from llamita.backend.torch.infer.adapters import adapters_of_rows, exact_adapter
 from llamita.backend.torch.infer.exact import exact_model
 from llamita.backend.torch.infer.graphs import DecodeGraphs, TableStep, cuda_recorder
-from llamita.backend.torch.infer.kernels.choice import chosen_instructions, decoder_of
+from llamita.backend.torch.infer.kernels.choice import NO_KERNELS, choose_kernels, decoder_of
 from llamita.backend.torch.infer.kv_cache import EXACT_ROWS, PagedKVCache, PagedStep
 from llamita.backend.torch.infer.sampling import Sampler
 from llamita.backend.torch.model import lora
 from llamita.backend.torch.model.layers import Adapters
 from llamita.backend.torch.model.llama import Llama
 from llamita.backend.torch.model.quantized import QuantizedLinear
-from llamita.backend.torch.model.reordered import build_reordered
+from llamita.backend.torch.model.reordered import build_reordered, weights_held_in_blocks
 from llamita.backend.torch.model.weights import build_model, to_host_arrays
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
@@ -75,6 +75,7 @@ class TorchRunner:
     """
 
     dtype_reason = ""
+    kernels = "PyTorch's operators"
 
     def __init__(
         self,
@@ -133,7 +134,8 @@ class TorchRunner:
         """Returns memory for the sequences of one engine, of which so many decode at once.
 
         On a GPU the steps that decode up to so many are recorded as graphs, which takes seconds. Where that fails, a
-        warning says so, and attention gathers what it reads as it does on a CPU.
+        warning says so, and attention gathers what it reads as it does on a CPU. On a CPU kernels of our own are
+        compiled, or read from disk.
         """
         sampler = Sampler(self.config.vocab_size, self.device)
         cache = PagedKVCache(
@@ -148,7 +150,18 @@ class TorchRunner:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 warnings.warn(f"decoding goes on without CUDA graphs: {reason}", stacklevel=2)
                 cache.kernel = None
+        elif sequences:
+            self._compile(cache)
         return TorchMemory(cache, sampler)
+
+    @torch.inference_mode()
+    def _compile(self, cache: PagedKVCache) -> None:
+        """Compiles kernels of our own, or reads them from disk, before the first request waits for them."""
+        one_of_each = {weight.form: weight for weight in weights_held_in_blocks(self.model)}
+        for weight in one_of_each.values():
+            weight.multiply(torch.zeros(1, weight.n_in))
+        if self._decoder is not None:
+            self._decoder.warm_up(cache)
 
     def _decode(self, tokens_1T: Tensor, step: TableStep) -> Tensor:
         """Returns the states after the final norm of one token each of several sequences."""
@@ -281,8 +294,9 @@ def load_runner(
     if threads > 0:
         torch.set_num_threads(threads)
     device = choose_device(device)
-    instructions = chosen_instructions() if device == "cpu" and not exact else None
-    widens = instructions is not None and not processor.multiplies("bfloat16")  # kernels of our own take any type
+    kernels = choose_kernels() if device == "cpu" and not exact else NO_KERNELS
+    # Kernels of our own take any type.
+    widens = kernels.instructions is not None and not processor.multiplies("bfloat16")
     opened = open_model(
         model, dtype, adapters, on_cpu=device == "cpu", quantized_dtype="float32" if widens else "bfloat16"
     )
@@ -294,11 +308,13 @@ def load_runner(
             opened.arrays,
             dtype=DTYPES[opened.dtype],
             device=device,
-            instructions=instructions,
+            instructions=kernels.instructions,
             packed=dtype == "auto",
         )
     runner = TorchRunner(built, exact, opened.adapters, opened.default)
-    runner.dtype_reason = opened.dtype_reason
+    runner.dtype_reason, runner.kernels = opened.dtype_reason, kernels.shown
+    if numbers := {weight.form.numbers for weight in weights_held_in_blocks(built)}:
+        runner.kernels += f" over weights in {' and '.join(sorted(numbers))}"
     return runner
 
 

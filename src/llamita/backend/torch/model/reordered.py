@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import math
-import mmap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from llamita.backend.torch.infer.kernels.choice import weights_in_blocks
 from llamita.backend.torch.infer.kernels.instructions import Instructions
+from llamita.backend.torch.memory import own_memory
 from llamita.backend.torch.model.fused import FusedParameter
 from llamita.backend.torch.model.llama import Embedding, KernelWeight, Linear, Llama
 from llamita.backend.torch.model.weights import (
@@ -174,7 +174,7 @@ def build_reordered(
         large = kind == "weight" and size >= SMALLEST
         if large and isinstance(owner, Linear):
             if not size <= len(plain_X) <= 2 * size:
-                plain_X = _memory_of_its_own(size, dtype)
+                plain_X = own_memory(size, dtype)
             owner.weight = nn.Parameter(reorder(_read(fused, arrays, plain_X[:size])), requires_grad=False)
             owner.product = linear
         elif large and tied and isinstance(owner, Embedding):
@@ -202,7 +202,8 @@ def _build_blocked(
     model = model_without_values(config, dtype)
     model.reordered, model.instructions = True, instructions
     tied = config.tie_word_embeddings and not config.num_labels
-    for fused in list(model.fused_parameters()):
+    # The largest first: the memory that each takes beside its blocks while it is put into them is then at its least.
+    for fused in sorted(model.fused_parameters(), key=lambda fused: -fused.parameter.numel()):
         module, _, kind = fused.name.rpartition(".")
         owner, size = model.get_submodule(module), fused.parameter.numel()
         in_blocks = kind == "weight" and (isinstance(owner, Linear) or (tied and isinstance(owner, Embedding)))
@@ -237,14 +238,9 @@ def _blocked_weight(
         return held
     stored = {TORCH_DTYPES[part.dtype] for part in parts}
     narrow = dtype == torch.float32 and len(stored) == 1 and stored <= {torch.bfloat16, torch.float16}
-    room_X = _memory_of_its_own(fused.parameter.numel(), stored.pop() if narrow else dtype)
+    room_X = own_memory(fused.parameter.numel(), stored.pop() if narrow else dtype)
     found: BlockedWeight = blocked.blocked_floats(_read(fused, arrays, room_X), instructions, dtype == torch.bfloat16)
     return found
-
-
-def _memory_of_its_own(size: int, dtype: torch.dtype) -> Tensor:
-    """Returns room for so many numbers that goes back to the system when it is let go, and not to the allocator."""
-    return torch.frombuffer(mmap.mmap(-1, size * dtype.itemsize), dtype=dtype)
 
 
 def _read(fused: FusedParameter, arrays: Mapping[str, HostArray], room_X: Tensor) -> Tensor:
@@ -261,5 +257,11 @@ def _tied_embedding(fused: FusedParameter, arrays: Mapping[str, HostArray], dtyp
         for _ in finite_pieces(fused.name, array):
             pass
         return ReorderedEmbedding(tensor_from_host(array), array)
-    weight_VD = _read(fused, arrays, _memory_of_its_own(fused.parameter.numel(), dtype))
+    weight_VD = _read(fused, arrays, own_memory(fused.parameter.numel(), dtype))
     return ReorderedEmbedding(weight_VD, array if array.stays_readable else host_from_tensor(weight_VD))
+
+
+def weights_held_in_blocks(model: Llama) -> list[BlockedWeight]:
+    """Returns a model's weights that lie in blocks: all linear maps, or none."""
+    held = [(getattr(module, "blocks", None), getattr(module, "kernel", None)) for module in model.modules()]
+    return [blocks for pair in held for blocks in pair if blocks is not None]

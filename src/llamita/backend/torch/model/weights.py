@@ -23,7 +23,7 @@ from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.parameters import InitializationName, check_arrays, initialize_parameters, stored_arrays
 
-COPIED_AT_ONCE = 2**20  # numbers
+COPIED_AT_ONCE = 2**18  # numbers
 
 
 def build_model(

@@ -28,7 +28,9 @@ def machine(monkeypatch):
         (ZEN_4, "auto", "avx512"),
         (ZEN_3, "auto", "avx2"),
         (ZEN_4 - {"avx512bf16"}, "auto", "avx2"),
-        (frozenset(), "auto", "portable"),
+        (ZEN_3, "", "avx2"),
+        (frozenset(), "auto", None),
+        (ZEN_3, "portable", "portable"),
         (ZEN_4, "avx2", "avx2"),
         (ZEN_4, "portable", "portable"),
         (ZEN_4, "off", None),
@@ -37,12 +39,7 @@ def machine(monkeypatch):
 def test_the_best_that_the_processor_has_or_what_is_asked_for(machine, monkeypatch, features, asked, found) -> None:
     machine(features)
     monkeypatch.setenv(choice.VARIABLE, asked)
-    assert choice.chosen_instructions() == found
-
-
-def test_nothing_where_nothing_is_asked_for(monkeypatch) -> None:
-    monkeypatch.delenv(choice.VARIABLE, raising=False)
-    assert choice.chosen_instructions() is None
+    assert choice.choose_kernels().instructions == found
 
 
 @pytest.mark.parametrize(
@@ -56,19 +53,24 @@ def test_what_cannot_be_had_is_refused(machine, monkeypatch, asked, message) -> 
     machine(ZEN_3)
     monkeypatch.setenv(choice.VARIABLE, asked)
     with pytest.raises(ValueError, match=f"^{message}$"):
-        choice.chosen_instructions()
+        choice.choose_kernels()
 
 
 def test_without_numba_the_extra_is_named(machine, monkeypatch) -> None:
     machine(ZEN_4)
     monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setenv(choice.VARIABLE, "auto")
+    monkeypatch.delenv(choice.VARIABLE, raising=False)
+    found = choice.choose_kernels()
+    assert found.shown == "PyTorch's operators (kernels of our own need Numba: pip install 'llamita[fast]')"
+    monkeypatch.setenv(choice.VARIABLE, "avx2")
     with pytest.raises(ValueError, match="needs Numba: pip install 'llamita"):
-        choice.chosen_instructions()
+        choice.choose_kernels()
 
 
 def test_one_thread_alone_is_not_chosen(machine, monkeypatch) -> None:
     machine(ZEN_4)
     monkeypatch.setattr(choice, "openmp_library", lambda: None)
     monkeypatch.setenv(choice.VARIABLE, "auto")
-    assert choice.chosen_instructions() is None
+    assert choice.choose_kernels().instructions is None
+    monkeypatch.setenv(choice.VARIABLE, "avx512")
+    assert choice.choose_kernels().shown == "avx512 kernels (asked for)"

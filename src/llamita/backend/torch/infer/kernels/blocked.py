@@ -10,7 +10,7 @@ Letters beyond the usual: O outputs, I inputs, J blocks of 16 outputs, G groups 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from llamita.backend.torch.infer.kernels.instructions import Instructions
 from llamita.backend.torch.infer.kernels.products import compiled_for, linear, tiles_of
 from llamita.backend.torch.infer.kernels.simd import LANES, Static, target
 from llamita.backend.torch.infer.kernels.tiles import GROUP, Form, bias
+from llamita.backend.torch.memory import laid_out
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -67,9 +68,12 @@ class BlockedWeight:
     @property
     def is_finite(self) -> bool:
         """Whether the scales and minimums of all groups are numbers."""
-        given = [each for each in (self.scales, self.minimums) if each.size]
-        both = (torch.from_numpy(each).view(FLOATS[self.form.scale]) for each in given)
+        both = (self._floats(each) for each in (self.scales, self.minimums) if each.size)
         return all(bool(torch.isfinite(each.sum(dtype=torch.float32))) for each in both)
+
+    def _floats(self, numbers: np.ndarray) -> Tensor:
+        """Returns scales or minimums, which are held as bits, as numbers."""
+        return torch.from_numpy(numbers).view(FLOATS[self.form.scale])
 
     def product(self, x: Tensor, weight: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """Computes `layers.linear`, in the type of x (..., I). `weight` is not read: this has its numbers."""
@@ -93,15 +97,14 @@ class BlockedWeight:
         values_OI = self.values()
         if not self.form.in_bytes:
             return values_OI
-        scales = torch.from_numpy(self.scales)
-        if self.form.scale == "row":
-            return values_OI * scales[: self.n_out, None]
+        if self.form.by_row:
+            return values_OI * self._floats(self.scales)[: self.n_out, None].float()
         scales_OG, *lowest = (self._of_groups(each) for each in (self.scales, self.minimums) if each.size)
         weight_OGX = (values_OI.unflatten(1, (-1, GROUP)).float() - self.form.middle) * scales_OG[..., None]
         return (weight_OGX + lowest[0][..., None] if lowest else weight_OGX).flatten(1)
 
     def _of_groups(self, numbers: np.ndarray) -> Tensor:
-        blocks_JGL = torch.from_numpy(numbers).view(FLOATS[self.form.scale]).view(-1, self.n_in // GROUP, LANES)
+        blocks_JGL = self._floats(numbers).view(-1, self.n_in // GROUP, LANES)
         return blocks_JGL.transpose(1, 2).reshape(-1, self.n_in // GROUP)[: self.n_out].float()
 
     def values(self) -> Tensor:
@@ -121,7 +124,7 @@ class BlockedWeight:
 
     def rows(self, wanted: Tensor) -> Tensor:
         """Returns some rows (..., I) of a weight of floating-point numbers, or of int8 with a scale for each."""
-        assert not self.form.in_bytes or self.form == Form("int8", "row"), "rows of groups are not taken apart"
+        assert not self.form.in_bytes or self.form.by_row, "rows of groups are not taken apart"
         if wanted.numel() and not 0 <= int(wanted.min()) <= int(wanted.max()) < self.n_out:
             raise IndexError(f"rows {wanted.tolist()} of {self.n_out}")
         blocks, lanes = wanted // LANES, wanted % LANES
@@ -132,7 +135,7 @@ class BlockedWeight:
         if kind is not None:
             return found
         values = (found ^ bias(self.form, self.instructions)).view(torch.int8)
-        return values * torch.from_numpy(self.scales)[wanted][..., None]
+        return values * self._floats(self.scales)[wanted][..., None].float()
 
 
 def blocked_floats(weight_OI: Tensor, instructions: Instructions, rounded: bool = False) -> BlockedWeight:
@@ -143,7 +146,7 @@ def blocked_floats(weight_OI: Tensor, instructions: Instructions, rounded: bool 
     together = form.together
     assert n_in % together == 0, f"{n_in} inputs are not in pairs"
     weight_JLI = _padded(weight_OI).view(-1, LANES, n_in // together, together)
-    blocks = weight_JLI.transpose(1, 2).contiguous()
+    blocks = laid_out(weight_JLI.transpose(1, 2))
     numbers = blocks.view(torch.float32 if name == "float32" else torch.uint16).numpy().reshape(-1)
     return BlockedWeight(form, instructions, n_out, n_in, numbers)
 
@@ -155,18 +158,17 @@ def blocked_bytes(
     bits 0 to 15 with a scale for each group, standing for -8 to 7 where there are no `minimums` (O, G)."""
     n_out, n_in = values_OI.shape
     assert n_in % GROUP == 0, f"{n_in} inputs are not in groups of {GROUP}"
-    by_row = scales.ndim == 1
-    kind = "row" if by_row else str(scales.dtype).removeprefix("torch.")
-    form = Form("int8" if bits == 8 else "int4", kind, minimums is not None)  # type: ignore[arg-type]
+    kind = cast(Literal["bfloat16", "float16"], str(scales.dtype).removeprefix("torch."))
+    form = Form("int8" if bits == 8 else "int4", kind, by_row=scales.ndim == 1, minimum=minimums is not None)
     unsigned = values_OI.view(torch.uint8)
     if bits == 8 and bias(form, instructions):
         unsigned = unsigned ^ bias(form, instructions)
     chunks_JCL4 = _padded(unsigned).view(-1, LANES, n_in // 4, 4).transpose(1, 2)
     if bits == 4:
         chunks_JCL4 = chunks_JCL4[:, 0::2] | chunks_JCL4[:, 1::2] << 4
-    numbers = chunks_JCL4.contiguous().numpy().reshape(-1)
-    if by_row:
-        return BlockedWeight(form, instructions, n_out, n_in, numbers, _padded(scales.float()).numpy())
+    numbers = laid_out(chunks_JCL4).numpy().reshape(-1)
+    if form.by_row:
+        return BlockedWeight(form, instructions, n_out, n_in, numbers, _padded(scales).view(torch.uint16).numpy())
     of_groups = [_blocked_groups(each) for each in (scales, minimums) if each is not None]
     return BlockedWeight(form, instructions, n_out, n_in, numbers, *of_groups)
 
@@ -192,7 +194,7 @@ def blocked_rows(kind: str, rows: np.ndarray, instructions: Instructions) -> Blo
 
 
 def _blocked_groups(numbers_OG: Tensor) -> np.ndarray:
-    blocks_JGL = _padded(numbers_OG).view(-1, LANES, numbers_OG.shape[1]).transpose(1, 2).contiguous()
+    blocks_JGL = laid_out(_padded(numbers_OG).view(-1, LANES, numbers_OG.shape[1]).transpose(1, 2))
     return blocks_JGL.view(torch.uint16).numpy().reshape(-1)
 
 

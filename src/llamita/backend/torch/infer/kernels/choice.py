@@ -1,4 +1,4 @@
-"""Which instructions the kernels are compiled for: those that LLAMITA_KERNELS names, or the processor's best.
+"""Which instructions the kernels are compiled for: the processor's best, or those that LLAMITA_KERNELS names.
 
 Read before anything is compiled, since an instruction that a processor lacks ends the process. The kernels' own modules
 are imported here alone, and only where they are wanted: they need Numba.
@@ -7,7 +7,7 @@ are imported here alone, and only where they are wanted: they need Numba.
 import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -47,23 +47,48 @@ def openmp_library() -> Path | None:
     return None
 
 
-def chosen_instructions() -> Instructions | None:
-    """Returns the set to compile for; None where nothing is asked for, or where PyTorch's threads cannot be shared.
+class Choice(NamedTuple):
+    """What kernels are compiled for: `instructions`, None for no kernels; and why."""
 
-    ValueError where LLAMITA_KERNELS names no set, or one that this processor lacks, and where Numba is not installed.
+    instructions: Instructions | None
+    reason: str
+
+    @property
+    def shown(self) -> str:
+        """What multiplies, and why."""
+        what = "PyTorch's operators" if self.instructions is None else f"{self.instructions} kernels"
+        return f"{what} ({self.reason})" if self.reason else what
+
+
+NO_KERNELS = Choice(None, "")
+
+
+def choose_kernels() -> Choice:
+    """Returns what kernels are compiled for, as LLAMITA_KERNELS asks; "auto" where it is not set.
+
+    "auto" is the best set that this processor has. It is none, so that PyTorch's operators run, where Numba is not
+    installed, where PyTorch's threads cannot be shared, since one thread is slower than they are, and where a processor
+    has the portable set alone, which was never measured on one. ValueError where a set is named that is unknown or that
+    this processor lacks, or for which Numba is not installed.
     """
-    asked = os.environ.get(VARIABLE, "off")
-    if asked == "off":
-        return None
-    if asked not in ("auto", *NEEDED):
+    asked = os.environ.get(VARIABLE) or "auto"
+    if asked not in ("auto", "off", *NEEDED):
         raise ValueError(f"{VARIABLE}={asked} is not known; give off, auto or one of {', '.join(NEEDED)}")
-    if asked == "auto" and openmp_library() is None:
-        return None  # one thread alone is slower than PyTorch's operators
+    if asked == "off":
+        return Choice(None, f"{VARIABLE}=off")
     if importlib.util.find_spec("numba") is None:
+        if asked == "auto":
+            return Choice(None, "kernels of our own need Numba: pip install 'llamita[fast]'")
         raise ValueError(f"{VARIABLE}={asked} needs Numba: pip install 'llamita[fast]'")
-    if asked != "auto" and asked not in supported():
-        raise ValueError(f"{VARIABLE}={asked}: this processor has only {', '.join(supported())}")
-    return supported()[0] if asked == "auto" else cast(Instructions, asked)
+    if asked != "auto":
+        if asked not in supported():
+            raise ValueError(f"{VARIABLE}={asked}: this processor has only {', '.join(supported())}")
+        return Choice(asked, "asked for")
+    if openmp_library() is None:
+        return Choice(None, "PyTorch's threads are not of GNU's OpenMP, which kernels of our own could share")
+    if supported()[0] == "portable":
+        return Choice(None, "this processor has neither AVX2 nor AVX-512")
+    return Choice(supported()[0], "the best of this processor")
 
 
 def weights_in_blocks() -> Any:

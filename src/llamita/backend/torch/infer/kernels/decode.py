@@ -223,6 +223,11 @@ class Decoder:
         before, between = (_floats(block.get_submodule(name).get_parameter("weight")) for name in names)
         return sizes, self.eps, scale, before, maps[0], bias, *norms, maps[1], between, *maps[2:], self.kind
 
+    def warm_up(self, cache: PagedKVCache) -> None:
+        """Compiles what a step needs, or reads it from disk; what the first slot of a cache holds is lost."""
+        tables = tuple(np.zeros(1, dtype=np.int64) for _ in cache.specs)
+        self.hidden([0], [ScheduledChunk(0, (0,), 0, tables)], cache)
+
     def hidden(self, tokens: list[int], chunks: Sequence[ScheduledChunk], cache: PagedKVCache) -> Tensor:
         """Returns the states (R, D) after the final norm of the chunks' tokens; keys and values go into the cache."""
         rows, threads = len(tokens), torch.get_num_threads()

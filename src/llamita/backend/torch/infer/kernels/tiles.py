@@ -43,8 +43,10 @@ class Form(NamedTuple):
     """How the numbers of a blocked weight are stored."""
 
     numbers: Literal["float32", "float16", "bfloat16", "int8", "int4"]
-    scale: Literal["", "row", "bfloat16", "float16"] = ""
-    """The type of a group's scale; row: one float32 for each output."""
+    scale: Literal["", "bfloat16", "float16"] = ""
+    """The type of scales."""
+    by_row: bool = False
+    """Whether an output has one scale for all of its groups."""
     minimum: bool = False
     """Whether a group has a minimum, in the type of its scale; int4 is then 0 to 15, and otherwise -8 to 7."""
     rounded: bool = False
@@ -132,7 +134,7 @@ class Tile:
     def begin(self, weights: ir.Value, scales: ir.Value, minimums: ir.Value, first_block: ir.Value) -> None:
         """Finds where the numbers of each block begin."""
         items = self.builder.mul(self.inputs, LONG(LANES // 2 if self.form.numbers == "int4" else LANES))
-        scale_items = LONG(LANES) if self.form.scale == "row" else self.builder.mul(self.groups, LONG(LANES))
+        scale_items = LONG(LANES) if self.form.by_row else self.builder.mul(self.groups, LONG(LANES))
         self.weights = self._starts(weights, first_block, self.blocks, items)
         self.scales, self.minimums = (
             self._starts(pointer, first_block, self.blocks, scale_items) for pointer in (scales, minimums)
@@ -202,8 +204,8 @@ class Tile:
                         for dot, pair in zip(dots[row], pairs, strict=True):
                             dot.add(pair[which], x)
             at = builder.mul(group.index, LONG(LANES))
-            by_row = form.scale == "row"
-            scales = [None if by_row else code.load_floats(code.after(start, at), form.scale) for start in self.scales]
+            starts = [None if form.by_row else code.after(start, at) for start in self.scales]
+            scales = [None if start is None else code.load_floats(start, form.scale) for start in starts]
             for row, start in enumerate(self.x_scales):
                 x_scale = code.load(code.after(start, group.index), FLOAT)
                 x_scales = code.splat(x_scale)
@@ -216,8 +218,8 @@ class Tile:
                         lowest = code.load_floats(code.after(minimum, at), form.scale)
                         total.set(code.multiply_add(lowest, x_sum, total.get()))
         found = [[total.get() for total in of_row] for of_row in totals]
-        if form.scale == "row":
-            scales = [code.load(start, FLOATS) for start in self.scales]
+        if form.by_row:
+            scales = [code.load_floats(start, form.scale) for start in self.scales]
             found = [[builder.fmul(*pair) for pair in zip(of_row, scales, strict=True)] for of_row in found]
         return found
 
