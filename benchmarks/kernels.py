@@ -28,7 +28,7 @@ import llama_cpp  # noqa: E402
 from benchmarks.exports import quantized_by_llama_cpp  # noqa: E402
 from benchmarks.inference import READ_BYTES, Ours, read_bandwidth  # noqa: E402
 
-from llamita.backend.torch.infer.kernels.choice import chosen_instructions  # noqa: E402
+from llamita.backend.torch.infer.kernels.choice import choose_kernels  # noqa: E402
 from llamita.backend.torch.infer.runner import load_runner  # noqa: E402
 from llamita.backend.torch.model.weights import build_model, to_host_arrays  # noqa: E402
 from llamita.data import meadow  # noqa: E402
@@ -109,7 +109,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
     print(
-        f"{processor_name()}, {torch.get_num_threads()} threads, kernels {chosen_instructions()}, "
+        f"{processor_name()}, {torch.get_num_threads()} threads, kernels {choose_kernels().instructions}, "
         f"torch {torch.__version__}, llama-cpp-python {llama_cpp.__version__}"
     )
     for file in arguments.files:

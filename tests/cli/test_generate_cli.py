@@ -98,7 +98,8 @@ def test_statistics_go_to_standard_error_and_name_a_seed_that_gives_the_text_aga
     found = re.fullmatch(
         r"warm-up: [\d.]+ s; "
         r"prefill: (\d+) tokens in [\d.]+ s, [\d.]+ tokens/s; decode: 11 tokens in [\d.]+ s, [\d.]+ tokens/s, "
-        r"[\d.]+ GB/s read; in float32 \(the file.s own\); 12 generated; seed (\d+); finished: length\n",
+        r"[\d.]+ GB/s read; in float32 \(the file.s own\), (?:\w+ kernels|PyTorch.s operators) \(.*\).*; "
+        r"12 generated; seed (\d+); finished: length\n",
         err,
     )
     assert found, err

@@ -55,8 +55,14 @@ def test_its_weights_are_few_in_memory_at_a_time_and_those_of_the_library(files)
         assert arrays[ours]._bytes is None
 
 
+@pytest.fixture
+def dequantised(monkeypatch) -> None:
+    """Kernels of our own would multiply the file's blocks as they are, with activations rounded to bytes."""
+    monkeypatch.setenv("LLAMITA_KERNELS", "off")
+
+
 @pytest.mark.parametrize("backend", NAMES)
-def test_it_is_loaded_as_the_directory_is(files, backend):
+def test_it_is_loaded_as_the_directory_is(files, backend, dequantised):
     file, directory = (llamita.load(files / name, backend=backend) for name in ("model.gguf", "directory"))
     assert file.config == directory.config
     assert str(file.runner.dtype).endswith("float32")
@@ -70,7 +76,7 @@ def test_it_is_loaded_as_the_directory_is(files, backend):
 
 
 @pytest.mark.medium
-def test_every_verb_that_reads_a_model_takes_it(files, tmp_path, capsys, monkeypatch):
+def test_every_verb_that_reads_a_model_takes_it(files, tmp_path, capsys, monkeypatch, dequantised):
     said = {}
     for name in ("model.gguf", "directory"):
         model, output = str(files / name), []

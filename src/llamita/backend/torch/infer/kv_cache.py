@@ -75,13 +75,10 @@ class PagedKVCache:
                     self.values[layer][target] = self.values[layer][source]
 
     @cached_property
-    def flat(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The keys and values of each layer as flat numpy arrays over the same memory, those of two bytes as bits."""
-        bits = torch.float32 if self.keys[0].dtype == torch.float32 else torch.uint16
-        return [
-            (keys.view(bits).numpy().reshape(-1), values.view(bits).numpy().reshape(-1))
-            for keys, values in zip(self.keys, self.values, strict=True)
-        ]
+    def addresses(self) -> np.ndarray:
+        """Where the keys and the values of each layer lie, (L, 2)."""
+        pairs = zip(self.keys, self.values, strict=True)
+        return np.array([(keys.data_ptr(), values.data_ptr()) for keys, values in pairs], dtype=np.int64)
 
     def begin(self, chunks: Sequence[ScheduledChunk]) -> None:
         """Empties the blocks that the chunks begin, in every layer."""

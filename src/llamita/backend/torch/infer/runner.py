@@ -30,12 +30,13 @@ from llamita.backend.interface import (
 )
 from llamita.backend.opening import open_model
 from llamita.backend.runner import bytes_read_per_token, check_captured, with_adapter
+from llamita.backend.sampling import Steps, sampled_token
 from llamita.backend.step_layout import States, StepLayout, rows_wanted, sample_chunks, score_chunks
 from llamita.backend.torch.devices import choose_device, table_kernel
 from llamita.backend.torch.infer.adapters import adapters_of_rows, exact_adapter
 from llamita.backend.torch.infer.exact import exact_model
 from llamita.backend.torch.infer.graphs import DecodeGraphs, TableStep, cuda_recorder
-from llamita.backend.torch.infer.kernels.choice import NO_KERNELS, choose_kernels, decoder_of
+from llamita.backend.torch.infer.kernels.choice import NO_KERNELS, choose_kernels, decoder_of, greedy_head_of
 from llamita.backend.torch.infer.kv_cache import EXACT_ROWS, PagedKVCache, PagedStep
 from llamita.backend.torch.infer.sampling import Sampler
 from llamita.backend.torch.model import lora
@@ -93,7 +94,7 @@ class TorchRunner:
             raise ValueError(f"the exact mode runs on a CPU in float32, not on {self.device.type} in {form}")
         self.exact = exact
         self._running = exact_model(model) if exact else model
-        self._decoder = decoder_of(model)
+        self._decoder, self._greedy_head = decoder_of(model), None if exact else greedy_head_of(model)
         self.adapters, self.default = dict(adapters or {}), default
         self._adapters = {
             name: adapter if isinstance(adapter, lora.ModelAdapter) else lora.loaded_adapter(model, adapter)
@@ -162,6 +163,8 @@ class TorchRunner:
             weight.multiply(torch.zeros(1, weight.n_in))
         if self._decoder is not None:
             self._decoder.warm_up(cache)
+        if self._greedy_head is not None:
+            self._greedy_head(torch.zeros(1, self.config.hidden_size))
 
     def _decode(self, tokens_1T: Tensor, step: TableStep) -> Tensor:
         """Returns the states after the final norm of one token each of several sequences."""
@@ -213,6 +216,10 @@ class TorchRunner:
         """Returns the tokens that each chunk asks for, all drawn in one pass."""
 
         def draw(rows: list[int], specs: list[SampleSpec], ids: list[int]) -> list[SampledToken]:
+            greedy = all(Steps.of(spec).plain_greedy and not spec.params.top_logprobs for spec in specs)
+            if greedy and self._greedy_head is not None and not any(states.adapters[row] for row in rows):
+                found = zip(*self._greedy_head(self._hidden(states, rows)), strict=True)
+                return [sampled_token([token_id, logprob, 0.0], 0) for token_id, logprob in found]
             return sampler.sample(self._logits(states, rows), specs, ids)
 
         return sample_chunks(chunks, draw)
@@ -229,13 +236,18 @@ class TorchRunner:
 
     def _logits(self, states: States[Tensor], rows: Sequence[int]) -> Tensor:
         """Returns logits (R, V) of some rows of the step."""
-        places, hidden_RD = states.places(rows), states.hidden_RD
-        if places != list(range(len(hidden_RD))):
-            hidden_RD = hidden_RD[torch.tensor(places, device=self.device)]
+        hidden_RD = self._hidden(states, rows)
         if self.exact:
             hidden_RD = F.pad(hidden_RD, (0, 0, 0, -len(rows) % EXACT_ROWS))
         names = [states.adapters[row] for row in rows] + [None] * (len(hidden_RD) - len(rows))
         return self._running.logits(hidden_RD, self._adapters_of(names))[: len(rows)]
+
+    def _hidden(self, states: States[Tensor], rows: Sequence[int]) -> Tensor:
+        """Returns the states (R, D) of some rows of the step."""
+        places, hidden_RD = states.places(rows), states.hidden_RD
+        if places == list(range(len(hidden_RD))):
+            return hidden_RD
+        return hidden_RD[torch.tensor(places, device=self.device)]
 
     @torch.inference_mode()
     def forward(

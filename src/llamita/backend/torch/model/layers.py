@@ -18,6 +18,8 @@ from torch import Tensor
 from llamita.backend.torch.model import attention
 from llamita.model.config import Activation
 
+CPU = torch.device("cpu")
+
 
 def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Divides each vector by its root mean square, then scales it (Zhang & Sennrich 2019, arXiv:1910.07467).
@@ -96,7 +98,11 @@ class RopeTable:
 
     def at(self, positions_BT: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """Returns cosines and sines (B, T, E) of positions below `longest`."""
-        device = positions_BT.device
+        cos_SE, sin_SE = self.up_to(longest, positions_BT.device)
+        return cos_SE[positions_BT], sin_SE[positions_BT]
+
+    def up_to(self, longest: int, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
+        """Returns cosines and sines (S, E) of all positions below `longest`, and of some more."""
         if self._cos_SE.device != device or len(self._cos_SE) < longest:
             blocks = [
                 rope_table(torch.arange(start, start + self.BLOCK)[None], self.frequencies_E, self.scale)
@@ -105,7 +111,7 @@ class RopeTable:
             self._cos_SE, self._sin_SE = (
                 torch.cat([block[which][0] for block in blocks]).to(device) for which in (0, 1)
             )
-        return self._cos_SE[positions_BT], self._sin_SE[positions_BT]
+        return self._cos_SE, self._sin_SE
 
 
 def apply_rope(x_BTNH: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:

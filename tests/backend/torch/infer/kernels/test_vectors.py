@@ -16,7 +16,7 @@ KINDS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.b
 
 @numba.njit
 def exponentials(code, x, largest):
-    return vectors.exponentials(code, x, largest, x.size)
+    return vectors.exponentials(code, x, 0, largest, x.size)
 
 
 @numba.njit

@@ -125,15 +125,14 @@ class BlockedWeight:
     def rows(self, wanted: Tensor) -> Tensor:
         """Returns some rows (..., I) of a weight of floating-point numbers, or of int8 with a scale for each."""
         assert not self.form.in_bytes or self.form.by_row, "rows of groups are not taken apart"
-        if wanted.numel() and not 0 <= int(wanted.min()) <= int(wanted.max()) < self.n_out:
+        rows_R = wanted.numpy().reshape(-1)
+        if rows_R.size and not 0 <= rows_R.min() <= rows_R.max() < self.n_out:
             raise IndexError(f"rows {wanted.tolist()} of {self.n_out}")
-        blocks, lanes = wanted // LANES, wanted % LANES
-        kind = FLOATS.get(self.form.numbers)
-        numbers, together = torch.from_numpy(self.numbers), self.form.together
-        numbers = numbers if kind is None else numbers.view(kind)
-        found = numbers.view(-1, self.n_in // together, LANES, together)[blocks, :, lanes].flatten(-2)
-        if kind is not None:
-            return found
+        together = self.form.together
+        in_blocks = self.numbers.reshape(-1, self.n_in // together, LANES, together)
+        found = torch.from_numpy(in_blocks[rows_R // LANES, :, rows_R % LANES]).view(*wanted.shape, self.n_in)
+        if not self.form.in_bytes:
+            return found.view(FLOATS[self.form.numbers])
         values = (found ^ bias(self.form, self.instructions)).view(torch.int8)
         return values * self._floats(self.scales)[wanted][..., None].float()
 

@@ -4,12 +4,15 @@ Read before anything is compiled, since an instruction that a processor lacks en
 are imported here alone, and only where they are wanted: they need Numba.
 """
 
+import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from llamita.backend.torch.infer.kernels.instructions import Instructions
 
@@ -106,3 +109,15 @@ def decoder_of(model: "Llama") -> "Decoder | None":
     from llamita.backend.torch.infer.kernels.decode import Decoder
 
     return Decoder(model) if Decoder.fits(model) else None
+
+
+def greedy_head_of(model: "Llama") -> "Callable[[Tensor], tuple[list[int], list[float]]] | None":
+    """Returns `head.likeliest_tokens` over a model's output head; None where that does not lie in blocks, or something
+    is done to its logits."""
+    head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+    held = getattr(head, "blocks", None) or getattr(head, "kernel", None)
+    if model.config.num_labels or held is None or not model.transform.changes_nothing:
+        return None
+    from llamita.backend.torch.infer.kernels.head import likeliest_tokens
+
+    return functools.partial(likeliest_tokens, weight=held)

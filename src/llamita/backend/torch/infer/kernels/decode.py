@@ -12,7 +12,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from numba import njit
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from llamita.backend.interface import ScheduledChunk
@@ -28,9 +30,62 @@ from llamita.backend.torch.model.attention import factor
 from llamita.backend.torch.model.llama import Block, Linear, Llama
 from llamita.backend.torch.model.quantized import QuantizedLinear
 
-EMPTY = np.empty(0, np.float32)
 ROWS_ALONE = 2
 """So few rows the calling thread rotates and gates by itself."""
+WEIGHT = [("numbers", "i8"), ("scales", "i8"), ("minimums", "i8"), ("width", "i8")]
+NORMS = [(name, "i8") for name in ("attention_norm", "feed_norm", "q_norm", "k_norm", "bias")]
+LAYER = np.dtype(
+    [*NORMS, *((name, WEIGHT) for name in ("qkv", "output", "gate_up", "down")), ("group", "i8"), ("rotation", "i8")]
+)
+"""The addresses of a layer's arrays, 0 for none; the group of its cache, and its rotation."""
+ROTATION = np.dtype([("cos", "i8"), ("sin", "i8"), ("size", "i8")])
+
+
+@intrinsic
+def pointer(typing_context: Any, address: Any) -> Any:
+    """Makes a pointer of an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.inttoptr(values[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+@njit(**COMPILED)
+def floats_at(address, size):
+    """Returns the float32 array of so many numbers at an address; an empty one at 0."""
+    return carray(pointer(address), (size if address else 0,), np.float32)
+
+
+def memory_at(kind: Static, address: int) -> np.ndarray:
+    """Returns a cache's memory of some type; its size is not known here."""
+    raise NotImplementedError("for compiled code")
+
+
+@overload(memory_at)
+def _memory_at(kind, address):
+    items = np.float32 if kind.value == "float32" else np.uint16
+    return lambda kind, address: carray(pointer(address), (0,), items)
+
+
+def weight_at(form: Static, record: np.record) -> tuple[Any, ...]:
+    """Returns a weight as `products.linear` takes it; the sizes of its arrays are not known here."""
+    raise NotImplementedError("for compiled code")
+
+
+@overload(weight_at)
+def _weight_at(form, record):
+    numbers, scales, minimums = form.value.stored_as
+
+    def found(form, record):
+        arrays = (
+            carray(pointer(record.numbers), (0,), numbers),
+            carray(pointer(record.scales), (0,), scales),
+            carray(pointer(record.minimums), (0,), minimums),
+        )
+        return form, arrays, record.width
+
+    return found
 
 
 @njit(**COMPILED)
@@ -64,11 +119,12 @@ def rotate(x, at, cos, sin, turn, E):
 
 
 @njit(**COMPILED)
-def place_heads(first, last, code, kind, heads, bias, q_norm, k_norm, eps, cos, sin, sizes, keys, values, slots):
+def place_heads(first, last, code, kind, heads, bias, turned, sizes, keys, values, slots):
     """Adds biases to the heads of rows `first` to `last` - 1, norms and rotates queries and keys, and puts keys and
     values into the cache."""
+    q_norm, k_norm, eps, cos, sin, E, places = turned
     N, K, H = sizes
-    G, E = N + 2 * K, cos.size // slots.size
+    G = N + 2 * K
     for row in range(first, last):
         begin = row * G * H
         if bias.size:
@@ -79,7 +135,7 @@ def place_heads(first, last, code, kind, heads, bias, q_norm, k_norm, eps, cos, 
             if q_norm.size:
                 norm(heads, at, q_norm if head < N else k_norm, eps, heads)
             if E:
-                rotate(heads, at, cos, sin, row, E)
+                rotate(heads, at, cos, sin, places[row], E)
         save(code, kind, keys, slots[row] * K * H, heads, begin + N * H, K * H)
         save(code, kind, values, slots[row] * K * H, heads, begin + (N + K) * H, K * H)
 
@@ -118,7 +174,7 @@ def attend(first, last, code, kind, one, four, heads, sizes, scale, keys, values
         padded = (count + LANES - 1) // LANES * LANES
         for place in range(count, padded):
             scores[place] = -np.inf
-        share = np.float32(1.0) / exponentials(code, scores, largest, padded)
+        share = np.float32(1.0) / exponentials(code, scores, 0, largest, padded)
         for i in range(out, out + H):
             mixed[i] = 0.0
         position = seen[row]
@@ -151,30 +207,43 @@ def gate_rows(first, last, code, gate_up, C, gated):
 
 
 @njit(**COMPILED)
-def decode_layer(threads, code, tiles, x, rows, layer, cache, positions):
-    """Runs one layer over rows (R, D) of the residual stream, which it changes; flat."""
-    sizes, eps, scale, attention_norm, qkv, bias, q_norm, k_norm, output, feed_norm, gate_up, down, kind = layer
-    keys, values = cache
-    slots, cos, sin, table = positions
-    N, _, H = sizes
-    one, _, four, _, _, _ = tiles
-    few = rows <= ROWS_ALONE
+def decode_layers(
+    threads, code, kind, forms, tiles, x, rows, layers, caches, first, last, sizes, eps, scale, positions
+):
+    """Runs layers `first` to `last` - 1 over rows (R, D) of the residual stream, which they change; flat.
 
-    heads = linear(threads, code, tiles, normed(x, attention_norm, eps, rows), rows, qkv)
-    of_heads = (code, kind, heads, bias, q_norm, k_norm, eps, cos, sin, sizes, keys, values, slots)
-    parallel(place_heads, 1 if few else threads, rows, of_heads)
-    mixed = np.empty(rows * N * H, np.float32)
-    parallel(attend, threads, rows * N, (code, kind, one, four, heads, sizes, scale, keys, values, table, mixed))
-    x += linear(threads, code, tiles, mixed, rows, output)
+    `forms` are those of the four weights of each of these layers, `kind` is the type of the cache.
+    """
+    places, tables, blocks, size, rotations = positions
+    N, K, H = sizes
+    D, one, four = x.size // rows, tiles[0], tiles[2]
+    few = 1 if rows <= ROWS_ALONE else threads
+    for number in range(first, last):
+        layer = layers[number]
+        keys, values = memory_at(kind, caches[number, 0]), memory_at(kind, caches[number, 1])
+        slots, begins, held, seen, stops = tables[layer.group]
+        turn, bias = rotations[layer.rotation], floats_at(layer.bias, (N + 2 * K) * H)
+        q_norm, k_norm = floats_at(layer.q_norm, H), floats_at(layer.k_norm, H)
+        cos, sin = floats_at(turn.cos, 1), floats_at(turn.sin, 1)
 
-    both = linear(threads, code, tiles, normed(x, feed_norm, eps, rows), rows, gate_up)
-    C = both.size // rows // 2
-    gated = np.empty(rows * C, np.float32)
-    parallel(gate_rows, 1 if few else threads, rows * (C // LANES), (code, both, C, gated))
-    x += linear(threads, code, tiles, gated, rows, down)
+        y = normed(x, floats_at(layer.attention_norm, D), eps, rows)
+        heads = linear(threads, code, tiles, y, rows, weight_at(forms[0], layer.qkv))
+        turned = (q_norm, k_norm, eps, cos, sin, turn.size, places)
+        parallel(place_heads, few, rows, (code, kind, heads, bias, turned, sizes, keys, values, slots))
+        mixed = np.empty(rows * N * H, np.float32)
+        table = (blocks, begins, held, seen, stops, size)
+        parallel(attend, threads, rows * N, (code, kind, one, four, heads, sizes, scale, keys, values, table, mixed))
+        x += linear(threads, code, tiles, mixed, rows, weight_at(forms[1], layer.output))
+
+        y = normed(x, floats_at(layer.feed_norm, D), eps, rows)
+        both = linear(threads, code, tiles, y, rows, weight_at(forms[2], layer.gate_up))
+        C = both.size // rows // 2
+        gated = np.empty(rows * C, np.float32)
+        parallel(gate_rows, few, rows * (C // LANES), (code, both, C, gated))
+        x += linear(threads, code, tiles, gated, rows, weight_at(forms[3], layer.down))
 
 
-Arrays = tuple[Any, ...]
+Forms = tuple[Form, ...]
 
 
 class Decoder:
@@ -186,12 +255,18 @@ class Decoder:
         instructions = _held(blocks[0].self_attn.qkv_proj).instructions
         self.code, self.tiles = target(instructions), tiles_of(instructions)
         self.kind = Static(str(model.model.norm.weight.dtype).removeprefix("torch."))
+        self.sizes = (self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim)
         self.eps = np.float32(self.config.rms_norm_eps)
-        forms = [tuple(_held(module).form for module in _maps(block)) for block in blocks]
-        self.layers = list(zip(forms, map(self._layer, blocks), strict=True))
+        self.scale = np.float32(factor(self.config.head_dim, blocks[0].self_attn.spec))
         self.norm = _floats(model.model.norm.weight)
-        self.compiled: dict[tuple[Form, ...], Callable[..., None]] = {}
-        """`decode_layer` by the forms of a layer's weights: arguments of other types are not looked at."""
+        self._arrays: list[np.ndarray] = []  # what `layers` has the addresses of
+        self.layers = np.array([self._layer(number, block) for number, block in enumerate(blocks)], LAYER)
+        forms = [tuple(_held(module).form for module in _maps(block)) for block in blocks]
+        ends = [number for number in range(1, len(blocks)) if forms[number] != forms[number - 1]]
+        begins = [0, *ends]
+        self.runs = list(zip([forms[begin] for begin in begins], begins, [*ends, len(blocks)], strict=True))
+        """Layers that follow one another and have weights of the same forms: the forms, the first, the end."""
+        self._compiled: dict[Forms | None, Callable[..., Any]] = {}
 
     @staticmethod
     def fits(model: Llama) -> bool:
@@ -211,17 +286,24 @@ class Decoder:
             return False
         return all(_held_or_none(module) is not None for block in _blocks_of(model) for module in _maps(block))
 
-    def _layer(self, block: Block) -> Arrays:
-        """Returns `decode_layer`'s arrays and numbers of a layer."""
-        config, attention = self.config, block.self_attn
-        sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-        scale = np.float32(factor(config.head_dim, attention.spec))
-        maps = [_held(module).of_kernel for module in _maps(block)]
-        norms = [EMPTY if norm is None else _floats(norm.weight) for norm in (attention.q_norm, attention.k_norm)]
-        bias = EMPTY if attention.qkv_proj.bias is None else _floats(attention.qkv_proj.bias)
+    def _layer(self, number: int, block: Block) -> tuple[Any, ...]:
+        """Returns the record of a layer."""
+        attention = block.self_attn
         names = (block.norms.before_attention, block.norms.before_feed_forward)
-        before, between = (_floats(block.get_submodule(name).get_parameter("weight")) for name in names)
-        return sizes, self.eps, scale, before, maps[0], bias, *norms, maps[1], between, *maps[2:], self.kind
+        before, between = (block.get_submodule(name).get_parameter("weight") for name in names)
+        norms = [None if norm is None else norm.weight for norm in (attention.q_norm, attention.k_norm)]
+        numbers = [self._address_of(x) for x in (before, between, *norms, attention.qkv_proj.bias)]
+        rotation = self.config.rotation(number)
+        group = self.config.attention_windows.index(self.config.window(number))
+        weights = [_record(_held(module)) for module in _maps(block)]
+        return (*numbers, *weights, group, len(self.model.ropes) if rotation is None else rotation)
+
+    def _address_of(self, x: Tensor | None) -> int:
+        """Returns where the numbers of a parameter lie as float32; 0 for none."""
+        if x is None:
+            return 0
+        self._arrays.append(_floats(x))
+        return self._arrays[-1].ctypes.data
 
     def warm_up(self, cache: PagedKVCache) -> None:
         """Compiles what a step needs, or reads it from disk; what the first slot of a cache holds is lost."""
@@ -234,39 +316,50 @@ class Decoder:
         x_RD = self.model.embedded(torch.tensor([tokens]))[0]
         x = x_RD.to(torch.float32, copy=True).numpy().reshape(-1)
         cache.begin(chunks)
-        positions_1R = torch.tensor([[position for chunk in chunks for position in range(chunk.start, chunk.end)]])
-        turns = [rope.at(positions_1R, max(chunk.end for chunk in chunks)) for rope in self.model.ropes]
-        rotations = [tuple(table.float().numpy().reshape(-1) for table in turn) for turn in turns]
-        tables = [_table(chunks, group, cache) for group in range(len(cache.specs))]
-        for number, (forms, layer) in enumerate(self.layers):
-            slots, table = tables[cache.group_of_layer[number]]
-            rotation = self.config.rotation(number)
-            cos, sin = (EMPTY, EMPTY) if rotation is None else rotations[rotation]
-            positions = (slots, cos, sin, table)
-            arguments = (threads, self.code, self.tiles, x, rows, layer, cache.flat[number], positions)
-            if forms not in self.compiled:
-                self.compiled[forms] = compiled_for(decode_layer, arguments)
-            self.compiled[forms](*arguments)
-        y = normed(x, self.norm, self.eps, rows)
+        positions = self._positions(chunks, cache)
+        for forms, first, last in self.runs:
+            maps = tuple(map(Static, forms))
+            before = (threads, self.code, self.kind, maps, self.tiles, x, rows, self.layers, cache.addresses)
+            arguments = (*before, first, last, self.sizes, self.eps, self.scale, positions)
+            self._call(forms, decode_layers, arguments)
+        y = self._call(None, normed, (x, self.norm, self.eps, rows))
         return torch.from_numpy(y).view(rows, -1).to(x_RD.dtype)
 
+    def _call(self, key: Forms | None, function: Any, arguments: tuple[Any, ...]) -> Any:
+        if key not in self._compiled:
+            self._compiled[key] = compiled_for(function, arguments)
+        return self._compiled[key](*arguments)
 
-def _table(chunks: Sequence[ScheduledChunk], group: int, cache: PagedKVCache) -> tuple[np.ndarray, Arrays]:
-    """Returns the slot of each row's token, and `attend`'s table."""
-    size, window = cache.layout.block_size, cache.specs[group].window
-    blocks: list[np.ndarray] = []
-    rows, begin = [], 0
-    for chunk in chunks:
-        table = chunk.tables[group]
-        span = BlockSpan.of(chunk, table, size, window)
-        blocks.append(span.blocks)
-        for position in range(chunk.start, chunk.end):
-            seen = max(0, position - window + 1) if window else 0
-            slot = table[position // size] * size + position % size
-            rows.append((slot, begin, span.first, seen, position + 1))
-        begin += len(span.blocks)
-    slots, *of_rows = (np.array(column, dtype=np.int64) for column in zip(*rows, strict=True))
-    return slots, (np.concatenate(blocks).astype(np.int64), *of_rows, size)
+    def _positions(self, chunks: Sequence[ScheduledChunk], cache: PagedKVCache) -> tuple[Any, ...]:
+        """Returns where each row is in its text, what it sees of the cache, and the tables of rotations.
+
+        For each group of layers and row: the slot of its token, where the blocks of its sequence begin among all, the
+        position that these begin at, the first that the row sees, and the end.
+        """
+        size, longest = cache.layout.block_size, max(chunk.end for chunk in chunks)
+        tables: list[list[tuple[int, ...]]] = []
+        blocks: list[np.ndarray] = []
+        begin = 0
+        for group, spec in enumerate(cache.specs):
+            tables.append([])
+            for chunk in chunks:
+                table = chunk.tables[group]
+                span = BlockSpan.of(chunk, table, size, spec.window)
+                for position in range(chunk.start, chunk.end):
+                    seen = max(0, position - spec.window + 1) if spec.window else 0
+                    slot = int(table[position // size]) * size + position % size
+                    tables[-1].append((slot, begin, span.first, seen, position + 1))
+                blocks.append(span.blocks)
+                begin += len(span.blocks)
+        tables_GXR = np.ascontiguousarray(np.array(tables, dtype=np.int64).transpose(0, 2, 1))
+        found = np.concatenate(blocks, dtype=np.int64)
+        return tables_GXR[0, 4] - 1, tables_GXR, found, size, self._rotations(longest)
+
+    def _rotations(self, longest: int) -> np.ndarray:
+        """Returns a record for each rotation, with the addresses of tables that reach `longest`; then one of none."""
+        tables = [rope.up_to(longest) for rope in self.model.ropes]
+        records = [(cos_SE.data_ptr(), sin_SE.data_ptr(), cos_SE.shape[1]) for cos_SE, sin_SE in tables]
+        return np.array([*records, (0, 0, 0)], ROTATION)
 
 
 def _blocks_of(model: Llama) -> list[Block]:
@@ -285,6 +378,12 @@ def _held(module: Linear | QuantizedLinear) -> BlockedWeight:
     held = _held_or_none(module)
     assert held is not None
     return held
+
+
+def _record(weight: BlockedWeight) -> tuple[int, ...]:
+    """Returns the addresses of a weight's arrays, and its outputs."""
+    _, arrays, width = weight.of_kernel
+    return (*(array.ctypes.data for array in arrays), width)
 
 
 def _floats(x: Tensor) -> np.ndarray:

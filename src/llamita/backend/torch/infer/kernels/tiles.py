@@ -13,6 +13,7 @@ Letters beyond the usual: R rows of activations, O outputs of a weight, I its in
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -55,6 +56,12 @@ class Form(NamedTuple):
     @property
     def in_bytes(self) -> bool:
         return self.numbers in ("int8", "int4")
+
+    @property
+    def stored_as(self) -> tuple[type, type, type]:
+        """The types of the arrays of numbers, scales and minimums; those of two bytes are bits."""
+        numbers = np.uint8 if self.in_bytes else np.float32 if self.numbers == "float32" else np.uint16
+        return numbers, np.uint16 if self.scale else np.float32, np.uint16 if self.minimum else np.float32
 
     @property
     def middle(self) -> int:

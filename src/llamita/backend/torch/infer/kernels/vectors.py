@@ -135,22 +135,40 @@ def save(typing_context: Any, code: Any, kind: Any, memory: Any, at: Any, x: Any
 
 
 @intrinsic
-def exponentials(typing_context: Any, code: Any, x: Any, largest: Any, count: Any) -> Any:
-    """Puts e^(x - largest) into the place of `count` numbers, a multiple of 16; returns their sum."""
+def largest(typing_context: Any, code: Any, x: Any, at: Any, count: Any) -> Any:
+    """Returns the largest of `count` numbers, a multiple of 16, from `at` on; NaN where one of them is."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         writer = Code(builder, code.value)
         (x_p,) = pointers(context, builder, signature, values, 1)
-        most = writer.splat(values[2])
-        total = writer.variable(writer.filled(FLOATS, 0.0))
+        x_p = writer.after(x_p, values[2])
+        most = writer.variable(writer.filled(FLOATS, float("-inf")))
         with writer.loop(builder.lshr(values[3], LONG(4))) as turn:
+            numbers = writer.load(writer.after(x_p, builder.mul(turn.index, LONG(LANES))), FLOATS)
+            most.set(writer.call("llvm.maximum.v16f32", FLOATS, most.get(), numbers))
+        return writer.call("llvm.vector.reduce.fmaximum.v16f32", FLOAT, most.get())
+
+    return types.float32(code, x, types.intp, types.intp), generate
+
+
+@intrinsic
+def exponentials(typing_context: Any, code: Any, x: Any, at: Any, largest: Any, count: Any) -> Any:
+    """Puts e^(x - largest) into the place of `count` numbers, a multiple of 16, from `at` on; returns their sum."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        writer = Code(builder, code.value)
+        (x_p,) = pointers(context, builder, signature, values, 1)
+        x_p = writer.after(x_p, values[2])
+        most = writer.splat(values[3])
+        total = writer.variable(writer.filled(FLOATS, 0.0))
+        with writer.loop(builder.lshr(values[4], LONG(4))) as turn:
             place = writer.after(x_p, builder.mul(turn.index, LONG(LANES)))
             value = exponential(writer, builder.fsub(writer.load(place, FLOATS), most))
             writer.store(value, place)
             total.set(builder.fadd(total.get(), value))
         return sum_of_lanes(writer, total.get())
 
-    return types.float32(code, x, types.float32, types.intp), generate
+    return types.float32(code, x, types.intp, types.float32, types.intp), generate
 
 
 @intrinsic
