@@ -1,4 +1,4 @@
-"""What the tests of formats share: a small model, and its rows in the order of other people's files."""
+"""What the tests of formats share: a small model, its rows in the order of other people's files, and their blocks."""
 
 import gguf
 import numpy as np
@@ -35,6 +35,26 @@ def as_pairs(weight: np.ndarray, H: int) -> np.ndarray:
     return result
 
 
+def blocks(numbers, kind):
+    """Returns a matrix in GGUF's blocks of some kind, (rows, bytes of a row). The library quantises to none of K: these
+    are random, of about the size of weights and of few that are 0."""
+    if not kind.name.endswith("_K"):
+        return gguf.quants.quantize(numbers, kind)
+    size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    generator = np.random.default_rng(numbers.size)
+    found = generator.integers(0, 256, (len(numbers), numbers.shape[1] // size, block_bytes), dtype=np.uint8)
+    scale = generator.uniform(0.5, 1.5, (*found.shape[:2], 1)) * {"Q4_K": 1e-4, "Q6_K": 1.5e-5}[kind.name]
+
+    def half(x):
+        return x.astype(np.float16).view(np.uint8)
+
+    if kind.name == "Q4_K":
+        found[..., :2], found[..., 2:4] = half(scale), half(7.5 * scale)
+    else:
+        found[..., 208:] = half(scale)
+    return found.reshape(len(numbers), -1)
+
+
 def finish(writer):
     """Writes all that a GGUF writer was given, and closes its file."""
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
@@ -42,7 +62,8 @@ def finish(writer):
 
 
 def rewritten(source, path, settings, kind=None):
-    """Writes a GGUF file anew, with other settings beside its own and its matrices in another number type."""
+    """Writes a GGUF file anew, with other settings beside its own and its matrices in another number type, or in that
+    which a function returns for a tensor's name."""
     header = read_header(source)
     writer = gguf.GGUFWriter(path, header.metadata["general.architecture"])
     for key, value in (header.metadata | settings).items():
@@ -60,6 +81,7 @@ def rewritten(source, path, settings, kind=None):
         if kind is None or len(tensor.shape) == 1:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
         else:
-            writer.add_tensor(tensor.name, gguf.quants.quantize(tensor.data, kind), raw_dtype=kind)
+            its_kind = kind(tensor.name) if callable(kind) else kind
+            writer.add_tensor(tensor.name, blocks(tensor.data, its_kind), raw_dtype=its_kind)
     finish(writer)
     return path

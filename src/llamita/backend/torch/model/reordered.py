@@ -14,12 +14,12 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamita.backend.torch.infer.kernels.choice import weights_in_blocks
+from llamita.backend.torch.infer.kernels.gguf_blocks import can_hold
 from llamita.backend.torch.infer.kernels.instructions import Instructions
 from llamita.backend.torch.memory import own_memory
 from llamita.backend.torch.model.fused import FusedParameter
@@ -230,9 +230,9 @@ def _blocked_weight(
     blocked = weights_in_blocks()
     parts = [arrays[name] for name in fused.parts]
     kinds = {part.packed.kind if part.packed is not None else "" for part in parts}
-    if packed and len(kinds) == 1 and kinds <= set(blocked.PACKED):
-        rows = [part.packed.read() for part in parts if part.packed is not None]
-        held: BlockedWeight = blocked.blocked_rows(kinds.pop(), np.concatenate(rows), instructions)
+    if packed and can_hold(kinds):
+        rows = [(part.packed.kind, part.packed.read()) for part in parts if part.packed is not None]
+        held: BlockedWeight = blocked.blocked_rows(rows, instructions)
         if not held.is_finite:
             raise ValueError(f"{' or '.join(fused.parts)} holds NaN or infinite values; the weights are damaged")
         return held

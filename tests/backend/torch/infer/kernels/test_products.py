@@ -10,13 +10,14 @@ import torch
 pytest.importorskip("numba", reason="the kernels need Numba")
 
 from llamita.backend.torch.infer.kernels.blocked import (
-    PACKED,
     BlockedWeight,
     blocked_bytes,
     blocked_floats,
     blocked_rows,
 )
 from llamita.backend.torch.infer.kernels.choice import supported
+from llamita.backend.torch.infer.kernels.gguf_blocks import PACKED, SharedScales, can_hold
+from tests.storage.formats.helpers import blocks
 
 SHAPES = [(16, 32), (50, 96), (129, 288)]
 ROWS = [1, 2, 3, 6, 13]
@@ -116,15 +117,17 @@ def test_products_with_bytes(instructions, form, n_out, n_in) -> None:
 
 
 @pytest.mark.parametrize("instructions", supported())
-@pytest.mark.parametrize("form", ["int8 by row", "int4"])
+@pytest.mark.parametrize("form", ["int8 by row", "int6", "int4"])
 def test_the_largest_products_of_bytes_do_not_overflow(instructions, form) -> None:
-    low, high = (-127, 127) if "int8" in form else (0, 15)
-    values = torch.full((16, 64), high, dtype=torch.int8 if "int8" in form else torch.uint8)
+    bits = int(form[3])
+    low, high, middle = {8: (-127, 127, 0), 6: (0, 63, 32), 4: (0, 15, 8)}[bits]
+    values = torch.full((16, 256), high, dtype=torch.int8 if bits == 8 else torch.uint8)
     values[1::2] = low
-    scales = torch.ones(16).bfloat16() if "int8" in form else torch.ones(16, 2).bfloat16()
-    found = blocked_of(form, (values, scales), instructions).multiply(torch.tensor([[127.0] * 64, [-127.0] * 64]))
-    weight = values.double() - (0 if "int8" in form else 8)
-    assert torch.equal(found.double(), torch.tensor([[127.0] * 64, [-127.0] * 64]).double() @ weight.T)
+    shared = SharedScales(torch.ones(16, 1).half(), torch.ones(16, 16, dtype=torch.int8))
+    scales = {8: torch.ones(16).bfloat16(), 6: shared, 4: torch.ones(16, 8).bfloat16()}[bits]
+    x_RI = torch.tensor([[127.0], [-127.0]]).expand(2, 256)
+    found = blocked_bytes(values, scales, bits, instructions).multiply(x_RI)
+    assert torch.equal(found.double(), x_RI.double() @ (values.double() - middle).T)
 
 
 @pytest.mark.parametrize("instructions", supported())
@@ -169,17 +172,38 @@ def test_blocks_hold_the_numbers_that_were_given(instructions) -> None:
 
 
 @pytest.mark.parametrize("instructions", supported())
-@pytest.mark.parametrize("kind", PACKED)
-def test_blocks_of_a_gguf_file_are_multiplied_as_they_are(instructions, kind) -> None:
-    of_file = gguf.GGMLQuantizationType[kind]
-    rows = gguf.quants.quantize(random(50, 96).numpy(), of_file)
-    exact_OI = torch.from_numpy(gguf.quants.dequantize(rows, of_file))
-    blocked = blocked_rows(kind, rows, instructions)
+@pytest.mark.parametrize("kinds", [*((kind,) for kind in PACKED), ("Q4_K", "Q4_K", "Q6_K")], ids=" ".join)
+def test_blocks_of_a_gguf_file_are_multiplied_as_they_are(instructions, kinds) -> None:
+    n_in = 512 if "Q4_K" in kinds or "Q6_K" in kinds else 96
+    parts, exact = [], []
+    for number, kind in enumerate(kinds):
+        of_file = gguf.GGMLQuantizationType[kind]
+        rows = blocks(random(50 + 7 * number, n_in, seed=number).numpy(), of_file)
+        parts.append((kind, rows))
+        exact.append(torch.from_numpy(gguf.quants.dequantize(rows, of_file)))
+    exact_OI = torch.cat(exact)
+    blocked = blocked_rows(parts, instructions)
     assert torch.equal(blocked.plain(), exact_OI)
-    x_RI = random(7, 96)
-    seen = rounded_to_bytes(x_RI)
-    size = (seen.abs() @ exact_OI.double().abs().T).amax()
-    assert (blocked.multiply(x_RI).double() - seen @ exact_OI.double().T).abs().amax() <= 1e-6 * size
+    for rows in (*ROWS, 17):
+        x_RI = random(rows, n_in, seed=rows)
+        seen = rounded_to_bytes(x_RI)
+        size = (seen.abs() @ exact_OI.double().abs().T).amax()
+        assert (blocked.multiply(x_RI).double() - seen @ exact_OI.double().T).abs().amax() <= 1e-6 * size
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("Q4_K", 4.625), ("Q6_K", 6.5625)])
+def test_blocks_of_256_take_no_more_room_than_in_their_file(kind, bits) -> None:
+    of_file = gguf.GGMLQuantizationType[kind]
+    blocked = blocked_rows([(kind, blocks(random(32, 512).numpy(), of_file))], supported()[0])
+    size, block_bytes = gguf.GGML_QUANT_SIZES[of_file]
+    assert blocked.nbytes * 8 / (32 * 512) == bits <= block_bytes * 8 / size + 0.125  # a byte holds six bits of scales
+    assert blocked.is_finite
+
+
+def test_kinds_without_a_form_together_are_told_apart() -> None:
+    assert all(can_hold({kind}) for kind in PACKED)
+    assert can_hold({"Q4_K", "Q6_K"})
+    assert not any(can_hold(kinds) for kinds in (set(), {""}, {"", "Q4_K"}, {"Q4_K", "Q8_0"}, {"Q5_K"}))
 
 
 def test_a_row_is_the_same_bits_on_one_thread() -> None:

@@ -4,22 +4,24 @@ A block holds 16 rows of a weight side by side. The numbers of one input lie nex
 vector; of small numbers those of two inputs (bfloat16) or of four (bytes) lie together, which one instruction
 multiplies.
 
-Letters beyond the usual: O outputs, I inputs, J blocks of 16 outputs, G groups of 32 inputs, R rows of activations.
+Letters beyond the usual: O outputs, I inputs, J blocks of 16 outputs, G groups of 32 or 16 inputs, S parts of 256
+inputs, R rows of activations.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from llamita.backend.torch.infer.kernels.gguf_blocks import SharedScales, unpacked
 from llamita.backend.torch.infer.kernels.instructions import Instructions
 from llamita.backend.torch.infer.kernels.products import compiled_for, linear, tiles_of
 from llamita.backend.torch.infer.kernels.simd import LANES, Static, target
-from llamita.backend.torch.infer.kernels.tiles import GROUP, Form, bias
+from llamita.backend.torch.infer.kernels.tiles import GROUP, SHARED, Form, bias
 from llamita.backend.torch.memory import laid_out
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -68,7 +70,8 @@ class BlockedWeight:
     @property
     def is_finite(self) -> bool:
         """Whether the scales and minimums of all groups are numbers."""
-        both = (self._floats(each) for each in (self.scales, self.minimums) if each.size)
+        given = [each for each in (self.scales, self.minimums) if each.size]
+        both = [self._records(each)[0] if self.form.scale == "int8" else self._floats(each) for each in given]
         return all(bool(torch.isfinite(each.sum(dtype=torch.float32))) for each in both)
 
     def _floats(self, numbers: np.ndarray) -> Tensor:
@@ -100,12 +103,23 @@ class BlockedWeight:
         if self.form.by_row:
             return values_OI * self._floats(self.scales)[: self.n_out, None].float()
         scales_OG, *lowest = (self._of_groups(each) for each in (self.scales, self.minimums) if each.size)
-        weight_OGX = (values_OI.unflatten(1, (-1, GROUP)).float() - self.form.middle) * scales_OG[..., None]
+        weight_OGX = (values_OI.unflatten(1, (-1, self.form.group)).float() - self.form.middle) * scales_OG[..., None]
         return (weight_OGX + lowest[0][..., None] if lowest else weight_OGX).flatten(1)
 
     def _of_groups(self, numbers: np.ndarray) -> Tensor:
-        blocks_JGL = self._floats(numbers).view(-1, self.n_in // GROUP, LANES)
-        return blocks_JGL.transpose(1, 2).reshape(-1, self.n_in // GROUP)[: self.n_out].float()
+        groups = self.n_in // self.form.group
+        if self.form.scale == "int8":
+            factors_JSL, wholes_JSGL = self._records(numbers)
+            blocks = wholes_JSGL.float() * factors_JSL.float()[:, :, None]
+        else:
+            blocks = self._floats(numbers)
+        return blocks.view(-1, groups, LANES).transpose(1, 2).reshape(-1, groups)[: self.n_out].float()
+
+    def _records(self, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Returns the float16 of each 256 inputs (J, S, 16), and the bytes that they multiply (J, S, G, 16)."""
+        records_JSB = torch.from_numpy(numbers).view(-1, self.n_in // SHARED, self.form.record)
+        factors_JSL = records_JSB[..., : 2 * LANES].contiguous().view(torch.float16)
+        return factors_JSL, records_JSB[..., 2 * LANES :].view(torch.int8).unflatten(-1, (-1, LANES))
 
     def values(self) -> Tensor:
         """Returns the numbers as they were before, (O, I): floating-point ones, or bytes without their scales."""
@@ -113,8 +127,13 @@ class BlockedWeight:
         if not self.form.in_bytes:
             numbers = numbers.view(FLOATS[self.form.numbers])
         elif self.form.numbers == "int4":
-            pairs_JPL4 = numbers.view(-1, self.n_in // 8, 1, LANES, 4)
-            numbers = torch.cat((pairs_JPL4 & 15, pairs_JPL4 >> 4), dim=2)
+            pairs = numbers.view(-1, 1, LANES, 4)
+            numbers = torch.cat((pairs & 15, pairs >> 4), dim=1)
+        elif self.form.numbers == "int6":
+            planes = numbers.view(-1, 3, LANES, 4)
+            lower, upper = planes[:, :2, None], planes[:, 2:]
+            of_four = torch.cat([upper >> bits & 3 for bits in (0, 2, 4, 6)], dim=1)
+            numbers = torch.cat((lower & 15, lower >> 4), dim=2).flatten(1, 2) | of_four << 4
         together = self.form.together
         values_JLI = numbers.view(-1, self.n_in // together, LANES, together).transpose(1, 2)
         values_OI = values_JLI.reshape(-1, self.n_in)[: self.n_out]
@@ -151,50 +170,59 @@ def blocked_floats(weight_OI: Tensor, instructions: Instructions, rounded: bool 
 
 
 def blocked_bytes(
-    values_OI: Tensor, scales: Tensor, bits: int, instructions: Instructions, minimums: Tensor | None = None
+    values_OI: Tensor,
+    scales: Tensor | SharedScales,
+    bits: int,
+    instructions: Instructions,
+    minimums: Tensor | SharedScales | None = None,
 ) -> BlockedWeight:
-    """Returns a weight in bytes in blocks: int8 `values_OI` with a scale for each row (O,) or group (O, G); of four
-    bits 0 to 15 with a scale for each group, standing for -8 to 7 where there are no `minimums` (O, G)."""
+    """Returns a weight in bytes in blocks: int8 `values_OI` with a scale for each row (O,) or group (O, G); of six
+    bits 0 to 63, standing for -32 to 31; or of four bits 0 to 15 with a scale for each group, standing for -8 to 7
+    where there are no `minimums` (O, G)."""
     n_out, n_in = values_OI.shape
     assert n_in % GROUP == 0, f"{n_in} inputs are not in groups of {GROUP}"
-    kind = cast(Literal["bfloat16", "float16"], str(scales.dtype).removeprefix("torch."))
-    form = Form("int8" if bits == 8 else "int4", kind, by_row=scales.ndim == 1, minimum=minimums is not None)
+    by_row, group = False, GROUP
+    if isinstance(scales, SharedScales):
+        assert n_in % SHARED == 0, f"{n_in} inputs are not in groups of {SHARED}"
+        kind, group = "int8", n_in // scales.wholes_OG.shape[1]
+    else:
+        kind, by_row = str(scales.dtype).removeprefix("torch."), scales.ndim == 1
+    form = Form(f"int{bits}", kind, by_row, minimum=minimums is not None, group=group)  # type: ignore[arg-type]
     unsigned = values_OI.view(torch.uint8)
     if bits == 8 and bias(form, instructions):
         unsigned = unsigned ^ bias(form, instructions)
     chunks_JCL4 = _padded(unsigned).view(-1, LANES, n_in // 4, 4).transpose(1, 2)
     if bits == 4:
         chunks_JCL4 = chunks_JCL4[:, 0::2] | chunks_JCL4[:, 1::2] << 4
+    elif bits == 6:
+        lower = (chunks_JCL4[:, 0::2] & 15 | chunks_JCL4[:, 1::2] << 4).unflatten(1, (-1, 2))
+        four = [chunks_JCL4[:, which::4] >> 4 << 2 * which for which in range(4)]
+        upper = four[0] | four[1] | four[2] | four[3]
+        chunks_JCL4 = torch.cat((lower, upper[:, :, None]), dim=2)
     numbers = laid_out(chunks_JCL4).numpy().reshape(-1)
-    if form.by_row:
+    if isinstance(scales, Tensor) and by_row:
         return BlockedWeight(form, instructions, n_out, n_in, numbers, _padded(scales).view(torch.uint16).numpy())
     of_groups = [_blocked_groups(each) for each in (scales, minimums) if each is not None]
     return BlockedWeight(form, instructions, n_out, n_in, numbers, *of_groups)
 
 
-PACKED = ("Q8_0", "Q4_0", "Q4_1")
-"""The blocks of GGUF files that are kept as they are."""
+def blocked_rows(parts: Sequence[tuple[str, np.ndarray]], instructions: Instructions) -> BlockedWeight:
+    """Returns a weight whose rows are blocks of a GGUF file with their own numbers; parts as in `unpacked`."""
+    values_OI, bits, scales, minimums = unpacked(parts)
+    return blocked_bytes(values_OI, scales, bits, instructions, minimums)
 
 
-def blocked_rows(kind: str, rows: np.ndarray, instructions: Instructions) -> BlockedWeight:
-    """Returns a weight whose rows are blocks of a GGUF file, uint8 (O, bytes of a row), with their own numbers.
-
-    A block of 32 numbers has its scale first, in Q4_1 then the minimum, both float16; then the numbers: bytes, or half
-    bytes, of which the lower halves hold the first sixteen.
-    """
-    ahead = 4 if kind == "Q4_1" else 2
-    blocks_OGB = torch.from_numpy(rows).view(len(rows), -1, ahead + (32 if kind == "Q8_0" else 16))
-    ahead_OG = blocks_OGB[..., :ahead].contiguous().view(torch.float16)
-    values_OGX = blocks_OGB[..., ahead:]
-    if kind == "Q8_0":
-        return blocked_bytes(values_OGX.flatten(1).view(torch.int8), ahead_OG[..., 0], 8, instructions)
-    values_OI = torch.cat((values_OGX & 15, values_OGX >> 4), dim=-1).flatten(1)
-    return blocked_bytes(values_OI, ahead_OG[..., 0], 4, instructions, ahead_OG[..., 1] if ahead == 4 else None)
+def _blocked_groups(numbers: Tensor | SharedScales) -> np.ndarray:
+    if isinstance(numbers, Tensor):
+        return _lanes(numbers).view(torch.uint16).numpy().reshape(-1)
+    factors_JSL, wholes_JGL = map(_lanes, numbers)
+    wholes_JSB = wholes_JGL.view(torch.uint8).view(*factors_JSL.shape[:2], -1)
+    return laid_out(torch.cat((factors_JSL.view(torch.uint8), wholes_JSB), dim=-1)).numpy().reshape(-1)
 
 
-def _blocked_groups(numbers_OG: Tensor) -> np.ndarray:
-    blocks_JGL = laid_out(_padded(numbers_OG).view(-1, LANES, numbers_OG.shape[1]).transpose(1, 2))
-    return blocks_JGL.view(torch.uint16).numpy().reshape(-1)
+def _lanes(numbers_OG: Tensor) -> Tensor:
+    """Returns numbers of each output (O, G) as (J, G, 16)."""
+    return laid_out(_padded(numbers_OG).view(-1, LANES, numbers_OG.shape[1]).transpose(1, 2))
 
 
 def _padded(x_O: Tensor) -> Tensor:

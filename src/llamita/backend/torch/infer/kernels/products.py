@@ -15,7 +15,7 @@ from numba.extending import overload
 from llamita.backend.torch.infer.kernels.instructions import Instructions
 from llamita.backend.torch.infer.kernels.simd import Static
 from llamita.backend.torch.infer.kernels.threads import parallel
-from llamita.backend.torch.infer.kernels.tiles import GROUP, multiply_tile, round_group, rounds_activations
+from llamita.backend.torch.infer.kernels.tiles import GROUP, SUMMED, multiply_tile, round_group, rounds_activations
 
 
 def _can_keep() -> bool:
@@ -121,7 +121,8 @@ def _in_bfloat16(threads, code, form, x):
 
 def _in_bytes(threads, code, form, x):
     groups = x.size // GROUP
-    rounded, scales, sums = np.empty(x.size, np.int8), np.empty(groups, np.float32), np.empty(groups, np.int32)
+    rounded, scales = np.empty(x.size, np.int8), np.empty(groups, np.float32)
+    sums = np.empty(x.size // SUMMED, np.int32)
     parallel(round_groups, threads if groups > GROUPS_ALONE else 1, groups, (code, x, rounded, scales, sums))
     return rounded, scales, sums
 

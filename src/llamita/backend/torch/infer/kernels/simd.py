@@ -176,6 +176,8 @@ class Code:
         """Loads 16 numbers of a type as float32."""
         if kind == "float32":
             return self.load(pointer, FLOATS)
+        if kind == "int8":
+            return self.builder.sitofp(self.load(pointer, ir.VectorType(BYTE, LANES)), FLOATS)
         halves = self.load(pointer, HALVES)
         return self.from_bfloat16(halves) if kind == "bfloat16" else self.from_float16(halves)
 
@@ -224,17 +226,18 @@ class Variable:
 class ByteDots:
     """Sums, in each lane, of products of four weights and four activations, both of a byte.
 
-    With AVX-512 weights are unsigned, and so they are where they are small (0 to 15); elsewhere int8 ones are signed.
+    With AVX-512 weights are unsigned, and so they are where they have less than eight bits; elsewhere int8 ones are
+    signed.
     """
 
-    def __init__(self, code: Code, small: bool, start: ir.Value) -> None:
-        self.code, self.small, self.start = code, small, start
+    def __init__(self, code: Code, bits: int, start: ir.Value) -> None:
+        self.code, self.bits, self.start = code, bits, start
         self.total = code.variable(code.filled(HALF_PAIRS, 0) if self.in_halves else start)
 
     @property
     def in_halves(self) -> bool:
-        """Whether products of small weights are summed in 16 bits: of 32 in a row, none is too large for that."""
-        return self.small and self.code.instructions == "avx2"
+        """Whether products are summed in 16 bits: with weights of four bits 32 in a row are not too large for that."""
+        return self.bits == 4 and self.code.instructions == "avx2"
 
     def add(self, weights: ir.Value, activations: ir.Value) -> None:
         """Adds four products in each lane; both are BYTES."""
@@ -245,9 +248,9 @@ class ByteDots:
             self.total.set(code.call("llvm.x86.avx512.vpdpbusd.512", WORDS, total, *words))
         elif code.instructions == "portable":
             self.total.set(self._portable(total, weights, activations))
-        elif self.small:
+        elif self.bits < 8:
             products = code.by_halves("llvm.x86.avx2.pmadd.ub.sw", HALF_PAIRS, weights, activations)
-            self.total.set(builder.add(total, products))
+            self.total.set(builder.add(total, products if self.in_halves else self._sum_of_pairs(products)))
         else:  # the instruction wants one side without signs: they go to the other
             absolute = code.call("llvm.abs.v64i8", BYTES, weights, ir.IntType(1)(0))
             signed = code.by_halves("llvm.x86.avx2.psign.b", BYTES, activations, weights)

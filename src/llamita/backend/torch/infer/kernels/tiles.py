@@ -2,10 +2,10 @@
 
 A block is 16 rows of a weight side by side, one in each lane of a vector: a number of an activation, put into all
 lanes, meets the 16 weights of its column, and nothing is ever summed across lanes. Weights of one byte or less have a
-scale for 32 numbers along the input, and perhaps a minimum; activations are then rounded to bytes, 32 with a scale of
-theirs, and the products are whole numbers.
+scale for 32 or 16 numbers along the input, and perhaps a minimum; activations are then rounded to bytes, 32 with a
+scale of theirs, and the products are whole numbers.
 
-    y = scale_x (scale_w sum(w x) + minimum_w sum(x))    for each group of 32
+    y = scale_x (scale_w sum(w x) + minimum_w sum(x))    for each group of the weight
 
 Letters beyond the usual: R rows of activations, O outputs of a weight, I its inputs, G groups of 32 inputs.
 """
@@ -29,49 +29,66 @@ from llamita.backend.torch.infer.kernels.simd import (
     WORDS,
     ByteDots,
     Code,
+    Variable,
     pointers,
 )
 
 GROUP = 32
-"""Numbers along the input that share a scale."""
+"""Activations that share a scale; so do as many weights, unless their form says fewer."""
+SUMMED = 16
+"""Activations that a sum is kept of: the smallest group of a weight."""
+SHARED = 256
+"""Inputs that share the float16 which their groups' scales are multiplied by, where these are bytes."""
 SMALLEST = 1e-30
 """Groups of smaller numbers are rounded to zeros."""
 BYTES_A_CHUNK = 4 * LANES
-CHUNKS = GROUP // 4
 
 
 class Form(NamedTuple):
     """How the numbers of a blocked weight are stored."""
 
-    numbers: Literal["float32", "float16", "bfloat16", "int8", "int4"]
-    scale: Literal["", "bfloat16", "float16"] = ""
-    """The type of scales."""
+    numbers: Literal["float32", "float16", "bfloat16", "int8", "int6", "int4"]
+    scale: Literal["", "bfloat16", "float16", "int8"] = ""
+    """The type of scales; int8: times a float16 that 256 inputs share."""
     by_row: bool = False
     """Whether an output has one scale for all of its groups."""
     minimum: bool = False
     """Whether a group has a minimum, in the type of its scale; int4 is then 0 to 15, and otherwise -8 to 7."""
     rounded: bool = False
     """Whether activations are bfloat16 too, where the processor multiplies that."""
+    group: int = GROUP
+    """Inputs that share a scale: 32 or 16."""
 
     @property
     def in_bytes(self) -> bool:
-        return self.numbers in ("int8", "int4")
+        return self.bits > 0
+
+    @property
+    def bits(self) -> int:
+        """Bits of a number; 0 for floating-point ones."""
+        return {"int8": 8, "int6": 6, "int4": 4}.get(self.numbers, 0)
 
     @property
     def stored_as(self) -> tuple[type, type, type]:
         """The types of the arrays of numbers, scales and minimums; those of two bytes are bits."""
         numbers = np.uint8 if self.in_bytes else np.float32 if self.numbers == "float32" else np.uint16
-        return numbers, np.uint16 if self.scale else np.float32, np.uint16 if self.minimum else np.float32
+        scales = {"": np.float32, "int8": np.uint8}.get(self.scale, np.uint16)
+        return numbers, scales, scales if self.minimum else np.float32
 
     @property
     def middle(self) -> int:
-        """What 0 is stored as: four bits without a minimum stand for -8 to 7."""
-        return 8 if self.numbers == "int4" and not self.minimum else 0
+        """What 0 is stored as: six bits stand for -32 to 31, four bits without a minimum for -8 to 7."""
+        return {"int6": 32, "int4": 0 if self.minimum else 8}.get(self.numbers, 0)
 
     @property
     def together(self) -> int:
-        """Inputs whose numbers lie together, those of four bits once the halves of a byte are taken apart."""
-        return {"bfloat16": 2, "int8": 4, "int4": 4}.get(self.numbers, 1)
+        """Inputs whose numbers lie together, those of less than a byte once the parts of a byte are taken apart."""
+        return {"bfloat16": 2, "int8": 4, "int6": 4, "int4": 4}.get(self.numbers, 1)
+
+    @property
+    def record(self) -> int:
+        """Bytes of the scales of 256 inputs that share a float16: this one first, then a byte for each group."""
+        return LANES * (2 + SHARED // self.group)
 
 
 def bias(form: Form, instructions: str) -> int:
@@ -106,7 +123,7 @@ def multiply_tile(
     """Multiplies rows `row`, `row` + 1, ... of x by blocks `block`, `block` + 1, ... and stores the sums in y.
 
     y is float32 (R, width), width being 16 times the number of blocks. x is float32 or bfloat16 (R, I); or int8 with
-    `x_scales` float32 (R, G) and `x_sums` int32 (R, G). All arrays are flat.
+    `x_scales` float32 (R, G) and `x_sums` int32 (R, 2 G), of 16 numbers each. All arrays are flat.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> Any:
@@ -140,8 +157,11 @@ class Tile:
 
     def begin(self, weights: ir.Value, scales: ir.Value, minimums: ir.Value, first_block: ir.Value) -> None:
         """Finds where the numbers of each block begin."""
-        items = self.builder.mul(self.inputs, LONG(LANES // 2 if self.form.numbers == "int4" else LANES))
-        scale_items = LONG(LANES) if self.form.by_row else self.builder.mul(self.groups, LONG(LANES))
+        form, builder = self.form, self.builder
+        items = builder.mul(self.inputs, LONG(LANES * form.bits // 8 if form.in_bytes else LANES))
+        scale_items = LONG(LANES) if form.by_row else builder.mul(self.groups, LONG(LANES))
+        if form.scale == "int8":
+            scale_items = builder.mul(builder.udiv(self.inputs, LONG(SHARED)), LONG(form.record))
         self.weights = self._starts(weights, first_block, self.blocks, items)
         self.scales, self.minimums = (
             self._starts(pointer, first_block, self.blocks, scale_items) for pointer in (scales, minimums)
@@ -150,9 +170,8 @@ class Tile:
     def take(self, x: ir.Value, x_scales: ir.Value, x_sums: ir.Value, first_row: ir.Value) -> None:
         """Finds where the numbers of each row begin."""
         self.x = self._starts(x, first_row, self.rows, self.inputs)
-        self.x_scales, self.x_sums = (
-            self._starts(pointer, first_row, self.rows, self.groups) for pointer in (x_scales, x_sums)
-        )
+        self.x_scales = self._starts(x_scales, first_row, self.rows, self.groups)
+        self.x_sums = self._starts(x_sums, first_row, self.rows, self.builder.mul(self.groups, LONG(GROUP // SUMMED)))
 
     def _starts(self, pointer: ir.Value, first: ir.Value, count: int, size: ir.Value) -> list[ir.Value]:
         """Returns where `count` items of a size begin, from the one of number `first` on."""
@@ -197,54 +216,96 @@ class Tile:
         code, builder, form = self.code, self.builder, self.form
         totals = [[code.variable(code.filled(FLOATS, 0.0)) for _ in self.weights] for _ in self.x]
         with code.loop(self.groups) as group:
-            sums = [code.load(code.after(start, group.index), WORD) for start in self.x_sums]
-            starts = [code.splat(builder.mul(total, WORD(-bias(form, code.instructions)))) for total in sums]
-            small = form.numbers == "int4"
-            dots = [[ByteDots(code, small, start) for _ in self.weights] for start in starts]
-            first = builder.mul(group.index, LONG(GROUP))
-            for chunk in range(0, CHUNKS, 2):
-                pairs = [self._chunks(start, group.index, chunk) for start in self.weights]
-                for which in (0, 1):
-                    for row, start in enumerate(self.x):
-                        place = builder.add(first, LONG(4 * (chunk + which)))
-                        x = builder.bitcast(code.splat(code.load(code.after(start, place), WORD)), BYTES)
-                        for dot, pair in zip(dots[row], pairs, strict=True):
-                            dot.add(pair[which], x)
-            at = builder.mul(group.index, LONG(LANES))
-            starts = [None if form.by_row else code.after(start, at) for start in self.scales]
-            scales = [None if start is None else code.load_floats(start, form.scale) for start in starts]
-            for row, start in enumerate(self.x_scales):
-                x_scale = code.load(code.after(start, group.index), FLOAT)
-                x_scales = code.splat(x_scale)
-                for total, dot, scale in zip(totals[row], dots[row], scales, strict=True):
-                    factor = x_scales if scale is None else builder.fmul(scale, x_scales)
-                    total.set(code.multiply_add(builder.sitofp(dot.sum(), FLOATS), factor, total.get()))
-                if form.minimum:
-                    x_sum = code.splat(builder.fmul(x_scale, builder.sitofp(sums[row], FLOAT)))
-                    for total, minimum in zip(totals[row], self.minimums, strict=True):
-                        lowest = code.load_floats(code.after(minimum, at), form.scale)
-                        total.set(code.multiply_add(lowest, x_sum, total.get()))
+            for part in range(GROUP // form.group):
+                self._add_group(totals, group.index, part)
         found = [[total.get() for total in of_row] for of_row in totals]
         if form.by_row:
             scales = [code.load_floats(start, form.scale) for start in self.scales]
             found = [[builder.fmul(*pair) for pair in zip(of_row, scales, strict=True)] for of_row in found]
         return found
 
+    def _add_group(self, totals: list[list[Variable]], group: ir.Value, part: int) -> None:
+        """Adds the products of one group of the weight: a part of a group of activations, or all of it."""
+        code, builder, form = self.code, self.builder, self.form
+        sums = [self._sum(start, group, part) for start in self.x_sums]
+        starts = [code.splat(builder.mul(total, WORD(-bias(form, code.instructions)))) for total in sums]
+        dots = [[ByteDots(code, form.bits, start) for _ in self.weights] for start in starts]
+        first, chunks = builder.mul(group, LONG(GROUP)), form.group // 4
+        for chunk in range(part * chunks, (part + 1) * chunks, 2):
+            pairs = [self._chunks(start, group, chunk) for start in self.weights]
+            for which in (0, 1):
+                for row, start in enumerate(self.x):
+                    place = builder.add(first, LONG(4 * (chunk + which)))
+                    x = builder.bitcast(code.splat(code.load(code.after(start, place), WORD)), BYTES)
+                    for dot, pair in zip(dots[row], pairs, strict=True):
+                        dot.add(pair[which], x)
+        scales = [None if form.by_row else self._scales(start, group, part) for start in self.scales]
+        for row, start in enumerate(self.x_scales):
+            x_scale = code.load(code.after(start, group), FLOAT)
+            x_scales = code.splat(x_scale)
+            for total, dot, scale in zip(totals[row], dots[row], scales, strict=True):
+                factor = x_scales if scale is None else builder.fmul(scale, x_scales)
+                total.set(code.multiply_add(builder.sitofp(dot.sum(), FLOATS), factor, total.get()))
+            if form.minimum:
+                x_sum = code.splat(builder.fmul(x_scale, builder.sitofp(sums[row], FLOAT)))
+                for total, minimum in zip(totals[row], self.minimums, strict=True):
+                    lowest = self._scales(minimum, group, part)
+                    total.set(code.multiply_add(lowest, x_sum, total.get()))
+
+    def _sum(self, start: ir.Value, group: ir.Value, part: int) -> ir.Value:
+        """Returns the sum of the activations that meet one group of the weight."""
+        first, count = self.builder.mul(group, LONG(GROUP // SUMMED)), self.form.group // SUMMED
+        places = [self.builder.add(first, LONG(part * count + which)) for which in range(count)]
+        words = [self.code.load(self.code.after(start, place), WORD) for place in places]
+        return words[0] if count == 1 else self.builder.add(*words)
+
+    def _scales(self, start: ir.Value, group: ir.Value, part: int) -> ir.Value:
+        """Returns the scales, or the minimums, of one group of the weight: FLOATS."""
+        code, builder, form = self.code, self.builder, self.form
+        if form.scale != "int8":
+            return code.load_floats(code.after(start, builder.mul(group, LONG(LANES))), form.scale)
+        groups = SHARED // GROUP
+        record = code.after(start, builder.mul(builder.udiv(group, LONG(groups)), LONG(form.record)))
+        whole = builder.mul(builder.urem(group, LONG(groups)), LONG(GROUP // form.group * LANES))
+        place = builder.add(whole, LONG((2 + part) * LANES))  # two bytes in each lane are the float16
+        return builder.fmul(code.load_floats(code.after(record, place), "int8"), code.load_floats(record, "float16"))
+
     def _chunks(self, start: ir.Value, group: ir.Value, chunk: int) -> list[ir.Value]:
         """Returns the weights of four inputs, and of the next four: BYTES each."""
+        builder, bits = self.builder, self.form.bits
+        in_group = builder.mul(group, LONG(GROUP * LANES * bits // 8))
+
+        def load(at: int) -> ir.Value:
+            return self.code.load(self.code.after(start, builder.add(in_group, LONG(at * BYTES_A_CHUNK))), BYTES)
+
+        if bits == 8:
+            return [load(chunk), load(chunk + 1)]
+        if bits == 4:
+            return self._halves(load(chunk // 2))
+        half, pair = chunk // 4, chunk % 4 // 2  # sixteen inputs: their lower four bits, then all their upper two
+        upper = load(3 * half + 2)
+        lower = self._halves(load(3 * half + pair))
+        return [builder.or_(number, self._upper_bits(upper, 2 * pair + which)) for which, number in enumerate(lower)]
+
+    def _halves(self, both: ir.Value) -> list[ir.Value]:
+        """Returns the lower and the upper four bits of bytes."""
         code, builder = self.code, self.builder
-        if self.form.numbers == "int8":
-            at = builder.mul(group, LONG(CHUNKS * BYTES_A_CHUNK))
-            places = [builder.add(at, LONG((chunk + which) * BYTES_A_CHUNK)) for which in (0, 1)]
-            return [code.load(code.after(start, place), BYTES) for place in places]
-        at = builder.add(builder.mul(group, LONG(CHUNKS // 2 * BYTES_A_CHUNK)), LONG(chunk // 2 * BYTES_A_CHUNK))
-        both, four = code.load(code.after(start, at), BYTES), code.filled(BYTES, 4)
-        return [builder.and_(both, code.filled(BYTES, 15)), builder.lshr(both, four)]
+        return [builder.and_(both, code.filled(BYTES, 15)), builder.lshr(both, code.filled(BYTES, 4))]
+
+    def _upper_bits(self, four: ir.Value, which: int) -> ir.Value:
+        """Returns two of the bits of bytes, the first or a later two, where they belong in numbers of six bits."""
+        code, builder = self.code, self.builder
+        if which < 2:
+            moved = builder.shl(four, code.filled(BYTES, 4 - 2 * which))
+        else:
+            moved = builder.lshr(four, code.filled(BYTES, 2 * which - 4))
+        return builder.and_(moved, code.filled(BYTES, 0x30))
 
 
 @intrinsic
 def round_group(typing_context: Any, target: Any, x: Any, rounded: Any, scales: Any, sums: Any, group: Any) -> Any:
-    """Rounds 32 float32 of x to int8 from -127 to 127, the largest magnitude becoming 127; with their scale and sum.
+    """Rounds 32 float32 of x to int8 from -127 to 127, the largest magnitude becoming 127; with their scale, and
+    the sums of 16 each.
 
     All arrays are flat, groups one after the other. With NaN or infinity among them the scale is no number either, and
     so is every product.
@@ -268,8 +329,10 @@ def round_group(typing_context: Any, target: Any, x: Any, rounded: Any, scales: 
             narrow = builder.trunc(words[-1], ir.VectorType(BYTE, LANES))
             code.store(narrow, code.after(rounded_at, builder.add(first, LONG(which * LANES))))
         code.store(builder.fdiv(largest, FLOAT(127.0)), code.after(scales_at, values[5]))
-        total = code.call("llvm.vector.reduce.add.v16i32", WORD, builder.add(*words))
-        code.store(total, code.after(sums_at, values[5]))
+        for which, word in enumerate(words):
+            total = code.call("llvm.vector.reduce.add.v16i32", WORD, word)
+            place = builder.add(builder.mul(values[5], LONG(GROUP // SUMMED)), LONG(which))
+            code.store(total, code.after(sums_at, place))
         return context.get_dummy_value()
 
     return types.void(target, x, rounded, scales, sums, types.intp), generate
