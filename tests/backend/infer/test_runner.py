@@ -237,7 +237,9 @@ def test_loading_takes_the_type_of_the_file_unless_told(framework, arrays, tmp_p
     runner = framework.backend.load_runner(directory, dtype=asked, device="cpu")
     wanted = framework.dtype(expected)
     assert runner.dtype == wanted
-    assert {parameter.dtype for parameter in framework.parameters(runner.model)} == {wanted}
+    # Weights in blocks hold no memory as parameters, and keep the numbers of the file.
+    held = [p for p in framework.parameters(runner.model) if not getattr(p, "is_meta", False)]
+    assert {parameter.dtype for parameter in held} == {wanted}
     assert runner.allocate(CacheLayout(16, 4)).cache.keys[0].dtype == wanted
 
 

@@ -36,7 +36,7 @@ from llamita.backend.torch.devices import choose_device, table_kernel
 from llamita.backend.torch.infer.adapters import adapters_of_rows, exact_adapter
 from llamita.backend.torch.infer.exact import exact_model
 from llamita.backend.torch.infer.graphs import DecodeGraphs, TableStep, cuda_recorder
-from llamita.backend.torch.infer.kernels.choice import NO_KERNELS, choose_kernels, decoder_of, greedy_head_of
+from llamita.backend.torch.infer.kernels.choice import NO_KERNELS, Choice, choose_kernels, decoder_of, greedy_head_of
 from llamita.backend.torch.infer.kv_cache import EXACT_ROWS, PagedKVCache, PagedStep
 from llamita.backend.torch.infer.sampling import Sampler
 from llamita.backend.torch.model import lora
@@ -197,7 +197,7 @@ class TorchRunner:
     def _computed(self, layout: StepLayout, memory: TorchMemory) -> States[Tensor]:
         names = layout.adapters(self.default)
         short = all(len(chunk.tokens) <= DECODED_AT_ONCE for chunk in layout.chunks)
-        if self._decoder is not None and short and not any(names):
+        if self._decoder is not None and short and {*names} == {None}:
             hidden_RD = self._decoder.hidden(layout.tokens, layout.chunks, memory.cache)
             return States(hidden_RD, {row: row for row in range(len(hidden_RD))}, names)
         step = memory.cache.step(layout.chunks, self.exact)
@@ -217,7 +217,7 @@ class TorchRunner:
 
         def draw(rows: list[int], specs: list[SampleSpec], ids: list[int]) -> list[SampledToken]:
             greedy = all(Steps.of(spec).plain_greedy and not spec.params.top_logprobs for spec in specs)
-            if greedy and self._greedy_head is not None and not any(states.adapters[row] for row in rows):
+            if greedy and self._greedy_head is not None and {states.adapters[row] for row in rows} == {None}:
                 found = zip(*self._greedy_head(self._hidden(states, rows)), strict=True)
                 return [sampled_token([token_id, logprob, 0.0], 0) for token_id, logprob in found]
             return sampler.sample(self._logits(states, rows), specs, ids)
@@ -312,6 +312,8 @@ def load_runner(
     opened = open_model(
         model, dtype, adapters, on_cpu=device == "cpu", quantized_dtype="float32" if widens else "bfloat16"
     )
+    if opened.config.quantization and dtype == "float32" and kernels.instructions is not None:
+        kernels = Choice(None, "float32 was asked for, and kernels of our own would round activations to bytes")
     if exact:
         built = build_model(opened.config, opened.arrays, dtype=DTYPES[opened.dtype], device=device)
     else:

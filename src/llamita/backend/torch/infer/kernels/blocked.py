@@ -65,7 +65,8 @@ class BlockedWeight:
 
     @property
     def nbytes(self) -> int:
-        return self.numbers.nbytes + self.scales.nbytes + self.minimums.nbytes
+        """Bytes of the weight, without what fills its last block up."""
+        return (self.numbers.nbytes + self.scales.nbytes + self.minimums.nbytes) * self.n_out // self.width
 
     @property
     def is_finite(self) -> bool:

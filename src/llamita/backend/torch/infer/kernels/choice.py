@@ -114,9 +114,11 @@ def decoder_of(model: "Llama") -> "Decoder | None":
 def greedy_head_of(model: "Llama") -> "Callable[[Tensor], tuple[list[int], list[float]]] | None":
     """Returns `head.likeliest_tokens` over a model's output head; None where that does not lie in blocks, or something
     is done to its logits."""
+    if model.instructions is None or model.config.num_labels or not model.transform.changes_nothing:
+        return None
     head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
     held = getattr(head, "blocks", None) or getattr(head, "kernel", None)
-    if model.config.num_labels or held is None or not model.transform.changes_nothing:
+    if held is None:
         return None
     from llamita.backend.torch.infer.kernels.head import likeliest_tokens
 
