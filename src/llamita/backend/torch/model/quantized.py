@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamita.backend.torch.infer.kernels.choice import weights_in_blocks
+from llamita.backend.torch.infer.kernels.gguf_blocks import in_halves
 from llamita.backend.torch.infer.kernels.instructions import Instructions
 from llamita.backend.torch.model import quantize
 from llamita.backend.torch.model.layers import Adapters, Operations
@@ -57,7 +58,7 @@ class QuantizedLinear(nn.Module):
             self.kernel_scale = self.blocks = None
         self.dtype = dtype
         if instructions is not None and self.n_in % QUANTIZATION_GROUP == 0 and self.weight.device.type == "cpu":
-            values = self.weight.data if self.bits == 8 else quantize.unpacked(self.weight.data)
+            values = self.weight.data if self.bits == 8 else in_halves(quantize.unpacked(self.weight.data))
             self.blocks = weights_in_blocks().blocked_bytes(values, self.weight_scale.data, self.bits, instructions)
             self.weight = nn.Parameter(self.weight.data.to("meta"), requires_grad=False)  # holds no numbers any more
             return

@@ -16,7 +16,7 @@ from llamita.backend.torch.infer.kernels.blocked import (
     blocked_rows,
 )
 from llamita.backend.torch.infer.kernels.choice import supported
-from llamita.backend.torch.infer.kernels.gguf_blocks import PACKED, SharedScales, can_hold
+from llamita.backend.torch.infer.kernels.gguf_blocks import PACKED, SharedScales, can_hold, in_halves
 from tests.storage.formats.helpers import blocks
 
 SHAPES = [(16, 32), (50, 96), (129, 288)]
@@ -63,7 +63,9 @@ BYTE_FORMS = ["int8 by row", "int8 by group", "int4", "int4 with minimums"]
 
 def blocked_of(form: str, parts: tuple[torch.Tensor, ...], instructions: str) -> BlockedWeight:
     values, scales, *minimums = parts
-    return blocked_bytes(values, scales, 8 if "int8" in form else 4, instructions, *minimums)
+    if "int8" in form:
+        return blocked_bytes(values, scales, 8, instructions)
+    return blocked_bytes(in_halves(values), scales, 4, instructions, *minimums)
 
 
 def rounded_to_bytes(x_RI: torch.Tensor) -> torch.Tensor:
@@ -126,7 +128,8 @@ def test_the_largest_products_of_bytes_do_not_overflow(instructions, form) -> No
     shared = SharedScales(torch.ones(16, 1).half(), torch.ones(16, 16, dtype=torch.int8))
     scales = {8: torch.ones(16).bfloat16(), 6: shared, 4: torch.ones(16, 8).bfloat16()}[bits]
     x_RI = torch.tensor([[127.0], [-127.0]]).expand(2, 256)
-    found = blocked_bytes(values, scales, bits, instructions).multiply(x_RI)
+    stored = in_halves(values) if bits == 4 else values
+    found = blocked_bytes(stored, scales, bits, instructions).multiply(x_RI)
     assert torch.equal(found.double(), x_RI.double() @ (values.double() - middle).T)
 
 

@@ -8,6 +8,7 @@ Letters beyond the usual: O outputs, I inputs, J blocks of 16 outputs, G groups 
 inputs, R rows of activations.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -128,8 +129,8 @@ class BlockedWeight:
         if not self.form.in_bytes:
             numbers = numbers.view(FLOATS[self.form.numbers])
         elif self.form.numbers == "int4":
-            pairs = numbers.view(-1, 1, LANES, 4)
-            numbers = torch.cat((pairs & 15, pairs >> 4), dim=1)
+            halves = numbers.view(-1, GROUP // 8, LANES, 4)
+            numbers = torch.cat((halves & 15, halves >> 4), dim=1)
         elif self.form.numbers == "int6":
             planes = numbers.view(-1, 3, LANES, 4)
             lower, upper = planes[:, :2, None], planes[:, 2:]
@@ -171,16 +172,16 @@ def blocked_floats(weight_OI: Tensor, instructions: Instructions, rounded: bool 
 
 
 def blocked_bytes(
-    values_OI: Tensor,
+    values: Tensor,
     scales: Tensor | SharedScales,
     bits: int,
     instructions: Instructions,
     minimums: Tensor | SharedScales | None = None,
 ) -> BlockedWeight:
-    """Returns a weight in bytes in blocks: int8 `values_OI` with a scale for each row (O,) or group (O, G); of six
-    bits 0 to 63, standing for -32 to 31; or of four bits 0 to 15 with a scale for each group, standing for -8 to 7
-    where there are no `minimums` (O, G)."""
-    n_out, n_in = values_OI.shape
+    """Returns a weight in bytes in blocks: int8 (O, I) with a scale for each row (O,) or group (O, G); of six bits
+    (O, I), 0 to 63, standing for -32 to 31; or of four bits with a scale for each group, in bytes as `in_halves` gives
+    them, standing for -8 to 7 where there are no `minimums` (O, G)."""
+    n_out, n_in = len(values), math.prod(values.shape[1:]) * (2 if bits == 4 else 1)
     assert n_in % GROUP == 0, f"{n_in} inputs are not in groups of {GROUP}"
     by_row, group = False, GROUP
     if isinstance(scales, SharedScales):
@@ -189,18 +190,17 @@ def blocked_bytes(
     else:
         kind, by_row = str(scales.dtype).removeprefix("torch."), scales.ndim == 1
     form = Form(f"int{bits}", kind, by_row, minimum=minimums is not None, group=group)  # type: ignore[arg-type]
-    unsigned = values_OI.view(torch.uint8)
-    if bits == 8 and bias(form, instructions):
-        unsigned = unsigned ^ bias(form, instructions)
-    chunks_JCL4 = _padded(unsigned).view(-1, LANES, n_in // 4, 4).transpose(1, 2)
-    if bits == 4:
-        chunks_JCL4 = chunks_JCL4[:, 0::2] | chunks_JCL4[:, 1::2] << 4
-    elif bits == 6:
+    if bits == 6:
+        chunks_JCL4 = _padded(values).view(-1, LANES, n_in // 4, 4).transpose(1, 2)
         lower = (chunks_JCL4[:, 0::2] & 15 | chunks_JCL4[:, 1::2] << 4).unflatten(1, (-1, 2))
         four = [chunks_JCL4[:, which::4] >> 4 << 2 * which for which in range(4)]
         upper = four[0] | four[1] | four[2] | four[3]
-        chunks_JCL4 = torch.cat((lower, upper[:, :, None]), dim=2)
-    numbers = laid_out(chunks_JCL4).numpy().reshape(-1)
+        laid = laid_out(torch.cat((lower, upper[:, :, None]), dim=2))
+    else:  # four bytes at a time
+        laid = laid_out(_padded(_words(values)).unflatten(0, (-1, LANES)).movedim(1, -1)).view(torch.uint8)
+    numbers = laid.numpy().reshape(-1)
+    if bits == 8:
+        numbers ^= np.uint8(bias(form, instructions))
     if isinstance(scales, Tensor) and by_row:
         return BlockedWeight(form, instructions, n_out, n_in, numbers, _padded(scales).view(torch.uint16).numpy())
     of_groups = [_blocked_groups(each) for each in (scales, minimums) if each is not None]
@@ -209,8 +209,15 @@ def blocked_bytes(
 
 def blocked_rows(parts: Sequence[tuple[str, np.ndarray]], instructions: Instructions) -> BlockedWeight:
     """Returns a weight whose rows are blocks of a GGUF file with their own numbers; parts as in `unpacked`."""
-    values_OI, bits, scales, minimums = unpacked(parts)
-    return blocked_bytes(values_OI, scales, bits, instructions, minimums)
+    values, bits, scales, minimums = unpacked(parts)
+    return blocked_bytes(values, scales, bits, instructions, minimums)
+
+
+def _words(x: Tensor) -> Tensor:
+    """Returns bytes (..., 4 X) as words (..., X), where they lie if they lie as words do."""
+    if any(step % 4 for step in (x.storage_offset(), *x.stride()[:-1])):
+        x = x.contiguous()
+    return x.view(torch.int32)
 
 
 def _blocked_groups(numbers: Tensor | SharedScales) -> np.ndarray:

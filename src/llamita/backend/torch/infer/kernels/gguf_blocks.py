@@ -26,10 +26,16 @@ class SharedScales(NamedTuple):
 class Unpacked(NamedTuple):
     """The numbers of some blocks, as `blocked_bytes` takes them."""
 
-    values_OI: Tensor
+    values: Tensor
     bits: int
     scales: Tensor | SharedScales
     minimums: Tensor | SharedScales | None = None
+
+
+def in_halves(values_OI: Tensor) -> Tensor:
+    """Returns numbers of four bits in bytes (O, G, 16): of each 32 the lower halves have the first sixteen."""
+    values_OG2X = values_OI.unflatten(1, (-1, 2, 16))
+    return values_OG2X[:, :, 0] | values_OG2X[:, :, 1] << 4
 
 
 def unpacked(parts: Sequence[tuple[str, np.ndarray]]) -> Unpacked:
@@ -56,9 +62,8 @@ def _unpack_32(kind: str, rows: np.ndarray) -> Unpacked:
     ahead_OG = blocks_OGB[..., :ahead].contiguous().view(torch.float16)
     values_OGX = blocks_OGB[..., ahead:]
     if kind == "Q8_0":
-        return Unpacked(values_OGX.flatten(1).view(torch.int8), 8, ahead_OG[..., 0])
-    values_OI = torch.cat((values_OGX & 15, values_OGX >> 4), dim=-1).flatten(1)
-    return Unpacked(values_OI, 4, ahead_OG[..., 0], ahead_OG[..., 1] if ahead == 4 else None)
+        return Unpacked(values_OGX.flatten(1), 8, ahead_OG[..., 0])
+    return Unpacked(values_OGX, 4, ahead_OG[..., 0], ahead_OG[..., 1] if ahead == 4 else None)
 
 
 def _unpack_q4_k(rows: np.ndarray) -> Unpacked:
@@ -76,9 +81,8 @@ def _unpack_q4_k(rows: np.ndarray) -> Unpacked:
     scales_OSG = torch.cat((scales & 63, both & 15 | scales >> 6 << 4), dim=-1)
     minimums_OSG = torch.cat((minimums & 63, both >> 4 | minimums >> 6 << 4), dim=-1)
     pairs = blocks_OSB[..., 16:].unflatten(-1, (4, 1, 32))
-    values_OI = torch.cat((pairs & 15, pairs >> 4), dim=-2).flatten(1)
     return Unpacked(
-        values_OI,
+        in_halves(torch.cat((pairs & 15, pairs >> 4), dim=-2).flatten(1)),
         4,
         SharedScales(factors_OS2[..., 0], scales_OSG.flatten(1).view(torch.int8)),
         SharedScales(-factors_OS2[..., 1], minimums_OSG.flatten(1).view(torch.int8)),
@@ -117,7 +121,8 @@ def _of_six_bits(part: Unpacked) -> Unpacked:
         return part._replace(minimums=nothing)
     assert isinstance(part.minimums, SharedScales)
     twice = [SharedScales(each[0], each[1].repeat_interleave(2, 1)) for each in (part.scales, part.minimums)]
-    return Unpacked(part.values_OI + 32, 6, *twice)
+    values_OI = torch.cat((part.values & 15, part.values >> 4), dim=-1).flatten(1)
+    return Unpacked(values_OI + 32, 6, *twice)
 
 
 def _joined(parts: Sequence[Unpacked]) -> Unpacked:

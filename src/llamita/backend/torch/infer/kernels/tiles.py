@@ -86,6 +86,12 @@ class Form(NamedTuple):
         return {"bfloat16": 2, "int8": 4, "int6": 4, "int4": 4}.get(self.numbers, 1)
 
     @property
+    def apart(self) -> int:
+        """Fours of inputs from one to the other that is taken together with it: half a group where these are the halves
+        of bytes."""
+        return GROUP // 8 if self.numbers == "int4" else 1
+
+    @property
     def record(self) -> int:
         """Bytes of the scales of 256 inputs that share a float16: this one first, then a byte for each group."""
         return LANES * (2 + SHARED // self.group)
@@ -231,11 +237,13 @@ class Tile:
         starts = [code.splat(builder.mul(total, WORD(-bias(form, code.instructions)))) for total in sums]
         dots = [[ByteDots(code, form.bits, start) for _ in self.weights] for start in starts]
         first, chunks = builder.mul(group, LONG(GROUP)), form.group // 4
-        for chunk in range(part * chunks, (part + 1) * chunks, 2):
+        for chunk in range(part * chunks, (part + 1) * chunks):
+            if chunk // form.apart % 2:  # came with an earlier one
+                continue
             pairs = [self._chunks(start, group, chunk) for start in self.weights]
             for which in (0, 1):
                 for row, start in enumerate(self.x):
-                    place = builder.add(first, LONG(4 * (chunk + which)))
+                    place = builder.add(first, LONG(4 * (chunk + form.apart * which)))
                     x = builder.bitcast(code.splat(code.load(code.after(start, place), WORD)), BYTES)
                     for dot, pair in zip(dots[row], pairs, strict=True):
                         dot.add(pair[which], x)
@@ -271,7 +279,7 @@ class Tile:
         return builder.fmul(code.load_floats(code.after(record, place), "int8"), code.load_floats(record, "float16"))
 
     def _chunks(self, start: ir.Value, group: ir.Value, chunk: int) -> list[ir.Value]:
-        """Returns the weights of four inputs, and of the next four: BYTES each."""
+        """Returns the weights of four inputs, and of those that are taken together with them: BYTES each."""
         builder, bits = self.builder, self.form.bits
         in_group = builder.mul(group, LONG(GROUP * LANES * bits // 8))
 
@@ -281,7 +289,7 @@ class Tile:
         if bits == 8:
             return [load(chunk), load(chunk + 1)]
         if bits == 4:
-            return self._halves(load(chunk // 2))
+            return self._halves(load(chunk))
         half, pair = chunk // 4, chunk % 4 // 2  # sixteen inputs: their lower four bits, then all their upper two
         upper = load(3 * half + 2)
         lower = self._halves(load(3 * half + pair))
