@@ -2,9 +2,10 @@
 
     python benchmarks/optimizer.py [--presets stories-15m stories-110m] [--threads 1 2]
 
-Every contestant has a model of its own, and they step in turn. "clipped" steps also scale the gradients, as after
-clipping to a norm: PyTorch's optimisers multiply them first, as `clip_grad_norm_` does. Prints milliseconds (median and
-spread) and how many times as long each takes as PyTorch's fused form, the median over the passes.
+Every contestant has a model of its own. They step in turn, forwards and backwards, so that none always comes after the
+same other. "clipped" steps also scale the gradients, as after clipping to a norm: PyTorch's optimisers multiply them
+first, as `clip_grad_norm_` does. Prints milliseconds (median and spread) and how many times as long each takes as
+PyTorch's fused form, the median over the passes.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def compare(name: str, passes: int, threads: int, console: Console) -> None:
     for scale in (1.0, SCALE):
         times: dict[str, list[float]] = {contestant: [] for contestant in CONTESTANTS}
         for number in range(-3, passes):
-            for contestant, step in steps.items():
+            for contestant, step in list(steps.items())[:: 1 if number % 2 else -1]:
                 started = time.perf_counter()
                 step(scale)
                 if number >= 0:  # the first passes warm up
