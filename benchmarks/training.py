@@ -4,8 +4,7 @@
 
 Each contestant trains in a process of its own and is timed in turn, pass by pass, so that whatever else the machine
 does falls on all alike. Prints tokens per second (median and spread), the ratio to transformers' eager loop, the share
-of the best matrix-multiply rate seen in the same run, and the peak memory of a training step. Then the same for the
-optimiser's step alone.
+of the best matrix-multiply rate seen in the same run, and the peak memory of a training step.
 """
 
 import argparse
@@ -24,8 +23,6 @@ from rich.console import Console
 from rich.table import Table
 
 from llamita.backend.interface import Precision
-from llamita.backend.torch.model import weights
-from llamita.backend.torch.train.adamw import AdamW
 from llamita.backend.torch.train.scorer import choose
 from llamita.backend.torch.train.step import build_train_step
 from llamita.data.batches import Batch
@@ -35,7 +32,6 @@ from llamita.model.sizes import flops_per_token
 B, T = 8, 256
 LEARNING_RATE = 1e-3
 CONTESTANTS = ("transformers", "transformers, compiled", "llamita", "llamita, compiled")
-OPTIMIZERS = {"torch fused": {"fused": True}, "torch foreach": {"foreach": True}, "torch default": {}, "llamita": None}
 
 
 def tokens(vocab_size: int) -> torch.Tensor:
@@ -163,36 +159,6 @@ def compare_training(name: str, passes: int, steps: int, threads: int, precision
     console.print(table)
 
 
-def compare_optimizers(name: str, passes: int, console: Console) -> None:
-    config = preset(name)
-    steps: dict[str, Callable[[], object]] = {}
-    for optimizer, options in OPTIMIZERS.items():
-        model = weights.build_model(config)
-        for parameter in model.parameters():
-            parameter.grad = torch.full_like(parameter, 1e-3)
-        if options is None:
-            ours = AdamW(model.fused_parameters())
-            steps[optimizer] = lambda ours=ours: ours.step(LEARNING_RATE)
-        else:
-            steps[optimizer] = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, **options).step
-    times: dict[str, list[float]] = {optimizer: [] for optimizer in OPTIMIZERS}
-    for number in range(-1, passes):
-        for optimizer, step in steps.items():
-            started = time.perf_counter()
-            for _ in range(10):
-                step()
-            if number >= 0:  # the first pass warms up
-                times[optimizer].append((time.perf_counter() - started) / 10)
-    table = Table(title=f"AdamW on {name}: one step")
-    for column in ("", "ms", "spread", "x fused"):
-        table.add_column(column, justify="right" if column else "left")
-    for optimizer in OPTIMIZERS:
-        ms = [1e3 * t for t in times[optimizer]]
-        ratio = statistics.median(a / b for a, b in zip(times["torch fused"], times[optimizer], strict=True))
-        table.add_row(optimizer, f"{statistics.median(ms):.1f}", f"{min(ms):.1f}-{max(ms):.1f}", f"{ratio:.2f}")
-    console.print(table)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="stories-15m")
@@ -206,7 +172,6 @@ def main() -> None:
     _, precision = choose("cpu", options.precision, options.threads)
     console = Console(width=100)
     compare_training(options.preset, options.passes, options.steps, options.threads, precision, console)
-    compare_optimizers(options.preset, options.passes, console)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over fused parameters, and the norm that clipping needs.
 
-`adamw_update` is the paper in a dozen lines; `AdamW.step` computes the same with few passes over memory. Knows nothing
-of models, losses or schedules: the learning rate is an argument of each step.
+`adamw_update` is the paper in a dozen lines; `AdamW.step` computes the same in one pass over memory. Knows nothing of
+models, losses or schedules: the learning rate is an argument of each step.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
+from torch.optim.adamw import adamw
 
 from llamita.backend.adamw import AdamWSettings as AdamWSettings
 from llamita.backend.adamw import clipping_scale as clipping_scale
@@ -16,9 +16,6 @@ from llamita.backend.adamw import saved_state, updates_made
 from llamita.backend.torch.model.fused import FusedParameter
 from llamita.backend.torch.model.weights import host_from_tensor, tensor_from_host
 from llamita.model.host_array import HostArray
-
-BUCKET_NUMBERS = 256 * 1024
-"""Numbers per array that one pass works on, on a CPU: few enough to stay in its caches between operations."""
 
 
 def adamw_update(
@@ -47,46 +44,54 @@ def adamw_update(
 
 
 class AdamW:
-    """The same update for all parameters of a model, bucket by bucket, with foreach operations.
-
-    On a CPU a bucket is small enough to stay in the caches over its eight operations, so that memory is read and
-    written about once; elsewhere all parameters that decay are one bucket, and all others another.
-    """
+    """The same update for all parameters of a model by PyTorch's fused kernel, which passes over memory once."""
 
     def __init__(self, parameters: Iterable[FusedParameter], settings: AdamWSettings | None = None) -> None:
         self.settings = settings or AdamWSettings()
         self.parameters = list(parameters)
         self.t = 0
         tensors = [item.parameter for item in self.parameters]
-        self._tensors = tensors
+        assert all(p.is_contiguous() for p in tensors), "the kernel reads numbers as they lie in memory"
         self._m = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in tensors]
         self._v = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in tensors]
-        on_cpu = all(p.device.type == "cpu" for p in tensors)
-        self._bucket_numbers = BUCKET_NUMBERS if on_cpu else max((p.numel() for p in tensors), default=1)
-        self._buckets = self._make_buckets(None if not on_cpu else BUCKET_NUMBERS)
 
     @torch.no_grad()
     def step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
-        """Updates every parameter from its `.grad` times `gradient_scale` (what clipping to a norm multiplies by)."""
+        """Updates every parameter from its `.grad` times `gradient_scale` (what clipping to a norm multiplies by).
+
+        The gradients may be scaled in place.
+        """
         self.t += 1
-        beta1, beta2 = self.settings.beta1, self.settings.beta2
-        # m-hat / (sqrt(v-hat) + eps) = sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps sqrt(1 - beta2^t))
-        correction = math.sqrt(1 - beta2**self.t)
-        alpha_t = learning_rate * correction / (1 - beta1**self.t)
-        epsilon = self.settings.epsilon * (correction if self.settings.bias_correction == "textbook" else 1.0)
-        gradients = self._gradient_pieces()
-        for bucket in self._buckets:
-            g = [gradients[i] for i in bucket.pieces]
-            if gradient_scale != 1.0:
-                torch._foreach_mul_(g, gradient_scale)
-            torch._foreach_lerp_(bucket.m, g, 1 - beta1)
-            torch._foreach_mul_(bucket.v, beta2)
-            torch._foreach_addcmul_(bucket.v, g, g, 1 - beta2)
-            denominators = torch._foreach_sqrt(bucket.v)
-            torch._foreach_add_(denominators, epsilon)
-            if bucket.decays and self.settings.weight_decay:
-                torch._foreach_mul_(bucket.parameters, 1 - learning_rate * self.settings.weight_decay)
-            torch._foreach_addcdiv_(bucket.parameters, bucket.m, denominators, -alpha_t)
+        settings = self.settings
+        epsilon = settings.epsilon
+        if settings.bias_correction == "efficient":
+            # The kernel's form is the textbook's, and this the same number:
+            # alpha_t m / (sqrt(v) + eps) = learning_rate m-hat / (sqrt(v-hat) + eps / sqrt(1 - beta2^t))
+            epsilon /= math.sqrt(1 - settings.beta2**self.t)
+        divisor = None if gradient_scale == 1.0 else torch.tensor(1 / gradient_scale, dtype=torch.float32)
+        rows = list(zip(self.parameters, self._m, self._v, strict=True))
+        for decays in (True, False):
+            group = [row for row in rows if row[0].weight_decay is decays]
+            if not group:
+                continue
+            device = group[0][0].parameter.device
+            adamw(
+                params=[item.parameter for item, _, _ in group],
+                grads=[_gradient(item) for item, _, _ in group],
+                exp_avgs=[m for _, m, _ in group],
+                exp_avg_sqs=[v for _, _, v in group],
+                max_exp_avg_sqs=[],
+                state_steps=list(torch.full((len(group),), self.t - 1.0, device=device).unbind()),  # it adds 1
+                fused=True,
+                grad_scale=divisor,
+                amsgrad=False,
+                beta1=settings.beta1,
+                beta2=settings.beta2,
+                lr=learning_rate,
+                weight_decay=settings.weight_decay if decays else 0.0,
+                eps=epsilon,
+                maximize=False,
+            )
 
     def state(self) -> dict[str, HostArray]:
         """Returns m and v under canonical names (`m.model.norm.weight`), and `t`, the number of steps taken."""
@@ -106,51 +111,12 @@ class AdamW:
             for name, view in zip(item.parts, item.split(moment), strict=True)
         }
 
-    def _gradient_pieces(self) -> list[torch.Tensor]:
-        pieces: list[torch.Tensor] = []
-        for item, parameter in zip(self.parameters, self._tensors, strict=True):
-            assert parameter.grad is not None, f"{item.name} has no gradient"
-            pieces += parameter.grad.reshape(-1).split(self._bucket_numbers)
-        return pieces
 
-    def _make_buckets(self, limit: int | None) -> list["_Bucket"]:
-        """Fills buckets with pieces of at most `limit` numbers in all, those that decay apart from the others."""
-        pieces = [
-            piece
-            for p, m, v in zip(self._tensors, self._m, self._v, strict=True)
-            for piece in zip(*(x.detach().view(-1).split(self._bucket_numbers) for x in (p, m, v)), strict=True)
-        ]
-        decays = [
-            item.weight_decay for item, p in zip(self.parameters, self._tensors, strict=True)
-            for _ in range(-(-p.numel() // self._bucket_numbers))
-        ]  # fmt: skip
-        buckets: list[_Bucket] = []
-        for kind in (True, False):
-            used = None
-            for number, (p, m, v) in enumerate(pieces):
-                if decays[number] is not kind:
-                    continue
-                if used is None or (limit is not None and used + p.numel() > limit):
-                    buckets.append(_Bucket([], [], [], [], kind))
-                    used = 0
-                bucket = buckets[-1]
-                bucket.parameters.append(p)
-                bucket.m.append(m)
-                bucket.v.append(v)
-                bucket.pieces.append(number)
-                used += p.numel()
-        return buckets
-
-
-@dataclass(frozen=True)
-class _Bucket:
-    """Flat pieces that are updated together; `pieces` are their places among all pieces of all parameters."""
-
-    parameters: list[torch.Tensor]
-    m: list[torch.Tensor]
-    v: list[torch.Tensor]
-    pieces: list[int]
-    decays: bool
+def _gradient(item: FusedParameter) -> torch.Tensor:
+    """Returns the gradient in the order of memory: the kernel on a CPU takes no notice of strides."""
+    gradient = item.parameter.grad
+    assert gradient is not None, f"{item.name} has no gradient"
+    return gradient.contiguous()
 
 
 def global_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
