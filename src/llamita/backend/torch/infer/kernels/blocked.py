@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llamita.backend.torch.infer.kernels.gguf_blocks import SharedScales, unpacked
 from llamita.backend.torch.infer.kernels.instructions import Instructions
-from llamita.backend.torch.infer.kernels.products import compiled_for, linear, tiles_of
+from llamita.backend.torch.infer.kernels.products import compiled_for, linear
 from llamita.backend.torch.infer.kernels.simd import LANES, Static, target
 from llamita.backend.torch.infer.kernels.tiles import GROUP, SHARED, Form, bias
 from llamita.backend.torch.memory import laid_out
@@ -89,8 +89,7 @@ class BlockedWeight:
     def multiply(self, x_RI: Tensor) -> Tensor:
         """Returns x W^T as float32, (R, n_in) to (R, n_out)."""
         x = x_RI.float().contiguous().numpy().reshape(-1)
-        code, tiles = target(self.instructions), tiles_of(self.instructions)
-        arguments = (torch.get_num_threads(), code, tiles, x, len(x_RI), self.of_kernel)
+        arguments = (torch.get_num_threads(), target(self.instructions), x, len(x_RI), self.of_kernel)
         key = (self.form, self.instructions)
         if key not in _COMPILED:
             _COMPILED[key] = compiled_for(linear, arguments)

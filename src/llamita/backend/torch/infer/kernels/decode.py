@@ -20,7 +20,7 @@ from torch import Tensor
 from llamita.backend.interface import ScheduledChunk
 from llamita.backend.step_layout import BlockSpan
 from llamita.backend.torch.infer.kernels.blocked import BlockedWeight
-from llamita.backend.torch.infer.kernels.products import COMPILED, compiled_for, linear, tiles_of
+from llamita.backend.torch.infer.kernels.products import COMPILED, FOUR, ONE, compiled_for, linear
 from llamita.backend.torch.infer.kernels.simd import LANES, Static, target
 from llamita.backend.torch.infer.kernels.threads import parallel
 from llamita.backend.torch.infer.kernels.tiles import Form
@@ -141,7 +141,7 @@ def place_heads(first, last, code, kind, heads, bias, turned, sizes, keys, value
 
 
 @njit(**COMPILED)
-def attend(first, last, code, kind, one, four, heads, sizes, scale, keys, values, table, mixed):
+def attend(first, last, code, kind, heads, sizes, scale, keys, values, table, mixed):
     """Mixes the values that a query sees, for queries `first` to `last` - 1 of all rows' heads.
 
     `table` has the blocks of all sequences; for each row where those of its sequence begin among them, the position
@@ -163,12 +163,12 @@ def attend(first, last, code, kind, one, four, heads, sizes, scale, keys, values
             end, slot = run(blocks, begins[row], held[row], position, stops[row], size)
             while position + 4 <= end:
                 place = position - seen[row]
-                found = score(code, kind, four, heads, at, keys, slot * K * H + kept, K * H, H, scale, scores, place)
+                found = score(code, kind, FOUR, heads, at, keys, slot * K * H + kept, K * H, H, scale, scores, place)
                 largest = max(largest, found)
                 position, slot = position + 4, slot + 4
             while position < end:
                 place = position - seen[row]
-                found = score(code, kind, one, heads, at, keys, slot * K * H + kept, K * H, H, scale, scores, place)
+                found = score(code, kind, ONE, heads, at, keys, slot * K * H + kept, K * H, H, scale, scores, place)
                 largest = max(largest, found)
                 position, slot = position + 1, slot + 1
         padded = (count + LANES - 1) // LANES * LANES
@@ -182,11 +182,11 @@ def attend(first, last, code, kind, one, four, heads, sizes, scale, keys, values
             end, slot = run(blocks, begins[row], held[row], position, stops[row], size)
             while position + 4 <= end:
                 place = position - seen[row]
-                mix(code, kind, four, mixed, out, values, slot * K * H + kept, K * H, H, share, scores, place)
+                mix(code, kind, FOUR, mixed, out, values, slot * K * H + kept, K * H, H, share, scores, place)
                 position, slot = position + 4, slot + 4
             while position < end:
                 place = position - seen[row]
-                mix(code, kind, one, mixed, out, values, slot * K * H + kept, K * H, H, share, scores, place)
+                mix(code, kind, ONE, mixed, out, values, slot * K * H + kept, K * H, H, share, scores, place)
                 position, slot = position + 1, slot + 1
 
 
@@ -207,16 +207,14 @@ def gate_rows(first, last, code, gate_up, C, gated):
 
 
 @njit(**COMPILED)
-def decode_layers(
-    threads, code, kind, forms, tiles, x, rows, layers, caches, first, last, sizes, eps, scale, positions
-):
+def decode_layers(threads, code, kind, forms, x, rows, layers, caches, first, last, sizes, eps, scale, positions):
     """Runs layers `first` to `last` - 1 over rows (R, D) of the residual stream, which they change; flat.
 
     `forms` are those of the four weights of each of these layers, `kind` is the type of the cache.
     """
     places, tables, blocks, size, rotations = positions
     N, K, H = sizes
-    D, one, four = x.size // rows, tiles[0], tiles[2]
+    D = x.size // rows
     few = 1 if rows <= ROWS_ALONE else threads
     for number in range(first, last):
         layer = layers[number]
@@ -227,20 +225,20 @@ def decode_layers(
         cos, sin = floats_at(turn.cos, 1), floats_at(turn.sin, 1)
 
         y = normed(x, floats_at(layer.attention_norm, D), eps, rows)
-        heads = linear(threads, code, tiles, y, rows, weight_at(forms[0], layer.qkv))
+        heads = linear(threads, code, y, rows, weight_at(forms[0], layer.qkv))
         turned = (q_norm, k_norm, eps, cos, sin, turn.size, places)
         parallel(place_heads, few, rows, (code, kind, heads, bias, turned, sizes, keys, values, slots))
         mixed = np.empty(rows * N * H, np.float32)
         table = (blocks, begins, held, seen, stops, size)
-        parallel(attend, threads, rows * N, (code, kind, one, four, heads, sizes, scale, keys, values, table, mixed))
-        x += linear(threads, code, tiles, mixed, rows, weight_at(forms[1], layer.output))
+        parallel(attend, threads, rows * N, (code, kind, heads, sizes, scale, keys, values, table, mixed))
+        x += linear(threads, code, mixed, rows, weight_at(forms[1], layer.output))
 
         y = normed(x, floats_at(layer.feed_norm, D), eps, rows)
-        both = linear(threads, code, tiles, y, rows, weight_at(forms[2], layer.gate_up))
+        both = linear(threads, code, y, rows, weight_at(forms[2], layer.gate_up))
         C = both.size // rows // 2
         gated = np.empty(rows * C, np.float32)
         parallel(gate_rows, few, rows * (C // LANES), (code, both, C, gated))
-        x += linear(threads, code, tiles, gated, rows, weight_at(forms[3], layer.down))
+        x += linear(threads, code, gated, rows, weight_at(forms[3], layer.down))
 
 
 Forms = tuple[Form, ...]
@@ -253,7 +251,7 @@ class Decoder:
         self.model, self.config = model, model.config
         blocks = _blocks_of(model)
         instructions = _held(blocks[0].self_attn.qkv_proj).instructions
-        self.code, self.tiles = target(instructions), tiles_of(instructions)
+        self.code = target(instructions)
         self.kind = Static(str(model.model.norm.weight.dtype).removeprefix("torch."))
         self.sizes = (self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim)
         self.eps = np.float32(self.config.rms_norm_eps)
@@ -319,7 +317,7 @@ class Decoder:
         positions = self._positions(chunks, cache)
         for forms, first, last in self.runs:
             maps = tuple(map(Static, forms))
-            before = (threads, self.code, self.kind, maps, self.tiles, x, rows, self.layers, cache.addresses)
+            before = (threads, self.code, self.kind, maps, x, rows, self.layers, cache.addresses)
             arguments = (*before, first, last, self.sizes, self.eps, self.scale, positions)
             self._call(forms, decode_layers, arguments)
         y = self._call(None, normed, (x, self.norm, self.eps, rows))

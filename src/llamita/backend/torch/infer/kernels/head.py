@@ -12,7 +12,7 @@ from numba import njit
 from torch import Tensor
 
 from llamita.backend.torch.infer.kernels.blocked import BlockedWeight
-from llamita.backend.torch.infer.kernels.products import COMPILED, compiled_for, linear, tiles_of
+from llamita.backend.torch.infer.kernels.products import COMPILED, compiled_for, linear
 from llamita.backend.torch.infer.kernels.simd import LANES, target
 from llamita.backend.torch.infer.kernels.threads import parallel
 from llamita.backend.torch.infer.kernels.vectors import exponentials, largest
@@ -43,9 +43,9 @@ def look_through(first, last, code, y, width, n_out, best, places, totals):
 
 
 @njit(**COMPILED)
-def likeliest(threads, code, tiles, x, rows, weight, n_out):
+def likeliest(threads, code, x, rows, weight, n_out):
     """Returns the id of the largest logit of each row (R, D), flat, and its log-probability; NaN where a logit is."""
-    y = linear(threads, code, tiles, x, rows, weight)
+    y = linear(threads, code, x, rows, weight)
     parts = (n_out + PART - 1) // PART
     best, totals = np.empty(rows * parts, np.float32), np.empty(rows * parts, np.float32)
     places = np.zeros(rows * parts, np.int64)
@@ -68,8 +68,14 @@ def likeliest_tokens(hidden_RD: Tensor, weight: BlockedWeight) -> tuple[list[int
     It is NaN, or minus infinity, where a row's logits hold NaN, infinity, or nothing above minus infinity.
     """
     x = hidden_RD.float().contiguous().numpy().reshape(-1)
-    code, tiles = target(weight.instructions), tiles_of(weight.instructions)
-    arguments = (torch.get_num_threads(), code, tiles, x, len(hidden_RD), weight.of_kernel, weight.n_out)
+    arguments = (
+        torch.get_num_threads(),
+        target(weight.instructions),
+        x,
+        len(hidden_RD),
+        weight.of_kernel,
+        weight.n_out,
+    )
     key = (weight.form, weight.instructions)
     if key not in _COMPILED:
         _COMPILED[key] = compiled_for(likeliest, arguments)

@@ -1,8 +1,8 @@
 """Products of activations with blocked weights: any number of rows, on all threads.
 
-Each thread has some of the blocks. It takes as many at a time as keep its sums in registers, and all rows of
-activations past them while they are near: one row reads each weight once, at the speed of memory; many rows find it in
-the cache, at the speed of arithmetic.
+Each thread has some of the blocks. It takes one after the other, so that it reads memory in one stream, and all rows
+past it while it is near: one row reads each weight once, at the speed of memory; many rows find it in the cache, at the
+speed of arithmetic.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,6 @@ import numpy as np
 from numba import njit, typeof
 from numba.extending import overload
 
-from llamita.backend.torch.infer.kernels.instructions import Instructions
 from llamita.backend.torch.infer.kernels.simd import Static
 from llamita.backend.torch.infer.kernels.threads import parallel
 from llamita.backend.torch.infer.kernels.tiles import GROUP, SUMMED, multiply_tile, round_group, rounds_activations
@@ -29,10 +28,8 @@ def _can_keep() -> bool:
 
 COMPILED: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False, "cache": _can_keep()}
 
-ONE, TWO, FOUR, SIX = Static(1), Static(2), Static(4), Static(6)
-BLOCKS_OF_ROWS: dict[Instructions, Static] = {"avx512": FOUR, "avx2": ONE, "portable": ONE}
-"""Blocks that up to six rows take at a time: as many sums as there are registers, less a few. One row alone takes four,
-whose sums do not wait for one another."""
+ONE, TWO, FOUR, EIGHT = Static(1), Static(2), Static(4), Static(8)
+"""Rows that meet a block together: as many as their sums find registers for, and fewer for the last ones."""
 GROUPS_ALONE = 512
 """Groups that are rounded by the calling thread: for fewer it takes longer to wake the others."""
 
@@ -48,52 +45,22 @@ def compiled_for(function: Any, arguments: tuple[Any, ...]) -> Callable[..., Any
     return function.overloads[kinds].entry_point
 
 
-def tiles_of(instructions: Instructions) -> tuple[Any, ...]:
-    """Returns the sizes of tiles that `linear` is compiled for: of rows, of blocks, and these again as a number."""
-    wide = BLOCKS_OF_ROWS[instructions]
-    return ONE, TWO, FOUR, SIX, wide, wide.value
-
-
 @njit(**COMPILED)
-def multiply_row(first, last, code, form, one, four, y, width, w, s, m, x, xs, sums, n_in):
-    """Multiplies one row by blocks `first` to `last` - 1."""
-    block = first
-    while block + 4 <= last:
-        multiply_tile(code, form, one, four, y, width, w, s, m, block, x, xs, sums, 0, n_in)
-        block += 4
-    while block < last:
-        multiply_tile(code, form, one, one, y, width, w, s, m, block, x, xs, sums, 0, n_in)
-        block += 1
-
-
-@njit(**COMPILED)
-def multiply_rows(first, last, code, form, tiles, y, width, w, s, m, x, xs, sums, rows, n_in):
+def multiply_rows(first, last, code, form, y, width, w, s, m, x, xs, sums, rows, n_in):
     """Multiplies all rows by blocks `first` to `last` - 1."""
-    one, two, four, six, wide, step = tiles
-    block = first
-    while block + step <= last:
+    for block in range(first, last):
         row = 0
-        while row + 6 <= rows:
-            multiply_tile(code, form, six, wide, y, width, w, s, m, block, x, xs, sums, row, n_in)
-            row += 6
+        while row + 8 <= rows:
+            multiply_tile(code, form, EIGHT, y, width, w, s, m, block, x, xs, sums, row, n_in)
+            row += 8
         if row + 4 <= rows:
-            multiply_tile(code, form, four, wide, y, width, w, s, m, block, x, xs, sums, row, n_in)
+            multiply_tile(code, form, FOUR, y, width, w, s, m, block, x, xs, sums, row, n_in)
             row += 4
         if row + 2 <= rows:
-            multiply_tile(code, form, two, wide, y, width, w, s, m, block, x, xs, sums, row, n_in)
+            multiply_tile(code, form, TWO, y, width, w, s, m, block, x, xs, sums, row, n_in)
             row += 2
         if row < rows:
-            multiply_tile(code, form, one, wide, y, width, w, s, m, block, x, xs, sums, row, n_in)
-        block += step
-    while block < last:
-        row = 0
-        while row + 6 <= rows:
-            multiply_tile(code, form, six, one, y, width, w, s, m, block, x, xs, sums, row, n_in)
-            row += 6
-        while row < rows:
-            multiply_tile(code, form, one, one, y, width, w, s, m, block, x, xs, sums, row, n_in)
-            row += 1
-        block += 1
+            multiply_tile(code, form, ONE, y, width, w, s, m, block, x, xs, sums, row, n_in)
 
 
 def prepared(threads: int, code: Static, form: Static, x: np.ndarray) -> Any:
@@ -144,16 +111,12 @@ def round_groups(first, last, code, x, rounded, scales, sums):
 
 
 @njit(**COMPILED)
-def linear(threads, code, tiles, x, rows, weight):
+def linear(threads, code, x, rows, weight):
     """Returns y (R, outputs) of float32 rows x (R, I), flat, and a weight: its form, its arrays (numbers, scales and
     minimums), and the outputs of all its blocks."""
     form, (w, s, m), width = weight
     n_in = x.size // rows
     x, xs, sums = prepared(threads, code, form, x)
     y = np.empty(rows * width, np.float32)
-    if rows == 1:
-        one, _, four, _, _, _ = tiles
-        parallel(multiply_row, threads, width // 16, (code, form, one, four, y, width, w, s, m, x, xs, sums, n_in))
-    else:
-        parallel(multiply_rows, threads, width // 16, (code, form, tiles, y, width, w, s, m, x, xs, sums, rows, n_in))
+    parallel(multiply_rows, threads, width // 16, (code, form, y, width, w, s, m, x, xs, sums, rows, n_in))
     return y

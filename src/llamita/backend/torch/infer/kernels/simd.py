@@ -19,6 +19,7 @@ import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.imputils import lower_constant
 from numba.extending import NativeValue, models, register_model, typeof_impl, unbox
 
 from llamita.backend.torch.infer.kernels.instructions import Instructions
@@ -94,6 +95,11 @@ register_model(StaticType)(models.OpaqueModel)
 @typeof_impl.register(Static)
 def _type_of_static(static: Static, _: Any) -> StaticType:
     return StaticType(static.value)
+
+
+@lower_constant(StaticType)
+def _constant_static(context: Any, _: Any, __: Any, ___: Any) -> Any:
+    return context.get_dummy_value()
 
 
 @unbox(StaticType)
