@@ -1,8 +1,8 @@
 """Products of activations with blocked weights: any number of rows, on all threads.
 
-Each thread has some of the blocks. It takes one after the other, so that it reads memory in one stream, and all rows
-past it while it is near: one row reads each weight once, at the speed of memory; many rows find it in the cache, at the
-speed of arithmetic.
+Each thread has some of the blocks. It takes one or a few at a time, and all rows of activations past them while they
+are near: one row reads each weight once, at the speed of memory; many rows find it in the cache, at the speed of
+arithmetic.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,7 @@ def _can_keep() -> bool:
 
 COMPILED: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False, "cache": _can_keep()}
 
-ONE, TWO, FOUR, EIGHT = Static(1), Static(2), Static(4), Static(8)
-"""Rows that meet a block together: as many as their sums find registers for, and fewer for the last ones."""
+ONE, TWO, FOUR, SIX, EIGHT = Static(1), Static(2), Static(4), Static(6), Static(8)
 GROUPS_ALONE = 512
 """Groups that are rounded by the calling thread: for fewer it takes longer to wake the others."""
 
@@ -45,22 +44,73 @@ def compiled_for(function: Any, arguments: tuple[Any, ...]) -> Callable[..., Any
     return function.overloads[kinds].entry_point
 
 
+def tile_alone(form: Static) -> tuple[Static, int]:
+    """Returns the blocks that a row alone takes at a time, and their number: of floating-point numbers four, so that
+    memory is read in several streams, and sums do not wait for one another; a byte's arithmetic fills that time."""
+    raise NotImplementedError("for compiled code")
+
+
+@overload(tile_alone)
+def _tile_alone(form):
+    return (lambda form: (ONE, 1)) if form.value.in_bytes else (lambda form: (FOUR, 4))
+
+
+def tile_of_many(code: Static, form: Static) -> tuple[Static, int, Static, int]:
+    """Returns the blocks that several rows take at a time, and the rows, each with their number: as many as their sums
+    find registers for, which bytes need twice."""
+    raise NotImplementedError("for compiled code")
+
+
+@overload(tile_of_many)
+def _tile_of_many(code, form):
+    if form.value.in_bytes:
+        return lambda code, form: (ONE, 1, EIGHT, 8)
+    if code.value.instructions == "avx512":
+        return lambda code, form: (FOUR, 4, SIX, 6)
+    return lambda code, form: (ONE, 1, SIX, 6)
+
+
+@njit(**COMPILED)
+def multiply_row(first, last, code, form, y, width, w, s, m, x, xs, sums, n_in):
+    """Multiplies one row by blocks `first` to `last` - 1."""
+    blocks, step = tile_alone(form)
+    block = first
+    while block + step <= last:
+        multiply_tile(code, form, ONE, blocks, y, width, w, s, m, block, x, xs, sums, 0, n_in)
+        block += step
+    while block < last:
+        multiply_tile(code, form, ONE, ONE, y, width, w, s, m, block, x, xs, sums, 0, n_in)
+        block += 1
+
+
 @njit(**COMPILED)
 def multiply_rows(first, last, code, form, y, width, w, s, m, x, xs, sums, rows, n_in):
     """Multiplies all rows by blocks `first` to `last` - 1."""
-    for block in range(first, last):
+    blocks, step, most, at_once = tile_of_many(code, form)
+    block = first
+    while block + step <= last:
         row = 0
-        while row + 8 <= rows:
-            multiply_tile(code, form, EIGHT, y, width, w, s, m, block, x, xs, sums, row, n_in)
-            row += 8
+        while row + at_once <= rows:
+            multiply_tile(code, form, most, blocks, y, width, w, s, m, block, x, xs, sums, row, n_in)
+            row += at_once
         if row + 4 <= rows:
-            multiply_tile(code, form, FOUR, y, width, w, s, m, block, x, xs, sums, row, n_in)
+            multiply_tile(code, form, FOUR, blocks, y, width, w, s, m, block, x, xs, sums, row, n_in)
             row += 4
         if row + 2 <= rows:
-            multiply_tile(code, form, TWO, y, width, w, s, m, block, x, xs, sums, row, n_in)
+            multiply_tile(code, form, TWO, blocks, y, width, w, s, m, block, x, xs, sums, row, n_in)
             row += 2
         if row < rows:
-            multiply_tile(code, form, ONE, y, width, w, s, m, block, x, xs, sums, row, n_in)
+            multiply_tile(code, form, ONE, blocks, y, width, w, s, m, block, x, xs, sums, row, n_in)
+        block += step
+    while block < last:
+        row = 0
+        while row + at_once <= rows:
+            multiply_tile(code, form, most, ONE, y, width, w, s, m, block, x, xs, sums, row, n_in)
+            row += at_once
+        while row < rows:
+            multiply_tile(code, form, ONE, ONE, y, width, w, s, m, block, x, xs, sums, row, n_in)
+            row += 1
+        block += 1
 
 
 def prepared(threads: int, code: Static, form: Static, x: np.ndarray) -> Any:
@@ -118,5 +168,8 @@ def linear(threads, code, x, rows, weight):
     n_in = x.size // rows
     x, xs, sums = prepared(threads, code, form, x)
     y = np.empty(rows * width, np.float32)
-    parallel(multiply_rows, threads, width // 16, (code, form, y, width, w, s, m, x, xs, sums, rows, n_in))
+    if rows == 1:
+        parallel(multiply_row, threads, width // 16, (code, form, y, width, w, s, m, x, xs, sums, n_in))
+    else:
+        parallel(multiply_rows, threads, width // 16, (code, form, y, width, w, s, m, x, xs, sums, rows, n_in))
     return y

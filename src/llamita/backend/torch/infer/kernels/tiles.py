@@ -1,4 +1,4 @@
-"""The inner loops of products: a few rows of activations times a block of weights, all sums held in registers.
+"""The inner loops of products: a few rows of activations times a few blocks of weights, all sums held in registers.
 
 A block is 16 rows of a weight side by side, one in each lane of a vector: a number of an activation, put into all
 lanes, meets the 16 weights of its column, and nothing is ever summed across lanes. Weights of one byte or less have a
@@ -10,7 +10,6 @@ scale of theirs, and the products are whole numbers.
 Letters beyond the usual: R rows of activations, O outputs of a weight, I its inputs, G groups of 32 inputs.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -43,8 +42,6 @@ SHARED = 256
 SMALLEST = 1e-30
 """Groups of smaller numbers are rounded to zeros."""
 BYTES_A_CHUNK = 4 * LANES
-CHAINS = 4
-"""Sums that have to be under way at a time, where each takes as long as four of them do one after the other."""
 
 
 class Form(NamedTuple):
@@ -116,6 +113,7 @@ def multiply_tile(
     target: Any,
     form: Any,
     rows: Any,
+    blocks: Any,
     y: Any,
     width: Any,
     weights: Any,
@@ -128,7 +126,7 @@ def multiply_tile(
     row: Any,
     n_in: Any,
 ) -> Any:
-    """Multiplies `rows` rows of x, from `row` on, by a block and stores the sums in y.
+    """Multiplies rows `row`, `row` + 1, ... of x by blocks `block`, `block` + 1, ... and stores the sums in y.
 
     y is float32 (R, width), width being 16 times the number of blocks. x is float32 or bfloat16 (R, I); or int8 with
     `x_scales` float32 (R, G) and `x_sums` int32 (R, 2 G), of 16 numbers each. All arrays are flat.
@@ -137,132 +135,130 @@ def multiply_tile(
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> Any:
         code = Code(builder, target.value)
         y_at, weights_at, scales_at, minimums_at, x_at, x_scales_at, x_sums_at = pointers(
-            context, builder, signature, values, 3, 5, 6, 7, 9, 10, 11
+            context, builder, signature, values, 4, 6, 7, 8, 10, 11, 12
         )
-        width_value, block_value, first_row, inputs = (values[place] for place in (4, 8, 12, 13))
-        tile = Tile(code, form.value, rows.value, inputs)
-        tile.begin(weights_at, scales_at, minimums_at, block_value)
+        width_value, first_block, first_row, inputs = (values[place] for place in (5, 9, 13, 14))
+        tile = Tile(code, form.value, rows.value, blocks.value, inputs)
+        tile.begin(weights_at, scales_at, minimums_at, first_block)
         tile.take(x_at, x_scales_at, x_sums_at, first_row)
         sums = tile.sums_of_bytes() if form.value.in_bytes else tile.sums_of_floats()
-        for number, total in enumerate(sums):
+        for number, of_row in enumerate(sums):
             before = builder.mul(builder.add(first_row, LONG(number)), width_value)
-            code.store(total, code.after(y_at, builder.add(before, builder.mul(block_value, LONG(LANES)))))
+            place = builder.add(before, builder.mul(first_block, LONG(LANES)))
+            for which, total in enumerate(of_row):
+                code.store(total, code.after(y_at, builder.add(place, LONG(which * LANES))))
         return context.get_dummy_value()
 
-    arguments = (target, form, rows, y, types.intp, weights, scales, minimums, types.intp)
+    arguments = (target, form, rows, blocks, y, types.intp, weights, scales, minimums, types.intp)
     return types.void(*arguments, x, x_scales, x_sums, types.intp, types.intp), generate
 
 
 class Tile:
-    """The sums of one tile: of `rows` rows of activations by a block."""
+    """The sums of one tile: `rows` rows of activations by `blocks` blocks of weights."""
 
-    def __init__(self, code: Code, form: Form, rows: int, inputs: ir.Value) -> None:
-        self.code, self.form, self.rows, self.inputs = code, form, rows, inputs
+    def __init__(self, code: Code, form: Form, rows: int, blocks: int, inputs: ir.Value) -> None:
+        self.code, self.form, self.rows, self.blocks, self.inputs = code, form, rows, blocks, inputs
         self.builder = code.builder
         self.groups = self.builder.lshr(inputs, LONG(5))
 
-    def begin(self, weights: ir.Value, scales: ir.Value, minimums: ir.Value, block: ir.Value) -> None:
-        """Finds where the numbers of the block begin."""
+    def begin(self, weights: ir.Value, scales: ir.Value, minimums: ir.Value, first_block: ir.Value) -> None:
+        """Finds where the numbers of each block begin."""
         form, builder = self.form, self.builder
         items = builder.mul(self.inputs, LONG(LANES * form.bits // 8 if form.in_bytes else LANES))
         scale_items = LONG(LANES) if form.by_row else builder.mul(self.groups, LONG(LANES))
         if form.scale == "int8":
             scale_items = builder.mul(builder.udiv(self.inputs, LONG(SHARED)), LONG(form.record))
-        self.weights = self.code.after(weights, builder.mul(block, items))
+        self.weights = self._starts(weights, first_block, self.blocks, items)
         self.scales, self.minimums = (
-            self.code.after(pointer, builder.mul(block, scale_items)) for pointer in (scales, minimums)
+            self._starts(pointer, first_block, self.blocks, scale_items) for pointer in (scales, minimums)
         )
 
     def take(self, x: ir.Value, x_scales: ir.Value, x_sums: ir.Value, first_row: ir.Value) -> None:
         """Finds where the numbers of each row begin."""
+        self.x = self._starts(x, first_row, self.rows, self.inputs)
+        self.x_scales = self._starts(x_scales, first_row, self.rows, self.groups)
+        self.x_sums = self._starts(x_sums, first_row, self.rows, self.builder.mul(self.groups, LONG(GROUP // SUMMED)))
 
-        def starts(pointer: ir.Value, size: ir.Value) -> list[ir.Value]:
-            numbers = [self.builder.add(first_row, LONG(row)) for row in range(self.rows)]
-            return [self.code.after(pointer, self.builder.mul(number, size)) for number in numbers]
+    def _starts(self, pointer: ir.Value, first: ir.Value, count: int, size: ir.Value) -> list[ir.Value]:
+        """Returns where `count` items of a size begin, from the one of number `first` on."""
+        numbers = [self.builder.add(first, LONG(which)) for which in range(count)]
+        return [self.code.after(pointer, self.builder.mul(number, size)) for number in numbers]
 
-        self.x, self.x_scales = starts(x, self.inputs), starts(x_scales, self.groups)
-        self.x_sums = starts(x_sums, self.builder.mul(self.groups, LONG(GROUP // SUMMED)))
+    def sums_of_floats(self) -> list[list[ir.Value]]:
+        """Returns the sums of each row and block, over weights that are floating-point numbers."""
+        code, zero = self.code, self.code.filled(FLOATS, 0.0)
+        totals = [[code.variable(zero) for _ in range(self.blocks)] for _ in range(self.rows)]
 
-    def sums_of_floats(self) -> list[ir.Value]:
-        """Returns the sums of each row, over weights that are floating-point numbers.
-
-        A sum waits for the one before it. Few rows have several each, of every so manyth input, joined at the end.
-        """
-        code, builder, together = self.code, self.builder, self.form.together
-        chains = max(1, CHAINS // self.rows)
-        totals = [[code.variable(code.filled(FLOATS, 0.0)) for _ in range(chains)] for _ in self.x]
-        steps = builder.udiv(self.inputs, LONG(together))
-        whole = builder.udiv(steps, LONG(chains))
-        with code.loop(whole) as turn:
-            for chain in range(chains):
-                step = builder.add(builder.mul(turn.index, LONG(chains)), LONG(chain))
-                self._add_inputs([of_row[chain] for of_row in totals], builder.mul(step, LONG(together)))
-        done = builder.mul(whole, LONG(chains))
-        with code.loop(builder.sub(steps, done)) as turn:
-            step = builder.add(done, turn.index)
-            self._add_inputs([of_row[0] for of_row in totals], builder.mul(step, LONG(together)))
-        return [functools.reduce(builder.fadd, (total.get() for total in of_row)) for of_row in totals]
-
-    def _add_inputs(self, totals: list[Variable], first: ir.Value) -> None:
-        """Adds the products of one input to the sum of each row, or of two that lie together."""
-        code, builder = self.code, self.builder
-        weights = code.after(self.weights, builder.mul(first, LONG(LANES)))
-        if self.form.numbers != "bfloat16":
-            weight = code.load_floats(weights, self.form.numbers)
-            for total, start in zip(totals, self.x, strict=True):
-                x = code.splat(code.load(code.after(start, first), FLOAT))
-                total.set(code.multiply_add(weight, x, total.get()))
-            return
-        words = code.load(weights, WORDS)
-        if rounds_activations(self.form, code.instructions):
-            for total, start in zip(totals, self.x, strict=True):
-                x = code.splat(code.load(code.after(start, first), WORD))
-                total.set(code.dot_bfloat16(total.get(), words, x))
-            return
-        halves = code.split_bfloat16(words)
-        for total, start in zip(totals, self.x, strict=True):
-            for which, weight in enumerate(halves):
-                x = code.splat(code.load(code.after(start, builder.add(first, LONG(which))), FLOAT))
+        def add(row: int, x: ir.Value, weights: list[ir.Value]) -> None:
+            for total, weight in zip(totals[row], weights, strict=True):
                 total.set(code.multiply_add(weight, x, total.get()))
 
-    def sums_of_bytes(self) -> list[ir.Value]:
-        """Returns the sums of each row, over weights and activations in bytes."""
-        code, form = self.code, self.form
-        totals = [code.variable(code.filled(FLOATS, 0.0)) for _ in self.x]
+        if self.form.numbers == "bfloat16":
+            with code.loop(self.builder.lshr(self.inputs, LONG(1))) as pair:
+                two = self.builder.mul(pair.index, LONG(2))
+                at = self.builder.mul(pair.index, LONG(2 * LANES))
+                words = [code.load(code.after(start, at), WORDS) for start in self.weights]
+                if rounds_activations(self.form, code.instructions):
+                    for row, start in enumerate(self.x):
+                        x = code.splat(code.load(code.after(start, two), WORD))
+                        for total, word in zip(totals[row], words, strict=True):
+                            total.set(code.dot_bfloat16(total.get(), word, x))
+                else:
+                    halves = [code.split_bfloat16(word) for word in words]
+                    for row, start in enumerate(self.x):
+                        for which in (0, 1):
+                            x = code.splat(code.load(code.after(start, self.builder.add(two, LONG(which))), FLOAT))
+                            add(row, x, [half[which] for half in halves])
+        else:
+            with code.loop(self.inputs) as turn:
+                at = self.builder.mul(turn.index, LONG(LANES))
+                weights = [code.load_floats(code.after(start, at), self.form.numbers) for start in self.weights]
+                for row, start in enumerate(self.x):
+                    add(row, code.splat(code.load(code.after(start, turn.index), FLOAT)), weights)
+        return [[total.get() for total in of_row] for of_row in totals]
+
+    def sums_of_bytes(self) -> list[list[ir.Value]]:
+        """Returns the sums of each row and block, over weights and activations in bytes."""
+        code, builder, form = self.code, self.builder, self.form
+        totals = [[code.variable(code.filled(FLOATS, 0.0)) for _ in self.weights] for _ in self.x]
         with code.loop(self.groups) as group:
             for part in range(GROUP // form.group):
                 self._add_group(totals, group.index, part)
-        found = [total.get() for total in totals]
+        found = [[total.get() for total in of_row] for of_row in totals]
         if form.by_row:
-            scales = code.load_floats(self.scales, form.scale)
-            found = [self.builder.fmul(total, scales) for total in found]
+            scales = [code.load_floats(start, form.scale) for start in self.scales]
+            found = [[builder.fmul(*pair) for pair in zip(of_row, scales, strict=True)] for of_row in found]
         return found
 
-    def _add_group(self, totals: list[Variable], group: ir.Value, part: int) -> None:
+    def _add_group(self, totals: list[list[Variable]], group: ir.Value, part: int) -> None:
         """Adds the products of one group of the weight: a part of a group of activations, or all of it."""
         code, builder, form = self.code, self.builder, self.form
         sums = [self._sum(start, group, part) for start in self.x_sums]
         starts = [code.splat(builder.mul(total, WORD(-bias(form, code.instructions)))) for total in sums]
-        dots = [ByteDots(code, form.bits, start) for start in starts]
+        dots = [[ByteDots(code, form.bits, start) for _ in self.weights] for start in starts]
         first, chunks = builder.mul(group, LONG(GROUP)), form.group // 4
         for chunk in range(part * chunks, (part + 1) * chunks):
             if chunk // form.apart % 2:  # came with an earlier one
                 continue
-            for which, weights in enumerate(self._chunks(group, chunk)):
-                place = builder.add(first, LONG(4 * (chunk + form.apart * which)))
-                for dot, start in zip(dots, self.x, strict=True):
+            pairs = [self._chunks(start, group, chunk) for start in self.weights]
+            for which in (0, 1):
+                for row, start in enumerate(self.x):
+                    place = builder.add(first, LONG(4 * (chunk + form.apart * which)))
                     x = builder.bitcast(code.splat(code.load(code.after(start, place), WORD)), BYTES)
-                    dot.add(weights, x)
-        scales = None if form.by_row else self._scales(self.scales, group, part)
-        lowest = self._scales(self.minimums, group, part) if form.minimum else None
-        for total, dot, start, x_sum in zip(totals, dots, self.x_scales, sums, strict=True):
+                    for dot, pair in zip(dots[row], pairs, strict=True):
+                        dot.add(pair[which], x)
+        scales = [None if form.by_row else self._scales(start, group, part) for start in self.scales]
+        for row, start in enumerate(self.x_scales):
             x_scale = code.load(code.after(start, group), FLOAT)
             x_scales = code.splat(x_scale)
-            factor = x_scales if scales is None else builder.fmul(scales, x_scales)
-            total.set(code.multiply_add(builder.sitofp(dot.sum(), FLOATS), factor, total.get()))
-            if lowest is not None:
-                scaled = code.splat(builder.fmul(x_scale, builder.sitofp(x_sum, FLOAT)))
-                total.set(code.multiply_add(lowest, scaled, total.get()))
+            for total, dot, scale in zip(totals[row], dots[row], scales, strict=True):
+                factor = x_scales if scale is None else builder.fmul(scale, x_scales)
+                total.set(code.multiply_add(builder.sitofp(dot.sum(), FLOATS), factor, total.get()))
+            if form.minimum:
+                x_sum = code.splat(builder.fmul(x_scale, builder.sitofp(sums[row], FLOAT)))
+                for total, minimum in zip(totals[row], self.minimums, strict=True):
+                    lowest = self._scales(minimum, group, part)
+                    total.set(code.multiply_add(lowest, x_sum, total.get()))
 
     def _sum(self, start: ir.Value, group: ir.Value, part: int) -> ir.Value:
         """Returns the sum of the activations that meet one group of the weight."""
@@ -282,14 +278,13 @@ class Tile:
         place = builder.add(whole, LONG((2 + part) * LANES))  # two bytes in each lane are the float16
         return builder.fmul(code.load_floats(code.after(record, place), "int8"), code.load_floats(record, "float16"))
 
-    def _chunks(self, group: ir.Value, chunk: int) -> list[ir.Value]:
+    def _chunks(self, start: ir.Value, group: ir.Value, chunk: int) -> list[ir.Value]:
         """Returns the weights of four inputs, and of those that are taken together with them: BYTES each."""
         builder, bits = self.builder, self.form.bits
         in_group = builder.mul(group, LONG(GROUP * LANES * bits // 8))
 
         def load(at: int) -> ir.Value:
-            place = builder.add(in_group, LONG(at * BYTES_A_CHUNK))
-            return self.code.load(self.code.after(self.weights, place), BYTES)
+            return self.code.load(self.code.after(start, builder.add(in_group, LONG(at * BYTES_A_CHUNK))), BYTES)
 
         if bits == 8:
             return [load(chunk), load(chunk + 1)]
