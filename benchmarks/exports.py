@@ -5,7 +5,7 @@
 The text's first windows, each predicted from its own beginning, so that both programs score the same targets given the
 same tokens. llama.cpp reads the GGUF files written here, and quantises the float32 one itself to the kinds that lie
 beside int8 and int4 (q8_0 and q4_0), which are read here as well. It multiplies quantised weights with activations in
-eight bits; here they are dequantised. int8 and int4 are computed in float32.
+eight bits; so do kernels of ours where a form runs as it does by itself. In float32 the weights are dequantised.
 """
 
 import argparse
@@ -37,13 +37,14 @@ def main() -> None:
     arguments = parser.parse_args()
     windows = text_windows(Tokenizer.load(arguments.model), arguments.text, arguments.windows, arguments.length)
     table = Table(box=None, title=f"{len(windows)} windows of {arguments.length} tokens", title_justify="left")
-    for column in ("form", "MB", "perplexity here", "in llama.cpp"):
+    for column in ("form", "MB", "perplexity in float32", "as it runs", "in llama.cpp"):
         table.add_column(column, justify="left" if column == "form" else "right")
     with tempfile.TemporaryDirectory() as directory:
         forms = {"as it came": arguments.model} | exported(arguments.model, Path(directory))
         for name, path in forms.items():
             theirs = f"{llama_cpp_perplexity(path, windows):.3f}" if path.suffix == ".gguf" else ""
-            table.add_row(name, f"{megabytes(path):.1f}", f"{perplexity(path, windows):.3f}", theirs)
+            ours = [f"{perplexity(path, windows, dtype):.3f}" for dtype in ("float32", "auto")]
+            table.add_row(name, f"{megabytes(path):.1f}", *ours, theirs)
     Console().print(table)
 
 
@@ -80,9 +81,9 @@ def megabytes(path: Path) -> float:
     return sum(file.stat().st_size for file in files) / 1e6
 
 
-def perplexity(model: Path, windows: list[np.ndarray]) -> float:
-    """Computed in float32 by PyTorch on the CPU."""
-    llm = llamita.load(model, backend="torch", device="cpu", dtype="float32")
+def perplexity(model: Path, windows: list[np.ndarray], dtype: str) -> float:
+    """Computed by PyTorch, or kernels of ours, on the CPU."""
+    llm = llamita.load(model, backend="torch", device="cpu", dtype=dtype)
     return _perplexity(llm.runner, windows, llm.config.vocab_size)
 
 

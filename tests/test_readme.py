@@ -208,6 +208,14 @@ def test_links_to_files_of_the_project_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
 
 
+def test_the_tests_that_a_page_names_are_there() -> None:
+    page = ROOT / "docs" / "compatibility.md"
+    named = re.findall(r"\[test_\w+\.py::(\w+)\]\(([^)]+)\)", page.read_text("utf-8"))
+    assert len(named) > 100
+    for name, target in named:
+        assert f"def {name}(" in (page.parent / target).read_text("utf-8"), f"{target} has no {name}"
+
+
 def test_a_page_is_taken_apart_as_it_reads() -> None:
     page = "text\n```sh no-run\n# a comment\nllamita train \\\n  --steps 3\n\nmake test\n```\n```\nno command\n```\n"
     first, second = blocks(page)

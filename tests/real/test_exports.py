@@ -18,7 +18,11 @@ def test_exports_lose_no_more_than_llama_cpps(tmp_path, shared_data):
     windows = exports.text_windows(Tokenizer.load(model), text, 2, LENGTH)
     assert [len(window) for window in windows] == [LENGTH, LENGTH]
     forms = exports.exported(model, tmp_path)
-    here = {name: exports.perplexity(path, windows) for name, path in {"as it came": model, **forms}.items()}
+    all_forms = {"as it came": model, **forms}
+    here = {name: exports.perplexity(path, windows, "float32") for name, path in all_forms.items()}
+    as_it_runs = exports.perplexity(model, windows, "auto")  # with activations in bytes, where there are kernels
+    assert as_it_runs == pytest.approx(exports.llama_cpp_perplexity(model, windows), rel=2e-2)
+    assert as_it_runs == pytest.approx(here["as it came"], rel=2e-2)
     assert here["gguf-f32"] == pytest.approx(here["as it came"], rel=1e-6)
     for kind, tolerance in {"gguf-f16": 1e-3, "gguf-bf16": 5e-3, "gguf-q8_0": 5e-3, "int8": 1e-2}.items():
         assert here[kind] == pytest.approx(here["as it came"], rel=tolerance)

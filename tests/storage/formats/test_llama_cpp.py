@@ -7,7 +7,9 @@ import gguf as library
 import numpy as np
 import pytest
 
-from llamita.backend.torch.infer.runner import runner_over
+from llamita.backend.torch.infer.kernels.choice import supported
+from llamita.backend.torch.infer.runner import load_runner, runner_over
+from llamita.backend.torch.model.reordered import weights_held_in_blocks
 from llamita.data import meadow
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
@@ -106,3 +108,29 @@ def test_every_number_type_is_dequantised_to_llama_cpps_bits(tmp_path, kind):
     ours = gguf_file._array(read_header(tmp_path / "m.gguf"), "x").to_numpy().reshape(-1)
     assert np.isfinite(ours).mean() > 0.5
     np.testing.assert_array_equal(ours, by_ggml(raw, kind, 64 * block))
+
+
+@pytest.mark.parametrize("kind", ["Q4_K_M", "Q6_K"])
+def test_a_file_that_llama_cpp_quantised_runs_in_its_own_blocks(tmp_path, kind, monkeypatch):
+    """Both round activations to bytes, each in groups of its own; in float32 the numbers are those of the file."""
+    pytest.importorskip("numba", reason="the kernels need Numba")
+    monkeypatch.setenv("LLAMITA_KERNELS", supported()[0])
+    config = ModelConfig(400, 256, 512, 3, 4, 2, 256)
+    arrays = {name: HostArray.from_numpy(values) for name, values in initialize_parameters(config, seed=1)}
+    gguf.write_model(tmp_path / "f32.gguf", ForeignModel(config, arrays, tokenizer_of("bpe")), "f32")
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    paths = [str(tmp_path / name).encode() for name in ("f32.gguf", "m.gguf")]
+    assert llama_cpp.llama_model_quantize(*paths, options) == 0
+    kinds = {tensor.tensor_type.name for tensor in library.GGUFReader(tmp_path / "m.gguf").tensors}
+    assert kinds == {"F32", "Q6_K"} | ({"Q4_K"} if kind == "Q4_K_M" else set())
+    runner, plain = load_runner(tmp_path / "m.gguf"), load_runner(tmp_path / "m.gguf", dtype="float32")
+    held = weights_held_in_blocks(runner.model)
+    assert {weight.form.numbers for weight in held} <= {"int4", "int6"}
+    tokens = [1, *range(5, 60)]
+    theirs = llama_cpp.Llama(str(tmp_path / "m.gguf"), verbose=False, logits_all=True, n_ctx=256, seed=0)
+    theirs.eval(tokens)
+    ours, exact = (each.forward([tokens])["logits"][0] for each in (runner, plain))
+    size = np.sqrt(np.mean(exact**2))
+    for found in (ours, theirs.scores[: len(tokens)]):
+        assert np.sqrt(np.mean((found - exact) ** 2)) < 3e-2 * size
