@@ -47,7 +47,7 @@ check: $(VENV)/installed-dev
 	scripts/check
 
 benchmarks: $(VENV)/installed-dev
-	@for name in training inference products mlx_inference quantized load prepare soak; do \
+	@for name in training optimizer inference products mlx_inference quantized load prepare soak; do \
 		echo "== $$name"; $(VENV)/bin/python "benchmarks/$$name.py" || exit 1; done
 
 clean:
@@ -59,7 +59,7 @@ clean:
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) scripts/create_venv.py $(VENV)
 	@echo "installing Llamita and what it needs into $(VENV) (PyTorch is a large download) ..."
-	@$(PIP) --editable .
+	@$(PIP) --editable ".[fast]"
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml
