@@ -1,8 +1,8 @@
-"""A decoding step of several sequences, a token or a few of each, in one call a layer.
+"""A decoding step of several sequences, a token or a few of each, in one call over all layers.
 
-Between the calls nothing is left to PyTorch but the embedding, the output head and sampling. The residual stream is
-float32 whatever the type of weights and cache. Attention reads keys and values where they lie in the blocks of the
-cache. Families with other operations than Llama's, Qwen's and Mistral's go the way of the modules.
+Nothing is left to PyTorch but the embedding, and sampling at a temperature. The residual stream is float32 whatever the
+type of weights and cache. Attention reads keys and values where they lie in the blocks of the cache. Families with
+other operations than Llama's, Qwen's and Mistral's go the way of the modules.
 
 Letters beyond the usual: R rows of a step, each of them one token.
 """
@@ -314,7 +314,9 @@ class Decoder:
         x_RD = self.model.embedded(torch.tensor([tokens]))[0]
         x = x_RD.to(torch.float32, copy=True).numpy().reshape(-1)
         cache.begin(chunks)
-        positions = self._positions(chunks, cache)
+        # Held here, since another thread may put longer tables into their place meanwhile.
+        turns = [rope.up_to(max(chunk.end for chunk in chunks)) for rope in self.model.ropes]
+        positions = (*_positions(chunks, cache), _rotations(turns))
         for forms, first, last in self.runs:
             maps = tuple(map(Static, forms))
             before = (threads, self.code, self.kind, maps, x, rows, self.layers, cache.addresses)
@@ -328,36 +330,36 @@ class Decoder:
             self._compiled[key] = compiled_for(function, arguments)
         return self._compiled[key](*arguments)
 
-    def _positions(self, chunks: Sequence[ScheduledChunk], cache: PagedKVCache) -> tuple[Any, ...]:
-        """Returns where each row is in its text, what it sees of the cache, and the tables of rotations.
 
-        For each group of layers and row: the slot of its token, where the blocks of its sequence begin among all, the
-        position that these begin at, the first that the row sees, and the end.
-        """
-        size, longest = cache.layout.block_size, max(chunk.end for chunk in chunks)
-        tables: list[list[tuple[int, ...]]] = []
-        blocks: list[np.ndarray] = []
-        begin = 0
-        for group, spec in enumerate(cache.specs):
-            tables.append([])
-            for chunk in chunks:
-                table = chunk.tables[group]
-                span = BlockSpan.of(chunk, table, size, spec.window)
-                for position in range(chunk.start, chunk.end):
-                    seen = max(0, position - spec.window + 1) if spec.window else 0
-                    slot = int(table[position // size]) * size + position % size
-                    tables[-1].append((slot, begin, span.first, seen, position + 1))
-                blocks.append(span.blocks)
-                begin += len(span.blocks)
-        tables_GXR = np.ascontiguousarray(np.array(tables, dtype=np.int64).transpose(0, 2, 1))
-        found = np.concatenate(blocks, dtype=np.int64)
-        return tables_GXR[0, 4] - 1, tables_GXR, found, size, self._rotations(longest)
+def _positions(chunks: Sequence[ScheduledChunk], cache: PagedKVCache) -> tuple[Any, ...]:
+    """Returns where each row is in its text and what it sees of the cache; the blocks of all sequences, and their size.
 
-    def _rotations(self, longest: int) -> np.ndarray:
-        """Returns a record for each rotation, with the addresses of tables that reach `longest`; then one of none."""
-        tables = [rope.up_to(longest) for rope in self.model.ropes]
-        records = [(cos_SE.data_ptr(), sin_SE.data_ptr(), cos_SE.shape[1]) for cos_SE, sin_SE in tables]
-        return np.array([*records, (0, 0, 0)], ROTATION)
+    For each group of layers and row: the slot of its token, where the blocks of its sequence begin among all, the
+    position that these begin at, the first that the row sees, and the end.
+    """
+    size = cache.layout.block_size
+    tables: list[list[tuple[int, ...]]] = []
+    blocks: list[np.ndarray] = []
+    begin = 0
+    for group, spec in enumerate(cache.specs):
+        tables.append([])
+        for chunk in chunks:
+            table = chunk.tables[group]
+            span = BlockSpan.of(chunk, table, size, spec.window)
+            for position in range(chunk.start, chunk.end):
+                seen = max(0, position - spec.window + 1) if spec.window else 0
+                slot = int(table[position // size]) * size + position % size
+                tables[-1].append((slot, begin, span.first, seen, position + 1))
+            blocks.append(span.blocks)
+            begin += len(span.blocks)
+    tables_GXR = np.ascontiguousarray(np.array(tables, dtype=np.int64).transpose(0, 2, 1))
+    return tables_GXR[0, 4] - 1, tables_GXR, np.concatenate(blocks, dtype=np.int64), size
+
+
+def _rotations(turns: Sequence[tuple[Tensor, Tensor]]) -> np.ndarray:
+    """Returns the addresses of each rotation's cosines and sines (S, E), and E; then those of none."""
+    records = [(cos_SE.data_ptr(), sin_SE.data_ptr(), cos_SE.shape[1]) for cos_SE, sin_SE in turns]
+    return np.array([*records, (0, 0, 0)], ROTATION)
 
 
 def _blocks_of(model: Llama) -> list[Block]:
