@@ -21,10 +21,11 @@ from rich.markdown import Markdown
 
 from llamita.backend.sampling_params import SamplingParams
 from llamita.cli.generate import harmless
-from llamita.cli.loading import LoadConfig, shown_loading
+from llamita.cli.loading import LoadConfig
 from llamita.inference.conversation import Conversation
 from llamita.inference.llm import LLM
 from llamita.inference.request import Statistics
+from llamita.progress import ProgressBar
 from llamita.storage import files
 from llamita.text.chat import Chat
 
@@ -59,7 +60,7 @@ def run(config: ChatConfig) -> int:
 
     if config.sampling.n > 1:
         raise ValueError(f"n={config.sampling.n} gives several answers at once, and a chat has one; leave n at 1")
-    with shown_loading(config.model):
+    with ProgressBar(f"opening {config.model}"):  # kernels are compiled the first time
         llm = LLM.load(config.model, **vars(config.running))
     if llm.tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer beside it, and a chat needs one")

@@ -1,8 +1,5 @@
 """The flags of verbs that open a model to generate with it: `generate` and `chat`."""
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -30,18 +27,3 @@ class LoadConfig:
     """Guess tokens ahead (speculative decoding), which changes the speed but no token: lookup, or a smaller model of
     the same vocabulary."""
     engine: EngineConfig = EngineConfig()
-
-
-@contextmanager
-def shown_loading(model: object) -> Iterator[None]:
-    """Says on a terminal that a model is being opened, and for how long: kernels are compiled the first time."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        progress.add_task(f"opening {model}", total=None)
-        yield

@@ -218,8 +218,11 @@ class TorchRunner:
         """Returns the tokens that each chunk asks for, all drawn in one pass."""
 
         def draw(rows: list[int], specs: list[SampleSpec], ids: list[int]) -> list[SampledToken]:
-            greedy = all(Steps.of(spec).plain_greedy and not spec.params.top_logprobs for spec in specs)
-            if greedy and self._greedy_head is not None and {states.adapters[row] for row in rows} == {None}:
+            if (
+                self._greedy_head is not None
+                and all(Steps.of(spec).plain_greedy and not spec.params.top_logprobs for spec in specs)
+                and {states.adapters[row] for row in rows} == {None}
+            ):
                 found = zip(*self._greedy_head(self._hidden(states, rows)), strict=True)
                 return [sampled_token([token_id, logprob, 0.0], 0) for token_id, logprob in found]
             return sampler.sample(self._logits(states, rows), specs, ids)

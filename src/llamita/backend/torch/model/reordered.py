@@ -24,6 +24,7 @@ from llamita.backend.torch.infer.kernels.instructions import Instructions
 from llamita.backend.torch.memory import own_memory
 from llamita.backend.torch.model.fused import FusedParameter
 from llamita.backend.torch.model.llama import Embedding, KernelWeight, Linear, Llama
+from llamita.backend.torch.model.quantized import QuantizedLinear
 from llamita.backend.torch.model.weights import (
     TORCH_DTYPES,
     build_model,
@@ -262,6 +263,12 @@ def _tied_embedding(fused: FusedParameter, arrays: Mapping[str, HostArray], dtyp
 
 
 def weights_held_in_blocks(model: Llama) -> list[BlockedWeight]:
-    """Returns a model's weights that lie in blocks: all linear maps, or none."""
-    held = [(getattr(module, "blocks", None), getattr(module, "kernel", None)) for module in model.modules()]
-    return [blocks for pair in held for blocks in pair if blocks is not None]
+    """Returns a model's weights that lie in blocks."""
+    found = map(held_in_blocks, model.modules())
+    return [weight for weight in found if weight is not None]
+
+
+def held_in_blocks(module: nn.Module) -> BlockedWeight | None:
+    """Returns a module's weight in blocks; None where it lies otherwise, or the module has none."""
+    found: BlockedWeight | None = getattr(module, "blocks" if isinstance(module, QuantizedLinear) else "kernel", None)
+    return found

@@ -23,7 +23,8 @@ from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.parameters import InitializationName, check_arrays, initialize_parameters, stored_arrays
 
-COPIED_AT_ONCE = 2**18  # numbers
+COPIED_AT_ONCE = 2**18
+"""Numbers: few, since what is computed of them on the way leaves gaps of its size in the allocator's memory."""
 
 
 def build_model(

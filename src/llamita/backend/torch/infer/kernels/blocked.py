@@ -9,7 +9,7 @@ inputs, R rows of activations.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -20,14 +20,12 @@ from torch import Tensor
 
 from llamita.backend.torch.infer.kernels.gguf_blocks import SharedScales, unpacked
 from llamita.backend.torch.infer.kernels.instructions import Instructions
-from llamita.backend.torch.infer.kernels.products import compiled_for, linear
+from llamita.backend.torch.infer.kernels.products import call, linear
 from llamita.backend.torch.infer.kernels.simd import LANES, Static, target
 from llamita.backend.torch.infer.kernels.tiles import GROUP, SHARED, Form, bias
 from llamita.backend.torch.memory import laid_out
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-_COMPILED: dict[tuple[Form, Instructions], Callable[..., np.ndarray]] = {}
 
 
 def _nothing() -> np.ndarray:
@@ -89,11 +87,8 @@ class BlockedWeight:
     def multiply(self, x_RI: Tensor) -> Tensor:
         """Returns x W^T as float32, (R, n_in) to (R, n_out)."""
         x = x_RI.float().contiguous().numpy().reshape(-1)
-        arguments = (torch.get_num_threads(), target(self.instructions), x, len(x_RI), self.of_kernel)
-        key = (self.form, self.instructions)
-        if key not in _COMPILED:
-            _COMPILED[key] = compiled_for(linear, arguments)
-        y = _COMPILED[key](*arguments)
+        statics, code = (self.form, self.instructions), target(self.instructions)
+        y = call(linear, statics, torch.get_num_threads(), code, x, len(x_RI), self.of_kernel)
         return torch.from_numpy(y).view(len(x_RI), self.width)[:, : self.n_out]
 
     def plain(self) -> Tensor:
@@ -221,15 +216,15 @@ def _words(x: Tensor) -> Tensor:
 
 def _blocked_groups(numbers: Tensor | SharedScales) -> np.ndarray:
     if isinstance(numbers, Tensor):
-        return _lanes(numbers).view(torch.uint16).numpy().reshape(-1)
-    factors_JSL, wholes_JGL = map(_lanes, numbers)
+        return laid_out(_lanes(numbers)).view(torch.uint16).numpy().reshape(-1)
+    factors_JSL, wholes_JGL = (_lanes(each).contiguous() for each in numbers)
     wholes_JSB = wholes_JGL.view(torch.uint8).view(*factors_JSL.shape[:2], -1)
     return laid_out(torch.cat((factors_JSL.view(torch.uint8), wholes_JSB), dim=-1)).numpy().reshape(-1)
 
 
 def _lanes(numbers_OG: Tensor) -> Tensor:
     """Returns numbers of each output (O, G) as (J, G, 16)."""
-    return laid_out(_padded(numbers_OG).view(-1, LANES, numbers_OG.shape[1]).transpose(1, 2))
+    return _padded(numbers_OG).view(-1, LANES, numbers_OG.shape[1]).transpose(1, 2)
 
 
 def _padded(x_O: Tensor) -> Tensor:

@@ -116,10 +116,10 @@ def greedy_head_of(model: "Llama") -> "Callable[[Tensor], tuple[list[int], list[
     is done to its logits."""
     if model.instructions is None or model.config.num_labels or not model.transform.changes_nothing:
         return None
-    head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
-    held = getattr(head, "blocks", None) or getattr(head, "kernel", None)
+    from llamita.backend.torch.infer.kernels.head import likeliest_tokens
+    from llamita.backend.torch.model.reordered import held_in_blocks
+
+    held = held_in_blocks(model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head)
     if held is None:
         return None
-    from llamita.backend.torch.infer.kernels.head import likeliest_tokens
-
     return functools.partial(likeliest_tokens, weight=held)

@@ -7,7 +7,7 @@ other operations than Llama's, Qwen's and Mistral's go the way of the modules.
 Letters beyond the usual: R rows of a step, each of them one token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -20,15 +20,15 @@ from torch import Tensor
 from llamita.backend.interface import ScheduledChunk
 from llamita.backend.step_layout import BlockSpan
 from llamita.backend.torch.infer.kernels.blocked import BlockedWeight
-from llamita.backend.torch.infer.kernels.products import COMPILED, FOUR, ONE, compiled_for, linear
+from llamita.backend.torch.infer.kernels.products import COMPILED, FOUR, ONE, call, linear
 from llamita.backend.torch.infer.kernels.simd import LANES, Static, target
 from llamita.backend.torch.infer.kernels.threads import parallel
-from llamita.backend.torch.infer.kernels.tiles import Form
 from llamita.backend.torch.infer.kernels.vectors import exponentials, gate, mix, save, score
 from llamita.backend.torch.infer.kv_cache import PagedKVCache
 from llamita.backend.torch.model.attention import factor
 from llamita.backend.torch.model.llama import Block, Linear, Llama
 from llamita.backend.torch.model.quantized import QuantizedLinear
+from llamita.backend.torch.model.reordered import held_in_blocks
 
 ROWS_ALONE = 2
 """So few rows the calling thread rotates and gates by itself."""
@@ -241,9 +241,6 @@ def decode_layers(threads, code, kind, forms, x, rows, layers, caches, first, la
         x += linear(threads, code, gated, rows, weight_at(forms[3], layer.down))
 
 
-Forms = tuple[Form, ...]
-
-
 class Decoder:
     """Runs decoding steps of a model whose weights lie in blocks."""
 
@@ -259,12 +256,11 @@ class Decoder:
         self.norm = _floats(model.model.norm.weight)
         self._arrays: list[np.ndarray] = []  # what `layers` has the addresses of
         self.layers = np.array([self._layer(number, block) for number, block in enumerate(blocks)], LAYER)
-        forms = [tuple(_held(module).form for module in _maps(block)) for block in blocks]
+        forms = [tuple(Static(_held(module).form) for module in _maps(block)) for block in blocks]
         ends = [number for number in range(1, len(blocks)) if forms[number] != forms[number - 1]]
         begins = [0, *ends]
         self.runs = list(zip([forms[begin] for begin in begins], begins, [*ends, len(blocks)], strict=True))
         """Layers that follow one another and have weights of the same forms: the forms, the first, the end."""
-        self._compiled: dict[Forms | None, Callable[..., Any]] = {}
 
     @staticmethod
     def fits(model: Llama) -> bool:
@@ -282,7 +278,7 @@ class Decoder:
         sizes = (config.hidden_size, config.head_dim, config.intermediate_size)
         if changed or any(size % LANES for size in sizes):
             return False
-        return all(_held_or_none(module) is not None for block in _blocks_of(model) for module in _maps(block))
+        return all(held_in_blocks(module) is not None for block in _blocks_of(model) for module in _maps(block))
 
     def _layer(self, number: int, block: Block) -> tuple[Any, ...]:
         """Returns the record of a layer."""
@@ -318,17 +314,11 @@ class Decoder:
         turns = [rope.up_to(max(chunk.end for chunk in chunks)) for rope in self.model.ropes]
         positions = (*_positions(chunks, cache), _rotations(turns))
         for forms, first, last in self.runs:
-            maps = tuple(map(Static, forms))
-            before = (threads, self.code, self.kind, maps, x, rows, self.layers, cache.addresses)
-            arguments = (*before, first, last, self.sizes, self.eps, self.scale, positions)
-            self._call(forms, decode_layers, arguments)
-        y = self._call(None, normed, (x, self.norm, self.eps, rows))
+            statics = (self.code, self.kind, forms)
+            of_step = (x, rows, self.layers, cache.addresses, first, last, self.sizes, self.eps, self.scale, positions)
+            call(decode_layers, statics, threads, *statics, *of_step)
+        y = call(normed, None, x, self.norm, self.eps, rows)
         return torch.from_numpy(y).view(rows, -1).to(x_RD.dtype)
-
-    def _call(self, key: Forms | None, function: Any, arguments: tuple[Any, ...]) -> Any:
-        if key not in self._compiled:
-            self._compiled[key] = compiled_for(function, arguments)
-        return self._compiled[key](*arguments)
 
 
 def _positions(chunks: Sequence[ScheduledChunk], cache: PagedKVCache) -> tuple[Any, ...]:
@@ -370,12 +360,8 @@ def _maps(block: Block) -> list[Linear | QuantizedLinear]:
     return [block.self_attn.qkv_proj, block.self_attn.o_proj, block.mlp.gate_up_proj, block.mlp.down_proj]
 
 
-def _held_or_none(module: Linear | QuantizedLinear) -> BlockedWeight | None:
-    return module.blocks if isinstance(module, QuantizedLinear) else cast(BlockedWeight | None, module.kernel)
-
-
 def _held(module: Linear | QuantizedLinear) -> BlockedWeight:
-    held = _held_or_none(module)
+    held = held_in_blocks(module)
     assert held is not None
     return held
 

@@ -3,16 +3,13 @@
 Letters beyond the usual: R rows, P parts of a row's logits.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
 from llamita.backend.torch.infer.kernels.blocked import BlockedWeight
-from llamita.backend.torch.infer.kernels.products import COMPILED, compiled_for, linear
+from llamita.backend.torch.infer.kernels.products import COMPILED, call, linear
 from llamita.backend.torch.infer.kernels.simd import LANES, target
 from llamita.backend.torch.infer.kernels.threads import parallel
 from llamita.backend.torch.infer.kernels.vectors import exponentials, largest
@@ -59,25 +56,13 @@ def likeliest(threads, code, x, rows, weight, n_out):
     return ids, logprobs
 
 
-_COMPILED: dict[Any, Callable[..., tuple[np.ndarray, np.ndarray]]] = {}
-
-
 def likeliest_tokens(hidden_RD: Tensor, weight: BlockedWeight) -> tuple[list[int], list[float]]:
     """Returns the token of the largest logit of each row, the first of equal ones, and its log-probability.
 
     It is NaN, or minus infinity, where a row's logits hold NaN, infinity, or nothing above minus infinity.
     """
     x = hidden_RD.float().contiguous().numpy().reshape(-1)
-    arguments = (
-        torch.get_num_threads(),
-        target(weight.instructions),
-        x,
-        len(hidden_RD),
-        weight.of_kernel,
-        weight.n_out,
-    )
-    key = (weight.form, weight.instructions)
-    if key not in _COMPILED:
-        _COMPILED[key] = compiled_for(likeliest, arguments)
-    ids, logprobs = _COMPILED[key](*arguments)
+    statics, code, rows = (weight.form, weight.instructions), target(weight.instructions), len(hidden_RD)
+    threads = torch.get_num_threads()
+    ids, logprobs = call(likeliest, statics, threads, code, x, rows, weight.of_kernel, weight.n_out)
     return ids.tolist(), logprobs.tolist()

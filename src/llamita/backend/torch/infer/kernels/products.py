@@ -5,7 +5,7 @@ are near: one row reads each weight once, at the speed of memory; many rows find
 arithmetic.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
@@ -33,15 +33,21 @@ GROUPS_ALONE = 512
 """Groups that are rounded by the calling thread: for fewer it takes longer to wake the others."""
 
 
-def compiled_for(function: Any, arguments: tuple[Any, ...]) -> Callable[..., Any]:
-    """Returns a compiled function for arguments of just these types.
+_COMPILED: dict[Hashable, Callable[..., Any]] = {}
 
-    It does not look at the types again, since that takes longer than many a product: whoever calls it gives the same
-    ones, arrays being writable and contiguous, or memory is misread.
+
+def call(function: Any, statics: Hashable, *arguments: Any) -> Any:
+    """Calls a compiled function, which is compiled once for what its `Static` arguments hold.
+
+    The types of arguments are not looked at again, since that takes longer than many a product: whoever calls a
+    function gives all others the same ones, arrays being writable and contiguous, or memory is misread.
     """
-    kinds = tuple(typeof(argument) for argument in arguments)
-    function.compile(kinds)
-    return function.overloads[kinds].entry_point
+    key = (function.py_func, statics)
+    if key not in _COMPILED:
+        kinds = tuple(typeof(argument) for argument in arguments)
+        function.compile(kinds)
+        _COMPILED[key] = function.overloads[kinds].entry_point
+    return _COMPILED[key](*arguments)
 
 
 def tile_alone(form: Static) -> tuple[Static, int]:
@@ -89,28 +95,28 @@ def multiply_rows(first, last, code, form, y, width, w, s, m, x, xs, sums, rows,
     blocks, step, most, at_once = tile_of_many(code, form)
     block = first
     while block + step <= last:
-        row = 0
-        while row + at_once <= rows:
-            multiply_tile(code, form, most, blocks, y, width, w, s, m, block, x, xs, sums, row, n_in)
-            row += at_once
-        if row + 4 <= rows:
-            multiply_tile(code, form, FOUR, blocks, y, width, w, s, m, block, x, xs, sums, row, n_in)
-            row += 4
-        if row + 2 <= rows:
-            multiply_tile(code, form, TWO, blocks, y, width, w, s, m, block, x, xs, sums, row, n_in)
-            row += 2
-        if row < rows:
-            multiply_tile(code, form, ONE, blocks, y, width, w, s, m, block, x, xs, sums, row, n_in)
+        move_past(code, form, blocks, most, at_once, y, width, w, s, m, block, x, xs, sums, rows, n_in)
         block += step
     while block < last:
-        row = 0
-        while row + at_once <= rows:
-            multiply_tile(code, form, most, ONE, y, width, w, s, m, block, x, xs, sums, row, n_in)
-            row += at_once
-        while row < rows:
-            multiply_tile(code, form, ONE, ONE, y, width, w, s, m, block, x, xs, sums, row, n_in)
-            row += 1
+        move_past(code, form, ONE, most, at_once, y, width, w, s, m, block, x, xs, sums, rows, n_in)
         block += 1
+
+
+@njit(**COMPILED)
+def move_past(code, form, blocks, most, at_once, y, width, w, s, m, block, x, xs, sums, rows, n_in):
+    """Multiplies all rows by the blocks of one tile."""
+    row = 0
+    while row + at_once <= rows:
+        multiply_tile(code, form, most, blocks, y, width, w, s, m, block, x, xs, sums, row, n_in)
+        row += at_once
+    if row + 4 <= rows:
+        multiply_tile(code, form, FOUR, blocks, y, width, w, s, m, block, x, xs, sums, row, n_in)
+        row += 4
+    if row + 2 <= rows:
+        multiply_tile(code, form, TWO, blocks, y, width, w, s, m, block, x, xs, sums, row, n_in)
+        row += 2
+    if row < rows:
+        multiply_tile(code, form, ONE, blocks, y, width, w, s, m, block, x, xs, sums, row, n_in)
 
 
 def prepared(threads: int, code: Static, form: Static, x: np.ndarray) -> Any:
