@@ -201,8 +201,8 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(model: Path) ->
         wait_for(rb"tokens.*(stopped|cut off).*> ")
         os.write(parent, b"\x03")
         wait_for(rb"/quit leaves.*> ", again=b"\x03")
-        os.write(parent, b"/params min_tokens 0\n")
-        wait_for(rb"min_tokens 0.*> ")
+        os.write(parent, b"/params min_tokens 3\n")  # no chance draw ends this one sooner
+        wait_for(rb"min_tokens 3.*> ")
         os.write(parent, b"/params max_tokens 3\n")
         wait_for(rb"max_tokens 3.*> ")
         os.write(parent, b"Again\n")

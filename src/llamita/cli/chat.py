@@ -60,7 +60,7 @@ def run(config: ChatConfig) -> int:
 
     if config.sampling.n > 1:
         raise ValueError(f"n={config.sampling.n} gives several answers at once, and a chat has one; leave n at 1")
-    with ProgressBar(f"opening {config.model}"):  # kernels are compiled the first time
+    with ProgressBar(f"opening {config.model.name}"):  # kernels are compiled the first time
         llm = LLM.load(config.model, **vars(config.running))
     if llm.tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer beside it, and a chat needs one")

@@ -68,7 +68,7 @@ def run(config: GenerateConfig) -> int:
     adapters = named_paths(config.adapter)
     if len(adapters) > 1:
         raise ValueError(f"{len(adapters)} adapters were given for one prompt; give one, or a file with --input")
-    with ProgressBar(f"opening {config.model}"):  # kernels are compiled the first time
+    with ProgressBar(f"opening {config.model.name}"):  # kernels are compiled the first time
         llm = LLM.load(config.model, adapters=adapters, **vars(config.running))
     adapter = next(iter(adapters), None)
     if config.sampling.n > 1:
@@ -107,7 +107,7 @@ def _run_file(config: GenerateConfig) -> int:
     if not source.is_file():
         raise FileNotFoundError(f"there is no file {source}")
     adapters = named_paths(config.adapter)
-    with ProgressBar(f"opening {config.model}"):  # kernels are compiled the first time
+    with ProgressBar(f"opening {config.model.name}"):  # kernels are compiled the first time
         llm = LLM.load(config.model, adapters=adapters, **vars(config.running))
     items = batch.read_items(llm, source, config.sampling, config.template)
     made_from = {
