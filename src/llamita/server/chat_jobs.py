@@ -94,7 +94,7 @@ async def chat_job(serving: Serving, task: ChatTask) -> AsyncGenerator["ChatJob"
     def prepare() -> Sequence[Request]:
         chat, tokens = encode_messages(model, task)
         params = with_end_of_turn(task.params(room_for(model, len(tokens))), chat)
-        return [model.llm.request(tokens, params, task.adapter)]
+        return [model.require_llm().request(tokens, params, task.adapter)]
 
     async with serving.job(prepare) as job:
         yield ChatJob(job)

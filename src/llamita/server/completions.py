@@ -90,7 +90,7 @@ class Reply:
     def _request(self, model: ServedModel, prompt: str | list[int]) -> engine.Request:
         if isinstance(prompt, str):
             model.require_tokenizer()
-        tokens = model.llm.encode(prompt)
+        tokens = model.require_llm().encode(prompt)
         context = model.config.max_position_embeddings
         if len(tokens) >= context:
             raise ApiError(
@@ -100,7 +100,7 @@ class Reply:
                 param="prompt",
                 code="context_length_exceeded",
             )
-        return model.llm.request(tokens, self.params, self.adapter)
+        return model.require_llm().request(tokens, self.params, self.adapter)
 
     def index(self, place: int, continuation: int) -> int:
         return place * self.params.n + continuation
@@ -214,7 +214,7 @@ def _take(row: Row, event: TokenEvent) -> None:
 def _echoed(reply: Reply, row: Row) -> str:
     """Returns the prompt as text; for a prompt of token ids, what they stand for."""
     for prompt in reply.prompts:
-        if isinstance(prompt, str) and row.prompt == reply.serving.model.llm.encode(prompt):
+        if isinstance(prompt, str) and row.prompt == reply.serving.model.require_llm().encode(prompt):
             return prompt
         if not isinstance(prompt, str) and list(row.prompt) == prompt:
             break

@@ -40,7 +40,7 @@ class Job:
         limits = serving.limits
         deadline = self._arrived + limits.request_seconds
         last: dict[tuple[int, int], float] = {}
-        batches = serving.model.service.follow_many_async(self.requests, limits.stream_buffer)
+        batches = serving.model.require_llm().service.follow_many_async(self.requests, limits.stream_buffer)
         wanted = sum(request.params.n for request in self.requests)
         try:
             async with contextlib.aclosing(batches):
@@ -58,7 +58,7 @@ class Job:
             message = f"the request took longer than the {limits.request_seconds:g} seconds that are allowed"
             raise ApiError(504, message, code="deadline_exceeded") from None
         except RuntimeError as error:  # a reader that lags, an engine that failed or was closed
-            code = "engine_error" if serving.model.service.failure else "ended"
+            code = "engine_error" if serving.model.fault else "ended"
             raise ApiError(503, str(error), code=code) from None
         finally:
             if self._ended < wanted:
@@ -86,7 +86,7 @@ class Serving:
 
     def __init__(self, model: ServedModel, limits: ServerLimits) -> None:
         self.model, self.limits = model, limits
-        engine = model.llm.engine if model.llm is not None else None
+        engine = model.engine
         running = engine.config.max_sequences if engine is not None else 1
         self.admission = Admission(running, limits.max_queued_requests, limits.max_queued_tokens)
         self.metrics = Metrics(engine, self._waiting, lambda: self.admission.queued_tokens)
@@ -129,15 +129,15 @@ class Serving:
     @property
     def fault(self) -> str:
         """Why requests are not answered, in a line; empty where they are."""
-        service = self.model.service
-        if service.failure:
-            return f"the engine failed: {service.failure}"
-        if service.seconds_in_step > self.limits.stuck_seconds:
-            return f"a step of the engine has taken {service.seconds_in_step:.0f} seconds"
+        model = self.model
+        if model.fault:
+            return f"the engine failed: {model.fault}"
+        if model.seconds_in_step > self.limits.stuck_seconds:
+            return f"a step of the engine has taken {model.seconds_in_step:.0f} seconds"
         return "the server is ending" if self.admission.draining else ""
 
     def _waiting(self) -> int:
-        engine = self.model.llm.engine if self.model.llm is not None else None
+        engine = self.model.engine
         return max(0, self.admission.open_requests - (len(engine.scheduler.running) if engine is not None else 0))
 
     @contextlib.contextmanager
