@@ -29,6 +29,8 @@ from llamita.model.parameters import InitializationName
 BackendName = Literal["auto", "torch", "mlx"]
 """The backends there are; which one "auto" stands for, `choice.choose` says."""
 Precision = Literal["auto", "bf16", "fp32"]
+WantedLogits = Literal["all", "last", "none"]
+"""The positions whose logits a forward pass gives: a large vocabulary makes those of a long text a large array."""
 LONGEST_CHUNK = 512
 """Most tokens of a sequence in a step: bounds the memory of a step, and how long it keeps others waiting."""
 
@@ -165,6 +167,29 @@ class Runner(Forward, Protocol):
     @property
     def cache_budget(self) -> int:
         """Bytes that keys and values may take where nothing else is said."""
+
+    def forward(
+        self,
+        tokens_BT: Sequence[Sequence[int]] | np.ndarray,
+        capture: Sequence[str] = (),
+        adapter: str | None = None,
+        logits: WantedLogits = "all",
+    ) -> dict[str, np.ndarray]:
+        """Does as `Forward.forward`, through the `adapter` of this name, and shows attention too.
+
+        Places are also `layers.0.attention`, ...: the probabilities with which each head of the layer looks at each
+        position, float32 (B, N, T, T). A row sums to one, and is zero after its own position and outside a window. What
+        is captured changes no number. `logits` "last" are those of the last position alone, (B, 1, V); with "none" the
+        result has no such entry. ValueError also for an adapter that is not loaded.
+        """
+
+    def logit_lens(self, stream_BTD: np.ndarray, adapter: str | None = None) -> np.ndarray:
+        """Returns the logits that the model would give if these states of its residual stream were its last layer's.
+
+        `stream_BTD` are states that `forward` captured; they go through the final norm and the output head. The result
+        is float32 (B, T, V), and for the states of the last layer the model's own logits, bit for bit. Method:
+        nostalgebraist 2020, "interpreting GPT: the logit lens".
+        """
 
     def weights(self) -> Mapping[str, HostArray]:
         """Returns the values under canonical names, those of an adapter that was opened as a model merged in.
