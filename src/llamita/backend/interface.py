@@ -12,6 +12,7 @@ knows a tensor, a tokenizer, or why a token was scheduled: arrays that cross thi
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -51,6 +52,13 @@ class SampleSpec:
     allowed: np.ndarray | None = None  # bit i % 32 of int32 word i // 32: whether id i may come; None: all may
 
 
+class Target(NamedTuple):
+    """Asks for the log-probability of a token after the one at `offset` of a chunk."""
+
+    offset: int
+    token_id: int
+
+
 @dataclass(frozen=True)
 class ScheduledChunk:
     """Consecutive tokens of one sequence, to be run on top of the `start` tokens of it that the cache already holds.
@@ -64,13 +72,14 @@ class ScheduledChunk:
     start: int  # absolute position of tokens[0]
     tables: tuple[np.ndarray, ...] = ()  # int32, a group each
     samples: tuple[SampleSpec, ...] = ()  # tokens to draw, at positions start + 1 .. end; none: fill the cache only
-    targets: tuple[int, ...] = ()  # what follows tokens[0], tokens[1], ...: their log-probabilities are asked for
+    targets: tuple[Target, ...] = ()  # by their offset; several at one, or none
     adapter: str | None = None  # the adapter that it goes through, by the runner's name for it
 
     def __post_init__(self) -> None:
         assert self.tokens, "a chunk holds at least one token"
         assert self.start >= 0
-        assert len(self.targets) <= len(self.tokens)
+        assert all(0 <= target.offset < len(self.tokens) for target in self.targets)
+        assert all(one.offset <= other.offset for one, other in pairwise(self.targets))
         assert all(self.start < sample.position <= self.end for sample in self.samples)
 
     @property

@@ -149,11 +149,9 @@ class MlxRunner:
     def _score(self, chunks: Sequence[ScheduledChunk], states: States[mx.array]) -> list[tuple[float, ...]]:
         """Returns the log-probabilities of each chunk's targets."""
 
-        def score(rows: range, targets: Sequence[int]) -> list[float]:
-            targets_R1 = mx.array(list(targets))[:, None]
-            logits_RV = self._logits(states, rows).astype(mx.float32)
-            scores_R = mx.take_along_axis(logits_RV, targets_R1, axis=-1)[:, 0] - mx.logsumexp(logits_RV, axis=-1)
-            return np.array(scores_R).tolist()
+        def score(rows: list[int], places: list[int], ids: list[int]) -> list[float]:
+            logits_RV, at = self._logits(states, rows).astype(mx.float32), mx.array(places)
+            return np.array(logits_RV[at, mx.array(ids)] - mx.logsumexp(logits_RV, axis=-1)[at]).tolist()
 
         return score_chunks(chunks, score)
 

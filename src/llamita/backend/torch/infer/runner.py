@@ -239,10 +239,9 @@ class TorchRunner:
     def _score(self, chunks: Sequence[ScheduledChunk], states: States[Tensor]) -> list[tuple[float, ...]]:
         """Returns the log-probabilities of each chunk's targets."""
 
-        def score(rows: range, targets: Sequence[int]) -> list[float]:
-            targets_R1 = torch.tensor(targets, device=self.device)[:, None]
+        def score(rows: list[int], places: list[int], ids: list[int]) -> list[float]:
             logits_RV = self._logits(states, rows).float()
-            return (logits_RV.gather(1, targets_R1)[:, 0] - logits_RV.logsumexp(-1)).tolist()
+            return (logits_RV[places, ids] - logits_RV.logsumexp(-1)[places]).tolist()
 
         return score_chunks(chunks, score)
 
