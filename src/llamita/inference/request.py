@@ -101,6 +101,7 @@ class TokenEvent:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     prompt_logprobs: tuple[float, ...] = ()  # with the first event: of prompt tokens 1, 2, ..., or of the targets
     error: str = ""
+    stop_string: str | None = None  # with the last event: the one of `SamplingParams.stop` that ended it
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,7 @@ class Sequence:
             top_logprobs=() if token is None else token.top,
             prompt_logprobs=scores,
             error=error,
+            stop_string=self._stop_matcher.matched,
         )
 
 

@@ -44,22 +44,37 @@ class ChatTask:
     variables: Mapping[str, Any] = field(default_factory=dict)
     continue_final: bool = False
     add_generation_prompt: bool = True
+    param: str = "messages"
+    """The field of the request that holds the conversation, for errors."""
+
+
+@dataclass(frozen=True)
+class CallDelta:
+    """What one token adds to a call of a function: its name, which comes first and whole, or a piece of the JSON text
+    of its arguments. `index` counts the calls of a continuation from 0."""
+
+    index: int
+    id: str
+    name: str | None = None
+    arguments: str = ""
 
 
 @dataclass(frozen=True)
 class ChatEvent:
-    """What one token adds to one continuation."""
+    """What one token adds to one continuation: reasoning, then text, then calls of functions."""
 
     index: int
     token: TokenEvent
     text: str = ""
     finish_reason: str | None = None
+    reasoning: str = ""
+    calls: Sequence[CallDelta] = ()
 
 
 def encode_messages(model: ServedModel, task: ChatTask) -> tuple[Chat, tuple[int, ...]]:
     """Returns the conversation as token ids. `ApiError` for a model that cannot, ValueError for messages it refuses."""
     if model.chat is None:
-        raise ApiError(400, "this model has no tokenizer, so it reads no messages", param="messages")
+        raise ApiError(400, "this model has no tokenizer, so it reads no messages", param=task.param)
     if reserved := next((name for name in task.variables if name in RESERVED or name.startswith("_")), None):
         raise bad_value("chat_template_kwargs", f"chat_template_kwargs sets {reserved!r}, which has its own field")
     tokens = model.chat.encode(
@@ -72,7 +87,7 @@ def encode_messages(model: ServedModel, task: ChatTask) -> tuple[Chat, tuple[int
     return model.chat, tokens
 
 
-def room_for(model: ServedModel, tokens: int) -> int:
+def room_for(model: ServedModel, tokens: int, param: str = "messages") -> int:
     """Returns how many tokens an answer may have after a prompt; `ApiError` where there is no room for one."""
     context = model.config.max_position_embeddings
     if tokens >= context:
@@ -80,7 +95,7 @@ def room_for(model: ServedModel, tokens: int) -> int:
             400,
             f"the prompt has {tokens} tokens, and the context of this model has {context}, of which the answer needs "
             f"at least one; shorten the prompt by at least {tokens - context + 1} tokens",
-            param="messages",
+            param=param,
             code="context_length_exceeded",
         )
     return context - tokens
@@ -93,7 +108,7 @@ async def chat_job(serving: Serving, task: ChatTask) -> AsyncGenerator["ChatJob"
 
     def prepare() -> Sequence[Request]:
         chat, tokens = encode_messages(model, task)
-        params = with_end_of_turn(task.params(room_for(model, len(tokens))), chat)
+        params = with_end_of_turn(task.params(room_for(model, len(tokens), task.param)), chat)
         return [model.require_llm().request(tokens, params, task.adapter)]
 
     async with serving.job(prepare) as job:
@@ -124,16 +139,16 @@ class ChatJob:
                 yield events
 
 
-def plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """Returns the messages of a request as templates expect them.
+def plain_messages(messages: Sequence[Any], param: str = "messages") -> list[dict[str, Any]]:
+    """Returns the messages of a request (OpenAI's, as schemas/openai.py has them) as templates expect them.
 
     A developer's message is a system message; the arguments of a call are the object that their text holds, as most
     templates want them; parts that refuse are text.
     """
-    return [_plain(message.model_dump(exclude_none=True)) for message in messages]
+    return [_plain(message.model_dump(exclude_none=True), param) for message in messages]
 
 
-def _plain(message: dict[str, Any]) -> dict[str, Any]:
+def _plain(message: dict[str, Any], param: str) -> dict[str, Any]:
     if message["role"] == "developer":
         message["role"] = "system"
     refusal = message.pop("refusal", None)
@@ -152,7 +167,9 @@ def _plain(message: dict[str, Any]) -> dict[str, Any]:
         except ValueError:
             parsed = None
         if not isinstance(parsed, dict):
-            raise bad_value("messages", f"the arguments of a call of {call['function']['name']!r} are no JSON object")
+            raise bad_value(
+                param, f"{param}: the arguments of a call of {call['function']['name']!r} are no JSON object"
+            )
         calls.append({**call, "function": {**call["function"], "arguments": parsed}})
     if calls:
         message["tool_calls"] = calls
