@@ -75,6 +75,7 @@ VERBS: Mapping[str, Verb] = {
     "generate": Verb("llamita.cli.generate", "run", "Continue a prompt with a trained model."),
     "chat": Verb("llamita.cli.chat", "run", "Talk with a trained model in the terminal."),
     "evaluate": Verb("llamita.cli.evaluate", "run", "Measure a model: loss, stories, multiple choice, lm_eval."),
+    "bench": Verb("llamita.cli.bench", "run", "Measure an OpenAI-compatible server under load."),
     "runs list": Verb("llamita.cli.runs", "list_runs", "List the training runs under a directory."),
     "runs show": Verb("llamita.cli.runs", "show", "Show all that is known of a run."),
     "runs diff": Verb("llamita.cli.runs", "diff", "List the differences of two runs."),
