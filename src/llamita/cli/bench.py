@@ -19,6 +19,7 @@ MOST_KEY_BYTES = 10_000
 
 def run(config: BenchmarkConfig) -> int:
 
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
@@ -50,7 +51,7 @@ def run(config: BenchmarkConfig) -> int:
     if summaries:
         assert benchmark.ask is not None
         print(f"{benchmark.ask.model} at {benchmark.url}, {benchmark.ask.endpoint}, times in milliseconds")
-        table = Table()
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for number, header in enumerate(["", *(str(summary.load) for summary in summaries)]):
             table.add_column(header, justify="right" if number else "left")
         for row in report.table_rows(summaries):

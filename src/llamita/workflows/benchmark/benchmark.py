@@ -65,13 +65,13 @@ class BenchmarkConfig:
     timeout: float = 600.0
     """Seconds after which a request is given up and counted as failed."""
     seed: int = 0
-    """Fixes the prompts and the moments of --rate."""
+    """Fixes the prompts, and the moments at which requests of a rate are sent."""
     key_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """A file that holds the API key alone; it goes before LLAMITA_API_KEY."""
     output: Annotated[Path | None, tyro.conf.arg(metavar="DIRECTORY")] = None
     """A directory to write: requests.jsonl (a line a request), summary.json and benchmark.png."""
     overwrite: bool = False
-    """Replace an earlier --output."""
+    """Replace an earlier result in the output directory."""
 
     def __post_init__(self) -> None:
         base_url(self.url)

@@ -1,6 +1,7 @@
 """The result of a benchmark as rows for a table, and as a directory of files: requests, summary and picture."""
 
 import json
+import math
 import os
 import platform
 import time
@@ -112,31 +113,36 @@ def plot(summaries: Sequence[LoadSummary], title: str, path: Path) -> None:
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 3).flat
-    places = range(len(summaries))
     for name, label in LATENCIES.items():
         axes = next(panels)
-        for percentile, shown in PERCENTILES.items():
-            found = [(place, getattr(summaries[place], name)) for place in places]
-            points = [(place, 1e3 * getattr(value, percentile)) for place, value in found if value is not None]
-            axes.plot([place for place, _ in points], [value for _, value in points], marker="o", label=shown)
+        for number, (percentile, shown) in enumerate(PERCENTILES.items()):
+            found: list[Distribution | None] = [getattr(summary, name) for summary in summaries]
+            values = [math.nan if value is None else 1e3 * getattr(value, percentile) for value in found]
+            _draw(axes, summaries, values, f"C{number}", shown)
         axes.set_title(label)
         axes.set_ylabel("ms")
         axes.legend(frameon=False)
-    for label, values in (
-        ("output tokens a second", [summary.output_tokens_per_second for summary in summaries]),
-        ("requests a second", [summary.requests_per_second for summary in summaries]),
-    ):
+    failed = any(summary.completed < summary.requests for summary in summaries)
+    for label, name in (("output tokens", "output_tokens_per_second"), ("requests", "requests_per_second")):
         axes = next(panels)
-        axes.plot(places, values, marker="o", color="C3")
-        failed = any(summary.completed < summary.requests for summary in summaries)
-        axes.set_title(label + (", answered in full" if failed else ""))
+        _draw(axes, summaries, [getattr(summary, name) for summary in summaries], "C3", label)
+        axes.set_title(f"{label} a second" + (", answered in full" if failed else ""))
     for axes in figure.axes:
-        axes.set_xticks(list(places), [str(summary.load) for summary in summaries])
+        axes.set_xticks(range(len(summaries)), [str(summary.load) for summary in summaries])
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, parse_math=False)
     figure.savefig(path, dpi=110)
+
+
+def _draw(axes: Any, summaries: Sequence[LoadSummary], values: Sequence[float], color: str, label: str) -> None:
+    """Draws values over the loads; a line joins loads of one kind alone."""
+    for is_open in (False, True):
+        places = [place for place, summary in enumerate(summaries) if (summary.load.rate is not None) == is_open]
+        if places:
+            axes.plot(places, [values[place] for place in places], marker="o", color=color, label=label)
+            label = "_nolegend_"
 
 
 def _plain(value: Any) -> Any:
