@@ -74,6 +74,7 @@ VERBS: Mapping[str, Verb] = {
     "quantize": Verb("llamita.cli.quantize", "run", "Write a model with its matrices in int8 or int4."),
     "generate": Verb("llamita.cli.generate", "run", "Continue a prompt with a trained model."),
     "chat": Verb("llamita.cli.chat", "run", "Talk with a trained model in the terminal."),
+    "serve": Verb("llamita.cli.serve", "run", "Serve a model to OpenAI and Anthropic clients, and to a browser."),
     "evaluate": Verb("llamita.cli.evaluate", "run", "Measure a model: loss, stories, multiple choice, lm_eval."),
     "bench": Verb("llamita.cli.bench", "run", "Measure an OpenAI-compatible server under load."),
     "runs list": Verb("llamita.cli.runs", "list_runs", "List the training runs under a directory."),
