@@ -82,7 +82,7 @@ def rows_wanted(chunks: Sequence[ScheduledChunk]) -> list[int]:
     """Returns the rows after which a token is drawn or scored, in order."""
     wanted = set(_rows_drawn(chunks))
     for chunk, begin in begins(chunks):
-        wanted |= set(range(begin, begin + len(chunk.targets)))
+        wanted |= {begin + target.offset for target in chunk.targets}
     return sorted(wanted)
 
 
@@ -92,8 +92,8 @@ def _rows_drawn(chunks: Sequence[ScheduledChunk]) -> list[int]:
 
 Draw = Callable[[list[int], list[SampleSpec], list[int]], Iterable[SampledToken]]
 """(rows, what is asked of each, ids of their sequences) -> a token after each row."""
-Score = Callable[[range, Sequence[int]], list[float]]
-"""(rows, the token that follows each) -> the log-probability of each."""
+Score = Callable[[list[int], list[int], list[int]], list[float]]
+"""(rows, the place among them of the row before each target, its id) -> the log-probability of each target."""
 
 
 def sample_chunks(chunks: Sequence[ScheduledChunk], draw: Draw) -> list[tuple[SampledToken, ...]]:
@@ -105,15 +105,20 @@ def sample_chunks(chunks: Sequence[ScheduledChunk], draw: Draw) -> list[tuple[Sa
 
 
 def score_chunks(chunks: Sequence[ScheduledChunk], score: Score) -> list[tuple[float, ...]]:
-    """Returns the log-probabilities of each chunk's targets, SCORED_ROWS at a time; empty where no chunk has any."""
+    """Returns the log-probabilities of each chunk's targets, SCORED_ROWS rows at a time; empty where none has any."""
     if not any(chunk.targets for chunk in chunks):
         return []
     found = []
     for chunk, begin in begins(chunks):
         scores: list[float] = []
-        for first in range(0, len(chunk.targets), SCORED_ROWS):
-            targets = chunk.targets[first : first + SCORED_ROWS]
-            scores += score(range(begin + first, begin + first + len(targets)), targets)
+        offsets = sorted({target.offset for target in chunk.targets})
+        for first in range(0, len(offsets), SCORED_ROWS):
+            places = {offset: place for place, offset in enumerate(offsets[first : first + SCORED_ROWS])}
+            targets = [target for target in chunk.targets if target.offset in places]
+            rows = [begin + offset for offset in places]
+            scores += score(
+                rows, [places[target.offset] for target in targets], [target.token_id for target in targets]
+            )
         found.append(tuple(scores))
     return found
 

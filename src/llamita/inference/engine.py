@@ -94,11 +94,27 @@ class Engine:
             ]
             if outside:
                 raise ValueError(f"{name} has token id {outside[0]!r}, but this model's ids are 0 to {vocabulary - 1}")
+        if request.targets:
+            self._check_targets(request)
         if self._tokenizer is None and (params.stop or params.is_constrained):
             what = "stop strings need" if params.stop else "structured output needs"
             raise ValueError(f"{what} a tokenizer, and this model has none; leave stop and the grammar empty")
         if params.is_constrained:
             self._grammars_of_tokenizer().matcher(params)  # refuses what is broken; what it compiled is kept
+
+    def _check_targets(self, request: Request) -> None:
+        """Raises ValueError for targets that are out of order, outside the prompt or the vocabulary."""
+        vocabulary, length = self._runner.config.vocab_size, len(request.prompt)
+        positions = [target.position for target in request.targets]
+        if request.params.prompt_logprobs:
+            raise ValueError("prompt_logprobs and targets ask for different tokens; give one of them")
+        if positions != sorted(positions) or not 1 <= positions[0] <= positions[-1] <= length:
+            raise ValueError(
+                f"targets must be in the order of their positions, from 1 to the prompt's length of {length}"
+            )
+        outside = [target.token_id for target in request.targets if not 0 <= target.token_id < vocabulary]
+        if outside:
+            raise ValueError(f"a target has token id {outside[0]!r}, but this model's ids are 0 to {vocabulary - 1}")
 
     def add(self, request: Request) -> None:
         """Checks and queues a request. Generation that would pass the model's positions ends there, with "length"."""

@@ -17,12 +17,16 @@ from numbers import Integral
 from pathlib import Path
 from typing import Literal, cast, overload
 
+import numpy as np
+
 from llamita.backend.choice import load_backend
 from llamita.backend.interface import Backend, BackendName, Runner
 from llamita.backend.sampling_params import SamplingParams
 from llamita.inference.config import EngineConfig
 from llamita.inference.drafting import Drafter, DraftModel, PromptLookup
+from llamita.inference.embedding import Pooling, embed
 from llamita.inference.engine import Engine
+from llamita.inference.inspection import Inspection, look_inside
 from llamita.inference.request import Generation, Request, TokenEvent
 from llamita.inference.service import Service
 from llamita.model.config import ModelConfig
@@ -237,6 +241,37 @@ class LLM:
         async with contextlib.aclosing(self.service.follow_async(request, buffer)) as events:
             async for event in events:
                 yield event
+
+    def look_inside(
+        self,
+        prompt: Prompt,
+        *,
+        top: int = 5,
+        attention: Sequence[int] = (),
+        lens: bool = False,
+        adapter: str | None = None,
+    ) -> Inspection:
+        """Returns the `top` likeliest tokens after each token of a prompt, and more of what leads to them.
+
+        `attention` are layers, from 0, whose attention weights are wanted; with `lens`, the predictions that each layer
+        would make. See `inspection.look_inside`, also for its ValueErrors.
+        """
+        tokens = self.encode(prompt)
+        return look_inside(
+            self.runner, self.tokenizer, tokens, top=top, attention=attention, lens=lens, adapter=adapter
+        )
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        *,
+        adapter: str | None = None,
+    ) -> np.ndarray:
+        """Returns a vector for each prompt, float32 (n, D), in their order; see `embedding.embed`."""
+        listed = cast(Sequence[Prompt], [prompts] if _is_one(prompts) else prompts)
+        return embed(self.runner, [self.encode(prompt) for prompt in listed], pooling, normalize, adapter)
 
     def close(self) -> None:
         """Ends all open requests and the worker thread. A model that is no longer referenced needs no closing."""

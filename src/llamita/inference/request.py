@@ -1,6 +1,6 @@
 """The requests of the engine's callers, and their results: events as they happen, and whole generations.
 
-    Request     a prompt as token ids, with its sampling parameters
+    Request     a prompt as token ids, with its sampling parameters, and tokens to judge
     TokenEvent  one generated token of it
     Generation  all that was written; a `Collector` makes it of the events
 
@@ -10,7 +10,7 @@ how a request is scheduled or how its events are waited for.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from llamita.backend.sampling_params import SamplingParams
 
@@ -18,6 +18,13 @@ FinishReason = Literal["stop", "length", "error"]
 """`stop`: an end-of-sequence token, a stop token or a stop string came, or the structured output is complete; `length`:
 max_tokens, the model's positions or the memory ran out; `error`: a step failed, a token could not be sampled, or the
 grammar became too expensive."""
+
+
+class PromptTarget(NamedTuple):
+    """Asks for the log-probability of a token at a position, from 1 (after the prompt's first token) to its length."""
+
+    position: int
+    token_id: int
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,9 @@ class Request:
     priority: int = 0
     adapter: str | None = None
     """The name of the adapter to serve it with; None: the model as it was loaded."""
+    targets: tuple[PromptTarget, ...] = ()
+    """Tokens to judge, in the order of their positions: their log-probabilities come as the `prompt_logprobs`. What lies
+    before the first of them may come from the prefix cache."""
 
 
 @dataclass
@@ -89,7 +99,7 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     index: int = 0  # of the continuation among the request's `n`
     top_logprobs: tuple[tuple[int, float], ...] = ()
-    prompt_logprobs: tuple[float, ...] = ()  # with the first event, where asked for: of prompt tokens 1, 2, ...
+    prompt_logprobs: tuple[float, ...] = ()  # with the first event: of prompt tokens 1, 2, ..., or of the targets
     error: str = ""
 
 
@@ -106,7 +116,7 @@ class Generation:
     finish_reason: FinishReason
     statistics: Statistics
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()  # a row a token, where asked for
-    prompt_logprobs: tuple[float, ...] = ()  # of prompt tokens 1, 2, ..., where asked for
+    prompt_logprobs: tuple[float, ...] = ()  # of prompt tokens 1, 2, ..., or of the targets, where asked for
     index: int = 0
     others: tuple["Generation", ...] = field(default=(), repr=False)
 

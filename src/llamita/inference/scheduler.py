@@ -135,8 +135,7 @@ class Scheduler:
         places = self.limits.max_sequences - sum(other.width for other in self.running)
         if self.running and sequence.width > places:
             return False
-        request, reread = sequence.request, sequence.params.prompt_logprobs
-        prefixes, shared = ([], 0) if reread else self.manager.find(sequence.tokens, request.adapter)
+        prefixes, shared = self.manager.find(sequence.tokens[: sequence.shareable], sequence.request.adapter)
         tables = self.manager.open(prefixes)
         needed = self.manager.blocks_to_read(tables, len(sequence.tokens), self.limits.prefill_tokens)
         if self.running and needed + len(self.running) > self.manager.available:
