@@ -52,7 +52,9 @@ class Sequence:
         self.scores: list[float] = []  # log-probabilities of the prompt, as far as it was read
         self.arrived = time.perf_counter()
         self._ends = frozenset(() if self.params.ignore_eos else end_tokens) | frozenset(self.params.stop_token_ids)
-        self._detokenizer = tokenizer and IncrementalDetokenizer(tokenizer, context=request.prompt)
+        self._detokenizer = tokenizer and IncrementalDetokenizer(
+            tokenizer, context=request.prompt, visible=self.params.visible_token_ids
+        )
         self._stop_matcher = StopMatcher(self.params.stop)
 
     @property
