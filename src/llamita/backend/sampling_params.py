@@ -105,8 +105,9 @@ class SamplingParams:
         """Returns the parameters that a JSON object asks for: a line of `generate --input`, or the body of a request.
 
         Its keys are names of fields; one that is missing or null is as in `defaults`. `stop`, `choices`,
-        `stop_token_ids` and `visible_token_ids` are one value or a list, the keys of `logit_bias` are token ids as strings, and `json_schema`
-        is an object or its text. ValueError, in one line, for a key that is no field and a value that is not allowed.
+        `stop_token_ids` and `visible_token_ids` are one value or a list, the keys of `logit_bias` are token ids as
+        strings, and `json_schema` is an object or its text. ValueError, in one line, for a key that is no field and a
+        value that is not allowed.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = next((name for name in values if name not in names), None)

@@ -162,10 +162,12 @@ class AnswerParser:
             elif not (length := (yield from self._pass("text", self._calls.opening, SPACE))):
                 return True
             before = self._begun
-            yield from self._call(length, is_marked=not brace)
+            is_call = yield from self._call(length, is_marked=not brace)
             if self._begun > before and not self._parallel:
                 return True
-            brace = (yield from self._next_bare()) if is_bare and self._begun > before else 0
+            brace = (yield from self._next_bare()) if is_bare and is_call else 0
+            if is_call and not brace:
+                yield from self._drop_blank_end()
 
     def _call(self, length: int, is_marked: bool) -> Steps:
         """Reads a call, or several, behind a mark of so many characters; gives them as text where they are none."""
@@ -182,9 +184,7 @@ class AnswerParser:
             is_call = letter == "<" and (yield from self._tagged())
         region, self._region = "".join(self._region), None
         if is_call and self._may_begin:  # else the answer is over
-            yield from self._skip(SPACE)
             self._take((yield from self._ahead(self._calls.closing)))
-            yield from self._skip(SPACE)
         elif not is_call and self._begun == before:
             self._give("text", region)
         return is_call
@@ -225,11 +225,12 @@ class AnswerParser:
         name, fresh = _name_of(reader.fields), progress.fresh(reader.pieces)
         if progress.given:
             self._give("arguments", fresh, self._begun - 1)
-        elif name is None or not fresh.startswith("{") or not self._may_begin or not self._is_known(name, is_marked):
-            return
-        else:
-            self._give_call(ToolCall(name, fresh))
-        progress.given += len(fresh)
+            progress.given += len(fresh)
+        elif fresh and progress.may_begin:
+            progress.may_begin = fresh.startswith("{") and name is not None
+            if progress.may_begin and name is not None and self._may_begin and self._is_known(name, is_marked):
+                self._give_call(ToolCall(name, fresh))
+                progress.given = len(fresh)
 
     def _named(self) -> Steps:
         """Reads a name, perhaps an id, and the arguments as JSON."""
@@ -244,8 +245,12 @@ class AnswerParser:
         reader = JsonReader()
         first = len(self._region or ())
         while (yield from self._read(reader)):
-            pass
-        if reader.complete:
+            if self._streams and self._region is not None:
+                if len(self._region) == first + 1:
+                    self._give_call(ToolCall(name, self._region[-1]))
+                else:
+                    self._give("arguments", self._region[-1], self._begun - 1)
+        if reader.complete and not self._streams:
             self._give_call(ToolCall(name, "".join((self._region or [])[first:])))
         return reader.complete
 
@@ -317,6 +322,16 @@ class AnswerParser:
         while (letter := (yield from self._letter())) and letter in letters:
             rest = self._unread[self._at :]
             self._take(len(rest) - len(rest.lstrip(letters)))
+
+    def _drop_blank_end(self) -> Generator[None, None, None]:
+        """Takes white space that comes next where nothing follows it."""
+        while len(rest := self._unread[self._at : self._at + LONGEST_SPACE + 1]) <= LONGEST_SPACE:
+            if rest.strip(SPACE):
+                return
+            if self._ended:
+                self._take(len(rest))
+                return
+            yield
 
     def _ahead(self, mark: str) -> Generator[None, None, int]:
         """How many characters a mark that comes next has, the white space before it included; 0 where none comes."""
@@ -406,6 +421,7 @@ class _Progress:
     objects: int = 0  # whole ones of the reader
     given: int = 0  # characters of the arguments under way
     pieces: int = 0  # of the reader's field under way that were looked at
+    may_begin: bool = True  # whether the field under way is an object that follows a name
 
     def fresh(self, pieces: Sequence[str]) -> str:
         """Returns what has come since, without the white space before a value."""
@@ -414,7 +430,7 @@ class _Progress:
         return fresh if self.given else fresh.lstrip(SPACE)
 
     def end_object(self) -> None:
-        self.objects, self.given, self.pieces = self.objects + 1, 0, 0
+        self.objects, self.given, self.pieces, self.may_begin = self.objects + 1, 0, 0, True
 
 
 def _name_of(fields: Mapping[str, str]) -> str | None:
