@@ -85,7 +85,8 @@ class Engine:
         if params.n > self.config.max_sequences:
             raise ValueError(f"n={params.n} is more than the {self.config.max_sequences} sequences that run at once")
         for name, ids in (
-            ("the prompt", request.prompt), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)
+            ("the prompt", request.prompt), ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids), ("visible_token_ids", params.visible_token_ids),
         ):  # fmt: skip
             outside = [
                 token_id

@@ -57,7 +57,9 @@ class Sequence:
         self.tops: list[Likeliest] = []  # the likeliest tokens beside them, where asked for
         self.arrived = time.perf_counter()
         self._ends = frozenset(() if self.params.ignore_eos else end_tokens) | frozenset(self.params.stop_token_ids)
-        self._detokenizer = tokenizer and IncrementalDetokenizer(tokenizer, context=request.prompt)
+        self._detokenizer = tokenizer and IncrementalDetokenizer(
+            tokenizer, context=request.prompt, visible=self.params.visible_token_ids
+        )
         self._stop_matcher = StopMatcher(self.params.stop)
 
     @property
