@@ -76,6 +76,7 @@ VERBS: Mapping[str, Verb] = {
     "chat": Verb("llamita.cli.chat", "run", "Talk with a trained model in the terminal."),
     "serve": Verb("llamita.cli.serve", "run", "Serve a model to OpenAI and Anthropic clients, and to a browser."),
     "evaluate": Verb("llamita.cli.evaluate", "run", "Measure a model: loss, stories, multiple choice, lm_eval."),
+    "bench": Verb("llamita.cli.bench", "run", "Measure an OpenAI-compatible server under load."),
     "runs list": Verb("llamita.cli.runs", "list_runs", "List the training runs under a directory."),
     "runs show": Verb("llamita.cli.runs", "show", "Show all that is known of a run."),
     "runs diff": Verb("llamita.cli.runs", "diff", "List the differences of two runs."),

@@ -86,9 +86,10 @@ class LLM:
         vocabulary. `adapters` (directories by name) are served over the model in one batch with it, each to the
         requests that name it; `path` may also be an adapter's directory.
 
-        The result generates (`generate`, `stream`), gives logits and residual streams (`runner.forward`), and writes
-        itself (`save`). FileNotFoundError or ValueError, in one line, where the model is missing, broken, or of a kind
-        that Llamita does not have; ModuleNotFoundError where the framework is not installed.
+        The result generates (`generate`, `stream`), shows what it expects and attends to (`look_inside`), turns texts
+        into vectors (`embed`), gives logits and residual streams (`runner.forward`), and writes itself (`save`).
+        FileNotFoundError or ValueError, in one line, where the model is missing, broken, or of a kind that Llamita does
+        not have; ModuleNotFoundError where the framework is not installed.
         """
         if isinstance(backend, str):
             backend = load_backend(backend, device=device, threads=threads, exact=exact)

@@ -29,10 +29,11 @@ from llamita.server.schemas.messages import (
 from llamita.server.serving import Serving
 from llamita.server.streaming import EventStream, data, opened, unless_gone
 from llamita.server.thinking import effort_variables, thinking_variables
+from llamita.text.answers.grammar import Choice
 
 PATH = "/v1/messages"
 PING = data({"type": "ping"}, "ping")
-CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+CHOICES: dict[str, Choice] = {"auto": "auto", "any": "required", "none": "none"}
 """Anthropic's words for the choice of tools, and the task's."""
 
 
@@ -56,7 +57,7 @@ def router(serving: Serving) -> APIRouter:
     async def count_tokens(body: CountTokensRequest, request: Request) -> Response:
         """Counts the tokens of a conversation as the chat template lays it out."""
         task = task_of(serving, body, lambda room: serving.model.defaults)
-        prepared = serving.prepared(lambda: len(encode_messages(serving.model, task)[1]))
+        prepared = serving.prepared(lambda: len(encode_messages(serving.model, task).tokens))
         return JSONResponse({"input_tokens": await unless_gone(request, prepared)})
 
     return routes
@@ -69,14 +70,12 @@ def task_of(serving: Serving, body: CountTokensRequest, params: Callable[[int], 
     if len(tools) > most:
         raise bad_value("tools", f"tools has {len(tools)} entries; give at most {most}")
     choice = body.tool_choice
-    chosen = choice.name if isinstance(choice, ToolChoice) else None
-    if chosen is not None and chosen not in [tool.name for tool in tools]:
-        raise bad_value("tool_choice", f"tool_choice names {chosen!r:.80}, which tools does not have")
+    if isinstance(choice, ToolChoice) and choice.name not in [tool.name for tool in tools]:
+        raise bad_value("tool_choice", f"tool_choice names {choice.name!r:.80}, which tools does not have")
     if choice is not None and choice.type == "any" and not tools:
         raise bad_value("tool_choice", "tool_choice is any, and there are no tools to choose from")
-    default = "auto" if tools else "none"
     continues = goes_on(body)
-    chat, config = serving.model.chat, body.output_config
+    config = body.output_config
     return ChatTask(
         messages=messages_of(body),
         params=params,
@@ -93,16 +92,26 @@ def task_of(serving: Serving, body: CountTokensRequest, params: Callable[[int], 
             }
             for tool in tools
         ],
-        tool_choice=chosen or (CHOICES[choice.type] if choice is not None else default),
+        tool_choice=_chosen(body),
         parallel_calls=choice is None or isinstance(choice, NoChoice) or not choice.disable_parallel_tool_use,
         variables={
-            **effort_variables(chat, config.effort if config else None, "output_config.effort"),
-            **thinking_variables(chat, body.thinking.type if body.thinking else None, "thinking"),
+            **effort_variables(serving.model, config.effort if config else None, "output_config.effort"),
+            **thinking_variables(serving.model, body.thinking.type if body.thinking else None, "thinking"),
             **(body.chat_template_kwargs or {}),
         },
         continue_final=continues,
         add_generation_prompt=not continues,
+        names={"response_format": "output_config.format"},
     )
+
+
+def _chosen(body: CountTokensRequest) -> Choice | dict[str, Any]:
+    choice = body.tool_choice
+    if choice is None:
+        return "auto" if body.tools else "none"
+    if isinstance(choice, ToolChoice):
+        return {"type": "function", "function": {"name": choice.name}}
+    return CHOICES[choice.type]
 
 
 class Reply:

@@ -55,7 +55,7 @@ class Blocks:
     def _write_call(self, call: CallDelta) -> list[Event]:
         events: list[Event] = []
         if self._call != call.index:
-            events += self._open({"type": "tool_use", "id": call.id, "name": call.name or "", "input": {}})
+            events += self._open({"type": "tool_use", "id": call.id, "name": call.name, "input": {}})
             self._call = call.index
         if call.arguments:
             self._arguments += call.arguments

@@ -97,7 +97,7 @@ class Reply:
             "input_tokens": first.prompt_tokens,
             "input_tokens_details": {"cached_tokens": first.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": job.generated,
-            "output_tokens_details": {"reasoning_tokens": self.output.reasoning_tokens},
+            "output_tokens_details": {"reasoning_tokens": job.reasoning_tokens},
             "total_tokens": first.prompt_tokens + job.generated,
         }
 
@@ -128,13 +128,13 @@ class Reply:
                 {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
                 for tool in body.tools or ()
             ],
-            tool_choice=choice.name if isinstance(choice, ChosenFunction) else choice,
+            tool_choice=choice if isinstance(choice, str) else _named(choice.name),
             parallel_calls=body.parallel_tool_calls is not False,
             variables={
-                **effort_variables(model.chat, effort, "reasoning.effort"),
+                **effort_variables(model, effort, "reasoning.effort"),
                 **(body.chat_template_kwargs or {}),
             },
-            param="input",
+            names={"messages": "input", "response_format": "text.format"},
         )
 
     def _echoed(self) -> dict[str, Any]:
@@ -243,6 +243,10 @@ def _check(body: ResponsesRequest, serving: Serving) -> None:
         raise bad_value("tool_choice", f"tool_choice names {choice.name!r:.80}, which tools does not have")
     if choice == "required" and not tools:
         raise bad_value("tool_choice", "tool_choice is required, and there are no tools to choose from")
+
+
+def _named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
 
 
 def _schema(body: ResponsesRequest) -> str:

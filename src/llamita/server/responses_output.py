@@ -19,29 +19,23 @@ class Output:
 
     def __init__(self, tokenizer: Tokenizer | None, logprobs: bool) -> None:
         self.items: list[dict[str, Any]] = []
-        self.reasoning_tokens = 0
         self._tokenizer, self._logprobs = tokenizer, logprobs
         self._is_open = False
         self._call: int | None = None  # the index of the call under way
         self._waiting: list[dict[str, Any]] = []  # log-probabilities of tokens whose text was not let out yet
-        self._tokens = 0  # of the item that is not known yet
 
     def take(self, event: ChatEvent) -> list[Event]:
         """Takes what one token adds; returns the events that tell of it."""
-        if event.token.token_id is not None:
-            self._tokens += 1
-            if self._logprobs:
-                self._waiting.append(wording.chat_logprob(self._tokenizer, event.token))
+        if self._logprobs and event.token.token_id is not None:
+            self._waiting.append(wording.chat_logprob(self._tokenizer, event.token))
         events: list[Event] = []
         if event.reasoning:
-            self.reasoning_tokens += self._tokens
-            self._tokens, self._waiting = 0, []
+            self._waiting = []
             events += self._write("reasoning", event.reasoning)
         if event.text:
-            self._tokens = 0
             events += self._write("message", event.text)
         for call in event.calls:
-            self._tokens, self._waiting = 0, []
+            self._waiting = []
             events += self._write_call(call)
         return events
 
@@ -71,7 +65,7 @@ class Output:
         events: list[Event] = []
         if self._call != call.index:
             events += self._close()
-            item = {"type": "function_call", "id": wording.new_id("fc_"), "call_id": call.id, "name": call.name or ""}
+            item = {"type": "function_call", "id": wording.new_id("fc_"), "call_id": call.id, "name": call.name}
             events += self._open({**item, "arguments": "", "status": "in_progress"})
             self._call = call.index
         if call.arguments:

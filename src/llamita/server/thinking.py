@@ -7,45 +7,38 @@ variable for is refused, for the answer would be the same with it and without.
 from typing import Any, Literal
 
 from llamita.server.errors import unsupported
-from llamita.text.chat import Chat
+from llamita.server.model import ServedModel
 
 EFFORT, SWITCH = "reasoning_effort", "enable_thinking"
-MARKS = ("think", "THINK")
-"""A word of the tags around reasoning, `<think>` or `[THINK]`: templates without it belong to models without it."""
 Thinking = Literal["enabled", "disabled", "adaptive"]
 
 
-def effort_variables(chat: Chat | None, effort: str | None, field: str) -> dict[str, Any]:
+def effort_variables(model: ServedModel, effort: str | None, field: str) -> dict[str, Any]:
     """Returns the variables for an effort. A template with a switch alone has it off for "none", and else on.
 
-    `ApiError` that names `field` where the template reads neither.
+    `ApiError` that names `field` where the template reads neither; "none" is what a model without reasoning does.
     """
-    if effort is None or chat is None:
+    if effort is None or model.chat is None:
         return {}
-    if chat.reads(EFFORT):
+    if model.chat.reads(EFFORT):
         return {EFFORT: effort}
-    if chat.reads(SWITCH):
+    if model.chat.reads(SWITCH):
         return {SWITCH: effort != "none"}
-    if effort == "none" and not _reasons(chat):
+    if effort == "none" and model.answer_format.reasoning is None:
         return {}
     raise unsupported(field, f"the chat template of this model reads neither {EFFORT} nor {SWITCH}")
 
 
-def thinking_variables(chat: Chat | None, thinking: Thinking | None, field: str) -> dict[str, Any]:
+def thinking_variables(model: ServedModel, thinking: Thinking | None, field: str) -> dict[str, Any]:
     """Returns the variables that turn reasoning on or off; "adaptive" leaves it to the template.
 
-    `ApiError` that names `field` where the template has no switch.
+    `ApiError` that names `field` where the template has no switch; "disabled" is what a model without reasoning does.
     """
-    if thinking is None or chat is None:
+    if thinking is None or model.chat is None:
         return {}
-    if thinking == "adaptive" and _reasons(chat):
+    reasons = model.answer_format.reasoning is not None
+    if thinking == ("adaptive" if reasons else "disabled"):
         return {}
-    if chat.reads(SWITCH):
+    if model.chat.reads(SWITCH):
         return {SWITCH: thinking != "disabled"}
-    if thinking == "disabled" and not _reasons(chat):
-        return {}
     raise unsupported(field, f"the chat template of this model does not read {SWITCH}")
-
-
-def _reasons(chat: Chat) -> bool:
-    return any(chat.reads(mark) for mark in MARKS)
