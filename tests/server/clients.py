@@ -31,6 +31,20 @@ TEXT = (
 POSITIONS = 512
 SAID = "The fox gave the owl a red kite. Où est l'élève? 🦙"
 """What the scripted model says."""
+TOOLS_TEMPLATE = """{% if tools %}Tools: {{ tools | tojson }}
+A call: <tool_call>{"name": ..., "arguments": ...}</tool_call>
+{% endif %}{% for message in messages %}{{ message.role }}: {{ message.content or '' }}
+{%- for call in message.tool_calls or [] %}
+<tool_call>{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</tool_call>
+{%- endfor %}
+{% endfor %}{% if add_generation_prompt %}assistant:
+{%- if enable_thinking is defined and not enable_thinking %} <think></think>{% endif %}{% endif %}"""
+"""A template in the form of Hermes and Qwen: calls between tags, reasoning that can be switched off."""
+CALLING = (
+    '<think>Hm.</think>I look.<tool_call>{"name": "look", "arguments": {"at": "río"}}</tool_call>'
+    '<tool_call>{"name": "rest", "arguments": {}}</tool_call>'
+)
+"""An answer in that form."""
 HTTP = httpx.Client(timeout=60, verify=False)
 """Reading the certificates of the web for every request would take longer than the requests."""
 

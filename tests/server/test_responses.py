@@ -17,7 +17,17 @@ from llamita.server.chat_jobs import CallDelta, ChatEvent
 from llamita.server.responses_input import messages_of
 from llamita.server.responses_output import Output
 from llamita.server.schemas.responses import ResponseObject, ResponsesRequest
-from tests.server.clients import SAID, events, post, random_model, scripted_model, serve, small_tokenizer
+from tests.server.clients import (
+    CALLING,
+    SAID,
+    TOOLS_TEMPLATE,
+    events,
+    post,
+    random_model,
+    scripted_model,
+    serve,
+    small_tokenizer,
+)
 
 QUESTION = "Where is the fox?"
 WRITTEN = [
@@ -55,12 +65,13 @@ def async_client(address: str) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60)
 
 
-def told(response: Any) -> dict[str, Any]:
+def told(response: Any, *left_out: str) -> dict[str, Any]:
     """A response without what no two have in common: ids, times, and what of the prompt was in the prefix cache; and
     without what a client adds."""
+    left_out = ("id", "parsed_arguments", *left_out)
     data = response if isinstance(response, dict) else json.loads(response.to_json())
     data = {key: value for key, value in data.items() if key not in PRIVATE}
-    data["output"] = [{key: value for key, value in item.items() if key != "id"} for item in data["output"]]
+    data["output"] = [{key: value for key, value in item.items() if key not in left_out} for item in data["output"]]
     for item in data["output"]:
         if "content" in item:
             item["content"] = [
@@ -349,14 +360,6 @@ def test_several_texts_of_a_message_stay_apart() -> None:
     assert message["content"] == [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
 
 
-TOOLS_TEMPLATE = (
-    "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for message in messages %}{{ message.role }}: "
-    "{{ message.content or '' }}{% for call in message.tool_calls or [] %} <{{ call.function.name }} "
-    "{{ call.function.arguments | tojson }}>{% endfor %}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
-
-
 def test_a_conversation_with_calls_is_read_as_by_chat_completions() -> None:
     tool = {"type": "function", "function": {key: value for key, value in FUNCTION.items() if key != "type"}}
     call = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"at": "river"}'}}
@@ -366,12 +369,10 @@ def test_a_conversation_with_calls_is_read_as_by_chat_completions() -> None:
         {"role": "tool", "content": "a fox", "tool_call_id": "call_1"},
     ]
     with serve(random_model(TOOLS_TEMPLATE)) as address:
-        chat = post(
-            address, "/v1/chat/completions", messages=messages, tools=[tool], tool_choice="none", max_tokens=20, seed=3
-        ).json()
+        chat = post(address, "/v1/chat/completions", messages=messages, tools=[tool], max_tokens=20, seed=3).json()
         response = post(
             address, "/v1/responses", input=[{"role": "user", "content": QUESTION}, CALL, RESULT], tools=[FUNCTION],
-            tool_choice="none", max_output_tokens=20, seed=3,
+            max_output_tokens=20, seed=3,
         ).json()  # fmt: skip
     assert response["usage"]["input_tokens"] == chat["usage"]["prompt_tokens"] > 40
     assert response["output"][0]["content"][0]["text"] == chat["choices"][0]["message"]["content"]
@@ -392,18 +393,14 @@ def test_the_output_of_a_response_goes_back_in(tiny: str) -> None:
     assert second.output_text == chat["choices"][0]["message"]["content"]
 
 
-SWITCHED = (
-    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
-    "{% if enable_thinking is defined and not enable_thinking %} <think></think>{% endif %}"
-)
 GRADED = "{{ reasoning_effort }} {% for message in messages %}{{ message.content }}{% endfor %}"
 
 
 @pytest.mark.parametrize(
     ("template", "effort", "written"),
     [
-        (SWITCHED, "none", " <think></think>"),
-        (SWITCHED, "high", ""),
+        (TOOLS_TEMPLATE, "none", " <think></think>"),
+        (TOOLS_TEMPLATE, "high", ""),
         (GRADED, "high", "high "),
         ("{% for message in messages %}{{ message.content }}{% endfor %}", "none", ""),
     ],
@@ -507,15 +504,118 @@ def test_an_unknown_model_is_not_found(scripted: str) -> None:
 
 # --- reasoning and calls ---------------------------------------------------------------------------------------------
 
+REST = {"type": "function", "name": "rest", "parameters": {"type": "object", "additionalProperties": False}}
+
+
+@pytest.fixture(scope="module")
+def calling() -> Iterator[str]:
+    with serve(scripted_model(CALLING, TOOLS_TEMPLATE)) as address:
+        yield address
+
+
+def test_reasoning_text_and_calls_are_items(calling: str) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "input": QUESTION, "tools": [FUNCTION, REST]}
+    response = client(calling).responses.create(**asked)
+    reasoning, message, look, rest = response.output
+    assert (reasoning.type, reasoning.content[0].text, reasoning.summary) == ("reasoning", "Hm.", [])
+    assert (message.type, message.content[0].text) == ("message", "I look.")
+    assert (look.type, look.name, json.loads(look.arguments)) == ("function_call", "look", {"at": "río"})
+    assert (rest.type, rest.name, json.loads(rest.arguments)) == ("function_call", "rest", {})
+    assert look.call_id != rest.call_id
+    assert {item.status for item in response.output} == {response.status} == {"completed"}
+    with client(calling).responses.stream(**asked) as stream:
+        final = stream.get_final_response()
+    assert told(final, "call_id") == told(response, "call_id")
+
+
+def test_they_are_those_of_chat_completions(calling: str) -> None:
+    response = post(calling, "/v1/responses", input=QUESTION, tools=[FUNCTION, REST]).json()
+    tools = [
+        {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+        for tool in (FUNCTION, REST)
+    ]
+    messages = [{"role": "user", "content": QUESTION}]
+    chat = post(calling, "/v1/chat/completions", messages=messages, tools=tools).json()
+    said = chat["choices"][0]["message"]
+    reasoning, message, *calls = response["output"]
+    assert said["reasoning_content"] == reasoning["content"][0]["text"]
+    assert said["content"] == message["content"][0]["text"]
+    assert [call["function"] for call in said["tool_calls"]] == [
+        {"name": call["name"], "arguments": call["arguments"]} for call in calls
+    ]
+    found, wanted = response["usage"], chat["usage"]
+    assert (found["input_tokens"], found["output_tokens"]) == (wanted["prompt_tokens"], wanted["completion_tokens"])
+    reasoned = wanted["completion_tokens_details"]["reasoning_tokens"]
+    assert found["output_tokens_details"]["reasoning_tokens"] == reasoned > 0
+
+
+def test_their_events_come_in_order(calling: str) -> None:
+    streamed = events(post(calling, "/v1/responses", input=QUESTION, tools=[FUNCTION, REST], stream=True))
+    kinds = [
+        (name.removeprefix("response."), event.get("output_index")) for name, event in streamed if event != "[DONE]"
+    ]
+    once = [kind for number, kind in enumerate(kinds) if number == 0 or kinds[number - 1] != kind]
+    assert once == [
+        ("created", None), ("in_progress", None),
+        ("output_item.added", 0), ("content_part.added", 0), ("reasoning_text.delta", 0), ("reasoning_text.done", 0),
+        ("content_part.done", 0), ("output_item.done", 0),
+        ("output_item.added", 1), ("content_part.added", 1), ("output_text.delta", 1), ("output_text.done", 1),
+        ("content_part.done", 1), ("output_item.done", 1),
+        ("output_item.added", 2), ("function_call_arguments.delta", 2), ("function_call_arguments.done", 2),
+        ("output_item.done", 2),
+        ("output_item.added", 3), ("function_call_arguments.delta", 3), ("function_call_arguments.done", 3),
+        ("output_item.done", 3),
+        ("completed", None),
+    ]  # fmt: skip
+    added = [event["item"] for name, event in streamed if name == "response.output_item.added"]
+    done = [event["item"] for name, event in streamed if name == "response.output_item.done"]
+    assert [item["id"] for item in added] == [item["id"] for item in done]
+    assert (added[2]["name"], added[2]["call_id"], added[2]["arguments"]) == ("look", done[2]["call_id"], "")
+
+
+def test_one_call_at_a_time(calling: str) -> None:
+    asked = {"input": QUESTION, "tools": [FUNCTION, REST], "parallel_tool_calls": False}
+    response = post(calling, "/v1/responses", **asked).json()
+    assert [item["type"] for item in response["output"]] == ["reasoning", "message", "function_call"]
+    assert (response["status"], response["parallel_tool_calls"]) == ("completed", False)
+
+
+def test_a_call_that_is_asked_for_comes() -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"at": {"enum": ["river", "owl"]}},
+        "required": ["at"],
+        "additionalProperties": False,
+    }
+    tool = {**FUNCTION, "parameters": parameters, "strict": True}
+    template = TOOLS_TEMPLATE.replace("<think></think>", "")
+    with serve(random_model(template)) as address:
+        for choice in ("required", {"type": "function", "name": "look"}):
+            asked = {"input": QUESTION, "tools": [tool, REST], "tool_choice": choice, "parallel_tool_calls": False}
+            response = post(address, "/v1/responses", **asked, temperature=0, max_output_tokens=200).json()
+            call = response["output"][-1]
+            assert (call["type"], response["tool_choice"]) == ("function_call", choice)
+            arguments = json.loads(call["arguments"])
+            assert arguments == {} if call["name"] == "rest" else arguments["at"] in ("river", "owl")
+        assert call["name"] == "look"
+        clash = post(address, "/v1/responses", **asked, text={"format": {"type": "json_object"}})
+    assert (clash.status_code, clash.json()["error"]["param"]) == (400, "text.format")
+
+
+def test_tools_that_the_template_knows_nothing_of_are_refused(scripted: str) -> None:
+    answer = post(scripted, "/v1/responses", input=QUESTION, tools=[FUNCTION])
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
+
+
 PIECES: list[dict[str, Any]] = [
     {},
     {"reasoning": "Hm"},
     {"reasoning": "."},
     {"text": "I "},
     {"text": "look."},
-    {"calls": [CallDelta(0, "call_a", "look", '{"at"')]},
-    {"calls": [CallDelta(0, "call_a", None, ": 1}"), CallDelta(1, "call_b", "rest")]},
-    {"calls": [CallDelta(1, "call_b", None, "{}")], "finish_reason": "tool_calls"},
+    {"calls": [CallDelta(0, '{"at"', "call_a", "look")]},
+    {"calls": [CallDelta(0, ": 1}"), CallDelta(1, id="call_b", name="rest")]},
+    {"calls": [CallDelta(1, "{}")], "finish_reason": "tool_calls"},
 ]
 
 
@@ -544,7 +644,6 @@ def test_reasoning_text_and_calls_are_items_of_their_own() -> None:
     assert (first["call_id"], first["name"], first["arguments"]) == ("call_a", "look", '{"at": 1}')
     assert (second["call_id"], second["name"], second["arguments"]) == ("call_b", "rest", "{}")
     assert {item["status"] for item in output.items} == {"completed"}
-    assert output.reasoning_tokens == 3
 
 
 def test_openais_client_puts_text_and_calls_together_from_the_pieces() -> None:

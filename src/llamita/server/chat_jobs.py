@@ -248,9 +248,8 @@ def _plain(message: dict[str, Any], param: str) -> dict[str, Any]:
         except ValueError:
             parsed = None
         if not isinstance(parsed, dict):
-            raise bad_value(
-                param, f"{param}: the arguments of a call of {call['function']['name']!r} are no JSON object"
-            )
+            name = call["function"]["name"]
+            raise bad_value(param, f"{param}: the arguments of a call of {name!r} are no JSON object")
         calls.append({**call, "function": {**call["function"], "arguments": parsed}})
     if calls:
         message["tool_calls"] = calls
