@@ -5,13 +5,16 @@ import contextlib
 import functools
 import json
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import uvicorn
 from fastapi import FastAPI
 
+from llamita.backend.interface import Plan, StepResult
 from llamita.backend.torch.infer.runner import TorchRunner
 from llamita.backend.torch.model.weights import build_model
 from llamita.inference.llm import LLM
@@ -22,13 +25,13 @@ from llamita.server.connections import make_protocol
 from llamita.server.model import ServedModel, serve_model
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.tokenizer import Tokenizer
-from tests.inference.hash_model import HashRunner, shape
+from tests.inference.hash_model import HashRunner, Memory, shape
 
 TEXT = (
     "The fox gave the owl a red kite. Où est l'élève? 日本語 🦙🦙 naïve, and then they sat by the river. User: 12{}"
     * 20
 )
-POSITIONS = 512
+POSITIONS = 1024
 SAID = "The fox gave the owl a red kite. Où est l'élève? 🦙"
 """What the scripted model says."""
 TOOLS_TEMPLATE = """{% if tools %}Tools: {{ tools | tojson }}
@@ -47,6 +50,17 @@ CALLING = (
 """An answer in that form."""
 HTTP = httpx.Client(timeout=60, verify=False)
 """Reading the certificates of the web for every request would take longer than the requests."""
+
+
+@dataclass
+class PacedRunner(HashRunner):
+    """A hash model that takes `delay` seconds a step."""
+
+    delay: float = 0.0
+
+    def run(self, plan: Plan, memory: Memory) -> StepResult:
+        time.sleep(self.delay)
+        return super().run(plan, memory)
 
 
 @functools.cache
@@ -68,7 +82,7 @@ def scripted_model(said: str = SAID, template: str | None = None, **runner: Any)
     tokenizer = small_tokenizer()
     script = (*tokenizer.encode(said), tokenizer.eos_id)
     config = shape(vocabulary=tokenizer.vocab_size, positions=POSITIONS)
-    llm = LLM(HashRunner(config, script=script, recorded=None, **runner), tokenizer, [tokenizer.eos_id])
+    llm = LLM(PacedRunner(config, script=script, recorded=None, **runner), tokenizer, [tokenizer.eos_id])
     return serve_model(llm, "tiny", template)
 
 

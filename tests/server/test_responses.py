@@ -464,7 +464,7 @@ IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "data:
         ({"input": [RESULT]}, "input"),
         ({"input": [{**CALL, "arguments": "["}]}, "input"),
         ({"input": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}]}, "input.0.encrypted_content"),
-        ({"input": "a b c d e f g h " * 100}, "input"),
+        ({"input": "a b c d e f g h " * 300}, "input"),
     ],
 )  # fmt: skip
 def test_what_is_not_honoured_is_refused_by_its_name(scripted: str, fault: dict[str, Any], param: str) -> None:
@@ -592,7 +592,7 @@ def test_a_call_that_is_asked_for_comes() -> None:
     with serve(random_model(template)) as address:
         for choice in ("required", {"type": "function", "name": "look"}):
             asked = {"input": QUESTION, "tools": [tool, REST], "tool_choice": choice, "parallel_tool_calls": False}
-            response = post(address, "/v1/responses", **asked, temperature=0, max_output_tokens=200).json()
+            response = post(address, "/v1/responses", **asked, temperature=0, max_output_tokens=400).json()
             call = response["output"][-1]
             assert (call["type"], response["tool_choice"]) == ("function_call", choice)
             arguments = json.loads(call["arguments"])

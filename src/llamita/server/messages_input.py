@@ -51,7 +51,7 @@ def goes_on(body: CountTokensRequest) -> bool:
         return False
     blocks = _blocks(last.content)
     if not blocks or not isinstance(blocks[-1], TextBlock):
-        raise bad_value("messages", "the last message is the assistant's and does not end with text to go on from")
+        raise bad_value("messages", "messages ends with an assistant message that does not end with text to go on from")
     return True
 
 
