@@ -42,8 +42,8 @@ class Request:
     adapter: str | None = None
     """The name of the adapter to serve it with; None: the model as it was loaded."""
     targets: tuple[PromptTarget, ...] = ()
-    """Tokens to judge, in the order of their positions: their log-probabilities come as the `prompt_logprobs`. What lies
-    before the first of them may come from the prefix cache."""
+    """Tokens to judge, in the order of their positions: their log-probabilities come as the `prompt_logprobs`. What
+    lies before the first of them may come from the prefix cache."""
 
 
 @dataclass
