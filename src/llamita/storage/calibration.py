@@ -106,7 +106,7 @@ def save(place: Path, calibration: Calibration) -> None:
 def _fields(values: dict[str, Any], texts: str) -> dict[str, Any]:
     """Returns the fields of a temperature, checked; `texts` names the one that is a list of texts."""
     temperature = values["temperature"]
-    if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+    if type(temperature) not in (int, float) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature={temperature!r} must be a finite number above 0")
     if not isinstance(values[texts], list) or not all(isinstance(text, str) for text in values[texts]):
         raise ValueError(f"{texts} must be a list of texts")

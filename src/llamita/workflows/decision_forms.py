@@ -1,7 +1,7 @@
 """The two published JSON forms of decisions, read strictly and written: no HTTP, no model.
 
 `decisions` is OpenAI's Decisions API (`POST /v1/decisions`; openai-python's `client.decisions.create`), `systemone`
-TypeSafe's System One (`POST /v1/systemone`), which vLLM serves too. Both have three kinds of questions: predicate (noul),
+TypeSafe's System One (`POST /v1/systemone`); vLLM serves both. Both have three kinds of questions: predicate (noul),
 choice, score. Ours are the kind `labels`, several options at once, and the field `layout`. A field that is not known is
 an error, since it might have changed the answer; null is as if left out.
 """
@@ -22,6 +22,7 @@ MAX_OPTIONS = 512
 """Most options of all questions of a request together; each may cost a prompt."""
 PARTS = {"user": ("input_text", "input_json"), "assistant": ("output_text",)}
 ROLES = ("user", "system", "developer", "assistant")
+MADE: dict[str, type[Choice] | type[Labels] | type[Score]] = {"choice": Choice, "labels": Labels, "score": Score}
 UNSERVED = ("prompt_cache_key", "prompt_cache_options", "prompt_cache_breakpoint")
 
 
@@ -35,7 +36,7 @@ class FormError(ValueError):
 
 @dataclass(frozen=True)
 class Asked:
-    """A request: the model's name, a text or messages, the questions by their order, and their names (None: unnamed)."""
+    """A request: the model's name, a text or messages, the questions, and their names (None: unnamed)."""
 
     model: str | None
     text: str | tuple[Message, ...]
@@ -93,8 +94,7 @@ def _decisions_question(given: Any, at: str) -> tuple[str | None, Question]:
     field, value, most = ("levels", "label", MAX_LEVELS) if kind == "score" else ("choices", "value", MAX_CHOICES)
     listed = _list(fields.get(field), f"{at}.{field}", 1 if kind == "labels" else 2, most)
     options = tuple(_decisions_option(option, value, f"{at}.{field}[{i}]") for i, option in enumerate(listed))
-    make = {"choice": Choice, "labels": Labels, "score": Score}[kind]
-    return name, _made(lambda: make(instructions, options), f"{at}.{field}")
+    return name, _made(lambda: MADE[kind](instructions, options), f"{at}.{field}")
 
 
 def _decisions_option(given: Any, name: str, at: str) -> Option:
@@ -151,9 +151,7 @@ def _content(given: Any, at: str, kinds: Collection[str]) -> str:
         where = f"{at}[{i}]"
         kind = _object(part, where).get("type")
         if kind not in kinds:
-            raise FormError(
-                f"{where}.type", f"expected {' or '.join(kinds)}, got {_shown(kind)}; only text can be read"
-            )
+            raise FormError(f"{where}.type", f"expected {' or '.join(kinds)}, got {_shown(kind)}: only text is read")
         if kind == "input_json":
             data = _object(part, where, ("type", "data")).get("data")
             if not isinstance(data, dict | list):
@@ -214,8 +212,7 @@ def _systemone_question(given: Any, at: str) -> Question:
     if not least <= len(named) <= MAX_CHOICES:
         raise FormError(at_criteria, f"expected {least} to {MAX_CHOICES} options, got {len(named)}")
     options = tuple(Option(name, _json_text(meaning or "")) for name, meaning in named.items())
-    make = Labels if kind == "labels" else Choice
-    return _made(lambda: make(instructions, options), at_criteria)
+    return _made(lambda: MADE[kind](instructions, options), at_criteria)
 
 
 def _systemone_answer(answer: Answer) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Chat templates that let a model think before it answers are told not to. Questio
 """
 
 import asyncio
+import itertools
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -137,9 +138,9 @@ class _Asking:
             _answer(question, np.array([_scores(prompt, log_p) for prompt in prompts]), temperature)
             for question, prompts, temperature in zip(self.questions, self.prompts, self.temperatures, strict=True)
         ]
-        rows = [row.tokens for stage in self.stages for row, _ in stage]
-        shared = min(shared_length(rows[0], row) for row in rows)
-        read = shared + sum(len(row) - shared for row in rows)
+        rows = sorted(row.tokens for stage in self.stages for row, _ in stage)
+        repeated = sum(itertools.starmap(shared_length, itertools.pairwise(rows)))
+        read = sum(map(len, rows)) - repeated
         return Decisions(tuple(answers), read, first.statistics.cached_tokens)
 
     def _stages(self, rows: "list[_Row]") -> "list[list[_Row]]":

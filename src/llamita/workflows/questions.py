@@ -122,7 +122,7 @@ class Answer:
 class Decisions:
     """The answers, in the order of the questions, and the tokens that were read for them.
 
-    `input_tokens` counts what all prompts begin with once; `cached_tokens` of them were found in the prefix cache.
+    `input_tokens` counts what prompts share once; `cached_tokens` of the first one were found in the prefix cache.
     """
 
     answers: tuple[Answer, ...]
