@@ -1,5 +1,6 @@
 """POST /v1/decisions and /v1/systemone: a text and typed questions in, a probability for every option out."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -9,17 +10,18 @@ from starlette.responses import JSONResponse, Response
 from llamita.server.errors import ApiError
 from llamita.server.routes import JsonRoute
 from llamita.server.schemas.common import ERRORS
-from llamita.server.schemas.decisions import Decisions, DecisionsRequest, SystemOne, SystemOneRequest
+from llamita.server.schemas.decisions import DecisionsAnswer, DecisionsRequest, SystemOne, SystemOneRequest
 from llamita.server.serving import Serving
 from llamita.server.streaming import unless_gone
 from llamita.workflows import decision_forms as forms
-from llamita.workflows.decisions import ContextExceeded, decide_async
+from llamita.workflows.decisions import ContextError, decide, decide_async
+from llamita.workflows.questions import Decisions
 
 
 def router(serving: Serving) -> APIRouter:
     routes = APIRouter(route_class=JsonRoute, tags=["decisions"], responses=ERRORS)
 
-    @routes.post("/v1/decisions", response_model=Decisions)
+    @routes.post("/v1/decisions", response_model=DecisionsAnswer)
     async def decisions(body: DecisionsRequest, request: Request) -> Response:
         """Answers typed questions about a text, in OpenAI's form: a probability for every option, nothing generated."""
         return JSONResponse(
@@ -39,27 +41,29 @@ def router(serving: Serving) -> APIRouter:
 async def answer(
     serving: Serving,
     body: DecisionsRequest | SystemOneRequest,
-    parse: Callable[[Any], Any],
-    write: Callable[..., dict[str, Any]],
+    parse: Callable[[Any], forms.Asked],
+    write: Callable[[str, forms.Asked, Decisions], dict[str, Any]],
 ) -> dict[str, Any]:
     """Returns the answer of either form."""
-    model = serving.model
+    model, text = serving.model, "input" if isinstance(body, DecisionsRequest) else "state"
     try:
         asked = parse(body.model_dump(exclude_unset=True))
         adapter = model.adapter_of(asked.model)
-        name = asked.model or model.name
-        if model.classifier is not None:
-            classifier = model.classifier
-            found = await serving.work(lambda: lambda: classifier.decide(asked.text, asked.questions))
-        else:
-            async with serving.place():
-                found = await decide_async(
-                    model.require_llm(), asked.text, asked.questions, layout=asked.layout, adapter=adapter
-                )
-        return write(name, asked, found)
-    except ContextExceeded as error:
-        raise ApiError(400, str(error), param="input", code="context_length_exceeded") from None
+        with serving.place():
+            if model.classifier is not None:
+                classifier = model.classifier
+                found = await model.call(lambda: decide(classifier, asked.text, asked.questions, layout=asked.layout))
+            else:
+                async with asyncio.timeout(serving.limits.request_seconds):
+                    found = await decide_async(
+                        model.require_llm(), asked.text, asked.questions, layout=asked.layout, adapter=adapter
+                    )
+        return write(asked.model or model.name, asked, found)
+    except ContextError as error:
+        raise ApiError(400, str(error), param=text, code="context_length_exceeded") from None
     except ValueError as error:
         raise ApiError(400, str(error), param=getattr(error, "param", None), code="invalid_value") from None
+    except TimeoutError:
+        raise ApiError(504, "the request took too long", code="deadline_exceeded") from None
     except RuntimeError as error:
         raise ApiError(500, str(error), code="engine_error") from None
