@@ -102,6 +102,13 @@ def check_targets(runner: Any) -> None:
     offsets, ids = zip(*asked, strict=True)
     expected = log_softmax(runner.forward([text[:3]])["logits"][0])[list(offsets), list(ids)]
     np.testing.assert_allclose(session.step(chunk).target_logprobs[0], expected, atol=2e-5)
+    session = Session(runner, 16, 400)
+    chunk = replace(session.chunk(text[:3], 0), targets=tuple(starmap(Target, asked)), target_top=3)
+    (tops,) = session.step(chunk).target_tops
+    for offset, top in zip(offsets, tops, strict=True):
+        logprobs = log_softmax(runner.forward([text[: offset + 1]])["logits"][0])[-1]
+        assert [token_id for token_id, _ in top] == list(np.argsort(-logprobs, kind="stable")[:3])
+        np.testing.assert_allclose([value for _, value in top], np.sort(logprobs)[::-1][:3], atol=2e-5)
 
 
 def check_that_broken_numbers_stay(framework: Framework, runner: Any) -> None:

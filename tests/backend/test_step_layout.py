@@ -8,6 +8,7 @@ from llamita.backend.interface import SampledToken, SampleSpec, ScheduledChunk, 
 from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.step_layout import (
     SCORED_ROWS,
+    Scores,
     States,
     StepLayout,
     rows_of_adapters,
@@ -62,10 +63,10 @@ def test_targets_are_scored_after_their_rows_some_at_a_time() -> None:
     long = chunk(4, 0, 2 * SCORED_ROWS + 5, targets=2 * SCORED_ROWS + 1)
     layout, lengths = StepLayout.of((*CHUNKS, long)), []
 
-    def score(rows, places, ids):
+    def score(rows, places, ids, top):
         lengths.append(len(rows))
         assert [layout.tokens[rows[place]] + 1 for place in places] == ids
-        return [float(rows[place]) for place in places]
+        return [float(rows[place]) for place in places], []
 
     result = layout.result([()] * 5, score_chunks(layout.chunks, score))
     assert [len(scores) for scores in result.target_logprobs] == [0, 0, 2, 0, 2 * SCORED_ROWS + 1]
@@ -81,11 +82,14 @@ def test_several_targets_after_one_token_share_its_row() -> None:
 
     def score(*given):
         calls.append(given)
-        return [0.1, 0.2, 0.3]
+        return [0.1, 0.2, 0.3], [((given[0][0], -1.0),), ((given[0][1], -2.0),)]
 
     assert rows_wanted(layout.chunks) == [2, 4, 6]
-    assert score_chunks(layout.chunks, score) == [(), (0.1, 0.2, 0.3)]
-    assert calls == [([4, 6], [0, 0, 1], [7, 9, 7])]
+    assert score_chunks(layout.chunks, score) == [Scores(), Scores((0.1, 0.2, 0.3))]
+    assert calls == [([4, 6], [0, 0, 1], [7, 9, 7], 0)]
+    layout = StepLayout.of((chunk(1, 0, 3, (3,)), replace(asked, target_top=1)))
+    (nothing, found) = score_chunks(layout.chunks, score)
+    assert (nothing.tops, found.tops) == ((), (((4, -1.0),), ((4, -1.0),), ((6, -2.0),)))
 
 
 def test_the_rows_that_are_wanted_are_found_among_those_that_were_kept() -> None:

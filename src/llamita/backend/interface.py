@@ -74,6 +74,7 @@ class ScheduledChunk:
     samples: tuple[SampleSpec, ...] = ()  # tokens to draw, at positions start + 1 .. end; none: fill the cache only
     targets: tuple[Target, ...] = ()  # by their offset; several at one, or none
     adapter: str | None = None  # the adapter that it goes through, by the runner's name for it
+    target_top: int = 0  # how many of the likeliest tokens are reported beside each target
 
     def __post_init__(self) -> None:
         assert self.tokens, "a chunk holds at least one token"
@@ -118,6 +119,10 @@ class Plan:
     copies: tuple[BlockCopy, ...] = ()
 
 
+Likeliest = tuple[tuple[int, float], ...]
+"""The most probable tokens with their natural log-probabilities, the likeliest first."""
+
+
 @dataclass(frozen=True)
 class SampledToken:
     """A token and its natural log-probability under the model itself, before temperature, penalty and truncation.
@@ -128,16 +133,17 @@ class SampledToken:
 
     token_id: int
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    top: Likeliest = ()
     error: str = ""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One entry a chunk of the plan, in its order: its sampled tokens, and the log-probabilities of its targets."""
+    """One entry a chunk of the plan, in its order: its sampled tokens, and what was found of its targets."""
 
     sampled: tuple[tuple[SampledToken, ...], ...]
     target_logprobs: tuple[tuple[float, ...], ...] = ()  # empty where no chunk had targets
+    target_tops: tuple[tuple[Likeliest, ...], ...] = ()  # the likeliest beside each; empty where none are wanted
 
 
 # --- what a backend makes --------------------------------------------------------------------------------------------

@@ -85,7 +85,8 @@ class Engine:
         if params.n > self.config.max_sequences:
             raise ValueError(f"n={params.n} is more than the {self.config.max_sequences} sequences that run at once")
         for name, ids in (
-            ("the prompt", request.prompt), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)
+            ("the prompt", request.prompt), ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids), ("visible_token_ids", params.visible_token_ids),
         ):  # fmt: skip
             outside = [
                 token_id
@@ -180,8 +181,11 @@ class Engine:
         seconds = time.perf_counter() - started
         for number, (part, chunk) in enumerate(zip(scheduled, chunks, strict=True)):
             self._count(part.sequence, chunk, seconds)
-            scores = result.target_logprobs[number] if result.target_logprobs else ()
-            events += self._take(part.sequence, chunk, result.sampled[number], scores)
+            if result.target_logprobs:
+                part.sequence.score(
+                    result.target_logprobs[number], result.target_tops[number] if result.target_tops else ()
+                )
+            events += self._take(part.sequence, chunk, result.sampled[number])
         return events
 
     def _masks(
@@ -224,11 +228,9 @@ class Engine:
         sequence: Sequence,
         chunk: ScheduledChunk,
         sampled: abc.Sequence[SampledToken],
-        scores: abc.Sequence[float],
     ) -> Iterator[TokenEvent]:
         """Takes in the results of a chunk and yields its events; guesses are kept as long as the model agrees."""
         known = len(sequence.tokens)
-        sequence.scores += scores
         sequence.computed = min(chunk.end, known)
         self._advance(sequence)
         if not sampled:

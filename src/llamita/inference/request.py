@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
+from llamita.backend.interface import Likeliest
 from llamita.backend.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "error"]
@@ -42,8 +43,8 @@ class Request:
     adapter: str | None = None
     """The name of the adapter to serve it with; None: the model as it was loaded."""
     targets: tuple[PromptTarget, ...] = ()
-    """Tokens to judge, in the order of their positions: their log-probabilities come as the `prompt_logprobs`. What lies
-    before the first of them may come from the prefix cache."""
+    """Tokens to judge, in the order of their positions: their log-probabilities come as the `prompt_logprobs`. What
+    lies before the first of them may come from the prefix cache."""
 
 
 @dataclass
@@ -98,8 +99,9 @@ class TokenEvent:
     statistics: Statistics
     finish_reason: FinishReason | None = None
     index: int = 0  # of the continuation among the request's `n`
-    top_logprobs: tuple[tuple[int, float], ...] = ()
+    top_logprobs: Likeliest = ()
     prompt_logprobs: tuple[float, ...] = ()  # with the first event: of prompt tokens 1, 2, ..., or of the targets
+    prompt_top_logprobs: tuple[Likeliest, ...] = ()  # the `top_logprobs` likeliest at each of those of the prompt
     error: str = ""
 
 
@@ -115,8 +117,9 @@ class Generation:
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
     statistics: Statistics
-    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()  # a row a token, where asked for
+    top_logprobs: tuple[Likeliest, ...] = ()  # a row a token, where asked for
     prompt_logprobs: tuple[float, ...] = ()  # of prompt tokens 1, 2, ..., or of the targets, where asked for
+    prompt_top_logprobs: tuple[Likeliest, ...] = ()  # the likeliest at each of those of the prompt, where asked for
     index: int = 0
     others: tuple["Generation", ...] = field(default=(), repr=False)
 
@@ -144,12 +147,12 @@ class Collector:
             self._open -= outcome.finish_reason is not None
         if self._open:
             return None
-        scored = next((event.prompt_logprobs for row in self._events for event in row if event.prompt_logprobs), ())
+        scored = next((event for row in self._events for event in row if event.prompt_logprobs), None)
         first, *others = (_generation(events, scored) for events in self._events)
         return replace(first, others=tuple(others))
 
 
-def _generation(events: list[TokenEvent], prompt_logprobs: tuple[float, ...]) -> Generation:
+def _generation(events: list[TokenEvent], scored: TokenEvent | None) -> Generation:
     last = events[-1]
     assert last.finish_reason is not None
     sampled = [event for event in events if event.token_id is not None]
@@ -160,6 +163,7 @@ def _generation(events: list[TokenEvent], prompt_logprobs: tuple[float, ...]) ->
         finish_reason=last.finish_reason,
         statistics=last.statistics,
         top_logprobs=tuple(event.top_logprobs for event in sampled) if any(e.top_logprobs for e in sampled) else (),
-        prompt_logprobs=prompt_logprobs,
+        prompt_logprobs=() if scored is None else scored.prompt_logprobs,
+        prompt_top_logprobs=() if scored is None else scored.prompt_top_logprobs,
         index=last.index,
     )

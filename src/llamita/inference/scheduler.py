@@ -74,7 +74,8 @@ class Scheduler:
         """Starts the forks of a sequence that has just read the prompt that they share."""
         for fork in sequence.forks:
             fork.tables = self.manager.fork(sequence.tables)
-            fork.computed, fork.prefixes, fork.scores = sequence.computed, list(sequence.prefixes), sequence.scores[:]
+            fork.computed, fork.prefixes = sequence.computed, list(sequence.prefixes)
+            fork.scores, fork.tops = sequence.scores[:], sequence.tops[:]
             for name in ("cached_tokens", "queue_seconds", "prefill_seconds"):
                 setattr(fork.statistics, name, getattr(sequence.statistics, name))
             bisect.insort(self.running, fork, key=serving_order)
@@ -124,7 +125,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Gives a sequence's memory back; it waits to be read again, its output as a part of its prompt."""
         self.remove(sequence)
-        sequence.computed, sequence.prefixes, sequence.scores = 0, [], []
+        sequence.computed, sequence.prefixes, sequence.scores, sequence.tops = 0, [], [], []
         sequence.statistics.preemptions += 1
         self.preemptions += 1
         self.add(sequence)

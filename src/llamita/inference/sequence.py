@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from llamita.backend.interface import SampledToken, SampleSpec, ScheduledChunk, Target
+from llamita.backend.interface import Likeliest, SampledToken, SampleSpec, ScheduledChunk, Target
 from llamita.backend.sampling_params import MAX_SEED
 from llamita.inference.block_manager import Prefix, Tables
 from llamita.inference.detokenizer import IncrementalDetokenizer, StopMatcher, TokenBytes
@@ -54,9 +54,12 @@ class Sequence:
         if self.params.prompt_logprobs:
             self.targets = tuple(map(PromptTarget, range(1, self.prompt_length), request.prompt[1:]))
         self.scores: list[float] = []  # log-probabilities of the targets, as far as the prompt was read
+        self.tops: list[Likeliest] = []  # the likeliest tokens beside them, where asked for
         self.arrived = time.perf_counter()
         self._ends = frozenset(() if self.params.ignore_eos else end_tokens) | frozenset(self.params.stop_token_ids)
-        self._detokenizer = tokenizer and IncrementalDetokenizer(tokenizer, context=request.prompt)
+        self._detokenizer = tokenizer and IncrementalDetokenizer(
+            tokenizer, context=request.prompt, visible=self.params.visible_token_ids
+        )
         self._stop_matcher = StopMatcher(self.params.stop)
 
     @property
@@ -105,6 +108,7 @@ class Sequence:
             tuple(samples),
             targets,
             self.request.adapter,
+            self.params.top_logprobs if targets and self.params.prompt_logprobs else 0,
         )
 
     def _sample(self, position: int, allowed: np.ndarray | None) -> SampleSpec:
@@ -114,6 +118,11 @@ class Sequence:
             banned = ()  # the grammar has come to its end
         seed = self.statistics.seed
         return SampleSpec(self.params, seed, position, self.tokens, self.prompt_length, banned, allowed)
+
+    def score(self, logprobs: abc.Sequence[float], tops: abc.Sequence[Likeliest]) -> None:
+        """Takes in what a chunk found of its targets."""
+        self.scores += logprobs
+        self.tops += tops
 
     def take(self, token: SampledToken) -> TokenEvent:
         """Takes in a sampled token and returns its event, with the text that is certain and the end of the sequence."""
@@ -149,7 +158,8 @@ class Sequence:
             self.finish_reason = "stop"
         elif self.finish_reason is not None:
             text += self._stop_matcher.finish()
-        scores, self.scores = tuple(self.scores) if self.generated <= 1 else (), []
+        scores, tops = (tuple(self.scores), tuple(self.tops)) if self.generated <= 1 else ((), ())
+        self.scores, self.tops = [], []
         return TokenEvent(
             request_id=self.request.id,
             token_id=None if token is None else token.token_id,
@@ -160,6 +170,7 @@ class Sequence:
             index=self.index,
             top_logprobs=() if token is None else token.top,
             prompt_logprobs=scores,
+            prompt_top_logprobs=tops,
             error=error,
         )
 

@@ -206,7 +206,7 @@ def _take(row: Row, event: TokenEvent) -> None:
     row.text += event.text
     row.statistics = event.statistics
     if event.prompt_logprobs:
-        row.prompt_logprobs = event.prompt_logprobs
+        row.prompt_logprobs, row.prompt_top = event.prompt_logprobs, event.prompt_top_logprobs
     if event.token_id is not None:
         row.tokens.append(event)
     if event.finish_reason is not None:

@@ -109,7 +109,7 @@ def tokens_of(serving: Serving, body: TokenizeRequest) -> dict[str, Any]:
             variables=body.chat_template_kwargs or {},
             add_generation_prompt=body.add_generation_prompt is not False,
         )
-        tokens = list(encode_messages(model, task)[1])
+        tokens = list(encode_messages(model, task).tokens)
     else:
         text = body.prompt if body.prompt is not None else body.content or ""
         begins = tokenizer.begins_texts if body.add_special_tokens is None else body.add_special_tokens

@@ -42,7 +42,7 @@ def inside_work(serving: Serving, body: LookInsideRequest) -> Callable[[], Inspe
         if not body.messages:
             raise bad_value("messages", "messages is empty; give at least one message")
         task = ChatTask(plain_messages(body.messages), params=lambda room: model.defaults)
-        tokens = encode_messages(model, task)[1]
+        tokens = encode_messages(model, task).tokens
     else:
         tokens = llm.encode(body.prompt or "")
     most = min(MAX_TOKENS, model.config.max_position_embeddings)

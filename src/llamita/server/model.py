@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from llamita.inference.llm import LLM
 from llamita.model.config import ModelConfig
 from llamita.server.errors import ApiError
 from llamita.storage import model_directory, peft_directory
+from llamita.text.answers import AnswerFormat, answer_format
 from llamita.text.chat import Chat
 from llamita.text.tokenizer import Tokenizer
 from llamita.workflows.classify import Classifier
@@ -41,6 +43,11 @@ class ServedModel:
     defaults: SamplingParams = SamplingParams()
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     _turn: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock, repr=False)
+
+    @functools.cached_property
+    def answer_format(self) -> AnswerFormat:
+        """How the chat template has the model write reasoning and calls of tools."""
+        return AnswerFormat() if self.chat is None else answer_format(self.chat)
 
     @property
     def engine(self) -> Engine | None:
@@ -97,7 +104,9 @@ class ServedModel:
             return ("classify", "decisions")
         if self.chat is None:
             return ("completions", "embeddings")
-        return ("chat", "completions", "embeddings", "look_inside", "decisions")
+        form = self.answer_format
+        more = (("tools",) if form.calls is not None else ()) + (("reasoning",) if form.reasoning is not None else ())
+        return ("chat", "completions", "embeddings", "look_inside", "decisions", *more)
 
     @property
     def fault(self) -> str:

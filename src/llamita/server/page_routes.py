@@ -30,7 +30,7 @@ def router() -> APIRouter:
 
     @routes.get("/favicon.ico")
     async def icon() -> Response:
-        return file("icon.svg")
+        return file("llamita.svg")
 
     @routes.get("/page/{name}")
     async def part(name: str) -> Response:

@@ -19,6 +19,7 @@ import psutil
 
 from llamita.backend.interface import (
     CacheLayout,
+    Likeliest,
     Plan,
     SampledToken,
     SampleSpec,
@@ -30,7 +31,7 @@ from llamita.backend.interface import (
 from llamita.backend.mlx.devices import choose_device
 from llamita.backend.mlx.infer.adapters import adapters_of_rows
 from llamita.backend.mlx.infer.kv_cache import PagedKVCache, PagedStep
-from llamita.backend.mlx.infer.sampling import Sampler
+from llamita.backend.mlx.infer.sampling import Sampler, largest_first
 from llamita.backend.mlx.model import lora
 from llamita.backend.mlx.model.layers import Adapters
 from llamita.backend.mlx.model.llama import Llama
@@ -44,7 +45,7 @@ from llamita.backend.runner import (
     positions_of_logits,
     with_adapter,
 )
-from llamita.backend.step_layout import States, StepLayout, rows_wanted, sample_chunks, score_chunks
+from llamita.backend.step_layout import Scores, States, StepLayout, rows_wanted, sample_chunks, score_chunks
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.lora import Adapter
@@ -146,12 +147,19 @@ class MlxRunner:
 
         return sample_chunks(chunks, draw)
 
-    def _score(self, chunks: Sequence[ScheduledChunk], states: States[mx.array]) -> list[tuple[float, ...]]:
-        """Returns the log-probabilities of each chunk's targets."""
+    def _score(self, chunks: Sequence[ScheduledChunk], states: States[mx.array]) -> list[Scores]:
+        """Returns what each chunk asks of its targets."""
 
-        def score(rows: list[int], places: list[int], ids: list[int]) -> list[float]:
+        def score(rows: list[int], places: list[int], ids: list[int], top: int) -> tuple[list[float], list[Likeliest]]:
             logits_RV, at = self._logits(states, rows).astype(mx.float32), mx.array(places)
-            return np.array(logits_RV[at, mx.array(ids)] - mx.logsumexp(logits_RV, axis=-1)[at]).tolist()
+            totals_R = mx.logsumexp(logits_RV, axis=-1)
+            logprobs = np.array(logits_RV[at, mx.array(ids)] - totals_R[at]).tolist()
+            if not top:
+                return logprobs, []
+            ids_RK = largest_first(logits_RV, min(top, logits_RV.shape[1]))
+            values_RK = mx.take_along_axis(logits_RV, ids_RK, axis=-1) - totals_R[:, None]
+            pairs = zip(np.array(ids_RK).tolist(), np.array(values_RK).tolist(), strict=True)
+            return logprobs, [tuple(zip(row, values, strict=True)) for row, values in pairs]
 
         return score_chunks(chunks, score)
 

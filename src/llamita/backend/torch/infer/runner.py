@@ -21,6 +21,7 @@ from torch import Tensor
 from llamita.backend import processor
 from llamita.backend.interface import (
     CacheLayout,
+    Likeliest,
     Plan,
     SampledToken,
     SampleSpec,
@@ -38,7 +39,7 @@ from llamita.backend.runner import (
     with_adapter,
 )
 from llamita.backend.sampling import Steps, sampled_token
-from llamita.backend.step_layout import States, StepLayout, rows_wanted, sample_chunks, score_chunks
+from llamita.backend.step_layout import Scores, States, StepLayout, rows_wanted, sample_chunks, score_chunks
 from llamita.backend.torch.devices import choose_device, table_kernel
 from llamita.backend.torch.infer.adapters import adapters_of_rows, exact_adapter
 from llamita.backend.torch.infer.exact import exact_model
@@ -236,12 +237,18 @@ class TorchRunner:
 
         return sample_chunks(chunks, draw)
 
-    def _score(self, chunks: Sequence[ScheduledChunk], states: States[Tensor]) -> list[tuple[float, ...]]:
-        """Returns the log-probabilities of each chunk's targets."""
+    def _score(self, chunks: Sequence[ScheduledChunk], states: States[Tensor]) -> list[Scores]:
+        """Returns what each chunk asks of its targets."""
 
-        def score(rows: list[int], places: list[int], ids: list[int]) -> list[float]:
+        def score(rows: list[int], places: list[int], ids: list[int], top: int) -> tuple[list[float], list[Likeliest]]:
             logits_RV = self._logits(states, rows).float()
-            return (logits_RV[places, ids] - logits_RV.logsumexp(-1)[places]).tolist()
+            totals_R = logits_RV.logsumexp(-1)
+            logprobs = (logits_RV[places, ids] - totals_R[places]).tolist()
+            if not top:
+                return logprobs, []
+            found = logits_RV.topk(min(top, logits_RV.shape[1]), dim=-1)
+            pairs = zip(found.indices.tolist(), (found.values - totals_R[:, None]).tolist(), strict=True)
+            return logprobs, [tuple(zip(row, values, strict=True)) for row, values in pairs]
 
         return score_chunks(chunks, score)
 
