@@ -18,6 +18,7 @@ PROGRAM = """
 import asyncio, json, os, signal, sys, time
 import httpx2, psutil, ray
 from ray import serve
+sys.path.insert(0, sys.argv[3])  # here alone: replicas get what they need of the file from Ray
 from ray_serve import Settings, application
 from llamita.workflows.benchmark.client import Ask, Client
 from llamita.workflows.benchmark.prompts import StoryPrompts
@@ -72,13 +73,13 @@ def test_replicas_of_ray_serve_answer_and_one_that_dies_is_replaced(tmp_path: Pa
     if importlib.util.find_spec("ray") is None:
         pytest.skip("Ray is not installed; pip install 'ray[serve]'")
     write_model(tmp_path / "model")
-    places = [str(ROOT / "deploy"), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    places = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, places)),
         "OMP_NUM_THREADS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "model"), str(free_port())]
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "model"), str(free_port()), str(ROOT / "deploy")]
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
