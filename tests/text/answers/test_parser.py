@@ -280,7 +280,9 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=4,
 )
-call_objects = st.fixed_dictionaries({"name": names, "arguments": st.dictionaries(st.text(max_size=5), values, max_size=2)})
+call_objects = st.fixed_dictionaries(
+    {"name": names, "arguments": st.dictionaries(st.text(max_size=5), values, max_size=2)}
+)
 bodies = st.builds(
     lambda value, ascii, indent: json.dumps(value, ensure_ascii=ascii, indent=indent),
     call_objects | st.lists(call_objects, max_size=2),
