@@ -56,7 +56,7 @@ class SamplingParams:
     top_logprobs: int = 0
     """Report so many of the most probable tokens at each step, with their log-probabilities."""
     prompt_logprobs: bool = False
-    """Report the log-probability of each token of the prompt but the first."""
+    """Report the log-probability of each token of the prompt but the first, with the `top_logprobs` likeliest there."""
     json_schema: str = ""
     """Write only JSON that fits this JSON schema."""
     regex: str = ""
