@@ -27,11 +27,12 @@ from llamita.inference.drafting import Drafter, DraftModel, PromptLookup
 from llamita.inference.embedding import Pooling, embed
 from llamita.inference.engine import Engine
 from llamita.inference.inspection import Inspection, look_inside
-from llamita.inference.request import Generation, Request, TokenEvent
+from llamita.inference.request import Generation, PromptTarget, Request, TokenEvent
 from llamita.inference.service import Service
 from llamita.model.config import ModelConfig
 from llamita.progress import ProgressBar
-from llamita.storage import files, model_directory, peft_directory
+from llamita.storage import calibration, files, model_directory, peft_directory
+from llamita.storage.calibration import Calibration
 from llamita.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -53,9 +54,12 @@ class LLM:
         engine: EngineConfig | None = None,
         drafter: Drafter | None = None,
         adapters: Collection[str] = (),
+        calibration: Calibration = Calibration(),  # noqa: B008 - it is frozen
     ) -> None:
         self.runner = runner
         self.tokenizer = tokenizer
+        self.calibration = calibration
+        """The temperatures that were fitted to this model's label likelihoods; decisions follow them."""
         self.engine = Engine(runner, tokenizer, eos_token_ids, engine, drafter, adapters)
         self.service = Service(self.engine)
         self._ids = itertools.count()
@@ -106,7 +110,8 @@ class LLM:
                 f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens and the model embeddings for "
                 f"{runner.config.vocab_size}; one of them is another model's"
             )
-        return cls(runner, tokenizer, _end_tokens(directory, runner.config), engine, drafter, tuple(places))
+        ends = _end_tokens(directory, runner.config)
+        return cls(runner, tokenizer, ends, engine, drafter, tuple(places), calibration.load(directory))
 
     @property
     def config(self) -> ModelConfig:
@@ -124,6 +129,7 @@ class LLM:
             model_directory.save_tensors(directory, arrays)
             if self.tokenizer is not None:
                 self.tokenizer.save(directory)
+            calibration.save(directory, self.calibration)
 
     def encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         """Returns the prompt as token ids; those of a text begin with the BOS token where the tokenizer has one.
@@ -278,9 +284,16 @@ class LLM:
         """Ends all open requests and the worker thread. A model that is no longer referenced needs no closing."""
         self.service.close()
 
-    def request(self, prompt: Prompt, params: SamplingParams | None = None, adapter: str | None = None) -> Request:
+    def request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        adapter: str | None = None,
+        targets: Sequence[PromptTarget] = (),
+    ) -> Request:
         """Returns the engine's request for a prompt, checked: ValueError where this model cannot serve it."""
-        request = Request(next(self._ids), self.encode(prompt), params or SamplingParams(), adapter=adapter)
+        chosen = params or SamplingParams()
+        request = Request(next(self._ids), self.encode(prompt), chosen, adapter=adapter, targets=tuple(targets))
         self.engine.check(request)
         return request
 

@@ -14,6 +14,7 @@ from llamita import __version__
 from llamita.server import (
     chat_completions,
     completions,
+    decisions,
     information,
     look_inside,
     messages,
@@ -59,7 +60,7 @@ def create_app(
         separate_input_output_schemas=False,
     )
     app.state.limits, app.state.serving = limits, serving
-    for module in (chat_completions, completions, responses, messages, texts, look_inside, information):
+    for module in (chat_completions, completions, responses, messages, texts, decisions, look_inside, information):
         app.include_router(module.router(serving))
     app.include_router(page_routes.router())
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -137,7 +137,7 @@ class DecisionsUsage(Answer):
     total_tokens: int
 
 
-class Decisions(Answer):
+class DecisionsAnswer(Answer):
     model: str
     answers: list[Annotated[PredicateAnswer | ChoiceAnswer | ScoreAnswer | LabelsAnswer, Field(discriminator="type")]]
     usage: DecisionsUsage
