@@ -162,8 +162,8 @@ def test_an_adapter_changes_all_that_is_seen(framework) -> None:
 @pytest.mark.parametrize(
     ("tokens", "asked", "message"),
     [
-        ([], {}, "the text has 0 tokens and must have 1 to 96; shorten it"),
-        ([1] * 97, {}, "the text has 97 tokens and must have 1 to 96; shorten it"),
+        ([], {}, "the text has 0 tokens; give 1 to 96"),
+        ([1] * 97, {}, "the text has 97 tokens; give 1 to 96"),
         ([1], {"top": 0}, "top=0 must be 1 to 20"),
         ([1], {"top": 21}, "top=21 must be 1 to 20"),
         ([1], {"attention": [0, 2]}, "attention=2 is no layer of this model: give 0 to 1"),
@@ -180,7 +180,7 @@ def test_what_cannot_be_shown_is_refused_in_one_line(opened, tokens, asked, mess
 def test_long_texts_classifiers_and_broken_weights_are_refused(framework) -> None:
     config = small(max_position_embeddings=2048)
     runner = framework.runner_over(config, perturbed(config))
-    with pytest.raises(ValueError, match="the text has 513 tokens and must have 1 to 512"):
+    with pytest.raises(ValueError, match="the text has 513 tokens; give 1 to 512"):
         look_inside(runner, None, [1] * 513)
     labelled = dataclasses.replace(config, num_labels=3)
     with pytest.raises(ValueError, match="this model is a classifier and predicts no tokens"):
