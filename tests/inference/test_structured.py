@@ -199,6 +199,17 @@ def test_the_end_may_come_exactly_where_the_text_may_end(tok: Tokenizer, extra: 
     assert ids_in(matcher.allowed()) == sorted(set(ends))
 
 
+@pytest.mark.parametrize("has_end", [True, False])
+def test_stop_tokens_may_come_exactly_where_the_text_may_end(tok: Tokenizer, has_end: bool) -> None:
+    grammars = Grammars(tok, tok.vocab_size, [tok.eos_id] if has_end else [])
+    matcher = grammars.matcher(SamplingParams(regex="a|ab", stop_token_ids=(tok.bos_id, tok.vocab_size - 1)))
+    stops = {tok.bos_id, tok.vocab_size - 1}
+    assert not stops & set(ids_in(matcher.allowed()))
+    matcher.accept([i for i in range(3, tok.vocab_size) if tok.token_bytes(i) == b"a"][-1])
+    assert stops < set(ids_in(matcher.allowed()))
+    assert (tok.eos_id in ids_in(matcher.allowed())) == has_end
+
+
 @pytest.mark.parametrize("extra", [0, 1, 64])
 def test_a_model_without_an_end_token_can_be_followed(tok: Tokenizer, extra: int) -> None:
     size = tok.vocab_size + extra

@@ -36,10 +36,15 @@ LIMITS = LLParserLimits(
 
 
 class Matcher:
-    """Follows one continuation: knows the tokens that may come next after those accepted."""
+    """Follows one continuation: knows the tokens that may come next after those accepted.
 
-    def __init__(self, matcher: LLMatcher, vocabulary: "Vocabulary", executor: LLExecutor) -> None:
-        self._matcher, self._vocabulary, self._executor = matcher, vocabulary, executor
+    `stops` are tokens that end a text besides those of the vocabulary; they are allowed where those are.
+    """
+
+    def __init__(
+        self, matcher: LLMatcher, vocabulary: "Vocabulary", executor: LLExecutor, stops: Sequence[int] = ()
+    ) -> None:
+        self._matcher, self._vocabulary, self._executor, self._stops = matcher, vocabulary, executor, stops
 
     def allowed(self) -> np.ndarray:
         """Returns the mask as int32 words: bit i % 32 of word i // 32 says whether token i may come.
@@ -53,7 +58,7 @@ class Matcher:
         return mask
 
     def accept(self, token_id: int) -> None:
-        """Accepts a token. Raises ValueError where it may not come; the matcher is then unchanged."""
+        """Accepts a token, none of `stops`. Raises ValueError where it may not come; the matcher is then unchanged."""
         if not 0 <= token_id < self._vocabulary.model_size or self._matcher.try_consume_tokens([token_id]) != 1:
             raise ValueError(self.error or f"token {token_id} may not come here: the grammar of the request forbids it")
 
@@ -88,6 +93,9 @@ def fill(matchers: Sequence[Matcher]) -> list[np.ndarray]:
     for row, matcher in enumerate(matchers):
         if matcher._matcher.is_error():
             words[row] = 0
+        elif matcher._stops and vocabulary.allows_end(words[row]):
+            for token_id in matcher._stops:
+                words.view(np.uint32)[row, token_id // 32] |= np.uint32(1 << (token_id % 32))
     return list(vocabulary.cut(words))
 
 
@@ -118,7 +126,7 @@ class Grammars:
         else:
             assert params.choices, "the request asks for no structure"
             start = self._compiled("choices", params.choices)
-        return Matcher(start.deep_copy(), self._vocabulary, self._executor)
+        return Matcher(start.deep_copy(), self._vocabulary, self._executor, params.stop_token_ids)
 
     def _compile(self, kind: str, asked: str | tuple[str, ...]) -> LLMatcher:
         matcher = LLMatcher(self._vocabulary.tokenizer, _grammar(kind, asked), log_level=0, limits=LIMITS)
@@ -144,13 +152,18 @@ class Vocabulary:
         self.model_size, self._ours = vocab_size, tokenizer
         self._eos = sorted(eos for eos in set(eos_token_ids) if 0 <= eos < vocab_size)
         self.size = vocab_size if self._eos else vocab_size + 1
+        self._ends = self._eos or [self.model_size]
         self.words = (self.size + 31) // 32
+
+    def allows_end(self, words: np.ndarray) -> bool:
+        """Whether the text may end, by a mask that has not been cut."""
+        return bool(words.view(np.uint32)[self._ends[0] // 32] >> np.uint32(self._ends[0] % 32) & 1)
 
     @functools.cached_property
     def tokenizer(self) -> LLTokenizer:
         known = min(self._ours.vocab_size, self.model_size)
         tokens = [self._ours.token_bytes(i) for i in range(known)] + [b""] * (self.size - known)
-        ends = self._eos or [self.model_size]
+        ends = self._ends
         for token_id in ends:
             tokens[token_id] = b""
         control = [i for i in range(known) if not tokens[i] and i not in ends and self._ours.spelled_bytes(i)]
