@@ -67,29 +67,33 @@ def questions(arguments: argparse.Namespace) -> None:
     source = arguments.text.read_text("utf-8") if arguments.text else " ".join(meadow.corpus(0, 300, "validation"))
     text = model.tokenizer.decode(model.tokenizer.encode(source)[: arguments.tokens])
 
-    def seconds(asked: tuple[Question, ...]) -> float:
+    def seconds(asked: tuple[Question, ...]) -> tuple[float, float]:
         model.engine.manager.forget_unused()
-        begun = time.perf_counter()
+        begun, busy = time.perf_counter(), time.process_time()
         decide(model, text, asked, layout=arguments.layout)
-        return time.perf_counter() - begun
+        return time.perf_counter() - begun, time.process_time() - busy
 
     sets = {"one": QUESTIONS[:1], "five": QUESTIONS}
     for asked in sets.values():
         seconds(asked)  # what is compiled or fetched on first use
-    times: dict[str, list[float]] = {name: [] for name in sets}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in sets}
     for _ in range(arguments.passes):
         for name, asked in sets.items():
             times[name].append(seconds(asked))
-    table = Table(title=f"{arguments.model}: questions about {arguments.tokens} tokens", title_justify="left")
-    for column in ("questions", "tokens read", "seconds", "least", "most"):
+    table = Table(title=f"{arguments.model.name}: questions about {arguments.tokens} tokens", title_justify="left")
+    for column in ("questions", "tokens read", "seconds", "least", "most", "seconds of CPUs"):
         table.add_column(column, justify="left" if column == "questions" else "right")
+    medians = {}
     for name, asked in sets.items():
         model.engine.manager.forget_unused()
         read = decide(model, text, asked, layout=arguments.layout).input_tokens
-        found = (statistics.median(times[name]), min(times[name]), max(times[name]))
+        whole, busy = zip(*times[name], strict=True)
+        medians[name] = (statistics.median(whole), statistics.median(busy))
+        found = (medians[name][0], min(whole), max(whole), medians[name][1])
         table.add_row(name, str(read), *(f"{value:.2f}" for value in found))
     Console().print(table)
-    print(f"five take {statistics.median(times['five']) / statistics.median(times['one']):.2f} times as long as one")
+    wall, cpu = (five / one for five, one in zip(medians["five"], medians["one"], strict=True))
+    print(f"five take {wall:.2f} times as long as one, and {cpu:.2f} times the CPUs' time")
 
 
 def calibration(arguments: argparse.Namespace) -> None:
