@@ -142,7 +142,7 @@ def say(seen: Iterable[np.ndarray], sample: SampleSpec, vocabulary: int) -> Said
 
 def score(seen: Iterable[np.ndarray], target: int) -> float:
     """The log-probability of a target."""
-    digest = hashlib.sha256(b"".join(group.tobytes() for group in seen) + bytes([target])).digest()
+    digest = hashlib.sha256(b"".join(group.tobytes() for group in seen) + target.to_bytes(4, "little")).digest()
     return -1e-6 * int.from_bytes(digest[:4], "little")
 
 

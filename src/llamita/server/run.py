@@ -55,8 +55,17 @@ def serve(app: FastAPI, listener: socket.socket, ready: Callable[[str], None]) -
 
     Returns the exit status.
     """
-    limits: ServerLimits = app.state.limits
     address = address_of(listener)
+    server = make_server(app, lambda: ready(address))
+    with listener, asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        runner.run(server.serve(sockets=[listener]))
+    return 0 if server.started else 1
+
+
+def make_server(app: FastAPI, ready: Callable[[], None]) -> DrainingServer:
+    """Returns uvicorn's server of an application, within the limits of the application; `ready` is called once it
+    answers."""
+    limits: ServerLimits = app.state.limits
     config = uvicorn.Config(
         app,
         http=make_protocol(limits),
@@ -71,16 +80,14 @@ def serve(app: FastAPI, listener: socket.socket, ready: Callable[[str], None]) -
         timeout_graceful_shutdown=int(limits.drain_seconds),
         h11_max_incomplete_event_size=limits.max_header_bytes,
     )
-    server = DrainingServer(config, app.state.serving, lambda: ready(address))
-    with listener, asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(server.serve(sockets=[listener]))
-    return 0 if server.started else 1
+    return DrainingServer(config, app.state.serving, ready)
 
 
 def bind(host: str, port: int) -> socket.socket:
     """Returns a socket bound to an address; `port` 0 is one that is free. OSError that names one that cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends small pieces at once (TCP_NODELAY) only where the protocol is named; else each waits some 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
