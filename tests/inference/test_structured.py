@@ -1,5 +1,6 @@
 """Structured output: any choice among the allowed tokens gives text of the form asked for, as others judge it."""
 
+import functools
 import json
 import random
 import re
@@ -333,6 +334,14 @@ def test_compiling_again_is_cheap(grammars: Grammars) -> None:
         ("json_schema", json.dumps({"allOf": [{"anyOf": [{"properties": {f"{x}{i}": {"type": "integer"}},
                                                           "required": [f"{x}{i}"]} for x in "ab"]}
                                               for i in range(14)]}), "too large"),
+        ("json_schema", json.dumps({"allOf": [{"type": "string", "pattern": f".*{i}.*"} for i in range(60)]}),
+         "60 patterns"),
+        ("json_schema", json.dumps(functools.reduce(lambda inner, i: {"pattern": f".*{i}.*", "anyOf": [inner]},
+                                                    range(30), {})), "30 patterns"),
+        ("json_schema", '{"type": "number", "multipleOf": 111546435}', "multiples of 111546435"),
+        ("json_schema", '{"type": "number", "multipleOf": 9.99983}', "multiples of 999983"),
+        ("json_schema", json.dumps({"properties": {str(i): {"multipleOf": 9973} for i in range(90)}}), "multiples of"),
+        ("json_schema", json.dumps({"allOf": [{"multipleOf": prime} for prime in (3, 5, 7, 11, 13, 17)]}), "255255"),
     ],
     ids=lambda value: str(value)[:30].encode("ascii", "replace").decode(),
 )  # fmt: skip
@@ -346,6 +355,23 @@ def test_what_is_broken_or_too_expensive_is_refused_in_a_line_and_soon(
     assert field in str(error.value)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 400
+
+
+def test_patterns_and_multiples_of_ordinary_schemas_are_compiled(grammars: Grammars) -> None:
+    text = {"type": "string", "pattern": "^[a-z]+$"}
+    for schema in (
+        {"type": "object", "properties": {f"p{i}": text for i in range(40)}},
+        {"$defs": {"t": text}, "properties": {f"p{i}": {"$ref": "#/$defs/t", "description": "x"} for i in range(40)}},
+        {"allOf": [text, {"minLength": 2}]},
+        {"type": "number", "multipleOf": 0.01},
+        {
+            "properties": {
+                "price": {"type": "number", "multipleOf": 0.01},
+                "size": {"type": "integer", "multipleOf": 250},
+            }
+        },
+    ):
+        assert not grammars.matcher(SamplingParams(json_schema=json.dumps(schema))).error
 
 
 @pytest.mark.parametrize(

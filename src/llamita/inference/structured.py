@@ -8,8 +8,11 @@ nothing of tensors or of who is served.
 
 import functools
 import json
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -22,7 +25,17 @@ LONGEST_SCHEMA = 1 << 16  # characters
 LONGEST_REGEX = 1 << 12
 LONGEST_CHOICES = 1 << 16  # characters of all choices together
 LONGEST_GRAMMAR = 1 << 16
+MOST_INTERSECTED = 8
+"""Most patterns of a schema that combines schemas: the time to intersect them doubles with each."""
+LARGEST_MULTIPLE = 10_000
+"""Largest `multipleOf`, without its decimal point and trailing zeros, and largest sum of them: an expression for the
+multiples of n has n states. Where schemas are combined, their least common multiple counts."""
+ANNOTATIONS = frozenset(
+    ("title", "description", "default", "examples", "deprecated", "$comment", "$defs", "definitions", "$schema", "$id")
+)
 COMPILED_KEPT = 64
+BROKEN = "the grammar cannot be followed further"
+"""How the reason begins why a text was ended that had become too expensive to restrict."""
 WHITESPACE = r"[ \n]?[ ]{0,16}"
 """White space allowed between the parts of a JSON text; without a limit, some models write blanks without end."""
 LIMITS = LLParserLimits(
@@ -75,11 +88,7 @@ class Matcher:
     @property
     def error(self) -> str:
         """The reason why the grammar can be followed no further, in one line; empty where it can."""
-        return (
-            f"the grammar cannot be followed further: {_line(self._matcher.get_error())}"
-            if self._matcher.is_error()
-            else ""
-        )
+        return f"{BROKEN}: {_line(self._matcher.get_error())}" if self._matcher.is_error() else ""
 
 
 def fill(matchers: Sequence[Matcher]) -> list[np.ndarray]:
@@ -252,6 +261,39 @@ def _check_schema(text: str) -> None:
         raise ValueError(f"json_schema is not JSON: {fault}") from None
     if not isinstance(schema, dict):
         raise ValueError(f"json_schema must be a JSON object, not {type(schema).__name__}; {{}} allows any JSON")
+    _check_cost(schema)
+
+
+def _check_cost(schema: dict[str, Any]) -> None:
+    """Raises ValueError for a schema whose compilation would take time without bounds, which the limits of llguidance
+    do not cover: many patterns, or multiples of large numbers, to be intersected."""
+    combines, patterns = False, 0
+    multiples: list[int] = []
+    waiting: list[Any] = [schema]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, list):
+            waiting += part
+        if not isinstance(part, dict):
+            continue
+        waiting += part.values()
+        choosing = sum(key in part for key in ("$ref", "anyOf", "oneOf"))
+        combines |= "allOf" in part or bool(choosing and len(part.keys() - ANNOTATIONS) > 1)
+        patterns += sum(isinstance(part.get(key), str) for key in ("pattern", "format"))
+        value = part.get("multipleOf")
+        if isinstance(value, int | float) and value > 0 and math.isfinite(value):
+            digits = Decimal(repr(value)).as_tuple().digits
+            multiples.append(int("".join(map(str, digits)).rstrip("0") or 1))
+    if combines and patterns > MOST_INTERSECTED:
+        raise ValueError(
+            f"json_schema has {patterns} patterns and formats in schemas that are combined; give at most "
+            f"{MOST_INTERSECTED}, or do without allOf and keywords beside $ref and anyOf"
+        )
+    size = math.lcm(*multiples) if combines else sum(multiples)
+    if size > LARGEST_MULTIPLE:
+        raise ValueError(
+            f"json_schema asks for multiples of {size} (multipleOf, all together); at most {LARGEST_MULTIPLE}"
+        )
 
 
 def _line(message: str) -> str:
