@@ -9,6 +9,7 @@ nothing of tensors or of who is served.
 import functools
 import json
 import math
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance.gbnf_to_lark import gbnf_to_lark
 from llguidance.numpy import fill_next_token_bitmask_par
 
 from llamita.backend.sampling_params import SamplingParams
@@ -38,6 +40,8 @@ BROKEN = "the grammar cannot be followed further"
 """How the reason begins why a text was ended that had become too expensive to restrict."""
 WHITESPACE = r"[ \n]?[ ]{0,16}"
 """White space allowed between the parts of a JSON text; without a limit, some models write blanks without end."""
+LARK = re.compile(r"\s*(%llguidance\b|start\s*:(?!:=))")
+"""A line by which a grammar in Lark's notation is known."""
 LIMITS = LLParserLimits(
     initial_lexer_fuel=200_000,  # building, and the first mask of, the worst expression takes some 0.2 s
     step_lexer_fuel=100_000,  # a step 10 to 30 ms
@@ -242,9 +246,21 @@ def _grammar(kind: str, asked: str | tuple[str, ...]) -> str:
         except ValueError as fault:
             raise ValueError(f"json_schema is not supported: {_line(str(fault))}") from None
     if kind == "grammar":
-        return LLMatcher.grammar_from_lark(texts[0])
+        return LLMatcher.grammar_from_lark(_lark(texts[0]))
     # An expression of all choices rather than a rule of the grammar for each: thousands of them stay cheap.
     return LLMatcher.grammar_from_regex(texts[0] if kind == "regex" else "|".join(map(_literal, texts)))
+
+
+def _lark(grammar: str) -> str:
+    """Returns a grammar in Lark's notation, which one in llama.cpp's (GBNF) is turned into."""
+    if "::=" not in grammar or any(LARK.match(line) for line in grammar.splitlines()):
+        return grammar
+    try:
+        return gbnf_to_lark(grammar)
+    except RecursionError:
+        raise ValueError("grammar is nested too deeply") from None
+    except Exception as fault:  # some of the library's are no more than that
+        raise ValueError(f"grammar is not supported: {_line(str(fault))}") from None
 
 
 def _literal(text: str) -> str:

@@ -17,7 +17,7 @@ from llamita.server.settings import ServerLimits
 
 TAKEN_AS_THEY_ARE = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
-    "min_tokens", "ignore_eos", "regex",
+    "min_tokens", "ignore_eos", "regex", "grammar",
 )  # fmt: skip
 
 
@@ -38,6 +38,10 @@ def sampling_params(
         given["stop_token_ids"] = _stop_token_ids(body.stop_token_ids, limits)
     if body.choices is not None:
         given["choices"] = tuple(body.choices)
+    if body.json_schema is not None:
+        if more.get("json_schema"):
+            raise bad_value("json_schema", "both json_schema and response_format hold the answer to a form; give one")
+        more["json_schema"] = json.dumps(body.json_schema)
     check_streaming(body)
     given |= more
     return checked_params({**_named(defaults), **given, "max_tokens": max_tokens})
@@ -65,7 +69,8 @@ def chosen_max_tokens(asked: int | None, field: str, room: int) -> int:
     if asked is None:
         return max(1, room)
     if asked < 1:
-        raise bad_value(field, f"{field}={asked} is not allowed; give a whole number >= 1")
+        message = f"{field}={asked} is not allowed; give a whole number >= 1, or leave it out for the default"
+        raise bad_value(field, message)
     return asked
 
 
