@@ -70,11 +70,16 @@ VERBS: Mapping[str, Verb] = {
     "classify evaluate": Verb("llamita.cli.classify", "evaluate", "Measure how well a tuned model labels texts."),
     "classify predict": Verb("llamita.cli.classify", "predict", "Label texts with a tuned model."),
     "classify zero-shot": Verb("llamita.cli.classify", "zero_shot", "Label texts with a model that was never tuned."),
+    "classify calibrate": Verb(
+        "llamita.cli.classify", "calibrate", "Fit how sure a model is to how often it is right."
+    ),
     "merge": Verb("llamita.cli.merge", "run", "Write an adapter and its base as one model."),
     "quantize": Verb("llamita.cli.quantize", "run", "Write a model with its matrices in int8 or int4."),
     "generate": Verb("llamita.cli.generate", "run", "Continue a prompt with a trained model."),
     "chat": Verb("llamita.cli.chat", "run", "Talk with a trained model in the terminal."),
+    "serve": Verb("llamita.cli.serve", "run", "Serve a model to OpenAI and Anthropic clients, and to a browser."),
     "evaluate": Verb("llamita.cli.evaluate", "run", "Measure a model: loss, stories, multiple choice, lm_eval."),
+    "bench": Verb("llamita.cli.bench", "run", "Measure an OpenAI-compatible server under load."),
     "runs list": Verb("llamita.cli.runs", "list_runs", "List the training runs under a directory."),
     "runs show": Verb("llamita.cli.runs", "show", "Show all that is known of a run."),
     "runs diff": Verb("llamita.cli.runs", "diff", "List the differences of two runs."),

@@ -9,10 +9,13 @@ text.
 import asyncio
 import atexit
 import contextlib
+import itertools
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from llamita.inference.engine import Engine
 from llamita.inference.request import Collector, Generation, Request, TokenEvent
@@ -23,8 +26,9 @@ IDLE_SECONDS = 5.0
 """Seconds that the worker waits for work before it ends; each new worker costs PyTorch a new pool of threads."""
 
 Outcome = TokenEvent | Exception
-Sink = Callable[[Sequence[Outcome]], None]
+Sink = Callable[[Sequence[Outcome]], object]
 """Takes a request's share of a step, on the thread that stepped; it must be quick and must not block."""
+T = TypeVar("T")
 
 
 class Service:
@@ -40,9 +44,20 @@ class Service:
         self._stepping = False  # the thread that sets it owns the engine until it clears it
         self._orders: deque[Request | int] = deque()  # requests to add and ids of requests to abort, in order
         self._sinks: dict[int, Sink] = {}
-        self._background: set[int] = set()  # open requests that the worker steps for
+        self._calls: deque[tuple[int, Callable[[], None]]] = deque()  # work to do between steps, one call a step
+        self._call_ids = itertools.count(-1, -1)
+        self._background: set[int] = set()  # open requests, and calls, that the worker steps for
         self._worker: threading.Thread | None = None
         self._closed = False
+        self._step_begun: float | None = None
+        self.failure = ""
+        """What came out of a step that the engine did not contain; its state is not to be trusted from then on."""
+
+    @property
+    def seconds_in_step(self) -> float:
+        """Seconds that the step under way has taken so far; 0 between steps. A long one is a step that hangs."""
+        begun = self._step_begun
+        return 0.0 if begun is None else time.monotonic() - begun
 
     def follow(self, request: Request, background: bool = False) -> Iterator[TokenEvent]:
         """Yields the events of a request, of all its continuations, as they come.
@@ -104,30 +119,54 @@ class Service:
         The request of a reader more than `buffer` events behind ends, and reading raises RuntimeError. Without a limit,
         at most the request's `n * max_tokens` events wait.
         """
+        async with contextlib.aclosing(self.follow_many_async([request], buffer)) as batches:
+            async for batch in batches:
+                for _, event in batch:
+                    yield event
+
+    async def follow_many_async(
+        self, requests: Sequence[Request], buffer: int | None = None
+    ) -> AsyncGenerator[list[tuple[int, TokenEvent]]]:
+        """Yields the events of several requests, each with its request's place, all that have come since the last time.
+
+        Ends when all have ended; one that fails raises, which ends the others. `buffer` is as in `follow_async`, for
+        all of them together.
+        """
         loop = asyncio.get_running_loop()
-        outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
+        waiting: list[tuple[int, Outcome]] = []
+        arrived = asyncio.Event()
 
-        def take(share: Sequence[Outcome]) -> None:
-            if buffer is not None and outcomes.qsize() + len(share) > buffer:
-                self._abort(request.id)
+        def take(place: int, share: Sequence[Outcome]) -> None:
+            if buffer is not None and len(waiting) + len(share) > buffer:
+                for request in requests:
+                    self._abort(request.id)
                 share = [RuntimeError(f"the reader fell more than {buffer} tokens behind, so the request was ended")]
-            for outcome in share:
-                outcomes.put_nowait(outcome)
+            waiting.extend((place, outcome) for outcome in share)
+            arrived.set()
 
-        def sink(share: Sequence[Outcome]) -> None:
-            loop.call_soon_threadsafe(take, share)
+        def sink_of(place: int) -> Sink:
+            return lambda share: loop.call_soon_threadsafe(take, place, share)
 
-        self._submit(request, sink, background=True)
+        remaining = sum(request.params.n for request in requests)
         try:
-            remaining = request.params.n
+            for place, request in enumerate(requests):
+                self._submit(request, sink_of(place), background=True)
             while remaining:
-                outcome = await outcomes.get()
-                if isinstance(outcome, Exception):
-                    raise outcome
-                remaining -= outcome.finish_reason is not None
-                yield outcome
+                await arrived.wait()
+                arrived.clear()
+                batch: list[tuple[int, TokenEvent]] = []
+                for place, outcome in waiting:
+                    if isinstance(outcome, Exception):
+                        if batch:
+                            yield batch
+                        raise outcome
+                    remaining -= outcome.finish_reason is not None
+                    batch.append((place, outcome))
+                waiting.clear()
+                yield batch
         finally:
-            self._abort(request.id)
+            for request in requests:
+                self._abort(request.id)
 
     async def gather_async(self, requests: Sequence[Request]) -> list[Generation]:
         """Returns the generation of each request, all served together. One that fails raises, which ends the others."""
@@ -150,6 +189,44 @@ class Service:
             for task in tasks:
                 task.cancel()
 
+    async def call_async(self, work: Callable[[], T]) -> T:
+        """Returns the result of `work`, done by the worker between two steps: nothing else uses the runner meanwhile.
+
+        Raises what it raises. Where the caller is cancelled before its turn, it is never begun.
+        """
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[T] = loop.create_future()
+        number = next(self._call_ids)
+
+        def settle(value: T | None, error: Exception | None) -> None:
+            if result.done():  # its reader is gone
+                return
+            if error is not None:
+                result.set_exception(error)
+            else:
+                result.set_result(value)  # type: ignore[arg-type]
+
+        def call() -> None:
+            value, error = None, None
+            try:
+                value = work()
+            except Exception as fault:
+                error = fault
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
+                loop.call_soon_threadsafe(settle, value, error)
+
+        with self._changed:
+            self._refuse_when_closed()
+            self._calls.append((number, call))
+            self._wake_worker(number)
+        try:
+            return await result
+        finally:
+            with self._changed:
+                self._background.discard(number)
+                self._calls = deque(entry for entry in self._calls if entry[0] != number)
+                self._changed.notify_all()
+
     def close(self) -> None:
         """Ends all open requests with an error, and the worker; returns once its last step is over."""
         with self._changed:
@@ -168,17 +245,25 @@ class Service:
     def _submit(self, request: Request, sink: Sink, background: bool = False) -> None:
         """Queues a request for the engine's next step; never waits for a step to end."""
         with self._changed:
-            if self._closed:
-                raise RuntimeError("this model was closed; load it again")
+            self._refuse_when_closed()
             self._sinks[request.id] = sink
             self._orders.append(request)
             if background:
-                self._background.add(request.id)
-                if self._worker is None:
-                    self._worker = threading.Thread(target=self._work, name="llamita-engine", daemon=True)
-                    self._worker.start()
-                    atexit.register(self.close)  # a thread within PyTorch must not be torn down with the interpreter
+                self._wake_worker(request.id)
             self._changed.notify_all()
+
+    def _refuse_when_closed(self) -> None:
+        if self._closed:
+            raise RuntimeError("this model was closed; load it again")
+
+    def _wake_worker(self, number: int) -> None:
+        """Lets the worker step for a request or a call; starts one where there is none. Only with the lock held."""
+        self._background.add(number)
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._work, name="llamita-engine", daemon=True)
+            self._worker.start()
+            atexit.register(self.close)  # a thread within PyTorch must not be torn down with the interpreter
+        self._changed.notify_all()
 
     def _abort(self, request_id: int) -> None:
         """Forgets a request before the next step begins, without waiting; one that is done or unknown is no error."""
@@ -221,21 +306,36 @@ class Service:
     def _step(self) -> None:
         """Does one step of the engine and hands out its events. Only for the thread that set `_stepping`."""
         shares: dict[int, list[TokenEvent]] = {}
+        self._step_begun = time.monotonic()
         try:
+            self._carry_out_calls()
             self._carry_out_orders()
             for event in self.engine.step():
                 shares.setdefault(event.request_id, []).append(event)
         except Exception as error:
             # An engine contains what fails in a step; where this comes out, its state is not to be trusted further.
+            self.failure = f"{type(error).__name__}: {error}"
             with self._changed:
-                self._fail_all(RuntimeError(f"the engine's step failed: {type(error).__name__}: {error}"))
+                self._fail_all(RuntimeError(f"the engine's step failed: {self.failure}"))
             return
+        finally:
+            self._step_begun = None
         for request_id, events in shares.items():
             self._hand_out(request_id, events)
         if not shares:
             with self._changed:
                 if not self._orders and not self.engine.has_work:
                     self._fail_all(RuntimeError("the request was dropped by a step that failed"))
+
+    def _carry_out_calls(self) -> None:
+        """Does one call, so that those under way are never held up by many."""
+        with self._changed:
+            if not self._calls:
+                return
+            number, call = self._calls.popleft()
+        call()
+        with self._changed:
+            self._background.discard(number)
 
     def _carry_out_orders(self) -> None:
         while self._orders:

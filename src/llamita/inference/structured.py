@@ -1,4 +1,5 @@
-"""Structured output: masks of the tokens that may come next, by a JSON schema, a regular expression or choices.
+"""Structured output: masks of the tokens that may come next, by a JSON schema, a regular expression, choices or a
+grammar.
 
 `llguidance` does the parsing; here its grammars are built from `SamplingParams`, its view of the vocabulary from our
 tokenizer, and limits are set on what a stranger may ask of it. Masks are bits in numpy arrays, for any backend. Knows
@@ -20,6 +21,7 @@ from llamita.text.tokenizer import Tokenizer
 LONGEST_SCHEMA = 1 << 16  # characters
 LONGEST_REGEX = 1 << 12
 LONGEST_CHOICES = 1 << 16  # characters of all choices together
+LONGEST_GRAMMAR = 1 << 16
 COMPILED_KEPT = 64
 WHITESPACE = r"[ \n]?[ ]{0,16}"
 """White space allowed between the parts of a JSON text; without a limit, some models write blanks without end."""
@@ -104,13 +106,15 @@ class Grammars:
     def matcher(self, params: SamplingParams) -> Matcher:
         """Returns a matcher at the start of a text for the grammar of `params`.
 
-        Raises ValueError, in one line, for a broken or too expensive JSON schema, regular expression or list of
-        choices.
+        Raises ValueError, in one line, for a broken or too expensive JSON schema, regular expression, grammar or list
+        of choices.
         """
         if params.json_schema:
             start = self._compiled("json_schema", params.json_schema)
         elif params.regex:
             start = self._compiled("regex", params.regex)
+        elif params.grammar:
+            start = self._compiled("grammar", params.grammar)
         else:
             assert params.choices, "the request asks for no structure"
             start = self._compiled("choices", params.choices)
@@ -131,8 +135,9 @@ class Grammars:
 class Vocabulary:
     """A tokenizer as `llguidance` sees it; built when first needed, which takes a while for a large one.
 
-    Tokens that stand for no text (special ones, padding) are never allowed, but for those that end a text. A model
-    without any gets one more, past the end of its vocabulary, since the library needs one.
+    Tokens that stand for no text are never allowed, but for those that end a text, and control tokens that a grammar
+    names (by `<|name|>` or `<[id]>`). A model without any that ends a text gets one more, past the end of its
+    vocabulary, since the library needs one.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Collection[int]) -> None:
@@ -148,7 +153,10 @@ class Vocabulary:
         ends = self._eos or [self.model_size]
         for token_id in ends:
             tokens[token_id] = b""
-        source = _Source(self._ours, tokens, ends[0])
+        control = [i for i in range(known) if not tokens[i] and i not in ends and self._ours.spelled_bytes(i)]
+        for token_id in control:
+            tokens[token_id] = self._ours.spelled_bytes(token_id)
+        source = _Source(self._ours, tokens, ends[0], special_token_ids=control)
         source.library = LLTokenizer(TokenizerWrapper(source), eos_token=ends)
         return source.library
 
@@ -158,7 +166,16 @@ class Vocabulary:
             words_RW = words_RW[:, : (self.model_size + 31) // 32]
             if self.model_size % 32:
                 words_RW[:, -1] &= np.int32((1 << (self.model_size % 32)) - 1)
-        return words_RW
+        return words_RW & self._known[: words_RW.shape[1]]
+
+    @functools.cached_property
+    def _known(self) -> np.ndarray:
+        """The mask of all tokens that mean anything: a grammar may name others by their ids."""
+        known = min(self._ours.vocab_size, self.model_size)
+        ids = [i for i in range(known) if self._ours.spelled_bytes(i)] + self._eos
+        bits = np.zeros(self.words * 32, dtype=np.uint8)
+        bits[ids] = 1
+        return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 @dataclass
@@ -168,6 +185,7 @@ class _Source:
     ours: Tokenizer
     tokens: list[bytes]
     eos_token_id: int
+    special_token_ids: list[int]
     bos_token_id: int | None = None
     library: LLTokenizer | None = None
 
@@ -187,10 +205,10 @@ class _Source:
 def _grammar(kind: str, asked: str | tuple[str, ...]) -> str:
     """Returns the grammar in llguidance's notation; ValueError for one that is too long or no valid text."""
     texts = (asked,) if isinstance(asked, str) else asked
-    longest = {"json_schema": LONGEST_SCHEMA, "regex": LONGEST_REGEX, "choices": LONGEST_CHOICES}[kind]
-    length = sum(map(len, texts))
-    if length > longest:
-        raise ValueError(f"{kind} has {length} characters; give at most {longest}")
+    longest = {"json_schema": LONGEST_SCHEMA, "regex": LONGEST_REGEX, "grammar": LONGEST_GRAMMAR}
+    length, most = sum(map(len, texts)), longest.get(kind, LONGEST_CHOICES)
+    if length > most:
+        raise ValueError(f"{kind} has {length} characters; give at most {most}")
     if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
         raise ValueError(f"{kind} holds a lone surrogate, which no text can hold")
     if kind == "json_schema":
@@ -201,6 +219,8 @@ def _grammar(kind: str, asked: str | tuple[str, ...]) -> str:
             )
         except ValueError as fault:
             raise ValueError(f"json_schema is not supported: {_line(str(fault))}") from None
+    if kind == "grammar":
+        return LLMatcher.grammar_from_lark(texts[0])
     # An expression of all choices rather than a rule of the grammar for each: thousands of them stay cheap.
     return LLMatcher.grammar_from_regex(texts[0] if kind == "regex" else "|".join(map(_literal, texts)))
 

@@ -188,7 +188,7 @@ class Chat:
         variables: Mapping[str, Any],
         find: bool,
     ) -> Layout:
-        source = self._source(tools)
+        source = self.source(bool(tools))
         plain = with_reasoning(normalised(messages, flat=LOOP_OVER_CONTENT.search(source) is None), source)
         if add_generation_prompt and continue_final_message:
             raise ValueError(
@@ -220,6 +220,7 @@ class Chat:
                 **special,
                 "messages": messages,
                 "tools": tools,
+                **({"xml_tools": tools} if tools and "xml_tools" in source else {}),
                 "documents": None,
                 "add_generation_prompt": add_generation_prompt,
                 **variables,
@@ -232,8 +233,9 @@ class Chat:
         end = text.rindex(tag)
         return text[:end] if text[end + 1 : end + 2] == " " else text[:end].rstrip()
 
-    def _source(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
-        for name in ("tool_use", "default") if tools else ("default",):
+    def source(self, with_tools: bool = False) -> str:
+        """The source of the template for conversations without tools, or of that with them; ValueError for neither."""
+        for name in ("tool_use", "default") if with_tools else ("default",):
             if name in self._sources:
                 return self._sources[name]
         raise ValueError(f"this model has chat templates, but none is the default: {', '.join(sorted(self._sources))}")
@@ -317,7 +319,7 @@ class Chat:
         variables: Mapping[str, Any],
     ) -> tuple[bool, ...]:
         """Which tokens stand for characters of the turns that are learned; TurnError where a turn cannot be found."""
-        source = self._source(tools)
+        source = self.source(bool(tools))
 
         def render(messages: Sequence[Message], prompt: bool, more: Mapping[str, Any] | None = None) -> str:
             return self._run(source, tools, prompt, "", {**variables, **(more or {})}, messages)

@@ -1,0 +1,123 @@
+"""What a client asks before and beside generating: models, health, metrics, tokens of a text and back."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from llamita.model.sizes import count_parameters
+from llamita.server import metrics, wording
+from llamita.server.chat_jobs import ChatTask, encode_messages, plain_messages
+from llamita.server.errors import ApiError, bad_value
+from llamita.server.model import SAMPLING
+from llamita.server.routes import JsonRoute
+from llamita.server.schemas.common import ERRORS
+from llamita.server.schemas.openai import (
+    DetokenizeAnswer,
+    DetokenizeRequest,
+    ModelCard,
+    ModelList,
+    TokenizeAnswer,
+    TokenizeRequest,
+)
+from llamita.server.serving import Serving
+from llamita.server.streaming import unless_gone
+
+
+def router(serving: Serving) -> APIRouter:
+    routes = APIRouter(route_class=JsonRoute, responses=ERRORS)
+    model = serving.model
+
+    @routes.get("/v1/models", response_model=ModelList, tags=["OpenAI"])
+    async def models() -> Response:
+        """Lists the model and its adapters."""
+        cards = [card(serving, model.name, None), *(card(serving, name, model.name) for name in model.adapters)]
+        return JSONResponse({"object": "list", "data": cards})
+
+    @routes.get("/v1/models/{name:path}", response_model=ModelCard, tags=["OpenAI"])
+    async def one_model(name: str) -> Response:
+        """Describes one model."""
+        adapter = model.adapter_of(name)
+        return JSONResponse(card(serving, name, None if adapter is None else model.name))
+
+    @routes.get("/health", tags=["operation"])
+    async def health() -> dict[str, str]:
+        """Says whether requests are answered: 200, or 503 with the reason."""
+        if serving.fault:
+            raise ApiError(503, serving.fault, code="unavailable")
+        return {"status": "ok"}
+
+    @routes.get("/metrics", tags=["operation"])
+    async def read_metrics() -> Response:
+        """Gives all counts and times in Prometheus's text form."""
+        return Response(serving.metrics.text(), media_type=metrics.TYPE)
+
+    @routes.post("/tokenize", response_model=TokenizeAnswer, tags=["tokens"])
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
+        """Gives the token ids of a text, or of a conversation as the chat template lays it out."""
+        return JSONResponse(await unless_gone(request, serving.prepared(lambda: tokens_of(serving, body))))
+
+    @routes.post("/detokenize", response_model=DetokenizeAnswer, tags=["tokens"])
+    async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
+        """Gives the text of token ids."""
+        model.adapter_of(body.model)
+        tokenizer = model.require_tokenizer()
+        text = await unless_gone(request, serving.prepared(lambda: tokenizer.decode(body.tokens, skip_special=False)))
+        return JSONResponse({"prompt": text, "content": text})
+
+    return routes
+
+
+def card(serving: Serving, name: str, parent: str | None) -> dict[str, Any]:
+    """Returns a model as /v1/models lists it."""
+    model, config = serving.model, serving.model.config
+    return {
+        "id": name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "llamita",
+        "parent": parent,
+        "max_model_len": config.max_position_embeddings,
+        "meta": {
+            "layers": config.num_hidden_layers,
+            "heads": config.num_attention_heads,
+            "vocab_size": config.vocab_size,
+            "parameters": count_parameters(config).total,
+            "chat": model.chat is not None,
+            "capabilities": list(model.capabilities),
+            "labels": list(config.labels) if config.num_labels else [],
+            "defaults": {key: float(getattr(model.defaults, key)) for key in SAMPLING},
+        },
+    }
+
+
+def tokens_of(serving: Serving, body: TokenizeRequest) -> dict[str, Any]:
+    """Returns the answer of /tokenize."""
+    model = serving.model
+    model.adapter_of(body.model)
+    given = [value for value in (body.prompt, body.content, body.messages) if value is not None]
+    if len(given) != 1:
+        raise bad_value("prompt", "give one of prompt and messages")
+    tokenizer = model.require_tokenizer()
+    if body.messages is not None:
+        if not body.messages:
+            raise bad_value("messages", "messages is empty; give at least one message")
+        task = ChatTask(
+            plain_messages(body.messages),
+            params=lambda room: model.defaults,
+            tools=[tool.model_dump(exclude_none=True) for tool in body.tools or ()],
+            variables=body.chat_template_kwargs or {},
+            add_generation_prompt=body.add_generation_prompt is not False,
+        )
+        tokens = list(encode_messages(model, task).tokens)
+    else:
+        text = body.prompt if body.prompt is not None else body.content or ""
+        begins = tokenizer.begins_texts if body.add_special_tokens is None else body.add_special_tokens
+        tokens = list(tokenizer.encode(text, bos=bool(begins) and tokenizer.bos_id is not None))
+    texts = [wording.token_text(tokenizer, token_id) for token_id in tokens] if body.return_token_strs else None
+    return {
+        "count": len(tokens),
+        "max_model_len": model.config.max_position_embeddings,
+        "tokens": [int(token_id) for token_id in tokens],
+        "token_strs": texts,
+    }

@@ -1,0 +1,48 @@
+"""What the bodies of all APIs share: strict types, and refusal of a field that nobody knows."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Body(BaseModel):
+    """A part of a request: types as they are, `"5"` is no number; an unknown field is refused by its name."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+
+
+class Answer(BaseModel):
+    """A part of an answer."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class ErrorObject(Answer):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(Answer):
+    """The body of every answer that is an error, but for /v1/messages."""
+
+    error: ErrorObject
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": about}
+    for status, about in {
+        400: "A field has a value that is not allowed, or is not supported; `param` names it.",
+        401: "The API key is missing or wrong.",
+        404: "There is no such model.",
+        408: "The body did not come in time.",
+        413: "The body is too large.",
+        415: "The body is not JSON.",
+        421: "The Host header is not one of this server's.",
+        429: "The queue is full; try again after `Retry-After` seconds.",
+        500: "The engine failed at this request.",
+        503: "The server is ending, or its engine has failed.",
+        504: "The request took longer than is allowed.",
+    }.items()
+}

@@ -1,0 +1,106 @@
+"""Answers that come in pieces: server-sent events, ended as soon as the client goes away, alive while nothing comes."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from llamita.server.errors import ClientGoneError
+
+DONE = b"data: [DONE]\n\n"
+HEARTBEAT = b": still working\n\n"
+T = TypeVar("T")
+
+
+def data(value: Any, event: str = "") -> bytes:
+    """Returns one server-sent event that carries `value` as JSON."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return (f"event: {event}\ndata: {text}\n\n" if event else f"data: {text}\n\n").encode()
+
+
+class EventStream(StreamingResponse):
+    """Writes pieces as they come, and a comment wherever `heartbeat` seconds pass without one.
+
+    The generator is closed when it is done, when the client has gone, and when the server ends.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, pieces: AsyncGenerator[bytes], heartbeat: float) -> None:
+        super().__init__(pieces, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._pieces, self._heartbeat, self._wrote = pieces, heartbeat, 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        writing = asyncio.create_task(self._write(send))
+        others = [asyncio.create_task(_disconnected(receive)), asyncio.create_task(self._beat(send))]
+        try:
+            await asyncio.wait([writing, *others], return_when=asyncio.FIRST_COMPLETED)
+            if writing.done():
+                writing.result()
+        finally:
+            for task in (writing, *others):
+                task.cancel()
+            await asyncio.gather(writing, *others, return_exceptions=True)
+            await self._pieces.aclose()
+
+    async def _write(self, send: Send) -> None:
+        self._wrote = asyncio.get_running_loop().time()
+        async for piece in self._pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            self._wrote = asyncio.get_running_loop().time()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _beat(self, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        last = loop.time()
+        while True:
+            await asyncio.sleep(max(0.01, last + self._heartbeat - loop.time()))
+            last = max(last, self._wrote)
+            if loop.time() - last >= self._heartbeat:
+                await send({"type": "http.response.body", "body": HEARTBEAT, "more_body": True})
+                last = loop.time()
+
+
+async def opened(pieces: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """Returns a stream that has got as far as its first piece, so that a refusal is still an answer of its own."""
+    try:
+        first = await anext(pieces)
+    except BaseException:
+        await pieces.aclose()
+        raise
+
+    async def all_pieces() -> AsyncGenerator[bytes]:
+        async with contextlib.aclosing(pieces):
+            yield first
+            async for piece in pieces:
+                yield piece
+
+    return all_pieces()
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Returns the result of `work`; ends it with ClientGoneError where the client goes away meanwhile."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        for waiting in (task, gone):
+            waiting.cancel()
+        with contextlib.suppress(Exception, asyncio.CancelledError):
+            await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Returns when the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
