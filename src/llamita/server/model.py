@@ -32,7 +32,8 @@ DEFAULT_TEMPLATE = "plain"
 class ServedModel:
     """A model under the name by which clients ask for it: a language model (`llm`), or a `classifier`.
 
-    `chat` lays conversations out; None where the model has no tokenizer. `defaults` are the sampling parameters of a
+    `chat` lays conversations out; None where the model has no tokenizer. `is_chat_model` is true where it does so as
+    the model was tuned, or as was asked for, and not by the plain template of last resort. `defaults` are the sampling parameters of a
     request that names none: those of the model's generation_config.json, else plain sampling.
     """
 
@@ -40,6 +41,7 @@ class ServedModel:
     llm: LLM | None = None
     classifier: Classifier | None = None
     chat: Chat | None = None
+    is_chat_model: bool = False
     defaults: SamplingParams = SamplingParams()
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     _turn: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock, repr=False)
@@ -136,11 +138,11 @@ def serve_model(
 ) -> ServedModel:
     """Returns a loaded model as it is served: with its own chat template, `template`, or a plain one for a model
     without; and with the defaults of its generation_config.json (`generation`)."""
-    chat = None
+    chat, has_template = None, False
     if llm.tokenizer is not None:
-        has_own = bool(llm.tokenizer.chat_templates)
-        chat = Chat(llm.tokenizer, template if template is not None or has_own else DEFAULT_TEMPLATE)
-    return ServedModel(name, llm, chat=chat, defaults=sampling_defaults(generation or {}))
+        has_template = template is not None or bool(llm.tokenizer.chat_templates)
+        chat = Chat(llm.tokenizer, template if has_template else DEFAULT_TEMPLATE)
+    return ServedModel(name, llm, chat=chat, is_chat_model=has_template, defaults=sampling_defaults(generation or {}))
 
 
 def open_model(

@@ -5,7 +5,7 @@ import { byId, button, copyText, h, saveFile } from "./dom.js";
 import { count, size } from "./format.js";
 import { remember, remembered } from "./memory.js";
 import { MessageView } from "./message.js";
-import { SamplingPanel, effective, requestFields } from "./sampling.js";
+import { CONTINUED, SamplingPanel, effective, requestFields } from "./sampling.js";
 import { LARGEST_IMPORT, exported, imported, newConversation } from "./store.js";
 
 const NEAR_END = 80; // pixels from the end at which the view still follows the text
@@ -85,12 +85,20 @@ export class Chat {
     });
     byId("stop").addEventListener("click", () => this.stop());
     byId("new-talk").addEventListener("click", () => this.begin());
+    byId("mode").addEventListener("change", () => {
+      this.#change({ settings: { ...this.conversation.settings, mode: byId("mode").value } });
+      this.#showSettings();
+      this.#showWelcome();
+    });
     byId("system").addEventListener("input", () => this.#change({ system: byId("system").value }));
     for (const opener of document.querySelectorAll("[data-opens]")) opener.addEventListener("click", () => this.toggle(opener.dataset.opens));
     for (const closer of document.querySelectorAll("[data-closes]")) closer.addEventListener("click", () => this.#close(closer.dataset.closes));
     byId("export").addEventListener("click", () => this.#export(this.store.conversations.filter(({ messages }) => messages.length)));
     byId("import").addEventListener("click", () => byId("import-file").click());
     byId("import-file").addEventListener("change", () => this.#import(byId("import-file")));
+    document.querySelector(".talk").addEventListener("click", (event) => {
+      if (!WIDE.matches && !event.target.closest("[data-opens]")) ["talks", "settings"].forEach((name) => this.toggle(name, false));
+    });
     byId("scroll").addEventListener("scroll", () => (byId("to-end").hidden = this.#isAtEnd()), { passive: true });
     byId("to-end").addEventListener("click", () => this.#scrollToEnd());
     window.addEventListener("pagehide", () => this.running && this.store.save(this.running.conversation));
@@ -127,9 +135,11 @@ export class Chat {
     this.#showWelcome();
   }
 
-  /** True where the model goes on with a text, because it was not trained to chat. */
+  /** True where the model is to go on with the text: as chosen, or because it was not trained to chat. */
   get continues() {
-    return this.app.model !== null && !this.app.can("chat") && this.app.can("completions");
+    if (this.app.model === null || !this.app.can("completions")) return false;
+    if (!this.app.can("chat")) return true;
+    return (this.conversation.settings.mode ?? (this.app.facts.chat ? "chat" : "text")) === "text";
   }
 
   // What is shown ------------------------------------------------------------------------------------------------------
@@ -178,6 +188,8 @@ export class Chat {
   #showSettings() {
     byId("system").value = this.conversation.system;
     byId("system-field").hidden = this.continues;
+    byId("mode-field").hidden = !(this.app.can("chat") && this.app.can("completions"));
+    byId("mode").value = this.continues ? "text" : "chat";
     this.sampling.show(this.conversation.settings, this.app.defaults, { reasoning: this.app.can("reasoning") });
   }
 
@@ -185,17 +197,17 @@ export class Chat {
     const welcome = byId("welcome");
     welcome.hidden = this.conversation.messages.length > 0;
     const known = this.app.model !== null;
-    const isDumb = known && !this.app.can("chat") && !this.app.can("completions");
+    const writesNothing = known && !this.app.can("chat") && !this.app.can("completions");
     byId("draft").placeholder = this.continues ? "Write a beginning" : "Write a message";
-    byId("draft").disabled = isDumb;
+    byId("draft").disabled = writesNothing;
     byId("composer-help").textContent = this.continues
       ? "Enter sends; with nothing written, the model goes on. Shift+Enter begins a new line."
       : "Enter sends, Shift+Enter begins a new line. Small models often err.";
     let words = ["What shall we talk about?", `You talk with ${this.app.model?.id ?? "the model"}, which runs on this server and nowhere else.`];
-    if (this.continues) words = ["How does it begin?", `${this.app.model.id} was not trained to chat: it goes on with the text that you begin.`];
-    if (isDumb) words = ["This model does not write", `${this.app.model.id} sorts texts under labels. Try it under Decisions.`];
+    if (this.continues) words = ["How does it begin?", `${this.app.model.id} goes on with the text that you begin${this.app.facts.chat ? "" : "; it was not trained to chat"}.`];
+    if (writesNothing) words = ["This model does not write", `${this.app.model.id} sorts texts under labels. Try it under Decisions.`];
     if (!known) words = ["One moment", "The server is being asked for its models."];
-    const starters = !known || isDumb ? [] : this.continues ? BEGINNINGS : STARTERS;
+    const starters = !known || writesNothing ? [] : this.continues ? BEGINNINGS : STARTERS;
     welcome.replaceChildren(
       h("img", { src: "page/llamita.svg", alt: "", width: 64, height: 64 }),
       h("h3", {}, words[0]),
@@ -354,11 +366,12 @@ export class Chat {
     const body = {
       model: app.model.id,
       ...(continued ? { prompt: continuedText(conversation) } : { messages: requestMessages(conversation) }),
+      ...(continued && CONTINUED),
       ...requestFields(conversation.settings),
       stream: true,
       stream_options: { include_usage: true },
     };
-    const message = { role: "assistant", content: "", model: app.model.id, parameters: effective(conversation.settings, app.defaults) };
+    const message = { role: "assistant", content: "", model: app.model.id, parameters: effective(conversation.settings, { ...app.defaults, ...(continued && CONTINUED) }) };
     if (continued) message.continued = true;
     this.#add(message, true);
     const controller = new AbortController();

@@ -10,7 +10,7 @@ import { TokenRow } from "./tokens.js";
 const TOP = 8; // likeliest tokens at each position
 const LENS_TOP = 5;
 const QUICK = 128; // tokens; for longer texts, what takes long is computed when asked for
-const EXAMPLES = ["The capital of France is", "1, 2, 3, 5, 8, 13,", "When Mary and John went to the store, John gave a drink to"];
+const EXAMPLES = ["The capital of France is", "When Mary and John went to the store, John gave a drink to", "One cold evening, Ned the mole was in the castle. He found a"];
 
 export class Inside {
   constructor(app) {
@@ -44,9 +44,13 @@ export class Inside {
 
   shown() {}
 
+  get #canChat() {
+    return this.app.can("chat") && this.app.facts.chat;
+  }
+
   #modelChanged() {
     const canLook = this.app.can("look_inside");
-    byId("inside-chat-field").hidden = !this.app.can("chat");
+    byId("inside-chat-field").hidden = !this.#canChat;
     byId("inside-run").disabled = !canLook;
     byId("inside-help").textContent = canLook ? "Up to 512 tokens. Ctrl+Enter begins." : "This model cannot be looked into.";
   }
@@ -67,7 +71,7 @@ export class Inside {
     this.controller?.abort();
     this.controller = new AbortController();
     const { signal } = this.controller;
-    const isChat = byId("inside-chat").checked && this.app.can("chat");
+    const isChat = byId("inside-chat").checked && this.#canChat;
     const model = this.app.model.id;
     const result = byId("inside-result");
     result.setAttribute("aria-busy", "true");

@@ -3,7 +3,7 @@
 import { bars } from "./bars.js";
 import { h } from "./dom.js";
 import { percent, quoted, visible } from "./format.js";
-import { cellAt, drawHeat } from "./heat.js";
+import { cellAt, drawHeat, tint } from "./heat.js";
 
 const COLUMNS = 16; // positions in the table at a time
 
@@ -73,8 +73,8 @@ export class LensView {
 
   #cell(best, layer, position) {
     const probability = Math.exp(best[0].logprob);
-    const cell = h("td", { role: "gridcell", "data-position": position, "data-row": layer, tabindex: -1, dir: "auto", class: probability > 0.45 ? "strong" : "", "aria-label": `${visible(best[0].text)} ${percent(probability)}` }, visible(best[0].text));
-    cell.style.setProperty("--weight", `${Math.sqrt(probability) * 100}%`);
+    const cell = h("td", { role: "gridcell", "data-position": position, "data-row": layer, tabindex: -1, dir: "auto", "aria-label": `${visible(best[0].text)} ${percent(probability)}` }, visible(best[0].text));
+    tint(cell, probability);
     return cell;
   }
 

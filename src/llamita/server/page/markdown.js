@@ -220,6 +220,7 @@ class Paragraph {
 
   more(text) {
     this.text += text;
+    direct(this.element, this.text);
     while (this.text.length > SEGMENT) {
       const space = Math.max(this.text.lastIndexOf(" ", SEGMENT), this.text.lastIndexOf("\n", SEGMENT));
       const end = space > 0 ? space + 1 : boundary(this.text, SEGMENT);
@@ -239,7 +240,6 @@ class Paragraph {
   render() {
     shorten(this.element, this.settled);
     inline(this.text, this.element);
-    direct(this.element, this.text);
   }
 
   close() {

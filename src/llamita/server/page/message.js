@@ -84,12 +84,12 @@ export class MessageView {
   }
 
   #showExtras() {
-    const { tool_calls: calls = [], error, finish_reason: reason, content, reasoning } = this.message;
+    const { tool_calls: calls = [], error, finish_reason: reason, content, reasoning, continued } = this.message;
     const parts = calls.map((call) => toolCall(call));
     if (this.isLast && calls.length && !error) parts.push(this.#resultForm(calls));
     const nothing = this.message.role === "assistant" && !this.isOpen && !content && !reasoning && !calls.length && !error;
     if (nothing) parts.push(h("p", { class: "note" }, this.message.stopped ? "Stopped before the first word." : "The model ended its answer at once, without a word."));
-    if (reason === "length") parts.push(h("p", { class: "note" }, "The answer reached the most tokens it may have, and is not finished."));
+    if (reason === "length" && !continued) parts.push(h("p", { class: "note" }, "The answer reached the most tokens it may have, and is not finished."));
     if (error) parts.push(h("p", { class: "note bad", role: "alert" }, error));
     this.extras.replaceChildren(...parts);
   }

@@ -25,6 +25,7 @@ const NUMBERS = [
 export class SamplingPanel {
   constructor(root, onChange) {
     this.onChange = onChange;
+    this.mode = null; // a setting that is shown elsewhere, and kept
     this.defaults = {};
     this.fields = new Map();
     for (const control of CONTROLS) root.append(this.#slider(control));
@@ -47,10 +48,11 @@ export class SamplingPanel {
   /** Shows the settings of a conversation over the defaults of a model. */
   show(settings, defaults, { reasoning = false } = {}) {
     this.defaults = defaults;
+    this.mode = settings.mode ?? null;
     this.thinkingField.hidden = !reasoning;
     this.thinking.value = settings.thinking ?? "";
     for (const [name, { set }] of this.fields) set(settings[name] ?? this.#default(name));
-    this.reset.disabled = Object.keys(settings).length === 0;
+    this.reset.disabled = Object.keys(settings).every((name) => name === "mode");
   }
 
   #default(name) {
@@ -59,19 +61,20 @@ export class SamplingPanel {
   }
 
   #changed() {
-    const settings = {};
+    const settings = this.mode ? { mode: this.mode } : {};
     for (const [name, { get }] of this.fields) {
       const value = get();
       if (value !== null && value !== this.#default(name)) settings[name] = value;
     }
     if (this.thinking.value) settings.thinking = this.thinking.value;
-    this.reset.disabled = Object.keys(settings).length === 0;
+    this.reset.disabled = Object.keys(settings).every((name) => name === "mode");
     this.onChange(settings);
   }
 
   #reset() {
-    this.show({}, this.defaults, { reasoning: !this.thinkingField.hidden });
-    this.onChange({});
+    const settings = this.mode ? { mode: this.mode } : {};
+    this.show(settings, this.defaults, { reasoning: !this.thinkingField.hidden });
+    this.onChange(settings);
   }
 
   #slider({ name, title, least, most, step, help }) {
@@ -120,6 +123,9 @@ export function requestFields(settings) {
   if (settings.thinking) fields.chat_template_kwargs = { enable_thinking: settings.thinking === "on" };
   return fields;
 }
+
+/** The parameters of a text that goes on, where nothing else is set: without them, a server stops after 16 tokens. */
+export const CONTINUED = { max_tokens: 128 };
 
 /** Returns all of the parameters that an answer is drawn with, for the record. */
 export function effective(settings, defaults) {

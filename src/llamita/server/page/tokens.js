@@ -2,6 +2,7 @@
 
 import { h } from "./dom.js";
 import { visible } from "./format.js";
+import { tint } from "./heat.js";
 
 const COLOURS = 5; // of the style sheet, in turn
 const WITH_IDS = 96; // more tokens than this are shown without their ids
@@ -55,8 +56,7 @@ export class TokenRow {
     this.pieces.forEach((piece, index) => {
       piece.classList.add("tinted");
       piece.classList.toggle("beyond", index >= weights.length);
-      piece.style.setProperty("--weight", `${Math.sqrt(weights[index] ?? 0) * 100}%`);
-      piece.classList.toggle("strong", (weights[index] ?? 0) > 0.3);
+      tint(piece, weights[index] ?? 0);
     });
   }
 
