@@ -153,6 +153,31 @@ def test_each_choice_and_nothing_else_can_come(choices: tuple[str, ...], grammar
     assert set(texts(SamplingParams(choices=choices), grammars, tok, count=60)) == set(choices)
 
 
+@pytest.mark.parametrize(
+    ("grammar", "regex"),
+    [
+        ('start: greeting (" " NAME)+\ngreeting: "Hi" | "Où"\nNAME: /[a-z]{1,3}/', r"(Hi|Où)( [a-z]{1,3})+"),
+        ('start: "n=" %json {"type": "integer", "minimum": 1, "maximum": 99}', r"n=[1-9][0-9]?"),
+        ("start: /[^🦙]{0,3}/ end\nend: /x|日/", r"(?s:[^🦙]{0,3}(x|日))"),
+    ],
+)
+def test_text_is_what_its_grammar_allows(grammar: str, regex: str, grammars: Grammars, tok: Tokenizer) -> None:
+    for text in texts(SamplingParams(grammar=grammar), grammars, tok):
+        assert re.fullmatch(regex, text), text
+
+
+def test_a_grammar_names_control_tokens_and_gets_no_others(grammars: Grammars, tok: Tokenizer) -> None:
+    named = grammars.matcher(SamplingParams(grammar=f'start: <s> <[{tok.unk_id}]> "a"'))
+    for token_id in (tok.bos_id, tok.unk_id):
+        assert ids_in(named.allowed()) == [token_id]
+        named.accept(token_id)
+    assert not {tok.bos_id, tok.unk_id, tok.eos_id} & set(ids_in(named.allowed()))
+    free = ids_in(grammars.matcher(SamplingParams(grammar="start: /(?s:.*)/")).allowed())
+    assert not {tok.bos_id, tok.unk_id} & set(free)
+    every = ids_in(grammars.matcher(SamplingParams(grammar='start: <[*]> "a"')).allowed())
+    assert every == [i for i in range(tok.vocab_size) if tok.spelled_bytes(i)]  # no padding of the model's vocabulary
+
+
 def test_thousands_of_choices_stay_cheap(grammars: Grammars, tok: Tokenizer) -> None:
     choices = tuple(f"item {i}" for i in range(5000))
     assert set(texts(SamplingParams(choices=choices), grammars, tok, count=5)) <= set(choices)
@@ -285,6 +310,15 @@ def test_compiling_again_is_cheap(grammars: Grammars) -> None:
         ("json_schema", '{"$ref": "#"}', "no text fits it"),
         ("json_schema", '{"pattern": "(?=a)"}', "look-around"),
         ("json_schema", json.dumps({"enum": ["x" * 70_000]}), "give at most 65536"),
+        ("grammar", "start: " + "(" * 30_000 + '"a"' + ")" * 30_000, "too deeply nested"),
+        ("grammar", "start: a", "unknown name"),
+        ("grammar", 'start: "a"{1000000000}', "Too many items"),
+        ("grammar", "start: <|nope|>", "unknown special token"),
+        ("grammar", "start: <[0-999999999]>", "range end too large"),
+        ("grammar", "start: start", "no text fits it"),
+        ("grammar", 'start: %json {"uniqueItems": true}', "uniqueItems"),
+        ("grammar", 'start: "\ud800"', "lone surrogate"),
+        ("grammar", "start: /a/ //" + "x" * 70_000, "give at most 65536"),
         ("json_schema", json.dumps({"allOf": [{"anyOf": [{"properties": {f"{x}{i}": {"type": "integer"}},
                                                           "required": [f"{x}{i}"]} for x in "ab"]}
                                               for i in range(14)]}), "too large"),

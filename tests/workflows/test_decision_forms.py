@@ -153,7 +153,7 @@ CHOICES = ("questions", 1, "choices")
         (("questions",), {}, "questions", "expected a list"),
         (("questions", 0, "type"), "noul", "questions[0].type", "expected one of predicate, choice, labels, score"),
         (("questions", 0, "name"), 3, "questions[0].name", "expected a text, got 3"),
-        (("questions", 0, "instructions"), "  ", "questions[0].instructions", "the instructions of a question are empty"),
+        (("questions", 0, "instructions"), "  ", "questions[0].instructions", "the instructions of a quest"),
         (("questions", 0, "instructions"), None, "questions[0].instructions", "expected a list, got nothing"),
         (("questions", 0, "choices"), [], "questions[0].choices", "there is no such field; known are type, name"),
         (CHOICES, [{"value": "a"}], "questions[1].choices", "expected 2 to 64 entries, got 1"),

@@ -1,5 +1,5 @@
-"""`llamita classify train|evaluate|predict|zero-shot|calibrate`: flags and printed results; the work lies in workflows/ and
-evaluation/."""
+"""`llamita classify train|evaluate|predict|zero-shot|calibrate`: flags and printed results; the work lies in workflows/
+and evaluation/."""
 
 from __future__ import annotations
 

@@ -70,9 +70,7 @@ VERBS: Mapping[str, Verb] = {
     "classify evaluate": Verb("llamita.cli.classify", "evaluate", "Measure how well a tuned model labels texts."),
     "classify predict": Verb("llamita.cli.classify", "predict", "Label texts with a tuned model."),
     "classify zero-shot": Verb("llamita.cli.classify", "zero_shot", "Label texts with a model that was never tuned."),
-    "classify calibrate": Verb(
-        "llamita.cli.classify", "calibrate", "Fit how sure a model is to how often it is right."
-    ),
+    "classify calibrate": Verb("llamita.cli.classify", "calibrate", "Make a model as sure as it is right."),
     "merge": Verb("llamita.cli.merge", "run", "Write an adapter and its base as one model."),
     "quantize": Verb("llamita.cli.quantize", "run", "Write a model with its matrices in int8 or int4."),
     "generate": Verb("llamita.cli.generate", "run", "Continue a prompt with a trained model."),

@@ -103,6 +103,7 @@ class TokenEvent:
     prompt_logprobs: tuple[float, ...] = ()  # with the first event: of prompt tokens 1, 2, ..., or of the targets
     prompt_top_logprobs: tuple[Likeliest, ...] = ()  # the `top_logprobs` likeliest at each of those of the prompt
     error: str = ""
+    stop_string: str | None = None  # with the last event: the one of `SamplingParams.stop` that ended it
 
 
 @dataclass(frozen=True)

@@ -172,6 +172,7 @@ class Sequence:
             prompt_logprobs=scores,
             prompt_top_logprobs=tops,
             error=error,
+            stop_string=self._stop_matcher.matched,
         )
 
 

@@ -49,6 +49,11 @@ class ChatTask:
     variables: Mapping[str, Any] = field(default_factory=dict)
     continue_final: bool = False
     add_generation_prompt: bool = True
+    names: Mapping[str, str] = field(default_factory=dict)
+    """The names that fields of chat completions have in the API that was asked, where they differ; for errors."""
+
+    def named(self, field_name: str) -> str:
+        return self.names.get(field_name, field_name)
 
     @property
     def offered(self) -> list[Mapping[str, Any]]:
@@ -84,7 +89,7 @@ class ChatEvent:
 def encode_messages(model: ServedModel, task: ChatTask) -> ChatTokens:
     """Returns the conversation as token ids. `ApiError` for a model that cannot, ValueError for messages it refuses."""
     if model.chat is None:
-        raise ApiError(400, "this model has no tokenizer, so it reads no messages", param="messages")
+        raise ApiError(400, "this model has no tokenizer, so it reads no messages", param=task.named("messages"))
     if reserved := next((name for name in task.variables if name in RESERVED or name.startswith("_")), None):
         raise bad_value("chat_template_kwargs", f"chat_template_kwargs sets {reserved!r}, which has its own field")
     return model.chat.encode(
@@ -96,7 +101,7 @@ def encode_messages(model: ServedModel, task: ChatTask) -> ChatTokens:
     )
 
 
-def room_for(model: ServedModel, tokens: int) -> int:
+def room_for(model: ServedModel, tokens: int, param: str = "messages") -> int:
     """Returns how many tokens an answer may have after a prompt; `ApiError` where there is no room for one."""
     context = model.config.max_position_embeddings
     if tokens >= context:
@@ -104,7 +109,7 @@ def room_for(model: ServedModel, tokens: int) -> int:
             400,
             f"the prompt has {tokens} tokens, and the context of this model has {context}, of which the answer needs "
             f"at least one; shorten the prompt by at least {tokens - context + 1} tokens",
-            param="messages",
+            param=param,
             code="context_length_exceeded",
         )
     return context - tokens
@@ -121,7 +126,7 @@ async def chat_job(serving: Serving, task: ChatTask) -> AsyncGenerator["ChatJob"
         if task.offered and form.calls is None:
             raise unsupported("tools", "this model's chat template does not say how a tool is called")
         encoded = encode_messages(model, task)
-        params = task.params(room_for(model, len(encoded.tokens)))
+        params = task.params(room_for(model, len(encoded.tokens), task.named("messages")))
         prompt = encoded.text
         grammar = ""
         if task.offered:
@@ -130,7 +135,8 @@ async def chat_job(serving: Serving, task: ChatTask) -> AsyncGenerator["ChatJob"
             except ValueError as error:
                 raise bad_value("tools", str(error)) from None
         if grammar and params.is_constrained:
-            raise bad_value("response_format", "calls of tools that are held to a form leave no other form to the text")
+            message = "calls of tools that are held to a form leave no other form to the text"
+            raise bad_value(task.named("response_format"), message)
         if task.offered or (form.reasoning is not None and not params.is_constrained):
             params = with_answer_format(replace(params, grammar=grammar or params.grammar), form)
             for _ in range(params.n):
@@ -214,16 +220,16 @@ class _Answer:
         return ChatEvent(event.index, event, text, reasoning, tuple(calls), reason)
 
 
-def plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """Returns the messages of a request as templates expect them.
+def plain_messages(messages: Sequence[Any], param: str = "messages") -> list[dict[str, Any]]:
+    """Returns the messages of a request (OpenAI's, as schemas/openai.py has them) as templates expect them.
 
     A developer's message is a system message; the arguments of a call are the object that their text holds, as most
     templates want them; parts that refuse are text.
     """
-    return [_plain(message.model_dump(exclude_none=True)) for message in messages]
+    return [_plain(message.model_dump(exclude_none=True), param) for message in messages]
 
 
-def _plain(message: dict[str, Any]) -> dict[str, Any]:
+def _plain(message: dict[str, Any], param: str) -> dict[str, Any]:
     if message["role"] == "developer":
         message["role"] = "system"
     refusal = message.pop("refusal", None)
@@ -242,7 +248,8 @@ def _plain(message: dict[str, Any]) -> dict[str, Any]:
         except ValueError:
             parsed = None
         if not isinstance(parsed, dict):
-            raise bad_value("messages", f"the arguments of a call of {call['function']['name']!r} are no JSON object")
+            name = call["function"]["name"]
+            raise bad_value(param, f"{param}: the arguments of a call of {name!r} are no JSON object")
         calls.append({**call, "function": {**call["function"], "arguments": parsed}})
     if calls:
         message["tool_calls"] = calls

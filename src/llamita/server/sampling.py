@@ -29,7 +29,11 @@ def sampling_params(
     Raises `ApiError` (400) that names the field.
     """
     given: dict[str, Any] = {name: value for name in TAKEN_AS_THEY_ARE if (value := getattr(body, name)) is not None}
-    given |= {"n": _n(body, limits), "stop": _stop(body.stop, limits), "logit_bias": _bias(body.logit_bias, limits)}
+    given |= {
+        "n": _n(body, limits),
+        "stop": stop_texts(body.stop, limits),
+        "logit_bias": _bias(body.logit_bias, limits),
+    }
     if body.stop_token_ids is not None:
         given["stop_token_ids"] = tuple(body.stop_token_ids[: limits.max_logit_bias])
     if body.choices is not None:
@@ -97,14 +101,15 @@ def _n(body: Sampling, limits: ServerLimits) -> int:
     return n
 
 
-def _stop(stop: str | Sequence[str] | None, limits: ServerLimits) -> tuple[str, ...]:
+def stop_texts(stop: str | Sequence[str] | None, limits: ServerLimits, field: str = "stop") -> tuple[str, ...]:
+    """Returns the texts before which an answer ends."""
     texts = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
     if len(texts) > limits.max_stops:
-        raise bad_value("stop", f"stop has {len(texts)} texts; give at most {limits.max_stops}")
+        raise bad_value(field, f"{field} has {len(texts)} texts; give at most {limits.max_stops}")
     for text in texts:
         if not 0 < len(text) <= limits.max_stop_characters:
             raise bad_value(
-                "stop", f"a text of stop has {len(text)} characters; give 1 to {limits.max_stop_characters}"
+                field, f"a text of {field} has {len(text)} characters; give 1 to {limits.max_stop_characters}"
             )
     return texts
 

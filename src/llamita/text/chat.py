@@ -137,6 +137,11 @@ class Chat:
         arguments = (continue_final_message, tools, variables)
         return ChatTokens(tuple(tokens), layout.text, lambda: self._mask(layout, offsets, learned, *arguments))
 
+    def reads(self, variable: str) -> bool:
+        """Whether the template reads a variable such as `enable_thinking`; one of several templates is enough."""
+        pattern = re.compile(rf"\b{re.escape(variable)}\b")
+        return any(pattern.search(COMMENT.sub("", source)) for source in self._sources.values())
+
     @functools.cached_property
     def end_of_turn(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """The ends of an answer besides an end-of-sequence token: token ids, stop strings.

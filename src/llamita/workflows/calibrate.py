@@ -20,7 +20,7 @@ from llamita.workflows.classify import Classifier
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A fitted temperature, what the texts it was fitted on say of the model before and after, and the file it is in."""
+    """A fitted temperature, what its texts say of the model before and after, and the file that it is in."""
 
     temperature: float
     before: Report
@@ -55,5 +55,6 @@ def calibrate_question(
 
 
 def _calibrated(directory: Path, log_p: np.ndarray, texts: LabelledTexts, temperature: float) -> Calibrated:
-    reports = (classification_report(with_temperature(log_p, t), texts.labels, texts.names) for t in (1, temperature))
-    return Calibrated(temperature, *reports, calibration.path_of(directory))
+    before = classification_report(log_p, texts.labels, texts.names)
+    after = classification_report(with_temperature(log_p, temperature), texts.labels, texts.names)
+    return Calibrated(temperature, before, after, calibration.path_of(directory))

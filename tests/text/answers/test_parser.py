@@ -313,6 +313,7 @@ def test_calls_are_those_that_a_reader_of_whole_texts_finds(text):
         ("hermes", "<tool_call>"),
         ("hermes", '<tool_call>[",","'),
         ("hermes", '<tool_call>{"a": '),
+        ("hermes", '<tool_call>{"name": "now"}</tool_call> '),
         ("hermes", '<tool_call>{"name": "now", "arguments": {"a": "'),
         ("llama3", '{"name": "now", "parameters": {}};'),
         ("mistral-named", "[TOOL_CALLS]now"),
@@ -322,11 +323,12 @@ def test_calls_are_those_that_a_reader_of_whole_texts_finds(text):
 )
 def test_work_grows_with_the_length_alone(name: str, unit: str) -> None:
     def seconds(count: int) -> float:
-        parser, begun = AnswerParser(FORMAT[name], TOOLS), time.process_time()
-        text = unit * count
-        for at in range(0, len(text), 3):
-            parser.feed(text[at : at + 3])
-        parser.finish()
+        text, begun = unit * count, time.process_time()
+        for size in (3, len(text)):
+            parser = AnswerParser(FORMAT[name], TOOLS)
+            for at in range(0, len(text), size):
+                parser.feed(text[at : at + size])
+            parser.finish()
         return time.process_time() - begun
 
     short = max(min(seconds(500) for _ in range(3)), 1e-3)

@@ -34,10 +34,10 @@ def call_grammar(
 
     With `required`, the answer is one call or several of any of the tools, or with `{"type": "function", "function":
     {"name": ...}}` of that one; the arguments fit the schemas. With `auto`, the answer is free, but a call in it is of
-    one of the tools, and the arguments of those that are `strict` fit; where none is, there is no grammar. An answer
-    may begin with reasoning, and must end it where `prompt`, the text that the template wrote, has opened it. Without
-    `parallel` it is one call. Raises ValueError where the template knows no tools, for tools of another form, for a
-    choice that is none of them, and for a schema that the form cannot hold.
+    one of the tools, and the arguments of those that are `strict` fit; where none is, there is no grammar. Without
+    `parallel` there is one call. An answer may begin with reasoning, unless `prompt`, the text that the template wrote,
+    has closed it, and must end it where that has opened it. Raises ValueError where the template knows no tools, for
+    tools of another form, for a choice that is none of them, and for a schema that the form cannot hold.
     """
     offered = functions(tools)
     if choice == "none" or (choice == "auto" and not any(function.strict for function in offered.values())):
@@ -74,7 +74,7 @@ class _Writer:
 
     def _reasoning(self, prompt: str) -> str:
         """The rule for reasoning before all else; nothing where there is none."""
-        if self._form.reasoning is None:
+        if self._form.reasoning is None or prompt.rstrip().endswith(self._form.reasoning[1]):
             return ""
         opening, closing = self._form.reasoning
         gap = "gap: /\\n{1,2}/"

@@ -43,7 +43,7 @@ class Part:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call of a function; `arguments` is the text of a JSON object, as the model wrote it."""
+    """A call of a function; `arguments` is the text of a JSON object."""
 
     name: str
     arguments: str
@@ -183,7 +183,7 @@ class AnswerParser:
         else:
             is_call = letter == "<" and (yield from self._tagged())
         region, self._region = "".join(self._region), None
-        if is_call and self._may_begin:  # else the answer is over
+        if is_call and self._may_begin:  # where no more calls may begin, the answer is over
             self._take((yield from self._ahead(self._calls.closing)))
         elif not is_call and self._begun == before:
             self._give("text", region)
@@ -200,7 +200,7 @@ class AnswerParser:
     def _json(self, is_marked: bool) -> Steps:
         """Reads a call as a JSON object, or an array of them."""
         reader, progress = JsonReader(), _Progress()
-        while (yield from self._read(reader)):
+        while (yield from self._read(reader)) is not None:
             if self._streams:
                 self._give_progress(reader, progress, is_marked)
         calls = [self._call_of(fields, is_marked) for fields in reader.objects]
@@ -243,15 +243,15 @@ class AnswerParser:
         if not name or (yield from self._letter()) != "{":
             return False
         reader = JsonReader()
-        first = len(self._region or ())
-        while (yield from self._read(reader)):
-            if self._streams and self._region is not None:
-                if len(self._region) == first + 1:
-                    self._give_call(ToolCall(name, self._region[-1]))
-                else:
-                    self._give("arguments", self._region[-1], self._begun - 1)
+        arguments: list[str] = []
+        while (taken := (yield from self._read(reader))) is not None:
+            if self._streams and arguments:
+                self._give("arguments", taken, self._begun - 1)
+            elif self._streams:
+                self._give_call(ToolCall(name, taken))
+            arguments.append(taken)
         if reader.complete and not self._streams:
-            self._give_call(ToolCall(name, "".join((self._region or [])[first:])))
+            self._give_call(ToolCall(name, "".join(arguments)))
         return reader.complete
 
     def _tagged(self) -> Steps:
@@ -320,8 +320,7 @@ class AnswerParser:
     def _skip(self, letters: str) -> Generator[None, None, None]:
         """Takes all of these characters that come next."""
         while (letter := (yield from self._letter())) and letter in letters:
-            rest = self._unread[self._at :]
-            self._take(len(rest) - len(rest.lstrip(letters)))
+            self._take(1)
 
     def _drop_blank_end(self) -> Generator[None, None, None]:
         """Takes white space that comes next where nothing follows it."""
@@ -391,12 +390,11 @@ class AnswerParser:
                 return ""
         return word
 
-    def _read(self, reader: JsonReader) -> Steps:
-        """Lets a reader take what is unread; False once it takes no more."""
+    def _read(self, reader: JsonReader) -> Generator[None, None, str | None]:
+        """Lets a reader take what is unread, and returns what it took; None once it takes no more."""
         if reader.complete or reader.broken or not (yield from self._letter()):
-            return False
-        self._take(reader.feed(self._unread, self._at) - self._at)
-        return True
+            return None
+        return self._take(reader.feed(self._unread, self._at) - self._at)
 
     # --- giving ------------------------------------------------------------------------------------------------------
 
