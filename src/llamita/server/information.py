@@ -96,7 +96,7 @@ def card(serving: Serving, name: str, parent: str | None) -> dict[str, Any]:
             "heads": config.num_attention_heads,
             "vocab_size": config.vocab_size,
             "parameters": count_parameters(config).total,
-            "chat": model.chat is not None,
+            "chat": model.is_chat_model,
             "capabilities": list(model.capabilities),
             "labels": list(config.labels) if config.num_labels else [],
             "defaults": {key: float(getattr(model.defaults, key)) for key in SAMPLING},

@@ -34,14 +34,17 @@ class ServedModel:
     """A model under the name by which clients ask for it: a language model (`llm`), or a `classifier`.
 
     `aliases` are further names of it, for clients whose own cannot be changed. `chat` lays conversations out; None
-    where the model has no tokenizer. `defaults` are the sampling parameters of a request that names none: those of the
-    model's generation_config.json, else plain sampling. `pooling` is the one of embeddings where a request names none.
+    where the model has no tokenizer. `is_chat_model` is true where it does so as the model was tuned, or as was asked
+    for, and not by the plain template of last resort. `defaults` are the sampling parameters of a request that names
+    none: those of the model's generation_config.json, else plain sampling. `pooling` is the one of embeddings where a
+    request names none.
     """
 
     name: str
     llm: LLM | None = None
     classifier: Classifier | None = None
     chat: Chat | None = None
+    is_chat_model: bool = False
     defaults: SamplingParams = SamplingParams()
     aliases: tuple[str, ...] = ()
     pooling: Pooling = "mean"
@@ -146,14 +149,21 @@ def serve_model(
 ) -> ServedModel:
     """Returns a loaded model as it is served: with its own chat template, `template`, or a plain one for a model
     without; and with the defaults of its generation_config.json (`generation`)."""
-    chat = None
+    chat, has_template = None, False
     if llm.tokenizer is not None:
-        has_own = bool(llm.tokenizer.chat_templates)
-        chat = Chat(llm.tokenizer, template if template is not None or has_own else DEFAULT_TEMPLATE)
+        has_template = template is not None or bool(llm.tokenizer.chat_templates)
+        chat = Chat(llm.tokenizer, template if has_template else DEFAULT_TEMPLATE)
     if taken := set(aliases) & {name, *llm.engine.adapters}:
         raise ValueError(f"the alias {min(taken)!r} is the name of the model or of an adapter; choose another")
-    defaults = sampling_defaults(generation or {})
-    return ServedModel(name, llm, chat=chat, defaults=defaults, aliases=tuple(aliases), pooling=pooling)
+    return ServedModel(
+        name,
+        llm,
+        chat=chat,
+        is_chat_model=has_template,
+        defaults=sampling_defaults(generation or {}),
+        aliases=tuple(aliases),
+        pooling=pooling,
+    )
 
 
 def open_model(
