@@ -92,17 +92,25 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 
 def _field_path(location: Sequence[str | int], body: Any, missing: bool) -> str:
-    """Returns the path of a field as it stands in the body: a location names the forms of a union beside it."""
-    path, value = [], body
-    for number, part in enumerate(location):
-        is_last = number == len(location) - 1
+    """Returns the path of a field as it stands in the body: a location names the forms of a union beside it.
+
+    Such a name may be a key's too, so each part may be left out; the longest path that the body has is meant.
+    """
+
+    def longest(number: int, value: Any) -> list[str]:
+        if number == len(location):
+            return []
+        part, is_last = location[number], number == len(location) - 1
+        left_out = longest(number + 1, value)
         if isinstance(value, dict) and (part in value or (missing and is_last)):
-            path.append(str(part))
-            value = value.get(part)
+            taken = [str(part), *longest(number + 1, value.get(part))]
         elif isinstance(value, list) and isinstance(part, int) and part < len(value):
-            path.append(str(part))
-            value = value[part]
-    return ".".join(path)
+            taken = [str(part), *longest(number + 1, value[part])]
+        else:
+            return left_out
+        return taken if len(taken) > len(left_out) else left_out
+
+    return ".".join(longest(0, body))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
