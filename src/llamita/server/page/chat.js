@@ -24,7 +24,9 @@ export class Chat {
     this.sampling = new SamplingPanel(byId("sampling"), (settings) => this.#change({ settings }));
     this.conversation = store.get(remembered("llamita.conversation")) ?? store.conversations[0] ?? this.#fresh();
     this.#listen();
-    if (WIDE.matches && remembered("llamita.settings") !== "closed") this.toggle("settings", true);
+    const showSettings = () => this.toggle("settings", WIDE.matches && remembered("llamita.settings") !== "closed", false);
+    showSettings();
+    WIDE.addEventListener("change", showSettings); // where there is no room beside the chat any more, they would lie on it
     app.onModel(() => this.#modelChanged());
     this.#show();
   }
@@ -58,10 +60,10 @@ export class Chat {
   }
 
   /** Opens or closes the conversations or the settings, which lie beside the chat, or over it where there is no room. */
-  toggle(name, isOpen = !byId(name).classList.contains("open")) {
+  toggle(name, isOpen = !byId(name).classList.contains("open"), isChoice = true) {
     byId(name).classList.toggle("open", isOpen);
     for (const opener of document.querySelectorAll(`[data-opens=${name}]`)) opener.setAttribute("aria-expanded", isOpen);
-    if (name === "settings" && WIDE.matches) remember("llamita.settings", isOpen ? "open" : "closed");
+    if (name === "settings" && WIDE.matches && isChoice) remember("llamita.settings", isOpen ? "open" : "closed");
     if (isOpen && !WIDE.matches) byId(name).querySelector("button").focus();
   }
 
