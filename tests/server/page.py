@@ -19,7 +19,9 @@ def opened(program: Any, address: str, **options: Any) -> Iterator[Any]:
     page.set_default_timeout(15_000)
     page.on("console", lambda message: faults.append(message.text))
     page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("request", lambda request: request.url.startswith((address, "blob:", "data:")) or faults.append(request.url))
+    page.on(
+        "request", lambda request: request.url.startswith((address, "blob:", "data:")) or faults.append(request.url)
+    )
     page.faults = faults
     try:
         page.goto(f"{address}/")

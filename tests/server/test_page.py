@@ -70,7 +70,9 @@ def test_an_answer_is_the_servers_and_a_reload_keeps_it(program, tiny):
         say(page, "The fox")
         asked = {"messages": [{"role": "user", "content": "The fox"}], "temperature": 0, "max_tokens": 24}
         answer = clients.post(tiny, "/v1/chat/completions", **asked).json()
-        kept = json.loads(page.evaluate("localStorage[Object.keys(localStorage).find(k => k.includes('conversation.'))]"))
+        kept = json.loads(
+            page.evaluate("localStorage[Object.keys(localStorage).find(k => k.includes('conversation.'))]")
+        )
         assert kept["messages"][1]["content"] == answer["choices"][0]["message"]["content"]
         assert kept["messages"][1]["usage"]["completion_tokens"] == answer["usage"]["completion_tokens"] == 24
         assert kept["messages"][1]["parameters"]["temperature"] == 0
@@ -165,7 +167,10 @@ def test_what_is_exported_can_be_imported(program, tmp_path):
             ("{", "is not JSON"),
             ('{"format": "other"}', "holds no conversations"),
             (json.dumps({**file, "version": 9}), "version 9"),
-            (json.dumps({**file, "conversations": [{"messages": [{"role": "root"}]}]}), "Conversation 1 of the file is"),
+            (
+                json.dumps({**file, "conversations": [{"messages": [{"role": "root"}]}]}),
+                "Conversation 1 of the file is",
+            ),
         ]:
             (tmp_path / "bad.json").write_text(content)
             page.set_input_files("#import-file", tmp_path / "bad.json")
@@ -175,7 +180,10 @@ def test_what_is_exported_can_be_imported(program, tmp_path):
 
 def test_full_storage_is_said_and_the_talk_goes_on(program):
     with scripted(program, "Yes.") as page:
-        page.evaluate("for (let n = 2 ** 22; n >= 1; n /= 2) try { for (;;) localStorage[`f${Math.random()}`] = 'x'.repeat(n) } catch {}")
+        page.evaluate(
+            "for (let n = 2 ** 22; n >= 1; n /= 2)"
+            " try { for (;;) localStorage[`f${Math.random()}`] = 'x'.repeat(n) } catch {}"
+        )
         say(page, "A question? " * 50)
         assert texts(page)[-1] == "Yes."
         assert "storage is full" in page.locator("#problem").text_content()
@@ -231,17 +239,24 @@ def test_text_from_the_right_and_characters_of_many_bytes(program):
         assert texts(page)[0] == PREFIX
         direction = "all => all.map(e => getComputedStyle(e).direction)"
         assert page.locator(".message.user > .text").evaluate_all(direction) == ["rtl"]
-        assert page.locator(".message.assistant .text :is(p, ul)").evaluate_all(direction) == ["rtl", "rtl", "rtl", "ltr"]
+        assert page.locator(".message.assistant .text :is(p, ul)").evaluate_all(direction) == [
+            "rtl",
+            "rtl",
+            "rtl",
+            "ltr",
+        ]
         assert page.locator(".message.assistant .text p").first.text_content() == PREFIX
 
 
 def test_reasoning_is_folded_and_calls_are_shown(program):
     with scripted(program, clients.CALLING, clients.TOOLS_TEMPLATE) as page:
         # The page offers no tools of its own; a request with one makes the server look for calls.
-        tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
-        page.route("**/chat/completions", lambda route: route.continue_(
-            post_data=json.dumps({**route.request.post_data_json, "tools": [tool, {**tool, "function": {"name": "rest"}}]})
-        ))  # fmt: skip
+        tools = [{"type": "function", "function": {"name": name}} for name in ("look", "rest")]
+
+        def add_tools(route):
+            route.continue_(post_data=json.dumps({**route.request.post_data_json, "tools": tools}))
+
+        page.route("**/chat/completions", add_tools)
         say(page, "Where?")
         reasoning = page.locator(f"{LAST} .reasoning")
         assert reasoning.get_attribute("open") is None
@@ -279,22 +294,22 @@ def test_faults_of_the_server_are_shown(program, tiny):
 
 
 def test_a_key_is_asked_for_and_kept_until_the_tab_closes(program):
-    with clients.serve(clients.scripted_model("Yes.", "plain"), api_keys=["secret-key"]) as address:
-        with opened(program, address) as page:
-            page.wait_for_selector("#key-form:visible")
-            page.fill("#key", "wrong")
-            page.press("#key", "Enter")
-            until(page, "document.querySelector('#problem').textContent.includes('wrong')")
-            page.fill("#key", "secret-key")
-            page.press("#key", "Enter")
-            ready(page)
-            say(page, "A question?")
-            assert texts(page)[-1] == "Yes."
-            page.reload()
-            ready(page)
-            assert page.is_hidden("#key-form")
-            assert "secret-key" not in page.evaluate("JSON.stringify(localStorage)")
-            page.faults.clear()  # the browser itself reports the status 401
+    model = clients.scripted_model("Yes.", "plain")
+    with clients.serve(model, api_keys=["secret-key"]) as address, opened(program, address) as page:
+        page.wait_for_selector("#key-form:visible")
+        page.fill("#key", "wrong")
+        page.press("#key", "Enter")
+        until(page, "document.querySelector('#problem').textContent.includes('wrong')")
+        page.fill("#key", "secret-key")
+        page.press("#key", "Enter")
+        ready(page)
+        say(page, "A question?")
+        assert texts(page)[-1] == "Yes."
+        page.reload()
+        ready(page)
+        assert page.is_hidden("#key-form")
+        assert "secret-key" not in page.evaluate("JSON.stringify(localStorage)")
+        page.faults.clear()  # the browser itself reports the status 401
 
 
 def test_a_model_that_does_not_chat_goes_on_with_the_text(program):
@@ -404,7 +419,10 @@ def test_decisions_are_the_servers(program, tiny):
         assert shown[0] == [percent(yes), percent(1 - yes)]
         for values, answer in zip(shown[1:], answers[1:], strict=True):
             assert values == [percent(option["probability"]) for option in answer["probabilities"]]
-        assert f"at {answers[3]['score']:.2f} of a scale" in page.locator(".question:last-child .answer .help").text_content()
+        assert (
+            f"at {answers[3]['score']:.2f} of a scale"
+            in page.locator(".question:last-child .answer .help").text_content()
+        )
         page.locator(".question").nth(1).locator("textarea").nth(1).fill("one\none")
         page.click("#decisions .ask .primary")
         until(page, "document.querySelector('#decisions [role=status]').textContent.includes('twice')")
@@ -435,7 +453,9 @@ def test_tabs_and_theme_are_for_keys_and_remembered(program, tiny):
 
 @pytest.mark.parametrize("width", [340, 800, 1400])
 def test_it_fits_every_width(program, width):
-    with scripted(program, "A `" + "x" * 200 + "`\n\n```\n" + "y" * 300 + "\n```\n\n|a|b|\n|-|-|\n|" + "z" * 300 + "|1|") as page:
+    with scripted(
+        program, "A `" + "x" * 200 + "`\n\n```\n" + "y" * 300 + "\n```\n\n|a|b|\n|-|-|\n|" + "z" * 300 + "|1|"
+    ) as page:
         page.set_viewport_size({"width": width, "height": 700})
         say(page, "w" * 300)
         for tab in ("chat", "inside", "decisions"):

@@ -33,8 +33,8 @@ class ServedModel:
     """A model under the name by which clients ask for it: a language model (`llm`), or a `classifier`.
 
     `chat` lays conversations out; None where the model has no tokenizer. `is_chat_model` is true where it does so as
-    the model was tuned, or as was asked for, and not by the plain template of last resort. `defaults` are the sampling parameters of a
-    request that names none: those of the model's generation_config.json, else plain sampling.
+    the model was tuned, or as was asked for, and not by the plain template of last resort. `defaults` are the sampling
+    parameters of a request that names none: those of the model's generation_config.json, else plain sampling.
     """
 
     name: str

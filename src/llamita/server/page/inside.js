@@ -62,7 +62,7 @@ export class Inside {
       attention: part("Where it looks", "In every layer, several heads carry information from earlier tokens to later ones. Each head spreads 100% of its attention over what it can see; many rest on the first token when they look for nothing.", this.attention.element),
       lens: part("How the prediction forms", "The model's layers work on its guess one after another. Each row shows what it would say if it ended there; the last row is what it really says.", this.lens.element),
     };
-    this.parts.tokens.element.classList.add("sticky");
+    this.parts.tokens.element.classList.add("tokens-part"); // its row stays in view while the others are read
   }
 
   async #run() {
@@ -177,6 +177,7 @@ export class Inside {
 
 function part(title, words, content) {
   const body = h("div", { class: "part-body" }, content);
-  const element = h("section", { class: "part" }, h("h3", {}, title), h("p", { class: "explain" }, words), body);
+  const head = h("div", { class: "part-head" }, h("h3", {}, title), h("p", { class: "explain" }, words));
+  const element = h("section", { class: "part" }, head, body);
   return { element, body, content };
 }
