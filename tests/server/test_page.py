@@ -142,6 +142,22 @@ def test_several_conversations(program):
         assert page.locator(".talk-name").all_text_contents() == ["Second?", "Renamed <b>"]
 
 
+def test_two_tabs_show_the_same_conversations(program):
+    with scripted(program, "Yes.") as page:
+        say(page, "In the first?")
+        other = page.context.new_page()
+        other.goto(page.url)
+        other.wait_for_selector(DONE)
+        ready(other)
+        say(other, "Once more?")
+        until(page, "document.querySelectorAll('#messages .message').length == 4")
+        until(page, "document.querySelector('#messages .message:last-child > .text').textContent == 'Yes.'")
+        other.keyboard.press("Alt+n")
+        say(other, "In the second?")
+        until(page, "document.querySelectorAll('.talk-name').length == 2")
+        assert texts(page)[2:] == ["Once more?", "Yes."]
+
+
 def test_what_is_exported_can_be_imported(program, tmp_path):
     with scripted(program, "Yes, **indeed**.") as page:
         set_number(page, "seed", 7)

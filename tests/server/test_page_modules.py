@@ -208,8 +208,7 @@ def test_nothing_takes_exponentially_long(page):
         "<http://" * 500,
     ]  # fmt: skip
     page.set_default_timeout(10_000)
-    shown = page.evaluate(RENDERED, hostile)
-    assert all("a" in html or "<" in html for html in shown)
+    assert len(page.evaluate(RENDERED, hostile)) == len(hostile)
     assert all(page.evaluate(DEPTH, text) < 60 for text in hostile)
 
 

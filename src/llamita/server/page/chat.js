@@ -105,8 +105,11 @@ export class Chat {
     byId("to-end").addEventListener("click", () => this.#scrollToEnd());
     window.addEventListener("pagehide", () => this.running && this.store.save(this.running.conversation));
     window.addEventListener("storage", (event) => {
-      if (this.running || !this.store.reload(event.key)) return;
-      this.#open(this.store.get(this.conversation.id) ?? this.store.conversations[0] ?? this.#fresh());
+      const isOwn = this.running && event.key?.endsWith(this.running.conversation.id);
+      if (isOwn || this.store.reload(event.key) === null) return;
+      const current = this.store.get(this.conversation.id);
+      if (current === this.conversation) this.#showList();
+      else this.#open(current ?? this.store.conversations[0] ?? this.#fresh());
     });
   }
 
@@ -269,10 +272,10 @@ export class Chat {
   }
 
   #edit(message, text) {
-    const at = this.conversation.messages.indexOf(message);
+    if (message.role === "user" && this.#isBusy()) return;
     message.content = text;
     if (message.role === "user") {
-      this.#cutAndAnswer(at + 1);
+      this.#cutAndAnswer(this.conversation.messages.indexOf(message) + 1);
       return;
     }
     this.store.save(this.conversation);
@@ -280,13 +283,16 @@ export class Chat {
   }
 
   #cutAndAnswer(length) {
-    if (this.running) {
-      this.app.toast("Another answer is still being written; stop it first.");
-      return;
-    }
+    if (this.#isBusy()) return;
     this.conversation.messages.splice(length);
     this.#show();
     this.#answer();
+  }
+
+  /** Returns whether an answer is under way, and says so. */
+  #isBusy() {
+    if (this.running) this.app.toast("Another answer is still being written; stop it first.");
+    return this.running !== null;
   }
 
   #add(message, isOpen = false) {

@@ -44,6 +44,19 @@ export class Inside {
 
   shown() {}
 
+  /** Stops what is being computed. Returns whether anything was. */
+  escape() {
+    const isBusy = this.#isBusy;
+    this.controller?.abort();
+    byId("inside-run").classList.remove("busy");
+    byId("inside-result").setAttribute("aria-busy", "false");
+    return isBusy;
+  }
+
+  get #isBusy() {
+    return byId("inside-result").getAttribute("aria-busy") === "true";
+  }
+
   get #canChat() {
     return this.app.can("chat") && this.app.facts.chat;
   }
@@ -79,6 +92,7 @@ export class Inside {
     try {
       const prompt = isChat ? { messages: [{ role: "user", content: text }] } : { prompt: text };
       const found = await this.app.api.lookInside({ model, ...prompt, top: TOP }, signal);
+      signal.throwIfAborted();
       this.asked = { model, prompt: found.tokens.map(({ id }) => id) };
       this.found = found;
       this.layers.clear();
@@ -91,6 +105,7 @@ export class Inside {
       const isQuick = found.tokens.length <= QUICK;
       const middle = Math.floor(found.layers / 2);
       await this.#or(this.parts.attention, isQuick, `Compute the attention of layer ${middle + 1}`, () => this.#showLayer(middle));
+      signal.throwIfAborted();
       await this.#or(this.parts.lens, isQuick, "Compute every layer's prediction", () => this.#showLens());
     } catch (error) {
       if (error.name !== "AbortError") {
@@ -98,7 +113,7 @@ export class Inside {
         result.replaceChildren(h("p", { class: "note bad", role: "alert" }, error.message));
       }
     } finally {
-      if (!signal.aborted || this.controller.signal === signal) {
+      if (!signal.aborted) {
         result.setAttribute("aria-busy", "false");
         byId("inside-run").classList.remove("busy");
       }
@@ -137,6 +152,7 @@ export class Inside {
 
   async #into({ body, content }, act) {
     body.classList.add("waiting");
+    if (this.controller.signal.aborted) this.controller = new AbortController(); // after Escape, another layer may be asked for
     try {
       await act(this.controller.signal);
     } catch (error) {
