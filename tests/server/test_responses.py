@@ -418,6 +418,33 @@ def test_an_effort_reaches_the_template(template: str, effort: str, written: str
     assert response.json()["usage"]["input_tokens"] == len(small_tokenizer().encode(wanted))
 
 
+OPEN_RESPONSES = (
+    "id object created_at completed_at status incomplete_details model previous_response_id instructions output error "
+    "tools tool_choice truncation parallel_tool_calls text top_p presence_penalty frequency_penalty top_logprobs "
+    "temperature reasoning usage max_output_tokens max_tool_calls store background service_tier metadata "
+    "safety_identifier prompt_cache_key"
+)
+"""What the specification of Open Responses requires of a response (schema ResponseResource, 2026-04-24)."""
+
+
+@pytest.mark.parametrize(
+    ("conversation", "is_streamed"),
+    [
+        ([("user", "Say hello in exactly 3 words.")], False),
+        ([("user", "Count from 1 to 5.")], True),
+        ([("system", "You are a pirate. Always respond in pirate speak."), ("user", "Say hello.")], False),
+        ([("user", "My name is Alice."), ("assistant", "Hello Alice!"), ("user", "What is my name?")], False),
+    ],
+)
+def test_the_cases_of_open_responses(scripted: str, conversation: list[tuple[str, str]], is_streamed: bool) -> None:
+    items = [{"type": "message", "role": role, "content": content} for role, content in conversation]
+    answer = post(scripted, "/v1/responses", model="tiny", input=items, stream=is_streamed)
+    response = events(answer)[-2][1]["response"] if is_streamed else answer.json()
+    assert set(OPEN_RESPONSES.split()) <= response.keys()
+    assert (response["status"], bool(response["output"])) == ("completed", True)
+    assert type(response["created_at"]) is type(response["completed_at"]) is int
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "data:,"}]}

@@ -64,7 +64,7 @@ class SamplingParams:
     choices: tuple[str, ...] = ()
     """Write one of these texts."""
     grammar: str = ""
-    """Write only what this grammar allows, in llguidance's variant of Lark's notation."""
+    """Write only what this grammar allows, in llguidance's variant of Lark's notation or in llama.cpp's GBNF."""
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, float, lambda t: t == 0 or t >= 1e-6, "0 (greedy) or a number >= 1e-6")

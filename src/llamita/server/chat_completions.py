@@ -22,6 +22,7 @@ from llamita.server.streaming import DONE, EventStream, data, opened, unless_gon
 def router(serving: Serving) -> APIRouter:
     routes = APIRouter(route_class=JsonRoute, tags=["OpenAI"], responses=ERRORS)
 
+    @routes.post("/chat/completions", include_in_schema=False, response_model=None)  # for a base URL without /v1
     @routes.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,

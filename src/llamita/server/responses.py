@@ -53,7 +53,7 @@ def router(serving: Serving) -> APIRouter:
         return EventStream(pieces, serving.limits.heartbeat_seconds)
 
     for methods, path in (
-        (["GET", "DELETE"], "/v1/responses/{response_id}"),
+        (["GET", "DELETE", "POST"], "/v1/responses/{response_id}"),
         (["POST"], "/v1/responses/{response_id}/cancel"),
         (["GET"], "/v1/responses/{response_id}/input_items"),
     ):

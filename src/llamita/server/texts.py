@@ -39,7 +39,7 @@ def router(serving: Serving) -> APIRouter:
 def embedding_work(serving: Serving, body: EmbeddingRequest) -> Callable[[], dict[str, Any]]:
     """Returns the work on the model that answers a request for embeddings."""
     model = serving.model
-    llm, adapter, pooling = model.require_llm(), model.adapter_of(body.model), body.pooling or "mean"
+    llm, adapter, pooling = model.require_llm(), model.adapter_of(body.model), body.pooling or model.pooling
     prompts = listed_prompts(body.input, "input")
     _check_count(len(prompts), serving)
     rows = [llm.encode(prompt) for prompt in prompts]
