@@ -120,7 +120,7 @@ function start() {
   setUpTabs(tabs);
   setUpTheme();
   setUpKey(app);
-  setUpHelp(chat);
+  setUpHelp(tabs);
   byId("model").addEventListener("change", () => app.modelChanged());
   document.addEventListener("click", async (event) => {
     const button = event.target.closest?.("[data-copy=code]");
@@ -209,17 +209,20 @@ function setUpKey(app) {
   });
 }
 
-function setUpHelp(chat) {
+function setUpHelp(tabs) {
+  const { chat } = tabs;
   const dialog = byId("help-dialog");
   byId("help").addEventListener("click", () => dialog.showModal());
   byId("help-close").addEventListener("click", () => dialog.close());
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
   document.addEventListener("keydown", (event) => {
-    if (event.isComposing || dialog.open || byId("panel-chat").hidden) return;
+    if (event.isComposing || dialog.open) return;
     if (event.key === "Escape") {
-      if (chat.escape()) event.preventDefault();
+      const tab = TABS.find((name) => !byId(`panel-${name}`).hidden);
+      if (tabs[tab].escape()) event.preventDefault();
       return;
     }
+    if (byId("panel-chat").hidden) return;
     // By place on the keyboard, since Alt changes what a key writes on a Mac.
     const actions = { KeyN: () => chat.begin(), KeyM: () => byId("draft").focus(), KeyS: () => chat.toggle("settings") };
     if (event.altKey && !event.ctrlKey && !event.metaKey && event.code in actions) {
