@@ -38,7 +38,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         yield
-        model.close()
+        serving.close()
 
     app = FastAPI(
         title="Llamita",
