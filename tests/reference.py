@@ -76,15 +76,20 @@ def soft_cap(x, cap):
 
 def attention(q, k, v, allowed, scale=None, cap=0.0):
     """One head: q (T, H), k and v (S, H), allowed (T, S) of booleans."""
+    return attention_weights(q, k, allowed, scale, cap) @ v
+
+
+def attention_weights(q, k, allowed, scale=None, cap=0.0):
     scores = soft_cap(q @ k.T * (1 / np.sqrt(q.shape[-1]) if scale is None else scale), cap)
-    return softmax(np.where(allowed, scores, -np.inf)) @ v
+    return softmax(np.where(allowed, scores, -np.inf))
 
 
-def forward(config, weights, tokens, segments=None):
+def forward(config, weights, tokens, segments=None, attention=False):
     """Residual streams, hidden states and logits of ONE sequence of token ids; weights by canonical name.
 
     Returns a dict: "embedding", "layers.0", ..., "norm", "logits", each float64. With segments, a position sees only
-    its own segment; in a layer with a sliding window of W, itself and the W - 1 positions before it.
+    its own segment; in a layer with a sliding window of W, itself and the W - 1 positions before it. With attention,
+    "layers.0.attention", ... too: the probabilities (N, T, T).
     """
     weights = {name: np.asarray(array, dtype=np.float64) for name, array in weights.items()}
     tokens = np.asarray(tokens)
@@ -118,7 +123,7 @@ def forward(config, weights, tokens, segments=None):
         if config.norm_all_heads:
             q, k = norm(q, f"{prefix}.self_attn.q_norm"), norm(k, f"{prefix}.self_attn.k_norm")
         frequencies, rope_scale = rope_frequencies(config, local=window > 0)
-        heads = []
+        heads, maps = [], []
         for i in range(config.num_attention_heads):
             q_i, k_i = head(q, i), head(k, i // group)
             if config.query_key_norm and not config.norm_all_heads:
@@ -126,7 +131,8 @@ def forward(config, weights, tokens, segments=None):
             if layer not in config.layers_without_rope:
                 q_i, k_i = (rope(x_i, positions, frequencies, rope_scale) for x_i in (q_i, k_i))
             scale = config.attention_multiplier or None
-            heads.append(attention(q_i, k_i, head(v, i // group), seen, scale, config.attn_logit_softcapping))
+            maps.append(attention_weights(q_i, k_i, seen, scale, config.attn_logit_softcapping))
+            heads.append(maps[-1] @ head(v, i // group))
         y = linear(np.concatenate(heads, axis=-1), f"{prefix}.self_attn.o_proj")
         if config.norm_placement in ("after", "both"):
             y = norm(y, f"{prefix}.post_attention_layernorm")
@@ -140,12 +146,18 @@ def forward(config, weights, tokens, segments=None):
         y = linear(gated, f"{prefix}.mlp.down_proj")
         x = x + norm(y, f"{prefix}.post_feedforward_layernorm") * config.residual_multiplier
         streams[f"layers.{layer}"] = x
-    x = norm(x, "model.norm")
+        if attention:
+            streams[f"layers.{layer}.attention"] = np.stack(maps)
+    return streams | {"norm": norm(x, "model.norm"), "logits": output_logits(config, weights, x)}
+
+
+def output_logits(config, weights, x):
+    """The logits of states (T, D) before the final norm."""
+    weights = {name: np.asarray(array, dtype=np.float64) for name, array in weights.items()}
+    x = rms_norm(x, weights["model.norm.weight"] + config.unit_offset_norm, config.rms_norm_eps)
     head_name = "score.weight" if config.num_labels else "lm_head.weight"
     logits = x @ weights.get(head_name, weights["model.embed_tokens.weight"]).T
-    if not config.num_labels:
-        logits = soft_cap(logits / config.logits_scaling, config.final_logit_softcapping)
-    return streams | {"norm": x, "logits": logits}
+    return logits if config.num_labels else soft_cap(logits / config.logits_scaling, config.final_logit_softcapping)
 
 
 def cross_entropy(logits, labels):

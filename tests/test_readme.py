@@ -7,17 +7,21 @@ that SHORTER has for its verb (a repeated flag counts as given last), so that a 
 for what they name. A command of any other kind fails the test: either it is made known here, or it goes.
 
 A block whose commands cannot run here (a GPU, a download) is marked `sh` with a word after it, such as
-"```sh no-run", and is only parsed. One marked `needs` and the names of modules is run where those are installed.
+"```sh no-run", and is only parsed. `llamita serve` runs beside the rest of its page, at a free port in the place of
+ADDRESS's, and `curl` may ask it there. One marked `needs` and the names of modules is run where those are installed.
 HUB are models that pages name: small ones stand for them in a cache of the hub's client, which stays offline.
 """
 
+import contextlib
 import importlib.util
 import os
 import re
 import shlex
 import subprocess
 import sys
+import time
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +59,9 @@ SHORTER: dict[str, list[str]] = {
 
 # Files that pages may assume: the reader's own text.
 FILES = {"stories.txt": 400}  # so many Meadow stories, a blank line between them
+
+ADDRESS = "127.0.0.1:8000"
+"""Where a page's server is; the commands and the Python below it are run with the port that it really has."""
 
 HUB = ("HuggingFaceTB/SmolLM2-135M",)
 
@@ -128,6 +135,8 @@ def problem(command: str) -> str | None:
         if words[0] == "llamita":
             verb_of(words)
         return None
+    if words[0] == "curl":
+        return None if f"http://{ADDRESS}" in command else f"curl asks another place than {ADDRESS}"
     if words[0] == "make":
         return None if make_dry_run(words) == 0 else "make has no such target"
     if words[:2] == ["pip", "install"] or words[:4] == ["python", "-m", "pip", "install"]:
@@ -162,7 +171,7 @@ def to_run(command: str) -> str | None:
     _, words = without_settings(command)
     if words == ["make", "quickstart"]:
         return shortened("llamita quickstart")
-    return shortened(command) if words[0] in ("llamita", "echo", "printf", "cat") else None
+    return shortened(command) if words[0] in ("llamita", "echo", "printf", "cat", "curl") else None
 
 
 @pytest.mark.medium
@@ -181,17 +190,46 @@ def test_every_command_of_a_page_runs(page: Path, tmp_path: Path) -> None:
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "100",
     }
-    for block in blocks(page.read_text()):
-        where = f"{page.name}, block at line {block.line}"
-        if block.language == "python" and runs_here(block):
-            run([sys.executable, "-c", block.text], tmp_path, environment, where)
-        if block.language not in ("sh", "bash", "shell", "console"):
-            continue
-        for command in commands(block):
-            assert (found := problem(command)) is None, f"{where}: {command}: {found}"
-            line = to_run(command)
-            if line is not None and runs_here(block):
+    with contextlib.ExitStack() as servers:
+        address = ADDRESS
+        for block in blocks(page.read_text()):
+            where = f"{page.name}, block at line {block.line}"
+            if block.language == "python" and runs_here(block):
+                run([sys.executable, "-c", block.text.replace(ADDRESS, address)], tmp_path, environment, where)
+            if block.language not in ("sh", "bash", "shell", "console"):
+                continue
+            for command in commands(block):
+                assert (found := problem(command)) is None, f"{where}: {command}: {found}"
+                line = to_run(command)
+                if line is None or not runs_here(block):
+                    continue
+                if line.startswith("llamita serve") and "--help" not in line:
+                    servers.close()  # the one before
+                    address = servers.enter_context(serving(line.rstrip("& "), tmp_path, environment))
+                    continue
+                line = line.replace(ADDRESS, address)
                 run(["bash", "-o", "pipefail", "-c", line], tmp_path, environment, f"{where}: {command}")
+
+
+@contextlib.contextmanager
+def serving(line: str, directory: Path, environment: dict[str, str]) -> Iterator[str]:
+    """Runs a server at a free port and yields its address; it must end well when it is asked to."""
+    log = directory / "serve.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*shlex.split(line), "--port", "0"], cwd=directory, env=environment, stderr=output, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while not (found := re.search(r"serving .* at http://(\S+)", log.read_text())):
+            ended = process.poll() is not None or time.monotonic() > deadline
+            assert not ended, f"{line}:\n{log.read_text()[-4000:]}"
+            time.sleep(0.1)
+        yield found[1]
+        process.terminate()
+        assert process.wait(60) == 0, f"{line}:\n{log.read_text()[-4000:]}"
+    finally:
+        process.kill()
 
 
 def run(arguments: list[str], directory: Path, environment: dict[str, str], where: str) -> None:

@@ -1,11 +1,13 @@
 """A runner with memory for a few sequences, used as an engine would, for the tests of runners and engines."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import starmap
 from typing import Any
 
 import numpy as np
 
-from llamita.backend.interface import CacheLayout, Plan, SampledToken, SampleSpec, ScheduledChunk, StepResult
+from llamita.backend.interface import CacheLayout, Plan, SampledToken, SampleSpec, ScheduledChunk, StepResult, Target
 from llamita.backend.sampling_params import SamplingParams
 from llamita.model.config import ModelConfig
 from tests.backend.frameworks import Framework
@@ -40,10 +42,11 @@ class Session:
         draws: Sequence[int] = (-1,),
         targets: Sequence[int] = (),
     ) -> ScheduledChunk:
-        """`draws`: after which of the tokens one is drawn."""
+        """`draws`: after which of the tokens one is drawn; `targets`: what follows the first of them, ..."""
         ends = [range(start, start + len(tokens))[draw] + 1 for draw in draws]
         samples = tuple(SampleSpec(GREEDY, 5, end) for end in ends)
-        return ScheduledChunk(sequence, tuple(tokens), start, self.tables[sequence], samples, tuple(targets))
+        followers = tuple(starmap(Target, enumerate(targets)))
+        return ScheduledChunk(sequence, tuple(tokens), start, self.tables[sequence], samples, followers)
 
     def step(self, *chunks: ScheduledChunk) -> StepResult:
         return self.runner.run(Plan(chunks), self.memory)
@@ -93,6 +96,19 @@ def check_targets(runner: Any) -> None:
         assert [len(sampled) for sampled in result.sampled] == [1, 0]
         found += result.target_logprobs[1]
     np.testing.assert_allclose(found, expected, atol=2e-5)
+    asked = ((0, 5), (2, 7), (2, 0), (2, 7), (2, 96))  # several after one token, none after another
+    session = Session(runner, 16, 400)
+    chunk = replace(session.chunk(text[:3], 0), targets=tuple(starmap(Target, asked)))
+    offsets, ids = zip(*asked, strict=True)
+    expected = log_softmax(runner.forward([text[:3]])["logits"][0])[list(offsets), list(ids)]
+    np.testing.assert_allclose(session.step(chunk).target_logprobs[0], expected, atol=2e-5)
+    session = Session(runner, 16, 400)
+    chunk = replace(session.chunk(text[:3], 0), targets=tuple(starmap(Target, asked)), target_top=3)
+    (tops,) = session.step(chunk).target_tops
+    for offset, top in zip(offsets, tops, strict=True):
+        logprobs = log_softmax(runner.forward([text[: offset + 1]])["logits"][0])[-1]
+        assert [token_id for token_id, _ in top] == list(np.argsort(-logprobs, kind="stable")[:3])
+        np.testing.assert_allclose([value for _, value in top], np.sort(logprobs)[::-1][:3], atol=2e-5)
 
 
 def check_that_broken_numbers_stay(framework: Framework, runner: Any) -> None:

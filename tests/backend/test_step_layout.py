@@ -1,11 +1,14 @@
 """The order of a step and the way back, and what is drawn and scored after which row: numbers that can be counted."""
 
+from dataclasses import replace
+
 import numpy as np
 
-from llamita.backend.interface import SampledToken, SampleSpec, ScheduledChunk, StepResult
+from llamita.backend.interface import SampledToken, SampleSpec, ScheduledChunk, StepResult, Target
 from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.step_layout import (
     SCORED_ROWS,
+    Scores,
     States,
     StepLayout,
     rows_of_adapters,
@@ -19,7 +22,8 @@ def chunk(number: int, start: int, length: int, samples: tuple[int, ...] = (), t
     """Tokens 100 * number + their position; `samples` are positions of tokens to draw."""
     tokens = tuple(100 * number + position for position in range(start, start + length))
     specs = tuple(SampleSpec(SamplingParams(), 0, position) for position in samples)
-    return ScheduledChunk(number, tokens, start, (), specs, tuple(token + 1 for token in tokens[:targets]), adapter)
+    followers = tuple(Target(offset, token + 1) for offset, token in enumerate(tokens[:targets]))
+    return ScheduledChunk(number, tokens, start, (), specs, followers, adapter)
 
 
 CHUNKS = (
@@ -59,10 +63,10 @@ def test_targets_are_scored_after_their_rows_some_at_a_time() -> None:
     long = chunk(4, 0, 2 * SCORED_ROWS + 5, targets=2 * SCORED_ROWS + 1)
     layout, lengths = StepLayout.of((*CHUNKS, long)), []
 
-    def score(rows, targets):
+    def score(rows, places, ids, top):
         lengths.append(len(rows))
-        assert [layout.tokens[row] + 1 for row in rows] == list(targets)
-        return [float(row) for row in rows]
+        assert [layout.tokens[rows[place]] + 1 for place in places] == ids
+        return [float(rows[place]) for place in places], []
 
     result = layout.result([()] * 5, score_chunks(layout.chunks, score))
     assert [len(scores) for scores in result.target_logprobs] == [0, 0, 2, 0, 2 * SCORED_ROWS + 1]
@@ -70,6 +74,22 @@ def test_targets_are_scored_after_their_rows_some_at_a_time() -> None:
     assert lengths == [2, SCORED_ROWS, SCORED_ROWS, 1]
     assert score_chunks(LAYOUT.chunks[:3], score) == []
     assert LAYOUT.result([()] * 4, []) == StepResult(((),) * 4)
+
+
+def test_several_targets_after_one_token_share_its_row() -> None:
+    asked = replace(chunk(0, 5, 4), targets=(Target(1, 7), Target(1, 9), Target(3, 7)))
+    layout, calls = StepLayout.of((chunk(1, 0, 3, (3,)), asked)), []
+
+    def score(*given):
+        calls.append(given)
+        return [0.1, 0.2, 0.3], [((given[0][0], -1.0),), ((given[0][1], -2.0),)]
+
+    assert rows_wanted(layout.chunks) == [2, 4, 6]
+    assert score_chunks(layout.chunks, score) == [Scores(), Scores((0.1, 0.2, 0.3))]
+    assert calls == [([4, 6], [0, 0, 1], [7, 9, 7], 0)]
+    layout = StepLayout.of((chunk(1, 0, 3, (3,)), replace(asked, target_top=1)))
+    (nothing, found) = score_chunks(layout.chunks, score)
+    assert (nothing.tops, found.tops) == ((), (((4, -1.0),), ((4, -1.0),), ((6, -2.0),)))
 
 
 def test_the_rows_that_are_wanted_are_found_among_those_that_were_kept() -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llamita.backend.interface import CacheLayout, Plan, SampleSpec, ScheduledChunk
+from llamita.backend.interface import CacheLayout, Plan, SampleSpec, ScheduledChunk, Target
 from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.train.adamw import AdamWSettings
 from llamita.model.config import ModelConfig
@@ -233,7 +233,8 @@ def test_decoding_with_a_cache(framework, precision, config, prompt):
     found = []
     for start, end in steps:
         parts = tuple(map(int, tokens[start:end])), start, tables
-        chunk = ScheduledChunk(0, *parts, targets=tuple(map(int, tokens[start + 1 : end + 1])))
+        followers = enumerate(map(int, tokens[start + 1 : end + 1]))
+        chunk = ScheduledChunk(0, *parts, targets=tuple(Target(offset, token) for offset, token in followers))
         found += runner.run(Plan((chunk,)), memory).target_logprobs[0]
     expected = logits(tokens[None, :19], arrays, config).log_softmax(-1)[0]
     expected = expected.gather(-1, torch.from_numpy(tokens[1:20])[:, None])[:, 0]

@@ -34,11 +34,21 @@ def test_metrics_are_those_of_scikit_learn(never):
     assert report.accuracy == pytest.approx(sklearn.accuracy_score(true, predicted))
     assert report.macro_f1 == pytest.approx(sklearn.f1_score(true, predicted, average="macro"))
     assert report.loss == pytest.approx(sklearn.log_loss(true, np.exp(log_p), labels=range(5)))
+    assert report.brier_score == pytest.approx(sklearn.brier_score_loss(true, np.exp(log_p), labels=range(5)))
     assert np.array_equal(report.confusion, sklearn.confusion_matrix(true, predicted, labels=range(5)))
     each = sklearn.precision_recall_fscore_support(true, predicted, labels=range(5), zero_division=0)
     found = [(label.precision, label.recall, label.f1, label.texts) for label in report.labels]
     np.testing.assert_allclose(found, np.array(each).T)
     assert report.majority == pytest.approx(np.bincount(true).max() / len(true))
+
+
+def test_the_brier_score_of_two_labels_is_that_of_scikit_learn():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    log_p, true = predictions(labels=2)
+    report = classification.classification_report(log_p, true, NAMES[:2])
+    assert report.brier_score == pytest.approx(sklearn.brier_score_loss(true, np.exp(log_p[:, 1])))
+    even = classification.classification_report(np.log(np.full((8, 2), 0.5)), np.arange(8) % 2, NAMES[:2])
+    assert even.brier_score == pytest.approx(0.25)
 
 
 def test_calibration_error_by_its_definition():

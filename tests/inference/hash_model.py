@@ -87,8 +87,8 @@ class HashRunner:
         if any(chunk.targets for chunk in plan.chunks):
             scores = tuple(
                 tuple(
-                    score(self._gather(chunk, chunk.start + place, memory), target)
-                    for place, target in enumerate(chunk.targets)
+                    score(self._gather(chunk, chunk.start + target.offset, memory), target.token_id)
+                    for target in chunk.targets
                 )
                 for chunk in plan.chunks
             )
@@ -186,6 +186,14 @@ def expected_scores(prompt: Sequence[int], config: ModelConfig) -> list[float]:
     """The log-probabilities of prompt tokens 1, 2, ... by definition."""
     rows = sights(prompt, config)
     return [score(seen_by(place, rows, config), target) for place, target in enumerate(prompt[1:])]
+
+
+def expected_targets(request: Request, config: ModelConfig) -> list[float]:
+    """The log-probabilities of a request's targets, or of its prompt where it asks for them, by definition."""
+    if request.params.prompt_logprobs:
+        return expected_scores(request.prompt, config)
+    rows = sights(request.prompt, config)
+    return [score(seen_by(target.position - 1, rows, config), target.token_id) for target in request.targets]
 
 
 @dataclass

@@ -5,13 +5,14 @@ import json
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import starmap
 
 import numpy as np
 import pytest
 import torch
 
 import llamita
-from llamita.backend.interface import CacheLayout, Plan, ScheduledChunk
+from llamita.backend.interface import CacheLayout, Plan, ScheduledChunk, Target
 from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.runner import TorchRunner
 from llamita.backend.torch.model import lora
@@ -97,7 +98,9 @@ def scores_of_four(runner, names):
     for number, (name, length) in enumerate(zip(names, (7, 1, 20, 3), strict=True)):
         tokens = tuple(np.random.default_rng(number).integers(0, 97, length + 1).tolist())
         table = (np.arange(number * 3, number * 3 + 3, dtype=np.int32),)
-        chunks.append(ScheduledChunk(number, tokens[:-1], 0, table, (), tokens[1:], name))
+        chunks.append(
+            ScheduledChunk(number, tokens[:-1], 0, table, (), tuple(starmap(Target, enumerate(tokens[1:]))), name)
+        )
     return runner.run(Plan(tuple(chunks)), runner.allocate(CacheLayout(16, 40))).target_logprobs
 
 

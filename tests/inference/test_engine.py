@@ -1,6 +1,7 @@
 """What requests get of the engine: endings, limits, refusals in one line, continuations, and counts that add up."""
 
 from collections.abc import Sequence
+from itertools import starmap
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from llamita.backend.interface import LONGEST_CHUNK
 from llamita.backend.sampling_params import MAX_SEED, SamplingParams
 from llamita.inference.config import EngineConfig
 from llamita.inference.engine import Engine
-from llamita.inference.request import Request
+from llamita.inference.request import PromptTarget, Request
 from llamita.model.config import ModelConfig
 from tests.inference.hash_model import (
     POSITIONS,
@@ -19,6 +20,7 @@ from tests.inference.hash_model import (
     alone,
     expected,
     expected_scores,
+    expected_targets,
     serve,
     shape,
 )
@@ -171,6 +173,50 @@ def test_prompt_logprobs_come_with_the_first_event_and_are_those_of_a_cold_run(c
             assert list(answer.events[0].prompt_logprobs) == expected_scores(PROMPT[: 10 - i], shape())
             assert not any(event.prompt_logprobs for event in answer.events[1:])
             assert answer.said == definition(PROMPT[: 10 - i], max_tokens=9)
+
+
+@pytest.mark.parametrize(
+    "config", [EngineConfig(), EngineConfig(prefill_tokens=3), EngineConfig(block_size=1, blocks=30)]
+)
+def test_targets_are_judged_at_their_positions_whatever_is_cached(config: EngineConfig) -> None:
+    engine = Engine(HashRunner(), config=config)
+    asked = [(1, 7), (4, 5), (4, 1), (9, 3), (10, 0), (10, 49)]
+    params = SamplingParams(seed=1, max_tokens=3)
+    for first in (5, 0, 3, 0):  # what is asked for later finds more in the prefix cache
+        request = Request(first, PROMPT, params, targets=tuple(starmap(PromptTarget, asked[first:])))
+        events = serve(engine, [request])[first, 0].events
+        assert list(events[0].prompt_logprobs) == expected_targets(request, shape())
+        assert [event.token_id for event in events] == [token for token, _ in definition(max_tokens=3)]
+        assert not any(event.prompt_logprobs for event in events[1:])
+
+
+@pytest.mark.parametrize(("position", "cached"), [(1, 0), (4, 0), (5, 4), (8, 4), (9, 8), (10, 8)])
+def test_all_full_blocks_before_the_first_target_may_be_cached(position: int, cached: int) -> None:
+    engine = Engine(HashRunner(), config=EngineConfig(block_size=4))
+    params = SamplingParams(seed=1, max_tokens=1)
+    serve(engine, [Request(0, PROMPT, params)])
+    request = Request(1, PROMPT, params, targets=(PromptTarget(position, 3), PromptTarget(10, 1)))
+    (event,) = serve(engine, [request])[1, 0].events
+    assert event.statistics.cached_tokens == cached
+    assert list(event.prompt_logprobs) == expected_targets(request, shape())
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ([(0, 1)], "in the order of their positions, from 1 to the prompt's length of 10"),
+        ([(3, 1), (2, 1)], "in the order of their positions"),
+        ([(3, 1), (11, 1)], "from 1 to the prompt's length of 10"),
+        ([(3, 50)], "a target has token id 50, but this model's ids are 0 to 49"),
+        ([(3, -1)], "a target has token id -1"),
+    ],
+)
+def test_targets_that_cannot_be_judged_are_refused(targets: list[tuple[int, int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Engine(HashRunner()).add(Request(0, PROMPT, targets=tuple(starmap(PromptTarget, targets))))
+    both = Request(0, PROMPT, SamplingParams(prompt_logprobs=True), targets=(PromptTarget(1, 1),))
+    with pytest.raises(ValueError, match="give one of them"):
+        Engine(HashRunner()).add(both)
 
 
 # --- what is counted --------------------------------------------------------------------------------------------------

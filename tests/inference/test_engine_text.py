@@ -76,12 +76,14 @@ def test_the_stop_string_that_is_complete_first_wins(tokenizer: Tokenizer, data:
     places = st.tuples(st.integers(0, len(TEXT) - 1), st.integers(1, 9))
     stops = tuple(TEXT[at : at + long] for at, long in data.draw(st.lists(places, min_size=2, max_size=4)))
     answer = said(tokenizer, single_bytes(tokenizer, TEXT), stop=stops)
-    _, begin = min((TEXT.index(stop) + len(stop), TEXT.index(stop)) for stop in stops)
+    end, begin = min((TEXT.index(stop) + len(stop), TEXT.index(stop)) for stop in stops)
     assert answer.text == TEXT[:begin]
+    assert [event.stop_string for event in answer.events] == [None] * (len(answer.events) - 1) + [TEXT[begin:end]]
 
 
 def test_text_held_back_for_a_stop_that_does_not_come_is_not_lost(tokenizer: Tokenizer) -> None:
     answer = said(tokenizer, tokenizer.encode("by the river"), stop=("riverbank",))
+    assert answer.events[-1].stop_string is None
     assert (answer.text, answer.reason) == ("by the river", "length")
 
 

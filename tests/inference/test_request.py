@@ -63,6 +63,8 @@ def test_the_defaults_are_plain_sampling() -> None:
         ("top_logprobs", 10**6, f"from 0 to {MAX_TOP_LOGPROBS}"),
         ("stop_token_ids", (-1,), "a whole number >= 0"),
         ("stop_token_ids", ("a",), "a whole number >= 0"),
+        ("visible_token_ids", (-1,), "a whole number >= 0"),
+        ("grammar", 3, "a string"),
         ("choices", "yes", "tuple of non-empty strings"),
         ("choices", ("yes", ""), "tuple of non-empty strings"),
         ("choices", ["yes"], "tuple of non-empty strings"),
@@ -99,10 +101,13 @@ def test_values_at_the_border_are_taken(values: dict) -> None:
     assert SamplingParams(**values)
 
 
-@pytest.mark.parametrize("values", [{"regex": "a", "choices": ("b",)}, {"regex": "a", "json_schema": "{}"}])
+@pytest.mark.parametrize(
+    "values",
+    [{"regex": "a", "choices": ("b",)}, {"regex": "a", "json_schema": "{}"}, {"grammar": 'start: "a"', "regex": "a"}],
+)
 def test_one_form_of_the_output_can_be_asked_for(values: dict) -> None:
     assert all(SamplingParams(**{field: value}).is_constrained for field, value in values.items())
-    with pytest.raises(ValueError, match=r"^more than one of json_schema, regex and choices was given; give one$"):
+    with pytest.raises(ValueError, match=r"^more than one of json_schema, regex, choices and grammar was given"):
         SamplingParams(**values)
 
 
@@ -125,6 +130,8 @@ def test_what_reads_the_history_says_so(field: str) -> None:
         ({"choices": ["yes", "no"]}, {"choices": ("yes", "no")}),
         ({"stop_token_ids": 7}, {"stop_token_ids": (7,)}),
         ({"stop_token_ids": [7, 8]}, {"stop_token_ids": (7, 8)}),
+        ({"visible_token_ids": [7, 8]}, {"visible_token_ids": (7, 8)}),
+        ({"grammar": "start: /a+/"}, {"grammar": "start: /a+/"}),
         ({"logit_bias": {"7": 1, "0": -2.5}}, {"logit_bias": {7: 1, 0: -2.5}}),
         ({"json_schema": {"type": "object"}}, {"json_schema": '{"type": "object"}'}),
         ({"json_schema": "{}"}, {"json_schema": "{}"}),
@@ -165,7 +172,7 @@ def test_what_json_leaves_out_is_as_in_the_defaults() -> None:
         ({"regex": ["a"]}, "regex=['a'] is not allowed; give a string"),
         ({"ignore_eos": "yes"}, "ignore_eos='yes' is not allowed; give true or false"),
         ({"prompt_logprobs": 1}, "prompt_logprobs=1 is not allowed; give true or false"),
-        ({"regex": "a", "choices": ["b"]}, "more than one of json_schema, regex and choices"),
+        ({"regex": "a", "choices": ["b"]}, "more than one of json_schema, regex, choices and grammar"),
     ],
 )
 def test_what_json_may_not_say_is_named_in_one_line(values: dict, message: str) -> None:

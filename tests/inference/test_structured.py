@@ -154,6 +154,31 @@ def test_each_choice_and_nothing_else_can_come(choices: tuple[str, ...], grammar
     assert set(texts(SamplingParams(choices=choices), grammars, tok, count=60)) == set(choices)
 
 
+@pytest.mark.parametrize(
+    ("grammar", "regex"),
+    [
+        ('start: greeting (" " NAME)+\ngreeting: "Hi" | "Où"\nNAME: /[a-z]{1,3}/', r"(Hi|Où)( [a-z]{1,3})+"),
+        ('start: "n=" %json {"type": "integer", "minimum": 1, "maximum": 99}', r"n=[1-9][0-9]?"),
+        ("start: /[^🦙]{0,3}/ end\nend: /x|日/", r"(?s:[^🦙]{0,3}(x|日))"),
+    ],
+)
+def test_text_is_what_its_grammar_allows(grammar: str, regex: str, grammars: Grammars, tok: Tokenizer) -> None:
+    for text in texts(SamplingParams(grammar=grammar), grammars, tok):
+        assert re.fullmatch(regex, text), text
+
+
+def test_a_grammar_names_control_tokens_and_gets_no_others(grammars: Grammars, tok: Tokenizer) -> None:
+    named = grammars.matcher(SamplingParams(grammar=f'start: <s> <[{tok.unk_id}]> "a"'))
+    for token_id in (tok.bos_id, tok.unk_id):
+        assert ids_in(named.allowed()) == [token_id]
+        named.accept(token_id)
+    assert not {tok.bos_id, tok.unk_id, tok.eos_id} & set(ids_in(named.allowed()))
+    free = ids_in(grammars.matcher(SamplingParams(grammar="start: /(?s:.*)/")).allowed())
+    assert not {tok.bos_id, tok.unk_id} & set(free)
+    every = ids_in(grammars.matcher(SamplingParams(grammar='start: <[*]> "a"')).allowed())
+    assert every == [i for i in range(tok.vocab_size) if tok.spelled_bytes(i)]  # no padding of the model's vocabulary
+
+
 def test_thousands_of_choices_stay_cheap(grammars: Grammars, tok: Tokenizer) -> None:
     choices = tuple(f"item {i}" for i in range(5000))
     assert set(texts(SamplingParams(choices=choices), grammars, tok, count=5)) <= set(choices)
@@ -173,6 +198,17 @@ def test_the_end_may_come_exactly_where_the_text_may_end(tok: Tokenizer, extra: 
     matcher.accept(b)
     assert matcher.is_complete
     assert ids_in(matcher.allowed()) == sorted(set(ends))
+
+
+@pytest.mark.parametrize("has_end", [True, False])
+def test_stop_tokens_may_come_exactly_where_the_text_may_end(tok: Tokenizer, has_end: bool) -> None:
+    grammars = Grammars(tok, tok.vocab_size, [tok.eos_id] if has_end else [])
+    matcher = grammars.matcher(SamplingParams(regex="a|ab", stop_token_ids=(tok.bos_id, tok.vocab_size - 1)))
+    stops = {tok.bos_id, tok.vocab_size - 1}
+    assert not stops & set(ids_in(matcher.allowed()))
+    matcher.accept([i for i in range(3, tok.vocab_size) if tok.token_bytes(i) == b"a"][-1])
+    assert stops < set(ids_in(matcher.allowed()))
+    assert (tok.eos_id in ids_in(matcher.allowed())) == has_end
 
 
 @pytest.mark.parametrize("extra", [0, 1, 64])
@@ -286,6 +322,15 @@ def test_compiling_again_is_cheap(grammars: Grammars) -> None:
         ("json_schema", '{"$ref": "#"}', "no text fits it"),
         ("json_schema", '{"pattern": "(?=a)"}', "look-around"),
         ("json_schema", json.dumps({"enum": ["x" * 70_000]}), "give at most 65536"),
+        ("grammar", "start: " + "(" * 30_000 + '"a"' + ")" * 30_000, "too deeply nested"),
+        ("grammar", "start: a", "unknown name"),
+        ("grammar", 'start: "a"{1000000000}', "Too many items"),
+        ("grammar", "start: <|nope|>", "unknown special token"),
+        ("grammar", "start: <[0-999999999]>", "range end too large"),
+        ("grammar", "start: start", "no text fits it"),
+        ("grammar", 'start: %json {"uniqueItems": true}', "uniqueItems"),
+        ("grammar", 'start: "\ud800"', "lone surrogate"),
+        ("grammar", "start: /a/ //" + "x" * 70_000, "give at most 65536"),
         ("json_schema", json.dumps({"allOf": [{"anyOf": [{"properties": {f"{x}{i}": {"type": "integer"}},
                                                           "required": [f"{x}{i}"]} for x in "ab"]}
                                               for i in range(14)]}), "too large"),

@@ -15,10 +15,10 @@ from llamita.backend.sampling_params import SamplingParams
 from llamita.inference.config import EngineConfig
 from llamita.inference.drafting import Drafter, DraftModel, PromptLookup
 from llamita.inference.engine import Engine
-from llamita.inference.request import Request
+from llamita.inference.request import PromptTarget, Request
 from llamita.inference.sequence import Sequence
 from llamita.model.config import ModelConfig
-from tests.inference.hash_model import Answer, Answers, HashRunner, check_invariants, expected, shape
+from tests.inference.hash_model import Answer, Answers, HashRunner, check_invariants, expected, expected_targets, shape
 
 BEGINNING = (0, 2, 1, 0, 0, 1, 2, 2, 0, 1, 1, 2, 0, 1, 2, 0, 2, 2, 1, 0, 1, 0, 0, 2, 1, 1, 0, 2, 0, 1, 2, 1, 0, 0, 2)
 SHAPES = [
@@ -58,7 +58,17 @@ def arrivals(draw: st.DrawFn, most: int = 7, n: int = 3) -> list[tuple[int, Requ
     """Requests and the steps before which they come."""
     parts = st.tuples(st.integers(0, 20), prompts(), sampling(n=n), st.integers(-3, 3))
     drawn = draw(st.lists(parts, min_size=1, max_size=most))
-    return [(step, Request(i, prompt, params, rank)) for i, (step, prompt, params, rank) in enumerate(drawn)]
+    return [
+        (step, Request(i, prompt, params, rank, targets=() if params.prompt_logprobs else draw(targets(len(prompt)))))
+        for i, (step, prompt, params, rank) in enumerate(drawn)
+    ]
+
+
+def targets(length: int) -> st.SearchStrategy[tuple[PromptTarget, ...]]:
+    """Tokens to judge at some positions of a prompt, mostly its last."""
+    position = st.integers(1, length) | st.integers(max(1, length - 2), length)
+    drawn = st.lists(st.builds(PromptTarget, position, st.integers(0, 2)), max_size=5)
+    return drawn.map(lambda asked: tuple(sorted(asked)))
 
 
 @st.composite
@@ -96,6 +106,8 @@ def judge(answers: Answers, requests: Iterable[Request], engine: Engine) -> None
         for index in range(request.params.n):
             answer = answers[request.id, index]
             whole = expected(request.prompt, request.params, config, index=index)
+            if answer.said:
+                assert list(answer.events[0].prompt_logprobs) == expected_targets(request, config)
             assert answer.error == ""
             if answer.events[-1].token_id is None:
                 capacity = layout.blocks * layout.block_size

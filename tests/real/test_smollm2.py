@@ -1,5 +1,6 @@
 """A published model, untouched: its tokens, its continuations and its conversation are llama.cpp's."""
 
+import dataclasses
 import io
 import json
 
@@ -9,9 +10,12 @@ import pytest
 import llamita
 from llamita import SamplingParams
 from llamita.cli.main import main
+from llamita.inference.conversation import with_answer_format
 from llamita.inference.drafting import PromptLookup
+from llamita.text.answers import answer_format, call_grammar, parse_answer
 from llamita.text.chat import Chat
 from tests.real import smollm2
+from tests.text.answers import templates
 
 ANSWERS = json.loads(smollm2.STORED.read_text())
 DIFFERENCE = 2e-3  # of logits here and in llama.cpp, measured; tokens may differ where two are as near as twice that
@@ -133,6 +137,39 @@ def test_a_tool_is_called(llm, question, call):
     prompt = Chat(llm.tokenizer).encode(messages, add_generation_prompt=True).tokens
     params = SamplingParams(max_tokens=60, temperature=0.0, json_schema=json.dumps({"anyOf": calls}))
     assert json.loads(llm.generate(prompt, params).text) == call
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    ("question", "name", "arguments"),
+    [
+        ("What is the weather in Paris?", "get_weather", {"city": "Paris"}),
+        ("What is 17 plus 25?", "add", {"a": 17, "b": 25}),
+    ],
+)
+def test_a_forced_call_has_the_familys_form(llm, question, name, arguments):
+    """With the form that the model was tuned on in its system message, as a template of its own."""
+    chat = Chat(llm.tokenizer, templates.SMOLLM2)
+    form = answer_format(chat)
+    tools = []
+    for tool, (description, fields) in TOOLS.items():
+        properties = {field: {"type": kind} for field, kind in fields.items()}
+        schema = {"type": "object", "properties": properties, "required": [*fields], "additionalProperties": False}
+        function = {"name": tool, "description": description, "parameters": schema}
+        tools.append({"type": "function", "function": function})
+    prompt = chat.encode([{"role": "user", "content": question}], tools=tools)
+    grammar = call_grammar(form, tools, "required", prompt.text, parallel=False)
+    params = with_answer_format(SamplingParams(max_tokens=60, temperature=0.0, grammar=grammar), form)
+    found = llm.generate(prompt.tokens, params)
+    assert found.finish_reason == "stop"
+    answer = parse_answer(form, found.text, tools, prompt.text)
+    assert answer.text == ""
+    assert [(call.name, json.loads(call.arguments)) for call in answer.calls] == [(name, arguments)]
+    only = call_grammar(form, tools, {"type": "function", "function": {"name": "add"}}, prompt.text, parallel=False)
+    other = llm.generate(prompt.tokens, dataclasses.replace(params, grammar=only))
+    (call,) = parse_answer(form, other.text, tools, prompt.text).calls
+    assert call.name == "add"
+    assert {type(value) for value in json.loads(call.arguments).values()} == {int}
 
 
 @pytest.mark.medium

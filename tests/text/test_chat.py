@@ -409,3 +409,10 @@ def test_a_broken_template_in_a_tokenizer_is_one_line(directory: Path, tmp_path:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
         with pytest.raises(ValueError, match=r"chat_template in tokenizer_config\.json must be"):
             Tokenizer.load(tmp_path)
+
+
+def test_the_variables_that_a_template_reads(tokenizer: Tokenizer) -> None:
+    chat = Chat(tokenizer, "{# enable_thinking #}{% if thinking_budget %}{{ messages[0].content }}{% endif %}")
+    assert [chat.reads(name) for name in ("thinking_budget", "enable_thinking", "thinking", "messages")] == [
+        True, False, False, True,
+    ]  # fmt: skip

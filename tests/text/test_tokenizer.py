@@ -219,3 +219,11 @@ def test_faulty_files_are_named_in_one_line(tmp_path: Path) -> None:
         (tmp_path / "tokenizer_config.json").write_text(content)
         with pytest.raises(ValueError, match=rf"tokenizer_config\.json {said}"):
             Tokenizer.load(tmp_path)
+
+
+def test_a_piece_shows_a_special_token_by_name_and_a_part_of_a_character_as_such() -> None:
+    assert [OURS.piece(token) for token in (0, 1, 2)] == ["<unk>", "<s>", "</s>"]
+    assert [BYTES.piece(token) for token in BYTES.encode("é!")] == ["\ufffd", "\ufffd", "!"]
+    assert "".join(OURS.piece(token) for token in OURS.encode("The cat")) == "The cat"
+    with pytest.raises(ValueError, match="token id 310 is outside the vocabulary"):
+        OURS.piece(310)

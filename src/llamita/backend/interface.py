@@ -12,6 +12,7 @@ knows a tensor, a tokenizer, or why a token was scheduled: arrays that cross thi
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -29,6 +30,8 @@ from llamita.model.parameters import InitializationName
 BackendName = Literal["auto", "torch", "mlx"]
 """The backends there are; which one "auto" stands for, `choice.choose` says."""
 Precision = Literal["auto", "bf16", "fp32"]
+WantedLogits = Literal["all", "last", "none"]
+"""The positions whose logits a forward pass gives: a large vocabulary makes those of a long text a large array."""
 LONGEST_CHUNK = 512
 """Most tokens of a sequence in a step: bounds the memory of a step, and how long it keeps others waiting."""
 
@@ -49,6 +52,13 @@ class SampleSpec:
     allowed: np.ndarray | None = None  # bit i % 32 of int32 word i // 32: whether id i may come; None: all may
 
 
+class Target(NamedTuple):
+    """Asks for the log-probability of a token after the one at `offset` of a chunk."""
+
+    offset: int
+    token_id: int
+
+
 @dataclass(frozen=True)
 class ScheduledChunk:
     """Consecutive tokens of one sequence, to be run on top of the `start` tokens of it that the cache already holds.
@@ -62,13 +72,15 @@ class ScheduledChunk:
     start: int  # absolute position of tokens[0]
     tables: tuple[np.ndarray, ...] = ()  # int32, a group each
     samples: tuple[SampleSpec, ...] = ()  # tokens to draw, at positions start + 1 .. end; none: fill the cache only
-    targets: tuple[int, ...] = ()  # what follows tokens[0], tokens[1], ...: their log-probabilities are asked for
+    targets: tuple[Target, ...] = ()  # by their offset; several at one, or none
     adapter: str | None = None  # the adapter that it goes through, by the runner's name for it
+    target_top: int = 0  # how many of the likeliest tokens are reported beside each target
 
     def __post_init__(self) -> None:
         assert self.tokens, "a chunk holds at least one token"
         assert self.start >= 0
-        assert len(self.targets) <= len(self.tokens)
+        assert all(0 <= target.offset < len(self.tokens) for target in self.targets)
+        assert all(one.offset <= other.offset for one, other in pairwise(self.targets))
         assert all(self.start < sample.position <= self.end for sample in self.samples)
 
     @property
@@ -107,6 +119,10 @@ class Plan:
     copies: tuple[BlockCopy, ...] = ()
 
 
+Likeliest = tuple[tuple[int, float], ...]
+"""The most probable tokens with their natural log-probabilities, the likeliest first."""
+
+
 @dataclass(frozen=True)
 class SampledToken:
     """A token and its natural log-probability under the model itself, before temperature, penalty and truncation.
@@ -117,16 +133,17 @@ class SampledToken:
 
     token_id: int
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    top: Likeliest = ()
     error: str = ""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One entry a chunk of the plan, in its order: its sampled tokens, and the log-probabilities of its targets."""
+    """One entry a chunk of the plan, in its order: its sampled tokens, and what was found of its targets."""
 
     sampled: tuple[tuple[SampledToken, ...], ...]
     target_logprobs: tuple[tuple[float, ...], ...] = ()  # empty where no chunk had targets
+    target_tops: tuple[tuple[Likeliest, ...], ...] = ()  # the likeliest beside each; empty where none are wanted
 
 
 # --- what a backend makes --------------------------------------------------------------------------------------------
@@ -165,6 +182,29 @@ class Runner(Forward, Protocol):
     @property
     def cache_budget(self) -> int:
         """Bytes that keys and values may take where nothing else is said."""
+
+    def forward(
+        self,
+        tokens_BT: Sequence[Sequence[int]] | np.ndarray,
+        capture: Sequence[str] = (),
+        adapter: str | None = None,
+        logits: WantedLogits = "all",
+    ) -> dict[str, np.ndarray]:
+        """Does as `Forward.forward`, through the `adapter` of this name, and shows attention too.
+
+        Places are also `layers.0.attention`, ...: the probabilities with which each head of the layer looks at each
+        position, float32 (B, N, T, T). A row sums to one, and is zero after its own position and outside a window. What
+        is captured changes no number. `logits` "last" are those of the last position alone, (B, 1, V); with "none" the
+        result has no such entry. ValueError also for an adapter that is not loaded.
+        """
+
+    def logit_lens(self, stream_BTD: np.ndarray, adapter: str | None = None) -> np.ndarray:
+        """Returns the logits that the model would give if these states of its residual stream were its last layer's.
+
+        `stream_BTD` are states that `forward` captured; they go through the final norm and the output head. The result
+        is float32 (B, T, V), and for the states of the last layer the model's own logits, bit for bit. Method:
+        nostalgebraist 2020, "interpreting GPT: the logit lens".
+        """
 
     def weights(self) -> Mapping[str, HostArray]:
         """Returns the values under canonical names, those of an adapter that was opened as a model merged in.

@@ -1,7 +1,9 @@
 """The part that the runners of both backends share besides the layout of a step. Knows no framework."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
+from llamita.backend.interface import WantedLogits
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.lora import Adapter
@@ -18,11 +20,38 @@ def bytes_read_per_token(config: ModelConfig, sizes: Iterable[tuple[str, int]]) 
     return sum(size for name, size in sizes if is_output_head or "embed_tokens" not in name)
 
 
-def check_captured(capture: Sequence[str], captured: Collection[str]) -> None:
-    """Raises ValueError for a place that was asked for and that a model does not have."""
-    unknown = [name for name in capture if name not in captured]
+def layers_of_attention(capture: Sequence[str], config: ModelConfig) -> frozenset[int]:
+    """Returns the layers whose attention is among the places to capture; ValueError for a place that is none."""
+    layers = range(config.num_hidden_layers)
+    streams = {"embedding", *(f"layers.{layer}" for layer in layers), "norm"}
+    attention = {f"layers.{layer}.attention": layer for layer in layers}
+    unknown = [name for name in capture if name not in streams | attention.keys()]
     if unknown:
-        raise ValueError(f"capture={unknown[0]!r} is unknown; there are embedding, layers.0, layers.1, ... and norm")
+        last = layers[-1]
+        raise ValueError(
+            f"capture={unknown[0]!r} is unknown; there are embedding, layers.0 to layers.{last}, norm, and "
+            f"layers.0.attention to layers.{last}.attention"
+        )
+    return frozenset(attention[name] for name in capture if name in attention)
+
+
+def positions_of_logits(wanted: WantedLogits) -> slice | None:
+    """Returns the positions whose logits are wanted, None for none at all; ValueError for another word."""
+    positions = {"all": slice(None), "last": slice(-1, None), "none": None}
+    if wanted not in positions:
+        raise ValueError(f"logits={wanted!r} must be all, last or none")
+    return positions[wanted]
+
+
+Loaded = TypeVar("Loaded")
+
+
+def adapter_named(adapters: Mapping[str, Loaded], name: str | None) -> Loaded | None:
+    """Returns the adapter of this name, None for no name; ValueError where it is not loaded."""
+    if name is not None and name not in adapters:
+        known = ", ".join(sorted(adapters)) or "none"
+        raise ValueError(f"there is no adapter {name!r}; loaded are: {known}")
+    return None if name is None else adapters[name]
 
 
 def with_adapter(

@@ -49,18 +49,22 @@ class SamplingParams:
     """Generation ends before the first of these texts."""
     stop_token_ids: tuple[int, ...] = ()
     """Generation ends with any of these token ids, whose text is left out."""
+    visible_token_ids: tuple[int, ...] = ()
+    """The names of these control tokens are part of the text, which leaves control tokens out otherwise."""
     ignore_eos: bool = False
     """Go on past an end-of-sequence token."""
     top_logprobs: int = 0
     """Report so many of the most probable tokens at each step, with their log-probabilities."""
     prompt_logprobs: bool = False
-    """Report the log-probability of each token of the prompt but the first."""
+    """Report the log-probability of each token of the prompt but the first, with the `top_logprobs` likeliest there."""
     json_schema: str = ""
     """Write only JSON that fits this JSON schema."""
     regex: str = ""
     """Write only what this regular expression matches as a whole."""
     choices: tuple[str, ...] = ()
     """Write one of these texts."""
+    grammar: str = ""
+    """Write only what this grammar allows, in llguidance's variant of Lark's notation or in llama.cpp's GBNF."""
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, float, lambda t: t == 0 or t >= 1e-6, "0 (greedy) or a number >= 1e-6")
@@ -82,26 +86,28 @@ class SamplingParams:
         for token_id, bias in self.logit_bias.items():
             _check("a token id of logit_bias", token_id, int, lambda i: i >= 0, "a whole number >= 0")
             _check(f"logit_bias of {token_id}", bias, float, lambda b: abs(b) <= 1e6, "a finite number")
-        for token_id in self.stop_token_ids:
-            _check("a token id of stop_token_ids", token_id, int, lambda i: i >= 0, "a whole number >= 0")
+        for name in ("stop_token_ids", "visible_token_ids"):
+            for token_id in getattr(self, name):
+                _check(f"a token id of {name}", token_id, int, lambda i: i >= 0, "a whole number >= 0")
         for name in ("stop", "choices"):
             texts = getattr(self, name)
             if not isinstance(texts, tuple) or not all(isinstance(text, str) and text for text in texts):
                 raise ValueError(f"{name}={texts!r} is not allowed; give a tuple of non-empty strings")
-        for name in ("json_schema", "regex"):
+        for name in ("json_schema", "regex", "grammar"):
             _check(name, getattr(self, name), str, lambda text: True, "a string (empty asks for nothing)")
         for name in ("ignore_eos", "prompt_logprobs"):
             _check(name, getattr(self, name), bool, lambda flag: True, "true or false")
-        if sum(map(bool, (self.json_schema, self.regex, self.choices))) > 1:
-            raise ValueError("more than one of json_schema, regex and choices was given; give one")
+        if sum(map(bool, (self.json_schema, self.regex, self.choices, self.grammar))) > 1:
+            raise ValueError("more than one of json_schema, regex, choices and grammar was given; give one")
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], defaults: "SamplingParams | None" = None) -> "SamplingParams":
         """Returns the parameters that a JSON object asks for: a line of `generate --input`, or the body of a request.
 
-        Its keys are names of fields; one that is missing or null is as in `defaults`. `stop`, `choices` and
-        `stop_token_ids` are one value or a list, the keys of `logit_bias` are token ids as strings, and `json_schema`
-        is an object or its text. ValueError, in one line, for a key that is no field and a value that is not allowed.
+        Its keys are names of fields; one that is missing or null is as in `defaults`. `stop`, `choices`,
+        `stop_token_ids` and `visible_token_ids` are one value or a list, the keys of `logit_bias` are token ids as
+        strings, and `json_schema` is an object or its text. ValueError, in one line, for a key that is no field and a
+        value that is not allowed.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = next((name for name in values if name not in names), None)
@@ -113,7 +119,7 @@ class SamplingParams:
     @property
     def is_constrained(self) -> bool:
         """True where a grammar restricts the tokens."""
-        return bool(self.json_schema or self.regex or self.choices)
+        return bool(self.json_schema or self.regex or self.choices or self.grammar)
 
     @property
     def reads_history(self) -> bool:
@@ -128,7 +134,7 @@ def _from_json(name: str, value: Any) -> Any:
         if not all(isinstance(text, str) and text for text in texts):
             raise ValueError(f"{name}={value!r:.60} is not allowed; give a non-empty string, or a list of them")
         return tuple(texts)
-    if name == "stop_token_ids":
+    if name in ("stop_token_ids", "visible_token_ids"):
         return tuple(value) if isinstance(value, list) else (value,)
     if name == "logit_bias":
         if not isinstance(value, dict):

@@ -9,11 +9,11 @@ Letters beyond the usual: R rows of a step that logits are made of, M blocks of 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Generic, Self, TypeVar
+from typing import Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from llamita.backend.interface import SampledToken, SampleSpec, ScheduledChunk, StepResult
+from llamita.backend.interface import Likeliest, SampledToken, SampleSpec, ScheduledChunk, StepResult
 
 LEAST_ALIKE = 0.75
 """Shortest context in a batch of single queries, as a share of its longest: what is computed in vain stays small."""
@@ -62,12 +62,21 @@ class StepLayout:
         names = [default if chunk.adapter is None else chunk.adapter for chunk in self.chunks]
         return [name for name, chunk in zip(names, self.chunks, strict=True) for _ in chunk.tokens]
 
-    def result(self, sampled: Sequence[tuple[SampledToken, ...]], scores: Sequence[tuple[float, ...]]) -> StepResult:
+    def result(self, sampled: Sequence[tuple[SampledToken, ...]], scores: Sequence["Scores"]) -> StepResult:
         """Returns the results of the chunks in the order of the plan; no scores where no chunk asked for them."""
+        in_order = [scores[place] for place in self.places] if scores else []
         return StepResult(
             tuple(sampled[place] for place in self.places),
-            tuple(scores[place] for place in self.places) if scores else (),
+            tuple(found.logprobs for found in in_order),
+            tuple(found.tops for found in in_order) if any(found.tops for found in in_order) else (),
         )
+
+
+class Scores(NamedTuple):
+    """What was found of a chunk's targets: their log-probabilities, and where asked for the likeliest beside each."""
+
+    logprobs: tuple[float, ...] = ()
+    tops: tuple[Likeliest, ...] = ()
 
 
 def begins(chunks: Sequence[ScheduledChunk]) -> Iterator[tuple[ScheduledChunk, int]]:
@@ -82,7 +91,7 @@ def rows_wanted(chunks: Sequence[ScheduledChunk]) -> list[int]:
     """Returns the rows after which a token is drawn or scored, in order."""
     wanted = set(_rows_drawn(chunks))
     for chunk, begin in begins(chunks):
-        wanted |= set(range(begin, begin + len(chunk.targets)))
+        wanted |= {begin + target.offset for target in chunk.targets}
     return sorted(wanted)
 
 
@@ -92,8 +101,9 @@ def _rows_drawn(chunks: Sequence[ScheduledChunk]) -> list[int]:
 
 Draw = Callable[[list[int], list[SampleSpec], list[int]], Iterable[SampledToken]]
 """(rows, what is asked of each, ids of their sequences) -> a token after each row."""
-Score = Callable[[range, Sequence[int]], list[float]]
-"""(rows, the token that follows each) -> the log-probability of each."""
+Score = Callable[[list[int], list[int], list[int], int], tuple[list[float], list[Likeliest]]]
+"""(rows, the place among them of the row before each target, its id, how many likeliest) -> the log-probability of each
+target, the likeliest tokens after each row (none where none are asked for)."""
 
 
 def sample_chunks(chunks: Sequence[ScheduledChunk], draw: Draw) -> list[tuple[SampledToken, ...]]:
@@ -104,17 +114,24 @@ def sample_chunks(chunks: Sequence[ScheduledChunk], draw: Draw) -> list[tuple[Sa
     return [tuple(next(tokens) for _ in chunk.samples) for chunk in chunks]
 
 
-def score_chunks(chunks: Sequence[ScheduledChunk], score: Score) -> list[tuple[float, ...]]:
-    """Returns the log-probabilities of each chunk's targets, SCORED_ROWS at a time; empty where no chunk has any."""
+def score_chunks(chunks: Sequence[ScheduledChunk], score: Score) -> list[Scores]:
+    """Returns what each chunk asks of its targets, SCORED_ROWS rows at a time; empty where none has any."""
     if not any(chunk.targets for chunk in chunks):
         return []
     found = []
     for chunk, begin in begins(chunks):
-        scores: list[float] = []
-        for first in range(0, len(chunk.targets), SCORED_ROWS):
-            targets = chunk.targets[first : first + SCORED_ROWS]
-            scores += score(range(begin + first, begin + first + len(targets)), targets)
-        found.append(tuple(scores))
+        logprobs: list[float] = []
+        tops: list[Likeliest] = []
+        offsets = sorted({target.offset for target in chunk.targets})
+        for first in range(0, len(offsets), SCORED_ROWS):
+            places = {offset: place for place, offset in enumerate(offsets[first : first + SCORED_ROWS])}
+            targets = [target for target in chunk.targets if target.offset in places]
+            rows = [begin + offset for offset in places]
+            at = [places[target.offset] for target in targets]
+            some, likeliest = score(rows, at, [target.token_id for target in targets], chunk.target_top)
+            logprobs += some
+            tops += [likeliest[place] for place in at] if chunk.target_top else []
+        found.append(Scores(tuple(logprobs), tuple(tops)))
     return found
 
 

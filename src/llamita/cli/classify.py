@@ -1,9 +1,10 @@
-"""`llamita classify train|evaluate|predict|zero-shot`: flags and printed results; the work lies in workflows/ and
-evaluation/."""
+"""`llamita classify train|evaluate|predict|zero-shot|calibrate`: flags and printed results; the work lies in workflows/
+and evaluation/."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,6 +17,9 @@ from llamita.training import exit_status
 from llamita.workflows.classify import ClassifyConfig
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from llamita.data.labelled import Fields, LabelledTexts
     from llamita.evaluation.classification import Report
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -111,7 +115,8 @@ def evaluate(config: EvaluateConfig) -> None:
     print(_context(len(texts), encoded.truncated, encoded.context, model.keep))
     report = classification_report(model.log_probabilities(encoded), texts.labels, texts.names)
     about = {"model": str(model.directory), "data": list(config.data), "context": encoded.context}
-    _show(report, config.output, about | {"truncated": encoded.truncated, "keep": model.keep})
+    about |= {"truncated": encoded.truncated, "keep": model.keep, "temperature": model.temperature}
+    _show(report, config.output, about)
     if (run := records.run_of(config.model)) is not None:
         name = config.name or f"classification {' '.join(Path(file).stem for file in config.data)}"
         try:
@@ -186,14 +191,9 @@ def predict(config: PredictConfig) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroShotConfig:
-    """Label texts with an untuned language model, by the label that it finds likeliest after a question."""
+class QuestionConfig:
+    """The question that a language model is asked about each text."""
 
-    model: tyro.conf.Positional[Path]
-    """A model directory, or a training run (then its best checkpoint)."""
-    data: tuple[str, ...]
-    """Labelled texts: files (label ||| sentence, .csv, .tsv, .jsonl), meadow[:COUNT] (its validation stories),
-    hub:NAME[:CONFIG][@SPLIT]."""
     label_mapping: Path | None = None
     """A JSON list of the labels' names in the order of their numbers, or an object that gives each name its number."""
     labels: tuple[str, ...] = ()
@@ -208,6 +208,18 @@ class ZeroShotConfig:
     """Most tokens of text, question and label together; 0: as many as the model has positions."""
     keep: Literal["end", "start"] = "end"
     """The side of a too long text that is kept; the question is kept whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShotConfig:
+    """Label texts with an untuned language model, by the label that it finds likeliest after a question."""
+
+    model: tyro.conf.Positional[Path]
+    """A model directory, or a training run (then its best checkpoint)."""
+    data: tuple[str, ...]
+    """Labelled texts: files (label ||| sentence, .csv, .tsv, .jsonl), meadow[:COUNT] (its validation stories),
+    hub:NAME[:CONFIG][@SPLIT]."""
+    question: QuestionConfig = QuestionConfig()
     output: Path | None = None
     """A new directory for evaluation.json, confusion.png and reliability.png. Left out: they are not kept."""
     label_field: str = "label"
@@ -216,50 +228,135 @@ class ZeroShotConfig:
 
 
 def zero_shot(config: ZeroShotConfig) -> None:
-    from llamita.backend.choice import load_backend
-    from llamita.data.labelled import Fields, read_labelled, read_mapping
-    from llamita.evaluation import zero_shot as asking
+    from llamita.data.labelled import Fields
+    from llamita.evaluation.calibration import with_temperature
     from llamita.evaluation.classification import classification_report
+    from llamita.storage import calibration, model_directory
+
+    _check_output(config.output)
+    directory = model_directory.resolve_model_directory(config.model)
+    fields = Fields(config.running.text_field, config.label_field, config.running.tsv_quotes)
+    asked = _ask(directory, config.data, config.question, fields, config.running)
+    question = config.question
+    temperature = calibration.load(directory).question_temperature(
+        asked.suffix, asked.words, question.score, question.calibrate
+    )
+    report = classification_report(
+        with_temperature(asked.log_probabilities, temperature), asked.texts.labels, asked.texts.names
+    )
+    about = {"model": str(directory), "data": list(config.data), "context": asked.context}
+    about |= {"truncated": asked.truncated, "suffix": asked.suffix, "words": list(asked.words)}
+    about |= {"score": question.score, "calibrated": question.calibrate, "temperature": temperature}
+    _show(report, config.output, about)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The answers of a language model to a question about texts, at temperature 1."""
+
+    texts: LabelledTexts
+    words: tuple[str, ...]
+    suffix: str
+    context: int
+    truncated: int
+    log_probabilities: np.ndarray
+
+
+def _ask(directory: Path, data: Sequence[str], question: QuestionConfig, fields: Fields, running: TextConfig) -> Asked:
+    """Asks the question about each text; ValueError for a model with a head, and for words that fit no labels."""
+    from llamita.backend.choice import load_backend
+    from llamita.data.labelled import read_labelled, read_mapping
+    from llamita.evaluation import zero_shot as asking
     from llamita.storage import model_directory, peft_directory
     from llamita.text.tokenizer import Tokenizer
     from llamita.workflows.classify import context_length
 
-    _check_output(config.output)
-    backend = load_backend(config.running.backend, device=config.running.device)
-    directory = model_directory.resolve_model_directory(config.model)
+    backend = load_backend(running.backend, device=running.device)
     model_config = model_directory.load_config(peft_directory.place_of(directory, peft_directory.CONFIG))
     if model_config.num_labels:
         raise ValueError(f"{directory} has a classification head: llamita classify evaluate measures it")
-    length = context_length(config.sequence_length, model_config)
-    names = read_mapping(config.label_mapping) if config.label_mapping else config.labels
-    texts = read_labelled(
-        config.data,
-        "validation",
-        names,
-        Fields(config.running.text_field, config.label_field, config.running.tsv_quotes),
-    )
-    words = config.labels or texts.names
+    length = context_length(question.sequence_length, model_config)
+    names = read_mapping(question.label_mapping) if question.label_mapping else question.labels
+    texts = read_labelled(data, "validation", names, fields)
+    words = question.labels or texts.names
     if len(words) != len(texts.names):
         raise ValueError(f"--labels has {len(words)} words, but there are {len(texts.names)} labels")
-    suffix = asking.default_suffix(words) if config.suffix is None else config.suffix
+    suffix = asking.default_suffix(words) if question.suffix is None else question.suffix
     print(f"question: {suffix.rstrip()} {'|'.join(words)}")
     found = asking.zero_shot(
-        backend.load_runner(directory, config.running.dtype, config.running.device),
+        backend.load_runner(directory, running.dtype, running.device),
         Tokenizer.load(peft_directory.place_of(directory, *peft_directory.VOCABULARY)),
         texts.texts,
         words,
         suffix=suffix,
         length=length,
         vocab_size=model_config.vocab_size,
-        keep=config.keep,
-        reduction=config.score,
-        calibrate=config.calibrate,
+        keep=question.keep,
+        reduction=question.score,
+        calibrate=question.calibrate,
     )
-    print(_context(len(texts), found.truncated, length, config.keep))
-    report = classification_report(found.log_probabilities, texts.labels, texts.names)
-    about = {"model": str(directory), "data": list(config.data), "context": length, "truncated": found.truncated}
-    about |= {"suffix": suffix, "words": list(words), "score": config.score, "calibrated": config.calibrate}
-    _show(report, config.output, about)
+    print(_context(len(texts), found.truncated, length, question.keep))
+    return Asked(texts, words, suffix, length, found.truncated, found.log_probabilities)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig:
+    """Fit the temperature that makes a model's label probabilities fit how often it is right, and store it with it.
+
+    Of a model with a classification head it is the head's. A language model has one for each question: give the same
+    labels and suffix as to zero-shot. From then on all that gives probabilities of those labels applies it.
+    """
+
+    model: tyro.conf.Positional[Path]
+    """A model directory, or a training run (then its best checkpoint); calibration.json is written into it."""
+    data: tyro.conf.Positional[tuple[str, ...]]
+    """Labelled texts that the model did not learn from: files (label ||| sentence, .csv, .tsv, .jsonl), meadow[:COUNT]
+    (its validation stories), hub:NAME[:CONFIG][@SPLIT]."""
+    question: QuestionConfig = QuestionConfig()
+    label_field: str = "label"
+    """The column or field that holds a text's label."""
+    running: TextConfig = TextConfig()
+
+
+def calibrate(config: CalibrateConfig) -> None:
+    from llamita.backend.choice import load_backend
+    from llamita.data.labelled import Fields, read_labelled
+    from llamita.storage import model_directory, peft_directory
+    from llamita.workflows.calibrate import calibrate_head, calibrate_question
+    from llamita.workflows.classify import Classifier
+
+    if not config.data:
+        raise ValueError("DATA is missing: give labelled texts that the model did not learn from")
+    directory = model_directory.resolve_model_directory(config.model)
+    fields = Fields(config.running.text_field, config.label_field, config.running.tsv_quotes)
+    if model_directory.load_config(peft_directory.place_of(directory, peft_directory.CONFIG)).num_labels:
+        if config.question != QuestionConfig():
+            raise ValueError(f"{directory} has a classification head, which is asked no question; leave its flags out")
+        backend = load_backend(config.running.backend, device=config.running.device)
+        model = Classifier.load(directory, backend, config.running.dtype, config.running.device)
+        texts = read_labelled(config.data, "validation", model.config.labels, fields)
+        encoded = model.encode(texts.texts, texts.source)
+        print(_context(len(texts), encoded.truncated, encoded.context, model.keep))
+        found = calibrate_head(model, encoded, texts)
+    else:
+        asked, question = _ask(directory, config.data, config.question, fields, config.running), config.question
+        found = calibrate_question(
+            directory,
+            asked.log_probabilities,
+            asked.texts,
+            asked.suffix,
+            asked.words,
+            question.score,
+            question.calibrate,
+        )
+    print(f"temperature {found.temperature:.4f}, the least loss on these texts; wrote {found.file}")
+    for name, values in (
+        ("loss", (found.before.loss, found.after.loss)),
+        ("Brier score", (found.before.brier_score, found.after.brier_score)),
+        ("calibration error", (found.before.calibration_error, found.after.calibration_error)),
+    ):
+        print(f"{name:<17} {values[0]:.4f} before, {values[1]:.4f} after")
+    print(f"accuracy          {found.after.accuracy:.4f}, which a temperature does not change")
 
 
 def _check_output(output: Path | None) -> None:
@@ -292,8 +389,11 @@ def _show(report: Report, output: Path | None, about: dict[str, object]) -> None
         f"the most frequent label alone {report.majority:.4f})\n"
         f"macro F1          {report.macro_f1:.4f}\n"
         f"loss              {report.loss:.4f} nats per text\n"
+        f"Brier score       {report.brier_score:.4f}\n"
         f"calibration error {report.calibration_error:.4f}"
     )
+    if about["temperature"] != 1:
+        print(f"temperature       {about['temperature']:.4f}, fitted by llamita classify calibrate")
     if output is not None:
         write_report(output, report, about)
         print(f"wrote {output}: evaluation.json, confusion.png, reliability.png")

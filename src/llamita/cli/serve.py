@@ -26,11 +26,15 @@ class ServeConfig:
     """The port; 0: one that is free."""
     name: str = ""
     """The name by which clients ask for the model; left out: that of its directory or file."""
+    alias: tuple[str, ...] = ()
+    """Further names for it, for clients that ask for a fixed one, such as gpt-4o-mini."""
     template: str | None = None
     """The chat template, instead of the model's own or where it has none: chatml, r0, plain, plain-eos, or a file of
     Jinja."""
     adapter: tuple[str, ...] = ()
     """Adapters to serve beside the model, NAME=PATH each; clients ask for one by its name."""
+    pooling: Literal["mean", "last"] = "mean"
+    """How embeddings are made of a text's states, where a request does not say."""
     api_key_file: Path | None = None
     """A file of API keys, a line each; LLAMITA_API_KEY may hold one too. Without any, everybody who can reach the
     address may ask."""
@@ -62,7 +66,9 @@ def run(config: ServeConfig) -> int:
         model = open_model(
             config.model,
             name=config.name,
+            aliases=config.alias,
             template=template_source(config.template),
+            pooling=config.pooling,
             adapters=named_paths(config.adapter),
             **vars(config.running),
         )

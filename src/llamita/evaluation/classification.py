@@ -83,6 +83,9 @@ class Report:
     """The mean F1 over the labels that occur among the true or the predicted ones."""
     loss: float
     """The mean -log p of the true labels, in nats."""
+    brier_score: float
+    """The mean squared difference between the probabilities and what is right, as scikit-learn gives it: of two labels,
+    that of one of them (0 to 1); of more, summed over the labels (0 to 2). Brier 1950."""
     calibration_error: float
     """Expected calibration error: the mean over texts of the gap between confidence and accuracy in their bin."""
     labels: tuple[LabelScores, ...]
@@ -115,6 +118,7 @@ def classification_report(log_probabilities: np.ndarray, labels: np.ndarray, nam
         majority=float(true.max() / n),
         macro_f1=float(f1[(true + given) > 0].mean()),
         loss=float(-log_probabilities[np.arange(n), labels].mean()),
+        brier_score=_brier_score(np.exp(log_probabilities), labels),
         calibration_error=sum(bucket.texts / n * abs(bucket.confidence - bucket.accuracy) for bucket in bins),
         labels=tuple(
             LabelScores(name, int(true[i]), int(given[i]), float(precision[i]), float(recall[i]), float(f1[i]))
@@ -128,6 +132,12 @@ def classification_report(log_probabilities: np.ndarray, labels: np.ndarray, nam
 def _ratio(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
     """Returns parts / wholes, 0 where the whole is 0."""
     return np.divide(parts, wholes, out=np.zeros(len(parts)), where=wholes > 0)
+
+
+def _brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    C = probabilities.shape[1]
+    squares_n = ((probabilities - np.eye(C)[labels]) ** 2).sum(axis=1)
+    return float(squares_n.mean()) / (2 if C == 2 else 1)
 
 
 def _bins(confidence: np.ndarray, right: np.ndarray) -> tuple[Bin, ...]:
@@ -160,7 +170,8 @@ def record(run: Path, name: str, report: Report, command: str, model: Path) -> P
     plot_confusion(np.array(report.confusion), [scores.label for scores in report.labels], directory / pictures[0])
     plot_reliability(report, directory / pictures[1])
     metrics = {"accuracy": report.accuracy, "accuracy_stderr": report.standard_error, "macro_f1": report.macro_f1}
-    metrics |= {"loss": report.loss, "calibration_error": report.calibration_error, "texts": report.texts}
+    metrics |= {"loss": report.loss, "brier_score": report.brier_score}
+    metrics |= {"calibration_error": report.calibration_error, "texts": report.texts}
     return records.write(run, name, metrics, command, model, pictures)
 
 

@@ -56,7 +56,7 @@ def build_prompt(
     bos = tokenizer.bos_id is not None
     alone = tokenizer.encode(head, bos=bos)
     whole = [tokenizer.encode(f"{head} {label}".lstrip(), bos=bos) for label in labels]
-    start = min(_shared(alone, ids) for ids in whole)
+    start = min(shared_length(alone, ids) for ids in whole)
     if start == 0:
         raise ValueError("nothing precedes the label: there is neither BOS nor suffix; give a suffix")
     endings = tuple(tuple(ids[start:]) for ids in whole)
@@ -65,7 +65,7 @@ def build_prompt(
     if surplus <= 0:
         return Prompt(tuple(context.tolist()), endings, False)
     # Only the text may be cut: the ids that its own encoding shares with the whole.
-    own = min(_shared(tokenizer.encode(text, bos=bos), alone), start)
+    own = min(shared_length(tokenizer.encode(text, bos=bos), alone), start)
     if surplus > own - bos:
         raise ValueError(
             f"the suffix with its label takes {len(context) - own + max(map(len, endings)) + bos} tokens, more than "
@@ -75,7 +75,7 @@ def build_prompt(
     return Prompt((*kept.tolist(), *context[own:].tolist()), endings, True)
 
 
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
     """Returns the length of the longest common prefix of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from llamita.backend.sampling_params import SamplingParams
+from llamita.text.answers import AnswerFormat
 from llamita.text.chat import Chat, Message
 
 
@@ -72,5 +73,15 @@ def with_end_of_turn(params: SamplingParams, chat: Chat) -> SamplingParams:
     more: dict[str, Any] = {
         "stop_token_ids": tuple(dict.fromkeys((*params.stop_token_ids, *token_ids))),
         "stop": tuple(dict.fromkeys((*params.stop, *stops))),
+    }
+    return dataclasses.replace(params, **more)
+
+
+def with_answer_format(params: SamplingParams, form: AnswerFormat) -> SamplingParams:
+    """Returns the sampling parameters for an answer that an `AnswerParser` reads: its control tokens are part of the
+    text, and what ends it is added."""
+    more: dict[str, Any] = {
+        "stop_token_ids": tuple(dict.fromkeys((*params.stop_token_ids, *form.stop_token_ids))),
+        "visible_token_ids": tuple(dict.fromkeys((*params.visible_token_ids, *form.visible_token_ids))),
     }
     return dataclasses.replace(params, **more)

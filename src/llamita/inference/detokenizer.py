@@ -5,7 +5,7 @@ beginning of a stop string. Neither knows where the ids come from.
 """
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 
@@ -20,6 +20,8 @@ class TokenBytes(Protocol):
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
+    def spelled_bytes(self, token_id: int) -> bytes: ...
+
 
 class IncrementalDetokenizer:
     """Decodes token ids as they come; the pieces joined equal the text of all ids decoded at once.
@@ -28,11 +30,12 @@ class IncrementalDetokenizer:
     come out as U+FFFD, as in `bytes.decode("utf-8", errors="replace")`. `context` are the ids before the first one:
     their text is not repeated, but a character that they leave unfinished is completed, and the space that a
     SentencePiece model puts before the first word of a text is dropped only where no text came before. Ids that the
-    tokenizer does not know (a model's padded vocabulary) give no text.
+    tokenizer does not know (a model's padded vocabulary) give no text, nor do special ones, but for those that are
+    `visible`: their names are in the text.
     """
 
-    def __init__(self, tokenizer: TokenBytes, context: Iterable[int] = ()) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: TokenBytes, context: Iterable[int] = (), visible: Collection[int] = ()) -> None:
+        self._tokenizer, self._visible = tokenizer, frozenset(visible)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._drop_space = tokenizer.strips_leading_space
         for token_id in context:
@@ -42,7 +45,8 @@ class IncrementalDetokenizer:
         """Takes one id and returns the text that it makes certain, often one word, sometimes nothing."""
         if not 0 <= token_id < self._tokenizer.vocab_size:
             return ""
-        data = self._tokenizer.token_bytes(token_id)
+        is_visible = token_id in self._visible
+        data = self._tokenizer.spelled_bytes(token_id) if is_visible else self._tokenizer.token_bytes(token_id)
         if self._drop_space and data:
             self._drop_space = False
             data = data.removeprefix(b" ")

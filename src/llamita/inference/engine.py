@@ -85,7 +85,8 @@ class Engine:
         if params.n > self.config.max_sequences:
             raise ValueError(f"n={params.n} is more than the {self.config.max_sequences} sequences that run at once")
         for name, ids in (
-            ("the prompt", request.prompt), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)
+            ("the prompt", request.prompt), ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids), ("visible_token_ids", params.visible_token_ids),
         ):  # fmt: skip
             outside = [
                 token_id
@@ -94,11 +95,27 @@ class Engine:
             ]
             if outside:
                 raise ValueError(f"{name} has token id {outside[0]!r}, but this model's ids are 0 to {vocabulary - 1}")
+        if request.targets:
+            self._check_targets(request)
         if self._tokenizer is None and (params.stop or params.is_constrained):
             what = "stop strings need" if params.stop else "structured output needs"
             raise ValueError(f"{what} a tokenizer, and this model has none; leave stop and the grammar empty")
         if params.is_constrained:
             self._grammars_of_tokenizer().matcher(params)  # refuses what is broken; what it compiled is kept
+
+    def _check_targets(self, request: Request) -> None:
+        """Raises ValueError for targets that are out of order, outside the prompt or the vocabulary."""
+        vocabulary, length = self._runner.config.vocab_size, len(request.prompt)
+        positions = [target.position for target in request.targets]
+        if request.params.prompt_logprobs:
+            raise ValueError("prompt_logprobs and targets ask for different tokens; give one of them")
+        if positions != sorted(positions) or not 1 <= positions[0] <= positions[-1] <= length:
+            raise ValueError(
+                f"targets must be in the order of their positions, from 1 to the prompt's length of {length}"
+            )
+        outside = [target.token_id for target in request.targets if not 0 <= target.token_id < vocabulary]
+        if outside:
+            raise ValueError(f"a target has token id {outside[0]!r}, but this model's ids are 0 to {vocabulary - 1}")
 
     def add(self, request: Request) -> None:
         """Checks and queues a request. Generation that would pass the model's positions ends there, with "length"."""
@@ -164,8 +181,11 @@ class Engine:
         seconds = time.perf_counter() - started
         for number, (part, chunk) in enumerate(zip(scheduled, chunks, strict=True)):
             self._count(part.sequence, chunk, seconds)
-            scores = result.target_logprobs[number] if result.target_logprobs else ()
-            events += self._take(part.sequence, chunk, result.sampled[number], scores)
+            if result.target_logprobs:
+                part.sequence.score(
+                    result.target_logprobs[number], result.target_tops[number] if result.target_tops else ()
+                )
+            events += self._take(part.sequence, chunk, result.sampled[number])
         return events
 
     def _masks(
@@ -208,11 +228,9 @@ class Engine:
         sequence: Sequence,
         chunk: ScheduledChunk,
         sampled: abc.Sequence[SampledToken],
-        scores: abc.Sequence[float],
     ) -> Iterator[TokenEvent]:
         """Takes in the results of a chunk and yields its events; guesses are kept as long as the model agrees."""
         known = len(sequence.tokens)
-        sequence.scores += scores
         sequence.computed = min(chunk.end, known)
         self._advance(sequence)
         if not sampled:

@@ -17,17 +17,22 @@ from numbers import Integral
 from pathlib import Path
 from typing import Literal, cast, overload
 
+import numpy as np
+
 from llamita.backend.choice import load_backend
 from llamita.backend.interface import Backend, BackendName, Runner
 from llamita.backend.sampling_params import SamplingParams
 from llamita.inference.config import EngineConfig
 from llamita.inference.drafting import Drafter, DraftModel, PromptLookup
+from llamita.inference.embedding import Pooling, embed
 from llamita.inference.engine import Engine
-from llamita.inference.request import Generation, Request, TokenEvent
+from llamita.inference.inspection import Inspection, look_inside
+from llamita.inference.request import Generation, PromptTarget, Request, TokenEvent
 from llamita.inference.service import Service
 from llamita.model.config import ModelConfig
 from llamita.progress import ProgressBar
-from llamita.storage import files, model_directory, peft_directory
+from llamita.storage import calibration, files, model_directory, peft_directory
+from llamita.storage.calibration import Calibration
 from llamita.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -49,9 +54,12 @@ class LLM:
         engine: EngineConfig | None = None,
         drafter: Drafter | None = None,
         adapters: Collection[str] = (),
+        calibration: Calibration = Calibration(),  # noqa: B008 - it is frozen
     ) -> None:
         self.runner = runner
         self.tokenizer = tokenizer
+        self.calibration = calibration
+        """The temperatures that were fitted to this model's label likelihoods; decisions follow them."""
         self.engine = Engine(runner, tokenizer, eos_token_ids, engine, drafter, adapters)
         self.service = Service(self.engine)
         self._ids = itertools.count()
@@ -82,9 +90,10 @@ class LLM:
         vocabulary. `adapters` (directories by name) are served over the model in one batch with it, each to the
         requests that name it; `path` may also be an adapter's directory.
 
-        The result generates (`generate`, `stream`), gives logits and residual streams (`runner.forward`), and writes
-        itself (`save`). FileNotFoundError or ValueError, in one line, where the model is missing, broken, or of a kind
-        that Llamita does not have; ModuleNotFoundError where the framework is not installed.
+        The result generates (`generate`, `stream`), shows what it expects and attends to (`look_inside`), turns texts
+        into vectors (`embed`), gives logits and residual streams (`runner.forward`), and writes itself (`save`).
+        FileNotFoundError or ValueError, in one line, where the model is missing, broken, or of a kind that Llamita does
+        not have; ModuleNotFoundError where the framework is not installed.
         """
         if isinstance(backend, str):
             backend = load_backend(backend, device=device, threads=threads, exact=exact)
@@ -101,7 +110,8 @@ class LLM:
                 f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens and the model embeddings for "
                 f"{runner.config.vocab_size}; one of them is another model's"
             )
-        return cls(runner, tokenizer, _end_tokens(directory, runner.config), engine, drafter, tuple(places))
+        ends = _end_tokens(directory, runner.config)
+        return cls(runner, tokenizer, ends, engine, drafter, tuple(places), calibration.load(directory))
 
     @property
     def config(self) -> ModelConfig:
@@ -119,6 +129,7 @@ class LLM:
             model_directory.save_tensors(directory, arrays)
             if self.tokenizer is not None:
                 self.tokenizer.save(directory)
+            calibration.save(directory, self.calibration)
 
     def encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         """Returns the prompt as token ids; those of a text begin with the BOS token where the tokenizer has one.
@@ -238,13 +249,51 @@ class LLM:
             async for event in events:
                 yield event
 
+    def look_inside(
+        self,
+        prompt: Prompt,
+        *,
+        top: int = 5,
+        attention: Sequence[int] = (),
+        lens: bool = False,
+        adapter: str | None = None,
+    ) -> Inspection:
+        """Returns the `top` likeliest tokens after each token of a prompt, and more of what leads to them.
+
+        `attention` are layers, from 0, whose attention weights are wanted; with `lens`, the predictions that each layer
+        would make. See `inspection.look_inside`, also for its ValueErrors.
+        """
+        tokens = self.encode(prompt)
+        return look_inside(
+            self.runner, self.tokenizer, tokens, top=top, attention=attention, lens=lens, adapter=adapter
+        )
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        *,
+        adapter: str | None = None,
+    ) -> np.ndarray:
+        """Returns a vector for each prompt, float32 (n, D), in their order; see `embedding.embed`."""
+        listed = cast(Sequence[Prompt], [prompts] if _is_one(prompts) else prompts)
+        return embed(self.runner, [self.encode(prompt) for prompt in listed], pooling, normalize, adapter)
+
     def close(self) -> None:
         """Ends all open requests and the worker thread. A model that is no longer referenced needs no closing."""
         self.service.close()
 
-    def request(self, prompt: Prompt, params: SamplingParams | None = None, adapter: str | None = None) -> Request:
+    def request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        adapter: str | None = None,
+        targets: Sequence[PromptTarget] = (),
+    ) -> Request:
         """Returns the engine's request for a prompt, checked: ValueError where this model cannot serve it."""
-        request = Request(next(self._ids), self.encode(prompt), params or SamplingParams(), adapter=adapter)
+        chosen = params or SamplingParams()
+        request = Request(next(self._ids), self.encode(prompt), chosen, adapter=adapter, targets=tuple(targets))
         self.engine.check(request)
         return request
 

@@ -1,6 +1,6 @@
 """The requests of the engine's callers, and their results: events as they happen, and whole generations.
 
-    Request     a prompt as token ids, with its sampling parameters
+    Request     a prompt as token ids, with its sampling parameters, and tokens to judge
     TokenEvent  one generated token of it
     Generation  all that was written; a `Collector` makes it of the events
 
@@ -10,14 +10,22 @@ how a request is scheduled or how its events are waited for.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from llamita.backend.interface import Likeliest
 from llamita.backend.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "error"]
 """`stop`: an end-of-sequence token, a stop token or a stop string came, or the structured output is complete; `length`:
 max_tokens, the model's positions or the memory ran out; `error`: a step failed, a token could not be sampled, or the
 grammar became too expensive."""
+
+
+class PromptTarget(NamedTuple):
+    """Asks for the log-probability of a token at a position, from 1 (after the prompt's first token) to its length."""
+
+    position: int
+    token_id: int
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,9 @@ class Request:
     priority: int = 0
     adapter: str | None = None
     """The name of the adapter to serve it with; None: the model as it was loaded."""
+    targets: tuple[PromptTarget, ...] = ()
+    """Tokens to judge, in the order of their positions: their log-probabilities come as the `prompt_logprobs`. What
+    lies before the first of them may come from the prefix cache."""
 
 
 @dataclass
@@ -88,9 +99,11 @@ class TokenEvent:
     statistics: Statistics
     finish_reason: FinishReason | None = None
     index: int = 0  # of the continuation among the request's `n`
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-    prompt_logprobs: tuple[float, ...] = ()  # with the first event, where asked for: of prompt tokens 1, 2, ...
+    top_logprobs: Likeliest = ()
+    prompt_logprobs: tuple[float, ...] = ()  # with the first event: of prompt tokens 1, 2, ..., or of the targets
+    prompt_top_logprobs: tuple[Likeliest, ...] = ()  # the `top_logprobs` likeliest at each of those of the prompt
     error: str = ""
+    stop_string: str | None = None  # with the last event: the one of `SamplingParams.stop` that ended it
 
 
 @dataclass(frozen=True)
@@ -105,8 +118,9 @@ class Generation:
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
     statistics: Statistics
-    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()  # a row a token, where asked for
-    prompt_logprobs: tuple[float, ...] = ()  # of prompt tokens 1, 2, ..., where asked for
+    top_logprobs: tuple[Likeliest, ...] = ()  # a row a token, where asked for
+    prompt_logprobs: tuple[float, ...] = ()  # of prompt tokens 1, 2, ..., or of the targets, where asked for
+    prompt_top_logprobs: tuple[Likeliest, ...] = ()  # the likeliest at each of those of the prompt, where asked for
     index: int = 0
     others: tuple["Generation", ...] = field(default=(), repr=False)
 
@@ -134,12 +148,12 @@ class Collector:
             self._open -= outcome.finish_reason is not None
         if self._open:
             return None
-        scored = next((event.prompt_logprobs for row in self._events for event in row if event.prompt_logprobs), ())
+        scored = next((event for row in self._events for event in row if event.prompt_logprobs), None)
         first, *others = (_generation(events, scored) for events in self._events)
         return replace(first, others=tuple(others))
 
 
-def _generation(events: list[TokenEvent], prompt_logprobs: tuple[float, ...]) -> Generation:
+def _generation(events: list[TokenEvent], scored: TokenEvent | None) -> Generation:
     last = events[-1]
     assert last.finish_reason is not None
     sampled = [event for event in events if event.token_id is not None]
@@ -150,6 +164,7 @@ def _generation(events: list[TokenEvent], prompt_logprobs: tuple[float, ...]) ->
         finish_reason=last.finish_reason,
         statistics=last.statistics,
         top_logprobs=tuple(event.top_logprobs for event in sampled) if any(e.top_logprobs for e in sampled) else (),
-        prompt_logprobs=prompt_logprobs,
+        prompt_logprobs=() if scored is None else scored.prompt_logprobs,
+        prompt_top_logprobs=() if scored is None else scored.prompt_top_logprobs,
         index=last.index,
     )

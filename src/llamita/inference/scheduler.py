@@ -74,7 +74,8 @@ class Scheduler:
         """Starts the forks of a sequence that has just read the prompt that they share."""
         for fork in sequence.forks:
             fork.tables = self.manager.fork(sequence.tables)
-            fork.computed, fork.prefixes, fork.scores = sequence.computed, list(sequence.prefixes), sequence.scores[:]
+            fork.computed, fork.prefixes = sequence.computed, list(sequence.prefixes)
+            fork.scores, fork.tops = sequence.scores[:], sequence.tops[:]
             for name in ("cached_tokens", "queue_seconds", "prefill_seconds"):
                 setattr(fork.statistics, name, getattr(sequence.statistics, name))
             bisect.insort(self.running, fork, key=serving_order)
@@ -124,7 +125,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Gives a sequence's memory back; it waits to be read again, its output as a part of its prompt."""
         self.remove(sequence)
-        sequence.computed, sequence.prefixes, sequence.scores = 0, [], []
+        sequence.computed, sequence.prefixes, sequence.scores, sequence.tops = 0, [], [], []
         sequence.statistics.preemptions += 1
         self.preemptions += 1
         self.add(sequence)
@@ -135,8 +136,7 @@ class Scheduler:
         places = self.limits.max_sequences - sum(other.width for other in self.running)
         if self.running and sequence.width > places:
             return False
-        request, reread = sequence.request, sequence.params.prompt_logprobs
-        prefixes, shared = ([], 0) if reread else self.manager.find(sequence.tokens, request.adapter)
+        prefixes, shared = self.manager.find(sequence.tokens[: sequence.shareable], sequence.request.adapter)
         tables = self.manager.open(prefixes)
         needed = self.manager.blocks_to_read(tables, len(sequence.tokens), self.limits.prefill_tokens)
         if self.running and needed + len(self.running) > self.manager.available:

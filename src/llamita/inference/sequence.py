@@ -3,17 +3,18 @@
 Knows nothing of other sequences or of how tokens are computed.
 """
 
+import bisect
 import time
 from collections import abc
 from collections.abc import Collection
 
 import numpy as np
 
-from llamita.backend.interface import SampledToken, SampleSpec, ScheduledChunk
+from llamita.backend.interface import Likeliest, SampledToken, SampleSpec, ScheduledChunk, Target
 from llamita.backend.sampling_params import MAX_SEED
 from llamita.inference.block_manager import Prefix, Tables
 from llamita.inference.detokenizer import IncrementalDetokenizer, StopMatcher, TokenBytes
-from llamita.inference.request import FinishReason, Request, Statistics, TokenEvent
+from llamita.inference.request import FinishReason, PromptTarget, Request, Statistics, TokenEvent
 from llamita.inference.structured import Matcher
 
 
@@ -49,10 +50,16 @@ class Sequence:
         self.statistics = Statistics(seed=(seed + index) & MAX_SEED, prompt_tokens=self.prompt_length)
         self.finish_reason: FinishReason | None = None
         self.matcher = matcher
-        self.scores: list[float] = []  # log-probabilities of the prompt, as far as it was read
+        self.targets = request.targets
+        if self.params.prompt_logprobs:
+            self.targets = tuple(map(PromptTarget, range(1, self.prompt_length), request.prompt[1:]))
+        self.scores: list[float] = []  # log-probabilities of the targets, as far as the prompt was read
+        self.tops: list[Likeliest] = []  # the likeliest tokens beside them, where asked for
         self.arrived = time.perf_counter()
         self._ends = frozenset(() if self.params.ignore_eos else end_tokens) | frozenset(self.params.stop_token_ids)
-        self._detokenizer = tokenizer and IncrementalDetokenizer(tokenizer, context=request.prompt)
+        self._detokenizer = tokenizer and IncrementalDetokenizer(
+            tokenizer, context=request.prompt, visible=self.params.visible_token_ids
+        )
         self._stop_matcher = StopMatcher(self.params.stop)
 
     @property
@@ -65,6 +72,14 @@ class Sequence:
         return len(self.tokens) - self.prompt_length
 
     @property
+    def shareable(self) -> int:
+        """The number of first tokens of which all but the last may come from the prefix cache.
+
+        The state of the last is what a token is drawn from, or the first target judged by.
+        """
+        return self.targets[0].position if self.targets and not self.generated else len(self.tokens)
+
+    @property
     def width(self) -> int:
         """The number of sequences that this one is or will be, its forks included."""
         return 1 + len(self.forks)
@@ -72,7 +87,7 @@ class Sequence:
     @property
     def may_be_drafted(self) -> bool:
         """True where several tokens may be sampled at once, since none of them changes how the next one is picked."""
-        return not (self.matcher or self.params.reads_history or self.params.prompt_logprobs)
+        return not (self.matcher or self.params.reads_history or self.targets)
 
     def chunk(self, count: int, drafts: abc.Sequence[int] = (), allowed: np.ndarray | None = None) -> ScheduledChunk:
         """Returns the next `count` known tokens, then the drafts; it samples where these are all known tokens."""
@@ -81,9 +96,10 @@ class Sequence:
         if end == len(self.tokens):
             samples = [self._sample(end + extra, allowed) for extra in range(len(drafts) + 1)]
             samples += [fork._sample(end, allowed) for fork in self.forks]
-        targets: tuple[int, ...] = ()
-        if self.params.prompt_logprobs and not self.generated:
-            targets = tuple(self.tokens[self.computed + 1 : min(end + 1, self.prompt_length)])
+        targets: tuple[Target, ...] = ()
+        if self.targets and not self.generated:
+            first, stop = (bisect.bisect_left(self.targets, (place + 1,)) for place in (self.computed, end))
+            targets = tuple(Target(at - 1 - self.computed, token_id) for at, token_id in self.targets[first:stop])
         return ScheduledChunk(
             self.id,
             (*self.tokens[self.computed : end], *drafts),
@@ -92,6 +108,7 @@ class Sequence:
             tuple(samples),
             targets,
             self.request.adapter,
+            self.params.top_logprobs if targets and self.params.prompt_logprobs else 0,
         )
 
     def _sample(self, position: int, allowed: np.ndarray | None) -> SampleSpec:
@@ -102,9 +119,14 @@ class Sequence:
         seed = self.statistics.seed
         return SampleSpec(self.params, seed, position, self.tokens, self.prompt_length, banned, allowed)
 
+    def score(self, logprobs: abc.Sequence[float], tops: abc.Sequence[Likeliest]) -> None:
+        """Takes in what a chunk found of its targets."""
+        self.scores += logprobs
+        self.tops += tops
+
     def take(self, token: SampledToken) -> TokenEvent:
         """Takes in a sampled token and returns its event, with the text that is certain and the end of the sequence."""
-        if self.matcher is not None:
+        if self.matcher is not None and token.token_id not in self.params.stop_token_ids:
             self.matcher.accept(token.token_id)
         self.tokens.append(token.token_id)
         self.statistics.generated_tokens += 1
@@ -136,7 +158,8 @@ class Sequence:
             self.finish_reason = "stop"
         elif self.finish_reason is not None:
             text += self._stop_matcher.finish()
-        scores, self.scores = tuple(self.scores) if self.generated <= 1 else (), []
+        scores, tops = (tuple(self.scores), tuple(self.tops)) if self.generated <= 1 else ((), ())
+        self.scores, self.tops = [], []
         return TokenEvent(
             request_id=self.request.id,
             token_id=None if token is None else token.token_id,
@@ -147,7 +170,9 @@ class Sequence:
             index=self.index,
             top_logprobs=() if token is None else token.top,
             prompt_logprobs=scores,
+            prompt_top_logprobs=tops,
             error=error,
+            stop_string=self._stop_matcher.matched,
         )
 
 

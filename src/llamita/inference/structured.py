@@ -1,4 +1,5 @@
-"""Structured output: masks of the tokens that may come next, by a JSON schema, a regular expression or choices.
+"""Structured output: masks of the tokens that may come next, by a JSON schema, a regular expression, choices or a
+grammar.
 
 `llguidance` does the parsing; here its grammars are built from `SamplingParams`, its view of the vocabulary from our
 tokenizer, and limits are set on what a stranger may ask of it. Masks are bits in numpy arrays, for any backend. Knows
@@ -8,6 +9,7 @@ nothing of tensors or of who is served.
 import functools
 import json
 import math
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -15,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance.gbnf_to_lark import gbnf_to_lark
 from llguidance.numpy import fill_next_token_bitmask_par
 
 from llamita.backend.sampling_params import SamplingParams
@@ -23,6 +26,7 @@ from llamita.text.tokenizer import Tokenizer
 LONGEST_SCHEMA = 1 << 16  # characters
 LONGEST_REGEX = 1 << 12
 LONGEST_CHOICES = 1 << 16  # characters of all choices together
+LONGEST_GRAMMAR = 1 << 16
 MOST_INTERSECTED = 8
 """Most patterns of a schema that combines schemas: the time to intersect them doubles with each."""
 LARGEST_MULTIPLE = 10_000
@@ -36,6 +40,8 @@ BROKEN = "the grammar cannot be followed further"
 """How the reason begins why a text was ended that had become too expensive to restrict."""
 WHITESPACE = r"[ \n]?[ ]{0,16}"
 """White space allowed between the parts of a JSON text; without a limit, some models write blanks without end."""
+LARK = re.compile(r"\s*(%llguidance\b|start\s*:(?!:=))")
+"""A line by which a grammar in Lark's notation is known."""
 LIMITS = LLParserLimits(
     initial_lexer_fuel=200_000,  # building, and the first mask of, the worst expression takes some 0.2 s
     step_lexer_fuel=100_000,  # a step 10 to 30 ms
@@ -47,10 +53,15 @@ LIMITS = LLParserLimits(
 
 
 class Matcher:
-    """Follows one continuation: knows the tokens that may come next after those accepted."""
+    """Follows one continuation: knows the tokens that may come next after those accepted.
 
-    def __init__(self, matcher: LLMatcher, vocabulary: "Vocabulary", executor: LLExecutor) -> None:
-        self._matcher, self._vocabulary, self._executor = matcher, vocabulary, executor
+    `stops` are tokens that end a text besides those of the vocabulary; they are allowed where those are.
+    """
+
+    def __init__(
+        self, matcher: LLMatcher, vocabulary: "Vocabulary", executor: LLExecutor, stops: Sequence[int] = ()
+    ) -> None:
+        self._matcher, self._vocabulary, self._executor, self._stops = matcher, vocabulary, executor, stops
 
     def allowed(self) -> np.ndarray:
         """Returns the mask as int32 words: bit i % 32 of word i // 32 says whether token i may come.
@@ -64,7 +75,7 @@ class Matcher:
         return mask
 
     def accept(self, token_id: int) -> None:
-        """Accepts a token. Raises ValueError where it may not come; the matcher is then unchanged."""
+        """Accepts a token, none of `stops`. Raises ValueError where it may not come; the matcher is then unchanged."""
         if not 0 <= token_id < self._vocabulary.model_size or self._matcher.try_consume_tokens([token_id]) != 1:
             raise ValueError(self.error or f"token {token_id} may not come here: the grammar of the request forbids it")
 
@@ -95,6 +106,9 @@ def fill(matchers: Sequence[Matcher]) -> list[np.ndarray]:
     for row, matcher in enumerate(matchers):
         if matcher._matcher.is_error():
             words[row] = 0
+        elif matcher._stops and vocabulary.allows_end(words[row]):
+            for token_id in matcher._stops:
+                words.view(np.uint32)[row, token_id // 32] |= np.uint32(1 << (token_id % 32))
     return list(vocabulary.cut(words))
 
 
@@ -113,17 +127,19 @@ class Grammars:
     def matcher(self, params: SamplingParams) -> Matcher:
         """Returns a matcher at the start of a text for the grammar of `params`.
 
-        Raises ValueError, in one line, for a broken or too expensive JSON schema, regular expression or list of
-        choices.
+        Raises ValueError, in one line, for a broken or too expensive JSON schema, regular expression, grammar or list
+        of choices.
         """
         if params.json_schema:
             start = self._compiled("json_schema", params.json_schema)
         elif params.regex:
             start = self._compiled("regex", params.regex)
+        elif params.grammar:
+            start = self._compiled("grammar", params.grammar)
         else:
             assert params.choices, "the request asks for no structure"
             start = self._compiled("choices", params.choices)
-        return Matcher(start.deep_copy(), self._vocabulary, self._executor)
+        return Matcher(start.deep_copy(), self._vocabulary, self._executor, params.stop_token_ids)
 
     def _compile(self, kind: str, asked: str | tuple[str, ...]) -> LLMatcher:
         matcher = LLMatcher(self._vocabulary.tokenizer, _grammar(kind, asked), log_level=0, limits=LIMITS)
@@ -140,24 +156,33 @@ class Grammars:
 class Vocabulary:
     """A tokenizer as `llguidance` sees it; built when first needed, which takes a while for a large one.
 
-    Tokens that stand for no text (special ones, padding) are never allowed, but for those that end a text. A model
-    without any gets one more, past the end of its vocabulary, since the library needs one.
+    Tokens that stand for no text are never allowed, but for those that end a text, and control tokens that a grammar
+    names (by `<|name|>` or `<[id]>`). A model without any that ends a text gets one more, past the end of its
+    vocabulary, since the library needs one.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Collection[int]) -> None:
         self.model_size, self._ours = vocab_size, tokenizer
         self._eos = sorted(eos for eos in set(eos_token_ids) if 0 <= eos < vocab_size)
         self.size = vocab_size if self._eos else vocab_size + 1
+        self._ends = self._eos or [self.model_size]
         self.words = (self.size + 31) // 32
+
+    def allows_end(self, words: np.ndarray) -> bool:
+        """Whether the text may end, by a mask that has not been cut."""
+        return bool(words.view(np.uint32)[self._ends[0] // 32] >> np.uint32(self._ends[0] % 32) & 1)
 
     @functools.cached_property
     def tokenizer(self) -> LLTokenizer:
         known = min(self._ours.vocab_size, self.model_size)
         tokens = [self._ours.token_bytes(i) for i in range(known)] + [b""] * (self.size - known)
-        ends = self._eos or [self.model_size]
+        ends = self._ends
         for token_id in ends:
             tokens[token_id] = b""
-        source = _Source(self._ours, tokens, ends[0])
+        control = [i for i in range(known) if not tokens[i] and i not in ends and self._ours.spelled_bytes(i)]
+        for token_id in control:
+            tokens[token_id] = self._ours.spelled_bytes(token_id)
+        source = _Source(self._ours, tokens, ends[0], special_token_ids=control)
         source.library = LLTokenizer(TokenizerWrapper(source), eos_token=ends)
         return source.library
 
@@ -167,7 +192,16 @@ class Vocabulary:
             words_RW = words_RW[:, : (self.model_size + 31) // 32]
             if self.model_size % 32:
                 words_RW[:, -1] &= np.int32((1 << (self.model_size % 32)) - 1)
-        return words_RW
+        return words_RW & self._known[: words_RW.shape[1]]
+
+    @functools.cached_property
+    def _known(self) -> np.ndarray:
+        """The mask of all tokens that mean anything: a grammar may name others by their ids."""
+        known = min(self._ours.vocab_size, self.model_size)
+        ids = [i for i in range(known) if self._ours.spelled_bytes(i)] + self._eos
+        bits = np.zeros(self.words * 32, dtype=np.uint8)
+        bits[ids] = 1
+        return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 @dataclass
@@ -177,6 +211,7 @@ class _Source:
     ours: Tokenizer
     tokens: list[bytes]
     eos_token_id: int
+    special_token_ids: list[int]
     bos_token_id: int | None = None
     library: LLTokenizer | None = None
 
@@ -196,10 +231,10 @@ class _Source:
 def _grammar(kind: str, asked: str | tuple[str, ...]) -> str:
     """Returns the grammar in llguidance's notation; ValueError for one that is too long or no valid text."""
     texts = (asked,) if isinstance(asked, str) else asked
-    longest = {"json_schema": LONGEST_SCHEMA, "regex": LONGEST_REGEX, "choices": LONGEST_CHOICES}[kind]
-    length = sum(map(len, texts))
-    if length > longest:
-        raise ValueError(f"{kind} has {length} characters; give at most {longest}")
+    longest = {"json_schema": LONGEST_SCHEMA, "regex": LONGEST_REGEX, "grammar": LONGEST_GRAMMAR}
+    length, most = sum(map(len, texts)), longest.get(kind, LONGEST_CHOICES)
+    if length > most:
+        raise ValueError(f"{kind} has {length} characters; give at most {most}")
     if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
         raise ValueError(f"{kind} holds a lone surrogate, which no text can hold")
     if kind == "json_schema":
@@ -210,8 +245,22 @@ def _grammar(kind: str, asked: str | tuple[str, ...]) -> str:
             )
         except ValueError as fault:
             raise ValueError(f"json_schema is not supported: {_line(str(fault))}") from None
+    if kind == "grammar":
+        return LLMatcher.grammar_from_lark(_lark(texts[0]))
     # An expression of all choices rather than a rule of the grammar for each: thousands of them stay cheap.
     return LLMatcher.grammar_from_regex(texts[0] if kind == "regex" else "|".join(map(_literal, texts)))
+
+
+def _lark(grammar: str) -> str:
+    """Returns a grammar in Lark's notation, which one in llama.cpp's (GBNF) is turned into."""
+    if "::=" not in grammar or any(LARK.match(line) for line in grammar.splitlines()):
+        return grammar
+    try:
+        return gbnf_to_lark(grammar)
+    except RecursionError:
+        raise ValueError("grammar is nested too deeply") from None
+    except Exception as fault:  # some of the library's are no more than that
+        raise ValueError(f"grammar is not supported: {_line(str(fault))}") from None
 
 
 def _literal(text: str) -> str:

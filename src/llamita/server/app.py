@@ -11,7 +11,17 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from llamita import __version__
-from llamita.server import chat_completions, completions, information
+from llamita.server import (
+    chat_completions,
+    completions,
+    decisions,
+    information,
+    look_inside,
+    messages,
+    page_routes,
+    responses,
+    texts,
+)
 from llamita.server.errors import ApiError, ClientGoneError
 from llamita.server.gate import Gate
 from llamita.server.model import ServedModel
@@ -51,8 +61,9 @@ def create_app(
         separate_input_output_schemas=False,
     )
     app.state.limits, app.state.serving = limits, serving
-    for module in (chat_completions, completions, information):
+    for module in (chat_completions, completions, responses, messages, texts, decisions, look_inside, information):
         app.include_router(module.router(serving))
+    app.include_router(page_routes.router())
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientGoneError, _gone)

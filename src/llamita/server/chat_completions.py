@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from llamita.server import wording
-from llamita.server.chat_jobs import ChatJob, ChatTask, chat_job, plain_messages
+from llamita.server.chat_jobs import CallDelta, ChatEvent, ChatJob, ChatTask, chat_job, plain_messages
 from llamita.server.errors import ApiError, bad_value
 from llamita.server.routes import JsonRoute
 from llamita.server.sampling import check_top_logprobs, chosen_max_tokens, sampling_params, schema_of
@@ -22,6 +22,7 @@ from llamita.server.streaming import DONE, EventStream, data, opened, unless_gon
 def router(serving: Serving) -> APIRouter:
     routes = APIRouter(route_class=JsonRoute, tags=["OpenAI"], responses=ERRORS)
 
+    @routes.post("/chat/completions", include_in_schema=False, response_model=None)  # for a base URL without /v1
     @routes.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
@@ -70,7 +71,7 @@ def task_of(serving: Serving, body: ChatRequest) -> ChatTask:
         params=build,
         adapter=serving.model.adapter_of(body.model),
         tools=[tool.model_dump(exclude_none=True) for tool in body.tools or ()],
-        tool_choice=choice.function.name if isinstance(choice, NamedTool) else choice,
+        tool_choice=choice.model_dump() if isinstance(choice, NamedTool) else choice,
         parallel_calls=body.parallel_tool_calls is not False,
         variables=variables,
         continue_final=bool(body.continue_final_message),
@@ -84,6 +85,7 @@ class Reply:
     def __init__(self, serving: Serving, body: ChatRequest) -> None:
         self.tokenizer = serving.model.tokenizer
         self.logprobs = bool(body.logprobs)
+        self.reasons = serving.model.answer_format.reasoning is not None
         self.include_usage = bool(body.stream_options and body.stream_options.include_usage)
         self.head = {
             "id": wording.new_id("chatcmpl-"),
@@ -100,33 +102,66 @@ class Reply:
 
     def counts(self, job: ChatJob) -> dict[str, Any]:
         first = job.statistics[0]
-        return {"usage": wording.usage([first], job.generated), "timings": wording.timings(first)}
+        reasoning = job.reasoning_tokens if self.reasons else None
+        return {"usage": wording.usage([first], job.generated, reasoning), "timings": wording.timings(first)}
 
 
 async def whole(serving: Serving, task: ChatTask, reply: Reply) -> dict[str, Any]:
     """Returns the answer as one object."""
     async with chat_job(serving, task) as job:
-        texts: list[list[str]] = [[] for _ in range(job.n)]
+        messages = [Message() for _ in range(job.n)]
         scores: list[list[Any]] = [[] for _ in range(job.n)]
-        reasons = ["stop"] * job.n
         async with contextlib.aclosing(job.events()) as batches:
             async for batch in batches:
                 for event in batch:
-                    texts[event.index].append(event.text)
+                    messages[event.index].take(event)
                     if reply.logprobs and event.token.token_id is not None:
                         scores[event.index].append(wording.chat_logprob(reply.tokenizer, event.token))
-                    if event.finish_reason is not None:
-                        reasons[event.index] = event.finish_reason
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": "".join(texts[index]), "refusal": None},
+                "message": message.to_dict(),
                 "logprobs": {"content": scores[index], "refusal": None} if reply.logprobs else None,
-                "finish_reason": reasons[index],
+                "finish_reason": message.finish_reason,
             }
-            for index in range(job.n)
+            for index, message in enumerate(messages)
         ]
         return {**reply.head, "object": "chat.completion", "choices": choices, **reply.counts(job)}
+
+
+class Message:
+    """The message of one continuation, put together from its parts."""
+
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: list[CallDelta] = []
+        self._arguments: list[list[str]] = []
+        self.finish_reason: str = "stop"
+
+    def take(self, event: ChatEvent) -> None:
+        self._text.append(event.text)
+        self._reasoning.append(event.reasoning)
+        for call in event.calls:
+            if call.name:
+                self._calls.append(call)
+                self._arguments.append([])
+            self._arguments[call.index].append(call.arguments)
+        if event.finish_reason is not None:
+            self.finish_reason = event.finish_reason
+
+    def to_dict(self) -> dict[str, Any]:
+        text, reasoning = "".join(self._text), "".join(self._reasoning)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        if self._calls:
+            message["content"] = text or None
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": "".join(arguments)}}
+                for call, arguments in zip(self._calls, self._arguments, strict=True)
+            ]
+        return message
 
 
 async def stream(serving: Serving, task: ChatTask, reply: Reply) -> AsyncGenerator[bytes]:
@@ -142,8 +177,9 @@ async def stream(serving: Serving, task: ChatTask, reply: Reply) -> AsyncGenerat
                         scores = None
                         if reply.logprobs and event.token.token_id is not None:
                             scores = [wording.chat_logprob(reply.tokenizer, event.token)]
-                        if event.text or scores:
-                            pieces.append(reply.chunk(event.index, {"content": event.text}, scores, None))
+                        delta = delta_of(event)
+                        if delta or scores:
+                            pieces.append(reply.chunk(event.index, delta or {"content": ""}, scores, None))
                         if event.finish_reason is not None:
                             pieces.append(reply.chunk(event.index, {}, None, event.finish_reason))
                     if pieces:
@@ -154,3 +190,22 @@ async def stream(serving: Serving, task: ChatTask, reply: Reply) -> AsyncGenerat
         if reply.include_usage:
             yield data({**reply.head, "object": "chat.completion.chunk", "choices": [], **reply.counts(job)})
         yield DONE
+
+
+def delta_of(event: ChatEvent) -> dict[str, Any]:
+    """Returns what an event adds to a message; empty where that is nothing."""
+    delta: dict[str, Any] = {}
+    if event.reasoning:
+        delta["reasoning_content"] = event.reasoning
+    if event.text:
+        delta["content"] = event.text
+    if event.calls:
+        delta["tool_calls"] = [_call_delta(call) for call in event.calls]
+    return delta
+
+
+def _call_delta(call: CallDelta) -> dict[str, Any]:
+    if call.name:
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"index": call.index, "id": call.id, "type": "function", "function": function}
+    return {"index": call.index, "function": {"arguments": call.arguments}}

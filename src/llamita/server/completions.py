@@ -129,12 +129,14 @@ class Row:
     offset: int = 0  # characters that the log-probabilities given so far stand for
 
 
-def listed_prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
-    """Returns the prompts of a request, each a text or token ids."""
+def listed_prompts(
+    prompt: str | list[str] | list[int] | list[list[int]], field: str = "prompt"
+) -> list[str | list[int]]:
+    """Returns the prompts of a request, each a text or token ids; `field` is where they stand in it."""
     if isinstance(prompt, str):
         return [prompt]
     if not prompt or prompt == [[]]:
-        raise bad_value("prompt", "prompt is empty; give a text, token ids, or a list of either")
+        raise bad_value(field, f"{field} is empty; give a text, token ids, or a list of either")
     if isinstance(prompt[0], int):
         return [prompt]
     return list(prompt)
@@ -204,7 +206,7 @@ def _take(row: Row, event: TokenEvent) -> None:
     row.text += event.text
     row.statistics = event.statistics
     if event.prompt_logprobs:
-        row.prompt_logprobs = event.prompt_logprobs
+        row.prompt_logprobs, row.prompt_top = event.prompt_logprobs, event.prompt_top_logprobs
     if event.token_id is not None:
         row.tokens.append(event)
     if event.finish_reason is not None:

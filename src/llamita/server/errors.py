@@ -82,3 +82,10 @@ def bad_value(param: str, message: str, code: str = "invalid_value") -> ApiError
 def unsupported(param: str, why: str) -> ApiError:
     """Returns the error for a field that this server does not honour."""
     return ApiError(400, f"{param} is not supported here: {why}", param=param, code="unsupported_parameter")
+
+
+def refuse_fields(body: object, reasons: Mapping[str, str]) -> None:
+    """Raises the error for the first of these fields that a request sets; `reasons` says why it is not honoured."""
+    for name, why in reasons.items():
+        if getattr(body, name) is not None:
+            raise unsupported(name, why)

@@ -17,17 +17,22 @@ from llamita.server.schemas.openai import (
     DetokenizeRequest,
     ModelCard,
     ModelList,
+    TemplateAnswer,
+    TemplateRequest,
     TokenizeAnswer,
     TokenizeRequest,
 )
 from llamita.server.serving import Serving
 from llamita.server.streaming import unless_gone
+from llamita.text.chat import ChatTokens
+from llamita.text.tokenizer import Tokenizer
 
 
 def router(serving: Serving) -> APIRouter:
     routes = APIRouter(route_class=JsonRoute, responses=ERRORS)
     model = serving.model
 
+    @routes.get("/models", include_in_schema=False, response_model=None)  # for a base URL without /v1
     @routes.get("/v1/models", response_model=ModelList, tags=["OpenAI"])
     async def models() -> Response:
         """Lists the model and its adapters."""
@@ -40,6 +45,7 @@ def router(serving: Serving) -> APIRouter:
         adapter = model.adapter_of(name)
         return JSONResponse(card(serving, name, None if adapter is None else model.name))
 
+    @routes.get("/v1/health", include_in_schema=False)
     @routes.get("/health", tags=["operation"])
     async def health() -> dict[str, str]:
         """Says whether requests are answered: 200, or 503 with the reason."""
@@ -56,6 +62,12 @@ def router(serving: Serving) -> APIRouter:
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         """Gives the token ids of a text, or of a conversation as the chat template lays it out."""
         return JSONResponse(await unless_gone(request, serving.prepared(lambda: tokens_of(serving, body))))
+
+    @routes.post("/apply-template", response_model=TemplateAnswer, tags=["tokens"])
+    async def apply_template(body: TemplateRequest, request: Request) -> Response:
+        """Gives a conversation as the text that the chat template makes of it, which /tokenize gives as tokens."""
+        prompt = await unless_gone(request, serving.prepared(lambda: conversation_of(serving, body).text))
+        return JSONResponse({"prompt": prompt})
 
     @routes.post("/detokenize", response_model=DetokenizeAnswer, tags=["tokens"])
     async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
@@ -77,13 +89,14 @@ def card(serving: Serving, name: str, parent: str | None) -> dict[str, Any]:
         "created": model.created,
         "owned_by": "llamita",
         "parent": parent,
+        "aliases": [] if parent else list(model.aliases),
         "max_model_len": config.max_position_embeddings,
         "meta": {
             "layers": config.num_hidden_layers,
             "heads": config.num_attention_heads,
             "vocab_size": config.vocab_size,
             "parameters": count_parameters(config).total,
-            "chat": model.chat is not None,
+            "chat": model.is_chat_model,
             "capabilities": list(model.capabilities),
             "labels": list(config.labels) if config.num_labels else [],
             "defaults": {key: float(getattr(model.defaults, key)) for key in SAMPLING},
@@ -102,22 +115,40 @@ def tokens_of(serving: Serving, body: TokenizeRequest) -> dict[str, Any]:
     if body.messages is not None:
         if not body.messages:
             raise bad_value("messages", "messages is empty; give at least one message")
-        task = ChatTask(
-            plain_messages(body.messages),
-            params=lambda room: model.defaults,
-            tools=[tool.model_dump(exclude_none=True) for tool in body.tools or ()],
-            variables=body.chat_template_kwargs or {},
-            add_generation_prompt=body.add_generation_prompt is not False,
-        )
-        tokens = list(encode_messages(model, task)[1])
+        tokens = list(conversation_of(serving, body).tokens)
     else:
         text = body.prompt if body.prompt is not None else body.content or ""
-        begins = tokenizer.begins_texts if body.add_special_tokens is None else body.add_special_tokens
+        asked = body.add_special if body.add_special_tokens is None else body.add_special_tokens
+        begins = (tokenizer.begins_texts and body.content is None) if asked is None else asked
         tokens = list(tokenizer.encode(text, bos=bool(begins) and tokenizer.bos_id is not None))
     texts = [wording.token_text(tokenizer, token_id) for token_id in tokens] if body.return_token_strs else None
     return {
         "count": len(tokens),
         "max_model_len": model.config.max_position_embeddings,
-        "tokens": [int(token_id) for token_id in tokens],
+        "tokens": [_with_piece(tokenizer, token_id) if body.with_pieces else int(token_id) for token_id in tokens],
         "token_strs": texts,
     }
+
+
+def conversation_of(serving: Serving, body: TokenizeRequest | TemplateRequest) -> ChatTokens:
+    """Returns the conversation of a request as the chat template lays it out."""
+    model = serving.model
+    model.adapter_of(body.model)
+    task = ChatTask(
+        plain_messages(body.messages or ()),
+        params=lambda room: model.defaults,
+        tools=[tool.model_dump(exclude_none=True) for tool in body.tools or ()],
+        variables=body.chat_template_kwargs or {},
+        continue_final=isinstance(body, TemplateRequest) and bool(body.continue_final_message),
+        add_generation_prompt=body.add_generation_prompt is not False,
+    )
+    return encode_messages(model, task)
+
+
+def _with_piece(tokenizer: Tokenizer, token_id: int) -> dict[str, Any]:
+    """Returns a token with its text, or with its bytes where they are no text; a control token with its name."""
+    data = tokenizer.token_bytes(token_id) or wording.token_text(tokenizer, token_id).encode()
+    try:
+        return {"id": int(token_id), "piece": data.decode()}
+    except UnicodeDecodeError:
+        return {"id": int(token_id), "piece": list(data)}

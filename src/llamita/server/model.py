@@ -2,20 +2,23 @@
 
 import asyncio
 import dataclasses
+import functools
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llamita.backend.choice import load_backend
 from llamita.backend.sampling_params import SamplingParams
+from llamita.inference.embedding import Pooling
 from llamita.inference.engine import Engine
 from llamita.inference.llm import LLM
 from llamita.model.config import ModelConfig
 from llamita.server.errors import ApiError
 from llamita.storage import model_directory, peft_directory
+from llamita.text.answers import AnswerFormat, answer_format
 from llamita.text.chat import Chat
 from llamita.text.tokenizer import Tokenizer
 from llamita.workflows.classify import Classifier
@@ -30,17 +33,28 @@ DEFAULT_TEMPLATE = "plain"
 class ServedModel:
     """A model under the name by which clients ask for it: a language model (`llm`), or a `classifier`.
 
-    `chat` lays conversations out; None where the model has no tokenizer. `defaults` are the sampling parameters of a
-    request that names none: those of the model's generation_config.json, else plain sampling.
+    `aliases` are further names of it, for clients whose own cannot be changed. `chat` lays conversations out; None
+    where the model has no tokenizer. `is_chat_model` is true where it does so as the model was tuned, or as was asked
+    for, and not by the plain template of last resort. `defaults` are the sampling parameters of a request that names
+    none: those of the model's generation_config.json, else plain sampling. `pooling` is the one of embeddings where a
+    request names none.
     """
 
     name: str
     llm: LLM | None = None
     classifier: Classifier | None = None
     chat: Chat | None = None
+    is_chat_model: bool = False
     defaults: SamplingParams = SamplingParams()
+    aliases: tuple[str, ...] = ()
+    pooling: Pooling = "mean"
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
     _turn: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock, repr=False)
+
+    @functools.cached_property
+    def answer_format(self) -> AnswerFormat:
+        """How the chat template has the model write reasoning and calls of tools."""
+        return AnswerFormat() if self.chat is None else answer_format(self.chat)
 
     @property
     def engine(self) -> Engine | None:
@@ -81,11 +95,11 @@ class ServedModel:
 
     def adapter_of(self, name: str | None) -> str | None:
         """Returns the adapter that a request's `model` stands for, None for the model itself; 404 for another name."""
-        if name is None or name == self.name:
+        if name is None or name == self.name or name in self.aliases:
             return None
         if name in self.adapters:
             return name
-        known = ", ".join((self.name, *self.adapters))
+        known = ", ".join((self.name, *self.aliases, *self.adapters))
         raise ApiError(
             404, f"there is no model {name!r:.200}; served are: {known}", param="model", code="model_not_found"
         )
@@ -97,7 +111,9 @@ class ServedModel:
             return ("classify", "decisions")
         if self.chat is None:
             return ("completions", "embeddings")
-        return ("chat", "completions", "embeddings", "look_inside", "decisions")
+        form = self.answer_format
+        more = (("tools",) if form.calls is not None else ()) + (("reasoning",) if form.reasoning is not None else ())
+        return ("chat", "completions", "embeddings", "look_inside", "decisions", *more)
 
     @property
     def fault(self) -> str:
@@ -123,19 +139,42 @@ class ServedModel:
 
 
 def serve_model(
-    llm: LLM, name: str, template: str | None = None, generation: Mapping[str, Any] | None = None
+    llm: LLM,
+    name: str,
+    template: str | None = None,
+    generation: Mapping[str, Any] | None = None,
+    *,
+    aliases: Sequence[str] = (),
+    pooling: Pooling = "mean",
 ) -> ServedModel:
     """Returns a loaded model as it is served: with its own chat template, `template`, or a plain one for a model
     without; and with the defaults of its generation_config.json (`generation`)."""
-    chat = None
+    chat, has_template = None, False
     if llm.tokenizer is not None:
-        has_own = bool(llm.tokenizer.chat_templates)
-        chat = Chat(llm.tokenizer, template if template is not None or has_own else DEFAULT_TEMPLATE)
-    return ServedModel(name, llm, chat=chat, defaults=sampling_defaults(generation or {}))
+        has_template = template is not None or bool(llm.tokenizer.chat_templates)
+        chat = Chat(llm.tokenizer, template if has_template else DEFAULT_TEMPLATE)
+    if taken := set(aliases) & {name, *llm.engine.adapters}:
+        raise ValueError(f"the alias {min(taken)!r} is the name of the model or of an adapter; choose another")
+    return ServedModel(
+        name,
+        llm,
+        chat=chat,
+        is_chat_model=has_template,
+        defaults=sampling_defaults(generation or {}),
+        aliases=tuple(aliases),
+        pooling=pooling,
+    )
 
 
 def open_model(
-    path: Path | str, *, name: str = "", template: str | None = None, adapters: Mapping[str, Path | str], **options: Any
+    path: Path | str,
+    *,
+    name: str = "",
+    template: str | None = None,
+    adapters: Mapping[str, Path | str],
+    aliases: Sequence[str] = (),
+    pooling: Pooling = "mean",
+    **options: Any,
 ) -> ServedModel:
     """Opens a model to be served. `options` are those of `LLM.load`; without a `name` it has that of its place."""
     directory = model_directory.resolve_model_directory(path)
@@ -143,9 +182,11 @@ def open_model(
     config = model_directory.load_config(peft_directory.place_of(directory, peft_directory.CONFIG))
     if config.num_labels:
         backend = load_backend(options["backend"], device=options["device"], threads=options["threads"])
-        return ServedModel(name, classifier=Classifier.load(directory, backend, options["dtype"], options["device"]))
+        classifier = Classifier.load(directory, backend, options["dtype"], options["device"])
+        return ServedModel(name, classifier=classifier, aliases=tuple(aliases))
     llm = LLM.load(directory, adapters=adapters, **options)
-    return serve_model(llm, name, template, read_generation_config(directory))
+    generation = read_generation_config(directory)
+    return serve_model(llm, name, template, generation, aliases=aliases, pooling=pooling)
 
 
 def shown_name(path: Path | str) -> str:

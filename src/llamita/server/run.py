@@ -112,7 +112,7 @@ def make_server(app: FastAPI, ready: Callable[[], None]) -> DrainingServer:
 def bind(host: str, port: int) -> socket.socket:
     """Returns a socket bound to an address; `port` 0 is one that is free. OSError that names one that cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio sends small pieces at once (TCP_NODELAY) only where the protocol is named; else each waits some 40 ms.
+    # With the protocol named, asyncio sends small writes at once; else a second token waits 40 ms behind the first.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -17,7 +17,7 @@ from llamita.server.settings import ServerLimits
 
 TAKEN_AS_THEY_ARE = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
-    "min_tokens", "ignore_eos", "regex",
+    "min_tokens", "ignore_eos", "regex", "grammar",
 )  # fmt: skip
 
 
@@ -29,11 +29,19 @@ def sampling_params(
     Raises `ApiError` (400) that names the field.
     """
     given: dict[str, Any] = {name: value for name in TAKEN_AS_THEY_ARE if (value := getattr(body, name)) is not None}
-    given |= {"n": _n(body, limits), "stop": _stop(body.stop, limits), "logit_bias": _bias(body.logit_bias, limits)}
+    given |= {
+        "n": _n(body, limits),
+        "stop": stop_texts(body.stop, limits),
+        "logit_bias": _bias(body.logit_bias, limits),
+    }
     if body.stop_token_ids is not None:
         given["stop_token_ids"] = _stop_token_ids(body.stop_token_ids, limits)
     if body.choices is not None:
         given["choices"] = tuple(body.choices)
+    if body.json_schema is not None:
+        if more.get("json_schema"):
+            raise bad_value("json_schema", "both json_schema and response_format hold the answer to a form; give one")
+        more["json_schema"] = json.dumps(body.json_schema)
     check_streaming(body)
     given |= more
     return checked_params({**_named(defaults), **given, "max_tokens": max_tokens})
@@ -61,7 +69,8 @@ def chosen_max_tokens(asked: int | None, field: str, room: int) -> int:
     if asked is None:
         return max(1, room)
     if asked < 1:
-        raise bad_value(field, f"{field}={asked} is not allowed; give a whole number >= 1")
+        message = f"{field}={asked} is not allowed; give a whole number >= 1, or leave it out for the default"
+        raise bad_value(field, message)
     return asked
 
 
@@ -104,14 +113,15 @@ def _n(body: Sampling, limits: ServerLimits) -> int:
     return n
 
 
-def _stop(stop: str | Sequence[str] | None, limits: ServerLimits) -> tuple[str, ...]:
+def stop_texts(stop: str | Sequence[str] | None, limits: ServerLimits, field: str = "stop") -> tuple[str, ...]:
+    """Returns the texts before which an answer ends."""
     texts = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
     if len(texts) > limits.max_stops:
-        raise bad_value("stop", f"stop has {len(texts)} texts; give at most {limits.max_stops}")
+        raise bad_value(field, f"{field} has {len(texts)} texts; give at most {limits.max_stops}")
     for text in texts:
         if not 0 < len(text) <= limits.max_stop_characters:
             raise bad_value(
-                "stop", f"a text of stop has {len(text)} characters; give 1 to {limits.max_stop_characters}"
+                field, f"a text of {field} has {len(text)} characters; give 1 to {limits.max_stop_characters}"
             )
     return texts
 

@@ -103,7 +103,7 @@ class Serving:
         what a client may not ask.
         """
         arrived = time.monotonic()
-        with self._place() as place:
+        with self.place() as place:
             requests = await self.prepared(prepare)
             with self._refusals():
                 place.read_prompt(sum(len(request.prompt) for request in requests))
@@ -111,7 +111,7 @@ class Serving:
 
     async def work(self, prepare: Callable[[], Callable[[], T]]) -> T:
         """Returns the result of work on the model, which `prepare` returns; both as for `job`."""
-        with self._place():
+        with self.place():
             call = await self.prepared(prepare)
             try:
                 async with self.until(time.monotonic() + self.limits.request_seconds):
@@ -173,7 +173,7 @@ class Serving:
         return max(0, self.admission.open_requests - (len(engine.scheduler.running) if engine is not None else 0))
 
     @contextlib.contextmanager
-    def _place(self):  # type: ignore[no-untyped-def]
+    def place(self):  # type: ignore[no-untyped-def]
         if self.fault:
             self.metrics.rejected.labels("unavailable").inc()
             raise ApiError(503, self.fault, code="unavailable")

@@ -24,16 +24,16 @@ def data(value: Any, event: str = "") -> bytes:
 
 
 class EventStream(StreamingResponse):
-    """Writes pieces as they come, and a comment wherever `heartbeat` seconds pass without one.
+    """Writes pieces as they come, and `sign` (a comment) wherever `heartbeat` seconds pass without one.
 
     The generator is closed when it is done, when the client has gone, and when the server ends.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, pieces: AsyncGenerator[bytes], heartbeat: float) -> None:
+    def __init__(self, pieces: AsyncGenerator[bytes], heartbeat: float, sign: bytes = HEARTBEAT) -> None:
         super().__init__(pieces, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._pieces, self._heartbeat, self._wrote = pieces, heartbeat, 0.0
+        self._pieces, self._heartbeat, self._sign, self._wrote = pieces, heartbeat, sign, 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -63,7 +63,7 @@ class EventStream(StreamingResponse):
             await asyncio.sleep(max(0.01, last + self._heartbeat - loop.time()))
             last = max(last, self._wrote)
             if loop.time() - last >= self._heartbeat:
-                await send({"type": "http.response.body", "body": HEARTBEAT, "more_body": True})
+                await send({"type": "http.response.body", "body": self._sign, "more_body": True})
                 last = loop.time()
 
 

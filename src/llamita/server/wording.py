@@ -18,10 +18,8 @@ def new_id(prefix: str) -> str:
 
 def token_text(tokenizer: Tokenizer | None, token_id: int) -> str:
     """Returns a token's text: bytes that are no character as U+FFFD, a control token by its name."""
-    if tokenizer is None or not 0 <= token_id < tokenizer.vocab_size:
-        return ""
-    data = tokenizer.token_bytes(token_id)
-    return data.decode("utf-8", "replace") if data else tokenizer.decode([token_id], skip_special=False)
+    known = tokenizer is not None and 0 <= token_id < tokenizer.vocab_size
+    return tokenizer.piece(token_id) if known and tokenizer is not None else ""
 
 
 def logprob(tokenizer: Tokenizer | None, token_id: int, value: float) -> dict[str, Any]:

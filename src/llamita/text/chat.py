@@ -137,6 +137,11 @@ class Chat:
         arguments = (continue_final_message, tools, variables)
         return ChatTokens(tuple(tokens), layout.text, lambda: self._mask(layout, offsets, learned, *arguments))
 
+    def reads(self, variable: str) -> bool:
+        """Whether the template reads a variable such as `enable_thinking`; one of several templates is enough."""
+        pattern = re.compile(rf"\b{re.escape(variable)}\b")
+        return any(pattern.search(COMMENT.sub("", source)) for source in self._sources.values())
+
     @functools.cached_property
     def end_of_turn(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """The ends of an answer besides an end-of-sequence token: token ids, stop strings.
@@ -188,7 +193,7 @@ class Chat:
         variables: Mapping[str, Any],
         find: bool,
     ) -> Layout:
-        source = self._source(tools)
+        source = self.source(bool(tools))
         plain = with_reasoning(normalised(messages, flat=LOOP_OVER_CONTENT.search(source) is None), source)
         if add_generation_prompt and continue_final_message:
             raise ValueError(
@@ -220,6 +225,7 @@ class Chat:
                 **special,
                 "messages": messages,
                 "tools": tools,
+                **({"xml_tools": tools} if tools and "xml_tools" in source else {}),
                 "documents": None,
                 "add_generation_prompt": add_generation_prompt,
                 **variables,
@@ -232,8 +238,9 @@ class Chat:
         end = text.rindex(tag)
         return text[:end] if text[end + 1 : end + 2] == " " else text[:end].rstrip()
 
-    def _source(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
-        for name in ("tool_use", "default") if tools else ("default",):
+    def source(self, with_tools: bool = False) -> str:
+        """The source of the template for conversations without tools, or of that with them; ValueError for neither."""
+        for name in ("tool_use", "default") if with_tools else ("default",):
             if name in self._sources:
                 return self._sources[name]
         raise ValueError(f"this model has chat templates, but none is the default: {', '.join(sorted(self._sources))}")
@@ -317,7 +324,7 @@ class Chat:
         variables: Mapping[str, Any],
     ) -> tuple[bool, ...]:
         """Which tokens stand for characters of the turns that are learned; TurnError where a turn cannot be found."""
-        source = self._source(tools)
+        source = self.source(bool(tools))
 
         def render(messages: Sequence[Message], prompt: bool, more: Mapping[str, Any] | None = None) -> str:
             return self._run(source, tools, prompt, "", {**variables, **(more or {})}, messages)

@@ -198,6 +198,16 @@ class Tokenizer:
             raise ValueError(f"token id {token_id} is outside the vocabulary of 0..{self.vocab_size - 1}")
         return self.codec.bytes_of_id[token_id]
 
+    def spelled_bytes(self, token_id: int) -> bytes:
+        """The bytes of a token, and for a special token those of its name."""
+        if not 0 <= token_id < self.vocab_size:
+            raise ValueError(f"token id {token_id} is outside the vocabulary of 0..{self.vocab_size - 1}")
+        return self._bytes_with_special[token_id]
+
+    def piece(self, token_id: int) -> str:
+        """A token as it is shown by itself: a special one by its name, bytes that are no whole character as U+FFFD."""
+        return self.spelled_bytes(token_id).decode("utf-8", errors="replace")
+
     def save(self, directory: Path | str) -> None:
         """Write tokenizer.json and tokenizer_config.json (and tokenizer.model) into a directory, made if need be.
 

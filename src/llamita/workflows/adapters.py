@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llamita.backend.interface import Backend
 from llamita.model.parameters import check_arrays, parameter_table
-from llamita.storage import files, model_directory, peft_directory
+from llamita.storage import calibration, files, model_directory, peft_directory
 from llamita.storage.peft_directory import Opened
 from llamita.workflows.quantize import carry_over
 
@@ -34,5 +34,6 @@ def merge(adapter: Path, output: Path, overwrite: bool, backend: Backend, base: 
     with files.atomic_directory(output, overwrite) as temporary:
         model_directory.save_config(temporary, config, next(iter(layout.values()))[0])
         carry_over(temporary, opened.directory, opened.base)
+        calibration.save(temporary, calibration.load(opened.directory))  # the base's is for another model
         model_directory.stream_tensors(temporary, layout, backend.merged_arrays(arrays, opened.adapter))
     return opened

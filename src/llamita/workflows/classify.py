@@ -19,12 +19,13 @@ from llamita.backend.objectives import Classification
 from llamita.data.batches import BatchIterator
 from llamita.data.labelled import Fields, LabelledTexts, absolute, read_labelled, read_mapping, validation_of
 from llamita.data.labelled_batches import EncodedTexts, Keep, LabelledRows, encode_texts, labelled_evaluation
+from llamita.evaluation.calibration import with_temperature
 from llamita.evaluation.classification import label_log_probabilities
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.parameters import CLASSIFIER, OUTPUT_HEAD, initial_values, parameter_table
 from llamita.model.quantization import SCALE
-from llamita.storage import model_directory, peft_directory
+from llamita.storage import calibration, model_directory, peft_directory
 from llamita.text.tokenizer import Tokenizer
 from llamita.training.config import MachineConfig, RunConfig, TrainingConfig
 from llamita.training.examples import Examples
@@ -239,6 +240,8 @@ class Classifier:
     config: ModelConfig
     tokenizer: Tokenizer
     runner: Runner
+    temperature: float = 1.0
+    """The number that the head's logits are divided by, from the model's `calibration.json`."""
 
     @classmethod
     def load(cls, model: Path, backend: Backend, dtype: str = "auto", device: str = "auto") -> Classifier:
@@ -258,7 +261,8 @@ class Classifier:
                 "runner.forward(tokens)"
             )
         tokenizer = Tokenizer.load(peft_directory.place_of(directory, *peft_directory.VOCABULARY))
-        return cls(directory, runner.config, tokenizer, runner)
+        temperature = calibration.load(directory).head_temperature(runner.config.labels, directory)
+        return cls(directory, runner.config, tokenizer, runner, temperature)
 
     @property
     def context(self) -> int:
@@ -274,5 +278,6 @@ class Classifier:
         return encode_texts(self.tokenizer, texts, self.context, self.keep, where)
 
     def log_probabilities(self, encoded: EncodedTexts) -> np.ndarray:
-        """log p of each label: float64 [n, labels]."""
-        return label_log_probabilities(self.runner, encoded.tokens, self.config.num_labels)
+        """log p of each label, calibrated where the model is: float64 [n, labels]."""
+        log_p = label_log_probabilities(self.runner, encoded.tokens, self.config.num_labels)
+        return with_temperature(log_p, self.temperature)

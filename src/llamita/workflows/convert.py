@@ -14,7 +14,8 @@ import numpy as np
 
 from llamita.backend.interface import Backend
 from llamita.model.config import ModelConfig
-from llamita.storage import files, model_directory, safetensors
+from llamita.storage import calibration, files, model_directory, safetensors
+from llamita.storage.calibration import Calibration
 from llamita.storage.formats import checkpoints, gguf, llama2c, llama2c_tokenizer
 from llamita.storage.formats.foreign import ForeignModel
 from llamita.storage.gguf_header import is_gguf
@@ -96,6 +97,8 @@ def convert(source: Path, destination: Path, config: ConvertConfig, tools: Tools
     keep = files.atomic_directory if config.to == "huggingface" else files.atomic_file
     with keep(destination, config.overwrite) as temporary:
         _write(temporary, model, config.to, tools, destination.stem)
+        if config.to == "huggingface":
+            calibration.save(temporary, _calibration(source))
         again = read_model(temporary, config, tools)[1]
         difference = compare(model, again, tools)
         if difference > TOLERANCES.get(config.to, 0.0):
@@ -106,7 +109,15 @@ def convert(source: Path, destination: Path, config: ConvertConfig, tools: Tools
         if config.tokenizer_output is not None and model.tokenizer is not None:
             with files.atomic_file(config.tokenizer_output, config.overwrite) as file:
                 llama2c_tokenizer.write(file, model.tokenizer)
+    if config.to.startswith("gguf-"):
+        calibration.save(destination, _calibration(source))
     return Conversion(kind, model.config, difference, model.tokenizer is not None)
+
+
+def _calibration(source: Path) -> Calibration:
+    """Returns the temperatures stored with a source that Llamita runs, none of any other."""
+    runs = is_gguf(source) or (not source.is_file() and not (source / "params.json").is_file())
+    return calibration.load(model_directory.resolve_model_directory(source)) if runs else Calibration()
 
 
 def read_model(source: Path, config: ConvertConfig, tools: Tools) -> tuple[str, ForeignModel]:

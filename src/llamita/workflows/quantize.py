@@ -14,7 +14,7 @@ from llamita.backend.interface import Backend
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.parameters import check_arrays, parameter_table, stored_arrays
-from llamita.storage import files, model_directory
+from llamita.storage import calibration, files, model_directory
 from llamita.storage.gguf_header import is_gguf
 from llamita.storage.safetensors import size_of
 from llamita.text.tokenizer import Tokenizer
@@ -56,6 +56,7 @@ def quantize(model: Path | str, output: Path, scheme: Scheme, overwrite: bool, b
     with files.atomic_directory(output, overwrite) as temporary:
         model_directory.save_config(temporary, result)
         carry_over(temporary, directory)
+        calibration.save(temporary, calibration.load(directory))
         model_directory.stream_tensors(temporary, layout, backend.quantize_arrays(result, _one_by_one(arrays, names)))
     before = sum(size_of(arrays[name].dtype, arrays[name].shape) for name in names)
     return Quantized(result, before, sum(array.stored_bytes for array in stored))

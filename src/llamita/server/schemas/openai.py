@@ -157,6 +157,8 @@ class Sampling(Body):
     stream_options: StreamOptions | None = None
     regex: str | None = Field(default=None, description="Write only what this regular expression matches as a whole.")
     choices: list[str] | None = Field(default=None, description="Write one of these texts.")
+    json_schema: dict[str, Any] | None = Field(default=None, description="Write only JSON that fits this schema.")
+    grammar: str | None = Field(default=None, description="Write only what this grammar allows: GBNF or Lark.")
     user: Annotated[str | None, Bookkeeping] = None
 
 
@@ -319,6 +321,7 @@ class ModelCard(Answer):
     created: int
     owned_by: str
     parent: str | None
+    aliases: list[str]
     max_model_len: int
     meta: ModelMeta
 
@@ -338,7 +341,9 @@ class EmbeddingRequest(Body):
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: None = Field(default=None, description="A model's own width is the only one.")
-    pooling: Literal["mean", "last"] | None = Field(default=None, description="Left out: mean, over all tokens.")
+    pooling: Literal["mean", "last"] | None = Field(
+        default=None, description="Over the states of all tokens, or the last token's; left out: as the server has it."
+    )
     user: Annotated[str | None, Bookkeeping] = None
 
 
@@ -391,20 +396,46 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    content: str | None = Field(default=None, description="Another name of `prompt`, as llama.cpp has it.")
+    content: str | None = Field(
+        default=None, description="Another name of `prompt`, as llama.cpp has it: left to itself, without BOS."
+    )
     messages: list[Message] | None = None
     tools: list[Tool] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
-    add_special_tokens: bool | None = Field(default=None, description="Begin a text with BOS; left out: as generation.")
+    add_special_tokens: bool | None = Field(
+        default=None, description="Begin a text with BOS; left out: as generation does."
+    )
+    add_special: bool | None = Field(default=None, description="Another name of `add_special_tokens`, as llama.cpp's.")
     return_token_strs: bool | None = None
+    with_pieces: bool | None = Field(default=None, description="Give each token with its text, as llama.cpp does.")
+
+
+class TokenPiece(Answer):
+    id: int
+    piece: str | list[int] = Field(description="The token's text, or its bytes where they are no text.")
 
 
 class TokenizeAnswer(Answer):
     count: int
     max_model_len: int
-    tokens: list[int]
+    tokens: list[int] | list[TokenPiece]
     token_strs: list[str] | None
+
+
+class TemplateRequest(Body):
+    """The body of POST /apply-template."""
+
+    messages: list[Message] = Field(min_length=1)
+    model: str | None = None
+    tools: list[Tool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+class TemplateAnswer(Answer):
+    prompt: str
 
 
 class DetokenizeRequest(Body):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from llamita.backend.interface import CacheLayout, Plan, SampleSpec, ScheduledChunk
+from llamita.backend.interface import CacheLayout, Plan, SampleSpec, ScheduledChunk, Target
 from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer import runner
 from llamita.backend.torch.infer.graphs import DecodeGraphs, sizes_up_to
@@ -132,7 +132,9 @@ def test_the_default_adapter_decodes_by_recorded_steps_and_another_does_not() ->
     memories = [one.allocate(layout, 2) for one in (recording, plain)]
     for position, names in enumerate(((None, None), ("a", None), (None, "b"))):
         chunks = tuple(
-            ScheduledChunk(i, (7 + i,), position, tables[i], (SampleSpec(GREEDY, 0, position + 1),), (3,), name)
+            ScheduledChunk(
+                i, (7 + i,), position, tables[i], (SampleSpec(GREEDY, 0, position + 1),), (Target(0, 3),), name
+            )
             for i, name in enumerate(names)
         )
         ours, theirs = (one.run(Plan(chunks), memory) for one, memory in zip((recording, plain), memories, strict=True))

@@ -19,25 +19,33 @@ import psutil
 
 from llamita.backend.interface import (
     CacheLayout,
+    Likeliest,
     Plan,
     SampledToken,
     SampleSpec,
     ScheduledChunk,
     StepResult,
+    WantedLogits,
     token_array,
 )
 from llamita.backend.mlx.devices import choose_device
 from llamita.backend.mlx.infer.adapters import adapters_of_rows
 from llamita.backend.mlx.infer.kv_cache import PagedKVCache, PagedStep
-from llamita.backend.mlx.infer.sampling import Sampler
+from llamita.backend.mlx.infer.sampling import Sampler, largest_first
 from llamita.backend.mlx.model import lora
 from llamita.backend.mlx.model.layers import Adapters
 from llamita.backend.mlx.model.llama import Llama
 from llamita.backend.mlx.model.quantized import QuantizedLinear
 from llamita.backend.mlx.model.weights import build_model, to_host_arrays
 from llamita.backend.opening import open_model
-from llamita.backend.runner import bytes_read_per_token, check_captured, with_adapter
-from llamita.backend.step_layout import States, StepLayout, rows_wanted, sample_chunks, score_chunks
+from llamita.backend.runner import (
+    adapter_named,
+    bytes_read_per_token,
+    layers_of_attention,
+    positions_of_logits,
+    with_adapter,
+)
+from llamita.backend.step_layout import Scores, States, StepLayout, rows_wanted, sample_chunks, score_chunks
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.lora import Adapter
@@ -139,14 +147,19 @@ class MlxRunner:
 
         return sample_chunks(chunks, draw)
 
-    def _score(self, chunks: Sequence[ScheduledChunk], states: States[mx.array]) -> list[tuple[float, ...]]:
-        """Returns the log-probabilities of each chunk's targets."""
+    def _score(self, chunks: Sequence[ScheduledChunk], states: States[mx.array]) -> list[Scores]:
+        """Returns what each chunk asks of its targets."""
 
-        def score(rows: range, targets: Sequence[int]) -> list[float]:
-            targets_R1 = mx.array(list(targets))[:, None]
-            logits_RV = self._logits(states, rows).astype(mx.float32)
-            scores_R = mx.take_along_axis(logits_RV, targets_R1, axis=-1)[:, 0] - mx.logsumexp(logits_RV, axis=-1)
-            return np.array(scores_R).tolist()
+        def score(rows: list[int], places: list[int], ids: list[int], top: int) -> tuple[list[float], list[Likeliest]]:
+            logits_RV, at = self._logits(states, rows).astype(mx.float32), mx.array(places)
+            totals_R = mx.logsumexp(logits_RV, axis=-1)
+            logprobs = np.array(logits_RV[at, mx.array(ids)] - totals_R[at]).tolist()
+            if not top:
+                return logprobs, []
+            ids_RK = largest_first(logits_RV, min(top, logits_RV.shape[1]))
+            values_RK = mx.take_along_axis(logits_RV, ids_RK, axis=-1) - totals_R[:, None]
+            pairs = zip(np.array(ids_RK).tolist(), np.array(values_RK).tolist(), strict=True)
+            return logprobs, [tuple(zip(row, values, strict=True)) for row, values in pairs]
 
         return score_chunks(chunks, score)
 
@@ -162,25 +175,42 @@ class MlxRunner:
         tokens_BT: Sequence[Sequence[int]] | np.ndarray,
         capture: Sequence[str] = (),
         adapter: str | None = None,
+        logits: WantedLogits = "all",
     ) -> dict[str, np.ndarray]:
-        """Returns logits of every position, and the residual stream at named places, as float32 arrays.
+        """Returns `logits` (B, T, V) and each place in `capture`, as float32 arrays.
 
-        They are `logits` (B, T, V) and each name in `capture` (B, T, D): `embedding`, `layers.0`, `layers.1`, ...,
-        `norm`. Nothing is cached. Raises ValueError for an unknown name, and for ids outside the vocabulary.
+        Places are the residual stream (B, T, D) at `embedding`, `layers.0`, `layers.1`, ..., `norm`, and the attention
+        probabilities (B, N, T, T) at `layers.0.attention`, .... `logits` "last" are those of the last position alone,
+        (B, 1, V); "none" leaves them out. Nothing is cached. ValueError for an unknown place, an adapter that is not
+        loaded, and ids outside the vocabulary.
         """
-        captured: dict[str, mx.array] = {}
+        attention_of, positions = layers_of_attention(capture, self.config), positions_of_logits(logits)
+        found: dict[str, mx.array] = {}
 
-        def trace(name: str, x_BTD: mx.array) -> None:
+        def trace(name: str, x: mx.array) -> None:
             if name in capture:
-                captured[name] = x_BTD
+                found[name] = x.astype(mx.float32)
 
         with mx.stream(self.device):
             tokens = mx.array(token_array(tokens_BT, self.config.vocab_size).astype(np.int32))
-            name = self.default if adapter is None else adapter
-            adapters = None if name is None else self._adapters[name]
-            logits_BTV = self.model(tokens, trace=trace, adapters=adapters).logits_BTV
-            check_captured(capture, captured)
-            return {name: np.array(x.astype(mx.float32)) for name, x in {**captured, "logits": logits_BTV}.items()}
+            adapters = self._whole_adapter(adapter)
+            hidden_BTD = self.model.hidden(tokens, trace=trace, adapters=adapters, attention_of=attention_of)
+            if positions is not None:
+                found["logits"] = self.model.logits(hidden_BTD[:, positions], adapters).astype(mx.float32)
+            mx.eval(hidden_BTD, found)
+            return {name: np.array(x) for name, x in found.items()}
+
+    def logit_lens(self, stream_BTD: np.ndarray, adapter: str | None = None) -> np.ndarray:
+        """Returns the logits (B, T, V) of states of the residual stream (B, T, D) as though they were the last layer's:
+        through the final norm and the output head."""
+        with mx.stream(self.device):
+            stream = mx.array(stream_BTD).astype(self.dtype)
+            logits_BTV = self.model.logits(self.model.model.norm(stream), self._whole_adapter(adapter))
+            return np.array(logits_BTV.astype(mx.float32))
+
+    def _whole_adapter(self, name: str | None) -> Adapters | None:
+        """Returns the adapter of a forward pass that all rows go through."""
+        return adapter_named(self._adapters, self.default if name is None else name)
 
 
 def hidden_states(

@@ -46,6 +46,22 @@ def attention(
     """
     *leading, N, T, H = query.shape
     K, S = key.shape[-3:-1]
+    weights = attention_weights(query, key, mask, causal, spec).astype(value.dtype)
+    if dropout:
+        weights = dropout(weights)
+    mixed = weights.reshape(*leading, K, N // K, T, S) @ mx.expand_dims(value, -3)
+    return mixed.reshape(*leading, N, T, H)
+
+
+def attention_weights(
+    query: mx.array, key: mx.array, mask: mx.array | None = None, causal: bool = False, spec: AttentionSpec = PLAIN
+) -> mx.array:
+    """Returns the probabilities (..., N, T, S), float32, with which each query of `attention` looks at each key.
+
+    A row sums to one, and is zero where the query may not look.
+    """
+    *leading, N, T, H = query.shape
+    K, S = key.shape[-3:-1]
     grouped = query.reshape(*leading, K, N // K, T, H)
     products = grouped @ mx.expand_dims(key, -3).swapaxes(-1, -2)  # (..., K, N/K, T, S)
     scores = products / math.sqrt(H) if spec.scale is None else products * spec.scale
@@ -56,11 +72,7 @@ def attention(
         scores = mx.where(causal_mask(T, S), scores, -math.inf)
     if mask is not None:
         scores = mx.where(mask, scores, -math.inf)
-    weights = softmax(scores).astype(value.dtype)
-    if dropout:
-        weights = dropout(weights)
-    mixed = weights.reshape(*leading, K, N // K, T, S) @ mx.expand_dims(value, -3)
-    return mixed.reshape(*leading, N, T, H)
+    return softmax(scores)
 
 
 def attention_fused(

@@ -8,8 +8,8 @@ Letters beyond the usual: E the pairs of a head that rotate, G heads of several 
 wanted.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -101,6 +101,9 @@ class Context:
     adapters: Adapters | None = None
     dtype: mx.Dtype | None = None
     """The type of products with weights that are not quantised; None for that of each weight."""
+    trace: Trace | None = None
+    attention_of: Collection[int] = ()
+    """The layers whose attention probabilities `trace` is shown."""
 
 
 class Attention(nn.Module):
@@ -134,6 +137,9 @@ class Attention(nn.Module):
         mask, causal = context.mask, context.causal
         if self.spec.window and context.window_mask is not None:
             mask, causal = context.window_mask, False
+        if context.trace and self.layer in context.attention_of:
+            q, k = q_BNTH.astype(mx.float32), k_BKTH.astype(mx.float32)
+            context.trace(f"layers.{self.layer}.attention", masks.attention_weights(q, k, mask, causal, self.spec))
         mixed_BNTH = self.attend(q_BNTH, k_BKTH, v_BKTH, mask, causal, context.dropout, self.spec)
         return self.o_proj(mixed_BNTH.swapaxes(1, 2).flatten(-2), context.adapters, context.dtype)
 
@@ -285,16 +291,22 @@ class Llama(nn.Module):
         adapters: Adapters | None = None,
         dtype: mx.Dtype | None = None,
         rows_R: mx.array | None = None,
+        attention_of: Collection[int] = (),
     ) -> mx.array:
         """Returns the hidden states of `__call__`, or of some rows, without logits; with `dropout`, for training.
 
-        Products with weights are in `dtype`, without one in the type of each weight; a `cache` comes without both.
+        Products with weights are in `dtype`, without one in the type of each weight; a `cache` comes without both. The
+        trace is also shown the attention probabilities (B, N, T, T) of the layers in `attention_of`, as
+        `layers.0.attention` and so on: float32, from the layer's own queries and keys. They come without a cache only.
         """
         if cache is None:
             context = self.context(tokens_BT, positions_BT, segments_BT, dropout, adapters, dtype)
+            if attention_of:
+                context = replace(context, trace=trace, attention_of=attention_of)
         else:
             assert positions_BT is None, "the cache knows the positions"
             assert segments_BT is None, "the cache keeps sequences apart"
+            assert not attention_of, "attention over a cache keeps no probabilities"
             context = Context(self.rotations(), cache.positions_1T, cache=cache, adapters=adapters)
         x_BTD = self.model.embed_tokens(tokens_BT)
         if self.config.embedding_multiplier != 1.0:  # rounded to the type of the embeddings first

@@ -21,17 +21,25 @@ from torch import Tensor
 from llamita.backend import processor
 from llamita.backend.interface import (
     CacheLayout,
+    Likeliest,
     Plan,
     SampledToken,
     SampleSpec,
     ScheduledChunk,
     StepResult,
+    WantedLogits,
     token_array,
 )
 from llamita.backend.opening import open_model
-from llamita.backend.runner import bytes_read_per_token, check_captured, with_adapter
+from llamita.backend.runner import (
+    adapter_named,
+    bytes_read_per_token,
+    layers_of_attention,
+    positions_of_logits,
+    with_adapter,
+)
 from llamita.backend.sampling import Steps, sampled_token
-from llamita.backend.step_layout import States, StepLayout, rows_wanted, sample_chunks, score_chunks
+from llamita.backend.step_layout import Scores, States, StepLayout, rows_wanted, sample_chunks, score_chunks
 from llamita.backend.torch.devices import choose_device, table_kernel
 from llamita.backend.torch.infer.adapters import adapters_of_rows, exact_adapter
 from llamita.backend.torch.infer.exact import exact_model
@@ -229,13 +237,18 @@ class TorchRunner:
 
         return sample_chunks(chunks, draw)
 
-    def _score(self, chunks: Sequence[ScheduledChunk], states: States[Tensor]) -> list[tuple[float, ...]]:
-        """Returns the log-probabilities of each chunk's targets."""
+    def _score(self, chunks: Sequence[ScheduledChunk], states: States[Tensor]) -> list[Scores]:
+        """Returns what each chunk asks of its targets."""
 
-        def score(rows: range, targets: Sequence[int]) -> list[float]:
-            targets_R1 = torch.tensor(targets, device=self.device)[:, None]
+        def score(rows: list[int], places: list[int], ids: list[int], top: int) -> tuple[list[float], list[Likeliest]]:
             logits_RV = self._logits(states, rows).float()
-            return (logits_RV.gather(1, targets_R1)[:, 0] - logits_RV.logsumexp(-1)).tolist()
+            totals_R = logits_RV.logsumexp(-1)
+            logprobs = (logits_RV[places, ids] - totals_R[places]).tolist()
+            if not top:
+                return logprobs, []
+            found = logits_RV.topk(min(top, logits_RV.shape[1]), dim=-1)
+            pairs = zip(found.indices.tolist(), (found.values - totals_R[:, None]).tolist(), strict=True)
+            return logprobs, [tuple(zip(row, values, strict=True)) for row, values in pairs]
 
         return score_chunks(chunks, score)
 
@@ -260,24 +273,39 @@ class TorchRunner:
         tokens_BT: Sequence[Sequence[int]] | np.ndarray,
         capture: Sequence[str] = (),
         adapter: str | None = None,
+        logits: WantedLogits = "all",
     ) -> dict[str, np.ndarray]:
-        """Returns logits of every position, and the residual stream at named places, as float32 arrays.
+        """Returns `logits` (B, T, V) and each place in `capture`, as float32 arrays.
 
-        They are `logits` (B, T, V) and each name in `capture` (B, T, D): `embedding`, `layers.0`, `layers.1`, ...,
-        `norm`. Nothing is cached. Raises ValueError for an unknown name, and for ids outside the vocabulary.
+        Places are the residual stream (B, T, D) at `embedding`, `layers.0`, `layers.1`, ..., `norm`, and the attention
+        probabilities (B, N, T, T) at `layers.0.attention`, .... `logits` "last" are those of the last position alone,
+        (B, 1, V); "none" leaves them out. Nothing is cached. ValueError for an unknown place, an adapter that is not
+        loaded, and ids outside the vocabulary.
         """
-        captured: dict[str, Tensor] = {}
+        attention_of, positions = layers_of_attention(capture, self.config), positions_of_logits(logits)
+        found: dict[str, np.ndarray] = {}
 
-        def trace(name: str, x_BTD: Tensor) -> None:
+        def trace(name: str, x: Tensor) -> None:
             if name in capture:
-                captured[name] = x_BTD
+                found[name] = x.float().cpu().numpy()
 
         tokens = torch.as_tensor(token_array(tokens_BT, self.config.vocab_size), device=self.device)
-        name = self.default if adapter is None else adapter
-        adapters = None if name is None else self._adapters[name]
-        logits_BTV = self.model(tokens, trace=trace, adapters=adapters).logits_BTV
-        check_captured(capture, captured)
-        return {name: x.float().cpu().numpy() for name, x in {**captured, "logits": logits_BTV}.items()}
+        adapters = self._whole_adapter(adapter)
+        hidden_BTD = self.model.hidden(tokens, trace=trace, adapters=adapters, attention_of=attention_of)
+        if positions is not None:
+            found["logits"] = self.model.logits(hidden_BTD[:, positions], adapters).float().cpu().numpy()
+        return found
+
+    @torch.inference_mode()
+    def logit_lens(self, stream_BTD: np.ndarray, adapter: str | None = None) -> np.ndarray:
+        """Returns the logits (B, T, V) of states of the residual stream (B, T, D) as though they were the last layer's:
+        through the final norm and the output head."""
+        stream = torch.tensor(stream_BTD, dtype=self.dtype, device=self.device)
+        return self.model.logits(self.model.model.norm(stream), self._whole_adapter(adapter)).float().cpu().numpy()
+
+    def _whole_adapter(self, name: str | None) -> Adapters | None:
+        """Returns the adapter of a forward pass that all rows go through."""
+        return adapter_named(self._adapters, self.default if name is None else name)
 
 
 def hidden_states(

@@ -38,6 +38,21 @@ def attention(
     `spec` has another scale than 1 / sqrt(H), and a soft cap on scores; its window is the mask's business. The softmax
     is taken in float32. Returns (..., N, T, H).
     """
+    N, K = query.shape[-3], key.shape[-3]
+    weights = attention_weights(query, key, mask, causal, spec).to(value.dtype)
+    if dropout:
+        weights = drop(weights, dropout)
+    mixed = weights.unflatten(-3, (K, N // K)) @ value.unsqueeze(-3)
+    return mixed.flatten(-4, -3)
+
+
+def attention_weights(
+    query: Tensor, key: Tensor, mask: Tensor | None = None, causal: bool = False, spec: AttentionSpec = PLAIN
+) -> Tensor:
+    """Returns the probabilities (..., N, T, S), float32, with which each query of `attention` looks at each key.
+
+    A row sums to one, and is zero where the query may not look.
+    """
     N, T, H = query.shape[-3:]
     K, S = key.shape[-3:-1]
     grouped = query.unflatten(-3, (K, N // K))  # (..., K, N/K, T, H)
@@ -47,11 +62,7 @@ def attention(
         scores = scores.masked_fill(~causal_mask(T, S, query.device), -math.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    weights = softmax(scores).to(value.dtype)
-    if dropout:
-        weights = drop(weights, dropout)
-    mixed = weights.unflatten(-3, (K, N // K)) @ value.unsqueeze(-3)
-    return mixed.flatten(-4, -3)
+    return softmax(scores)
 
 
 def attention_fused(

@@ -7,8 +7,8 @@ Letters beyond the usual: E the pairs of a head that rotate, G heads of several 
 wanted.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -121,6 +121,9 @@ class Context:
     cache: CacheStep | None = None
     training: bool = False
     adapters: Adapters | None = None
+    trace: Trace | None = None
+    attention_of: Collection[int] = ()
+    """The layers whose attention probabilities `trace` is shown."""
 
 
 class Attention(nn.Module):
@@ -156,6 +159,9 @@ class Attention(nn.Module):
         mask, causal = context.mask, context.causal
         if self.spec.window and context.window_mask is not None:
             mask, causal = context.window_mask, False
+        if context.trace and self.layer in context.attention_of:
+            weights_BNTT = masks.attention_weights(q_BNTH.float(), k_BKTH.float(), mask, causal, self.spec)
+            context.trace(f"layers.{self.layer}.attention", weights_BNTT)
         mixed_BNTH = self.attend(q_BNTH, k_BKTH, v_BKTH, mask, causal, dropout, self.spec)
         return self.o_proj(mixed_BNTH.transpose(1, 2).flatten(-2), context.adapters)
 
@@ -323,13 +329,21 @@ class Llama(nn.Module):
         training: bool = False,
         adapters: Adapters | None = None,
         rows_R: Tensor | None = None,
+        attention_of: Collection[int] = (),
     ) -> Tensor:
-        """Returns the hidden states of `forward`, or of some rows, without the product with the output head."""
+        """Returns the hidden states of `forward`, or of some rows, without the product with the output head.
+
+        The trace is also shown the attention probabilities (B, N, T, T) of the layers in `attention_of`, as
+        `layers.0.attention` and so on: float32, from the layer's own queries and keys. They come without a cache only.
+        """
         if cache is None:
             context = self.context(tokens_BT, positions_BT, segments_BT, training, adapters)
+            if attention_of:
+                context = replace(context, trace=trace, attention_of=attention_of)
         else:
             assert positions_BT is None, "the cache knows the positions"
             assert segments_BT is None, "the cache keeps sequences apart"
+            assert not attention_of, "attention over a cache keeps no probabilities"
             rotations = tuple(rope.at(cache.positions_1T, cache.longest) for rope in self.ropes)
             context = Context(rotations, cache=cache, adapters=adapters)
         x_BTD = self.embedded(tokens_BT)
