@@ -1,5 +1,6 @@
 """The application: all endpoints over one model, and the form of every error."""
 
+import functools
 from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from llamita.server import (
     responses,
     texts,
 )
+from llamita.server.description import describe
 from llamita.server.errors import ApiError, ClientGoneError
 from llamita.server.gate import Gate
 from llamita.server.model import ServedModel
@@ -64,6 +66,7 @@ def create_app(
     for module in (chat_completions, completions, responses, messages, texts, decisions, look_inside, information):
         app.include_router(module.router(serving))
     app.include_router(page_routes.router())
+    app.openapi = functools.cache(lambda: describe(app))  # type: ignore[method-assign]
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientGoneError, _gone)
@@ -93,16 +96,23 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 def _field_path(location: Sequence[str | int], body: Any, missing: bool) -> str:
     """Returns the path of a field as it stands in the body: a location names the forms of a union beside it."""
-    path, value = [], body
-    for number, part in enumerate(location):
-        is_last = number == len(location) - 1
+
+    def walked(place: int, value: Any) -> tuple[bool, list[str]]:
+        """Whether the location's last part was reached, and the parts that stand in the body."""
+        if place == len(location):
+            return False, []
+        part, is_last = location[place], place == len(location) - 1
+        skipped = walked(place + 1, value)
         if isinstance(value, dict) and (part in value or (missing and is_last)):
-            path.append(str(part))
-            value = value.get(part)
+            reached, path = walked(place + 1, value.get(part))
         elif isinstance(value, list) and isinstance(part, int) and part < len(value):
-            path.append(str(part))
-            value = value[part]
-    return ".".join(path)
+            reached, path = walked(place + 1, value[part])
+        else:
+            return skipped
+        # A form may have the name of a field that stands beside the one at fault.
+        return max((reached or is_last, [str(part), *path]), skipped, key=lambda found: (found[0], len(found[1])))
+
+    return ".".join(walked(0, body)[1])
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
