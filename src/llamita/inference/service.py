@@ -31,6 +31,33 @@ Sink = Callable[[Sequence[Outcome]], object]
 T = TypeVar("T")
 
 
+class _Mailbox:
+    """Brings what the engine's thread hands out into an event loop, all of a step in one wake-up of the loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._letters: deque[tuple[Callable[[int, Sequence[Outcome]], None], int, Sequence[Outcome]]] = deque()
+        self._woken = False
+
+    def put(self, take: Callable[[int, Sequence[Outcome]], None], place: int, share: Sequence[Outcome]) -> None:
+        """Lets the loop call `take(place, share)`; RuntimeError where the loop is closed."""
+        self._letters.append((take, place, share))
+        if not self._woken:
+            self._woken = True
+            try:
+                self.loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:
+                self._woken = False
+                self._letters.clear()
+                raise
+
+    def _deliver(self) -> None:
+        self._woken = False  # before the letters are read: one that comes meanwhile wakes the loop again
+        while self._letters:
+            take, place, share = self._letters.popleft()
+            take(place, share)
+
+
 class Service:
     """Serves an engine to threads and to asyncio, all at once.
 
@@ -49,6 +76,7 @@ class Service:
         self._background: set[int] = set()  # open requests, and calls, that the worker steps for
         self._worker: threading.Thread | None = None
         self._closed = False
+        self._mailbox: _Mailbox | None = None  # of the event loop that asked last
         self._step_begun: float | None = None
         self.failure = ""
         """What came out of a step that the engine did not contain; its state is not to be trusted from then on."""
@@ -132,7 +160,7 @@ class Service:
         Ends when all have ended; one that fails raises, which ends the others. `buffer` is as in `follow_async`, for
         all of them together.
         """
-        loop = asyncio.get_running_loop()
+        mailbox = self._mailbox_of(asyncio.get_running_loop())
         waiting: list[tuple[int, Outcome]] = []
         arrived = asyncio.Event()
 
@@ -145,7 +173,7 @@ class Service:
             arrived.set()
 
         def sink_of(place: int) -> Sink:
-            return lambda share: loop.call_soon_threadsafe(take, place, share)
+            return lambda share: mailbox.put(take, place, share)
 
         remaining = sum(request.params.n for request in requests)
         try:
@@ -227,18 +255,24 @@ class Service:
                 self._calls = deque(entry for entry in self._calls if entry[0] != number)
                 self._changed.notify_all()
 
-    def close(self) -> None:
-        """Ends all open requests with an error, and the worker; returns once its last step is over."""
+    def close(self, seconds: float | None = None) -> bool:
+        """Ends all open requests with an error, and the worker; returns once its last step is over.
+
+        `seconds` is how long that step may take: where it hangs, it is left alone, and False is returned.
+        """
         with self._changed:
             self._closed = True
             worker = self._worker
             self._changed.notify_all()
+            if not self._changed.wait_for(lambda: not self._stepping, seconds):
+                atexit.unregister(self.close)  # nor does the interpreter wait for it
+                return False
         if worker is not None and worker is not threading.current_thread():
             worker.join()
         with self._changed:
-            while self._stepping:
-                self._changed.wait()
+            self._changed.wait_for(lambda: not self._stepping)  # another thread's, begun before it knew
             self._fail_all(RuntimeError("this model was closed while it wrote"))
+        return True
 
     # --- the engine's turn -------------------------------------------------------------------------------------------
 
@@ -251,6 +285,11 @@ class Service:
             if background:
                 self._wake_worker(request.id)
             self._changed.notify_all()
+
+    def _mailbox_of(self, loop: asyncio.AbstractEventLoop) -> _Mailbox:
+        if self._mailbox is None or self._mailbox.loop is not loop:
+            self._mailbox = _Mailbox(loop)
+        return self._mailbox
 
     def _refuse_when_closed(self) -> None:
         if self._closed:
@@ -290,6 +329,7 @@ class Service:
             finally:
                 with self._changed:
                     self._stepping = False
+                    self._carry_out_orders()  # an end that came during the step: there may be no further one
                     self._changed.notify_all()
 
     def _work(self) -> None:

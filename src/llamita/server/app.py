@@ -1,5 +1,6 @@
 """The application: all endpoints over one model, and the form of every error."""
 
+import functools
 from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from llamita.server import (
     responses,
     texts,
 )
+from llamita.server.description import describe
 from llamita.server.errors import ApiError, ClientGoneError
 from llamita.server.gate import Gate
 from llamita.server.model import ServedModel
@@ -48,7 +50,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         yield
-        model.close()
+        serving.close()
 
     app = FastAPI(
         title="Llamita",
@@ -64,6 +66,7 @@ def create_app(
     for module in (chat_completions, completions, responses, messages, texts, decisions, look_inside, information):
         app.include_router(module.router(serving))
     app.include_router(page_routes.router())
+    app.openapi = functools.cache(lambda: describe(app))  # type: ignore[method-assign]
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientGoneError, _gone)
@@ -92,25 +95,24 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 
 def _field_path(location: Sequence[str | int], body: Any, missing: bool) -> str:
-    """Returns the path of a field as it stands in the body: a location names the forms of a union beside it.
+    """Returns the path of a field as it stands in the body: a location names the forms of a union beside it."""
 
-    Such a name may be a key's too, so each part may be left out; the longest path that the body has is meant.
-    """
-
-    def longest(number: int, value: Any) -> list[str]:
-        if number == len(location):
-            return []
-        part, is_last = location[number], number == len(location) - 1
-        left_out = longest(number + 1, value)
+    def walked(place: int, value: Any) -> tuple[bool, list[str]]:
+        """Whether the location's last part was reached, and the parts that stand in the body."""
+        if place == len(location):
+            return False, []
+        part, is_last = location[place], place == len(location) - 1
+        skipped = walked(place + 1, value)
         if isinstance(value, dict) and (part in value or (missing and is_last)):
-            taken = [str(part), *longest(number + 1, value.get(part))]
+            reached, path = walked(place + 1, value.get(part))
         elif isinstance(value, list) and isinstance(part, int) and part < len(value):
-            taken = [str(part), *longest(number + 1, value[part])]
+            reached, path = walked(place + 1, value[part])
         else:
-            return left_out
-        return taken if len(taken) > len(left_out) else left_out
+            return skipped
+        # A form may have the name of a field that stands beside the one at fault.
+        return max((reached or is_last, [str(part), *path]), skipped, key=lambda found: (found[0], len(found[1])))
 
-    return ".".join(longest(0, body))
+    return ".".join(walked(0, body)[1])
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

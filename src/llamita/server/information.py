@@ -3,7 +3,7 @@
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from llamita.model.sizes import count_parameters
 from llamita.server import metrics, wording
@@ -53,7 +53,7 @@ def router(serving: Serving) -> APIRouter:
             raise ApiError(503, serving.fault, code="unavailable")
         return {"status": "ok"}
 
-    @routes.get("/metrics", tags=["operation"])
+    @routes.get("/metrics", tags=["operation"], response_class=PlainTextResponse)
     async def read_metrics() -> Response:
         """Gives all counts and times in Prometheus's text form."""
         return Response(serving.metrics.text(), media_type=metrics.TYPE)

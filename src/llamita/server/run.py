@@ -5,6 +5,7 @@ import contextlib
 import ipaddress
 import json
 import logging
+import math
 import signal
 import socket
 import sys
@@ -19,18 +20,43 @@ from llamita.server.connections import make_protocol
 from llamita.server.serving import Serving
 from llamita.server.settings import ServerLimits
 
+GRACE_SECONDS = 5
+"""Seconds that clients have to read how their requests ended, at the end of a server."""
+LOG = logging.getLogger("llamita.server")
+
 
 class DrainingServer(uvicorn.Server):
-    """Takes no further request from the first signal on, and lets those under way end until the deadline."""
+    """Takes no further request from the first signal on, and lets those under way end until the deadline.
+
+    `failure` says, once it has ended, what did not end as it should.
+    """
 
     def __init__(self, config: uvicorn.Config, serving: Serving, ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._serving, self._ready = serving, ready
+        self.failure = ""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._serving.admission.draining = True
+        seconds = self._serving.limits.drain_seconds
+        deadline = asyncio.get_running_loop().call_later(seconds, self._end_requests)
+        await super().shutdown(sockets)
+        deadline.cancel()
+        if self._serving.hangs:
+            self.failure = "a step of the engine hangs, and was left"
+        if self.failure:
+            LOG.error(self.failure)
+
+    def _end_requests(self) -> None:
+        unfinished = self._serving.end()
+        if unfinished:
+            seconds = self._serving.limits.drain_seconds
+            self.failure = f"{unfinished} requests had not ended {seconds:g} seconds after the signal"
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._serving.admission.draining = True
@@ -53,13 +79,13 @@ class DrainingServer(uvicorn.Server):
 def serve(app: FastAPI, listener: socket.socket, ready: Callable[[str], None]) -> int:
     """Serves at a bound socket until a signal; calls `ready` with the address once requests are answered.
 
-    Returns the exit status.
+    Returns the exit status: 1 where requests, or a step of the engine, had to be left unfinished.
     """
     address = address_of(listener)
     server = make_server(app, lambda: ready(address))
     with listener, asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         runner.run(server.serve(sockets=[listener]))
-    return 0 if server.started else 1
+    return 0 if server.started and not server.failure else 1
 
 
 def make_server(app: FastAPI, ready: Callable[[], None]) -> DrainingServer:
@@ -76,8 +102,8 @@ def make_server(app: FastAPI, ready: Callable[[], None]) -> DrainingServer:
         server_header=False,
         proxy_headers=False,
         backlog=limits.max_connections,
-        timeout_keep_alive=int(limits.idle_seconds),
-        timeout_graceful_shutdown=int(limits.drain_seconds),
+        timeout_keep_alive=math.ceil(limits.idle_seconds),
+        timeout_graceful_shutdown=math.ceil(limits.drain_seconds) + GRACE_SECONDS,
         h11_max_incomplete_event_size=limits.max_header_bytes,
     )
     return DrainingServer(config, app.state.serving, ready)

@@ -21,6 +21,8 @@ from llamita.server.model import ServedModel
 from llamita.server.sampling import field_at_fault
 from llamita.server.settings import ServerLimits
 
+CLOSE_SECONDS = 5.0
+"""Seconds that the engine's last step may take when the server ends."""
 Batch = list[tuple[int, TokenEvent]]
 """Events that came at once, each with the place of its request."""
 T = TypeVar("T")
@@ -48,7 +50,7 @@ class Job:
         try:
             async with contextlib.aclosing(batches):
                 while self._ended < wanted:
-                    async with asyncio.timeout_at(asyncio.get_running_loop().time() + deadline - time.monotonic()):
+                    async with serving.until(deadline):
                         batch = await anext(batches)
                     now = time.monotonic()
                     for place, event in batch:
@@ -56,10 +58,6 @@ class Job:
                         if event.finish_reason == "error":
                             raise _engine_error(event.error, self.requests[place])
                     yield batch
-        except TimeoutError:
-            metrics.rejected.labels("deadline").inc()
-            message = f"the request took longer than the {limits.request_seconds:g} seconds that are allowed"
-            raise ApiError(504, message, code="deadline_exceeded") from None
         except RuntimeError as error:  # a reader that lags, an engine that failed or was closed
             code = "engine_error" if serving.model.fault else "ended"
             raise ApiError(503, str(error), code=code) from None
@@ -93,6 +91,9 @@ class Serving:
         running = engine.config.max_sequences if engine is not None else 1
         self.admission = Admission(running, limits.max_queued_requests, limits.max_queued_tokens)
         self.metrics = Metrics(engine, self._waiting, lambda: self.admission.queued_tokens)
+        self.hangs = False
+        self._ended = False
+        self._waits: set[asyncio.Timeout] = set()
 
     @contextlib.asynccontextmanager
     async def job(self, prepare: Callable[[], Sequence[Request]]) -> AsyncGenerator[Job]:
@@ -113,10 +114,8 @@ class Serving:
         with self.place():
             call = await self.prepared(prepare)
             try:
-                async with asyncio.timeout(self.limits.request_seconds):
+                async with self.until(time.monotonic() + self.limits.request_seconds):
                     return await self.model.call(call)
-            except TimeoutError:
-                raise ApiError(504, "the request took too long", code="deadline_exceeded") from None
             except ValueError as error:
                 raise ApiError(400, _line(error)) from None
 
@@ -129,6 +128,35 @@ class Serving:
         except ValueError as error:
             message = _line(error)
             raise ApiError(400, message, param=field_at_fault(message), code="invalid_value") from None
+
+    @contextlib.asynccontextmanager
+    async def until(self, deadline: float) -> AsyncGenerator[None]:
+        """Ends what is awaited in it with an `ApiError` at a time of the monotonic clock, or when the server ends."""
+        try:
+            async with asyncio.timeout(0 if self._ended else deadline - time.monotonic()) as wait:
+                self._waits.add(wait)
+                try:
+                    yield
+                finally:
+                    self._waits.discard(wait)
+        except TimeoutError:
+            if self._ended:
+                raise ApiError(503, "the server ended before the answer did", code="ended") from None
+            self.metrics.rejected.labels("deadline").inc()
+            message = f"the request took longer than the {self.limits.request_seconds:g} seconds that are allowed"
+            raise ApiError(504, message, code="deadline_exceeded") from None
+
+    def end(self) -> int:
+        """Ends all requests that are still open with an error; returns their number."""
+        self._ended = True
+        for wait in self._waits:
+            if not wait.expired():
+                wait.reschedule(asyncio.get_running_loop().time())
+        return self.admission.open_requests
+
+    def close(self) -> None:
+        """Ends the engine's thread; `hangs` says whether its last step went on for CLOSE_SECONDS and was left."""
+        self.hangs = self.model.llm is not None and not self.model.llm.service.close(CLOSE_SECONDS)
 
     @property
     def fault(self) -> str:
