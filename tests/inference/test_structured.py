@@ -1,5 +1,6 @@
 """Structured output: any choice among the allowed tokens gives text of the form asked for, as others judge it."""
 
+import functools
 import json
 import random
 import re
@@ -199,6 +200,17 @@ def test_the_end_may_come_exactly_where_the_text_may_end(tok: Tokenizer, extra: 
     assert ids_in(matcher.allowed()) == sorted(set(ends))
 
 
+@pytest.mark.parametrize("has_end", [True, False])
+def test_stop_tokens_may_come_exactly_where_the_text_may_end(tok: Tokenizer, has_end: bool) -> None:
+    grammars = Grammars(tok, tok.vocab_size, [tok.eos_id] if has_end else [])
+    matcher = grammars.matcher(SamplingParams(regex="a|ab", stop_token_ids=(tok.bos_id, tok.vocab_size - 1)))
+    stops = {tok.bos_id, tok.vocab_size - 1}
+    assert not stops & set(ids_in(matcher.allowed()))
+    matcher.accept([i for i in range(3, tok.vocab_size) if tok.token_bytes(i) == b"a"][-1])
+    assert stops < set(ids_in(matcher.allowed()))
+    assert (tok.eos_id in ids_in(matcher.allowed())) == has_end
+
+
 @pytest.mark.parametrize("extra", [0, 1, 64])
 def test_a_model_without_an_end_token_can_be_followed(tok: Tokenizer, extra: int) -> None:
     size = tok.vocab_size + extra
@@ -322,6 +334,14 @@ def test_compiling_again_is_cheap(grammars: Grammars) -> None:
         ("json_schema", json.dumps({"allOf": [{"anyOf": [{"properties": {f"{x}{i}": {"type": "integer"}},
                                                           "required": [f"{x}{i}"]} for x in "ab"]}
                                               for i in range(14)]}), "too large"),
+        ("json_schema", json.dumps({"allOf": [{"type": "string", "pattern": f".*{i}.*"} for i in range(60)]}),
+         "60 patterns"),
+        ("json_schema", json.dumps(functools.reduce(lambda inner, i: {"pattern": f".*{i}.*", "anyOf": [inner]},
+                                                    range(30), {})), "30 patterns"),
+        ("json_schema", '{"type": "number", "multipleOf": 111546435}', "multiples of 111546435"),
+        ("json_schema", '{"type": "number", "multipleOf": 9.99983}', "multiples of 999983"),
+        ("json_schema", json.dumps({"properties": {str(i): {"multipleOf": 9973} for i in range(90)}}), "multiples of"),
+        ("json_schema", json.dumps({"allOf": [{"multipleOf": prime} for prime in (3, 5, 7, 11, 13, 17)]}), "255255"),
     ],
     ids=lambda value: str(value)[:30].encode("ascii", "replace").decode(),
 )  # fmt: skip
@@ -335,6 +355,23 @@ def test_what_is_broken_or_too_expensive_is_refused_in_a_line_and_soon(
     assert field in str(error.value)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 400
+
+
+def test_patterns_and_multiples_of_ordinary_schemas_are_compiled(grammars: Grammars) -> None:
+    text = {"type": "string", "pattern": "^[a-z]+$"}
+    for schema in (
+        {"type": "object", "properties": {f"p{i}": text for i in range(40)}},
+        {"$defs": {"t": text}, "properties": {f"p{i}": {"$ref": "#/$defs/t", "description": "x"} for i in range(40)}},
+        {"allOf": [text, {"minLength": 2}]},
+        {"type": "number", "multipleOf": 0.01},
+        {
+            "properties": {
+                "price": {"type": "number", "multipleOf": 0.01},
+                "size": {"type": "integer", "multipleOf": 250},
+            }
+        },
+    ):
+        assert not grammars.matcher(SamplingParams(json_schema=json.dumps(schema))).error
 
 
 @pytest.mark.parametrize(

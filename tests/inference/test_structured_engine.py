@@ -54,6 +54,20 @@ def test_continuations_and_least_lengths_keep_the_form(exact: LLM) -> None:
         assert one.finish_reason == "stop"
 
 
+def test_a_stop_token_ends_a_text_where_its_form_may_end(exact: LLM) -> None:
+    assert exact.tokenizer is not None
+    bos = exact.tokenizer.bos_id
+    params = SamplingParams(regex="(The fox )*sat", stop_token_ids=(bos,), logit_bias={bos: 50}, seed=1)
+    found = exact.generate("The fox", params)
+    assert re.fullmatch("(The fox )*sat", found.text)
+    assert found.finish_reason == "stop"
+    open_end = SamplingParams(regex="x+", stop_token_ids=(bos,), logit_bias={bos: 50}, seed=1)
+    found = exact.generate("The fox", open_end)
+    assert re.fullmatch("x+", found.text)
+    assert found.token_ids[-1] == bos
+    assert found.finish_reason == "stop"
+
+
 def test_a_broken_form_is_refused_before_the_first_event(exact: LLM) -> None:
     for broken, message in (({"json_schema": "{"}, "json_schema is not JSON"), ({"regex": "("}, "regex is not")):
         with pytest.raises(ValueError, match=message):

@@ -126,7 +126,7 @@ class Sequence:
 
     def take(self, token: SampledToken) -> TokenEvent:
         """Takes in a sampled token and returns its event, with the text that is certain and the end of the sequence."""
-        if self.matcher is not None:
+        if self.matcher is not None and token.token_id not in self.params.stop_token_ids:
             self.matcher.accept(token.token_id)
         self.tokens.append(token.token_id)
         self.statistics.generated_tokens += 1

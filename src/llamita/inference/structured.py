@@ -8,9 +8,12 @@ nothing of tensors or of who is served.
 
 import functools
 import json
+import math
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -24,7 +27,17 @@ LONGEST_SCHEMA = 1 << 16  # characters
 LONGEST_REGEX = 1 << 12
 LONGEST_CHOICES = 1 << 16  # characters of all choices together
 LONGEST_GRAMMAR = 1 << 16
+MOST_INTERSECTED = 8
+"""Most patterns of a schema that combines schemas: the time to intersect them doubles with each."""
+LARGEST_MULTIPLE = 10_000
+"""Largest `multipleOf`, without its decimal point and trailing zeros, and largest sum of them: an expression for the
+multiples of n has n states. Where schemas are combined, their least common multiple counts."""
+ANNOTATIONS = frozenset(
+    ("title", "description", "default", "examples", "deprecated", "$comment", "$defs", "definitions", "$schema", "$id")
+)
 COMPILED_KEPT = 64
+BROKEN = "the grammar cannot be followed further"
+"""How the reason begins why a text was ended that had become too expensive to restrict."""
 WHITESPACE = r"[ \n]?[ ]{0,16}"
 """White space allowed between the parts of a JSON text; without a limit, some models write blanks without end."""
 LARK = re.compile(r"\s*(%llguidance\b|start\s*:(?!:=))")
@@ -40,10 +53,15 @@ LIMITS = LLParserLimits(
 
 
 class Matcher:
-    """Follows one continuation: knows the tokens that may come next after those accepted."""
+    """Follows one continuation: knows the tokens that may come next after those accepted.
 
-    def __init__(self, matcher: LLMatcher, vocabulary: "Vocabulary", executor: LLExecutor) -> None:
-        self._matcher, self._vocabulary, self._executor = matcher, vocabulary, executor
+    `stops` are tokens that end a text besides those of the vocabulary; they are allowed where those are.
+    """
+
+    def __init__(
+        self, matcher: LLMatcher, vocabulary: "Vocabulary", executor: LLExecutor, stops: Sequence[int] = ()
+    ) -> None:
+        self._matcher, self._vocabulary, self._executor, self._stops = matcher, vocabulary, executor, stops
 
     def allowed(self) -> np.ndarray:
         """Returns the mask as int32 words: bit i % 32 of word i // 32 says whether token i may come.
@@ -57,7 +75,7 @@ class Matcher:
         return mask
 
     def accept(self, token_id: int) -> None:
-        """Accepts a token. Raises ValueError where it may not come; the matcher is then unchanged."""
+        """Accepts a token, none of `stops`. Raises ValueError where it may not come; the matcher is then unchanged."""
         if not 0 <= token_id < self._vocabulary.model_size or self._matcher.try_consume_tokens([token_id]) != 1:
             raise ValueError(self.error or f"token {token_id} may not come here: the grammar of the request forbids it")
 
@@ -74,11 +92,7 @@ class Matcher:
     @property
     def error(self) -> str:
         """The reason why the grammar can be followed no further, in one line; empty where it can."""
-        return (
-            f"the grammar cannot be followed further: {_line(self._matcher.get_error())}"
-            if self._matcher.is_error()
-            else ""
-        )
+        return f"{BROKEN}: {_line(self._matcher.get_error())}" if self._matcher.is_error() else ""
 
 
 def fill(matchers: Sequence[Matcher]) -> list[np.ndarray]:
@@ -92,6 +106,9 @@ def fill(matchers: Sequence[Matcher]) -> list[np.ndarray]:
     for row, matcher in enumerate(matchers):
         if matcher._matcher.is_error():
             words[row] = 0
+        elif matcher._stops and vocabulary.allows_end(words[row]):
+            for token_id in matcher._stops:
+                words.view(np.uint32)[row, token_id // 32] |= np.uint32(1 << (token_id % 32))
     return list(vocabulary.cut(words))
 
 
@@ -122,7 +139,7 @@ class Grammars:
         else:
             assert params.choices, "the request asks for no structure"
             start = self._compiled("choices", params.choices)
-        return Matcher(start.deep_copy(), self._vocabulary, self._executor)
+        return Matcher(start.deep_copy(), self._vocabulary, self._executor, params.stop_token_ids)
 
     def _compile(self, kind: str, asked: str | tuple[str, ...]) -> LLMatcher:
         matcher = LLMatcher(self._vocabulary.tokenizer, _grammar(kind, asked), log_level=0, limits=LIMITS)
@@ -148,13 +165,18 @@ class Vocabulary:
         self.model_size, self._ours = vocab_size, tokenizer
         self._eos = sorted(eos for eos in set(eos_token_ids) if 0 <= eos < vocab_size)
         self.size = vocab_size if self._eos else vocab_size + 1
+        self._ends = self._eos or [self.model_size]
         self.words = (self.size + 31) // 32
+
+    def allows_end(self, words: np.ndarray) -> bool:
+        """Whether the text may end, by a mask that has not been cut."""
+        return bool(words.view(np.uint32)[self._ends[0] // 32] >> np.uint32(self._ends[0] % 32) & 1)
 
     @functools.cached_property
     def tokenizer(self) -> LLTokenizer:
         known = min(self._ours.vocab_size, self.model_size)
         tokens = [self._ours.token_bytes(i) for i in range(known)] + [b""] * (self.size - known)
-        ends = self._eos or [self.model_size]
+        ends = self._ends
         for token_id in ends:
             tokens[token_id] = b""
         control = [i for i in range(known) if not tokens[i] and i not in ends and self._ours.spelled_bytes(i)]
@@ -255,6 +277,39 @@ def _check_schema(text: str) -> None:
         raise ValueError(f"json_schema is not JSON: {fault}") from None
     if not isinstance(schema, dict):
         raise ValueError(f"json_schema must be a JSON object, not {type(schema).__name__}; {{}} allows any JSON")
+    _check_cost(schema)
+
+
+def _check_cost(schema: dict[str, Any]) -> None:
+    """Raises ValueError for a schema whose compilation would take time without bounds, which the limits of llguidance
+    do not cover: many patterns, or multiples of large numbers, to be intersected."""
+    combines, patterns = False, 0
+    multiples: list[int] = []
+    waiting: list[Any] = [schema]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, list):
+            waiting += part
+        if not isinstance(part, dict):
+            continue
+        waiting += part.values()
+        choosing = sum(key in part for key in ("$ref", "anyOf", "oneOf"))
+        combines |= "allOf" in part or bool(choosing and len(part.keys() - ANNOTATIONS) > 1)
+        patterns += sum(isinstance(part.get(key), str) for key in ("pattern", "format"))
+        value = part.get("multipleOf")
+        if isinstance(value, int | float) and value > 0 and math.isfinite(value):
+            digits = Decimal(repr(value)).as_tuple().digits
+            multiples.append(int("".join(map(str, digits)).rstrip("0") or 1))
+    if combines and patterns > MOST_INTERSECTED:
+        raise ValueError(
+            f"json_schema has {patterns} patterns and formats in schemas that are combined; give at most "
+            f"{MOST_INTERSECTED}, or do without allOf and keywords beside $ref and anyOf"
+        )
+    size = math.lcm(*multiples) if combines else sum(multiples)
+    if size > LARGEST_MULTIPLE:
+        raise ValueError(
+            f"json_schema asks for multiples of {size} (multipleOf, all together); at most {LARGEST_MULTIPLE}"
+        )
 
 
 def _line(message: str) -> str:

@@ -57,6 +57,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         separate_input_output_schemas=False,
     )
     app.state.limits, app.state.serving = limits, serving
@@ -78,10 +79,11 @@ async def _invalid(request: Request, error: Exception) -> Response:
     """Answers a body of another form with 400 that names the first field at fault."""
     assert isinstance(error, RequestValidationError)
     faults = error.errors()
+    if [fault["loc"] for fault in faults] == [("body",)] and faults[0]["type"] == "missing":
+        return _answer(request, ApiError(400, "the body is empty; expected a JSON object", code="invalid_json"))
     # Of the forms that a field may have, the one that came closest has the longest path.
     fault = max(faults, key=lambda fault: len(fault["loc"])) if faults else {"loc": ("body",), "msg": "no body"}
-    parts = [str(part) for part in fault["loc"] if part not in ("body", "query", "path")]
-    named = _field_path(parts)
+    named = _field_path(fault["loc"][1:], error.body, missing=fault["type"] == "missing")
     param = named or None
     shown = f"{named}: {fault['msg']}" if named else str(fault["msg"])
     if "input" in fault and isinstance(fault["input"], str | int | float | bool):
@@ -89,16 +91,18 @@ async def _invalid(request: Request, error: Exception) -> Response:
     return _answer(request, ApiError(400, " ".join(shown.split()), param=param, code="invalid_value"))
 
 
-def _field_path(parts: Sequence[str]) -> str:
-    """Returns the path of a field without the names that pydantic gives to the forms of a union."""
-    return ".".join(
-        part
-        for part in parts
-        if part.isdigit() or (part.isidentifier() and not part[:1].isupper() and part not in KINDS)
-    )
-
-
-KINDS = frozenset({"str", "int", "float", "bool", "list", "dict", "none", "constrained"})
+def _field_path(location: Sequence[str | int], body: Any, missing: bool) -> str:
+    """Returns the path of a field as it stands in the body: a location names the forms of a union beside it."""
+    path, value = [], body
+    for number, part in enumerate(location):
+        is_last = number == len(location) - 1
+        if isinstance(value, dict) and (part in value or (missing and is_last)):
+            path.append(str(part))
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            path.append(str(part))
+            value = value[part]
+    return ".".join(path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -30,6 +30,9 @@ RESERVED = (
     "documents",
     "bos_token",
     "eos_token",
+    "chat_template",
+    "learned_from",
+    "self",
 )
 """Variables of a template that a request sets by fields of its own, or not at all."""
 

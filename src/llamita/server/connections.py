@@ -1,13 +1,17 @@
 """Bounds on connections that uvicorn itself does not have: their number, and clients that send or read too slowly.
 
-A connection that has not sent a whole request head in time is closed, and so is one that leaves an answer unread; both
-would otherwise hold a place for ever. Knows bytes and clocks, and nothing of what is asked.
+A connection that has not sent a whole request head in time is closed, so is one that goes on sending a body that was
+refused already, and so is one that leaves an answer unread; each would otherwise hold a place for ever. What is no HTTP
+is answered in the form of every other error. Knows bytes and clocks, and nothing of what is asked.
 """
 
 import asyncio
 import json
+import sys
+from http import HTTPStatus
 from typing import Any, cast
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llamita.server.errors import ApiError
@@ -18,57 +22,72 @@ def make_protocol(limits: ServerLimits) -> type[asyncio.Protocol]:
     """Returns uvicorn's HTTP protocol with the limits of a server."""
 
     class BoundedProtocol(H11Protocol):
-        _clock: asyncio.TimerHandle | None = None
+        _reading: asyncio.TimerHandle | None = None
+        _writing: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             if len(self.connections) > limits.max_connections:
-                transport.write(_too_many(limits.max_connections))
+                most = limits.max_connections
+                message = f"{most} connections are open, as many as the server takes; try again shortly"
+                transport.write(_response(ApiError(503, message, code="too_many_connections")))
                 transport.close()
                 return
-            self._start(limits.body_seconds)
+            self._reading = self._abort_after(limits.body_seconds)
 
         def data_received(self, data: bytes) -> None:
             before = self.cycle
-            if self._clock is None and (before is None or before.response_complete):
-                self._start(limits.body_seconds)  # of the head that begins here
+            if self._reading is None and (before is None or before.response_complete):
+                # The head of a request begins, or the rest of a body comes that was refused.
+                self._reading = self._abort_after(limits.body_seconds)
             super().data_received(data)
             if self.cycle is not before or (self.cycle is not None and not self.cycle.response_complete):
-                self._stop()
+                _cancel(self._reading)
+                self._reading = None
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._start(limits.write_seconds)
+            _cancel(self._writing)
+            self._writing = self._abort_after(limits.write_seconds)
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            self._stop()
+            _cancel(self._writing)
+            self._writing = None
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._stop()
+            _cancel(self._reading)
+            _cancel(self._writing)
             super().connection_lost(exc)
 
-        def _start(self, seconds: float) -> None:
-            self._stop()
-            self._clock = self.loop.call_later(seconds, self._give_up)
+        def send_400_response(self, msg: str) -> None:
+            """Answers what is no HTTP, unless an answer is under way; uvicorn calls it while it handles the fault."""
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                self.transport.write(_response(_protocol_error(sys.exception(), limits)))
+            self.transport.close()
 
-        def _stop(self) -> None:
-            if self._clock is not None:
-                self._clock.cancel()
-                self._clock = None
-
-        def _give_up(self) -> None:
-            self._clock = None
-            self.transport.abort()
+        def _abort_after(self, seconds: float) -> asyncio.TimerHandle:
+            return self.loop.call_later(seconds, self.transport.abort)
 
     return cast(Any, BoundedProtocol)
 
 
-def _too_many(most: int) -> bytes:
-    error = ApiError(503, f"{most} connections are open, as many as the server takes; try again shortly")
+def _cancel(clock: asyncio.TimerHandle | None) -> None:
+    if clock is not None:
+        clock.cancel()
+
+
+def _protocol_error(fault: BaseException | None, limits: ServerLimits) -> ApiError:
+    if isinstance(fault, h11.RemoteProtocolError) and fault.error_status_hint == 431:
+        return ApiError(431, f"line and headers are larger than the {limits.max_header_bytes} bytes that are allowed")
+    reason = str(fault).partition(":")[0]  # without the bytes at fault
+    return ApiError(400, f"this is not HTTP/1.1: {reason}", code="invalid_http")
+
+
+def _response(error: ApiError) -> bytes:
+    """Returns an answer that ends its connection."""
     body = json.dumps(error.body()).encode()
-    head = (
-        f"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        f"retry-after: {(error.headers or {})['Retry-After']}\r\nconnection: close\r\n\r\n"
-    )
-    return head.encode() + body
+    headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+    lines = [f"{name}: {value}" for name, value in {**headers, **(error.headers or {})}.items()]
+    status = HTTPStatus(error.status_code)
+    return "\r\n".join([f"HTTP/1.1 {status.value} {status.phrase}", *lines, "", ""]).encode() + body

@@ -25,6 +25,18 @@ TYPES = {
     503: "server_error",
     504: "timeout_error",
 }
+CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "timeout",
+    413: "body_too_large",
+    415: "unsupported_media_type",
+    421: "unknown_host",
+    431: "headers_too_large",
+    500: "internal_error",
+    503: "unavailable",
+}
+"""The code of an error that has none of its own."""
 ANTHROPIC_TYPES = {429: "rate_limit_error", 500: "api_error", 503: "overloaded_error", 504: "api_error"}
 RETRY_SECONDS = 1
 
@@ -44,7 +56,7 @@ class ApiError(HTTPException):
         if status in (429, 503):
             headers = {"Retry-After": str(RETRY_SECONDS), **(headers or {})}
         super().__init__(status, message, dict(headers or {}))
-        self.message, self.param, self.code = message, param, code
+        self.message, self.param, self.code = message, param, code or CODES.get(status)
 
     @property
     def type(self) -> str:

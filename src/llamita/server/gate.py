@@ -127,8 +127,10 @@ class Gate:
         most = self._limits.max_body_bytes
         length = headers.get("content-length", "0")
         if not re.fullmatch("[0-9]{1,20}", length):
-            raise ApiError(400, f"the header Content-Length is {length[:40]!r}; expected a number of bytes")
-        too_large = ApiError(413, f"the body is larger than the {most} bytes that are allowed", code="body_too_large")
+            raise ApiError(
+                400, f"the header Content-Length is {length[:40]!r}; expected a number of bytes", code="invalid_http"
+            )
+        too_large = ApiError(413, f"the body is larger than the {most} bytes that are allowed")
         if int(length) > most:
             raise too_large
         read = 0

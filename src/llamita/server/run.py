@@ -55,8 +55,17 @@ def serve(app: FastAPI, listener: socket.socket, ready: Callable[[str], None]) -
 
     Returns the exit status.
     """
-    limits: ServerLimits = app.state.limits
     address = address_of(listener)
+    server = make_server(app, lambda: ready(address))
+    with listener, asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        runner.run(server.serve(sockets=[listener]))
+    return 0 if server.started else 1
+
+
+def make_server(app: FastAPI, ready: Callable[[], None]) -> DrainingServer:
+    """Returns uvicorn's server of an application, within the limits of the application; `ready` is called once it
+    answers."""
+    limits: ServerLimits = app.state.limits
     config = uvicorn.Config(
         app,
         http=make_protocol(limits),
@@ -71,10 +80,7 @@ def serve(app: FastAPI, listener: socket.socket, ready: Callable[[str], None]) -
         timeout_graceful_shutdown=int(limits.drain_seconds),
         h11_max_incomplete_event_size=limits.max_header_bytes,
     )
-    server = DrainingServer(config, app.state.serving, lambda: ready(address))
-    with listener, asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(server.serve(sockets=[listener]))
-    return 0 if server.started else 1
+    return DrainingServer(config, app.state.serving, ready)
 
 
 def bind(host: str, port: int) -> socket.socket:

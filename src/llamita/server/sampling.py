@@ -35,7 +35,7 @@ def sampling_params(
         "logit_bias": _bias(body.logit_bias, limits),
     }
     if body.stop_token_ids is not None:
-        given["stop_token_ids"] = tuple(body.stop_token_ids[: limits.max_logit_bias])
+        given["stop_token_ids"] = _stop_token_ids(body.stop_token_ids, limits)
     if body.choices is not None:
         given["choices"] = tuple(body.choices)
     if body.json_schema is not None:
@@ -52,9 +52,16 @@ def checked_params(values: dict[str, Any]) -> SamplingParams:
     try:
         return SamplingParams(**values)
     except ValueError as error:
-        found = re.match(r"(?:a token id of )?(\w+)", str(error))
-        name = found[1] if found and found[1] in SamplingParams.__dataclass_fields__ else None
-        raise ApiError(400, str(error), param=name, code="invalid_value") from None
+        raise ApiError(400, str(error), param=field_at_fault(str(error)), code="invalid_value") from None
+
+
+def field_at_fault(message: str) -> str | None:
+    """Returns the field of a request that a ValueError of the engine, or of its parameters, is about."""
+    found = re.match(r"(?:a token id of |the )?(\w+)", message)
+    name = found[1] if found else ""
+    if name == "json_schema":
+        return "response_format"
+    return name if name == "prompt" or name in SamplingParams.__dataclass_fields__ else None
 
 
 def chosen_max_tokens(asked: int | None, field: str, room: int) -> int:
@@ -117,6 +124,12 @@ def stop_texts(stop: str | Sequence[str] | None, limits: ServerLimits, field: st
                 field, f"a text of {field} has {len(text)} characters; give 1 to {limits.max_stop_characters}"
             )
     return texts
+
+
+def _stop_token_ids(ids: Sequence[int], limits: ServerLimits) -> tuple[int, ...]:
+    if len(ids) > limits.max_logit_bias:
+        raise bad_value("stop_token_ids", f"stop_token_ids has {len(ids)} ids; give at most {limits.max_logit_bias}")
+    return tuple(ids)
 
 
 def _bias(bias: dict[str, float] | None, limits: ServerLimits) -> dict[int, float]:

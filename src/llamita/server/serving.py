@@ -11,11 +11,14 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TypeVar
 
+from llamita.backend.sampling import NONE_LEFT
 from llamita.inference.request import Request, TokenEvent
+from llamita.inference.structured import BROKEN
 from llamita.server.admission import Admission, DrainingError, Place, QueueFullError
 from llamita.server.errors import ApiError
 from llamita.server.metrics import Metrics
 from llamita.server.model import ServedModel
+from llamita.server.sampling import field_at_fault
 from llamita.server.settings import ServerLimits
 
 Batch = list[tuple[int, TokenEvent]]
@@ -51,7 +54,7 @@ class Job:
                     for place, event in batch:
                         self._count(place, event, now, last)
                         if event.finish_reason == "error":
-                            raise ApiError(500, event.error, code="engine_error")
+                            raise _engine_error(event.error, self.requests[place])
                     yield batch
         except TimeoutError:
             metrics.rejected.labels("deadline").inc()
@@ -124,7 +127,8 @@ class Serving:
         except ApiError:
             raise
         except ValueError as error:
-            raise ApiError(400, _line(error)) from None
+            message = _line(error)
+            raise ApiError(400, message, param=field_at_fault(message), code="invalid_value") from None
 
     @property
     def fault(self) -> str:
@@ -160,6 +164,16 @@ class Serving:
         except DrainingError as ending:
             self.metrics.rejected.labels("draining").inc()
             raise ApiError(503, str(ending), code="draining") from None
+
+
+def _engine_error(message: str, request: Request) -> ApiError:
+    """Returns the error of a continuation that the engine ended: 400 where what was asked for leaves no text."""
+    if not message.startswith((BROKEN, NONE_LEFT)):
+        return ApiError(500, message, code="engine_error")
+    params = request.params
+    asked = {"response_format": params.json_schema, "regex": params.regex, "choices": params.choices}
+    param = next((name for name, value in asked.items() if value), None)
+    return ApiError(400, message, param=param, code="no_continuation")
 
 
 def _line(error: Exception) -> str:

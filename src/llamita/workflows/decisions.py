@@ -7,6 +7,7 @@ Chat templates that let a model think before it answers are told not to. Questio
 """
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -62,10 +63,11 @@ def decide(
     requests = next(asking)
     while True:
         found: dict[int, Generation] = {}
-        for place, outcome in model.service.follow_many(requests):
-            if isinstance(outcome, Exception):
-                raise outcome
-            found[place] = outcome
+        with contextlib.closing(model.service.follow_many(requests)) as outcomes:
+            for place, outcome in outcomes:
+                if isinstance(outcome, Exception):
+                    raise outcome
+                found[place] = outcome
         try:
             requests = asking.send([found[place] for place in range(len(requests))])
         except StopIteration as end:

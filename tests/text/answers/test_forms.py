@@ -138,6 +138,8 @@ def test_the_template_for_tools_decides() -> None:
     found = answer_format(Chat(tokenizer))
     assert found.calls is not None
     assert found.calls.name == "hermes"
+    tokenizer.chat_templates = {"rag": published("qwen2_5")}
+    assert answer_format(Chat(tokenizer)) == AnswerFormat()
 
 
 def test_a_template_opens_the_reasoning_or_closes_it() -> None:

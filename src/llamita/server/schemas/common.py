@@ -1,8 +1,21 @@
 """What the bodies of all APIs share: strict types, and refusal of a field that nobody knows."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, WithJsonSchema
+
+
+def _is_off(value: bool) -> bool:
+    if value:
+        raise ValueError("only false is supported here")
+    return value
+
+
+OFF = {"type": "boolean", "const": False}
+Off = Annotated[bool, AfterValidator(_is_off), WithJsonSchema(OFF)]
+"""A switch that can only be off. (`Literal[False]` takes 0 as well.)"""
+Refused = Annotated[Any, WithJsonSchema({"type": "null", "description": "Refused where it is set."})]
+"""A field that is known and not honoured; whoever reads it says why (`errors.refuse_fields`)."""
 
 
 class Body(BaseModel):

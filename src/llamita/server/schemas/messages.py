@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from llamita.server.schemas.common import ERRORS, Answer, Body
+from llamita.server.schemas.common import ERRORS, Answer, Body, Off, Refused
 from llamita.server.schemas.openai import Bookkeeping
 
 REFUSED = {
@@ -20,7 +20,6 @@ REFUSED = {
     "user_profile_id": "this server has no profiles",
     "workspace_id": "this server has no workspaces",
 }
-Refused = Field(default=None, description="Refused where it is set.")
 
 
 class CacheControl(Body):
@@ -96,7 +95,7 @@ class ClientTool(Body):
     description: str | None = None
     strict: bool | None = None
     cache_control: CacheControl | None = None
-    defer_loading: Literal[False] | None = None
+    defer_loading: Off | None = None
     eager_input_streaming: bool | None = Field(
         default=None, description="A hint; arguments are streamed as soon as they are certain."
     )
@@ -167,10 +166,10 @@ class CountTokensRequest(Body):
     cache_control: CacheControl | None = None
     speed: Literal["standard"] | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="Not a part of Anthropic's API.")
-    context_management: Annotated[Any, Refused] = None
-    mcp_servers: Annotated[Any, Refused] = None
-    user_profile_id: Annotated[Any, Refused] = None
-    workspace_id: Annotated[Any, Refused] = None
+    context_management: Refused = None
+    mcp_servers: Refused = None
+    user_profile_id: Refused = None
+    workspace_id: Refused = None
 
 
 class MessagesRequest(CountTokensRequest):
@@ -187,9 +186,9 @@ class MessagesRequest(CountTokensRequest):
     stream: bool | None = None
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
-    container: Annotated[Any, Refused] = None
-    diagnostics: Annotated[Any, Refused] = None
-    inference_geo: Annotated[Any, Refused] = None
+    container: Refused = None
+    diagnostics: Refused = None
+    inference_geo: Refused = None
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------

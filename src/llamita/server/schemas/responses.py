@@ -6,9 +6,9 @@ few that are bookkeeping of the client are echoed and change nothing.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, WithJsonSchema
 
-from llamita.server.schemas.common import Answer, Body
+from llamita.server.schemas.common import OFF, Answer, Body, Off, Refused
 from llamita.server.schemas.openai import Bookkeeping, TokenLogprob
 
 LOGPROBS = "message.output_text.logprobs"
@@ -23,7 +23,6 @@ REFUSED = {
     "prompt_cache_options": "the prefix cache works by itself; leave it out",
     "moderation": "this server has no moderation",
 }
-Refused = Field(default=None, description="Refused where it is set.")
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
@@ -158,7 +157,7 @@ class ReasoningConfig(Body):
 
 
 class ResponsesStreamOptions(Body):
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Off | None = None
 
 
 class ResponsesRequest(Body):
@@ -187,8 +186,10 @@ class ResponsesRequest(Body):
     stream: bool | None = None
     stream_options: ResponsesStreamOptions | None = None
     truncation: Literal["auto", "disabled"] | None = Field(default=None, description="auto is refused.")
-    store: bool | None = Field(default=None, description="true is refused; left out, nothing is kept either.")
-    background: bool | None = Field(default=None, description="true is refused.")
+    store: Annotated[bool, WithJsonSchema(OFF)] | None = Field(
+        default=None, description="true is refused; left out, nothing is kept either."
+    )
+    background: Annotated[bool, WithJsonSchema(OFF)] | None = Field(default=None, description="true is refused.")
     service_tier: Literal["auto", "default"] | None = None
     metadata: dict[str, Annotated[str, Field(max_length=512)]] | None = Field(
         default=None, max_length=16, description="Bookkeeping of the client; it is echoed."
@@ -196,14 +197,14 @@ class ResponsesRequest(Body):
     user: Annotated[str | None, Bookkeeping] = None
     safety_identifier: Annotated[str | None, Bookkeeping] = None
     prompt_cache_key: Annotated[str | None, Bookkeeping] = None
-    previous_response_id: Annotated[Any, Refused] = None
-    conversation: Annotated[Any, Refused] = None
-    prompt: Annotated[Any, Refused] = None
-    context_management: Annotated[Any, Refused] = None
-    max_tool_calls: Annotated[Any, Refused] = None
-    prompt_cache_retention: Annotated[Any, Refused] = None
-    prompt_cache_options: Annotated[Any, Refused] = None
-    moderation: Annotated[Any, Refused] = None
+    previous_response_id: Refused = None
+    conversation: Refused = None
+    prompt: Refused = None
+    context_management: Refused = None
+    max_tool_calls: Refused = None
+    prompt_cache_retention: Refused = None
+    prompt_cache_options: Refused = None
+    moderation: Refused = None
 
 
 # --- answer ----------------------------------------------------------------------------------------------------------

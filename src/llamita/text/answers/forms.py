@@ -91,8 +91,12 @@ class AnswerFormat:
 
 
 def answer_format(chat: Chat) -> AnswerFormat:
-    """Returns the format in which a chat template has its model write answers."""
-    source = COMMENT.sub("", chat.source(with_tools=True))
+    """Returns the format in which a chat template has its model write answers; one without anything for a model whose
+    templates are all for other ends."""
+    try:
+        source = COMMENT.sub("", chat.source(with_tools=True))
+    except ValueError:
+        return AnswerFormat()
     calls = next((form for form in FORMS if _fits(form, source)), None) if READS_TOOLS.search(source) else None
     reasoning = next((marks for marks in REASONING_MARKS if marks[1] in source), None)
     marks = list(reasoning or ())
