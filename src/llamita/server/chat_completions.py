@@ -9,7 +9,15 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from llamita.server import wording
-from llamita.server.chat_jobs import CallDelta, ChatEvent, ChatJob, ChatTask, chat_job, plain_messages
+from llamita.server.chat_jobs import (
+    CallDelta,
+    ChatEvent,
+    ChatJob,
+    ChatTask,
+    chat_job,
+    check_continuation,
+    plain_messages,
+)
 from llamita.server.errors import ApiError, bad_value
 from llamita.server.routes import JsonRoute
 from llamita.server.sampling import check_top_logprobs, chosen_max_tokens, sampling_params, schema_of
@@ -47,6 +55,7 @@ def task_of(serving: Serving, body: ChatRequest) -> ChatTask:
         raise bad_value("top_logprobs", "top_logprobs needs logprobs; set logprobs to true")
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
         raise bad_value("max_tokens", "max_tokens and max_completion_tokens differ; give one of them")
+    check_continuation(body)
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     variables = dict(body.chat_template_kwargs or {})

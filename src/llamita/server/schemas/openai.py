@@ -91,7 +91,7 @@ class JsonObjectFormat(Body):
 
 
 class JsonSchema(Body):
-    name: str = Field(min_length=1, max_length=64)
+    name: str | None = Field(default=None, min_length=1, max_length=64, description="Of use to the client alone.")
     description: str | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = None
