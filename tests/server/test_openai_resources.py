@@ -9,12 +9,20 @@ import numpy as np
 import openai
 import pytest
 
+from llamita.backend.sampling_params import SamplingParams
+from llamita.backend.torch.infer.runner import TorchRunner
+from llamita.backend.torch.model import lora
+from llamita.backend.torch.model.weights import build_model
 from llamita.inference.embedding import Pooling
+from llamita.inference.llm import LLM
+from llamita.model.config import ModelConfig
+from llamita.model.host_array import HostArray
+from llamita.model.lora import Adapter, LoraSettings, adapter_shapes
 from llamita.server.model import ServedModel, serve_model
 from llamita.workflows.decisions import decide
 from llamita.workflows.questions import Answer, Choice, Labels, Option, Predicate, Score
-from tests.server.clients import HTTP, post, random_model, serve
-from tests.server.openai_peer import async_client, client
+from tests.server.clients import HTTP, post, random_model, serve, small_tokenizer
+from tests.server.openai_peer import async_client, client, same_scores
 
 TEXTS = ["The fox gave the owl a red kite.", "Où est l'élève?", "🦙"]
 QUESTIONS: list[Any] = [
@@ -80,6 +88,49 @@ def test_a_base_address_without_or_with_its_version_will_do(tiny: str, path: str
     assert short.get("choices") == whole.get("choices")
     assert short.get("data") == whole.get("data")
     assert short.get("status") == whole.get("status") == ("ok" if path == "/health" else None)
+
+
+def test_an_adapter_is_asked_by_its_name() -> None:
+    """Each answers as a model into which it is merged, and the model itself as before."""
+    tokenizer = small_tokenizer()
+    config = random_model().config
+    settings = {"high": LoraSettings(4, 8.0), "low": LoraSettings(3, 9.0, targets=("q_proj", "down_proj"))}
+    adapters = {name: random_adapter(config, chosen, seed) for seed, (name, chosen) in enumerate(settings.items())}
+    merged: dict[str, LLM] = {}
+    for name in ("tiny", *adapters):
+        model = build_model(config, seed=3).eval()
+        if name in adapters:
+            lora.merge(model, adapters[name])
+        merged[name] = LLM(TorchRunner(model), tokenizer)
+    runner = TorchRunner(build_model(config, seed=3).eval(), False, adapters)
+    with serve(serve_model(LLM(runner, tokenizer, adapters=tuple(adapters)), "tiny")) as address:
+        asked = client(address)
+        assert [(card.id, card.parent) for card in asked.models.list()] == [
+            ("tiny", None), ("high", "tiny"), ("low", "tiny"),
+        ]  # fmt: skip
+        texts = set()
+        for name, alone in merged.items():
+            params = SamplingParams(temperature=0, max_tokens=12, top_logprobs=1)
+            expected = alone.generate(TEXTS[0], params)
+            choice = asked.completions.create(
+                model=name, prompt=TEXTS[0], temperature=0, max_tokens=12, logprobs=1
+            ).choices[0]  # fmt: skip
+            assert choice.text == expected.text
+            same_scores(choice.logprobs.token_logprobs, expected.logprobs)
+            (row,) = asked.embeddings.create(model=name, input=TEXTS[0]).data
+            np.testing.assert_allclose(row.embedding, alone.embed(TEXTS[0])[0], atol=1e-5)
+            decision = asked.decisions.create(model=name, input=TEXTS[0], questions=QUESTIONS[:1])
+            (by_hand,) = decide(alone, TEXTS[0], (Predicate("Is the fox kind?"),)).answers
+            assert decision.answers[0].probability == pytest.approx(by_hand.probability, abs=1e-5)
+            texts.add(choice.text)
+        assert len(texts) == 3
+
+
+def random_adapter(config: ModelConfig, settings: LoraSettings, seed: int) -> Adapter:
+    factors, random = settings.factors(config), np.random.default_rng(seed)
+    shapes = adapter_shapes(config, factors)
+    arrays = {n: HostArray.from_numpy(random.normal(0, 0.15, s).astype(np.float32)) for n, s in shapes.items()}
+    return Adapter(config, factors, arrays)
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
