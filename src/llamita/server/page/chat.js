@@ -375,7 +375,7 @@ export class Chat {
       model: app.model.id,
       ...(continued ? { prompt: continuedText(conversation) } : { messages: requestMessages(conversation) }),
       ...(continued && CONTINUED),
-      ...requestFields(conversation.settings),
+      ...requestFields({ ...app.suggested, ...conversation.settings }),
       stream: true,
       stream_options: { include_usage: true },
     };

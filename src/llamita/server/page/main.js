@@ -6,6 +6,7 @@ import { Decisions } from "./decisions.js";
 import { byId, copyText, h, icon } from "./dom.js";
 import { Inside } from "./inside.js";
 import { remember, remembered, session } from "./memory.js";
+import { SUGGESTED, isPlain } from "./sampling.js";
 import { Store } from "./store.js";
 
 const TABS = ["chat", "inside", "decisions"];
@@ -39,8 +40,13 @@ class App {
     return { ...base?.meta, ...this.model?.meta };
   }
 
+  /** What the page itself chooses for a model that was trained to chat and says nothing of how to draw from it. */
+  get suggested() {
+    return this.facts.chat && isPlain(this.facts.defaults ?? {}) ? SUGGESTED : {};
+  }
+
   get defaults() {
-    return this.facts.defaults ?? {};
+    return { ...this.facts.defaults, ...this.suggested };
   }
 
   /** Calls `listener` whenever another model is chosen. */
