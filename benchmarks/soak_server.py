@@ -28,6 +28,8 @@ from server import start_server
 
 USERS = Path(__file__).with_name("server_users.py")
 GAUGES = ("requests_running", "requests_waiting", "kv_cache_blocks", "kv_cache_blocks_free")
+BLOCKS = 320
+"""Blocks of the server's memory: few, so that all have been written to soon, and sequences have to make room."""
 GROWTH = 1.05
 """How much more memory than at the end of the first quarter is no growth."""
 
@@ -51,7 +53,7 @@ def main() -> int:
     parser.add_argument("--report", type=Path, default=Path("soak-server.json"))
     parser.add_argument("--picture", type=Path, default=None)
     arguments = parser.parse_args()
-    server, port = start_server(arguments.model)
+    server, port = start_server(arguments.model, "--blocks", str(BLOCKS))
     try:
         samples, users, after = soak(server, port, arguments)
     finally:

@@ -511,7 +511,7 @@ def started(delay: float = 0.0, drain: float = 30.0, hangs: bool = False) -> tup
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     try:
-        _, errors = process.communicate(timeout=PATIENCE)
+        _, errors = process.communicate(timeout=3 * PATIENCE)
     except subprocess.TimeoutExpired:
         process.kill()
         _, errors = process.communicate()
