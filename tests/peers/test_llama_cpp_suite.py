@@ -24,7 +24,61 @@ from llamita.model.presets import preset
 from llamita.text import sentencepiece_training
 from llamita.text.tokenizer import Tokenizer
 
-PASSING: dict[str, dict[str, int]] = {}
+PASSING: dict[str, dict[str, int]] = {
+    "test_tokenize.py": {"test_tokenize_detokenize": 1, "test_tokenize_with_bos": 1, "test_tokenize_with_pieces": 1},
+    "test_basic.py": {"test_server_start_simple": 1, "test_server_models": 1},
+    "test_chat_completion.py": {
+        "test_completion_with_response_format": 7,
+        "test_completion_with_json_schema": 2,
+        "test_completion_with_grammar": 2,
+        "test_completion_with_invalid_grammar": 1,
+        "test_invalid_chat_completion_req": 7,
+        "test_logprobs": 1,
+        "test_logit_bias": 1,
+    },
+    "test_embedding.py": {
+        "test_embedding_single": 1,
+        "test_embedding_multiple": 1,
+        "test_embedding_multiple_with_fa": 1,
+        "test_embedding_mixed_input": 5,
+        "test_embedding_pooling_mean": 1,
+        "test_embedding_pooling_mean_multiple": 1,
+        "test_embedding_openai_library_single": 1,
+        "test_embedding_openai_library_multiple": 1,
+        "test_same_prompt_give_same_result": 1,
+        "test_embedding_openai_library_base64": 1,
+    },
+    "test_security.py": {
+        "test_access_public_endpoint": 1,
+        "test_incorrect_api_key": 2,
+        "test_openai_library_correct_api_key": 1,
+        "test_local_media_file": 1,
+    },
+    "test_template.py": {"test_reasoning": 3, "test_add_generation_prompt": 2},
+    "test_compat_oai_responses.py": {"test_responses_stream_with_openai_library": 1},
+    "test_compat_anthropic.py": {
+        "test_anthropic_messages_basic": 1,
+        "test_anthropic_messages_with_system": 1,
+        "test_anthropic_messages_multipart_content": 1,
+        "test_anthropic_messages_conversation": 1,
+        "test_anthropic_messages_streaming": 1,
+        "test_anthropic_count_tokens": 1,
+        "test_anthropic_count_tokens_with_system": 1,
+        "test_anthropic_count_tokens_no_max_tokens": 1,
+        "test_anthropic_tool_result": 1,
+        "test_anthropic_tool_result_with_text": 1,
+        "test_anthropic_tool_result_error": 1,
+        "test_anthropic_stop_sequences": 1,
+        "test_anthropic_temperature": 1,
+        "test_anthropic_top_p": 1,
+        "test_anthropic_top_k": 1,
+        "test_anthropic_missing_messages": 1,
+        "test_anthropic_metadata": 1,
+        "test_anthropic_vs_openai_different_response_format": 1,
+        "test_anthropic_thinking_history_in_count_tokens": 1,
+        "test_anthropic_thinking_history_in_template": 1,
+    },
+}
 """Cases of each test that pass, by file."""
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
