@@ -65,7 +65,7 @@ ADDRESS = "127.0.0.1:8000"
 
 HUB = ("HuggingFaceTB/SmolLM2-135M",)
 
-NOT_RUN = ("git", "cd", "source")
+NOT_RUN = ("git", "cd", "source", "lm_eval")
 
 
 @dataclass(frozen=True)

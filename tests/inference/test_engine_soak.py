@@ -69,6 +69,8 @@ def run(targets: tuple[int, ...], window: int, drafter: Drafter | None) -> None:
         block_size=2, blocks=12 if window else 40, max_sequences=12, prefill_tokens=24, mixed_prefill_tokens=16
     )
     engine = Engine(HashRunner(shape(window, vocabulary=3), recorded=None), config=limit, drafter=drafter)
+    gc.collect()
+    others = alive(Prefix)  # of engines that earlier tests of this process have kept
     tracemalloc.start()
     try:
         found = soak(engine, targets, seed=window)
@@ -77,7 +79,7 @@ def run(targets: tuple[int, ...], window: int, drafter: Drafter | None) -> None:
     assert engine.manager.available == engine.manager.layout.blocks
     assert [sequences for _, sequences, _ in found] == [0] * len(targets)
     bound = 40 * 16  # each block may keep the prefixes before it alive
-    assert all(prefixes <= bound for _, _, prefixes in found)
+    assert all(prefixes - others <= bound for _, _, prefixes in found)
     assert found[-1][0] < found[0][0] + 60_000
 
 

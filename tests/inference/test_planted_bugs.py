@@ -120,12 +120,10 @@ def _() -> Planted:
 def _() -> Planted:
     right = Engine._take
 
-    def take(
-        self: Engine, sequence: Sequence, chunk: ScheduledChunk, sampled: abc.Sequence, scores: abc.Sequence
-    ) -> Any:
+    def take(self: Engine, sequence: Sequence, chunk: ScheduledChunk, sampled: abc.Sequence) -> Any:
         drafts = chunk.tokens[len(sequence.tokens) - chunk.start :]
         kept = [SampledToken(token, one.logprob) for token, one in zip(drafts, sampled, strict=False)]
-        return right(self, sequence, chunk, (*kept, *sampled[len(kept) :]), scores)
+        return right(self, sequence, chunk, (*kept, *sampled[len(kept) :]))
 
     return Engine, "_take", take
 
