@@ -27,7 +27,7 @@ def test_products_with_quantised_weights_are_not_compiled():
         Torch().train_step(replace(CONFIG, quantization="int8"), adapter=LoraSettings(4, 8), compile=True)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_a_compiled_step_trains_an_adapter_as_an_uncompiled_one():
     settings = LoraSettings(4, 8, targets=("all", "lm_head"))
     a, b = (shake(Torch().train_step(CONFIG, adapter=settings, compile=compiled)) for compiled in (True, False))
