@@ -1,8 +1,8 @@
 """Two real servers behind nginx, of which one is killed or restarted under load: which requests are lost, and how.
 
-A stream's answer begins when its replica has admitted it, so that comments can keep it alive while it waits. Where that
-replica is killed the stream breaks off, and the client may ask again. An answer in one piece begins when it is whole:
-until then nginx asks another replica, and nothing is lost.
+A stream's answer begins with its first token, or with the comment that keeps it alive while it waits long. Where its
+replica is killed after that the stream breaks off, and the client may ask again; before that, nginx asks another
+replica, and so it does with an answer in one piece until it is whole.
 """
 
 import asyncio

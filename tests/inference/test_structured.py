@@ -160,11 +160,25 @@ def test_each_choice_and_nothing_else_can_come(choices: tuple[str, ...], grammar
         ('start: greeting (" " NAME)+\ngreeting: "Hi" | "Où"\nNAME: /[a-z]{1,3}/', r"(Hi|Où)( [a-z]{1,3})+"),
         ('start: "n=" %json {"type": "integer", "minimum": 1, "maximum": 99}', r"n=[1-9][0-9]?"),
         ("start: /[^🦙]{0,3}/ end\nend: /x|日/", r"(?s:[^🦙]{0,3}(x|日))"),
+        ('root ::= greeting (" " name)+  # llama.cpp\'s notation\ngreeting ::= "Hi" | "Où"\nname ::= [a-z]{1,3}',
+         r"(Hi|Où)( [a-z]{1,3})+"),
+        ('root ::= begin "," [^,]{2} | "\\"::=\\n"\nbegin ::= [0-9]{2,}', r'(?s:[0-9]{2,},[^,]{2}|"::=\n)'),
     ],
-)
+)  # fmt: skip
 def test_text_is_what_its_grammar_allows(grammar: str, regex: str, grammars: Grammars, tok: Tokenizer) -> None:
     for text in texts(SamplingParams(grammar=grammar), grammars, tok):
         assert re.fullmatch(regex, text), text
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    ["root ::= (", 'root ::= "a', 'other ::= "a"', 'root ::= absent "a"', "root ::= " + "(" * 30_000, "root ::= [z-a]",
+     'root ::= "a"{3,1}', 'root ::= start "a"\nstart ::= "b"'],
+    ids=lambda grammar: grammar[:20],
+)  # fmt: skip
+def test_a_broken_grammar_of_llama_cpps_is_refused_in_a_line(grammar: str, grammars: Grammars) -> None:
+    with pytest.raises(ValueError, match=r"^grammar .*[^\n]{5}$"):
+        grammars.matcher(SamplingParams(grammar=grammar))
 
 
 def test_a_grammar_names_control_tokens_and_gets_no_others(grammars: Grammars, tok: Tokenizer) -> None:

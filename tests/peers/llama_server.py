@@ -90,8 +90,6 @@ def translate(flag: str, rest: Iterator[str], asked: Asked) -> None:
         asked.slots = int(next(rest))
     elif flag == "--api-key":
         os.environ["LLAMITA_API_KEY"] = next(rest)
-    elif flag == "--cors-origins":
-        asked.arguments += ["--origins", next(rest)]
     elif flag == "--verbose":
         asked.arguments += ["--log-level", "debug"]
     elif flag == "--chat-template":

@@ -351,7 +351,7 @@ def test_items_become_messages() -> None:
 
 def test_what_is_said_after_a_call_is_a_turn_of_its_own() -> None:
     said = {"role": "assistant", "content": "Done."}
-    assert [message.get("content") for message in laid_out(input=[CALL, said, said])] == [None, "Done.", "Done."]
+    assert [message.get("content") for message in laid_out(input=[CALL, said, said])] == ["", "Done.", "Done."]
 
 
 def test_several_texts_of_a_message_stay_apart() -> None:

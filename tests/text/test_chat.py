@@ -289,6 +289,8 @@ def test_what_ends_a_turn(tokenizer: Tokenizer) -> None:
     assert chat(tokenizer, "plain").end_of_turn == ((), ("\nUser:",))
     bare = train_bpe_from_iterator([TEXT], 300)
     assert Chat(bare, "chatml").end_of_turn == ((), ("<|im_end|>",))
+    needs_tools = "{% for tool in tools %}{{ tool | tojson }}{% endfor %}" + BUILT_IN["chatml"]  # as Hermes' has it
+    assert Chat(tokenizer, needs_tools).end_of_turn == ((control["<|im_end|>"],), ())
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------

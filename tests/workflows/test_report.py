@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -14,6 +13,7 @@ from llamita.evaluation import records
 from llamita.training import metrics
 from llamita.training.run_directory import open_run
 from llamita.workflows import report, report_curves, runs
+from tests.browser import browser
 from tests.training.helpers import MODEL, config, train
 
 IDENTITY = {"kind": "pretraining", "model": {**MODEL.__dict__}, "data": {"train": "a0b1c2"}}
@@ -185,17 +185,6 @@ def test_no_other_file_is_replaced(run, tmp_path, capsys):
     for _ in range(2):  # one of its own it replaces
         assert main(["report", str(run), "--output", str(tmp_path / "pages/one.html")]) == 0
     assert capsys.readouterr().err.count("\n") == 2
-
-
-def browser():
-    """Chromium, headless; what is missing where there is none."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-    program = next((path for name in ("chromium", "google-chrome") if (path := shutil.which(name))), None)
-    started = sync_api.sync_playwright().start()
-    if program is None and not os.path.exists(started.chromium.executable_path):
-        started.stop()
-        pytest.skip("needs a browser: `playwright install chromium`, or a chromium on the PATH")
-    return started, started.chromium.launch(executable_path=program, args=["--no-sandbox"])
 
 
 @pytest.mark.medium

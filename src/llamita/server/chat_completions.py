@@ -8,8 +8,17 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from llamita.inference.request import Statistics
 from llamita.server import wording
-from llamita.server.chat_jobs import CallDelta, ChatEvent, ChatJob, ChatTask, chat_job, plain_messages
+from llamita.server.chat_jobs import (
+    CallDelta,
+    ChatEvent,
+    ChatJob,
+    ChatTask,
+    chat_job,
+    check_continuation,
+    plain_messages,
+)
 from llamita.server.errors import ApiError, bad_value
 from llamita.server.routes import JsonRoute
 from llamita.server.sampling import check_top_logprobs, chosen_max_tokens, sampling_params, schema_of
@@ -17,6 +26,7 @@ from llamita.server.schemas.common import ERRORS
 from llamita.server.schemas.openai import ChatCompletion, ChatRequest, NamedTool
 from llamita.server.serving import Serving
 from llamita.server.streaming import DONE, EventStream, data, opened, unless_gone
+from llamita.server.thinking import effort_variables
 
 
 def router(serving: Serving) -> APIRouter:
@@ -47,11 +57,13 @@ def task_of(serving: Serving, body: ChatRequest) -> ChatTask:
         raise bad_value("top_logprobs", "top_logprobs needs logprobs; set logprobs to true")
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
         raise bad_value("max_tokens", "max_tokens and max_completion_tokens differ; give one of them")
+    check_continuation(body)
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    variables = dict(body.chat_template_kwargs or {})
-    if body.reasoning_effort is not None:
-        variables["reasoning_effort"] = body.reasoning_effort
+    variables = {
+        **effort_variables(serving.model, body.reasoning_effort, "reasoning_effort"),
+        **(body.chat_template_kwargs or {}),
+    }
     if len(body.tools or ()) > limits.max_tools:
         raise bad_value("tools", f"tools has {len(body.tools or ())} entries; give at most {limits.max_tools}")
     top = check_top_logprobs(body.top_logprobs, "top_logprobs", limits)
@@ -87,6 +99,7 @@ class Reply:
         self.logprobs = bool(body.logprobs)
         self.reasons = serving.model.answer_format.reasoning is not None
         self.include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self.counts_always = bool(body.stream_options and body.stream_options.continuous_usage_stats)
         self.head = {
             "id": wording.new_id("chatcmpl-"),
             "created": int(time.time()),
@@ -94,16 +107,23 @@ class Reply:
             "system_fingerprint": wording.FINGERPRINT,
         }
 
-    def chunk(self, index: int, delta: dict[str, Any], scores: list[Any] | None, reason: str | None) -> bytes:
+    def chunk(
+        self, job: ChatJob, index: int, delta: dict[str, Any], scores: list[Any] | None, reason: str | None
+    ) -> bytes:
         logprobs = {"content": scores, "refusal": None} if scores is not None else None
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        more = {"usage": None} if self.include_usage else {}
+        more: dict[str, Any] = {"usage": None} if self.include_usage else {}
+        if self.counts_always:
+            more = {"usage": self.usage(job)}
         return data({**self.head, "object": "chat.completion.chunk", "choices": [choice], **more})
+
+    def usage(self, job: ChatJob) -> dict[str, Any]:
+        prompts = [job.statistics[0]] if 0 in job.statistics else [Statistics(0, job.prompt_tokens)]
+        return wording.usage(prompts, job.generated, job.reasoning_tokens if self.reasons else None)
 
     def counts(self, job: ChatJob) -> dict[str, Any]:
         first = job.statistics[0]
-        reasoning = job.reasoning_tokens if self.reasons else None
-        return {"usage": wording.usage([first], job.generated, reasoning), "timings": wording.timings(first)}
+        return {"usage": self.usage(job), "timings": wording.timings(first)}
 
 
 async def whole(serving: Serving, task: ChatTask, reply: Reply) -> dict[str, Any]:
@@ -168,7 +188,7 @@ async def stream(serving: Serving, task: ChatTask, reply: Reply) -> AsyncGenerat
     """Yields the answer as server-sent events: the role, the text as it comes, the reason of the end, the counts."""
     async with chat_job(serving, task) as job:
         role = {"role": "assistant", "content": ""}
-        yield b"".join(reply.chunk(index, role, None, None) for index in range(job.n))
+        yield b"".join(reply.chunk(job, index, role, None, None) for index in range(job.n))
         try:
             async with contextlib.aclosing(job.events()) as batches:
                 async for batch in batches:
@@ -179,9 +199,9 @@ async def stream(serving: Serving, task: ChatTask, reply: Reply) -> AsyncGenerat
                             scores = [wording.chat_logprob(reply.tokenizer, event.token)]
                         delta = delta_of(event)
                         if delta or scores:
-                            pieces.append(reply.chunk(event.index, delta or {"content": ""}, scores, None))
+                            pieces.append(reply.chunk(job, event.index, delta or {"content": ""}, scores, None))
                         if event.finish_reason is not None:
-                            pieces.append(reply.chunk(event.index, {}, None, event.finish_reason))
+                            pieces.append(reply.chunk(job, event.index, {}, None, event.finish_reason))
                     if pieces:
                         yield b"".join(pieces)
         except ApiError as error:

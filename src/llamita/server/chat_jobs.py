@@ -144,7 +144,8 @@ async def chat_job(serving: Serving, task: ChatTask) -> AsyncGenerator["ChatJob"
             params = with_answer_format(replace(params, grammar=grammar or params.grammar), form)
             for _ in range(params.n):
                 parser = AnswerParser(form, task.offered, prompt, task.parallel_calls, streams_arguments=bool(grammar))
-                answers.append(_Answer(parser, form.begins_in_reasoning(prompt)))
+                short_ids = form.calls is not None and form.calls.short_ids
+                answers.append(_Answer(parser, form.begins_in_reasoning(prompt), short_ids))
         assert model.chat is not None, "it has encoded the messages"
         params = with_end_of_turn(params, model.chat)
         return [model.require_llm().request(encoded.tokens, params, task.adapter)]
@@ -187,8 +188,8 @@ class ChatJob:
 class _Answer:
     """One continuation, told apart into its parts."""
 
-    def __init__(self, parser: AnswerParser | None = None, is_reasoning: bool = False) -> None:
-        self._parser, self.is_reasoning = parser, is_reasoning
+    def __init__(self, parser: AnswerParser | None = None, is_reasoning: bool = False, short_ids: bool = False) -> None:
+        self._parser, self.is_reasoning, self._short_ids = parser, is_reasoning, short_ids
         self._calls = 0
         self.has_ended = False
 
@@ -212,7 +213,7 @@ class _Answer:
                 reasoning += part.text
             elif part.kind == "call":
                 self._calls += 1
-                calls.append(CallDelta(part.index, id=wording.new_id("call_"), name=part.text))
+                calls.append(CallDelta(part.index, id=wording.new_call_id(self._short_ids), name=part.text))
             else:
                 calls.append(CallDelta(part.index, part.text))
         if reasoning or text or calls:
@@ -221,6 +222,13 @@ class _Answer:
             reason = "tool_calls"
         self.has_ended = reason is not None
         return ChatEvent(event.index, event, text, reasoning, tuple(calls), reason)
+
+
+def check_continuation(body: Any) -> None:
+    """Raises `ApiError` for a request that asks for the beginning of an answer and to go on in the last message."""
+    if body.add_generation_prompt and body.continue_final_message:
+        message = "add_generation_prompt begins an answer and continue_final_message goes on in one; give one of them"
+        raise bad_value("continue_final_message", message)
 
 
 def plain_messages(messages: Sequence[Any], param: str = "messages") -> list[dict[str, Any]]:
@@ -256,6 +264,7 @@ def _plain(message: dict[str, Any], param: str) -> dict[str, Any]:
         calls.append({**call, "function": {**call["function"], "arguments": parsed}})
     if calls:
         message["tool_calls"] = calls
+        message.setdefault("content", "")  # many templates end without any, and none takes another from an empty one
     else:
         message.pop("tool_calls", None)
     return message

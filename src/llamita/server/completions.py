@@ -75,6 +75,7 @@ class Reply:
         if len(self.prompts) * self.params.n > limits.max_n:
             raise bad_value("n", f"prompts times n are {len(self.prompts) * self.params.n}; at most {limits.max_n}")
         self.include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self.counts_always = bool(body.stream_options and body.stream_options.continuous_usage_stats)
         self.head = {
             "id": wording.new_id("cmpl-"),
             "object": "text_completion",
@@ -161,13 +162,15 @@ async def whole(reply: Reply) -> dict[str, Any]:
 
 async def stream(reply: Reply) -> AsyncGenerator[bytes]:
     """Yields the answer as server-sent events."""
-    more = {"usage": None} if reply.include_usage else {}
-
-    def chunk(index: int, text: str, scores: dict[str, Any] | None, reason: str | None) -> bytes:
-        return data({**reply.head, "choices": [reply.choice(index, text, scores, reason)], **more})
-
     async with reply.serving.job(reply.requests) as job:
         rows = _rows(reply, job)
+
+        def chunk(index: int, text: str, scores: dict[str, Any] | None, reason: str | None) -> bytes:
+            more: dict[str, Any] = {"usage": None} if reply.include_usage else {}
+            if reply.counts_always:
+                more = {"usage": reply.counts(rows, len(job.requests))["usage"]}
+            return data({**reply.head, "choices": [reply.choice(index, text, scores, reason)], **more})
+
         begun: set[int] = set()
         yield b""  # admitted: what goes wrong from here on is told in the stream
         try:

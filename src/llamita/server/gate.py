@@ -25,7 +25,7 @@ from llamita.server.metrics import Metrics
 from llamita.server.settings import ServerLimits
 
 LOG = logging.getLogger("llamita.server")
-OPEN = ("/", "/health", "/favicon.ico")
+OPEN = ("/", "/health", "/v1/health", "/favicon.ico")
 """Paths that need no API key, beside those of the page."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 PROTECTION = {

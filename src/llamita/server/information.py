@@ -7,7 +7,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from llamita.model.sizes import count_parameters
 from llamita.server import metrics, wording
-from llamita.server.chat_jobs import ChatTask, encode_messages, plain_messages
+from llamita.server.chat_jobs import ChatTask, check_continuation, encode_messages, plain_messages
 from llamita.server.errors import ApiError, bad_value
 from llamita.server.model import SAMPLING
 from llamita.server.routes import JsonRoute
@@ -134,6 +134,8 @@ def conversation_of(serving: Serving, body: TokenizeRequest | TemplateRequest) -
     """Returns the conversation of a request as the chat template lays it out."""
     model = serving.model
     model.adapter_of(body.model)
+    if isinstance(body, TemplateRequest):
+        check_continuation(body)
     task = ChatTask(
         plain_messages(body.messages or ()),
         params=lambda room: model.defaults,

@@ -26,17 +26,21 @@ def data(value: Any, event: str = "") -> bytes:
 class EventStream(StreamingResponse):
     """Writes pieces as they come, and `sign` (a comment) wherever `heartbeat` seconds pass without one.
 
-    The generator is closed when it is done, when the client has gone, and when the server ends.
+    Nothing is sent before the second piece, or the first sign: the first piece only says that the request was admitted,
+    and until a byte has been sent a proxy may still give the request to another server. The generator is closed when it
+    is done, when the client has gone, and when the server ends.
     """
 
     media_type = "text/event-stream"
 
     def __init__(self, pieces: AsyncGenerator[bytes], heartbeat: float, sign: bytes = HEARTBEAT) -> None:
         super().__init__(pieces, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._pieces, self._heartbeat, self._sign, self._wrote = pieces, heartbeat, sign, 0.0
+        self._pieces, self._heartbeat, self._sign = pieces, heartbeat, sign
+        self._held: list[bytes] | None = []  # what comes first; None once the answer has begun
+        self._sending = asyncio.Lock()
+        self._wrote = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         writing = asyncio.create_task(self._write(send))
         others = [asyncio.create_task(_disconnected(receive)), asyncio.create_task(self._beat(send))]
         try:
@@ -50,11 +54,12 @@ class EventStream(StreamingResponse):
             await self._pieces.aclose()
 
     async def _write(self, send: Send) -> None:
-        self._wrote = asyncio.get_running_loop().time()
         async for piece in self._pieces:
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-            self._wrote = asyncio.get_running_loop().time()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            if self._held == []:
+                self._held.append(piece)
+            else:
+                await self._send(send, piece)
+        await self._send(send, b"", is_last=True)
 
     async def _beat(self, send: Send) -> None:
         loop = asyncio.get_running_loop()
@@ -63,8 +68,16 @@ class EventStream(StreamingResponse):
             await asyncio.sleep(max(0.01, last + self._heartbeat - loop.time()))
             last = max(last, self._wrote)
             if loop.time() - last >= self._heartbeat:
-                await send({"type": "http.response.body", "body": self._sign, "more_body": True})
+                await self._send(send, self._sign)
                 last = loop.time()
+
+    async def _send(self, send: Send, piece: bytes, is_last: bool = False) -> None:
+        async with self._sending:
+            if self._held is not None:
+                piece, self._held = b"".join((*self._held, piece)), None
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": piece, "more_body": not is_last})
+            self._wrote = asyncio.get_running_loop().time()
 
 
 async def opened(pieces: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:

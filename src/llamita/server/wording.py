@@ -1,6 +1,7 @@
 """What answers of several endpoints are written with: ids, token texts, counts."""
 
 import secrets
+import string
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,12 +9,18 @@ from llamita import __version__
 from llamita.inference.request import Statistics, TokenEvent
 from llamita.text.tokenizer import Tokenizer
 
+LETTERS_AND_DIGITS = string.ascii_letters + string.digits
 FINGERPRINT = f"llamita-{__version__}"
 
 
 def new_id(prefix: str) -> str:
     """Returns an id such as `chatcmpl-` and 24 characters."""
     return f"{prefix}{secrets.token_hex(12)}"
+
+
+def new_call_id(is_short: bool) -> str:
+    """Returns an id of a call, such as `call_` and 24 characters; a short one is nine letters and digits."""
+    return "".join(secrets.choice(LETTERS_AND_DIGITS) for _ in range(9)) if is_short else new_id("call_")
 
 
 def token_text(tokenizer: Tokenizer | None, token_id: int) -> str:

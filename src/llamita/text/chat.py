@@ -6,6 +6,7 @@ in a message stays text, and training can tell what the assistant wrote. Knows n
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -169,18 +170,22 @@ class Chat:
     def _behind_an_answer(self, turns: int) -> str:
         """What the template writes behind an answer that is one letter, in a conversation of so many turns."""
         roles = ("user", "assistant", "user")[:turns]
-        for form in (str, lambda letter: [{"type": "text", "text": letter}]):
+        forms = (str, lambda letter: [{"type": "text", "text": letter}])
+        fault: TemplateError | None = None
+        for tools, form in itertools.product((None, ()), forms):  # some templates for tools need a list of them
             messages = [{"role": role, "content": form(letter)} for role, letter in zip(roles, "abc", strict=False)]
             try:
-                layout = self._layout(messages, False, False, None, {}, find=True)
-            except TemplateError:
-                if form is not str:
-                    raise
+                layout = self._layout(messages, False, False, tools, {}, find=True)
+            except TemplateError as error:
+                fault = error
                 continue
             answered = [place.end for place in layout.found[1].places if place.message == 1] if layout.found else []
             if answered:
                 return layout.text[answered[-1] :]
-        return ""
+            if form is not str:
+                return ""
+        assert fault is not None
+        raise fault
 
     # --- laying out ---------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import { cellAt, drawHeat } from "./heat.js";
 import { TokenRow } from "./tokens.js";
 
 const LABELLED = 32; // tokens, at most, for names along the sides of the large picture
+const COARSE = 64; // with more, weights are spread so thin that they are drawn stronger, and smoothed when made smaller
 
 export class AttentionView {
   /** `onSelect(position)` is called when a row is chosen, `onLayer(layer)` when another layer is asked for. */
@@ -65,16 +66,18 @@ export class AttentionView {
     this.rowMark.style.height = `${100 / this.tokens.length}%`;
     this.looks.tint(this.#map()[position].slice(0, position + 1));
     this.looks.mark(position);
+    this.looks.reveal(position);
     this.lookTitle.replaceChildren("Where ", h("q", {}, visible(this.tokens[position].text)), " looks");
     this.#describe();
   }
 
   redraw() {
     if (!this.weights) return;
+    this.grid.classList.toggle("fine", this.tokens.length > COARSE);
     const maps = [[-1, this.mean], ...this.weights.entries()];
     this.grid.replaceChildren(...maps.map(([head, map]) => {
       const canvas = h("canvas", { "aria-hidden": "true" });
-      drawHeat(canvas, masked(map));
+      drawHeat(canvas, masked(map), this.#power);
       const isChosen = head === this.head;
       return h("button", { type: "button", class: "head", role: "radio", "aria-checked": String(isChosen), tabindex: isChosen ? 0 : -1, onclick: () => this.#choose(head) },
         canvas, h("span", {}, head < 0 ? "mean" : `head ${head + 1}`));
@@ -86,6 +89,10 @@ export class AttentionView {
   looking(position) {
     if (!this.weights || position > this.position) return;
     this.readout.textContent = this.#sentence(this.position, position);
+  }
+
+  get #power() {
+    return this.tokens.length > COARSE ? 1 / 3 : 1 / 2;
   }
 
   #map() {
@@ -102,7 +109,7 @@ export class AttentionView {
   }
 
   #drawLarge() {
-    drawHeat(this.canvas, masked(this.#map()));
+    drawHeat(this.canvas, masked(this.#map()), this.#power);
     this.canvas.setAttribute("aria-label", `Attention of ${this.#headName()} in layer ${this.layer + 1}, ${this.tokens.length} rows and columns`);
     this.select(this.position);
   }

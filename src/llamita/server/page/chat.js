@@ -24,7 +24,9 @@ export class Chat {
     this.sampling = new SamplingPanel(byId("sampling"), (settings) => this.#change({ settings }));
     this.conversation = store.get(remembered("llamita.conversation")) ?? store.conversations[0] ?? this.#fresh();
     this.#listen();
-    if (WIDE.matches && remembered("llamita.settings") !== "closed") this.toggle("settings", true);
+    const showSettings = () => this.toggle("settings", WIDE.matches && remembered("llamita.settings") !== "closed", false);
+    showSettings();
+    WIDE.addEventListener("change", showSettings); // where there is no room beside the chat any more, they would lie on it
     app.onModel(() => this.#modelChanged());
     this.#show();
   }
@@ -58,10 +60,10 @@ export class Chat {
   }
 
   /** Opens or closes the conversations or the settings, which lie beside the chat, or over it where there is no room. */
-  toggle(name, isOpen = !byId(name).classList.contains("open")) {
+  toggle(name, isOpen = !byId(name).classList.contains("open"), isChoice = true) {
     byId(name).classList.toggle("open", isOpen);
     for (const opener of document.querySelectorAll(`[data-opens=${name}]`)) opener.setAttribute("aria-expanded", isOpen);
-    if (name === "settings" && WIDE.matches) remember("llamita.settings", isOpen ? "open" : "closed");
+    if (name === "settings" && WIDE.matches && isChoice) remember("llamita.settings", isOpen ? "open" : "closed");
     if (isOpen && !WIDE.matches) byId(name).querySelector("button").focus();
   }
 
@@ -103,8 +105,11 @@ export class Chat {
     byId("to-end").addEventListener("click", () => this.#scrollToEnd());
     window.addEventListener("pagehide", () => this.running && this.store.save(this.running.conversation));
     window.addEventListener("storage", (event) => {
-      if (this.running || !this.store.reload(event.key)) return;
-      this.#open(this.store.get(this.conversation.id) ?? this.store.conversations[0] ?? this.#fresh());
+      const isOwn = this.running && event.key?.endsWith(this.running.conversation.id);
+      if (isOwn || this.store.reload(event.key) === null) return;
+      const current = this.store.get(this.conversation.id);
+      if (current === this.conversation) this.#showList();
+      else this.#open(current ?? this.store.conversations[0] ?? this.#fresh());
     });
   }
 
@@ -267,10 +272,10 @@ export class Chat {
   }
 
   #edit(message, text) {
-    const at = this.conversation.messages.indexOf(message);
+    if (message.role === "user" && this.#isBusy()) return;
     message.content = text;
     if (message.role === "user") {
-      this.#cutAndAnswer(at + 1);
+      this.#cutAndAnswer(this.conversation.messages.indexOf(message) + 1);
       return;
     }
     this.store.save(this.conversation);
@@ -278,13 +283,16 @@ export class Chat {
   }
 
   #cutAndAnswer(length) {
-    if (this.running) {
-      this.app.toast("Another answer is still being written; stop it first.");
-      return;
-    }
+    if (this.#isBusy()) return;
     this.conversation.messages.splice(length);
     this.#show();
     this.#answer();
+  }
+
+  /** Returns whether an answer is under way, and says so. */
+  #isBusy() {
+    if (this.running) this.app.toast("Another answer is still being written; stop it first.");
+    return this.running !== null;
   }
 
   #add(message, isOpen = false) {
@@ -367,7 +375,7 @@ export class Chat {
       model: app.model.id,
       ...(continued ? { prompt: continuedText(conversation) } : { messages: requestMessages(conversation) }),
       ...(continued && CONTINUED),
-      ...requestFields(conversation.settings),
+      ...requestFields({ ...app.suggested, ...conversation.settings }),
       stream: true,
       stream_options: { include_usage: true },
     };

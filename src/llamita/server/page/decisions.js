@@ -69,6 +69,15 @@ export class Decisions {
 
   shown() {}
 
+  /** Stops a request under way. Returns whether there was one. */
+  escape() {
+    const isBusy = this.runButton.classList.contains("busy");
+    this.controller?.abort();
+    this.runButton.classList.remove("busy");
+    if (isBusy) this.#say("Stopped.");
+    return isBusy;
+  }
+
   /** The labels of a model with a classification head, which are the only options that it has. */
   get #labels() {
     return this.app.facts.labels ?? [];
@@ -155,7 +164,7 @@ export class Decisions {
       const seconds = (performance.now() - started) / 1000;
       this.#say(`${count(usage.input_tokens, "token")} read in ${seconds.toFixed(2)} s, none written.`);
     } catch (error) {
-      if (error.name === "AbortError") return; // another run took over
+      if (error.name === "AbortError") return; // stopped, or another run took over
       if (error.status === 401) this.app.report(error);
       this.#say(error.message, true);
     }

@@ -2,9 +2,9 @@
 
 import { colour } from "./dom.js";
 
-/** How strong a colour stands for a number from 0 to 1: its square root, so that small ones can be seen. */
-export function strength(number) {
-  return Math.sqrt(Math.max(0, Math.min(1, number)));
+/** How strong a colour stands for a number from 0 to 1: its square root, say, so that small ones can be seen. */
+export function strength(number, power = 1 / 2) {
+  return Math.max(0, Math.min(1, number)) ** power;
 }
 
 /** Gives an element the colour of a number, and letters that can be read on it (the style sheet says why at 0.83). */
@@ -13,8 +13,8 @@ export function tint(element, number) {
   element.classList.toggle("strong", strength(number) > 0.83);
 }
 
-/** Draws rows of numbers; NaN stays empty. */
-export function drawHeat(canvas, rows) {
+/** Draws rows of numbers, as strong as their `power`; NaN stays empty. */
+export function drawHeat(canvas, rows, power = 1 / 2) {
   const width = Math.max(...rows.map((row) => row.length));
   canvas.width = width;
   canvas.height = rows.length;
@@ -23,7 +23,7 @@ export function drawHeat(canvas, rows) {
   rows.forEach((row, y) => {
     for (let x = 0; x < row.length; x += 1) {
       if (Number.isNaN(row[x])) continue;
-      image.data.set([red, green, blue, Math.round(255 * strength(row[x]))], 4 * (y * width + x));
+      image.data.set([red, green, blue, Math.round(255 * strength(row[x], power))], 4 * (y * width + x));
     }
   });
   canvas.getContext("2d").putImageData(image, 0, 0);

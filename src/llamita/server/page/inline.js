@@ -113,7 +113,7 @@ function marks(text, at, run, parts, openers, wrap) {
     left -= size;
   }
   while (left) {
-    const size = left >= 2 ? 2 : 1;
+    const size = left % 2 ? 1 : 2; // of three, the single one is outside
     if (canOpen && openers.length < OPEN && MARKS[mark][size - 1]) openers.push(parts.length);
     parts.push({ text: mark.repeat(size), mark, size });
     left -= size;

@@ -44,6 +44,19 @@ export class Inside {
 
   shown() {}
 
+  /** Stops what is being computed. Returns whether anything was. */
+  escape() {
+    const isBusy = this.#isBusy;
+    this.controller?.abort();
+    byId("inside-run").classList.remove("busy");
+    byId("inside-result").setAttribute("aria-busy", "false");
+    return isBusy;
+  }
+
+  get #isBusy() {
+    return byId("inside-result").getAttribute("aria-busy") === "true";
+  }
+
   get #canChat() {
     return this.app.can("chat") && this.app.facts.chat;
   }
@@ -62,7 +75,7 @@ export class Inside {
       attention: part("Where it looks", "In every layer, several heads carry information from earlier tokens to later ones. Each head spreads 100% of its attention over what it can see; many rest on the first token when they look for nothing.", this.attention.element),
       lens: part("How the prediction forms", "The model's layers work on its guess one after another. Each row shows what it would say if it ended there; the last row is what it really says.", this.lens.element),
     };
-    this.parts.tokens.element.classList.add("sticky");
+    this.parts.tokens.element.classList.add("tokens-part"); // its row stays in view while the others are read
   }
 
   async #run() {
@@ -79,6 +92,7 @@ export class Inside {
     try {
       const prompt = isChat ? { messages: [{ role: "user", content: text }] } : { prompt: text };
       const found = await this.app.api.lookInside({ model, ...prompt, top: TOP }, signal);
+      signal.throwIfAborted();
       this.asked = { model, prompt: found.tokens.map(({ id }) => id) };
       this.found = found;
       this.layers.clear();
@@ -91,6 +105,7 @@ export class Inside {
       const isQuick = found.tokens.length <= QUICK;
       const middle = Math.floor(found.layers / 2);
       await this.#or(this.parts.attention, isQuick, `Compute the attention of layer ${middle + 1}`, () => this.#showLayer(middle));
+      signal.throwIfAborted();
       await this.#or(this.parts.lens, isQuick, "Compute every layer's prediction", () => this.#showLens());
     } catch (error) {
       if (error.name !== "AbortError") {
@@ -98,7 +113,7 @@ export class Inside {
         result.replaceChildren(h("p", { class: "note bad", role: "alert" }, error.message));
       }
     } finally {
-      if (!signal.aborted || this.controller.signal === signal) {
+      if (!signal.aborted) {
         result.setAttribute("aria-busy", "false");
         byId("inside-run").classList.remove("busy");
       }
@@ -137,6 +152,7 @@ export class Inside {
 
   async #into({ body, content }, act) {
     body.classList.add("waiting");
+    if (this.controller.signal.aborted) this.controller = new AbortController(); // after Escape, another layer may be asked for
     try {
       await act(this.controller.signal);
     } catch (error) {
@@ -177,6 +193,7 @@ export class Inside {
 
 function part(title, words, content) {
   const body = h("div", { class: "part-body" }, content);
-  const element = h("section", { class: "part" }, h("h3", {}, title), h("p", { class: "explain" }, words), body);
+  const head = h("div", { class: "part-head" }, h("h3", {}, title), h("p", { class: "explain" }, words));
+  const element = h("section", { class: "part" }, head, body);
   return { element, body, content };
 }

@@ -66,7 +66,7 @@ export class LensView {
     const head = h("tr", {}, h("th", { scope: "col", class: "corner" }, "after"), positions.map((position) =>
       h("th", { scope: "col", "data-position": position, dir: "auto" }, visible(this.tokens[position].text))));
     const rows = this.lens.map((row, layer) => h("tr", { class: layer === this.lens.length - 1 ? "own" : "" },
-      h("th", { scope: "row" }, layer === 0 ? "embedding" : layer === this.lens.length - 1 ? `layer ${layer}, the end` : `layer ${layer}`),
+      h("th", { scope: "row" }, layer === 0 ? "embedding" : layer === this.lens.length - 1 ? `layer ${layer} (last)` : `layer ${layer}`),
       positions.map((position) => this.#cell(row[position], layer, position))));
     this.table.replaceChildren(h("thead", {}, head), h("tbody", {}, rows));
   }

@@ -6,6 +6,7 @@ import { Decisions } from "./decisions.js";
 import { byId, copyText, h, icon } from "./dom.js";
 import { Inside } from "./inside.js";
 import { remember, remembered, session } from "./memory.js";
+import { SUGGESTED, isPlain } from "./sampling.js";
 import { Store } from "./store.js";
 
 const TABS = ["chat", "inside", "decisions"];
@@ -39,8 +40,13 @@ class App {
     return { ...base?.meta, ...this.model?.meta };
   }
 
+  /** What the page itself chooses for a model that was trained to chat and says nothing of how to draw from it. */
+  get suggested() {
+    return this.facts.chat && isPlain(this.facts.defaults ?? {}) ? SUGGESTED : {};
+  }
+
   get defaults() {
-    return this.facts.defaults ?? {};
+    return { ...this.facts.defaults, ...this.suggested };
   }
 
   /** Calls `listener` whenever another model is chosen. */
@@ -120,7 +126,7 @@ function start() {
   setUpTabs(tabs);
   setUpTheme();
   setUpKey(app);
-  setUpHelp(chat);
+  setUpHelp(tabs);
   byId("model").addEventListener("change", () => app.modelChanged());
   document.addEventListener("click", async (event) => {
     const button = event.target.closest?.("[data-copy=code]");
@@ -209,17 +215,20 @@ function setUpKey(app) {
   });
 }
 
-function setUpHelp(chat) {
+function setUpHelp(tabs) {
+  const { chat } = tabs;
   const dialog = byId("help-dialog");
   byId("help").addEventListener("click", () => dialog.showModal());
   byId("help-close").addEventListener("click", () => dialog.close());
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
   document.addEventListener("keydown", (event) => {
-    if (event.isComposing || dialog.open || byId("panel-chat").hidden) return;
+    if (event.isComposing || dialog.open) return;
     if (event.key === "Escape") {
-      if (chat.escape()) event.preventDefault();
+      const tab = TABS.find((name) => !byId(`panel-${name}`).hidden);
+      if (tabs[tab].escape()) event.preventDefault();
       return;
     }
+    if (byId("panel-chat").hidden) return;
     // By place on the keyboard, since Alt changes what a key writes on a Mac.
     const actions = { KeyN: () => chat.begin(), KeyM: () => byId("draft").focus(), KeyS: () => chat.toggle("settings") };
     if (event.altKey && !event.ctrlKey && !event.metaKey && event.code in actions) {

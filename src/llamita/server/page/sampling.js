@@ -14,6 +14,8 @@ export const CONTROLS = [
   { name: "repetition_penalty", title: "Repetition penalty", least: 0.5, most: 2, step: 0.05, usual: 1,
     help: "Above 1, tokens that already occurred become less likely. 1 changes nothing." },
 ];
+/** Drawn from plainly, a small model wanders off; these keep it to what it finds likely. */
+export const SUGGESTED = { temperature: 0.7, top_p: 0.95 };
 const NUMBERS = [
   { name: "max_tokens", title: "Most tokens", least: 1, placeholder: "as the server has it",
     help: "An answer ends here even if it is not finished." },
@@ -41,7 +43,7 @@ export class SamplingPanel {
       h("p", { class: "help" }, "Whether the model writes its reasoning before the answer."),
     );
     root.append(this.thinkingField);
-    this.reset = h("button", { type: "button", class: "button", onclick: () => this.#reset() }, icon("undo"), "Back to the model's defaults");
+    this.reset = h("button", { type: "button", class: "button", onclick: () => this.#reset() }, icon("undo"), "Back to the defaults");
     root.append(this.reset);
   }
 
@@ -126,6 +128,11 @@ export function requestFields(settings) {
 
 /** The parameters of a text that goes on, where nothing else is set: without them, a server stops after 16 tokens. */
 export const CONTINUED = { max_tokens: 128 };
+
+/** Whether a model's defaults change nothing, so that its own distribution is drawn from. */
+export function isPlain(defaults) {
+  return CONTROLS.every(({ name, usual }) => (defaults[name] ?? usual) === usual);
+}
 
 /** Returns all of the parameters that an answer is drawn with, for the record. */
 export function effective(settings, defaults) {

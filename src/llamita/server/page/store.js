@@ -57,12 +57,17 @@ export class Store {
     }
   }
 
-  /** Takes up what another tab has written or deleted under a key; returns whether the key was one of ours. */
+  /** Takes up what another tab has written or deleted under a key. Returns the id of that conversation, or null. */
   reload(key) {
-    if (key !== null && !key.startsWith(PREFIX)) return false;
-    const unsaved = this.conversations.filter((conversation) => !conversation.messages.length);
-    this.conversations = [...unsaved, ...this.#read().filter(({ id }) => !unsaved.some((kept) => kept.id === id))];
-    return true;
+    if (!key?.startsWith(PREFIX)) return null;
+    const id = key.slice(PREFIX.length);
+    this.conversations = this.conversations.filter((conversation) => conversation.id !== id);
+    try {
+      this.conversations.push(checked(JSON.parse(this.storage.getItem(key))));
+    } catch {
+      // It is deleted, or no conversation.
+    }
+    return id;
   }
 
   #read() {

@@ -40,7 +40,15 @@ export class TokenRow {
   /** Chooses a position for as long as none is pointed at. */
   choose(position) {
     this.chosen = position;
+    this.reveal(position);
     this.#point(position);
+  }
+
+  /** Scrolls the row, and nothing else, until a position is in view. */
+  reveal(position) {
+    const { offsetTop: top, offsetHeight: height } = this.pieces[position];
+    const { scrollTop, clientHeight } = this.element;
+    if (top < scrollTop || top + height > scrollTop + clientHeight) this.element.scrollTop = top - clientHeight / 2;
   }
 
   /** Marks a position, without telling anyone. */

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from llamita.server.schemas.common import Answer, Body
+from llamita.server.schemas.common import Answer, Body, Off
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 Bookkeeping = Field(description="Bookkeeping of the client; it changes nothing here.")
@@ -91,7 +91,7 @@ class JsonObjectFormat(Body):
 
 
 class JsonSchema(Body):
-    name: str = Field(min_length=1, max_length=64)
+    name: str | None = Field(default=None, min_length=1, max_length=64, description="Of use to the client alone.")
     description: str | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = None
@@ -128,7 +128,10 @@ class NamedTool(Body):
 
 class StreamOptions(Body):
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Off | None = None
+    continuous_usage_stats: bool | None = Field(
+        default=None, description="Give the counts so far with every chunk, as vLLM does."
+    )
 
 
 # --- requests --------------------------------------------------------------------------------------------------------
@@ -177,7 +180,7 @@ class ChatRequest(Sampling):
     chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="Variables of the chat template.")
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = Field(default=None, description="Go on in the last message.")
-    store: Literal[False] | None = None
+    store: Off | None = None
     service_tier: Literal["auto", "default"] | None = None
     modalities: list[Literal["text"]] | None = None
     metadata: Annotated[dict[str, Any] | None, Bookkeeping] = None

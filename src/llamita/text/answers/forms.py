@@ -37,6 +37,8 @@ class CallForm:
     """Whether the template takes more than one call in a turn."""
     writes_ids: bool = False
     """Whether an id stands between the name and the arguments of a `named` call."""
+    short_ids: bool = False
+    """Whether the template refuses ids that are not nine letters and digits."""
     written: tuple[str, ...] = ()
     """Patterns that the source of a template of this form has, all of them."""
     absent: tuple[str, ...] = ()
@@ -47,9 +49,16 @@ class CallForm:
 
 MISTRAL = r"\[TOOL_CALLS\]"
 FORMS = (
-    CallForm("mistral-ids", "named", "[TOOL_CALLS]", writes_ids=True, written=(MISTRAL, r"\[ARGS\]", r"\[CALL_ID\]")),
-    CallForm("mistral-named", "named", "[TOOL_CALLS]", written=(MISTRAL, r"\[ARGS\]")),
-    CallForm("mistral", "list", "[TOOL_CALLS]", written=(MISTRAL,)),
+    CallForm(
+        "mistral-ids",
+        "named",
+        "[TOOL_CALLS]",
+        writes_ids=True,
+        short_ids=True,
+        written=(MISTRAL, r"\[ARGS\]", r"\[CALL_ID\]"),
+    ),
+    CallForm("mistral-named", "named", "[TOOL_CALLS]", short_ids=True, written=(MISTRAL, r"\[ARGS\]")),
+    CallForm("mistral", "list", "[TOOL_CALLS]", short_ids=True, written=(MISTRAL,)),
     CallForm("qwen3-coder", "xml", *TAGS, written=("<tool_call>", "<function=", "<parameter=")),
     CallForm("smollm2", "list", *TAGS, written=(r"<tool_call>(\\n|\s)*\[", "arguments")),
     CallForm("hermes", "object", *TAGS, written=("<tool_call>", "name", "arguments"), absent=("<arg_key>",)),

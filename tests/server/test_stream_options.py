@@ -1,0 +1,52 @@
+"""What a stream of completions tells of its counts: never, in the end, or with every chunk."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.server.clients import events, post, random_model, serve
+
+CHAT = {"messages": [{"role": "user", "content": "The fox"}], "max_tokens": 6, "seed": 1, "ignore_eos": True}
+TEXT = {"prompt": ["The fox", "The owl gave"], "max_tokens": 6, "seed": 1, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with serve(random_model()) as address:
+        yield address
+
+
+def chunks(address: str, path: str, asked: dict[str, Any], **options: bool) -> list[dict[str, Any]]:
+    answer = post(address, path, **asked, stream=True, stream_options=options)
+    return [value for _, value in events(answer) if value != "[DONE]"]
+
+
+@pytest.mark.parametrize(("path", "asked"), [("/v1/chat/completions", CHAT), ("/v1/completions", TEXT)])
+def test_counts_come_as_they_were_asked_for(address: str, path: str, asked: dict[str, Any]) -> None:
+    whole = post(address, path, **asked).json()["usage"]
+    assert all("usage" not in chunk for chunk in chunks(address, path, asked))
+    *before, last = chunks(address, path, asked, include_usage=True)
+    assert [chunk["usage"] for chunk in before] == [None] * len(before)
+    counted = ("prompt_tokens", "completion_tokens", "total_tokens")
+    assert [last["usage"][name] for name in counted] == [whole[name] for name in counted]
+    assert last["choices"] == []
+    *all_chunks, last = chunks(address, path, asked, include_usage=True, continuous_usage_stats=True)
+    so_far = [chunk["usage"]["completion_tokens"] for chunk in all_chunks]
+    assert so_far == sorted(so_far)
+    assert so_far[-1] == whole["completion_tokens"] == last["usage"]["completion_tokens"]
+    assert all(chunk["usage"]["prompt_tokens"] <= whole["prompt_tokens"] for chunk in all_chunks)
+
+
+def test_options_without_a_stream_and_unknown_ones_are_refused(address: str) -> None:
+    for options in ({"stream_options": {"include_usage": True}}, {"stream": True, "stream_options": {"usage": True}}):
+        answer = post(address, "/v1/chat/completions", **CHAT, **options)
+        assert (answer.status_code, answer.json()["error"]["param"].split(".")[0]) == (400, "stream_options")
+    for off in ({"store": 0}, {"store": True}):
+        answer = post(address, "/v1/chat/completions", **CHAT, **off)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "store")
+
+
+def test_an_effort_is_refused_where_the_template_reads_none(address: str) -> None:
+    answer = post(address, "/v1/chat/completions", **CHAT, reasoning_effort="high")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "reasoning_effort")
