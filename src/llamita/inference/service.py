@@ -58,6 +58,24 @@ class _Mailbox:
             take(place, share)
 
 
+class Interrupt:
+    """Ends the reading of events with an error; called in the event loop of the reader."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self._take: Callable[[int, Sequence[Outcome]], None] | None = None
+
+    def __call__(self, error: Exception) -> None:
+        self.error = error
+        if self._take is not None:
+            self._take(0, [error])
+
+    def connect(self, take: Callable[[int, Sequence[Outcome]], None]) -> None:
+        self._take = take
+        if self.error is not None:
+            take(0, [self.error])
+
+
 class Service:
     """Serves an engine to threads and to asyncio, all at once.
 
@@ -153,12 +171,12 @@ class Service:
                     yield event
 
     async def follow_many_async(
-        self, requests: Sequence[Request], buffer: int | None = None
+        self, requests: Sequence[Request], buffer: int | None = None, interrupt: Interrupt | None = None
     ) -> AsyncGenerator[list[tuple[int, TokenEvent]]]:
         """Yields the events of several requests, each with its request's place, all that have come since the last time.
 
         Ends when all have ended; one that fails raises, which ends the others. `buffer` is as in `follow_async`, for
-        all of them together.
+        all of them together. Calling `interrupt` with an error raises that error here, which ends all of them.
         """
         mailbox = self._mailbox_of(asyncio.get_running_loop())
         waiting: list[tuple[int, Outcome]] = []
@@ -176,6 +194,8 @@ class Service:
             return lambda share: mailbox.put(take, place, share)
 
         remaining = sum(request.params.n for request in requests)
+        if interrupt is not None:
+            interrupt.connect(take)
         try:
             for place, request in enumerate(requests):
                 self._submit(request, sink_of(place), background=True)
@@ -184,6 +204,8 @@ class Service:
                 arrived.clear()
                 batch: list[tuple[int, TokenEvent]] = []
                 for place, outcome in waiting:
+                    if not remaining:  # all have ended: an error that came later is none of theirs
+                        break
                     if isinstance(outcome, Exception):
                         if batch:
                             yield batch

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from llamita.backend.sampling import NONE_LEFT
 from llamita.inference.request import Request, TokenEvent
+from llamita.inference.service import Interrupt
 from llamita.inference.structured import BROKEN
 from llamita.server.admission import Admission, DrainingError, Place, QueueFullError
 from llamita.server.errors import ApiError
@@ -43,15 +44,13 @@ class Job:
         """
         serving, metrics = self._serving, self._serving.metrics
         limits = serving.limits
-        deadline = self._arrived + limits.request_seconds
         last: dict[tuple[int, int], float] = {}
-        batches = serving.model.require_llm().service.follow_many_async(self.requests, limits.stream_buffer)
+        service, interrupt = serving.model.require_llm().service, Interrupt()
+        batches = service.follow_many_async(self.requests, limits.stream_buffer, interrupt)
         wanted = sum(request.params.n for request in self.requests)
         try:
-            async with contextlib.aclosing(batches):
-                while self._ended < wanted:
-                    async with serving.until(deadline):
-                        batch = await anext(batches)
+            async with serving.interrupting(interrupt, self._arrived), contextlib.aclosing(batches):
+                async for batch in batches:
                     now = time.monotonic()
                     for place, event in batch:
                         self._count(place, event, now, last)
@@ -93,7 +92,7 @@ class Serving:
         self.metrics = Metrics(engine, self._waiting, lambda: self.admission.queued_tokens)
         self.hangs = False
         self._ended = False
-        self._waits: set[asyncio.Timeout] = set()
+        self._interrupts: set[Callable[[Exception], object]] = set()
 
     @contextlib.asynccontextmanager
     async def job(self, prepare: Callable[[], Sequence[Request]]) -> AsyncGenerator[Job]:
@@ -114,8 +113,7 @@ class Serving:
         with self.place():
             call = await self.prepared(prepare)
             try:
-                async with self.until(time.monotonic() + self.limits.request_seconds):
-                    return await self.model.call(call)
+                return await self._within_time(call)
             except ValueError as error:
                 raise ApiError(400, _line(error)) from None
 
@@ -130,28 +128,48 @@ class Serving:
             raise ApiError(400, message, param=field_at_fault(message), code="invalid_value") from None
 
     @contextlib.asynccontextmanager
-    async def until(self, deadline: float) -> AsyncGenerator[None]:
-        """Ends what is awaited in it with an `ApiError` at a time of the monotonic clock, or when the server ends."""
+    async def interrupting(self, interrupt: Callable[[Exception], object], arrived: float) -> AsyncGenerator[None]:
+        """Calls `interrupt` with the error, an `ApiError`, when a request's time is over or the server ends."""
+        loop = asyncio.get_running_loop()
+        left = arrived + self.limits.request_seconds - time.monotonic()
+        clock = loop.call_later(left, lambda: interrupt(self._out_of_time()))
+        self._interrupts.add(interrupt)
+        if self._ended:
+            interrupt(_server_ended())
         try:
-            async with asyncio.timeout(0 if self._ended else deadline - time.monotonic()) as wait:
-                self._waits.add(wait)
-                try:
-                    yield
-                finally:
-                    self._waits.discard(wait)
-        except TimeoutError:
-            if self._ended:
-                raise ApiError(503, "the server ended before the answer did", code="ended") from None
-            self.metrics.rejected.labels("deadline").inc()
-            message = f"the request took longer than the {self.limits.request_seconds:g} seconds that are allowed"
-            raise ApiError(504, message, code="deadline_exceeded") from None
+            yield
+        finally:
+            clock.cancel()
+            self._interrupts.discard(interrupt)
+
+    async def _within_time(self, call: Callable[[], T]) -> T:
+        outcome = asyncio.ensure_future(self.model.call(call))
+        fault: list[Exception] = []
+
+        def stop(error: Exception) -> None:
+            fault.append(error)
+            outcome.cancel()
+
+        try:
+            async with self.interrupting(stop, time.monotonic()):
+                return await outcome
+        except asyncio.CancelledError:
+            if fault:
+                raise fault[0] from None
+            raise
+        finally:
+            outcome.cancel()
+
+    def _out_of_time(self) -> ApiError:
+        self.metrics.rejected.labels("deadline").inc()
+        message = f"the request took longer than the {self.limits.request_seconds:g} seconds that are allowed"
+        return ApiError(504, message, code="deadline_exceeded")
 
     def end(self) -> int:
         """Ends all requests that are still open with an error; returns their number."""
         self._ended = True
-        for wait in self._waits:
-            if not wait.expired():
-                wait.reschedule(asyncio.get_running_loop().time())
+        for interrupt in tuple(self._interrupts):
+            interrupt(_server_ended())
         return self.admission.open_requests
 
     def close(self) -> None:
@@ -192,6 +210,10 @@ class Serving:
         except DrainingError as ending:
             self.metrics.rejected.labels("draining").inc()
             raise ApiError(503, str(ending), code="draining") from None
+
+
+def _server_ended() -> ApiError:
+    return ApiError(503, "the server ended before the answer did", code="ended")
 
 
 def _engine_error(message: str, request: Request) -> ApiError:
