@@ -43,12 +43,11 @@ def run():
         begun = time.perf_counter()
         for prompt in asked["prompts"]:
             engine.add(model.request(prompt, params))
-        first, count = {}, 0
+        times = {}
         while engine.has_work:
             for event in engine.step():
-                count += 1
-                first.setdefault(event.request_id, time.perf_counter() - begun)
-        print(json.dumps([count, time.perf_counter() - begun, list(first.values())]), flush=True)
+                times.setdefault(event.request_id, []).append(time.perf_counter() - begun)
+        print(json.dumps(list(times.values())), flush=True)
 
 threading.Thread(target=run).start()
 """
@@ -60,6 +59,9 @@ class Passes:
     """What one contestant reached in each pass."""
 
     tokens_per_second: list[float] = field(default_factory=list)
+    """While all streams write: from the last first token to the first end."""
+    whole_tokens_per_second: list[float] = field(default_factory=list)
+    """From the requests to the last token, the reading of prompts included."""
     first_token_seconds: list[float] = field(default_factory=list)
     """Of one request alone."""
     crowd_first_token_seconds: list[float] = field(default_factory=list)
@@ -113,12 +115,12 @@ def measure(
     """Runs the passes; returns the engine's, the server's, and the client's processor seconds of each pass."""
     order, passes, client_seconds = random.Random(5), (Passes(), Passes()), []
 
-    def by_engine(prompts: Sequence[str], tokens: int) -> tuple[int, float, list[float]]:
+    def by_engine(prompts: Sequence[str], tokens: int) -> list[list[float]]:
         print(json.dumps({"prompts": prompts, "tokens": tokens}), file=asks, flush=True)
-        count, seconds, first = json.loads(answers.readline())
-        return count, seconds, first
+        times: list[list[float]] = json.loads(answers.readline())
+        return times
 
-    def by_server(prompts: Sequence[str], tokens: int) -> tuple[int, float, list[float]]:
+    def by_server(prompts: Sequence[str], tokens: int) -> list[list[float]]:
         return asyncio.run(ask_all(port, prompts, tokens))
 
     contestants = ((by_engine, passes[0], engine_pid), (by_server, passes[1], server_pid))
@@ -127,14 +129,15 @@ def measure(
         alone = [prompt(order, 24) for _ in range(5)]
         for ask, record, pid in contestants if number % 2 else contestants[::-1]:
             before, own = cpu_seconds(pid), time.process_time()
-            count, seconds, first = ask(crowd, arguments.tokens)
+            times = ask(crowd, arguments.tokens)
             spent, own = cpu_seconds(pid) - before, time.process_time() - own
-            assert count == arguments.streams * arguments.tokens
-            alone_first = [ask([text], 4)[2][0] for text in alone]
+            alone_first = [ask([text], 4)[0][0] for text in alone]
             if number < 0:  # the first pass warms everything up
                 continue
-            record.tokens_per_second.append(count / seconds)
-            record.crowd_first_token_seconds.append(statistics.median(first))
+            record.tokens_per_second.append(steady_rate(times, arguments.tokens))
+            whole = arguments.streams * arguments.tokens / max(stream[-1] for stream in times)
+            record.whole_tokens_per_second.append(whole)
+            record.crowd_first_token_seconds.append(statistics.median(stream[0] for stream in times))
             record.first_token_seconds.append(statistics.median(alone_first))
             record.processor_seconds.append(spent)
             if ask is by_server:
@@ -151,37 +154,45 @@ def cpu_seconds(pid: int) -> float:
     return times.user + times.system
 
 
-async def ask_all(port: int, prompts: Sequence[str], tokens: int) -> tuple[int, float, list[float]]:
-    """Asks for all streams at once; returns the tokens, the seconds to the last, and the seconds to each first one."""
+def steady_rate(times: Sequence[Sequence[float]], tokens: int) -> float:
+    """Returns the tokens a second of all streams while all of them write.
+
+    `times`: when each piece of each stream came. A piece is a token, but for the few tokens without a text of their
+    own, so a stream's pieces are counted as its tokens in proportion.
+    """
+    begin, end = max(stream[0] for stream in times), min(stream[-1] for stream in times)
+    written = sum(sum(begin < moment <= end for moment in stream) * tokens / len(stream) for stream in times)
+    return written / (end - begin)
+
+
+async def ask_all(port: int, prompts: Sequence[str], tokens: int) -> list[list[float]]:
+    """Asks for all streams at once; returns when each of their pieces came, in seconds."""
     begun = time.perf_counter()
-    results = await asyncio.gather(*(ask(port, text, tokens, begun) for text in prompts))
-    return sum(count for count, _ in results), time.perf_counter() - begun, [first for _, first in results]
+    return await asyncio.gather(*(ask(port, text, tokens, begun) for text in prompts))
 
 
-async def ask(port: int, text: str, tokens: int, begun: float) -> tuple[int, float]:
+async def ask(port: int, text: str, tokens: int, begun: float) -> list[float]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     body = json.dumps(
-        {
-            "prompt": text, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-    ).encode()  # fmt: skip
+        {"prompt": text, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+    ).encode()
     writer.write(
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
         b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
     )
-    first, rest = 0.0, b""
+    times: list[float] = []
+    rest = b""
     while part := await reader.read(1 << 16):
-        if not first and b"data: " in part:
-            first = time.perf_counter() - begun
-        rest = (rest + part)[-2000:]
+        times += [time.perf_counter() - begun] * part.count(b"data: {")
+        rest = (rest + part)[-200:]
     writer.close()
-    usage = rest[rest.rindex(b'"completion_tokens":') + 20 :]
-    return int(usage[: usage.index(b",")]), first
+    assert b"[DONE]" in rest, rest
+    return times
 
 
 def summary(engine: Passes, server: Passes, client_seconds: Sequence[float]) -> dict[str, Any]:
     shares = [b / a for a, b in zip(engine.tokens_per_second, server.tokens_per_second, strict=True)]
+    whole = [b / a for a, b in zip(engine.whole_tokens_per_second, server.whole_tokens_per_second, strict=True)]
     added = [1000 * (b - a) for a, b in zip(engine.first_token_seconds, server.first_token_seconds, strict=True)]
     crowd = [
         1000 * (b - a) for a, b in zip(engine.crowd_first_token_seconds, server.crowd_first_token_seconds, strict=True)
@@ -191,6 +202,7 @@ def summary(engine: Passes, server: Passes, client_seconds: Sequence[float]) -> 
             "engine_tokens_per_second": round(statistics.median(engine.tokens_per_second), 1),
             "server_tokens_per_second": round(statistics.median(server.tokens_per_second), 1),
             "server_share": spread(shares, 3),
+            "server_share_with_prompts": spread(whole, 3),
             "added_first_token_milliseconds": spread(added, 2),
             "added_first_token_milliseconds_crowd": spread(crowd, 2),
             "engine_processor_seconds": round(statistics.median(engine.processor_seconds), 2),
