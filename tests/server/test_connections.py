@@ -160,6 +160,23 @@ def test_a_client_that_stops_reading_is_cut_off(serve: Serve) -> None:
     connection.close()
 
 
+def test_a_short_answer_that_is_not_read_is_given_up_too(serve: Serve) -> None:
+    """It waits whole in the server's own buffer, so that nothing is ever held back."""
+    server = serve(write_seconds=1.0)
+    server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", server.port))
+    body = {"prompt": [[5 + i] * 20 for i in range(8)], "max_tokens": 70, "logprobs": 5}
+    size = len(httpx.post(f"http://127.0.0.1:{server.port}/v1/completions", json=body, timeout=60).content)
+    assert 20_000 < size < 60_000
+    connection.sendall(request_bytes("/v1/completions", body))
+    wait_for(lambda: server.metric("requests_finished_total", reason="length") == 16)
+    wait_for(lambda: not server.server.server_state.connections)
+    server.assert_well()
+    connection.close()
+
+
 def test_connections_are_counted(serve: Serve) -> None:
     server = serve(max_connections=5)
     server.client.close()

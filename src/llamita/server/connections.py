@@ -55,6 +55,17 @@ def make_protocol(limits: ServerLimits) -> type[asyncio.Protocol]:
             _cancel(self._writing)
             self._writing = None
 
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self._writing is None and self.transport.get_write_buffer_size():
+                # Too little waits for writing to have been paused, and nothing more will be written.
+                self._writing = self.loop.call_later(limits.write_seconds, self._abort_unread)
+
+        def _abort_unread(self) -> None:
+            self._writing = None
+            if self.transport.get_write_buffer_size():
+                self.transport.abort()
+
         def connection_lost(self, exc: Exception | None) -> None:
             _cancel(self._reading)
             _cancel(self._writing)
