@@ -1,6 +1,5 @@
 """POST /v1/decisions and /v1/systemone: a text and typed questions in, a probability for every option out."""
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -52,18 +51,16 @@ async def answer(
         with serving.place():
             if model.classifier is not None:
                 classifier = model.classifier
-                found = await model.call(lambda: decide(classifier, asked.text, asked.questions, layout=asked.layout))
+                answering = model.call(lambda: decide(classifier, asked.text, asked.questions, layout=asked.layout))
             else:
-                async with asyncio.timeout(serving.limits.request_seconds):
-                    found = await decide_async(
-                        model.require_llm(), asked.text, asked.questions, layout=asked.layout, adapter=adapter
-                    )
+                answering = decide_async(
+                    model.require_llm(), asked.text, asked.questions, layout=asked.layout, adapter=adapter
+                )
+            found = await serving.within_time(answering)
         return write(asked.model or model.name, asked, found)
     except ContextError as error:
         raise ApiError(400, str(error), param=text, code="context_length_exceeded") from None
     except ValueError as error:
         raise ApiError(400, str(error), param=getattr(error, "param", None), code="invalid_value") from None
-    except TimeoutError:
-        raise ApiError(504, "the request took too long", code="deadline_exceeded") from None
     except RuntimeError as error:
         raise ApiError(500, str(error), code="engine_error") from None

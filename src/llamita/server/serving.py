@@ -8,8 +8,8 @@ the engine. Knows nothing of HTTP but the errors that it raises.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import TypeVar
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
 
 from llamita.backend.sampling import NONE_LEFT
 from llamita.inference.request import Request, TokenEvent
@@ -113,7 +113,7 @@ class Serving:
         with self.place():
             call = await self.prepared(prepare)
             try:
-                return await self._within_time(call)
+                return await self.within_time(self.model.call(call))
             except ValueError as error:
                 raise ApiError(400, _line(error)) from None
 
@@ -142,8 +142,9 @@ class Serving:
             clock.cancel()
             self._interrupts.discard(interrupt)
 
-    async def _within_time(self, call: Callable[[], T]) -> T:
-        outcome = asyncio.ensure_future(self.model.call(call))
+    async def within_time(self, work: Coroutine[Any, Any, T]) -> T:
+        """Returns the result of `work`; `ApiError` where it takes longer than a request may, or the server ends."""
+        outcome = asyncio.ensure_future(work)
         fault: list[Exception] = []
 
         def stop(error: Exception) -> None:
@@ -191,7 +192,8 @@ class Serving:
         return max(0, self.admission.open_requests - (len(engine.scheduler.running) if engine is not None else 0))
 
     @contextlib.contextmanager
-    def place(self):  # type: ignore[no-untyped-def]
+    def place(self) -> Iterator[Place]:
+        """Takes a place for the time of the `with`; `ApiError` where there is none, or nothing is answered."""
         if self.fault:
             self.metrics.rejected.labels("unavailable").inc()
             raise ApiError(503, self.fault, code="unavailable")
@@ -201,7 +203,7 @@ class Serving:
             yield place
 
     @contextlib.contextmanager
-    def _refusals(self):  # type: ignore[no-untyped-def]
+    def _refusals(self) -> Iterator[None]:
         try:
             yield
         except QueueFullError as full:
