@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-import uvicorn
-from fastapi import FastAPI
 
 from llamita.backend.interface import Plan, StepResult
 from llamita.backend.torch.infer.runner import TorchRunner
@@ -21,7 +19,6 @@ from llamita.inference.llm import LLM
 from llamita.model.config import ModelConfig
 from llamita.server import run
 from llamita.server.app import create_app
-from llamita.server.connections import make_protocol
 from llamita.server.model import ServedModel, serve_model
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.tokenizer import Tokenizer
@@ -89,11 +86,8 @@ def scripted_model(said: str = SAID, template: str | None = None, **runner: Any)
 @contextlib.contextmanager
 def serve(model: ServedModel, **options: Any) -> Iterator[str]:
     """Serves a model at a free port of this machine for the time of the `with`; gives the address."""
-    app: FastAPI = create_app(model, **options)
     listener, ready = run.bind("127.0.0.1", 0), threading.Event()
-    protocol = make_protocol(app.state.limits)
-    config = uvicorn.Config(app, http=protocol, ws="none", lifespan="on", log_config=None)
-    server = run.DrainingServer(config, app.state.serving, ready.set)
+    server = run.make_server(create_app(model, **options), ready.set)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
     thread.start()
     assert ready.wait(30), "the server did not start"

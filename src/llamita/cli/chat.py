@@ -21,7 +21,7 @@ from rich.markdown import Markdown
 
 from llamita.backend.sampling_params import SamplingParams
 from llamita.cli.generate import harmless
-from llamita.cli.loading import LoadConfig
+from llamita.cli.loading import LoadConfig, template_source
 from llamita.inference.conversation import Conversation
 from llamita.inference.llm import LLM
 from llamita.inference.request import Statistics
@@ -64,11 +64,8 @@ def run(config: ChatConfig) -> int:
         llm = LLM.load(config.model, **vars(config.running))
     if llm.tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer beside it, and a chat needs one")
-    template = config.template
-    if template is not None and Path(template).is_file():
-        template = Path(template).read_text("utf-8")
     try:
-        chat = Chat(llm.tokenizer, template)
+        chat = Chat(llm.tokenizer, template_source(config.template))
     except ValueError as error:
         raise ValueError(f"{error} with --template") if config.template is None else error from None
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows a question mark

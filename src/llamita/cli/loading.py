@@ -1,6 +1,7 @@
 """The flags of verbs that open a model to generate with it: `generate` and `chat`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -27,3 +28,10 @@ class LoadConfig:
     """Guess tokens ahead (speculative decoding), which changes the speed but no token: lookup, or a smaller model of
     the same vocabulary."""
     engine: EngineConfig = EngineConfig()
+
+
+def template_source(template: str | None) -> str | None:
+    """Returns a template's source where a file was given, else its name."""
+    if template is not None and Path(template).is_file():
+        return Path(template).read_text("utf-8")
+    return template

@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from llamita.cli.loading import LoadConfig
+from llamita.cli.loading import LoadConfig, template_source
 from llamita.server.settings import ServerLimits
 
 KEYS_VARIABLE = "LLAMITA_API_KEY"
@@ -91,10 +91,3 @@ def api_keys(config: ServeConfig) -> list[str]:
             raise ValueError(f"{config.api_key_file} holds no API key; write one a line")
         keys += found
     return keys
-
-
-def template_source(template: str | None) -> str | None:
-    """Returns a template's source where a file was given, else its name."""
-    if template is not None and Path(template).is_file():
-        return Path(template).read_text("utf-8")
-    return template

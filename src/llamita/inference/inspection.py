@@ -105,14 +105,14 @@ def look_inside(
 
     def read(place: str, count: int) -> tuple[tuple[Candidate, ...], ...]:
         rows = _likeliest(runner, found[place], count, adapter)
-        return tuple(tuple(Candidate(i, _text(tokenizer, i), logprob) for i, logprob in row) for row in rows)
+        return tuple(tuple(Candidate(i, piece_text(tokenizer, i), logprob) for i, logprob in row) for row in rows)
 
     predicted = read(streams[-1], top)
     below = [read(place, min(top, MAX_LENS_TOP)) for place in streams[:-1]] if lens else []
     return Inspection(
         layers,
         config.num_attention_heads,
-        tuple(Piece(int(token), _text(tokenizer, int(token))) for token in tokens),
+        tuple(Piece(int(token), piece_text(tokenizer, int(token))) for token in tokens),
         predicted,
         (*below, tuple(row[:MAX_LENS_TOP] for row in predicted)) if lens else None,
         tuple(AttentionMap(layer, found[f"layers.{layer}.attention"][0]) for layer in wanted),
@@ -153,7 +153,8 @@ def _likeliest(
         yield from map(list, zip(*columns, strict=True))
 
 
-def _text(tokenizer: Tokenizer | None, token_id: int) -> str:
+def piece_text(tokenizer: Tokenizer | None, token_id: int) -> str:
+    """Returns a token's text as a `Piece` has it."""
     return "" if tokenizer is None or token_id >= tokenizer.vocab_size else tokenizer.piece(token_id)
 
 

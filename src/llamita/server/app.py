@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from llamita import __version__
 from llamita.server import (
@@ -83,7 +83,9 @@ async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     faults = error.errors()
     if [fault["loc"] for fault in faults] == [("body",)] and faults[0]["type"] == "missing":
-        return _answer(request, ApiError(400, "the body is empty; expected a JSON object", code="invalid_json"))
+        return ApiError(400, "the body is empty; expected a JSON object", code="invalid_json").response(
+            request.url.path
+        )
     # Of the forms that a field may have, the one that came closest has the longest path.
     fault = max(faults, key=lambda fault: len(fault["loc"])) if faults else {"loc": ("body",), "msg": "no body"}
     named = _field_path(fault["loc"][1:], error.body, missing=fault["type"] == "missing")
@@ -91,7 +93,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
     shown = f"{named}: {fault['msg']}" if named else str(fault["msg"])
     if "input" in fault and isinstance(fault["input"], str | int | float | bool):
         shown += f", got {fault['input']!r:.80}"
-    return _answer(request, ApiError(400, " ".join(shown.split()), param=param, code="invalid_value"))
+    return ApiError(400, " ".join(shown.split()), param=param, code="invalid_value").response(request.url.path)
 
 
 def _field_path(location: Sequence[str | int], body: Any, missing: bool) -> str:
@@ -118,21 +120,17 @@ def _field_path(location: Sequence[str | int], body: Any, missing: bool) -> str:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error, ApiError):
-        return _answer(request, error)
+        return error.response(request.url.path)
     if isinstance(error.__cause__, ApiError):  # out of the reading of the body
-        return _answer(request, error.__cause__)
+        return error.__cause__.response(request.url.path)
     message: dict[int, str] = {
         404: f"there is no {request.url.path[:200]!r} here",
         405: f"{request.method} is not allowed at {request.url.path[:200]!r}",
     }
     headers: dict[str, Any] = dict(error.headers or {})
     text = message.get(error.status_code, str(error.detail))
-    return _answer(request, ApiError(error.status_code, text, headers=headers))
+    return ApiError(error.status_code, text, headers=headers).response(request.url.path)
 
 
 async def _gone(request: Request, error: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it
-
-
-def _answer(request: Request, error: ApiError) -> Response:
-    return JSONResponse(error.body(request.url.path), error.status_code, dict(error.headers or {}))

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from llamita.inference.request import Statistics
 from llamita.server import wording
@@ -21,11 +21,11 @@ from llamita.server.chat_jobs import (
 )
 from llamita.server.errors import ApiError, bad_value
 from llamita.server.routes import JsonRoute
-from llamita.server.sampling import check_top_logprobs, chosen_max_tokens, sampling_params, schema_of
+from llamita.server.sampling import check_tools, check_top_logprobs, chosen_max_tokens, sampling_params, schema_of
 from llamita.server.schemas.common import ERRORS
 from llamita.server.schemas.openai import ChatCompletion, ChatRequest, NamedTool
 from llamita.server.serving import Serving
-from llamita.server.streaming import DONE, EventStream, data, opened, unless_gone
+from llamita.server.streaming import DONE, data, whole_or_stream
 from llamita.server.thinking import effort_variables
 
 
@@ -42,10 +42,13 @@ def router(serving: Serving) -> APIRouter:
         """Answers a conversation."""
         task = task_of(serving, body)
         reply = Reply(serving, body)
-        if not body.stream:
-            return JSONResponse(await unless_gone(request, whole(serving, task, reply)))
-        pieces = await unless_gone(request, opened(stream(serving, task, reply)))
-        return EventStream(pieces, serving.limits.heartbeat_seconds)
+        return await whole_or_stream(
+            request,
+            serving.limits,
+            body.stream,
+            lambda: whole(serving, task, reply),
+            lambda: stream(serving, task, reply),
+        )
 
     return routes
 
@@ -64,8 +67,7 @@ def task_of(serving: Serving, body: ChatRequest) -> ChatTask:
         **effort_variables(serving.model, body.reasoning_effort, "reasoning_effort"),
         **(body.chat_template_kwargs or {}),
     }
-    if len(body.tools or ()) > limits.max_tools:
-        raise bad_value("tools", f"tools has {len(body.tools or ())} entries; give at most {limits.max_tools}")
+    check_tools(body.tools, limits)
     top = check_top_logprobs(body.top_logprobs, "top_logprobs", limits)
     chosen_max_tokens(asked, field, 1)
     build = lambda room: sampling_params(  # noqa: E731

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from llamita.backend.sampling_params import SamplingParams
 from llamita.inference import request as engine
+from llamita.inference.inspection import piece_text
 from llamita.inference.request import Statistics, TokenEvent
 from llamita.server import wording
+from llamita.server.chat_jobs import room_for
 from llamita.server.errors import ApiError, bad_value
 from llamita.server.model import ServedModel
 from llamita.server.routes import JsonRoute
@@ -20,7 +22,7 @@ from llamita.server.sampling import check_top_logprobs, chosen_max_tokens, sampl
 from llamita.server.schemas.common import ERRORS
 from llamita.server.schemas.openai import CompletionRequest, TextCompletion
 from llamita.server.serving import Job, Serving
-from llamita.server.streaming import DONE, EventStream, data, opened, unless_gone
+from llamita.server.streaming import DONE, data, whole_or_stream
 
 DEFAULT_TOKENS = 16
 """Most tokens where a request does not say, as in OpenAI's API."""
@@ -37,10 +39,7 @@ def router(serving: Serving) -> APIRouter:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continues texts."""
         reply = Reply(serving, body)
-        if not body.stream:
-            return JSONResponse(await unless_gone(request, whole(reply)))
-        pieces = await unless_gone(request, opened(stream(reply)))
-        return EventStream(pieces, serving.limits.heartbeat_seconds)
+        return await whole_or_stream(request, serving.limits, body.stream, lambda: whole(reply), lambda: stream(reply))
 
     return routes
 
@@ -92,15 +91,7 @@ class Reply:
         if isinstance(prompt, str):
             model.require_tokenizer()
         tokens = model.require_llm().encode(prompt)
-        context = model.config.max_position_embeddings
-        if len(tokens) >= context:
-            raise ApiError(
-                400,
-                f"the prompt has {len(tokens)} tokens, and the context of this model has {context}, of which the "
-                f"answer needs at least one; shorten it by at least {len(tokens) - context + 1} tokens",
-                param="prompt",
-                code="context_length_exceeded",
-            )
+        room_for(model, len(tokens), "prompt")  # refuses a prompt that leaves none
         return model.require_llm().request(tokens, self.params, self.adapter)
 
     def index(self, place: int, continuation: int) -> int:
@@ -223,7 +214,7 @@ def _echoed(reply: Reply, row: Row) -> str:
             return prompt
         if not isinstance(prompt, str) and list(row.prompt) == prompt:
             break
-    return "".join(wording.token_text(reply.tokenizer, token_id) for token_id in row.prompt)
+    return "".join(piece_text(reply.tokenizer, token_id) for token_id in row.prompt)
 
 
 def _logprobs(reply: Reply, row: Row, news: Sequence[TokenEvent], with_prompt: bool) -> dict[str, Any]:
@@ -231,7 +222,7 @@ def _logprobs(reply: Reply, row: Row, news: Sequence[TokenEvent], with_prompt: b
     found: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
     def add(token_id: int, value: float | None, top: Sequence[tuple[int, float]]) -> None:
-        text = wording.token_text(reply.tokenizer, token_id)
+        text = piece_text(reply.tokenizer, token_id)
         found["tokens"].append(text)
         found["token_logprobs"].append(value)
         found["top_logprobs"].append(None if value is None else _alternatives(reply, token_id, value, top))
@@ -254,6 +245,6 @@ def _alternatives(reply: Reply, token_id: int, value: float, top: Sequence[tuple
     """Returns the likeliest tokens and the one that is there, by their texts; of equal texts the likeliest."""
     found: dict[str, float] = {}
     for other, its in (*top, (token_id, value)):
-        text = wording.token_text(reply.tokenizer, other)
+        text = piece_text(reply.tokenizer, other)
         found[text] = max(found.get(text, -float("inf")), its)
     return found

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
 
 TYPES = {
     400: "invalid_request_error",
@@ -68,6 +69,10 @@ class ApiError(HTTPException):
             kind = ANTHROPIC_TYPES.get(self.status_code, self.type)
             return {"type": "error", "error": {"type": kind, "message": self.message}}
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def response(self, path: str) -> Response:
+        """Returns the answer to a request of this path."""
+        return JSONResponse(self.body(path), self.status_code, dict(self.headers or {}))
 
 
 class ClientGoneError(Exception):

@@ -17,7 +17,6 @@ import uuid
 from collections.abc import Collection, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llamita.server.errors import ApiError, ClientGoneError
@@ -65,8 +64,7 @@ class Gate:
             await send(message)
 
         async def refuse(error: ApiError) -> None:
-            response = JSONResponse(error.body(path), error.status_code, dict(error.headers or {}))
-            await response(scope, receive, answer)
+            await error.response(path)(scope, receive, answer)
 
         try:
             self._check(headers, path)

@@ -5,11 +5,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from llamita.inference.inspection import piece_text
 from llamita.model.sizes import count_parameters
-from llamita.server import metrics, wording
+from llamita.server import metrics
 from llamita.server.chat_jobs import ChatTask, check_continuation, encode_messages, plain_messages
 from llamita.server.errors import ApiError, bad_value
-from llamita.server.model import SAMPLING
+from llamita.server.model import DEFAULTS
 from llamita.server.routes import JsonRoute
 from llamita.server.schemas.common import ERRORS
 from llamita.server.schemas.openai import (
@@ -99,7 +100,7 @@ def card(serving: Serving, name: str, parent: str | None) -> dict[str, Any]:
             "chat": model.is_chat_model,
             "capabilities": list(model.capabilities),
             "labels": list(config.labels) if config.num_labels else [],
-            "defaults": {key: float(getattr(model.defaults, key)) for key in SAMPLING},
+            "defaults": {key: float(getattr(model.defaults, key)) for key in DEFAULTS},
         },
     }
 
@@ -121,7 +122,7 @@ def tokens_of(serving: Serving, body: TokenizeRequest) -> dict[str, Any]:
         asked = body.add_special if body.add_special_tokens is None else body.add_special_tokens
         begins = (tokenizer.begins_texts and body.content is None) if asked is None else asked
         tokens = list(tokenizer.encode(text, bos=bool(begins) and tokenizer.bos_id is not None))
-    texts = [wording.token_text(tokenizer, token_id) for token_id in tokens] if body.return_token_strs else None
+    texts = [piece_text(tokenizer, token_id) for token_id in tokens] if body.return_token_strs else None
     return {
         "count": len(tokens),
         "max_model_len": model.config.max_position_embeddings,
@@ -149,7 +150,7 @@ def conversation_of(serving: Serving, body: TokenizeRequest | TemplateRequest) -
 
 def _with_piece(tokenizer: Tokenizer, token_id: int) -> dict[str, Any]:
     """Returns a token with its text, or with its bytes where they are no text; a control token with its name."""
-    data = tokenizer.token_bytes(token_id) or wording.token_text(tokenizer, token_id).encode()
+    data = tokenizer.spelled_bytes(token_id)
     try:
         return {"id": int(token_id), "piece": data.decode()}
     except UnicodeDecodeError:

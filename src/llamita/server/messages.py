@@ -14,7 +14,7 @@ from llamita.server.errors import ApiError, bad_value, refuse_fields
 from llamita.server.messages_input import goes_on, messages_of
 from llamita.server.messages_output import Blocks
 from llamita.server.routes import JsonRoute
-from llamita.server.sampling import chosen_max_tokens, sampling_params, schema_of, stop_texts
+from llamita.server.sampling import check_tools, chosen_max_tokens, sampling_params, schema_of, stop_texts
 from llamita.server.schemas import openai
 from llamita.server.schemas.messages import (
     MESSAGES_ERRORS,
@@ -27,7 +27,7 @@ from llamita.server.schemas.messages import (
     ToolChoice,
 )
 from llamita.server.serving import Serving
-from llamita.server.streaming import EventStream, data, opened, unless_gone
+from llamita.server.streaming import data, unless_gone, whole_or_stream
 from llamita.server.thinking import effort_variables, thinking_variables
 from llamita.text.answers.grammar import Choice
 
@@ -48,10 +48,9 @@ def router(serving: Serving) -> APIRouter:
     async def messages(body: MessagesRequest, request: Request) -> Response:
         """Answers a conversation, in the form of Anthropic's Messages."""
         reply = Reply(serving, body)
-        if not body.stream:
-            return JSONResponse(await unless_gone(request, whole(reply)))
-        pieces = await unless_gone(request, opened(stream(reply)))
-        return EventStream(pieces, serving.limits.heartbeat_seconds, PING)
+        return await whole_or_stream(
+            request, serving.limits, body.stream, lambda: whole(reply), lambda: stream(reply), PING
+        )
 
     @routes.post(f"{PATH}/count_tokens", response_model=TokenCount)
     async def count_tokens(body: CountTokensRequest, request: Request) -> Response:
@@ -66,9 +65,8 @@ def router(serving: Serving) -> APIRouter:
 def task_of(serving: Serving, body: CountTokensRequest, params: Callable[[int], SamplingParams]) -> ChatTask:
     """Returns the task that a request describes; `ApiError` that names a field that is not allowed."""
     refuse_fields(body, {name: why for name, why in REFUSED.items() if name in type(body).model_fields})
-    tools, most = body.tools or [], serving.limits.max_tools
-    if len(tools) > most:
-        raise bad_value("tools", f"tools has {len(tools)} entries; give at most {most}")
+    tools = body.tools or []
+    check_tools(tools, serving.limits)
     choice = body.tool_choice
     if isinstance(choice, ToolChoice) and choice.name not in [tool.name for tool in tools]:
         raise bad_value("tool_choice", f"tool_choice names {choice.name!r:.80}, which tools does not have")

@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,14 +16,14 @@ from llamita.inference.engine import Engine
 from llamita.inference.llm import LLM
 from llamita.model.config import ModelConfig
 from llamita.server.errors import ApiError
-from llamita.storage import model_directory, peft_directory
+from llamita.storage import files, model_directory, peft_directory
 from llamita.text.answers import AnswerFormat, answer_format
 from llamita.text.chat import Chat
 from llamita.text.tokenizer import Tokenizer
 from llamita.workflows.classify import Classifier
 
 T = TypeVar("T")
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """The keys of generation_config.json that are defaults of a request."""
 DEFAULT_TEMPLATE = "plain"
 
@@ -125,11 +124,6 @@ class ServedModel:
         """Seconds that the step or the call under way has taken so far."""
         return 0.0 if self.llm is None else self.llm.service.seconds_in_step
 
-    def close(self) -> None:
-        """Ends all that is under way, and the engine's thread."""
-        if self.llm is not None:
-            self.llm.close()
-
     async def call(self, work: Callable[[], T]) -> T:
         """Returns the result of work on the model, done while nothing else uses it."""
         if self.llm is not None:
@@ -201,10 +195,7 @@ def shown_name(path: Path | str) -> str:
 def read_generation_config(directory: Path) -> dict[str, Any]:
     """Returns the contents of a model's generation_config.json; empty where there is none."""
     file = directory / "generation_config.json"
-    if not file.is_file():
-        return {}
-    value = json.loads(file.read_text("utf-8"))
-    return value if isinstance(value, dict) else {}
+    return files.read_json(file) if file.is_file() else {}
 
 
 def sampling_defaults(generation: Mapping[str, Any]) -> SamplingParams:
@@ -212,7 +203,7 @@ def sampling_defaults(generation: Mapping[str, Any]) -> SamplingParams:
 
     ValueError for a value that is not allowed.
     """
-    given = {name: generation[name] for name in SAMPLING if generation.get(name) is not None}
+    given = {name: generation[name] for name in DEFAULTS if generation.get(name) is not None}
     if generation.get("do_sample") is False:
         given["temperature"] = 0.0
     return SamplingParams(**given)

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from llamita.backend.sampling_params import SamplingParams
 from llamita.server import wording
@@ -16,7 +16,14 @@ from llamita.server.errors import ApiError, bad_value, refuse_fields, unsupporte
 from llamita.server.responses_input import messages_of
 from llamita.server.responses_output import Output
 from llamita.server.routes import JsonRoute
-from llamita.server.sampling import check_top_logprobs, chosen_max_tokens, sampling_params, schema_of
+from llamita.server.sampling import (
+    check_streaming,
+    check_tools,
+    check_top_logprobs,
+    chosen_max_tokens,
+    sampling_params,
+    schema_of,
+)
 from llamita.server.schemas import openai
 from llamita.server.schemas.common import ERRORS
 from llamita.server.schemas.responses import (
@@ -30,7 +37,7 @@ from llamita.server.schemas.responses import (
     SchemaFormat,
 )
 from llamita.server.serving import Serving
-from llamita.server.streaming import DONE, EventStream, data, opened, unless_gone
+from llamita.server.streaming import DONE, data, whole_or_stream
 from llamita.server.thinking import effort_variables
 
 Ending = Literal["completed", "incomplete"]
@@ -47,10 +54,7 @@ def router(serving: Serving) -> APIRouter:
     async def responses(body: ResponsesRequest, request: Request) -> Response:
         """Answers a conversation, in the form of OpenAI's Responses. Nothing is kept."""
         reply = Reply(serving, body)
-        if not body.stream:
-            return JSONResponse(await unless_gone(request, whole(reply)))
-        pieces = await unless_gone(request, opened(stream(reply)))
-        return EventStream(pieces, serving.limits.heartbeat_seconds)
+        return await whole_or_stream(request, serving.limits, body.stream, lambda: whole(reply), lambda: stream(reply))
 
     for methods, path in (
         (["GET", "DELETE", "POST"], "/v1/responses/{response_id}"),
@@ -233,11 +237,9 @@ def _check(body: ResponsesRequest, serving: Serving) -> None:
         raise unsupported("include", f"it has {other!r:.80}, and only {LOGPROBS} can be included")
     if body.top_logprobs and not body.include:
         raise bad_value("top_logprobs", f"top_logprobs needs include to have {LOGPROBS}")
-    if body.stream_options is not None and not body.stream:
-        raise bad_value("stream_options", "stream_options is for streams; set stream, or leave it out")
-    tools, most = body.tools or (), serving.limits.max_tools
-    if len(tools) > most:
-        raise bad_value("tools", f"tools has {len(tools)} entries; give at most {most}")
+    check_streaming(body)
+    tools = body.tools or ()
+    check_tools(tools, serving.limits)
     choice = body.tool_choice
     if isinstance(choice, ChosenFunction) and choice.name not in [tool.name for tool in tools]:
         raise bad_value("tool_choice", f"tool_choice names {choice.name!r:.80}, which tools does not have")

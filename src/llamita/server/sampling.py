@@ -7,6 +7,7 @@ from typing import Any
 
 from llamita.backend.sampling_params import SamplingParams
 from llamita.server.errors import ApiError, bad_value
+from llamita.server.model import DEFAULTS
 from llamita.server.schemas.openai import (
     JsonObjectFormat,
     JsonSchemaFormat,
@@ -44,7 +45,8 @@ def sampling_params(
         more["json_schema"] = json.dumps(body.json_schema)
     check_streaming(body)
     given |= more
-    return checked_params({**_named(defaults), **given, "max_tokens": max_tokens})
+    own = {name: getattr(defaults, name) for name in DEFAULTS}
+    return checked_params({**own, **given, "max_tokens": max_tokens})
 
 
 def checked_params(values: dict[str, Any]) -> SamplingParams:
@@ -96,14 +98,14 @@ def check_top_logprobs(count: int | None, field: str, limits: ServerLimits) -> i
     return count
 
 
+def check_tools(tools: Sequence[Any] | None, limits: ServerLimits) -> None:
+    if len(tools or ()) > limits.max_tools:
+        raise bad_value("tools", f"tools has {len(tools or ())} entries; give at most {limits.max_tools}")
+
+
 def check_streaming(body: Any) -> None:
     if body.stream_options is not None and not body.stream:
         raise bad_value("stream_options", "stream_options is for streams; set stream, or leave it out")
-
-
-def _named(defaults: SamplingParams) -> dict[str, Any]:
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    return {name: getattr(defaults, name) for name in names}
 
 
 def _n(body: Sampling, limits: ServerLimits) -> int:

@@ -3,14 +3,15 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from llamita.server.errors import ClientGoneError
+from llamita.server.settings import ServerLimits
 
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": still working\n\n"
@@ -78,6 +79,20 @@ class EventStream(StreamingResponse):
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await send({"type": "http.response.body", "body": piece, "more_body": not is_last})
             self._wrote = asyncio.get_running_loop().time()
+
+
+async def whole_or_stream(
+    request: Request,
+    limits: ServerLimits,
+    stream: bool | None,
+    whole: Callable[[], Coroutine[Any, Any, dict[str, Any]]],
+    pieces: Callable[[], AsyncGenerator[bytes]],
+    sign: bytes = HEARTBEAT,
+) -> Response:
+    """Returns the answer as one object, or as the stream that was asked for; both end where the client goes away."""
+    if not stream:
+        return JSONResponse(await unless_gone(request, whole()))
+    return EventStream(await unless_gone(request, opened(pieces())), limits.heartbeat_seconds, sign)
 
 
 async def opened(pieces: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:

@@ -23,18 +23,11 @@ def new_call_id(is_short: bool) -> str:
     return "".join(secrets.choice(LETTERS_AND_DIGITS) for _ in range(9)) if is_short else new_id("call_")
 
 
-def token_text(tokenizer: Tokenizer | None, token_id: int) -> str:
-    """Returns a token's text: bytes that are no character as U+FFFD, a control token by its name."""
-    known = tokenizer is not None and 0 <= token_id < tokenizer.vocab_size
-    return tokenizer.piece(token_id) if known and tokenizer is not None else ""
-
-
 def logprob(tokenizer: Tokenizer | None, token_id: int, value: float) -> dict[str, Any]:
     """Returns a token with its log-probability, as chat completions have it."""
-    text = token_text(tokenizer, token_id)
-    known = tokenizer is not None and 0 <= token_id < tokenizer.vocab_size
-    data = tokenizer.token_bytes(token_id) if known and tokenizer is not None else b""
-    return {"token": text, "logprob": value, "bytes": list(data or text.encode())}
+    known = tokenizer is not None and token_id < tokenizer.vocab_size
+    data = tokenizer.spelled_bytes(token_id) if known and tokenizer is not None else b""
+    return {"token": data.decode("utf-8", "replace"), "logprob": value, "bytes": list(data)}
 
 
 def chat_logprob(tokenizer: Tokenizer | None, event: TokenEvent) -> dict[str, Any]:
