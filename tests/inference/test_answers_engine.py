@@ -7,15 +7,12 @@ import jsonschema_rs
 import pytest
 
 from llamita.backend.sampling_params import SamplingParams
-from llamita.backend.torch.model.weights import build_model, to_host_arrays
 from llamita.inference.config import EngineConfig
 from llamita.inference.conversation import with_answer_format, with_end_of_turn
 from llamita.inference.llm import LLM
-from llamita.model.config import ModelConfig
-from llamita.storage import files
-from llamita.storage.model_directory import save_config, save_tensors
 from llamita.text.answers import AnswerParser, answer_format, call_grammar, collect, parse_answer
 from llamita.text.chat import Chat
+from tests.inference.helpers import write_small_model
 from tests.inference.test_call_grammars import SCHEMAS, TOKENIZERS, TOOLS, chat_of
 from tests.inference.test_engine_text import said
 
@@ -25,24 +22,8 @@ CHOICE = {"type": "function", "function": {"name": "greet_all"}}
 
 def model(vocabulary: str, directory: Path) -> LLM:
     """A model with random weights and that tokenizer, from its directory."""
-    tokenizer = TOKENIZERS[vocabulary]
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
-    )
-    with files.atomic_directory(directory / "model") as place:
-        save_tensors(place, to_host_arrays(build_model(config, seed=5)))
-        save_config(place, config)
-        tokenizer.save(place)
-    return LLM.load(directory / "model", backend="torch", device="cpu", engine=EngineConfig(blocks=1000))
+    place = write_small_model(directory / "model", TOKENIZERS[vocabulary], seed=5, max_position_embeddings=4096)
+    return LLM.load(place, backend="torch", device="cpu", engine=EngineConfig(blocks=1000))
 
 
 @pytest.mark.parametrize(

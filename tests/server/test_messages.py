@@ -50,18 +50,6 @@ WRITTEN = [
 
 
 @pytest.fixture(scope="module")
-def scripted() -> Iterator[str]:
-    with serve(scripted_model()) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Iterator[str]:
-    with serve(random_model()) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
 def calling() -> Iterator[str]:
     with serve(scripted_model(CALLING, TOOLS_TEMPLATE)) as address:
         yield address

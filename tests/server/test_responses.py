@@ -45,18 +45,6 @@ WRITTEN = [
 PRIVATE = {"id", "created_at", "completed_at"}
 
 
-@pytest.fixture(scope="module")
-def scripted() -> Iterator[str]:
-    with serve(scripted_model()) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Iterator[str]:
-    with serve(random_model()) as address:
-        yield address
-
-
 def client(address: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60)
 

@@ -316,16 +316,8 @@ class Code {
   }
 }
 
-class Quote {
-  constructor(element, depth) {
-    this.blocks = new Blocks(element, depth + 1);
-  }
-
-  line(line) {
-    if (QUOTE.test(line)) return this.blocks.line(line.replace(QUOTE, ""));
-    return line.trim() !== "" && this.blocks.continues(line) && this.blocks.line(line);
-  }
-
+/** A block that holds others, which take what comes within it. */
+class Holder {
   more(text) {
     this.blocks.more(text);
   }
@@ -337,6 +329,18 @@ class Quote {
   close() {
     this.blocks.close();
   }
+}
+
+class Quote extends Holder {
+  constructor(element, depth) {
+    super();
+    this.blocks = new Blocks(element, depth + 1);
+  }
+
+  line(line) {
+    if (QUOTE.test(line)) return this.blocks.line(line.replace(QUOTE, ""));
+    return line.trim() !== "" && this.blocks.continues(line) && this.blocks.line(line);
+  }
 
   save() {
     return this.blocks.save();
@@ -347,8 +351,9 @@ class Quote {
   }
 }
 
-class List {
+class List extends Holder {
   constructor(parent, item, depth) {
+    super();
     const number = parseInt(item[2], 10);
     this.element = document.createElement(Number.isNaN(number) ? "ul" : "ol");
     if (number >= 0 && number !== 1) this.element.start = number;
@@ -387,18 +392,6 @@ class List {
     this.wasBlank = false;
     const text = line.slice(item[0].length);
     return text === "" || this.blocks.line(text);
-  }
-
-  more(text) {
-    this.blocks.more(text);
-  }
-
-  render() {
-    this.blocks.render();
-  }
-
-  close() {
-    this.blocks.close();
   }
 
   save() {
