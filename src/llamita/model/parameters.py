@@ -179,10 +179,16 @@ def stored_arrays(config: ModelConfig) -> tuple[StoredArray, ...]:
 
 
 def canonical_names(name: str) -> tuple[str, ...]:
-    """The parameters of a checkpoint that a parameter of a backend's model holds."""
+    """The parameters of a checkpoint that a parameter of a backend's model holds.
+
+    In a model that is divided between processes the parts of a fused matrix stand apart, in its place.
+    """
     for fused, parts in FUSED_PARTS.items():
         if f".{fused}." in name:
             module = fused.rpartition(".")[0]
+            owner, _, rest = name.partition(f"{fused}.")
+            if rest.partition(".")[0] in parts:
+                return (f"{owner}{module}.{rest}",)
             return tuple(name.replace(fused, f"{module}.{part}") for part in parts)
     return (name,)
 

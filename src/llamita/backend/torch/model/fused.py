@@ -20,3 +20,11 @@ class FusedParameter:
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Returns views of `tensor`, shaped like the parameter, one for each part."""
         return tensor.split(self.sizes)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Returns the numbers of a tensor that this process holds: all, where it is not divided between several.
+
+    A divided one is a DTensor, known by its method: importing that class takes half a second.
+    """
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

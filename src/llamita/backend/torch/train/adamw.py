@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 from llamita.backend.adamw import AdamWSettings as AdamWSettings
 from llamita.backend.adamw import clipping_scale as clipping_scale
 from llamita.backend.adamw import saved_state, updates_made
-from llamita.backend.torch.model.fused import FusedParameter
+from llamita.backend.torch.model.fused import FusedParameter, local
 from llamita.backend.torch.model.weights import host_from_tensor, tensor_from_host
 from llamita.model.host_array import HostArray
 
@@ -69,17 +69,17 @@ class AdamW:
             # alpha_t m / (sqrt(v) + eps) = learning_rate m-hat / (sqrt(v-hat) + eps / sqrt(1 - beta2^t))
             epsilon /= math.sqrt(1 - settings.beta2**self.t)
         divisor = None if gradient_scale == 1.0 else torch.tensor(1 / gradient_scale, dtype=torch.float32)
-        rows = list(zip(self.parameters, self._m, self._v, strict=True))
+        rows = [row for row in zip(self.parameters, self._m, self._v, strict=True) if local(row[1]).numel()]
         for decays in (True, False):
             group = [row for row in rows if row[0].weight_decay is decays]
             if not group:
                 continue
             device = group[0][0].parameter.device
             adamw(
-                params=[item.parameter for item, _, _ in group],
+                params=[local(item.parameter) for item, _, _ in group],
                 grads=[_gradient(item) for item, _, _ in group],
-                exp_avgs=[m for _, m, _ in group],
-                exp_avg_sqs=[v for _, _, v in group],
+                exp_avgs=[local(m) for _, m, _ in group],
+                exp_avg_sqs=[local(v) for _, _, v in group],
                 max_exp_avg_sqs=[],
                 state_steps=list(torch.full((len(group),), self.t - 1.0, device=device).unbind()),  # it adds 1
                 fused=True,
@@ -95,15 +95,16 @@ class AdamW:
 
     def state(self) -> dict[str, HostArray]:
         """Returns m and v under canonical names (`m.model.norm.weight`), and `t`, the number of steps taken."""
-        return saved_state({name: host_from_tensor(view) for name, view in self._canonical_moments().items()}, self.t)
+        return saved_state({name: host_from_tensor(view) for name, view in self.tensors().items()}, self.t)
 
     def load_state(self, state: Mapping[str, HostArray]) -> None:
         """Takes over what `state()` gave; ValueError, naming them, for arrays that are missing or of another shape."""
         self.t = updates_made(state, self.parameters)
-        for name, target in self._canonical_moments().items():
+        for name, target in self.tensors().items():
             target.copy_(tensor_from_host(state[name]))
 
-    def _canonical_moments(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Returns views of m and v under canonical names."""
         return {
             f"{kind}.{name}": view
             for kind, moments in (("m", self._m), ("v", self._v))
@@ -116,7 +117,7 @@ def _gradient(item: FusedParameter) -> torch.Tensor:
     """Returns the gradient in the order of memory: the kernel on a CPU takes no notice of strides."""
     gradient = item.parameter.grad
     assert gradient is not None, f"{item.name} has no gradient"
-    return gradient.contiguous()
+    return local(gradient).contiguous()
 
 
 def global_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -22,7 +22,7 @@ from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.model.llama import Llama
 from llamita.backend.torch.train import objectives
 from llamita.backend.torch.train.adamw import AdamW, AdamWSettings, clipping_scale, global_norm
-from llamita.backend.torch.train.objectives import Hidden
+from llamita.backend.torch.train.objectives import Hidden, LossOutput, TensorBatch
 from llamita.backend.torch.train.scorer import TorchScorer, choose, to_device
 from llamita.backend.train_step import (
     best_seconds,
@@ -77,19 +77,16 @@ class TorchTrainStep(TorchScorer):
         self.seed = seed
         self.compiled = compile
         self.parameters = [fused.parameter for fused in trained]
-        # Evaluation runs uncompiled: its batches have other shapes, and each would be compiled anew.
         self._hidden: Hidden = torch.compile(model.hidden, dynamic=False) if compile else model.hidden
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepMetrics:
         """Makes one update from the mean loss over all targets of `micro_batches`, however these divide them."""
         targets = count_targets(micro_batches)
         self._forget_gradients()
-        loss_function = objectives.loss_function(self.objective, training=True)
         outputs = []
         with self._random_numbers_of_step():
             for batch in micro_batches:
-                with self.autocast():
-                    output = loss_function(*self.output(self._hidden, training=True), to_device(batch, self.device))
+                output = self.loss(to_device(batch, self.device), training=True)
                 (output.nats / targets).backward()
                 outputs.append((output.nats.detach(), output.measures))
         norm = global_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -104,11 +101,17 @@ class TorchTrainStep(TorchScorer):
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> LossSums:
         """Returns the loss and the metrics summed over the batch's targets; without dropout."""
-        loss_function = objectives.loss_function(self.objective, training=False)
-        with self.autocast():
-            output = loss_function(*self.output(self.model.hidden), to_device(batch, self.device))
+        output = self.loss(to_device(batch, self.device), training=False)
         measures = {name: float(value) for name, value in output.measures.items()}
         return LossSums(float(output.nats), batch.num_targets, measures)
+
+    def loss(self, batch: TensorBatch, training: bool) -> LossOutput:
+        """Returns the objective's sums over a batch, with gradients; with dropout while `training`."""
+        loss_function = objectives.loss_function(self.objective, training)
+        # Evaluation runs uncompiled: its batches have other shapes, and each would be compiled anew.
+        hidden = self._hidden if training else self.model.hidden
+        with self.autocast():
+            return loss_function(*self.output(hidden, training), batch)
 
     def weights(self) -> dict[str, HostArray]:
         """Returns the float32 weights under canonical names; with an adapter, only what is trained."""
@@ -183,8 +186,11 @@ class TorchTrainStep(TorchScorer):
     def _random_numbers_of_step(self) -> Any:
         """Seeds PyTorch's generators from (seed, step); afterwards they are as they were before."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(step_seed(self.seed, self.optimizer.t))
+            torch.manual_seed(self._seed_of_step())
             yield
+
+    def _seed_of_step(self) -> int:
+        return step_seed(self.seed, self.optimizer.t)
 
     def _forget_gradients(self) -> None:
         for parameter in self.parameters:

@@ -1,0 +1,303 @@
+"""One update of a model by several processes: each takes some rows of the batch, and all make the same update.
+
+The numbers are those of one process but for the order in which floats are summed: losses and gradients are sums over
+all rows divided by the targets of all of them. DDP (Li et al. 2020, arXiv:2006.15704) keeps the whole model in each
+process; FSDP2 and tensor parallelism divide it (sharding.py). Knows nothing of files but for the parts of a checkpoint.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from llamita.backend.adamw import AdamWSettings
+from llamita.backend.arrays import missing_or_misshapen
+from llamita.backend.group import ParallelSettings, share
+from llamita.backend.interface import LossSums, Precision, StepMetrics
+from llamita.backend.objectives import NextToken, Objective
+from llamita.backend.torch.infer.runner import TorchRunner
+from llamita.backend.torch.model import weights
+from llamita.backend.torch.model.fused import local
+from llamita.backend.torch.model.head import OutputHead
+from llamita.backend.torch.model.llama import Attention, Llama
+from llamita.backend.torch.train import group as groups
+from llamita.backend.torch.train import shards, sharding
+from llamita.backend.torch.train.adamw import clipping_scale
+from llamita.backend.torch.train.group import TENSOR, TorchGroup, others_present
+from llamita.backend.torch.train.losses import chunked_cross_entropy
+from llamita.backend.torch.train.objectives import Hidden, LossOutput, TensorBatch
+from llamita.backend.torch.train.scorer import choose, to_device
+from llamita.backend.torch.train.step import TorchTrainStep
+from llamita.backend.train_step import count_targets, step_seed
+from llamita.data.batches import IGNORE_INDEX, Batch
+from llamita.model.config import ModelConfig
+from llamita.model.host_array import HostArray
+from llamita.model.lora import LoraSettings
+from llamita.model.parameters import InitializationName, check_arrays, initialize_parameters
+
+
+class DistributedTrainStep(TorchTrainStep):
+    """A model with its optimiser in one of several processes, which all call the same methods in the same order."""
+
+    def __init__(
+        self, model: Llama, hooked: sharding.Hooked | None, group: TorchGroup, compile: bool, **options: Any
+    ) -> None:
+        """`hooked` is what is called with a divided model; None: each process holds the whole model (DDP)."""
+        super().__init__(model, compile=compile and hooked is None, **options)
+        self.group = group
+        self.compiled = compile
+        self.is_divided = hooked is not None
+        self._team = group.settings.tensor_parallel
+        self._copies = [group.size // math.prod(cut[2] for cut in sharding.cuts(p)) for p in self.parameters]
+        self._team_norms = [
+            parameter
+            for module in model.modules()
+            if isinstance(module, Attention) and self._team > 1
+            for norm in (module.q_norm, module.k_norm)
+            if norm is not None
+            for parameter in norm.parameters()
+        ]
+        self._hooked: nn.Module = hooked or self._replicated()
+
+    def _replicated(self) -> nn.Module:
+        """Returns the model and its adapter, where there is one, as DDP calls them."""
+        hooked = sharding.Hooked(self.model)
+        hooked.adapter = nn.ParameterList(self.parameters if self.adapter else [])  # those of the model are known
+        with others_present():
+            return DistributedDataParallel(hooked, gradient_as_bucket_view=True)
+
+    def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepMetrics:
+        """Makes one update from the mean loss over the targets of all processes' rows; these are this one's."""
+        own_targets = sum(batch.num_targets for batch in micro_batches)
+        targets = round(self.group.sums([own_targets])[0]) // self._team
+        if not targets:
+            count_targets(micro_batches)
+        self._forget_gradients()
+        nats: list[Tensor] = []
+        sums: list[dict[str, Tensor]] = []
+        with self._random_numbers_of_step(), others_present():
+            for i, batch in enumerate(micro_batches):
+                last = i == len(micro_batches) - 1
+                with self._gradients_summed(last):
+                    output = self._hooked(lambda batch=batch: self.loss(to_device(batch, self.device), training=True))
+                    # The processes' gradients are averaged, and are to be added.
+                    (output.nats * (self.group.data_size / targets)).backward()
+                nats.append(output.nats.detach())
+                sums.append(dict(output.measures))
+            self._finish_gradients()
+            names = list(sums[0])
+            squares = self._squared_norm()
+            own = torch.stack([*nats, *(value for found in sums for value in found.values()), squares]).tolist()
+        faulty = tuple(i for i, value in enumerate(own[: len(nats)]) if not math.isfinite(value))
+        rest = own[len(nats) : -1]
+        measures = [sum(rest[i :: len(names)]) for i in range(len(names))]
+        *totals, square = self.group.sums([sum(own[: len(nats)]), *measures, own[-1]])
+        shared = self._shares_loss
+        loss, *means = (total / targets / (1 if shared else self._team) for total in totals)
+        metrics = StepMetrics(loss, math.sqrt(square), targets, faulty, dict(zip(names, means, strict=True)))
+        if metrics.is_finite and not self.group.any(bool(faulty)):
+            self.optimizer.step(learning_rate, clipping_scale(metrics.grad_norm, self.max_grad_norm))
+        self._forget_gradients()
+        return metrics
+
+    @property
+    def _shares_loss(self) -> bool:
+        """Whether each process of a team takes some positions of the loss; else each computes all of it."""
+        return self._team > 1 and isinstance(self.objective, NextToken)
+
+    def loss(self, batch: TensorBatch, training: bool) -> LossOutput:
+        if not self._shares_loss:
+            return super().loss(batch, training)
+        mesh = self.group.mesh[TENSOR]
+        hidden = self._hidden if training else self.model.hidden
+        with self.autocast():
+            hidden, head = super().output(hidden, training)
+            head = sharding.whole_head(head, partial=True)
+            hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
+            hidden_BTD = sharding.summed_on_the_way_back(hidden_BTD, mesh)
+            own = slice(mesh.get_local_rank(), None, self._team)
+            return LossOutput(chunked_cross_entropy(hidden_BTD[:, own], head, batch.labels_BT[:, own]), {})
+
+    def output(self, hidden: Hidden, training: bool = False) -> tuple[Hidden, OutputHead]:
+        hidden, head = super().output(hidden, training)
+        return hidden, sharding.whole_head(head, partial=False)
+
+    @contextlib.contextmanager
+    def _gradients_summed(self, last: bool) -> Any:
+        """Holds the exchange of gradients back until the last micro-batch, where each process holds all of them."""
+        if isinstance(self._hooked, DistributedDataParallel) and not last:
+            with self._hooked.no_sync():
+                yield
+        else:
+            yield
+
+    def _finish_gradients(self) -> None:
+        """Divides each gradient as its parameter is, and adds what a team's heads say of the norm that they share."""
+        for parameter in self.parameters:
+            gradient = parameter.grad
+            if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
+                parameter.grad = gradient.redistribute(placements=parameter.placements)
+        for parameter in self._team_norms:
+            if parameter.grad is not None:
+                dist.all_reduce(local(parameter.grad), group=self.group.mesh[TENSOR].get_group())
+
+    def _squared_norm(self) -> Tensor:
+        """Returns this process's part of the squared norm of the gradient: of a number that several hold, a share."""
+        squares = torch.zeros((), dtype=torch.float32, device=self.device)
+        for parameter, copies in zip(self.parameters, self._copies, strict=True):
+            if parameter.grad is not None:
+                squares += torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float32).square() / copies
+        return squares
+
+    def _seed_of_step(self) -> int:
+        """Draws other numbers for other rows; a team, which shares rows, draws the same."""
+        seed = super()._seed_of_step()
+        return seed if self.group.data_rank == 0 else step_seed(seed, self.group.data_rank)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> LossSums:
+        """Returns the sums over all rows of the batch, which the processes divide between them."""
+        rows = share(batch, self.group)
+        is_empty = not len(rows.row_ids)
+        if is_empty:  # a divided model is run by all or by none
+            first = batch.rows(slice(0, 1))
+            rows = replace(first, labels_BT=np.full_like(first.labels_BT, IGNORE_INDEX))
+        with others_present():
+            output = self._hooked(lambda: self.loss(to_device(rows, self.device), training=False))
+        own = [float(output.nats), *(float(value) for value in output.measures.values())]
+        repeats = 1 if self._shares_loss else self._team
+        nats, *sums = (value / repeats for value in self.group.sums([0.0] * len(own) if is_empty else own))
+        return LossSums(nats, batch.num_targets, dict(zip(output.measures, sums, strict=True)))
+
+    def log_probs(self, batch: Batch) -> np.ndarray:
+        return self._together(super().log_probs, batch)
+
+    def distributions(self, batch: Batch, temperature: float = 1.0) -> np.ndarray:
+        return self._together(super().distributions, batch, temperature)
+
+    def _together(self, compute: Callable[..., np.ndarray], *given: Any) -> np.ndarray:
+        """Calls a function with the whole of each parameter at hand, where the processes hold parts."""
+        with torch.no_grad(), others_present():
+            return self._hooked(lambda: compute(*given)) if self.is_divided else compute(*given)
+
+    # --- weights and state ---------------------------------------------------------------------------------------------
+
+    def weights(self) -> dict[str, HostArray]:
+        if not self.is_divided:
+            return super().weights()
+        return self._gathered(sharding.divided_state(self.model))
+
+    def state(self) -> dict[str, HostArray]:
+        if not self.is_divided:
+            return super().state()
+        return self._gathered(self.optimizer.tensors()) | {"t": self._updates()}
+
+    def load_state(self, arrays: Mapping[str, HostArray], state: Mapping[str, HostArray]) -> None:
+        if not self.is_divided:
+            return super().load_state(arrays, state)
+        check_arrays(self.model.config, arrays)
+        moments = self.optimizer.tensors()
+        faults = missing_or_misshapen({name: held.shape for name, held in moments.items()} | {"t": (1,)}, state)
+        if faults:
+            raise ValueError(f"the optimizer's state lacks {faults}, or has another shape there")
+        sharding.fill(self.model, arrays.items())
+        for name, held in moments.items():
+            local(held).copy_(sharding.part_of(weights.tensor_from_host(state[name]), held))
+        self.optimizer.t = int(state["t"].to_numpy()[0])
+
+    def runner(self) -> TorchRunner:
+        """Returns a runner over the weights as they are now, a whole model in each process."""
+        if not self.is_divided:
+            return super().runner()
+        return TorchRunner(weights.build_model(self.model.config, self.weights(), device=self.device))
+
+    def save_shards(self, directory: Path) -> shards.Saving:
+        """Begins to write this process's part of weights and state into a directory that all processes see."""
+        return shards.save(self._saved(), directory, self.group)
+
+    def load_shards(self, directory: Path) -> None:
+        """Goes on from what any number of processes wrote with `save_shards`."""
+        self.optimizer.t = shards.load(self._saved(), directory, self.group)
+
+    def conditions(self) -> dict[str, Any]:
+        settings = self.group.settings
+        form = settings.mode + (f", tensor parallel {self._team}" if self._team > 1 else "")
+        return super().conditions() | {"processes": self.group.size, "parallel": form}
+
+    def peak_flops(self, seconds: float = 0.3) -> float:
+        return super().peak_flops(seconds) * self.group.size
+
+    def _saved(self) -> dict[str, Tensor]:
+        return shards.named(self._trained_or_all(), self.optimizer.tensors(), self.optimizer.t)
+
+    def _trained_or_all(self) -> dict[str, Tensor]:
+        if self.is_divided:
+            return sharding.divided_state(self.model)
+        return self._trained() if self.adapter else self.model.canonical_state()
+
+    def _gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, HostArray]:
+        with others_present():
+            return {name: weights.host_from_tensor(sharding.whole(held)) for name, held in tensors.items()}
+
+    def _updates(self) -> HostArray:
+        return HostArray.from_numpy(np.array([self.optimizer.t], dtype=np.int64))
+
+
+def build_distributed_train_step(
+    config: ModelConfig,
+    arrays: Mapping[str, HostArray] | None = None,
+    *,
+    parallel: ParallelSettings,
+    seed: int = 0,
+    initialization: InitializationName = "fan-in",
+    objective: Objective = NextToken(),  # noqa: B008 - it is frozen
+    trainable: Callable[[str], bool] | None = None,
+    adapter: LoraSettings | None = None,
+    optimizer: AdamWSettings | None = None,
+    max_grad_norm: float = 0.0,
+    precision: Precision = "auto",
+    device: str = "auto",
+    threads: int = 0,
+    compile: bool | None = None,
+) -> DistributedTrainStep:
+    """Joins the processes that were started with this one, and returns its part of a model with its optimiser.
+
+    The other options are those of `build_train_step`, and so is the model: its values do not depend on the processes.
+    """
+    device, chosen = choose(device, precision, threads)
+    group = groups.join(parallel, device)
+    hooked: sharding.Hooked | None = None
+    if parallel.mode == "ddp" and parallel.tensor_parallel == 1:
+        model = weights.build_model(config, arrays, seed=seed, initialization=initialization, device=device)
+    else:
+        if adapter is not None:
+            raise ValueError("an adapter is trained over a whole model in each process; use --parallel ddp for lora")
+        if arrays is not None:
+            check_arrays(config, arrays)
+        model, hooked = sharding.divided_model(config, group, bool(compile))
+        hooked.to_empty(device=device)
+        values = initialize_parameters(config, seed, initialization) if arrays is None else None
+        named = ((name, HostArray.from_numpy(array)) for name, array in values) if values else arrays.items()
+        sharding.fill(model, named)
+    return DistributedTrainStep(
+        model,
+        hooked,
+        group,
+        bool(compile),
+        settings=optimizer,
+        objective=objective,
+        trainable=trainable,
+        adapter=adapter,
+        max_grad_norm=max_grad_norm,
+        precision=chosen,
+        seed=seed,
+    )

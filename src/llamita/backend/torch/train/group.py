@@ -1,0 +1,87 @@
+"""The processes of a run over `torch.distributed`: how one joins, and how they agree.
+
+What must be agreed on goes over gloo in the host's memory, also where gradients go over NCCL.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from llamita.backend.group import ParallelSettings
+
+Result = TypeVar("Result")
+DATA, TENSOR = "data", "tensor"
+LOST = ("gloo", "nccl", "c10d", "processgroup", "connection", "broken pipe", "rendezvous", "tcpstore")
+"""Words in the messages of torch.distributed when another process is gone."""
+
+
+class TorchGroup:
+    """A `Group` over the default process group: teams of `tensor_parallel` neighbours, which share rows."""
+
+    def __init__(self, settings: ParallelSettings, device: str) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        team = settings.tensor_parallel
+        if self.size % team:
+            raise ValueError(f"tensor_parallel={team} must divide the {self.size} processes of the run")
+        self.settings = settings
+        self.data_size, self.data_rank = self.size // team, self.rank // team
+        self.checkpoints = dist.new_group(backend="gloo")  # what writes them works beside the updates
+        self.mesh: DeviceMesh = init_device_mesh(device, (self.data_size, team), mesh_dim_names=(DATA, TENSOR))
+
+    def any(self, flag: bool) -> bool:
+        found = torch.tensor(int(flag))
+        with others_present():
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found)
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        found = torch.tensor(values, dtype=torch.float64)
+        with others_present():
+            dist.all_reduce(found)
+        return found.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        found = [None] * self.size
+        with others_present():
+            dist.all_gather_object(found, value)
+        return found
+
+    def first(self, make: Callable[[], Result]) -> Result:
+        told: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                told[0] = make()
+            except Exception as error:  # all are told, and all raise it
+                told[1] = error
+        with others_present():
+            dist.broadcast_object_list(told)
+        if told[1] is not None:
+            raise told[1]
+        return told[0]
+
+
+def join(settings: ParallelSettings, device: str) -> TorchGroup:
+    """Joins the processes that were started together, over NCCL on GPUs and gloo on CPUs; the device is this one's."""
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if not dist.is_initialized():
+        with others_present():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    return TorchGroup(settings, device)
+
+
+@contextlib.contextmanager
+def others_present() -> Iterator[None]:
+    """Turns what torch.distributed raises when another process is gone into a ConnectionError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if isinstance(error, dist.DistError) or any(word in text.lower() for word in LOST):
+            raise ConnectionError(f"another process of this run was lost ({text.splitlines()[0][:120]})") from error
+        raise
