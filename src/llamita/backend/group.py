@@ -3,7 +3,6 @@
 A run of one process has a group of one, `ALONE`. Numbers and objects alone; knows nothing of frameworks.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
@@ -95,14 +94,3 @@ def check_batch_size(batch_size: int, group: Group) -> None:
             f"batch_size={batch_size} must be a multiple of the {parts} parts that the processes divide it into; "
             f"try {' or '.join(map(str, fitting))}"
         )
-
-
-def launched_processes() -> int:
-    """Returns how many processes this one was started among, as torchrun and others say in the environment; else 1."""
-    known = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-    return int(os.environ["WORLD_SIZE"]) if known else 1
-
-
-def launched_rank() -> int:
-    """Returns the number of this process among those that were started together; 0 for one alone."""
-    return int(os.environ["RANK"]) if launched_processes() > 1 else 0

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from llamita.backend.adamw import AdamWSettings
+from llamita.backend.group import Group, ParallelSettings
 from llamita.backend.objectives import NextToken, Objective
 from llamita.backend.sampling_params import SamplingParams
 from llamita.data.batches import Batch
@@ -267,17 +268,35 @@ class StepMetrics:
         return not self.faulty_micro_batches and math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
+class Saving(Protocol):
+    """A checkpoint on its way to the disk."""
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Waits until all processes have written their parts; raises what went wrong."""
+
+
 class TrainStep(Scorer, Protocol):
-    """A model under training, with its optimiser."""
+    """A model under training, with its optimiser; with several processes, this one's part of both.
+
+    All processes of the group call the same methods in the same order.
+    """
+
+    group: Group
+    is_divided: bool
+    """Whether each process holds a part of the weights, and so writes a part of a checkpoint."""
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepMetrics:
         """Makes one update from the mean loss over all targets of `micro_batches`, however these divide them.
 
-        ValueError where they hold no target.
+        With several processes they are this one's share of the rows, and the metrics are of all. ValueError where
+        there is no target.
         """
 
     def evaluate(self, batch: Batch) -> LossSums:
-        """Returns the loss and the metrics summed over the batch's targets; without dropout."""
+        """Returns the loss and the metrics summed over the batch's targets; without dropout.
+
+        Several processes are all given the whole batch, and divide it between them.
+        """
 
     def runner(self) -> Runner:
         """Returns a runner over the weights as they are now."""
@@ -290,6 +309,15 @@ class TrainStep(Scorer, Protocol):
 
     def load_state(self, arrays: Mapping[str, HostArray], state: Mapping[str, HostArray]) -> None:
         """Goes on from what `weights()` and `state()` gave; ValueError lists what is missing or misshapen."""
+
+    def save_shards(self, directory: Path) -> Saving:
+        """Begins to write this process's part of weights and state, as they are now, into a directory that all see."""
+
+    def load_shards(self, directory: Path) -> None:
+        """Goes on from what any number of processes wrote with `save_shards`."""
+
+    def read_shards(self, directory: Path) -> tuple[dict[str, HostArray], dict[str, HostArray]]:
+        """Returns `weights()` and `state()` as `save_shards` wrote them; the other processes are not asked."""
 
     def conditions(self) -> dict[str, Any]:
         """Returns what the last bits of a result depend on besides configuration and data: versions, device, ..."""
@@ -327,12 +355,13 @@ class Backend(Protocol):
         device: str = "auto",
         threads: int = 0,
         compile: bool | None = None,
+        parallel: ParallelSettings | None = None,
     ) -> TrainStep:
         """Returns a model of the values in `arrays`, or a freshly initialised one, with its optimiser.
 
         Trained are the parameters whose canonical name is `trainable`, or with an `adapter` that one and a classifier's
         head; left out: all. `max_grad_norm` 0 clips nothing, `threads` 0 leaves the framework's choice, and so does
-        `compile` None.
+        `compile` None. With `parallel`, this process is one of several that were started together, and joins them.
         """
 
     def build_scorer(
@@ -368,6 +397,9 @@ class Backend(Protocol):
         self, config: ModelConfig, arrays: Iterable[tuple[str, HostArray]]
     ) -> Iterable[tuple[str, HostArray]]:
         """Yields the arrays of an unquantised model as one of `config`, which is quantised, stores them; one by one."""
+
+    def read_shards(self, directory: Path) -> tuple[dict[str, HostArray], dict[str, HostArray]]:
+        """Returns the weights and the optimiser's state of a checkpoint that several processes wrote in parts."""
 
     def merged_arrays(self, arrays: Mapping[str, HostArray], adapter: Adapter) -> Iterable[tuple[str, HostArray]]:
         """Yields a base's arrays with an adapter merged in, one by one in the table's order, none quantised."""

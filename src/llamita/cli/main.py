@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llamita import __version__
+from llamita.cli import together
 from llamita.training import exit_status
 
 PACKAGE = Path(__file__).parents[1]
@@ -113,7 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         return _fail(_one_line(error))
-    except Exception:
+    except Exception as error:
+        together.tell_launcher(f"{type(error).__name__}: {error}")
         print("This is a bug in Llamita, not a mistake of yours: please report it with what follows.", file=sys.stderr)
         raise
     finally:
@@ -150,8 +152,10 @@ def _call(name: str, arguments: Sequence[str]) -> int:
     verb = VERBS[name]
     module = importlib.import_module(verb.module)
     defaults = importlib.import_module("llamita.cli.tuning").defaults if verb.trains else None
+    arguments = together.after_restart(arguments) if verb.trains else arguments
     try:
-        result = parse_and_call(getattr(module, verb.function), f"llamita {name}", arguments, verb.help, defaults)
+        with together.one_speaks():
+            result = parse_and_call(getattr(module, verb.function), f"llamita {name}", arguments, verb.help, defaults)
     except SystemExit as stop:  # tyro has printed its help or what is wrong with the flags
         if not isinstance(stop.code, int):
             raise
@@ -277,7 +281,8 @@ def _note(show: Callable[..., None]) -> Callable[..., None]:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    together.tell_launcher(message)
+    print(f"error{together.who()}: {message}", file=sys.stderr)
     return exit_status.USER_MISTAKE
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_args, get_type_hints
 
 from llamita.backend.adamw import AdamWSettings
+from llamita.backend.group import ParallelName, ParallelSettings
 from llamita.backend.interface import BackendName
 from llamita.training.loggers import LoggerName
 from llamita.training.schedule import Schedule, ScheduleName
@@ -38,9 +39,18 @@ class MachineConfig:
     compile: bool = False
     """Compile the model with torch.compile: a slow first update, then faster ones. MLX does by itself on a GPU."""
 
+    parallel: ParallelName = "ddp"
+    """With several processes (torchrun): ddp, each holds the whole model; fsdp, each holds a part of everything."""
+    tensor_parallel: int = 1
+    """Processes that divide each matrix product between them; teams of so many share the rows of a batch."""
+
     def __post_init__(self) -> None:
         if self.threads < 0:
             raise ValueError(f"threads={self.threads} must not be negative")
+        self.parallel_settings()
+
+    def parallel_settings(self) -> ParallelSettings:
+        return ParallelSettings(self.parallel, self.tensor_parallel)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,18 @@ def make_display(steps: int, start: int, stream: TextIO | None = None) -> Displa
     return LiveDisplay(steps, start, stream) if stream.isatty() else PlainDisplay(steps, start, stream)
 
 
+class SilentDisplay:
+    """Shows nothing: of several processes, one is enough to read."""
+
+    def update(self, record: Mapping[str, Any]) -> None: ...
+
+    def evaluation(self, record: Mapping[str, Any]) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class PlainDisplay:
     """A line at the first update, at the last, and every ten seconds between them."""
 

@@ -21,11 +21,11 @@ WIDE_RANGE = 4.0  # the ratio of the first losses to the last from which a plot 
 
 
 class MetricsFile:
-    """Appends objects to a file, one a line; each line reaches the system at once."""
+    """Appends objects to a file, one a line; each line reaches the system at once. Without a path, nowhere."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, path: Path | None) -> None:
+        self._is_kept = path is not None
+        self._file = open(path or os.devnull, "a", encoding="utf-8")  # noqa: SIM115 - see `close`
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one line; numbers that are not finite, which JSON lacks, become null."""
@@ -34,7 +34,8 @@ class MetricsFile:
 
     def sync(self) -> None:
         """Wait until the disk has all lines."""
-        os.fsync(self._file.fileno())
+        if self._is_kept:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

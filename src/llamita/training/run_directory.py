@@ -2,7 +2,8 @@
 
     RUN/run.json               what the run is: model, data, training, compared when it is resumed; its sessions
     RUN/checkpoints/step-00000100/   a Hugging Face model directory + optimizer.safetensors + train_state.json
-                               (of an adapter: PEFT's files in place of the model's)
+                               (of an adapter: PEFT's files in place of the model's; of processes that divide the
+                               weights between them: shards/ in place of the arrays, until they are put together)
     RUN/last, RUN/best         relative links into checkpoints/
     RUN/metrics.jsonl, loss.png, samples.txt    written by others
 
@@ -21,6 +22,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
+from llamita.backend.group import ALONE, Group
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.storage import files, model_directory
@@ -30,18 +32,23 @@ FORMAT = 1
 MANIFEST, STATE = "run.json", "train_state.json"
 LAST, BEST = "last", "best"
 LOCK = ".lock"
+SHARDS = "shards"
 PATIENCE = 0.2  # seconds: whoever asks `is_running` holds the lock for a moment
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files have the hashes that its state records; arrays are mapped, not read."""
+    """A checkpoint whose files have the hashes that its state records; arrays are mapped, not read.
+
+    Where several processes wrote it in parts, there are no arrays, and `shards` is the directory of the parts.
+    """
 
     step: int
     path: Path
     state: Mapping[str, Any]
     weights: Mapping[str, HostArray]
     optimizer: Mapping[str, HostArray]
+    shards: Path | None = None
 
 
 class WeightFiles(Protocol):
@@ -63,10 +70,17 @@ class ModelFiles:
 
 
 class RunDirectory:
-    """The directory of one run, held by one process at a time. Made by `open_run`."""
+    """The directory of one run, held by one process at a time, or by one group of them. Made by `open_run`.
 
-    def __init__(self, path: Path, manifest: dict[str, Any], weight_files: WeightFiles | None = None) -> None:
+    The first process of the group alone writes; what changes the manifest does so in the memory of the others.
+    """
+
+    def __init__(
+        self, path: Path, manifest: dict[str, Any], weight_files: WeightFiles | None = None, group: Group = ALONE
+    ) -> None:
         self.path = path
+        self.group = group
+        self.writes = group.rank == 0
         self.weight_files = weight_files or ModelFiles()
         self.manifest = manifest
         self.checkpoints = path / "checkpoints"
@@ -76,7 +90,8 @@ class RunDirectory:
 
     def update_manifest(self, changes: Mapping[str, Any]) -> None:
         self.manifest |= changes
-        files.atomic_write(self.file(MANIFEST), json.dumps(self.manifest, indent=2, sort_keys=True) + "\n")
+        if self.writes:
+            files.atomic_write(self.file(MANIFEST), json.dumps(self.manifest, indent=2, sort_keys=True) + "\n")
 
     def update_session(self, changes: Mapping[str, Any]) -> None:
         """Add to what run.json says of the session that goes on: the last of its list."""
@@ -104,21 +119,61 @@ class RunDirectory:
     ) -> Path:
         """Write a checkpoint and point `last` at it; OSError, in one line, where the disk refuses."""
         path = self.checkpoint_path(step)
+        with self._written(step), files.atomic_directory(path, overwrite=True) as directory:
+            if tokenizer_directory is not None:
+                shutil.copytree(tokenizer_directory, directory, dirs_exist_ok=True)
+            self.weight_files.save(directory, config, weights)
+            model_directory.save_tensors(directory, optimizer, name="optimizer")
+            _write_state(directory, step, state)
+        return path
+
+    def begin_shards(self, step: int) -> Path:
+        """Returns an empty directory into which all processes write the parts of a checkpoint."""
+        directory = self._unfinished(step)
+        if directory.exists():
+            shutil.rmtree(directory)
+        (directory / SHARDS).mkdir(parents=True)
+        return directory / SHARDS
+
+    def finish_shards(
+        self, step: int, config: ModelConfig, state: Mapping[str, Any], tokenizer_directory: Path | None = None
+    ) -> Path:
+        """Make a checkpoint of the parts that all processes have written, and point `last` at it."""
+        directory, path = self._unfinished(step), self.checkpoint_path(step)
+        with self._written(step):
+            if tokenizer_directory is not None:
+                shutil.copytree(tokenizer_directory, directory, dirs_exist_ok=True)
+            model_directory.save_config(directory, config)
+            _write_state(directory, step, state)
+            files.move_into_place(directory, path)
+        return path
+
+    def put_together(
+        self, saved: Checkpoint, weights: Mapping[str, HostArray], optimizer: Mapping[str, HostArray]
+    ) -> None:
+        """Write the arrays of a checkpoint in parts as whole ones, in its place."""
+        with files.atomic_directory(saved.path, overwrite=True) as directory:
+            left_aside = shutil.ignore_patterns(SHARDS, STATE)
+            shutil.copytree(saved.path, directory, ignore=left_aside, dirs_exist_ok=True)
+            model_directory.save_tensors(directory, weights)
+            model_directory.save_tensors(directory, optimizer, name="optimizer")
+            state = {key: value for key, value in saved.state.items() if key not in ("format", "step", "files")}
+            _write_state(directory, saved.step, state)
+
+    def _unfinished(self, step: int) -> Path:
+        return self.checkpoints / f".{self.checkpoint_path(step).name}.tmp"
+
+    @contextlib.contextmanager
+    def _written(self, step: int) -> Iterator[None]:
+        """Points `last` at the checkpoint that the block writes; an OSError says in one line what is left to do."""
         try:
-            with files.atomic_directory(path, overwrite=True) as directory:
-                if tokenizer_directory is not None:
-                    shutil.copytree(tokenizer_directory, directory, dirs_exist_ok=True)
-                self.weight_files.save(directory, config, weights)
-                model_directory.save_tensors(directory, optimizer, name="optimizer")
-                content = {"format": FORMAT, "step": step, **state, "files": _hashes(directory)}
-                (directory / STATE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+            yield
             self.link(LAST, step)
         except OSError as error:
             raise OSError(
-                f"checkpoint {path.name} could not be written: {error.strerror or error}; earlier checkpoints are "
-                f"intact: make room, then go on with --resume"
+                f"checkpoint {self.checkpoint_path(step).name} could not be written: {error.strerror or error}; "
+                "earlier checkpoints are intact: make room, then go on with --resume"
             ) from error
-        return path
 
     def link(self, name: str, step: int) -> None:
         """Point RUN/`name` at the checkpoint of `step`, in one move."""
@@ -150,23 +205,26 @@ class RunDirectory:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                return self._load(step)
+                return self.load(step)
             except (ValueError, OSError) as error:
                 report(f"checkpoint step-{step:08d} is damaged and passed over: {error}")
         if steps:
             raise ValueError(f"every checkpoint in {self.checkpoints} is damaged; start again in another --output")
         return None
 
-    def _load(self, step: int) -> Checkpoint:
+    def load(self, step: int, verify: bool = True) -> Checkpoint:
+        """Returns a checkpoint; ValueError where it is damaged, as the hashes of its files say if `verify`."""
         path = self.checkpoint_path(step)
         state = files.read_json(path / STATE)
         if state.get("format") != FORMAT:
             raise ValueError(f"{STATE} has format {state.get('format')!r}, this version reads {FORMAT}")
-        for name, digest in state["files"].items():
+        for name, digest in state["files"].items() if verify else ():
             if not (path / name).is_file():
                 raise ValueError(f"{name} is missing")
             if files.sha256(path / name) != digest:
                 raise ValueError(f"{name} is not what was written (its SHA-256 differs)")
+        if (path / SHARDS).is_dir():
+            return Checkpoint(step, path, state, {}, {}, path / SHARDS)
         optimizer = model_directory.load_tensors(path, name="optimizer")
         return Checkpoint(step, path, state, self.weight_files.load(path), optimizer)
 
@@ -178,14 +236,36 @@ def open_run(
     arguments: Mapping[str, Any],
     resume: bool,
     weight_files: WeightFiles | None = None,
+    group: Group = ALONE,
 ) -> Iterator[RunDirectory]:
-    """Hold a run's directory for this process: a new one, or with `resume` one of the same identity.
+    """Hold a run's directory for this process or its group: a new one, or with `resume` one of the same identity.
 
     `identity` is a nested, JSON-able dict of all that decides the run's result; `arguments` is what to take over when
     it is resumed. ValueError: another process holds it, there is a run already, or nothing to resume, or the identity
     differs (each differing key is named). Nothing is written before these checks.
     """
     path = Path(path)
+    with contextlib.ExitStack() as stack:
+        held: list[RunDirectory] = []
+
+        def hold() -> dict[str, Any]:
+            run = stack.enter_context(_held_run(path, identity, arguments, resume, weight_files, group))
+            held.append(run)
+            return run.manifest
+
+        manifest = group.first(hold)
+        yield held[0] if held else RunDirectory(path, manifest, weight_files, group)
+
+
+@contextlib.contextmanager
+def _held_run(
+    path: Path,
+    identity: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    resume: bool,
+    weight_files: WeightFiles | None,
+    group: Group,
+) -> Iterator[RunDirectory]:
     identity = json.loads(json.dumps(identity))
     check(path, resume)
     check_identity(path, identity, resume)
@@ -193,7 +273,7 @@ def open_run(
     with _locked(path):
         check(path, resume)  # again, now that nobody else can begin one
         manifest = read_manifest(path) if resume else {}  # another process may have gone on with it since
-        run = RunDirectory(path, manifest, weight_files)
+        run = RunDirectory(path, manifest, weight_files, group)
         _remove_leftovers(path)
         # The manifest comes first: a directory without one is no run, and would be refused from then on.
         sessions = [*manifest.get("sessions", []), record.session()]
@@ -293,6 +373,11 @@ def _remove_leftovers(directory: Path) -> None:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
+
+
+def _write_state(directory: Path, step: int, state: Mapping[str, Any]) -> None:
+    content = {"format": FORMAT, "step": step, **state, "files": _hashes(directory)}
+    (directory / STATE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _hashes(directory: Path) -> dict[str, str]:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llamita.backend.group import check_batch_size, share
 from llamita.backend.interface import StepMetrics, TrainStep
 from llamita.data.batches import Batch
 from llamita.model.config import ModelConfig
@@ -22,12 +23,13 @@ from llamita.model.sizes import flops_per_token
 from llamita.text.tokenizer import Tokenizer
 from llamita.training import metrics
 from llamita.training.config import TrainingConfig
-from llamita.training.display import Display, make_display
+from llamita.training.display import Display, SilentDisplay, make_display
 from llamita.training.evaluation import Evaluation, OnEvaluation, evaluate
 from llamita.training.examples import Examples
 from llamita.training.loggers import Logger, make_loggers
 from llamita.training.record import INTERRUPTED, ended
 from llamita.training.run_directory import BEST, Checkpoint, RunDirectory
+from llamita.training.shard_saving import ShardSaving
 
 PLOT_SECONDS = 30.0  # between two drawings of the loss while training
 
@@ -48,7 +50,10 @@ class TrainingResult:
 
 
 class Trainer:
-    """Trains in an open run directory, from its newest checkpoint where it has one."""
+    """Trains in an open run directory, from its newest checkpoint where it has one.
+
+    With several processes each has a trainer: all do the same, on rows of their own, and the first one writes.
+    """
 
     def __init__(
         self,
@@ -83,6 +88,10 @@ class Trainer:
         self.best_measure = best_measure
         self._display = display
         self._rates = self.config.learning_rates()
+        self._group = step.group
+        check_batch_size(self.config.batch_size, self._group)
+        self._saving = ShardSaving(run, step) if step.is_divided else None
+        self._stopped = False
         self._done = 0
         self._evaluation: Evaluation | None = None
         self._best: Evaluation | None = None
@@ -99,19 +108,24 @@ class Trainer:
         ValueError where loss or gradient is not finite, naming the step and the rows; the weights are left alone.
         """
         messages: list[str] = []
-        self._restore(self.run_directory.newest(messages.append), messages.append)
-        self.display = self._display or make_display(self.config.steps, self._done)
+        self._restore(self._newest(messages.append), messages.append)
+        writes = self.run_directory.writes
+        shown = make_display(self.config.steps, self._done) if writes else SilentDisplay()
+        self.display = self._display or shown
         for text in messages:
             self.display.message(text)
-        self._metrics = metrics.MetricsFile(self.run_directory.file("metrics.jsonl"))
+        self._metrics = metrics.MetricsFile(self.run_directory.file("metrics.jsonl") if writes else None)
         self._loggers: list[Logger] = []
         try:
-            identity = self.run_directory.manifest["identity"]
-            self._loggers += make_loggers(self.config.log, self.run_directory.path, identity)
+            if writes:
+                identity = self.run_directory.manifest["identity"]
+                self._loggers += make_loggers(self.config.log, self.run_directory.path, identity)
             self._peak = self.step.peak_flops()
             with _interrupt() as interrupted:
                 loss = self._loop(interrupted)
-                stopped = interrupted.is_set() and self._done < self.config.steps
+                stopped = self._stopped and self._done < self.config.steps
+        except ConnectionError as error:
+            raise ConnectionError(self._after_loss(error)) from error
         finally:
             self.display.close()
             self._metrics.close()
@@ -121,25 +135,36 @@ class Trainer:
         path = self.run_directory.checkpoint_path(self._done) if self._done else None
         return TrainingResult(self._done, loss, self._evaluation, self._best, path, stopped)
 
+    def _after_loss(self, error: ConnectionError) -> str:
+        """Returns what to do after the loss of another process."""
+        steps = self.run_directory.steps()
+        saved = f"its last checkpoint is {self.run_directory.checkpoint_path(steps[-1])}" if steps else "it saved none"
+        return f"{error}; the run ended after {self._done} updates and {saved}: go on with --resume"
+
     def _loop(self, interrupted: threading.Event) -> float:
         """Updates until the last one or an interruption; returns the smoothed loss."""
         while True:
             # An evaluation that is due comes first: a run that was stopped in its midst is resumed here.
             if self._evaluation_is_due():
                 self._evaluate(interrupted)
-            last = self._done >= self.config.steps or interrupted.is_set()
+            self._stopped = self._group.any(interrupted.is_set())
+            last = self._done >= self.config.steps or self._stopped
             if self._done and (last or self._checkpoint_is_due()) and self._checkpoint_step != self._done:
                 self._save()
             if last:
                 break
             self._update()
+        if self._saving is not None:
+            self._saving.finish()
+            if not self._stopped:
+                self._saving.put_together([self._done, *([self._best.step] if self._best else [])])
         self._plot()
         return self._smoothed.value
 
     def _update(self) -> None:
         started = time.perf_counter()
         batch = self.examples.batches.next()
-        micro_batches = split(batch, self.config.micro_batch_size)
+        micro_batches = split(share(batch, self._group), self.config.micro_batch_size)
         rate = self._rates.at(self._done)
         result = self.step.step(micro_batches, rate)
         if not result.is_finite:
@@ -168,6 +193,7 @@ class Trainer:
     def _refuse(self, micro_batches: Sequence[Batch], result: StepMetrics) -> None:
         faulty = [micro_batches[i] for i in result.faulty_micro_batches] or micro_batches
         rows = [int(row) for batch in faulty for row in batch.row_ids]
+        rows = sorted(row for part in self._group.gather(rows) for row in part)
         what = f"loss is {result.loss}" if result.faulty_micro_batches else f"gradient norm is {result.grad_norm}"
         raise ValueError(
             f"step {self._done + 1}: the {what} on rows {rows}; the update was not made and the run stopped. Its "
@@ -187,7 +213,7 @@ class Trainer:
 
     def _evaluate(self, interrupted: threading.Event) -> None:
         """Evaluate, record, and call back; left undone when interrupted, to be done when the run is resumed."""
-        totals = evaluate(self.step, self.examples, interrupted.is_set)
+        totals = evaluate(self.step, self.examples, lambda: self._group.any(interrupted.is_set()))
         if totals is None:
             return
         self._evaluated_step = self._done
@@ -195,7 +221,8 @@ class Trainer:
         if totals.targets == 0:
             return
         if self.measure is not None:
-            totals = replace(totals, measures={**totals.measures, **self.measure()})
+            measured = self._group.gather(dict(self.measure()))[0]  # the last bits may differ between machines
+            totals = replace(totals, measures={**totals.measures, **measured})
         evaluation = Evaluation(step=self._done, best=False, **asdict(totals))
         best = math.isfinite(totals.loss) and (self._best is None or self._rank(evaluation) > self._rank(self._best))
         self._evaluation = replace(evaluation, best=best)
@@ -205,7 +232,7 @@ class Trainer:
         self._record(record)
         self.display.evaluation(record)
         text = self.on_evaluation(self._evaluation) if self.on_evaluation else None
-        if text:
+        if text and self.run_directory.writes:
             metrics.append_sample(self.run_directory.file("samples.txt"), self._done, text)
             self.display.message(text)
         if time.monotonic() - self._plotted > PLOT_SECONDS:
@@ -223,6 +250,8 @@ class Trainer:
 
     def _plot(self) -> None:
         self._plotted = time.monotonic()
+        if not self.run_directory.writes:
+            return
         records = metrics.read_records(self.run_directory.file("metrics.jsonl"))
         floor = None
         if self.floor is not None and self._evaluation is not None and self._evaluation.nats_per_character:
@@ -238,12 +267,36 @@ class Trainer:
             "evaluated_step": self._evaluated_step,
             "conditions": self.step.conditions(),
         }
+        step, best = self._done, self._best.step if self._best else None
         run = self.run_directory
-        run.save(self._done, self.model, self.step.weights(), self.step.state(), state, self.tokenizer_directory)
-        self._checkpoint_step = self._done
-        if self._best is not None and self._best.step == self._done:
-            run.link(BEST, self._done)
-        run.prune(self.config.keep_checkpoints, self._best.step if self._best else None)
+
+        def kept() -> None:
+            if best == step:
+                run.link(BEST, step)
+            run.prune(self.config.keep_checkpoints, best)
+
+        def write() -> None:
+            run.save(step, self.model, self.step.weights(), self.step.state(), state, self.tokenizer_directory)
+            kept()
+
+        if self._saving is None:
+            self._group.first(write)
+        else:
+            self._saving.begin(step, self.model, state, self.tokenizer_directory, kept)
+        self._checkpoint_step = step
+
+    def _newest(self, report: Callable[[str], None]) -> Checkpoint | None:
+        """Returns the newest intact checkpoint, as the first process finds it."""
+        found: list[Checkpoint | None] = []
+
+        def find() -> int | None:
+            found.append(self.run_directory.newest(report))
+            return found[0].step if found[0] else None
+
+        step = self._group.first(find)
+        if found or step is None:
+            return found[0] if found else None
+        return self.run_directory.load(step, verify=False)
 
     def _restore(self, saved: Checkpoint | None, report: Callable[[str], None]) -> None:
         """Go on from a checkpoint: weights, optimiser, data, and the record up to there."""
@@ -259,21 +312,26 @@ class Trainer:
         known = {"floor": self.floor, "best_measure": self.best_measure, "tokenizer": tokenizer}
         run.update_manifest({"conditions": conditions} | {key: value for key, value in known.items() if value})
         run.update_session({"first_step": step})
-        records = metrics.rewind(run.file("metrics.jsonl"), step)
-        metrics.rewind_samples(run.file("samples.txt"), step)
-        for record in records:
-            if record["kind"] == "train":
-                self._smoothed.update(record["loss"])
+        if run.writes:
+            records = metrics.rewind(run.file("metrics.jsonl"), step)
+            metrics.rewind_samples(run.file("samples.txt"), step)
+            for record in records:
+                if record["kind"] == "train":
+                    self._smoothed.update(record["loss"])
         if saved is None:
             return
-        self.step.load_state(saved.weights, saved.optimizer)
+        if saved.shards is not None:
+            self.step.load_shards(saved.shards)
+        else:
+            self.step.load_state(saved.weights, saved.optimizer)
         self.examples.batches.load_state(saved.state["data"])
         self._done = self._checkpoint_step = step
         self._evaluated_step = saved.state["evaluated_step"]
         evaluation, best = saved.state["evaluation"], saved.state["best"]
         self._evaluation = Evaluation(**evaluation) if evaluation else None
         self._best = Evaluation(**best) if best else None
-        run.relink(step, self._best.step if self._best else None)
+        if run.writes:
+            run.relink(step, self._best.step if self._best else None)
         report(f"resumed from step {step} of {self.config.steps}")
 
 

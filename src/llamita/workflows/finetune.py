@@ -143,11 +143,12 @@ def finetune(
         step = make_step(config, backend, model, base.arrays, objective)
     weight_files = _weight_files(config.finetune, base)
     with run_directory.open_run(
-        config.run.output, whole, saved_options(config), config.run.resume, weight_files
+        config.run.output, whole, saved_options(config), config.run.resume, weight_files, step.group
     ) as run:
         tokenizer = run.file("tokenizer")
-        with files.atomic_directory(tokenizer, overwrite=True) as temporary:
-            base.tokenizer.save(temporary)
+        if run.writes:
+            with files.atomic_directory(tokenizer, overwrite=True) as temporary:
+                base.tokenizer.save(temporary)
         if before is not None:
             before(run)
         trainer = Trainer(

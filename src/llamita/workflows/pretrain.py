@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from llamita.backend.launch import launched_processes
 from llamita.backend.interface import Backend
 from llamita.backend.sampling_params import SamplingParams
 from llamita.data.batches import Batch, BatchIterator, evaluation_batches
@@ -112,7 +113,9 @@ def pretrain(
         more = on_evaluation(evaluation) if on_evaluation else None
         return "\n".join([*texts, *([more] if more else [])]) or None
 
-    with run_directory.open_run(config.run.output, identity, saved_options(config), config.run.resume) as run:
+    with run_directory.open_run(
+        config.run.output, identity, saved_options(config), config.run.resume, group=step.group
+    ) as run:
         trainer = Trainer(
             config.training,
             model,
@@ -131,12 +134,14 @@ def step_options(config: TrainingVerb) -> dict[str, Any]:
     """Returns what a backend's `build_train_step` takes of the options that every kind of training has."""
     training, machine = config.training, config.machine
     compiled = {"compile": True} if machine.compile else {}  # left out, a backend does what is usual with it
+    parallel = {"parallel": machine.parallel_settings()} if launched_processes() > 1 else {}
     return {
         "seed": training.seed,
         "optimizer": training.optimizer,
         "max_grad_norm": training.max_grad_norm,
         **scorer_options(config),
         **compiled,
+        **parallel,
     }
 
 
@@ -151,6 +156,11 @@ def scorer_options(config: TrainingVerb) -> dict[str, Any]:
 
 def check_run(config: TrainingVerb) -> None:
     """ValueError or OSError where a run cannot be begun, or gone on with, in its directory; before anything is read."""
+    if config.machine.tensor_parallel > 1 and launched_processes() == 1:
+        raise ValueError(
+            f"tensor_parallel={config.machine.tensor_parallel} needs several processes; start them with: torchrun "
+            f"--nproc-per-node {config.machine.tensor_parallel} -m llamita ..."
+        )
     run_directory.check(config.run.output, config.run.resume)
     loggers.require(config.training.log)
 

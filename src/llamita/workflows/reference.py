@@ -39,10 +39,11 @@ def attach(
     """
     digests = {split: part.pairs.digest() for split, part in rows.items()}
     of = hashlib.sha256(json.dumps([base, digests], sort_keys=True).encode()).hexdigest()
-    sums = _read(run.file, of, {split: len(part) for split, part in rows.items()}, report)
+    lengths = {split: len(part) for split, part in rows.items()}
+    sums = run.group.first(lambda: _read(run.file, of, lengths, report))
     if sums is None:
         sums = {split: score(part, log_probs, batch_size) for split, part in rows.items()}
-        _write(run.file, of, sums)
+        run.group.first(lambda: _write(run.file, of, sums))
         report(f"reference: {sum(map(len, rows.values())):,} pairs scored with the model before tuning")
     for split, part in rows.items():
         part.pairs.reference_N2 = sums[split] / part.pairs.lengths_N2 if means else sums[split]

@@ -8,7 +8,7 @@ from llamita.backend.mlx.infer.runner import load_runner, runner_over
 from llamita.backend.mlx.model.lora import merged_arrays
 from llamita.backend.mlx.model.weights import quantize_arrays
 from llamita.backend.mlx.train.scorer import build_scorer
-from llamita.backend.mlx.train.step import build_train_step
+from llamita.backend.mlx.train.step import build_train_step, read_shards
 
 
 class MlxBackend:
@@ -21,6 +21,7 @@ class MlxBackend:
     runner_over = staticmethod(runner_over)
     quantize_arrays = staticmethod(quantize_arrays)
     merged_arrays = staticmethod(merged_arrays)
+    read_shards = staticmethod(read_shards)
 
     @property
     def device(self) -> str:

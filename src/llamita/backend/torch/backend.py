@@ -8,7 +8,7 @@ from llamita.backend.torch.infer.runner import load_runner, runner_over
 from llamita.backend.torch.model.lora import merged_arrays
 from llamita.backend.torch.model.weights import quantize_arrays
 from llamita.backend.torch.train.scorer import build_scorer
-from llamita.backend.torch.train.step import build_train_step
+from llamita.backend.torch.train.step import build_train_step, read_shards
 
 
 class TorchBackend:
@@ -21,6 +21,7 @@ class TorchBackend:
     runner_over = staticmethod(runner_over)
     quantize_arrays = staticmethod(quantize_arrays)
     merged_arrays = staticmethod(merged_arrays)
+    read_shards = staticmethod(read_shards)
 
     @property
     def device(self) -> str:

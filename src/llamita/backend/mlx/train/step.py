@@ -6,12 +6,14 @@ that dropout draws are a function of (seed, number of the step), so a resumed ru
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 
-from llamita.backend.interface import LossSums, Precision, StepMetrics
+from llamita.backend.group import ALONE, Group, ParallelSettings
+from llamita.backend.interface import LossSums, Precision, Saving, StepMetrics
 from llamita.backend.mlx.infer.runner import MlxRunner
 from llamita.backend.mlx.model import lora, weights
 from llamita.backend.mlx.model.attention import Dropout
@@ -39,6 +41,9 @@ from llamita.model.parameters import CLASSIFIER, InitializationName
 
 class MlxTrainStep(MlxScorer):
     """A model with its optimiser. `precision` bf16 computes products in bfloat16, but over int8 and int4 weights."""
+
+    group: Group = ALONE
+    is_divided = False
 
     def __init__(
         self,
@@ -111,6 +116,15 @@ class MlxTrainStep(MlxScorer):
         else:
             weights.copy_host_arrays(self.optimizer.parameters, arrays)
         self.optimizer.load_state(state)
+
+    def save_shards(self, directory: Path) -> Saving:
+        raise AssertionError("one process writes whole arrays")
+
+    def load_shards(self, directory: Path) -> None:
+        self.load_state(*self.read_shards(directory))
+
+    def read_shards(self, directory: Path) -> tuple[dict[str, HostArray], dict[str, HostArray]]:
+        return read_shards(directory)
 
     def runner(self) -> MlxRunner:
         """Returns a runner over the weights as they are now."""
@@ -214,6 +228,7 @@ def build_train_step(
     device: str = "auto",
     threads: int = 0,
     compile: bool | None = None,
+    parallel: ParallelSettings | None = None,
 ) -> MlxTrainStep:
     """Returns a model of the values in `arrays`, or a freshly initialised one, with its optimiser.
 
@@ -221,6 +236,8 @@ def build_train_step(
     `compile` None is true there too: a CPU's kernels take a C++ compiler half a minute at their first use, and updates
     were no faster then.
     """
+    if parallel is not None:
+        raise ValueError("MLX trains in one process here; use --backend torch to train in several")
     where, chosen = choose(device, precision, threads)
     with mx.stream(where):
         model = weights.build_model(config, arrays, seed=seed, initialization=initialization)
@@ -236,3 +253,11 @@ def build_train_step(
             compile=where == mx.gpu if compile is None else compile,
             device=where,
         )
+
+
+def read_shards(directory: Path) -> tuple[dict[str, HostArray], dict[str, HostArray]]:
+    """Raises ValueError: MLX has no reader for a checkpoint in parts."""
+    raise ValueError(
+        f"{directory.parent} was written in parts by several processes of PyTorch; make a model directory of it with: "
+        f"llamita convert {directory.parent} DIR"
+    )

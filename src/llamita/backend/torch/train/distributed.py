@@ -16,13 +16,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from llamita.backend.adamw import AdamWSettings
 from llamita.backend.arrays import missing_or_misshapen
 from llamita.backend.group import ParallelSettings, share
-from llamita.backend.interface import LossSums, Precision, StepMetrics
+from llamita.backend.interface import LossSums, Precision, Saving, StepMetrics
 from llamita.backend.objectives import NextToken, Objective
 from llamita.backend.torch.infer.runner import TorchRunner
 from llamita.backend.torch.model import weights
@@ -194,7 +195,7 @@ class DistributedTrainStep(TorchTrainStep):
     def weights(self) -> dict[str, HostArray]:
         if not self.is_divided:
             return super().weights()
-        return self._gathered(sharding.divided_state(self.model))
+        return self._gathered(self._divided_state())
 
     def state(self) -> dict[str, HostArray]:
         if not self.is_divided:
@@ -209,7 +210,7 @@ class DistributedTrainStep(TorchTrainStep):
         faults = missing_or_misshapen({name: held.shape for name, held in moments.items()} | {"t": (1,)}, state)
         if faults:
             raise ValueError(f"the optimizer's state lacks {faults}, or has another shape there")
-        sharding.fill(self.model, arrays.items())
+        sharding.fill(self._divided_state(), arrays.items())
         for name, held in moments.items():
             local(held).copy_(sharding.part_of(weights.tensor_from_host(state[name]), held))
         self.optimizer.t = int(state["t"].to_numpy()[0])
@@ -220,7 +221,7 @@ class DistributedTrainStep(TorchTrainStep):
             return super().runner()
         return TorchRunner(weights.build_model(self.model.config, self.weights(), device=self.device))
 
-    def save_shards(self, directory: Path) -> shards.Saving:
+    def save_shards(self, directory: Path) -> Saving:
         """Begins to write this process's part of weights and state into a directory that all processes see."""
         return shards.save(self._saved(), directory, self.group)
 
@@ -241,8 +242,14 @@ class DistributedTrainStep(TorchTrainStep):
 
     def _trained_or_all(self) -> dict[str, Tensor]:
         if self.is_divided:
-            return sharding.divided_state(self.model)
+            return self._divided_state()
         return self._trained() if self.adapter else self.model.canonical_state()
+
+    def _divided_state(self) -> dict[str, Tensor]:
+        """Returns the parts that this process holds; after a pass without gradients FSDP2 has some still gathered."""
+        if isinstance(self._hooked, FSDPModule):
+            self._hooked.reshard()
+        return sharding.divided_state(self.model)
 
     def _gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, HostArray]:
         with others_present():
@@ -287,7 +294,7 @@ def build_distributed_train_step(
         hooked.to_empty(device=device)
         values = initialize_parameters(config, seed, initialization) if arrays is None else None
         named = ((name, HostArray.from_numpy(array)) for name, array in values) if values else arrays.items()
-        sharding.fill(model, named)
+        sharding.fill(sharding.divided_state(model), named)
     return DistributedTrainStep(
         model,
         hooked,

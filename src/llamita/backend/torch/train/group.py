@@ -4,6 +4,7 @@ What must be agreed on goes over gloo in the host's memory, also where gradients
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -69,6 +70,8 @@ def join(settings: ParallelSettings, device: str) -> TorchGroup:
     """Joins the processes that were started together, over NCCL on GPUs and gloo on CPUs; the device is this one's."""
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    # A warning at every gathering of what is cut twice, about a cost that nothing here can lower.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     if not dist.is_initialized():
         with others_present():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")

@@ -173,9 +173,8 @@ def summed_on_the_way_back(x: Tensor, mesh: DeviceMesh) -> Tensor:
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
-def fill(model: Llama, arrays: Iterable[tuple[str, HostArray]]) -> None:
+def fill(state: Mapping[str, Tensor], arrays: Iterable[tuple[str, HostArray]]) -> None:
     """Gives each parameter its part of the array of its name; ValueError for NaN or infinity."""
-    state = divided_state(model)
     with torch.no_grad():
         for name, array in arrays:
             if name in state:

@@ -3,26 +3,21 @@
 Stands on torch.distributed.checkpoint, whose files know which slice of which array they hold; names are canonical.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from llamita.backend.interface import Saving
 from llamita.backend.torch.model.weights import host_from_tensor
 from llamita.backend.torch.train.group import TorchGroup, others_present
 from llamita.model.host_array import HostArray
 
 WEIGHTS, OPTIMIZER, UPDATES = "weights.", "optimizer.", "optimizer.t"
-
-
-class Saving(Protocol):
-    """A checkpoint on its way to the disk; `result` waits until all processes have written theirs."""
-
-    def result(self, timeout: float | None = None) -> Any: ...
 
 
 def named(weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], updates: int) -> dict[str, Tensor]:
@@ -50,7 +45,7 @@ def load(tensors: dict[str, Tensor], directory: Path, group: TorchGroup | None) 
     if faults:
         raise ValueError(f"the checkpoint {directory.name} lacks {faults[:5]}, or has another shape there")
     if group is None:
-        dcp.load(tensors, checkpoint_id=directory, no_dist=True)
+        _load_alone(tensors, directory)
     else:
         with others_present():
             dcp.load(tensors, checkpoint_id=directory, process_group=group.checkpoints)
@@ -63,10 +58,16 @@ def read(directory: Path, kind: str) -> Iterator[tuple[str, HostArray]]:
         if name.startswith(kind):
             dtype = torch.int64 if name == UPDATES else torch.float32
             tensors = {name: torch.empty(shape, dtype=dtype)}
-            dcp.load(tensors, checkpoint_id=directory, no_dist=True)
+            _load_alone(tensors, directory)
             yield name.removeprefix(kind), host_from_tensor(tensors[name])
 
 
 def _metadata(directory: Path) -> dict[str, torch.Size]:
     found = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
     return {name: entry.size for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def _load_alone(tensors: dict[str, Tensor], directory: Path) -> None:
+    with warnings.catch_warnings():  # that it takes this to be meant
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.load(tensors, checkpoint_id=directory, no_dist=True)

@@ -8,12 +8,14 @@ import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from llamita.backend.interface import LossSums, Precision, StepMetrics
+from llamita.backend.group import ALONE, Group, ParallelSettings
+from llamita.backend.interface import LossSums, Precision, Saving, StepMetrics
 from llamita.backend.objectives import NextToken, Objective
 from llamita.backend.opening import OWN
 from llamita.backend.torch.infer.runner import TorchRunner
@@ -40,7 +42,10 @@ from llamita.model.parameters import CLASSIFIER, InitializationName
 
 
 class TorchTrainStep(TorchScorer):
-    """A model with its optimiser. `precision` bf16 computes products in bfloat16 from float32 weights (autocast)."""
+    """A model with its optimiser, in one process. `precision` bf16 computes products in bfloat16 from float32 weights (autocast)."""
+
+    group: Group = ALONE
+    is_divided = False
 
     def __init__(
         self,
@@ -131,6 +136,17 @@ class TorchTrainStep(TorchScorer):
             weights.copy_host_arrays(self._trained(), arrays)
         self.optimizer.load_state(state)
 
+    def save_shards(self, directory: Path) -> Saving:
+        raise AssertionError("one process writes whole arrays")
+
+    def load_shards(self, directory: Path) -> None:
+        """Goes on from what several processes wrote with `save_shards`."""
+        self.load_state(*read_shards(directory))
+
+    def read_shards(self, directory: Path) -> tuple[dict[str, HostArray], dict[str, HostArray]]:
+        """Returns `weights()` and `state()` as several processes saved them in parts."""
+        return read_shards(directory)
+
     def runner(self) -> TorchRunner:
         """Returns a runner over the weights as they are now."""
         if self.adapter is None:
@@ -212,12 +228,32 @@ def build_train_step(
     device: str = "auto",
     threads: int = 0,
     compile: bool | None = None,
+    parallel: ParallelSettings | None = None,
 ) -> TorchTrainStep:
     """Returns a model of the values in `arrays`, or a freshly initialised one, with its optimiser.
 
     `threads` 0 leaves PyTorch's own choice; precision "auto" is bf16 where the processor multiplies it; `compile` None
-    is false.
+    is false. With `parallel`, this is one of several processes, and the result its part.
     """
+    if parallel is not None:
+        from llamita.backend.torch.train.distributed import build_distributed_train_step
+
+        return build_distributed_train_step(
+            config,
+            arrays,
+            parallel=parallel,
+            seed=seed,
+            initialization=initialization,
+            objective=objective,
+            trainable=trainable,
+            adapter=adapter,
+            optimizer=optimizer,
+            max_grad_norm=max_grad_norm,
+            precision=precision,
+            device=device,
+            threads=threads,
+            compile=compile,
+        )
     device, chosen = choose(device, precision, threads)
     return TorchTrainStep(
         weights.build_model(config, arrays, seed=seed, initialization=initialization, device=device),
@@ -230,3 +266,10 @@ def build_train_step(
         seed=seed,
         compile=bool(compile),
     )
+
+
+def read_shards(directory: Path) -> tuple[dict[str, HostArray], dict[str, HostArray]]:
+    """Returns the whole weights and the optimiser's whole state of a checkpoint that several processes wrote."""
+    from llamita.backend.torch.train import shards
+
+    return dict(shards.read(directory, shards.WEIGHTS)), dict(shards.read(directory, shards.OPTIMIZER))
