@@ -17,6 +17,7 @@ from llamita.backend.group import ParallelSettings
 
 Result = TypeVar("Result")
 DATA, TENSOR = "data", "tensor"
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 LOST = ("gloo", "nccl", "c10d", "processgroup", "connection", "broken pipe", "rendezvous", "tcpstore")
 """Words in the messages of torch.distributed when another process is gone."""
 
@@ -74,7 +75,11 @@ def join(settings: ParallelSettings, device: str) -> TorchGroup:
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     if not dist.is_initialized():
         with others_present():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+            store, rank, size = next(dist.rendezvous("env://"))
+            # Processes that are started again meet in the same store, where the addresses of the first ones still are.
+            store = dist.PrefixStore(f"attempt {os.environ.get(RESTARTS, '0')}", store)
+            form = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+            dist.init_process_group(form, store=store, rank=rank, world_size=size)
     return TorchGroup(settings, device)
 
 
@@ -86,5 +91,5 @@ def others_present() -> Iterator[None]:
     except RuntimeError as error:
         text = str(error)
         if isinstance(error, dist.DistError) or any(word in text.lower() for word in LOST):
-            raise ConnectionError(f"another process of this run was lost ({text.splitlines()[0][:120]})") from error
+            raise ConnectionError("another process of this run was lost") from error
         raise
