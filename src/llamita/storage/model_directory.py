@@ -22,6 +22,7 @@ from llamita.storage.safetensors import Layout, layout_of, read_safetensors, siz
 
 MAX_SHARD_BYTES = 5_000_000_000
 HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+SHARDS = "shards"  # where a checkpoint of several processes has its arrays in parts
 ADAPTER_CONFIG = "adapter_config.json"  # a directory that has it holds an adapter over another model
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
 
@@ -73,6 +74,11 @@ def load_tensors(directory: Path | str, name: str = "model") -> dict[str, HostAr
             raise ValueError(
                 f"{directory} holds an adapter, and a whole model is needed; make one with: llamita merge {directory} "
                 "--output DIR"
+            )
+        if (directory / SHARDS).is_dir():
+            raise ValueError(
+                f"{directory} is a checkpoint in parts, as several processes wrote it; put it together with: "
+                f"llamita convert {directory} DIR"
             )
         pickled = sorted(file.name for file in directory.glob("*.bin")) or sorted(
             file.name for file in directory.glob("*.pt*")

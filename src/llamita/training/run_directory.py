@@ -32,7 +32,6 @@ FORMAT = 1
 MANIFEST, STATE = "run.json", "train_state.json"
 LAST, BEST = "last", "best"
 LOCK = ".lock"
-SHARDS = "shards"
 PATIENCE = 0.2  # seconds: whoever asks `is_running` holds the lock for a moment
 
 
@@ -132,8 +131,8 @@ class RunDirectory:
         directory = self._unfinished(step)
         if directory.exists():
             shutil.rmtree(directory)
-        (directory / SHARDS).mkdir(parents=True)
-        return directory / SHARDS
+        (directory / model_directory.SHARDS).mkdir(parents=True)
+        return directory / model_directory.SHARDS
 
     def finish_shards(
         self, step: int, config: ModelConfig, state: Mapping[str, Any], tokenizer_directory: Path | None = None
@@ -153,7 +152,7 @@ class RunDirectory:
     ) -> None:
         """Write the arrays of a checkpoint in parts as whole ones, in its place."""
         with files.atomic_directory(saved.path, overwrite=True) as directory:
-            left_aside = shutil.ignore_patterns(SHARDS, STATE)
+            left_aside = shutil.ignore_patterns(model_directory.SHARDS, STATE)
             shutil.copytree(saved.path, directory, ignore=left_aside, dirs_exist_ok=True)
             model_directory.save_tensors(directory, weights)
             model_directory.save_tensors(directory, optimizer, name="optimizer")
@@ -223,8 +222,8 @@ class RunDirectory:
                 raise ValueError(f"{name} is missing")
             if files.sha256(path / name) != digest:
                 raise ValueError(f"{name} is not what was written (its SHA-256 differs)")
-        if (path / SHARDS).is_dir():
-            return Checkpoint(step, path, state, {}, {}, path / SHARDS)
+        if (path / model_directory.SHARDS).is_dir():
+            return Checkpoint(step, path, state, {}, {}, path / model_directory.SHARDS)
         optimizer = model_directory.load_tensors(path, name="optimizer")
         return Checkpoint(step, path, state, self.weight_files.load(path), optimizer)
 

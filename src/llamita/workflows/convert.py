@@ -126,13 +126,15 @@ def read_model(source: Path, config: ConvertConfig, tools: Tools) -> tuple[str, 
         return "Meta's checkpoint", _read_meta(source, tools)
     if source.is_dir() or not source.exists():
         directory = model_directory.resolve_model_directory(source)
-        arrays, shape = model_directory.load_tensors(directory), model_directory.load_config(directory)
+        shape, shards = model_directory.load_config(directory), directory / model_directory.SHARDS
+        in_parts = shards.is_dir()
+        arrays = tools.backend.read_shards(shards)[0] if in_parts else model_directory.load_tensors(directory)
         if shape.quantization:
             raise ValueError(
                 f"{directory} is quantised ({shape.quantization}); convert the model that it was made from"
             )
         model = ForeignModel.in_order(shape, arrays, Tokenizer.load(directory) if Tokenizer.is_in(directory) else None)
-        return "Hugging Face directory", model
+        return "checkpoint in parts" if in_parts else "Hugging Face directory", model
     with open(source, "rb") as file:
         head = file.read(16)
     if is_gguf(source):
