@@ -152,7 +152,7 @@ def _call(name: str, arguments: Sequence[str]) -> int:
     verb = VERBS[name]
     module = importlib.import_module(verb.module)
     defaults = importlib.import_module("llamita.cli.tuning").defaults if verb.trains else None
-    arguments = together.after_restart(arguments) if verb.trains else arguments
+    arguments = together.restartable(arguments) if verb.trains else arguments
     try:
         with together.one_speaks():
             result = parse_and_call(getattr(module, verb.function), f"llamita {name}", arguments, verb.help, defaults)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llamita.backend.launch import launched_processes, launched_rank
 
-ERROR_FILE, RESTARTS = "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_RESTART_COUNT"
+ERROR_FILE, RESTARTS = "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_MAX_RESTARTS"
 
 
 @contextlib.contextmanager
@@ -38,8 +38,11 @@ def tell_launcher(message: str) -> None:
             Path(path).write_text(json.dumps(content), encoding="utf-8")
 
 
-def after_restart(arguments: Sequence[str]) -> Sequence[str]:
-    """Returns the arguments of a verb that trains, going on with its run where torchrun started the processes again."""
+def restartable(arguments: Sequence[str]) -> Sequence[str]:
+    """Returns the arguments of a verb that trains; where torchrun may start it again, it goes on with a run begun.
+
+    Not only where it did: on a machine whose processes were well, it counts no restart.
+    """
     if os.environ.get(RESTARTS, "0") == "0" or "--resume" in arguments:
         return arguments
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -4,8 +4,11 @@ What must be agreed on goes over gloo in the host's memory, also where gradients
 """
 
 import contextlib
+import hashlib
 import logging
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -17,7 +20,7 @@ from llamita.backend.group import ParallelSettings
 
 Result = TypeVar("Result")
 DATA, TENSOR = "data", "tensor"
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+POLL = 0.02  # seconds
 LOST = ("gloo", "nccl", "c10d", "processgroup", "connection", "broken pipe", "rendezvous", "tcpstore")
 """Words in the messages of torch.distributed when another process is gone."""
 
@@ -76,11 +79,33 @@ def join(settings: ParallelSettings, device: str) -> TorchGroup:
     if not dist.is_initialized():
         with others_present():
             store, rank, size = next(dist.rendezvous("env://"))
-            # Processes that are started again meet in the same store, where the addresses of the first ones still are.
-            store = dist.PrefixStore(f"attempt {os.environ.get(RESTARTS, '0')}", store)
+            store = dist.PrefixStore(_meeting(store, rank, size), store)
             form = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
             dist.init_process_group(form, store=store, rank=rank, world_size=size)
     return TorchGroup(settings, device)
+
+
+def _meeting(store: dist.Store, rank: int, size: int) -> str:
+    """Returns a name that the processes which meet now have in common, and that those before them had not.
+
+    Processes that torchrun starts again find the store of the first ones, and in it addresses where nobody is any more.
+    Each leaves a new name of its own; the first process tries the names it finds until all of them answer.
+    """
+    own = uuid.uuid4().hex
+    store.set(f"name of {rank}", own)
+    while True:
+        if rank == 0:
+            names = [store.get(f"name of {other}").decode() for other in range(size)]
+            store.set("meeting", ",".join(names))
+        names = store.get("meeting").decode().split(",")
+        meeting = hashlib.sha256(",".join(names).encode()).hexdigest()[:16]
+        if names[rank] == own:
+            store.set(f"{meeting}: {rank} is here", "")
+            if rank == 0 and store.check([f"{meeting}: {other} is here" for other in range(size)]):
+                store.set(f"{meeting} begins", "")
+            if store.check([f"{meeting} begins"]):
+                return meeting
+        time.sleep(POLL)
 
 
 @contextlib.contextmanager
