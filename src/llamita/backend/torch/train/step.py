@@ -6,6 +6,7 @@ that dropout draws are a function of (seed, number of the step), so a resumed ru
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llamita.backend.interface import LossSums, Precision, StepMetrics
+from llamita.backend.interface import Diagnosis, LossSums, Precision, StepMetrics
 from llamita.backend.objectives import NextToken, Objective
 from llamita.backend.opening import OWN
 from llamita.backend.torch.infer.runner import TorchRunner
@@ -22,6 +23,7 @@ from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.model.llama import Llama
 from llamita.backend.torch.train import objectives
 from llamita.backend.torch.train.adamw import AdamW, AdamWSettings, clipping_scale, global_norm
+from llamita.backend.torch.train.diagnosis import diagnose
 from llamita.backend.torch.train.objectives import Hidden
 from llamita.backend.torch.train.scorer import TorchScorer, choose, to_device
 from llamita.backend.train_step import (
@@ -80,13 +82,16 @@ class TorchTrainStep(TorchScorer):
         # Evaluation runs uncompiled: its batches have other shapes, and each would be compiled anew.
         self._hidden: Hidden = torch.compile(model.hidden, dynamic=False) if compile else model.hidden
 
-    def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepMetrics:
-        """Makes one update from the mean loss over all targets of `micro_batches`, however these divide them."""
+    def step(self, micro_batches: Sequence[Batch], learning_rate: float, loss_limit: float = math.inf) -> StepMetrics:
+        """Makes one update from the mean loss over all targets of `micro_batches`, however these divide them.
+
+        A loss above `loss_limit` makes none.
+        """
         targets = count_targets(micro_batches)
-        self._forget_gradients()
+        self.forget_gradients()
         loss_function = objectives.loss_function(self.objective, training=True)
         outputs = []
-        with self._random_numbers_of_step():
+        with self.random_numbers_of_step():
             for batch in micro_batches:
                 with self.autocast():
                     output = loss_function(*self.output(self._hidden, training=True), to_device(batch, self.device))
@@ -95,11 +100,15 @@ class TorchTrainStep(TorchScorer):
         norm = global_norm([p.grad for p in self.parameters if p.grad is not None])
         flat = [value for nats, measures in outputs for value in (nats, *measures.values())]
         values = torch.stack([*flat, norm]).tolist()  # the one place that waits for the device
-        metrics = step_metrics(values, list(outputs[0][1]), targets)
-        if metrics.is_finite:
+        metrics = step_metrics(values, list(outputs[0][1]), targets, loss_limit)
+        if metrics.is_update:
             self.optimizer.step(learning_rate, clipping_scale(metrics.grad_norm, self.max_grad_norm))
-        self._forget_gradients()
+        self.forget_gradients()
         return metrics
+
+    def diagnose(self, micro_batches: Sequence[Batch]) -> Diagnosis:
+        """Returns a look at the update that `step` would make now, and at each row alone; changes nothing."""
+        return diagnose(self, micro_batches)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> LossSums:
@@ -180,13 +189,13 @@ class TorchTrainStep(TorchScorer):
         return adapter.output(hidden, head) if adapter else (hidden, head)
 
     @contextlib.contextmanager
-    def _random_numbers_of_step(self) -> Any:
+    def random_numbers_of_step(self) -> Any:
         """Seeds PyTorch's generators from (seed, step); afterwards they are as they were before."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(step_seed(self.seed, self.optimizer.t))
             yield
 
-    def _forget_gradients(self) -> None:
+    def forget_gradients(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
 
