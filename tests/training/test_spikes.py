@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from llamita.training.spikes import FEWEST, LEAST_DEVIATION, WINDOW, SpikeDetector
+from llamita.training.spikes import LEAST_DEVIATION, NEAR, WINDOW, SpikeDetector
 
 
 def detect(losses, deviations=7.0, warmup=0):
@@ -22,15 +22,16 @@ def detect(losses, deviations=7.0, warmup=0):
 
 def test_the_limit_is_that_of_the_definition():
     losses = 3 + 0.5 * np.random.default_rng(0).standard_normal(300)
+    assert 1.4826 * np.median(np.abs(np.diff(losses))) / np.sqrt(2) == pytest.approx(0.5, rel=0.1)
     detector = SpikeDetector(5.0, 0)
     for i, loss in enumerate(losses):
         threshold = detector.threshold()
-        if i < FEWEST:
+        if i < NEAR:
             assert threshold is None
         else:
             window = losses[max(0, i - WINDOW) : i]
-            median = np.median(window)
-            deviation = 1.4826 * np.median(np.abs(window - median))
+            median = np.median(losses[i - NEAR : i])
+            deviation = 1.4826 * np.median(np.abs(np.diff(window))) / np.sqrt(2)
             assert threshold.median == pytest.approx(median)
             assert threshold.deviation == pytest.approx(deviation)
             assert threshold.limit == pytest.approx(median + 5 * deviation)

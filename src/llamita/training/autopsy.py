@@ -249,7 +249,8 @@ def _fenced(text: str) -> list[str]:
 
 def _described(row: Batch, words: RowText) -> dict[str, Any]:
     """Returns where a row comes from, its label where it is a classifier's, and its texts."""
-    found: dict[str, Any] = {"origin": words.origin(int(row.row_ids[0])) if words.origin else None}
+    origin = words.origin(int(row.row_ids[0])) if words.origin else None
+    found: dict[str, Any] = {"origin": origin, "label": None}
     if words.label_names is not None:
         labels = row.labels_BT[row.labels_BT != IGNORE_INDEX].tolist()
         names = words.label_names

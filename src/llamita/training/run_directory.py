@@ -132,7 +132,7 @@ class RunDirectory:
     def update_state(self, step: int, changes: Mapping[str, Any]) -> None:
         """Change what the checkpoint of `step` says of the run, in one move; its other files stay as they are."""
         file = self.checkpoint_path(step) / STATE
-        content = files.read_json(file) | changes
+        content = files.read_json(file) | dict(changes)
         files.atomic_write(file, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
     def write_autopsy(self, step: int, report: Mapping[str, Any], text: str) -> Path:

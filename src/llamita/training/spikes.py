@@ -1,13 +1,14 @@
 """Tells a loss that is far above those before it, a spike, from the ordinary ups and downs of training.
 
-    limit = median + deviations x max(1.4826 x median |loss - median|, 0.02 nats)   over the last 100 updates
+    limit = median of the last 20 losses + deviations x deviation
+    deviation = max(1.4826 x median |difference| / sqrt 2, 0.02 nats)   of the last 100 losses, each less the one before
 
 The spike score of OLMo 2 (2025, arXiv:2501.00656) calls a loss a spike that lies seven standard deviations from its
-running average. Median and median absolute deviation stand in for average and deviation here (1.4826 makes the latter
-a standard deviation where losses are normally distributed), so that one spike does not hide the next; the least
-deviation keeps a loss that hardly moves, such as that of a finished model or of rewards without a signal, from making
-a spike of a rounding error. While a loss falls, those before it are higher, and the limit is too generous rather than
-too strict. Numbers alone; what becomes of a spike is the trainer's.
+running average. Medians stand in for averages here, so that one spike does not hide the next. Differences of
+neighbours, whose variance is twice that of a loss (von Neumann 1941), leave out the fall of the loss over the window;
+1.4826 makes their median a standard deviation where they are normally distributed. The least deviation keeps a loss
+that hardly moves, such as that of a finished model or of rewards without a signal, from making a spike of a rounding
+error. Numbers alone; what becomes of a spike is the trainer's.
 """
 
 import math
@@ -15,11 +16,12 @@ import statistics
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 SpikePolicy = Literal["report", "skip", "rewind", "stop"]
 
-WINDOW, FEWEST = 100, 20  # losses that are looked back on: at most, and before any is called a spike
+WINDOW, NEAR = 100, 20  # losses that are looked back on, and the last of them; with fewer, none is called a spike
 NORMAL = 1.4826  # standard deviation / median absolute deviation of a normal distribution
 LEAST_DEVIATION = 0.02  # nats per target
 
@@ -45,11 +47,12 @@ class SpikeDetector:
 
     def threshold(self) -> Threshold | None:
         """Returns the limit of the next update; None where none is a spike yet."""
-        if not self.deviations or self._count < self.warmup or len(self._losses) < FEWEST:
+        if not self.deviations or self._count < self.warmup or len(self._losses) < NEAR:
             return None
-        median = statistics.median(self._losses)
-        spread = statistics.median(abs(loss - median) for loss in self._losses)
-        deviation = max(NORMAL * spread, LEAST_DEVIATION)
+        losses = list(self._losses)
+        median = statistics.median(losses[-NEAR:])
+        spread = statistics.median(abs(after - before) for before, after in pairwise(losses))
+        deviation = max(NORMAL * spread / math.sqrt(2), LEAST_DEVIATION)
         return Threshold(median, deviation, median + self.deviations * deviation)
 
     def add(self, loss: float) -> None:

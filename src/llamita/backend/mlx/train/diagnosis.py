@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import numpy as np
 
 from llamita.backend.interface import Diagnosis, RowDiagnosis
 from llamita.backend.mlx.train.adamw import global_norm
@@ -31,11 +32,11 @@ def diagnose(step: MlxTrainStep, micro_batches: Sequence[Batch]) -> Diagnosis:
             key, drawn = mx.random.split(key)
             loss, squares, gradients = _gradients(step, batch, targets, drawn)
             total = [a + b for a, b in zip(total, gradients, strict=True)] if total else gradients
-            nats += float(loss.item())
+            nats += float(np.array(loss))
             for name, (square, size) in squares.items():
-                activations.add(name, float(square.item()), size)
+                activations.add(name, float(np.array(square)), size)
         norms = {
-            name: float(global_norm([part]).item())
+            name: float(np.array(global_norm([part])))
             for item, gradient in zip(step.optimizer.parameters, total, strict=True)
             for name, part in zip(item.parts, item.split(gradient), strict=True)
         }
@@ -50,7 +51,7 @@ def _row(step: MlxTrainStep, row: Batch) -> RowDiagnosis:
     if targets == 0:
         return RowDiagnosis(row_id, 0, None, None)
     nats, _, gradients = _gradients(step, row, targets, None)
-    return RowDiagnosis(row_id, targets, float(nats.item()) / targets, float(global_norm(gradients).item()))
+    return RowDiagnosis(row_id, targets, float(np.array(nats)) / targets, float(np.array(global_norm(gradients))))
 
 
 def _gradients(

@@ -68,7 +68,7 @@ def _backward(
     loss_function = objectives.loss_function(objective, training=True)
     with step.autocast():
         output = loss_function(*step.output(hidden, training=training), to_device(batch, step.device))
-    (output.nats / targets).backward()  # type: ignore[no-untyped-call]
+    (output.nats / targets).backward()
     return float(output.nats.detach())
 
 
