@@ -271,8 +271,8 @@ def _described(row: Batch, words: RowText) -> dict[str, Any]:
 def row_text(tokens_T: np.ndarray, labels_T: np.ndarray, tokenizer: Tokenizer | None, of_tokens: bool = True) -> str:
     """Returns a row as text, special tokens by name; the ids, where there is no tokenizer.
 
-    The last token is read from the labels where these are tokens and it is scored. Padding is left out: the ids behind
-    the last scored place that are all alike.
+    The last token is read from the labels where these are tokens and it is scored. Padding is left out: two ids or more
+    behind the last scored place that are all alike.
     """
     block = np.concatenate([tokens_T, labels_T[-1:] if of_tokens and labels_T[-1] != IGNORE_INDEX else []])
     block = block.astype(np.int32)
@@ -280,7 +280,7 @@ def row_text(tokens_T: np.ndarray, labels_T: np.ndarray, tokenizer: Tokenizer | 
     end = int(scored[-1]) + 1 + of_tokens if len(scored) else len(block)
     while end < len(block) and (block[end:] != block[-1]).any():
         end += 1
-    block = block[:end]
+    block = block[:end] if len(block) - end > 1 else block
     if tokenizer is None:
         return " ".join(map(str, block.tolist()))
     row = Row(block, np.ones(len(block), dtype=bool), None)
