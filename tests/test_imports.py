@@ -28,9 +28,13 @@ ORDER = (
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 FRAMEWORKS = {"torch": "backend.torch", "mlx": "backend.mlx", "mlx_lm": "backend.mlx"}
 LAZY_ROOMS = ("cli", "")
-LAZY_MODULES = ("llamita.backend.choice", "llamita.backend.torch.devices", "llamita.backend.torch.infer.kernels.choice")
+LAZY_MODULES = (
+    *("llamita.backend.choice", "llamita.backend.torch.devices", "llamita.backend.torch.infer.kernels.choice"),
+    "llamita.backend.torch.train.step",
+)
 """What a user calls first loads no framework before it has to: verbs, the package's own face, and the choice of a
-backend, which imports the one chosen. Triton is imported where there is a GPU, Numba where kernels of it are wanted."""
+backend, which imports the one chosen. Triton is imported where there is a GPU, Numba where kernels of it are wanted,
+torch.distributed where several processes train."""
 
 
 def faults(module: str, source: str, is_package: bool = False) -> list[str]:

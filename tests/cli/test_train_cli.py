@@ -1,5 +1,6 @@
-"""`llamita train` as a process: exit statuses, Ctrl-C, a second run, and kills at random moments."""
+"""`llamita train` as a process: exit statuses, Ctrl-C and other signals, a second run, kills at random moments."""
 
+import json
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ import pytest
 
 from llamita.cli.main import main
 from llamita.training.run_directory import RunDirectory
+from llamita.workflows import runs
 from tests.training.helpers import prepare_stories, timeless, weights_of
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -140,6 +142,50 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path):
     (step,) = RunDirectory(run, {}).steps()
     assert step >= 20
     assert timeless(run)[-1]["step"] == step
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_scheduler_s_signal_saves_and_ends_with_its_status(data, tmp_path, number):
+    """What is saved is the uninterrupted run's, to be gone on with."""
+    options = {"checkpoint-every": 0, "evaluate-every": 0, "schedule": "constant", "warmup-steps": 5}
+    process = start(flags(data, tmp_path / "run", steps=100_000, **options))
+    wait_for_lines(process, tmp_path / "run", 20)
+    process.send_signal(number)
+    code, output = finish(process)
+    assert code == 143, output
+    assert "Traceback" not in output
+    assert f"llamita train --output {tmp_path / 'run'} --resume" in output
+    session = json.loads((tmp_path / "run/run.json").read_text())["sessions"][-1]
+    (step,) = RunDirectory(tmp_path / "run", {}).steps()
+    assert (session["state"], session["signal"], session["last_step"]) == ("interrupted", number.name, step)
+    assert main(["runs", "show", str(tmp_path / "run")]) == 0
+    code, output = finish(start(flags(data, tmp_path / "whole", steps=step, **options)))
+    assert code == 0, output
+    assert weights_of(tmp_path / "run/last") == weights_of(tmp_path / "whole/last")
+
+
+IMPATIENT = """
+import os, signal, sys
+from tests.training.helpers import Silence, config, train
+
+class Impatient(Silence):
+    def update(self, record):
+        if record["step"] == 6:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+train(config(sys.argv[1]), display=Impatient())
+"""
+
+
+@pytest.mark.medium
+def test_a_second_signal_ends_at_once(tmp_path):
+    command = [sys.executable, "-c", IMPATIENT, str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == -signal.SIGTERM, done.stderr  # by the signal itself: 143 for a shell
+    assert runs.open_run(tmp_path / "run").state == "killed"
+    assert RunDirectory(tmp_path / "run", {}).newest(pytest.fail).step == 4
 
 
 def test_mistakes_end_in_one_line(data, tmp_path, capsys):

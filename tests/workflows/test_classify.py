@@ -268,10 +268,10 @@ def stopping_at(update):
     def break_off(step):
         go_on = step.step
 
-        def step_until(micro_batches, rate):
+        def step_until(*arguments):
             if step.optimizer.t == update:
                 raise StopError
-            return go_on(micro_batches, rate)
+            return go_on(*arguments)
 
         step.step = step_until
 

@@ -122,10 +122,10 @@ def stopping(after):
     def watch(step):
         update, log_probs = step.step, step.log_probs
 
-        def fail(micro_batches, rate):
+        def fail(*arguments):
             if step.optimizer.t >= after:
                 raise RuntimeError("the power went")
-            return update(micro_batches, rate)
+            return update(*arguments)
 
         step.step = fail
         step.log_probs = lambda batch: scored.append(batch) or log_probs(batch)

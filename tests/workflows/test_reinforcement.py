@@ -97,10 +97,10 @@ def stopping(after):
     def break_off(step):
         update = step.step
 
-        def fail(micro_batches, rate):
+        def fail(*arguments):
             if step.optimizer.t >= after:
                 raise RuntimeError("the power went")
-            return update(micro_batches, rate)
+            return update(*arguments)
 
         step.step = fail
 

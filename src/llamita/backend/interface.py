@@ -251,8 +251,8 @@ class LossSums(NamedTuple):
 class StepMetrics:
     """The result of an update: `loss` in nats per target before it, `grad_norm` of the mean gradient before clipping.
 
-    Where either is not finite the update was not made: the weights are as before, and `faulty_micro_batches` numbers
-    those whose own loss was not finite (none, where only the gradient was not).
+    Where either is not finite, or the loss is above `loss_limit`, the update was not made: the weights are as before.
+    `faulty_micro_batches` numbers those whose own loss was not finite (none, where only the gradient was not).
     """
 
     loss: float
@@ -261,11 +261,47 @@ class StepMetrics:
     faulty_micro_batches: tuple[int, ...] = ()
     measures: Mapping[str, float] = field(default_factory=dict)
     """Means over the targets of the other metrics of the objective."""
+    loss_limit: float = math.inf
+    """The highest loss with which the update was to be made."""
 
     @property
     def is_finite(self) -> bool:
-        """Returns whether loss and gradient are finite, so that the update was made."""
+        """Returns whether loss and gradient are finite."""
         return not self.faulty_micro_batches and math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    @property
+    def is_update(self) -> bool:
+        """Returns whether the update was made."""
+        return self.is_finite and self.loss <= self.loss_limit
+
+
+@dataclass(frozen=True)
+class RowDiagnosis:
+    """A row computed alone, without dropout: `loss` in nats per target, None where it has no target.
+
+    `grad_norm` is that of the gradient of the row's mean loss. Either may be infinite or NaN.
+    """
+
+    row_id: int
+    targets: int
+    loss: float | None
+    grad_norm: float | None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A look at the update that some micro-batches would make, with the random numbers of that update.
+
+    `loss` and `grad_norm` are those of `StepMetrics`; `grad_norms` divides the latter by canonical parameter (the root
+    of the sum of its squares is `grad_norm`); `activations` are root mean squares of the residual stream, over all
+    positions and channels, at each place of `Forward.forward`.
+    """
+
+    loss: float
+    grad_norm: float
+    grad_norms: Mapping[str, float]
+    activations: Mapping[str, float]
+    rows: tuple[RowDiagnosis, ...]
 
 
 class Saving(Protocol):
@@ -285,11 +321,18 @@ class TrainStep(Scorer, Protocol):
     is_divided: bool
     """Whether each process holds a part of the weights, and so writes a part of a checkpoint."""
 
-    def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepMetrics:
+    def step(self, micro_batches: Sequence[Batch], learning_rate: float, loss_limit: float = math.inf) -> StepMetrics:
         """Makes one update from the mean loss over all targets of `micro_batches`, however these divide them.
 
-        With several processes they are this one's share of the rows, and the metrics are of all. ValueError where
-        there is no target.
+        With several processes they are this one's share of the rows, and the metrics are of all. A loss above
+        `loss_limit` makes none, and the same call without a limit then makes the one that it would have made.
+        ValueError where there is no target.
+        """
+
+    def diagnose(self, micro_batches: Sequence[Batch]) -> Diagnosis:
+        """Returns a look at the update that `step` would make now, and at each row alone; changes nothing.
+
+        It takes about as long as an update, and a backward pass for each row. Several processes are all given all rows.
         """
 
     def evaluate(self, batch: Batch) -> LossSums:

@@ -5,7 +5,7 @@ compute it, and of the workflows, which choose it. Knows no tensor.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -111,3 +111,8 @@ class Distillation:
 
 
 Objective = NextToken | Classification | Preference | PolicyGradient | Distillation
+
+
+def without_dropout(objective: Objective) -> Objective:
+    """Returns the objective without the dropout of its own, where it has one."""
+    return replace(objective, dropout=0.0) if isinstance(objective, Classification) else objective

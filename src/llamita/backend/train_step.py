@@ -8,7 +8,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from llamita.backend.interface import StepMetrics
 from llamita.data.batches import Batch
@@ -24,7 +24,9 @@ def count_targets(micro_batches: Sequence[Batch]) -> int:
     return targets
 
 
-def step_metrics(values: Sequence[float], names: Sequence[str], targets: int) -> StepMetrics:
+def step_metrics(
+    values: Sequence[float], names: Sequence[str], targets: int, loss_limit: float = math.inf
+) -> StepMetrics:
     """Returns the result of an update from the numbers that its device gave.
 
     `values` are, for each micro-batch in order, its summed loss and the sums of the objective's other metrics, whose
@@ -35,7 +37,29 @@ def step_metrics(values: Sequence[float], names: Sequence[str], targets: int) ->
     sums = flat[::width]
     measures = {name: sum(flat[i::width]) / targets for i, name in enumerate(names, 1)}
     faulty = tuple(i for i, nats in enumerate(sums) if not math.isfinite(nats))
-    return StepMetrics(sum(sums) / targets, grad_norm, targets, faulty, measures)
+    return StepMetrics(sum(sums) / targets, grad_norm, targets, faulty, measures, loss_limit)
+
+
+class Activations:
+    """Root mean squares of activations at named places, from sums of squares over parts of a batch."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, int]] = {}
+
+    def add(self, name: str, squares: float, size: int) -> None:
+        """Add the sum of the squares of `size` numbers."""
+        before, count = self._sums.get(name, (0.0, 0))
+        self._sums[name] = before + squares, count + size
+
+    def root_mean_squares(self) -> dict[str, float]:
+        return {name: math.sqrt(squares / size) for name, (squares, size) in self._sums.items()}
+
+
+def rows_of(micro_batches: Sequence[Batch]) -> Iterator[Batch]:
+    """Yields each row of an update as a batch of its own."""
+    for batch in micro_batches:
+        for i in range(len(batch.row_ids)):
+            yield batch.rows(slice(i, i + 1))
 
 
 def step_seed(seed: int, updates: int) -> int:

@@ -43,7 +43,8 @@ def train(config: ClassifyConfig) -> int:
     if config.seeds:
         found = train_seeds(config, backend)
         if found.interrupted:
-            return _go_on(output)
+            print(f"stopped; go on with: llamita classify train --output {output} --resume")
+            return exit_status.of_signal(found.signal)
         accuracies = ", ".join(f"{value:.4f}" for value in found.accuracies)
         print(f"validation accuracy of {len(found.accuracies)} seeds: {accuracies}")
         print(f"mean {found.mean:.4f}, standard deviation {found.deviation:.4f}; in {output / 'seeds.json'}")
@@ -57,11 +58,6 @@ def train(config: ClassifyConfig) -> int:
         print(f"best validation accuracy {accuracy:.4f} at step {result.best.step}: {output / 'best'}")
     print(f"measure it with: llamita classify evaluate {output} --data FILE --output DIRECTORY")
     return 0
-
-
-def _go_on(output: Path) -> int:
-    print(f"stopped; go on with: llamita classify train --output {output} --resume")
-    return exit_status.INTERRUPTED
 
 
 @dataclass(frozen=True, kw_only=True)

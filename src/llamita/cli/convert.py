@@ -13,8 +13,9 @@ class ConvertCommandConfig:
     """Convert a model to another form, and check that the copy gives the same logits before it is kept."""
 
     source: tyro.conf.Positional[Path]
-    """A Hugging Face directory or hub name, a training run or its checkpoint, a GGUF file, llama2.c's .bin or .pt, the guided course's
-    .pt, a directory of Meta's, or mini-llama's .safetensors; the kind is told by the content."""
+    """A Hugging Face directory or hub name, a training run or a checkpoint of one, a GGUF file, llama2.c's .bin or
+    .pt, the guided course's .pt, a directory of Meta's, or mini-llama's .safetensors; the kind is told by the
+    content."""
     destination: tyro.conf.Positional[Path]
     """The directory or file to write."""
     options: ConvertConfig = ConvertConfig()

@@ -93,6 +93,7 @@ def show(config: ShowConfig) -> int:
         "best": _best(found),
         "parameters": f"{found.parameters:,}" if found.parameters else None,
         "checkpoints": ", ".join(sorted(path.name for path in (run / "checkpoints").glob("step-*"))),
+        "autopsies": ", ".join(f"step {report['step']} ({report['kind']})" for report in found.autopsies),
     }
     _section(console, str(run), {key: value for key, value in about.items() if value})
     for number, session in enumerate(found.sessions, 1):

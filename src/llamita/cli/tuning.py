@@ -44,7 +44,7 @@ def training_backend(config: TrainingVerb) -> Backend:
 
 
 def stopped(verb: str, config: TrainingVerb, result: TrainingResult) -> int:
-    """Prints how to go on with a run that Ctrl-C stopped; returns the exit status."""
+    """Prints how to go on with a run that a signal stopped; returns the exit status."""
     print(f"stopped after {result.step} updates" + (f" and saved {result.checkpoint}" if result.checkpoint else ""))
     print(f"go on with: llamita {verb} --output {config.run.output} --resume")
-    return exit_status.INTERRUPTED
+    return exit_status.of_signal(result.signal)

@@ -57,6 +57,15 @@ def count_rows(rows: Rows, limit: int = 50_000) -> RowCounts:
     return RowCounts(len(rows), looked_at, targets, padding, truncated, empty, fully_masked)
 
 
+def documents_of_row(rows: Rows, index: int) -> str:
+    """Says in words which documents of the split row `index` has tokens of, by their numbers from 0."""
+    start, length = rows.span(index)
+    starts = np.asarray(rows.documents.document_starts[:-1]).astype(np.int64)
+    first = int(np.searchsorted(starts, start, side="right")) - 1
+    last = max(first, int(np.searchsorted(starts, start + length, side="left")) - 1)
+    return f"document {first}" if first == last else f"documents {first} to {last}"
+
+
 def documents_in_both(train: TokenShards, validation: TokenShards) -> int:
     """Counts validation documents that are also training documents, token for token; memory grows with validation."""
     digests = [_digest(validation.document(i)) for i in range(validation.num_documents)]

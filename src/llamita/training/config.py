@@ -14,6 +14,7 @@ from llamita.backend.group import ParallelName, ParallelSettings
 from llamita.backend.interface import BackendName
 from llamita.training.loggers import LoggerName
 from llamita.training.schedule import Schedule, ScheduleName
+from llamita.training.spikes import SpikePolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,17 @@ class TrainingConfig:
     """Updates between two checkpoints; 0: as evaluate_every. There is one at the end and at each best loss anyway."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep, beside the best."""
+    keep_every: int = 0
+    """Write a checkpoint every so many updates and keep it for good; 0: none."""
+    on_spike: SpikePolicy = "report"
+    """What to do when the loss jumps far above those before it; an autopsy is written into the run in any case.
+    report: go on. skip: do not make the update, and go on with the next batch. rewind: go back to the newest
+    checkpoint, and pass over the batch when its turn comes. stop: do not make the update, save and end. A loss or
+    gradient that is not finite stops the run unless this is skip or rewind."""
+    spike_deviations: float = 7.0
+    """A spike is a loss above the median of the last 100 by so many robust standard deviations; 0: look for none."""
+    spike_limit: int = 10
+    """Stop after so many batches that were passed over or gone back from."""
     seed: int = 0
     """Decides initialisation, the order of rows and dropout."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -96,11 +108,14 @@ class TrainingConfig:
         for name in ("steps", "batch_size", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("micro_batch_size", "evaluate_every", "evaluation_rows", "checkpoint_every", "seed"):
+        counts = ("micro_batch_size", "evaluate_every", "evaluation_rows", "checkpoint_every", "keep_every", "seed")
+        for name in (*counts, "spike_limit"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.micro_batch_size > self.batch_size:
             raise ValueError(f"micro_batch_size={self.micro_batch_size} must not be above batch_size={self.batch_size}")
+        if not self.spike_deviations >= 0:
+            raise ValueError(f"spike_deviations={self.spike_deviations} must not be negative; 0 looks for no spikes")
         if not self.max_grad_norm >= 0:
             raise ValueError(f"max_grad_norm={self.max_grad_norm} must not be negative; 0 switches clipping off")
         self.learning_rates()
@@ -150,8 +165,12 @@ class TrainingConfig:
         return values
 
 
-INCIDENTAL_OPTIONS = ("checkpoint_every", "keep_checkpoints", "log")
-"""Options of training that a resumed run may change."""
+INCIDENTAL_OPTIONS = (
+    *("checkpoint_every", "keep_checkpoints", "keep_every", "log"),
+    *("on_spike", "spike_deviations", "spike_limit"),
+)
+"""Options of training that a resumed run may change. What is done about spikes is among them, so that a run that
+stopped at one can go on; the batches that were passed over stand in its checkpoints and its record."""
 
 
 class TrainingVerb(Protocol):

@@ -32,10 +32,12 @@ class TokenText:
 class Examples:
     """Batches to learn from and to be judged by. `validation` starts anew at each call and may yield nothing.
 
-    `target` is what the loss is a mean over; only of tokens is there a perplexity.
+    `target` is what the loss is a mean over; only of tokens is there a perplexity. `origin` says in a few words where
+    the row of a number comes from.
     """
 
     batches: Batches
     validation: Callable[[], Iterable[Batch]] = tuple
     text: TokenText | None = None
     target: str = "token"
+    origin: Callable[[int], str] | None = None

@@ -2,8 +2,9 @@
 
 A line of metrics.jsonl is one JSON object. `kind` "train" is one update: step (updates made so far), loss (nats per
 target, before the update), learning_rate, grad_norm (before clipping), targets; `kind` "evaluation" is one pass over
-the validation rows. The keys in TIMES depend on the machine's mood; all others are the same in a run that was killed
-and resumed. Knows nothing of how either is shown.
+the validation rows. `kind` "spike" is an update whose loss was above `limit`; "skipped" a step whose batch was passed
+over, without an update; "rewind" a return to the checkpoint of `step` from the step `from`. The keys in TIMES depend on
+the machine's mood; all others are the same in a run that was killed and resumed. Knows nothing of how either is shown.
 """
 
 import json
@@ -12,7 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from llamita.storage import files
 
@@ -24,27 +25,39 @@ class MetricsFile:
     """Appends objects to a file, one a line; each line reaches the system at once. Without a path, nowhere."""
 
     def __init__(self, path: Path | None) -> None:
-        self._is_kept = path is not None
-        self._file = open(path or os.devnull, "a", encoding="utf-8")  # noqa: SIM115 - see `close`
+        self.path = path
+        self._file = self._open()
+
+    def _open(self) -> TextIO:
+        return open(self.path or os.devnull, "a", encoding="utf-8")
+
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Drop the lines of updates after `step`, and return the objects that stay."""
+        self._file.close()
+        kept = rewind(self.path, step) if self.path else []
+        self._file = self._open()
+        return kept
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one line; numbers that are not finite, which JSON lacks, become null."""
-        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        self._file.write(json.dumps(finite(record), allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
         """Wait until the disk has all lines."""
-        if self._is_kept:
+        if self.path:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
 
 
-def _finite(value: Any) -> Any:
-    """The same without the numbers that JSON lacks."""
+def finite(value: Any) -> Any:
+    """The same with None in the place of numbers that JSON lacks."""
     if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -63,9 +76,17 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def rewind(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the lines of updates after `step`, and return the objects that stay."""
-    kept = [record for record in read_records(path) if record.get("step", 0) <= step]
+def rewind(path: Path, step: int, evaluated: bool = True) -> list[dict[str, Any]]:
+    """Drop the lines of updates after `step`, and return the objects that stay.
+
+    Where the checkpoint of `step` was not `evaluated`, so that it will be, an evaluation of it is dropped too.
+    """
+    kept = [
+        record
+        for record in read_records(path)
+        if record.get("step", 0) <= step
+        and (evaluated or record.get("kind") != "evaluation" or record.get("step", 0) < step)
+    ]
     if path.is_file():
         files.atomic_write(path, "".join(json.dumps(record) + "\n" for record in kept))
     return kept

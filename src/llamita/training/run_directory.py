@@ -5,6 +5,7 @@
                                (of an adapter: PEFT's files in place of the model's; of processes that divide the
                                weights between them: shards/ in place of the arrays, until they are put together)
     RUN/last, RUN/best         relative links into checkpoints/
+    RUN/autopsies/step-00000123/   report.json and report.md about an update that went wrong
     RUN/metrics.jsonl, loss.png, samples.txt    written by others
 
 A checkpoint exists whole or not at all, and its state holds the hashes of its files, so a damaged one is found and
@@ -30,6 +31,7 @@ from llamita.training import record
 
 FORMAT = 1
 MANIFEST, STATE = "run.json", "train_state.json"
+AUTOPSIES = "autopsies"
 LAST, BEST = "last", "best"
 LOCK = ".lock"
 PATIENCE = 0.2  # seconds: whoever asks `is_running` holds the lock for a moment
@@ -181,27 +183,51 @@ class RunDirectory:
         temporary.symlink_to(self.checkpoint_path(step).relative_to(self.path))
         os.replace(temporary, self.file(name))
 
+    def update_state(self, step: int, changes: Mapping[str, Any]) -> None:
+        """Change what the checkpoint of `step` says of the run, in one move; its other files stay as they are."""
+        file = self.checkpoint_path(step) / STATE
+        content = files.read_json(file) | dict(changes)
+        files.atomic_write(file, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+    def write_autopsy(self, step: int, report: Mapping[str, Any], text: str) -> Path:
+        """Write what is known of an update that went wrong, in place of an earlier report of that step."""
+        path = self.file(AUTOPSIES) / f"step-{step:08d}"
+        with files.atomic_directory(path, overwrite=True) as directory:
+            (directory / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", "utf-8")
+            (directory / "report.md").write_text(text, "utf-8")
+        return path
+
+    def autopsies(self) -> list[Path]:
+        """Returns the directories of the autopsies, by step."""
+        return sorted(self.file(AUTOPSIES).glob("step-*"))
+
     def relink(self, last: int, best: int | None) -> None:
         """Point both links where a resumed run stands; a kill or a damaged checkpoint may have left them elsewhere."""
         self.link(LAST, last)
-        if best is not None:
+        if best is not None and self.checkpoint_path(best).is_dir():  # a better one may have taken its place since
             self.link(BEST, best)
         else:
             self.file(BEST).unlink(missing_ok=True)
 
-    def prune(self, keep: int, best_step: int | None) -> None:
-        """Delete checkpoints but the newest `keep` and the best."""
+    def prune(self, keep: int, best_step: int | None, keep_every: int = 0) -> None:
+        """Delete checkpoints but the newest `keep`, the best, and those of every `keep_every` updates (0: none)."""
         steps = self.steps()
         for step in steps[: max(0, len(steps) - keep)]:
-            if step != best_step:
+            if step != best_step and not (keep_every and step % keep_every == 0):
                 shutil.rmtree(self.checkpoint_path(step))
 
-    def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
+    def delete_after(self, step: int) -> None:
+        """Delete the checkpoints after `step`, the newest first, so that a kill leaves no gap."""
+        for later in reversed(self.steps()):
+            if later > step:
+                shutil.rmtree(self.checkpoint_path(later))
+
+    def newest(self, report: Callable[[str], None], at_most: int | None = None) -> Checkpoint | None:
         """The newest intact checkpoint, or None where the run has written none; damaged ones are reported.
 
-        ValueError where there are checkpoints and all of them are damaged.
+        `at_most` leaves later steps aside. ValueError where there are checkpoints and all of them are damaged.
         """
-        steps = self.steps()
+        steps = [step for step in self.steps() if at_most is None or step <= at_most]
         for step in reversed(steps):
             try:
                 return self.load(step)

@@ -74,9 +74,10 @@ def tune_and_report(
         if begun and open_run(run).state == FINISHED:
             continue
         console.print(f"[bold]{number}. {part.title}[/], as llamita {part.verb} does it")
-        if part.run(with_options(part.config, resume=begun)).interrupted:
+        result = part.run(with_options(part.config, resume=begun))
+        if result.interrupted:
             console.print("stopped and saved; the same command goes on from here")
-            return exit_status.INTERRUPTED
+            return exit_status.of_signal(result.signal)
     measure_classifier(config.output / LABELS, backend, amounts.labelled)
     console.print("[bold]7. Reports[/]")
     for name in (PRETRAINED, ANSWERS, PREFERENCES, LABELS):

@@ -24,6 +24,8 @@ class SeedsResult:
     seeds: tuple[int, ...]
     accuracies: tuple[float, ...]
     interrupted: bool
+    signal: int = 0
+    """The number of the signal that interrupted it."""
 
     @property
     def mean(self) -> float:
@@ -59,7 +61,7 @@ def train_seeds(config: ClassifyConfig, backend: Backend, report: Report = print
         one = with_options(config, output=output, resume=begun, seed=seed, seeds=())
         result = train_classifier(one, backend, report)
         if result.interrupted:
-            return SeedsResult(config.seeds, tuple(accuracies), True)
+            return SeedsResult(config.seeds, tuple(accuracies), True, result.signal)
         assert result.best is not None
         accuracies.append(result.best.measures[ACCURACY])
     found = SeedsResult(config.seeds, tuple(accuracies), False)

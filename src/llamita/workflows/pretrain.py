@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llamita.backend.launch import launched_processes
 from llamita.backend.interface import Backend
+from llamita.backend.launch import launched_processes
 from llamita.backend.sampling_params import SamplingParams
 from llamita.data.batches import Batch, BatchIterator, evaluation_batches
+from llamita.data.inspect import documents_of_row
 from llamita.data.packing import Rows, RowsConfig
 from llamita.data.shards import Manifest, TokenShards, load_tokenizer
 from llamita.inference.config import EngineConfig
@@ -226,7 +227,8 @@ def make_examples(config: PretrainConfig, tokenizer: Tokenizer, rows: RowsConfig
         characters_V=np.array([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces], dtype=np.int64),
         bytes_V=np.array([len(piece) for piece in pieces], dtype=np.int64),
     )
-    return Examples(BatchIterator(train, config.training.batch_size, config.training.seed), validation, text)
+    batches = BatchIterator(train, config.training.batch_size, config.training.seed)
+    return Examples(batches, validation, text, origin=partial(documents_of_row, train))
 
 
 def sample_prompt(config: PretrainConfig, tokenizer: Tokenizer, examples: Examples) -> str | tuple[int, ...]:

@@ -145,7 +145,7 @@ def quickstart(config: QuickstartConfig, backend: Backend) -> int:
         result = pretrain(training_options(config, data, run), backend, floor=floor.nats_per_character)
         if result.interrupted:
             console.print("stopped and saved; the same command goes on from here")
-            return exit_status.INTERRUPTED
+            return exit_status.of_signal(result.signal)
     report = evaluate(config, run / LAST, backend.load_runner(run / LAST), floor, console)
     atomic_write(config.output / "report.json", json.dumps(asdict(report), indent=2) + "\n")
     records.write(run, "meadow", asdict(report), command_line(sys.argv), run / LAST)

@@ -19,13 +19,14 @@ import llamita
 from llamita.evaluation.records import DIRECTORY, EvaluationRecord, with_errors
 from llamita.storage import files
 from llamita.training import record
+from llamita.training.autopsy import GLIMPSE, cause, layer_norms
 from llamita.training.display import duration, printable
 from llamita.training.run_directory import flatten
 from llamita.workflows import report_curves
 from llamita.workflows.runs import UNFINISHED, Run, open_run
 
 MARK = '<meta name="generator" content="Llamita'
-SAMPLES, SAMPLE_CHARACTERS, CHECKS = 8, 3000, 16  # shown at most
+SAMPLES, SAMPLE_CHARACTERS, CHECKS, AUTOPSIES = 8, 3000, 16, 20  # shown at most
 PICTURE_BYTES = 4_000_000
 PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".svg": "image/svg+xml"}
 STATES = {
@@ -82,6 +83,7 @@ def content(run: Run) -> dict[str, Any]:
         "curves": report_curves.curves(run),
         "checks": checks(run),
         "measures": [name for name in report_curves.measures(run) if any(name in _measured(c) for c in run.checks)],
+        "autopsies": [autopsy_of(found) for found in run.autopsies[-AUTOPSIES:]],
         "samples": samples(run.path / "samples.txt"),
         "evaluations": [evaluation(run.path, file) for file in run.evaluations],
         "faults": run.faults,
@@ -148,6 +150,27 @@ def checks(run: Run) -> list[dict[str, Any]]:
     best = max((i for i, line in enumerate(lines) if line.get("best")), default=len(lines) - 1)
     kept = sorted({*spread(len(lines), CHECKS), best}) if lines else []
     return [{**lines[i], "measures": _measured(lines[i]), "chosen": i == best} for i in kept]
+
+
+def autopsy_of(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the page says of an update that went wrong: its rows, suspects first, and the layers beside those
+    of the batch before."""
+    before = found["before"] or {"grad_norms": {}, "activations": {}}
+    layers = []
+    norms, norms_before = layer_norms(found["at"]["grad_norms"]), layer_norms(before["grad_norms"])
+    layers += [("gradient norm", place, norm, norms_before.get(place)) for place, norm in norms.items()]
+    for place, size in found["at"]["activations"].items():
+        layers.append(("activation, root mean square", place, size, before["activations"].get(place)))
+    rows = [
+        row | {"texts": {name: shortened(text, row["suspect"]) for name, text in row["texts"].items()}}
+        for row in found["rows"]
+    ]
+    return {**found, "rows": rows, "layers": layers, "cause": cause(found)}
+
+
+def shortened(text: str, suspect: bool) -> str:
+    most = SAMPLE_CHARACTERS if suspect else GLIMPSE
+    return text[:most] + ("…" if len(text) > most else "")
 
 
 def samples(file: Path) -> list[tuple[int, str]]:

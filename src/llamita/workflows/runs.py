@@ -18,7 +18,8 @@ from llamita.evaluation.records import EvaluationRecord
 from llamita.model.config import ModelConfig
 from llamita.model.sizes import count_parameters
 from llamita.training import metrics, record, run_directory
-from llamita.training.run_directory import MANIFEST, flatten, read_manifest
+from llamita.training.autopsy import read_autopsy
+from llamita.training.run_directory import AUTOPSIES, MANIFEST, flatten, read_manifest
 
 UNFINISHED = "unfinished"  # of a run that does not say how it ended
 PREDICTED = ("loss", "perplexity", "nats_per_character", "bits_per_byte")
@@ -36,6 +37,7 @@ class Run:
     held: bool  # by a process that trains
     written: float  # when its newest file was, in seconds since 1970
     sessions: list[dict[str, Any]] = field(default_factory=list)
+    autopsies: list[dict[str, Any]] = field(default_factory=list)  # of updates that went wrong, by step
 
     @property
     def kind(self) -> str:
@@ -135,9 +137,16 @@ def open_run(path: Path) -> Run:
         raise ValueError(f"{path / MANIFEST} has no identity; it is damaged, or another program's")
     lines = metrics.read_records(path / "metrics.jsonl")
     evaluations, faults = records.read(path)
+    autopsies = []
+    for file in sorted((path / AUTOPSIES).glob("step-*/report.json")):
+        try:
+            autopsies.append(read_autopsy(file))
+        except (ValueError, OSError) as error:
+            faults.append(str(error))
     sessions = [session for session in manifest.get("sessions") or [] if isinstance(session, dict)]
     written = max(file.stat().st_mtime for file in (path / MANIFEST, path / "metrics.jsonl") if file.is_file())
-    return Run(path, manifest, lines, evaluations, faults, run_directory.is_running(path), written, sessions)
+    held = run_directory.is_running(path)
+    return Run(path, manifest, lines, evaluations, faults, held, written, sessions, autopsies)
 
 
 def find(directory: Path) -> Iterator[Path]:

@@ -124,6 +124,7 @@ def sft(
         partial(evaluation_batches, rows[1], config.training.rows_at_once, config.training.evaluation_rows)
         if len(rows[1])
         else tuple,
+        origin=lambda row: f"conversations {', '.join(map(str, rows[0].members(row)))} of those kept",
     )
     return finetune(
         config,

@@ -4,6 +4,8 @@ The loop, the schedule, the data's order and all files are the trainer's. Nothin
 that dropout draws are a function of (seed, number of the step), so a resumed run draws what the whole run drew.
 """
 
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,16 +15,17 @@ import mlx.core as mx
 import numpy as np
 
 from llamita.backend.group import ALONE, Group, ParallelSettings
-from llamita.backend.interface import LossSums, Precision, Saving, StepMetrics
+from llamita.backend.interface import Diagnosis, LossSums, Precision, Saving, StepMetrics
 from llamita.backend.mlx.infer.runner import MlxRunner
 from llamita.backend.mlx.model import lora, weights
 from llamita.backend.mlx.model.attention import Dropout
-from llamita.backend.mlx.model.llama import Llama
+from llamita.backend.mlx.model.llama import Llama, Trace
 from llamita.backend.mlx.model.quantized import QuantizedLinear
 from llamita.backend.mlx.train.adamw import AdamW, AdamWSettings, clipping_scale, global_norm
+from llamita.backend.mlx.train.diagnosis import diagnose
 from llamita.backend.mlx.train.objectives import LossOutput, TensorBatch, loss_function
 from llamita.backend.mlx.train.scorer import MlxScorer, arrays_of, choose
-from llamita.backend.objectives import NextToken, Objective
+from llamita.backend.objectives import NextToken, Objective, without_dropout
 from llamita.backend.opening import OWN
 from llamita.backend.train_step import (
     best_seconds,
@@ -78,17 +81,24 @@ class MlxTrainStep(MlxScorer):
         self.compiled = compile
         self._differentiated = self._loss_and_gradients()
 
-    def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepMetrics:
-        """Makes one update from the mean loss over all targets of `micro_batches`, however these divide them."""
+    def step(self, micro_batches: Sequence[Batch], learning_rate: float, loss_limit: float = math.inf) -> StepMetrics:
+        """Makes one update from the mean loss over all targets of `micro_batches`, however these divide them.
+
+        A loss above `loss_limit` makes none.
+        """
         targets = count_targets(micro_batches)
         with mx.stream(self.device):
             outputs, gradients = self._accumulated(micro_batches, targets)
             flat = [value for output in outputs for value in (output.nats, *output.measures.values())]
             values = np.array(mx.stack([*flat, global_norm(gradients)])).tolist()  # the one place that waits
-            metrics = step_metrics(values, list(outputs[0].measures), targets)
-            if metrics.is_finite:
+            metrics = step_metrics(values, list(outputs[0].measures), targets, loss_limit)
+            if metrics.is_update:
                 self.optimizer.step(gradients, learning_rate, clipping_scale(metrics.grad_norm, self.max_grad_norm))
         return metrics
+
+    def diagnose(self, micro_batches: Sequence[Batch]) -> Diagnosis:
+        """Returns a look at the update that `step` would make now, and at each row alone; changes nothing."""
+        return diagnose(self, micro_batches)
 
     def evaluate(self, batch: Batch) -> LossSums:
         """Returns the loss and the metrics summed over the batch's targets; without dropout."""
@@ -160,7 +170,7 @@ class MlxTrainStep(MlxScorer):
         """Returns each micro-batch's loss, and the gradients of the mean over all targets; begun, not waited for."""
         outputs: list[LossOutput] = []
         gradients: list[mx.array] = []
-        share, key = mx.array(1 / targets, dtype=mx.float32), self._key_of_step()
+        share, key = mx.array(1 / targets, dtype=mx.float32), self.key_of_step()
         for batch in micro_batches:
             key, drawn = mx.random.split(key)
             (_, nats, measures), found = self._differentiated(arrays_of(batch), share, drawn)
@@ -170,7 +180,7 @@ class MlxTrainStep(MlxScorer):
             mx.async_eval(nats, gradients, [item.parameter for item in self.optimizer.parameters])
         return outputs, gradients
 
-    def _loss(self, arrays: Mapping[str, Any], key: mx.array | None = None) -> LossOutput:
+    def _loss(self, arrays: Mapping[str, Any], key: mx.array | None = None, trace: Trace | None = None) -> LossOutput:
         """Returns the loss of a batch's arrays; with a key for dropout, in training."""
         adapter, dropout, own_key = self.adapter, None, None
         if key is not None:
@@ -180,7 +190,21 @@ class MlxTrainStep(MlxScorer):
                 adapter = adapter.dropping(self._adapter_dropout, drawn)
             probability = self.model.config.dropout
             dropout = Dropout(probability, key) if probability else None
-        return loss_function(self.objective, own_key)(*self.output(adapter, dropout), TensorBatch(**arrays))
+        hidden, head = self.output(adapter, dropout)
+        hidden = functools.partial(hidden, trace=trace) if trace else hidden
+        return loss_function(self.objective, own_key)(hidden, head, TensorBatch(**arrays))
+
+    def training_loss(self, arrays: Mapping[str, Any], key: mx.array | None, trace: Trace) -> LossOutput:
+        """Returns the loss of a batch's arrays as in training, its residual stream shown to `trace`.
+
+        Dropout is drawn from `key`; without one, none is.
+        """
+        if key is not None:
+            return self._loss(arrays, key, trace)
+        objective = without_dropout(self.objective)
+        hidden, head = self.output(self.adapter)
+        traced = functools.partial(hidden, trace=trace)
+        return loss_function(objective, mx.random.key(0))(traced, head, TensorBatch(**arrays))
 
     def _loss_and_gradients(self) -> Callable[..., Any]:
         """Returns (arrays, share, key) -> ((loss x share, loss, measures), gradients of loss x share by the trained
@@ -208,7 +232,7 @@ class MlxTrainStep(MlxScorer):
         state += self.adapter.parts() if self.adapter else []
         return mx.compile(loss_and_gradients, inputs=state, outputs=state)
 
-    def _key_of_step(self) -> mx.array:
+    def key_of_step(self) -> mx.array:
         """Returns the key that dropout draws from: a function of (seed, step)."""
         return mx.random.key(step_seed(self.seed, self.optimizer.t))
 

@@ -31,7 +31,7 @@ from llamita.backend.torch.model.fused import local
 from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.model.llama import Attention, Llama
 from llamita.backend.torch.train import group as groups
-from llamita.backend.torch.train import shards, sharding
+from llamita.backend.torch.train import sharding, shards
 from llamita.backend.torch.train.adamw import clipping_scale
 from llamita.backend.torch.train.group import TENSOR, TorchGroup, others_present
 from llamita.backend.torch.train.losses import chunked_cross_entropy
@@ -54,11 +54,11 @@ class DistributedTrainStep(TorchTrainStep):
     ) -> None:
         """`hooked` is what is called with a divided model; None: each process holds the whole model (DDP)."""
         super().__init__(model, compile=compile and hooked is None, **options)
-        self.group = group
+        self.group = self._processes = group
         self.compiled = compile
         self.is_divided = hooked is not None
         self._team = group.settings.tensor_parallel
-        self._copies = [group.size // math.prod(cut[2] for cut in sharding.cuts(p)) for p in self.parameters]
+        self._copies = [group.size // math.prod(parts for _, parts, _ in sharding.cuts(p)) for p in self.parameters]
         self._team_norms = [
             parameter
             for module in model.modules()
@@ -76,16 +76,16 @@ class DistributedTrainStep(TorchTrainStep):
         with others_present():
             return DistributedDataParallel(hooked, gradient_as_bucket_view=True)
 
-    def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepMetrics:
+    def step(self, micro_batches: Sequence[Batch], learning_rate: float, loss_limit: float = math.inf) -> StepMetrics:
         """Makes one update from the mean loss over the targets of all processes' rows; these are this one's."""
         own_targets = sum(batch.num_targets for batch in micro_batches)
         targets = round(self.group.sums([own_targets])[0]) // self._team
         if not targets:
             count_targets(micro_batches)
-        self._forget_gradients()
+        self.forget_gradients()
         nats: list[Tensor] = []
         sums: list[dict[str, Tensor]] = []
-        with self._random_numbers_of_step(), others_present():
+        with self.random_numbers_of_step(), others_present():
             for i, batch in enumerate(micro_batches):
                 last = i == len(micro_batches) - 1
                 with self._gradients_summed(last):
@@ -104,10 +104,11 @@ class DistributedTrainStep(TorchTrainStep):
         *totals, square = self.group.sums([sum(own[: len(nats)]), *measures, own[-1]])
         shared = self._shares_loss
         loss, *means = (total / targets / (1 if shared else self._team) for total in totals)
-        metrics = StepMetrics(loss, math.sqrt(square), targets, faulty, dict(zip(names, means, strict=True)))
-        if metrics.is_finite and not self.group.any(bool(faulty)):
+        measures_of_all = dict(zip(names, means, strict=True))
+        metrics = StepMetrics(loss, math.sqrt(square), targets, faulty, measures_of_all, loss_limit)
+        if metrics.is_update:
             self.optimizer.step(learning_rate, clipping_scale(metrics.grad_norm, self.max_grad_norm))
-        self._forget_gradients()
+        self.forget_gradients()
         return metrics
 
     @property
@@ -118,7 +119,7 @@ class DistributedTrainStep(TorchTrainStep):
     def loss(self, batch: TensorBatch, training: bool) -> LossOutput:
         if not self._shares_loss:
             return super().loss(batch, training)
-        mesh = self.group.mesh[TENSOR]
+        mesh = self._processes.mesh[TENSOR]
         hidden = self._hidden if training else self.model.hidden
         with self.autocast():
             hidden, head = super().output(hidden, training)
@@ -144,12 +145,12 @@ class DistributedTrainStep(TorchTrainStep):
     def _finish_gradients(self) -> None:
         """Divides each gradient as its parameter is, and adds what a team's heads say of the norm that they share."""
         for parameter in self.parameters:
-            gradient = parameter.grad
-            if isinstance(gradient, DTensor) and gradient.placements != parameter.placements:
-                parameter.grad = gradient.redistribute(placements=parameter.placements)
+            gradient, held = parameter.grad, parameter.data
+            if isinstance(gradient, DTensor) and isinstance(held, DTensor) and gradient.placements != held.placements:
+                parameter.grad = gradient.redistribute(placements=held.placements)
         for parameter in self._team_norms:
             if parameter.grad is not None:
-                dist.all_reduce(local(parameter.grad), group=self.group.mesh[TENSOR].get_group())
+                dist.all_reduce(local(parameter.grad), group=self._processes.mesh[TENSOR].get_group())
 
     def _squared_norm(self) -> Tensor:
         """Returns this process's part of the squared norm of the gradient: of a number that several hold, a share."""
@@ -180,17 +181,37 @@ class DistributedTrainStep(TorchTrainStep):
         return LossSums(nats, batch.num_targets, dict(zip(output.measures, sums, strict=True)))
 
     def log_probs(self, batch: Batch) -> np.ndarray:
-        return self._together(super().log_probs, batch)
+        compute = super().log_probs
+        with torch.no_grad():
+            return self.run(lambda: compute(batch))
 
     def distributions(self, batch: Batch, temperature: float = 1.0) -> np.ndarray:
-        return self._together(super().distributions, batch, temperature)
+        compute = super().distributions
+        with torch.no_grad():
+            return self.run(lambda: compute(batch, temperature))
 
-    def _together(self, compute: Callable[..., np.ndarray], *given: Any) -> np.ndarray:
-        """Calls a function with the whole of each parameter at hand, where the processes hold parts."""
-        with torch.no_grad(), others_present():
-            return self._hooked(lambda: compute(*given)) if self.is_divided else compute(*given)
+    def run(self, compute: Callable[[], Any]) -> Any:
+        """Calls a function with the whole of each parameter at hand, where the processes hold parts.
 
-    # --- weights and state ---------------------------------------------------------------------------------------------
+        All of them compute the same, so that gradients, which FSDP2 averages, are those of one.
+        """
+        with others_present():
+            return self._hooked(compute) if self.is_divided else compute()
+
+    def gradient_norms(self) -> dict[str, float]:
+        if not self.is_divided:
+            return super().gradient_norms()
+        self._finish_gradients()
+        names: list[str] = []
+        squares = []
+        for item, copies in zip(self.optimizer.parameters, self._copies, strict=True):
+            if item.parameter.grad is not None:
+                names += item.parts
+                held = local(item.parameter.grad)
+                squares.append(float(torch.linalg.vector_norm(held, dtype=torch.float32).square()) / copies)
+        return {name: math.sqrt(square) for name, square in zip(names, self.group.sums(squares), strict=True)}
+
+    # --- weights and state -----------------------------------------------------------------------------------------
 
     def weights(self) -> dict[str, HostArray]:
         if not self.is_divided:
@@ -223,14 +244,14 @@ class DistributedTrainStep(TorchTrainStep):
 
     def save_shards(self, directory: Path) -> Saving:
         """Begins to write this process's part of weights and state into a directory that all processes see."""
-        return shards.save(self._saved(), directory, self.group)
+        return shards.save(self._saved(), directory, self._processes)
 
     def load_shards(self, directory: Path) -> None:
         """Goes on from what any number of processes wrote with `save_shards`."""
-        self.optimizer.t = shards.load(self._saved(), directory, self.group)
+        self.optimizer.t = shards.load(self._saved(), directory, self._processes)
 
     def conditions(self) -> dict[str, Any]:
-        settings = self.group.settings
+        settings = self._processes.settings
         form = settings.mode + (f", tensor parallel {self._team}" if self._team > 1 else "")
         return super().conditions() | {"processes": self.group.size, "parallel": form}
 
@@ -292,9 +313,9 @@ def build_distributed_train_step(
             check_arrays(config, arrays)
         model, hooked = sharding.divided_model(config, group, bool(compile))
         hooked.to_empty(device=device)
-        values = initialize_parameters(config, seed, initialization) if arrays is None else None
-        named = ((name, HostArray.from_numpy(array)) for name, array in values) if values else arrays.items()
-        sharding.fill(sharding.divided_state(model), named)
+        fresh = initialize_parameters(config, seed, initialization)
+        made = ((name, HostArray.from_numpy(array)) for name, array in fresh)
+        sharding.fill(sharding.divided_state(model), made if arrays is None else arrays.items())
     return DistributedTrainStep(
         model,
         hooked,

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import (
+    DeviceMesh,
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
 
 from llamita.backend.torch.model.fused import local
 from llamita.backend.torch.model.head import OutputHead
@@ -126,7 +134,7 @@ def divide_products(model: Llama, mesh: DeviceMesh) -> None:
         entered, left = (_rows_in, _rows_out) if axes[weight] == 0 else (_columns_in, _columns_out)
         if isinstance(module, Embedding):
             left = _columns_out  # each process finds the rows it holds; the sum is all of them
-        distribute_module(module, mesh, cut, entered, left)
+        distribute_module(module, mesh, cut, entered, left)  # type: ignore[arg-type] # its types deny what hooks return
     if hasattr(model, "lm_head"):
         head = model.lm_head
         head.weight = nn.Parameter(distribute_tensor(head.weight, mesh, [Shard(0)]))
@@ -195,15 +203,15 @@ def part_of(whole: Tensor, held: Tensor) -> Tensor:
 
     A team cuts first, and FSDP2 what is left. Parts are those of torch.chunk: of equal size but for the last ones.
     """
-    for name, axis, size, rank in cuts(held):
+    for axis, size, rank in cuts(held):
         parts = whole.chunk(size, axis)
         empty = whole.narrow(axis, 0, 0)
         whole = parts[rank] if rank < len(parts) else empty
     return whole
 
 
-def cuts(held: Tensor) -> Iterator[tuple[str, int, int, int]]:
-    """Yields (mesh dimension, axis, parts, number of this one) of each division of a tensor, in its order."""
+def cuts(held: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Yields (axis, parts, number of this one) of each division of a tensor, in its order."""
     if not isinstance(held, DTensor):
         return
     names = held.device_mesh.mesh_dim_names or ()
@@ -211,7 +219,7 @@ def cuts(held: Tensor) -> Iterator[tuple[str, int, int, int]]:
         dimension = names.index(name) if name in names else None
         if dimension is not None and not held.placements[dimension].is_replicate():
             placement: Any = held.placements[dimension]  # Shard, or what FSDP2 makes of one that is cut already
-            yield name, placement.dim, held.device_mesh.size(dimension), held.device_mesh.get_local_rank(dimension)
+            yield placement.dim, held.device_mesh.size(dimension), held.device_mesh.get_local_rank(dimension)
 
 
 def whole(tensor: Tensor) -> Tensor:

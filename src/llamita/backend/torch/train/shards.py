@@ -32,7 +32,10 @@ def named(weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], updates:
 def save(tensors: dict[str, Tensor], directory: Path, group: TorchGroup) -> Saving:
     """Begins to write the parts that this process holds; the numbers are those of now, whatever follows."""
     with others_present():
-        return dcp.async_save(tensors, checkpoint_id=directory, process_group=group.checkpoints)
+        saving: Saving = dcp.async_save(  # type: ignore[assignment] # a future, where nothing else is asked for
+            tensors, checkpoint_id=directory, process_group=group.checkpoints
+        )
+        return saving
 
 
 def load(tensors: dict[str, Tensor], directory: Path, group: TorchGroup | None) -> int:

@@ -6,16 +6,17 @@ that dropout draws are a function of (seed, number of the step), so a resumed ru
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from llamita.backend.group import ALONE, Group, ParallelSettings
-from llamita.backend.interface import LossSums, Precision, Saving, StepMetrics
+from llamita.backend.interface import Diagnosis, LossSums, Precision, Saving, StepMetrics
 from llamita.backend.objectives import NextToken, Objective
 from llamita.backend.opening import OWN
 from llamita.backend.torch.infer.runner import TorchRunner
@@ -24,6 +25,7 @@ from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.model.llama import Llama
 from llamita.backend.torch.train import objectives
 from llamita.backend.torch.train.adamw import AdamW, AdamWSettings, clipping_scale, global_norm
+from llamita.backend.torch.train.diagnosis import diagnose
 from llamita.backend.torch.train.objectives import Hidden, LossOutput, TensorBatch
 from llamita.backend.torch.train.scorer import TorchScorer, choose, to_device
 from llamita.backend.train_step import (
@@ -40,9 +42,14 @@ from llamita.model.host_array import HostArray
 from llamita.model.lora import LoraSettings
 from llamita.model.parameters import CLASSIFIER, InitializationName
 
+Result = TypeVar("Result")
+
 
 class TorchTrainStep(TorchScorer):
-    """A model with its optimiser, in one process. `precision` bf16 computes products in bfloat16 from float32 weights (autocast)."""
+    """A model with its optimiser, in one process.
+
+    `precision` bf16 computes products in bfloat16 from float32 weights (autocast).
+    """
 
     group: Group = ALONE
     is_divided = False
@@ -84,12 +91,15 @@ class TorchTrainStep(TorchScorer):
         self.parameters = [fused.parameter for fused in trained]
         self._hidden: Hidden = torch.compile(model.hidden, dynamic=False) if compile else model.hidden
 
-    def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepMetrics:
-        """Makes one update from the mean loss over all targets of `micro_batches`, however these divide them."""
+    def step(self, micro_batches: Sequence[Batch], learning_rate: float, loss_limit: float = math.inf) -> StepMetrics:
+        """Makes one update from the mean loss over all targets of `micro_batches`, however these divide them.
+
+        A loss above `loss_limit` makes none.
+        """
         targets = count_targets(micro_batches)
-        self._forget_gradients()
+        self.forget_gradients()
         outputs = []
-        with self._random_numbers_of_step():
+        with self.random_numbers_of_step():
             for batch in micro_batches:
                 output = self.loss(to_device(batch, self.device), training=True)
                 (output.nats / targets).backward()
@@ -97,11 +107,28 @@ class TorchTrainStep(TorchScorer):
         norm = global_norm([p.grad for p in self.parameters if p.grad is not None])
         flat = [value for nats, measures in outputs for value in (nats, *measures.values())]
         values = torch.stack([*flat, norm]).tolist()  # the one place that waits for the device
-        metrics = step_metrics(values, list(outputs[0][1]), targets)
-        if metrics.is_finite:
+        metrics = step_metrics(values, list(outputs[0][1]), targets, loss_limit)
+        if metrics.is_update:
             self.optimizer.step(learning_rate, clipping_scale(metrics.grad_norm, self.max_grad_norm))
-        self._forget_gradients()
+        self.forget_gradients()
         return metrics
+
+    def diagnose(self, micro_batches: Sequence[Batch]) -> Diagnosis:
+        """Returns a look at the update that `step` would make now, and at each row alone; changes nothing."""
+        return diagnose(self, micro_batches)
+
+    def run(self, compute: Callable[[], Result]) -> Result:
+        """Returns what a computation with the model gives; a model in parts is put together for it."""
+        return compute()
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Returns the norm of each canonical parameter's gradient."""
+        return {
+            name: float(torch.linalg.vector_norm(part, dtype=torch.float32))
+            for item in self.optimizer.parameters
+            if item.parameter.grad is not None
+            for name, part in zip(item.parts, item.split(item.parameter.grad), strict=True)
+        }
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> LossSums:
@@ -199,7 +226,7 @@ class TorchTrainStep(TorchScorer):
         return adapter.output(hidden, head) if adapter else (hidden, head)
 
     @contextlib.contextmanager
-    def _random_numbers_of_step(self) -> Any:
+    def random_numbers_of_step(self) -> Any:
         """Seeds PyTorch's generators from (seed, step); afterwards they are as they were before."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self._seed_of_step())
@@ -208,7 +235,7 @@ class TorchTrainStep(TorchScorer):
     def _seed_of_step(self) -> int:
         return step_seed(self.seed, self.optimizer.t)
 
-    def _forget_gradients(self) -> None:
+    def forget_gradients(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
 
