@@ -24,6 +24,7 @@ ORDER = (
     ("workflows",),
     ("server", "learn"),
     ("cli",),
+    ("__main__",),
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 FRAMEWORKS = {"torch": "backend.torch", "mlx": "backend.mlx", "mlx_lm": "backend.mlx"}
@@ -166,7 +167,8 @@ def test_the_command_loads_no_framework_before_a_verb_is_chosen() -> None:
     loaded, ours = set(lines[-2].split()[1:]), lines[-1].split()[1:]
     heavy = {"torch", "mlx", "numpy", "transformers", "tokenizers", "matplotlib", "tyro", "rich", "huggingface_hub"}
     assert loaded & heavy == set()
-    assert ours == ["llamita", "llamita.cli", "llamita.cli.main", "llamita.training", "llamita.training.exit_status"]
+    few = ("", ".cli", ".cli.main", ".cli.together", ".training", ".training.exit_status", ".training.launch")
+    assert ours == [f"llamita{name}" for name in few]
 
 
 def test_one_backend_may_not_import_the_other() -> None:

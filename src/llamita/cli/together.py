@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llamita.backend.launch import launched_processes, launched_rank
+from llamita.training.launch import launched_processes, launched_rank
 
 ERROR_FILE, RESTARTS = "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_MAX_RESTARTS"
 

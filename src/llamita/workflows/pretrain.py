@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 
 from llamita.backend.interface import Backend
-from llamita.backend.launch import launched_processes
 from llamita.backend.sampling_params import SamplingParams
 from llamita.data.batches import Batch, BatchIterator, evaluation_batches
 from llamita.data.inspect import documents_of_row
@@ -31,6 +30,7 @@ from llamita.training.config import MachineConfig, RunConfig, TrainingConfig, Tr
 from llamita.training.display import Display
 from llamita.training.evaluation import Evaluation, OnEvaluation
 from llamita.training.examples import Examples, TokenText
+from llamita.training.launch import launched_processes
 from llamita.training.trainer import Trainer, TrainingResult
 
 TRAIN, VALIDATION = "train", "validation"
