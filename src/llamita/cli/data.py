@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from llamita.data.packing import RowMode
+
 if TYPE_CHECKING:
     from rich.text import Text
 
@@ -29,7 +31,7 @@ class ShowConfig:
     """A data directory that `llamita prepare` wrote."""
     split: str = "train"
     """The split to show: train or validation."""
-    mode: Literal["pad", "pack", "random"] = "pack"
+    mode: RowMode = "pack"
     """The way documents become rows, as in training."""
     sequence_length: int = 256
     """Tokens a model reads per row."""
@@ -51,7 +53,7 @@ def show(config: ShowConfig) -> None:
     from rich.console import Console
 
     from llamita.data.batches import BatchIterator
-    from llamita.data.inspect import count_rows, documents_in_both
+    from llamita.data.inspect import count_rows, documents_cut, documents_in_both
     from llamita.data.packing import Rows, RowsConfig
     from llamita.data.shards import TokenShards, load_tokenizer
 
@@ -91,6 +93,7 @@ def show(config: ShowConfig) -> None:
         f"{counts.empty:,} empty, {counts.fully_masked:,} fully masked; "
         f"{counts.targets / every:.1%} of their tokens scored, {counts.padding / every:.1%} padding"
     )
+    console.print(f"{documents_cut(rows):,} of {shards.num_documents:,} documents lie whole in no row")
     if {"train", "validation"} <= manifest.splits.keys():
         other = TokenShards(config.data, "validation" if config.split == "train" else "train", verify=False)
         train, validation = (shards, other) if config.split == "train" else (other, shards)
