@@ -29,13 +29,24 @@ class TokenText:
 
 
 @dataclass(frozen=True)
+class ValidationPart:
+    """What validates one source of a mixture: `batches` starts anew at each call; weights are relative."""
+
+    name: str
+    weight: float
+    batches: Callable[[], Iterable[Batch]]
+
+
+@dataclass(frozen=True)
 class Examples:
     """Batches to learn from and to be judged by. `validation` starts anew at each call and may yield nothing.
 
-    `target` is what the loss is a mean over; only of tokens is there a perplexity.
+    `target` is what the loss is a mean over; only of tokens is there a perplexity. Where there are `parts`, they
+    validate instead of `validation`: the loss is the weighted mean of theirs.
     """
 
     batches: Batches
     validation: Callable[[], Iterable[Batch]] = tuple
     text: TokenText | None = None
     target: str = "token"
+    parts: tuple[ValidationPart, ...] = ()
