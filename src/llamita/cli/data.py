@@ -1,6 +1,6 @@
-"""`llamita data`: rows as a model will see them, with counts over them, and tasks over Meadow's stories as files.
+"""`llamita data`: rows as a model will see them, with counts over them; parts merged; tasks over Meadow's stories.
 
-The counting lies in data/inspect.py, the tasks in data/meadow_tasks.py.
+The counting lies in data/inspect.py, merging in data/merge.py, the tasks in data/meadow_tasks.py.
 """
 
 from __future__ import annotations
@@ -129,6 +129,34 @@ def legend(colours: bool) -> Text:
 def visible(text: str) -> str:
     """Returns the text with symbols for control characters but line ends and tabs: no corpus steers the terminal."""
     return "".join(chr(0x2400 + ord(c)) if c < " " and c not in "\n\t" else "␡" if c == "\x7f" else c for c in text)
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """The options of `llamita data merge`."""
+
+    data: tyro.conf.Positional[tuple[Path, ...]]
+    """All parts that llamita prepare --shard wrote, in any order, or whole data directories, one after another."""
+    output: Path
+    """The data directory to write."""
+    overwrite: bool = False
+    """Replace a data directory that exists."""
+
+
+def merge(config: MergeConfig) -> None:
+    """Put data directories together: parts of one corpus, or one corpus after the other.
+
+    The parts i/n that n machines prepared become the data directory that one machine would have written, byte for byte.
+
+    Examples:
+      llamita data merge PART-1 PART-2 --output DATA
+    """
+    from llamita.data.merge import merge as merged
+
+    manifest = merged(config.data, config.output, config.overwrite)
+    for name, split in manifest.splits.items():
+        print(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens")
+    print(f"wrote {config.output}")
 
 
 @dataclass(frozen=True)

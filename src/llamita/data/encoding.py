@@ -49,14 +49,13 @@ class Encoder:
 
 
 def encode_in_order(
-    documents: Iterable[tuple[str, str]], encoder: Encoder, workers: int
+    groups: Iterator[dict[str, list[str]]], encoder: Encoder, workers: int
 ) -> Generator[dict[str, Encoded], None, None]:
-    """Encode (split, text) pairs, about a megabyte of text at a time; each split keeps the order it came in.
+    """Encode groups of documents, as `grouped` makes them, and yield the results in the same order.
 
     ChildProcessError where a worker dies. Works with the `spawn` start method, so a script that calls this with more
     than one worker needs `if __name__ == "__main__":`.
     """
-    groups = _groups(documents)
     first = list(islice(groups, GROUPS_WORTH_A_POOL if workers > 1 else 0))
     groups = chain(first, groups)
     if len(first) < GROUPS_WORTH_A_POOL:
@@ -154,8 +153,11 @@ def encode_group(encoder: Encoder, group: dict[str, list[str]]) -> dict[str, Enc
     return encoded
 
 
-def _groups(documents: Iterable[tuple[str, str]]) -> Iterator[dict[str, list[str]]]:
-    """Documents by split, enough at a time to outweigh the cost of sending them to another process."""
+def grouped(documents: Iterable[tuple[str, str]]) -> Iterator[dict[str, list[str]]]:
+    """(split, text) pairs as documents by split, about a megabyte of text at a time; each split keeps its order.
+
+    A group is enough to outweigh the cost of sending it to another process.
+    """
     group: dict[str, list[str]] = {}
     characters = count = 0
     for split, text in documents:

@@ -24,21 +24,26 @@ def atomic_directory(path: Path | str, overwrite: bool = False) -> Iterator[Path
     try:
         temporary.chmod(0o777 & ~_umask())
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        _sync(temporary)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            os.rename(path, old / path.name)
-            os.rename(temporary, path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(temporary, path)
-        _sync(path.parent)
+        move_into_place(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def move_into_place(temporary: Path, path: Path) -> None:
+    """Give a whole directory the name of its sibling `path`, in the place of what has that name."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            _sync(file)
+    _sync(temporary)
+    if path.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+        os.rename(path, old / path.name)
+        os.rename(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(temporary, path)
+    _sync(path.parent)
 
 
 def atomic_write(path: Path | str, content: bytes | str) -> None:
