@@ -146,10 +146,10 @@ def encode_group(encoder: Encoder, group: dict[str, list[str]]) -> dict[str, Enc
     tokenizer = _tokenizer(encoder.tokenizer, encoder.tokenizer_hash)
     encoded = {}
     for split, texts in group.items():
-        arrays = tokenizer.encode_batch(texts, bos=encoder.bos, eos=encoder.eos)
-        lengths = np.array([len(array) for array in arrays], dtype=np.int64)
-        characters, size = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
-        encoded[split] = Encoded(np.concatenate(arrays), lengths, characters, size)
+        tokens, lengths = tokenizer.encode_joined(texts, bos=encoder.bos, eos=encoder.eos)
+        characters = sum(map(len, texts))
+        size = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+        encoded[split] = Encoded(tokens, lengths, characters, size)
     return encoded
 
 

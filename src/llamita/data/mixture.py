@@ -82,6 +82,7 @@ class MixtureIterator(BatchIterator):
         self._shares = [Fraction(weight) for weight in self.weights]
         self._heaviest = max(range(len(self.weights)), key=self.weights.__getitem__)
         self._block = max(BLOCK, len(self.weights) ** 2)
+        self._drawn: tuple[int, np.ndarray] = (-1, np.zeros(0, dtype=np.int64))
         self._orders = [_SourceOrder(source, seed, number) for number, source in enumerate(rows.sources, start=1)]
 
     def batch(self, step: int) -> Batch:
@@ -136,9 +137,12 @@ class MixtureIterator(BatchIterator):
         return counts
 
     def _sources_in(self, block: int) -> np.ndarray:
-        counts = np.subtract(self._counts_before(block + 1), self._counts_before(block))
-        in_turn = np.repeat(np.arange(len(counts)), counts)
-        return in_turn[np.argsort(random_words(self.seed, block, self._block), kind="stable")]
+        if block != self._drawn[0]:
+            counts = np.subtract(self._counts_before(block + 1), self._counts_before(block))
+            in_turn = np.repeat(np.arange(len(counts)), counts)
+            order = np.argsort(random_words(self.seed, block, self._block), kind="stable")
+            self._drawn = block, in_turn[order]
+        return self._drawn[1]
 
 
 def normalised(weights: Sequence[float], count: int) -> tuple[float, ...]:
