@@ -145,7 +145,7 @@ def test_what_may_not_be_resumed(tmp_path, base, text, tokenizer_dir):
         prepare(base("data", resume=True, seed=3))
     stamp = text[0].stat()
     os.utime(text[0], ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
-    with pytest.raises(ValueError, match="files_on_disk was"):
+    with pytest.raises(ValueError, match=r"files \(names, sizes, times\) was"):
         prepare(base("data", resume=True))
     os.utime(text[0], ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     assert files_of(place_of(tmp_path / "data")) == before

@@ -6,6 +6,7 @@ Knows nothing about how sources are read, how text is encoded, or how files are 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import time
@@ -127,8 +128,9 @@ def prepare(config: PrepareConfig, on_progress: Callable[[Progress], None] | Non
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     check_output(config.output, config.overwrite)
     split_text.check()
-    identity = {**_describe(config), "shard": config.shard, "shard_tokens": config.shard_tokens}
-    identity |= {"tokenizer": tokenizer.hash, "files_on_disk": _on_disk(config), "groups": _group_sizes()}
+    identity = {name: value for name, value in _describe(config).items() if name not in ("files", "validation_files")}
+    identity |= {"shard": config.shard, "shard_tokens": config.shard_tokens, "tokenizer": tokenizer.hash}
+    identity |= {"files (names, sizes, times)": _on_disk(config), "groups": _group_sizes()}
     try:
         with unfinished(config.output, identity, config.resume, config.overwrite) as work:
             splits, groups = _write_splits(config, split_text, encoder, dtype, work, (part, parts), on_progress)
@@ -281,10 +283,13 @@ def _describe(config: PrepareConfig) -> dict[str, Any]:
     }
 
 
-def _on_disk(config: PrepareConfig) -> dict[str, list[int]]:
-    """Size and time of change of each file that is read: a resumed preparation must find them as they were."""
-    found = {path: path.stat() for path in (*config.files, *config.validation_files) if path.is_file()}
-    return {str(path): [status.st_size, status.st_mtime_ns] for path, status in found.items()}
+def _on_disk(config: PrepareConfig) -> str:
+    """A hash over name, size and time of change of each file: a resumed preparation must find them as they were."""
+    digest = hashlib.sha256()
+    for path in (*config.files, None, *config.validation_files):  # None: where the training text ends
+        status = path.stat() if path is not None and path.is_file() else None
+        digest.update(repr((str(path), status and (status.st_size, status.st_mtime_ns))).encode())
+    return digest.hexdigest()
 
 
 def _group_sizes() -> tuple[int, int]:
