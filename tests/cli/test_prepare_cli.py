@@ -94,7 +94,7 @@ def test_show_without_colours(data_dir, capsys):
     assert "fully masked" in printed
 
 
-@pytest.mark.parametrize("mode", ["pad", "pack", "random"])
+@pytest.mark.parametrize("mode", ["pad", "pack", "best-fit", "random"])
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_show_every_mode(data_dir, capsys, mode, split):
     arguments = [

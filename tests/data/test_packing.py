@@ -143,7 +143,7 @@ def test_for_evaluation():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="use pad, pack or random"):
+    with pytest.raises(ValueError, match="use pad, pack, best-fit or random"):
         RowsConfig("fold", 4)
     with pytest.raises(ValueError, match="sequence_length=0"):
         RowsConfig("pack", 0)

@@ -220,7 +220,7 @@ def test_progress_is_reported(tmp_path, tokenizer_dir, stories, monkeypatch):
 # --- rows over shards ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["pad", "pack", "random"])
+@pytest.mark.parametrize("mode", ["pad", "pack", "best-fit", "random"])
 def test_rows_and_counts_over_shards(tmp_path, make, mode):
     make(shard_tokens=777)
     shards = TokenShards(tmp_path / "data", "validation")

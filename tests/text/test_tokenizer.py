@@ -63,6 +63,11 @@ def test_control_tokens_only_where_asked() -> None:
     assert OURS.encode("a", bos=True, eos=True) == [1, *a, 2]
     assert [ids.tolist() for ids in OURS.encode_batch(["a", ""], bos=True, eos=True)] == [[1, *a, 2], [1, 2]]
     assert OURS.encode_batch(["a"])[0].dtype == np.int32
+    tokens, lengths = OURS.encode_joined(["a", "", "ab a"], bos=True)
+    assert tokens.tolist() == [1, *a, 1, 1, *OURS.encode("ab a")]
+    assert lengths.tolist() == [1 + len(a), 1, 1 + len(OURS.encode("ab a"))]
+    assert (tokens.dtype, lengths.dtype) == (np.int32, np.int64)
+    assert [part.tolist() for part in OURS.encode_joined([])] == [[], []]
 
 
 @pytest.mark.parametrize("tokenizer", [OURS, BYTES])
@@ -102,7 +107,11 @@ def test_decode_marks_broken_text_and_refuses_unknown_ids() -> None:
 
 
 def test_lone_surrogates_are_refused() -> None:
-    for encode in (OURS.encode, lambda text: OURS.encode_batch(["fine", text])):
+    for encode in (
+        OURS.encode,
+        lambda text: OURS.encode_batch(["fine", text]),
+        lambda text: OURS.encode_joined(["fine", text]),
+    ):
         with pytest.raises(ValueError, match=r"lone surrogate, U\+D83D, at character 3"):
             encode("abc\ud83d")
 

@@ -59,7 +59,8 @@ def test_a_run_is_gone_on_with_as_it_was_begun_but_for_what_is_given(verb, tmp_p
     monkeypatch.chdir("/")
     again = resolve(verb, output=tmp_path / "run", resume=True)
     expected = flat_options(begun) | flat_options(begun.training.resolved()) | {"resume": True}
-    expected |= {name: tmp_path / "base" for name, value in values.items() if value == "base"}
+    base = tmp_path / "base"
+    expected |= {"data": (base,)} if verb is PretrainConfig else {"model": base}
     assert flat_options(again) == expected
     changed = resolve(verb, output=tmp_path / "run", resume=True, batch_size=16, threads=0)
     assert flat_options(changed) == expected | {"batch_size": 16, "threads": 0}

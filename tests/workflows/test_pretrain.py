@@ -213,7 +213,7 @@ def test_validation_counts_characters_exactly(data):
 def test_identity_is_json_and_paths_may_move(tmp_path, data):
     run(settings(tmp_path / "run", data, steps=3))
     manifest = json.loads((tmp_path / "run/run.json").read_text())
-    assert Path(manifest["arguments"]["data"]).is_absolute()
+    assert all(Path(place).is_absolute() for place in manifest["arguments"]["data"])
     assert str(data) not in json.dumps(manifest["identity"])
     (tmp_path / "run").rename(tmp_path / "moved")
     assert run(resolve(PretrainConfig, output=tmp_path / "moved", resume=True)).step == 3

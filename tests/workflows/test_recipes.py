@@ -64,7 +64,8 @@ class Vocabulary:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_comes_to_these_options(name):
     found = recipe(name)
-    expected = COMMON | OPTIONS[name] | {"recipe": name, "output": Path("runs") / name, "data": Path(f"{name}-data")}
+    expected = COMMON | OPTIONS[name] | {"recipe": name, "output": Path("runs") / name}
+    expected |= {"data": (Path(f"{name}-data"),), "weights": ()}
     assert resolved(found.train) == expected
     config = model_config(found.train, Vocabulary(found.tokenizer.vocab_size))
     prepare = found.prepare
@@ -72,7 +73,7 @@ def test_a_recipe_comes_to_these_options(name):
         *(found.tokenizer.vocab_size, count_parameters(config).total),
         *(prepare.bos, prepare.eos, prepare.source, prepare.separator, prepare.split),
     )
-    assert (prepare.tokenizer, prepare.output) == (found.tokenizer.output, found.train.data)
+    assert (prepare.tokenizer, (prepare.output,)) == (found.tokenizer.output, found.train.data)
 
 
 def write_texts(directory, shared=None):
@@ -140,7 +141,7 @@ def test_mini_llamas_rows_are_articles_between_their_marks_padded_and_not_scored
     for command in commands(found)[:2]:
         assert main([*shlex.split(command)[1:], *SHORT.get(shlex.split(command)[1], [])]) == 0
     config = with_options(found.train, batch_size=8 * 16)
-    tokenizer = load_tokenizer(config.data)
+    tokenizer = load_tokenizer(config.data[0])
     rows = RowsConfig(config.mode, config.sequence_length, config.within_documents)
     batch = make_examples(config, tokenizer, rows).batches.next()
     micro_batches = split(batch, config.training.rows_at_once)

@@ -1,6 +1,6 @@
-"""`llamita data`: rows as a model will see them, with counts over them, and tasks over Meadow's stories as files.
+"""`llamita data`: rows as a model will see them, with counts over them; parts merged; tasks over Meadow's stories.
 
-The counting lies in data/inspect.py, the tasks in data/meadow_tasks.py.
+The counting lies in data/inspect.py, merging in data/merge.py, the tasks in data/meadow_tasks.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
+
+from llamita.data.packing import RowMode
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -29,7 +31,7 @@ class ShowConfig:
     """A data directory that `llamita prepare` wrote."""
     split: str = "train"
     """The split to show: train or validation."""
-    mode: Literal["pad", "pack", "random"] = "pack"
+    mode: RowMode = "pack"
     """The way documents become rows, as in training."""
     sequence_length: int = 256
     """Tokens a model reads per row."""
@@ -51,7 +53,7 @@ def show(config: ShowConfig) -> None:
     from rich.console import Console
 
     from llamita.data.batches import BatchIterator
-    from llamita.data.inspect import count_rows, documents_in_both
+    from llamita.data.inspect import count_rows, documents_cut, documents_in_both
     from llamita.data.packing import Rows, RowsConfig
     from llamita.data.shards import TokenShards, load_tokenizer
 
@@ -91,6 +93,7 @@ def show(config: ShowConfig) -> None:
         f"{counts.empty:,} empty, {counts.fully_masked:,} fully masked; "
         f"{counts.targets / every:.1%} of their tokens scored, {counts.padding / every:.1%} padding"
     )
+    console.print(f"{documents_cut(rows):,} of {shards.num_documents:,} documents lie whole in no row")
     if {"train", "validation"} <= manifest.splits.keys():
         other = TokenShards(config.data, "validation" if config.split == "train" else "train", verify=False)
         train, validation = (shards, other) if config.split == "train" else (other, shards)
@@ -126,6 +129,34 @@ def legend(colours: bool) -> Text:
 def visible(text: str) -> str:
     """Returns the text with symbols for control characters but line ends and tabs: no corpus steers the terminal."""
     return "".join(chr(0x2400 + ord(c)) if c < " " and c not in "\n\t" else "␡" if c == "\x7f" else c for c in text)
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """The options of `llamita data merge`."""
+
+    data: tyro.conf.Positional[tuple[Path, ...]]
+    """All parts that llamita prepare --shard wrote, in any order, or whole data directories, one after another."""
+    output: Path
+    """The data directory to write."""
+    overwrite: bool = False
+    """Replace a data directory that exists."""
+
+
+def merge(config: MergeConfig) -> None:
+    """Put data directories together: parts of one corpus, or one corpus after the other.
+
+    The parts i/n that n machines prepared become the data directory that one machine would have written, byte for byte.
+
+    Examples:
+      llamita data merge PART-1 PART-2 --output DATA
+    """
+    from llamita.data.merge import merge as merged
+
+    manifest = merged(config.data, config.output, config.overwrite)
+    for name, split in manifest.splits.items():
+        print(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens")
+    print(f"wrote {config.output}")
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ VERBS: Mapping[str, Verb] = {
     "tokenizer train": Verb("llamita.cli.tokenizer", "train", "Train a tokenizer on text files."),
     "prepare": Verb("llamita.cli.prepare", "run", "Turn text into the token files that training reads."),
     "data show": Verb("llamita.cli.data", "show", "Look at prepared data as a model will see it."),
+    "data merge": Verb("llamita.cli.data", "merge", "Put the parts that several machines prepared together."),
     "data meadow-tasks": Verb("llamita.cli.data", "meadow_tasks", "Write questions, preferences or labels to tune on."),
     "recipe": Verb("llamita.cli.recipe", "run", "List the recipes for training, or print one in full."),
     "train": Verb("llamita.cli.train", "run", "Train a model from nothing, or carry on an interrupted run.", True),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from llamita.data.prepare import PrepareConfig, Progress
 
 
@@ -19,6 +21,7 @@ def run(config: PrepareConfig) -> None:
     from rich.table import Table
 
     from llamita.data.prepare import prepare
+    from llamita.data.unfinished import place_of
     from llamita.progress import ProgressBar
 
     with ProgressBar("reading", unit="MB") as bar:
@@ -30,7 +33,11 @@ def run(config: PrepareConfig) -> None:
                 bar.begin("reading", known := progress.total_bytes)
             bar.update(progress.bytes, progress.bytes / 1e6, describe(progress))
 
-        manifest = prepare(config, on_progress=show)
+        try:
+            manifest = prepare(config, on_progress=show)
+        finally:
+            if place_of(config.output).is_dir():
+                print(f"{config.output} is unfinished; the same command with --resume goes on", file=sys.stderr)
     table = Table("split", box=None, pad_edge=False)
     for name in ("documents", "tokens", "characters", "characters per token"):
         table.add_column(name, justify="right")

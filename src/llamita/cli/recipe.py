@@ -39,7 +39,7 @@ def run(config: RecipeConfig) -> None:
     print(inspect.getsource(RECIPES[config.name]))
     print("# Every option of the training (llamita train --help explains them); the machine's own are left out")
     for name, value in resolved(found.train).items():
-        print(f"{name:<22} {value}")
+        print(f"{name:<22} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
     print("\n# The commands")
     print("\n".join(commands(found)))
 

@@ -111,7 +111,7 @@ class BatchIterator:
         """The numbers of all rows of a step, over all ranks: int64 [batch_size]."""
         count = len(self.rows)
         if self.rows.config.mode == "random" and self.shuffle:
-            return (_random_words(self.seed, step, self.batch_size) % np.uint64(count)).astype(np.int64)
+            return (random_words(self.seed, step, self.batch_size) % np.uint64(count)).astype(np.int64)
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
         epochs, places = np.divmod(positions, count)
         if not self.shuffle:
@@ -155,7 +155,7 @@ class BatchIterator:
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
             # Sorting raw Philox words, unlike Generator.permutation, is the same in every version of numpy.
-            words = _random_words(self.seed, epoch, len(self.rows))
+            words = random_words(self.seed, epoch, len(self.rows))
             self._order = np.argsort(words, kind="stable")
             self._epoch = epoch
         return self._order
@@ -185,7 +185,7 @@ def collate(rows: Sequence[Row], row_ids: np.ndarray) -> Batch:
     return Batch(tokens[:, :-1], labels_BT, segments_BT, np.asarray(row_ids, dtype=np.int64))
 
 
-def _random_words(seed: int, number: int, count: int) -> np.ndarray:
-    """`count` uint64 words of the Philox counter-based generator keyed by (seed, number)."""
+def random_words(seed: int, number: int, count: int, stream: int = 0) -> np.ndarray:
+    """`count` uint64 words of the Philox counter-based generator keyed by (seed, number); each stream has its own."""
     key = np.array([seed % 2**64, number], dtype=np.uint64)
-    return np.random.Philox(key=key).random_raw(count)
+    return np.random.Philox(key=key, counter=np.array([0, 0, 0, stream], dtype=np.uint64)).random_raw(count)

@@ -49,14 +49,13 @@ class Encoder:
 
 
 def encode_in_order(
-    documents: Iterable[tuple[str, str]], encoder: Encoder, workers: int
+    groups: Iterator[dict[str, list[str]]], encoder: Encoder, workers: int
 ) -> Generator[dict[str, Encoded], None, None]:
-    """Encode (split, text) pairs, about a megabyte of text at a time; each split keeps the order it came in.
+    """Encode groups of documents, as `grouped` makes them, and yield the results in the same order.
 
     ChildProcessError where a worker dies. Works with the `spawn` start method, so a script that calls this with more
     than one worker needs `if __name__ == "__main__":`.
     """
-    groups = _groups(documents)
     first = list(islice(groups, GROUPS_WORTH_A_POOL if workers > 1 else 0))
     groups = chain(first, groups)
     if len(first) < GROUPS_WORTH_A_POOL:
@@ -147,15 +146,18 @@ def encode_group(encoder: Encoder, group: dict[str, list[str]]) -> dict[str, Enc
     tokenizer = _tokenizer(encoder.tokenizer, encoder.tokenizer_hash)
     encoded = {}
     for split, texts in group.items():
-        arrays = tokenizer.encode_batch(texts, bos=encoder.bos, eos=encoder.eos)
-        lengths = np.array([len(array) for array in arrays], dtype=np.int64)
-        characters, size = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
-        encoded[split] = Encoded(np.concatenate(arrays), lengths, characters, size)
+        tokens, lengths = tokenizer.encode_joined(texts, bos=encoder.bos, eos=encoder.eos)
+        characters = sum(map(len, texts))
+        size = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+        encoded[split] = Encoded(tokens, lengths, characters, size)
     return encoded
 
 
-def _groups(documents: Iterable[tuple[str, str]]) -> Iterator[dict[str, list[str]]]:
-    """Documents by split, enough at a time to outweigh the cost of sending them to another process."""
+def grouped(documents: Iterable[tuple[str, str]]) -> Iterator[dict[str, list[str]]]:
+    """(split, text) pairs as documents by split, about a megabyte of text at a time; each split keeps its order.
+
+    A group is enough to outweigh the cost of sending it to another process.
+    """
     group: dict[str, list[str]] = {}
     characters = count = 0
     for split, text in documents:

@@ -46,12 +46,13 @@ def count_rows(rows: Rows, limit: int = 50_000) -> RowCounts:
     for i in range(looked_at):
         index = i * len(rows) // looked_at
         row = rows.row(index)
-        start, length = rows.span(index)
+        spans = rows.spans(index)
+        length = sum(length for _, length in spans)
         scored = int(row.label_mask.sum())
         targets += scored
         padding += rows.block - length
-        end = start + length
-        truncated += int(starts[np.searchsorted(starts, end)] != end)
+        ends = [start + length for start, length in spans]
+        truncated += any(starts[np.searchsorted(starts, ends)] != ends)
         empty += length == 0
         fully_masked += scored == 0
     return RowCounts(len(rows), looked_at, targets, padding, truncated, empty, fully_masked)
@@ -59,11 +60,30 @@ def count_rows(rows: Rows, limit: int = 50_000) -> RowCounts:
 
 def documents_of_row(rows: Rows, index: int) -> str:
     """Says in words which documents of the split row `index` has tokens of, by their numbers from 0."""
-    start, length = rows.span(index)
     starts = np.asarray(rows.documents.document_starts[:-1]).astype(np.int64)
-    first = int(np.searchsorted(starts, start, side="right")) - 1
-    last = max(first, int(np.searchsorted(starts, start + length, side="left")) - 1)
-    return f"document {first}" if first == last else f"documents {first} to {last}"
+    found: list[int] = []
+    for start, length in rows.spans(index):
+        first = int(np.searchsorted(starts, start, side="right")) - 1
+        last = max(first, int(np.searchsorted(starts, start + length, side="left")) - 1)
+        found += range(first, last + 1)
+    numbers = sorted(found)
+    if len(numbers) == 1:
+        return f"document {numbers[0]}"
+    if numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"documents {numbers[0]} to {numbers[-1]}"
+    return f"documents {', '.join(map(str, numbers))}"
+
+
+def documents_cut(rows: Rows) -> int:
+    """Counts documents that no row holds whole; in random mode, those that no window could hold."""
+    starts = np.asarray(rows.documents.document_starts).astype(np.int64)
+    begins, ends = starts[:-1], starts[1:]
+    if rows.config.mode != "pack":
+        return int((ends - begins > rows.block).sum())
+    step = rows.config.sequence_length
+    in_its_row = ends <= begins // step * step + rows.block
+    in_the_last = begins >= rows.documents.num_tokens - rows.block  # which is moved back to end with the stream
+    return int((~(in_its_row | in_the_last)).sum())
 
 
 def documents_in_both(train: TokenShards, validation: TokenShards) -> int:

@@ -1,4 +1,4 @@
-"""From token documents to rows of sequence_length + 1 tokens: padded, packed, or random windows.
+"""From token documents to rows of sequence_length + 1 tokens: padded, packed, fitted, or random windows.
 
 A row is one block: T inputs and, one place to the right, T targets. This file decides which tokens share a row and
 which targets are scored. It knows nothing about files, batches, order or epochs.
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 
 from llamita.data.batches import Batch, collate
+from llamita.data.best_fit import best_fit
+
+RowMode = Literal["pad", "pack", "best-fit", "random"]
 
 
 class TokenDocuments(Protocol):
@@ -36,16 +39,17 @@ class TokenDocuments(Protocol):
 class RowsConfig:
     """The options by which documents become rows."""
 
-    mode: Literal["pad", "pack", "random"] = "pack"
-    """pad: each document padded to whole rows; pack: documents back to back; random: windows at random offsets."""
+    mode: RowMode = "pack"
+    """pad: each document padded to whole rows; pack: documents back to back; best-fit: whole documents, as many as fit
+    in a row; random: windows at random offsets."""
     sequence_length: int = 256
     """Tokens a model reads per row, T; a row stores T + 1."""
     within_documents: bool = False
     """Keep attention inside a document, and never score a document's first token from the previous document's last."""
 
     def __post_init__(self) -> None:
-        if self.mode not in ("pad", "pack", "random"):
-            raise ValueError(f"mode={self.mode!r} is not a way to make rows; use pad, pack or random")
+        if self.mode not in get_args(RowMode):
+            raise ValueError(f"mode={self.mode!r} is not a way to make rows; use pad, pack, best-fit or random")
         if self.sequence_length < 1:
             raise ValueError(f"sequence_length={self.sequence_length} must be at least 1")
 
@@ -79,6 +83,9 @@ class Rows:
     pack: row i holds the stream from token i*T on, so neighbours share one token and every token but the first is a
     target exactly once. The last row is moved back to end with the stream, and scores only what is left. With
     within_documents the first token of a document is not scored.
+    best-fit: rows begin with a document and hold whole ones, placed by `best_fit` so that little is left over; the rest
+    of a row is padding. A document longer than a row is cut into rows of its own and what is left of it, whose first
+    token is not scored. With within_documents no document's first token is scored.
     random: row i starts at token i, for any i < len(rows); the iterator draws the starts.
 
     Only a corpus shorter than one block gives a padded row in pack mode; random refuses it (ValueError).
@@ -105,6 +112,9 @@ class Rows:
             # rows_before[d] = rows of all documents before document d.
             self._rows_before = np.concatenate([[0], np.cumsum(-(-lengths // self.block))])
             self._length = int(self._rows_before[-1])
+        elif config.mode == "best-fit":
+            self._placement = best_fit(self._starts, self.block)
+            self._length = len(self._placement)
         elif config.mode == "pack":
             self._length = -(-(documents.num_tokens - 1) // config.sequence_length)
         else:
@@ -124,7 +134,10 @@ class Rows:
 
     def row(self, index: int) -> Row:
         """Row `index`, 0 <= index < len(rows)."""
-        start, length = self.span(index)
+        spans = self.spans(index)
+        if self.config.mode == "best-fit":
+            return self._fitted(spans)
+        start, length = spans[0]
         tokens = self.documents.window(start, length)
         if self.config.mode == "pad":
             return self._padded(tokens, np.ones(length, dtype=np.int32))
@@ -140,18 +153,35 @@ class Rows:
             row.label_mask[: index * self.config.sequence_length + 1 - start] = False
         return row
 
-    def span(self, index: int) -> tuple[int, int]:
-        """Returns the place of row `index` in the stream: its first token, and its number of tokens before padding."""
+    def spans(self, index: int) -> list[tuple[int, int]]:
+        """Returns the stretches of the stream that row `index` holds before padding: first token, number of tokens.
+
+        There is one in every mode but best-fit, where there is one for each document or part of one.
+        """
         if not 0 <= index < self._length:
             raise IndexError(f"row {index} of {self._length}")
+        if self.config.mode == "best-fit":
+            return self._placement.pieces(index)
         if self.config.mode == "pad":
             document = int(np.searchsorted(self._rows_before, index, side="right")) - 1
             start = int(self._starts[document]) + (index - int(self._rows_before[document])) * self.block
-            return start, min(self.block, int(self._starts[document + 1]) - start)
+            return [(start, min(self.block, int(self._starts[document + 1]) - start))]
         start = index
         if self.config.mode == "pack":
             start = max(0, min(index * self.config.sequence_length, self.documents.num_tokens - self.block))
-        return start, min(self.block, self.documents.num_tokens - start)
+        return [(start, min(self.block, self.documents.num_tokens - start))]
+
+    def _fitted(self, spans: list[tuple[int, int]]) -> Row:
+        tokens = np.concatenate([self.documents.window(start, length) for start, length in spans])
+        starts, lengths = np.array(spans, dtype=np.int64).T
+        segments = None
+        if self.config.within_documents:
+            segments = np.repeat(np.arange(1, len(spans) + 1, dtype=np.int32), lengths)
+        row = self._padded(tokens, segments)
+        places = np.cumsum(lengths) - lengths
+        begins = np.asarray(self._starts)[np.searchsorted(self._starts, starts)] == starts
+        row.label_mask[places if self.config.within_documents else places[~begins]] = False
+        return row
 
     def __iter__(self) -> Iterator[Row]:
         return (self.row(i) for i in range(self._length))

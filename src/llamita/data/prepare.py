@@ -6,23 +6,44 @@ Knows nothing about how sources are read, how text is encoded, or how files are 
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llamita.data.encoding import Encoder, encode_in_order
-from llamita.data.shards import MANIFEST, Manifest, SplitManifest, SplitWriter
-from llamita.data.sources import Source, SourceKind
+from llamita.data import encoding
+from llamita.data.encoding import Encoder, encode_in_order, grouped
+from llamita.data.shards import (
+    GROUP_BYTES,
+    INDEX_DTYPE,
+    MANIFEST,
+    PARTS,
+    DataFile,
+    HashedFile,
+    Manifest,
+    Part,
+    SplitManifest,
+    SplitWriter,
+    WriterState,
+    check_output,
+)
+from llamita.data.sources import Source, SourceKind, files_in
 from llamita.data.splitting import TRAIN, VALIDATION, HowToSplit, SplitText
 from llamita.data.textfiles import Separator
-from llamita.storage.files import atomic_directory, atomic_write
+from llamita.data.unfinished import Unfinished, unfinished
+from llamita.storage.files import atomic_write
 from llamita.text.tokenizer import Tokenizer
+
+JOURNAL_BYTES = 1 << 27
+"""Bytes of text between two entries of the journal."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +57,7 @@ class PrepareConfig:
     source: SourceKind = "text"
     """text: plain files; wikitext: WikiText files; jsonl: JSON lines; hub: a Hugging Face dataset; meadow: stories."""
     files: tuple[Path, ...] = ()
-    """The files of text, wikitext and jsonl, in order."""
+    """The files of text, wikitext and jsonl, in order; a directory stands for all files in it, sorted."""
     validation_files: tuple[Path, ...] = ()
     """Files for the validation split, instead of a share of the others."""
     validation_share: float = 0.1
@@ -69,7 +90,12 @@ class PrepareConfig:
     workers: int | None = None
     """Encoding processes; as many as cores when not given. The result does not depend on it."""
     overwrite: bool = False
-    """Replace a data directory that exists."""
+    """Replace a data directory that exists, and give up one that is unfinished."""
+    resume: bool = False
+    """Go on with a preparation that was interrupted or killed, given the same options."""
+    shard: str = ""
+    """i/n: encode the i-th of n parts alone, as one of n machines that all read the same text; llamita data merge puts
+    the parts together. A part is every n-th group of documents, each about a megabyte."""
     shard_tokens: int = 1 << 27
     """Tokens in a shard file."""
 
@@ -88,21 +114,28 @@ class Progress:
 def prepare(config: PrepareConfig, on_progress: Callable[[Progress], None] | None = None) -> Manifest:
     """Write the data directory that `config` describes and return its manifest.
 
-    Everything goes to a temporary sibling first, which vanishes on any error or Ctrl-C. The bytes written depend on the
-    text, the tokenizer and the options alone, not on the number of workers.
+    Everything goes to a hidden sibling first, which vanishes on an error; one that may pass (Ctrl-C, a full disk, a
+    process that died) leaves it to be resumed, once there is enough of it. The bytes written depend on the text, the
+    tokenizer and the options alone: not on the number of workers, nor on how often the preparation was resumed.
     """
     _check_options(config)
+    part, parts = _part(config.shard)
+    config = replace(config, files=files_in(config.files), validation_files=files_in(config.validation_files))
     split_text = SplitText(*_sources(config), config.validation_share, config.split, config.seed)
     tokenizer = Tokenizer.load(config.tokenizer)
     bos, eos = config.bos and tokenizer.bos_id is not None, config.eos and tokenizer.eos_id is not None
     encoder = Encoder(config.tokenizer, tokenizer.hash, bos, eos)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    _check_output(config)
+    check_output(config.output, config.overwrite)
     split_text.check()
+    identity = {name: value for name, value in _describe(config).items() if name not in ("files", "validation_files")}
+    identity |= {"shard": config.shard, "shard_tokens": config.shard_tokens, "tokenizer": tokenizer.hash}
+    identity |= {"files (names, sizes, times)": _on_disk(config), "groups": _group_sizes()}
     try:
-        with atomic_directory(config.output, overwrite=config.overwrite) as directory:
-            splits = _write_splits(config, split_text, encoder, dtype, directory, on_progress)
-            _check_splits(splits, split_text, config)
+        with unfinished(config.output, identity, config.resume, config.overwrite) as work:
+            splits, groups = _write_splits(config, split_text, encoder, dtype, work, (part, parts), on_progress)
+            if not config.shard:
+                _check_splits(splits, split_text, config)
             manifest = Manifest(
                 tokenizer_hash=tokenizer.hash,
                 vocab_size=tokenizer.vocab_size,
@@ -115,9 +148,10 @@ def prepare(config: PrepareConfig, on_progress: Callable[[Progress], None] | Non
                 empty_documents=split_text.empty_documents,
                 source=_describe(config),
                 splits=splits,
+                part=None if groups is None else Part(part, parts, *_group_sizes(), groups),
             )
-            tokenizer.save(directory / "tokenizer")
-            atomic_write(directory / MANIFEST, manifest.to_json())
+            tokenizer.save(work.directory / "tokenizer")
+            atomic_write(work.directory / MANIFEST, manifest.to_json())
             return manifest
     except OSError as error:
         if error.errno is None or error.filename is not None:
@@ -131,29 +165,52 @@ def _write_splits(
     split_text: SplitText,
     encoder: Encoder,
     dtype: np.dtype,
-    directory: Path,
+    work: Unfinished,
+    part: tuple[int, int],
     on_progress: Callable[[Progress], None] | None,
-) -> dict[str, SplitManifest]:
-    """Encode everything into files of `directory`, train before validation in the result."""
+) -> tuple[dict[str, SplitManifest], DataFile | None]:
+    """Encode everything into files, train before validation in the result; and the file of a part's groups.
+
+    What an earlier process wrote, as the journal has it, is read again but not encoded again.
+    """
     started = time.monotonic()
     workers = config.workers or _cores()
+    done = int(work.progress.get("groups", 0))
     with ExitStack() as stack:
-        writers: dict[str, SplitWriter] = {}
-        encoded_groups = stack.enter_context(closing(encode_in_order(split_text, encoder, workers)))
-        for group in encoded_groups:
-            for split, part in group.items():
+
+        def open_writer(split: str, state: WriterState | None = None) -> SplitWriter:
+            return stack.enter_context(SplitWriter(work.directory, split, dtype, config.shard_tokens, state))
+
+        earlier = work.progress.get("splits", {})
+        writers = {split: open_writer(split, WriterState.from_json(state)) for split, state in earlier.items()}
+        of_part = HashedFile(work.directory / PARTS, keep=done * GROUP_BYTES) if config.shard else None
+        if of_part is not None:
+            stack.callback(of_part.release)
+        own = islice(grouped(split_text), part[0] - 1, None, part[1])
+        recorded = sum(writer.bytes for writer in writers.values())
+        for group in stack.enter_context(closing(encode_in_order(islice(own, done, None), encoder, workers))):
+            for split, encoded in group.items():
                 if split not in writers:
-                    writer = SplitWriter(directory, split, dtype, config.shard_tokens)
-                    writers[split] = stack.enter_context(writer)
-                writers[split].add(part.tokens, part.lengths, part.characters, part.bytes)
+                    writers[split] = open_writer(split)
+                writers[split].add(encoded.tokens, encoded.lengths, encoded.characters, encoded.bytes)
+            if of_part is not None:
+                counts = [len(group[split].lengths) if split in group else 0 for split in (TRAIN, VALIDATION)]
+                of_part.write(np.array(counts, dtype=INDEX_DTYPE))
+            done += 1
+            documents, tokens, size = (
+                sum(getattr(writer, name) for writer in writers.values()) for name in ("documents", "tokens", "bytes")
+            )
+            if size - recorded >= JOURNAL_BYTES:
+                if of_part is not None:
+                    of_part.sync()
+                states = {split: asdict(writer.state()) for split, writer in writers.items()}
+                work.record({"groups": done, "splits": states})
+                recorded = size
             if on_progress is not None:
-                documents, tokens, size = (
-                    sum(getattr(writer, name) for writer in writers.values())
-                    for name in ("documents", "tokens", "bytes")
-                )
                 seconds = time.monotonic() - started
                 on_progress(Progress(documents, tokens, size, split_text.total_bytes, seconds))
-        return {split: writers[split].finish() for split in (TRAIN, VALIDATION) if split in writers}
+        splits = {split: writers[split].finish() for split in (TRAIN, VALIDATION) if split in writers}
+        return splits, None if of_part is None else of_part.close()
 
 
 def _sources(config: PrepareConfig) -> tuple[Source, Source | None]:
@@ -193,17 +250,15 @@ def _check_options(config: PrepareConfig) -> None:
         raise ValueError(f"documents={config.documents} must be at least 1")
 
 
-def _check_output(config: PrepareConfig) -> None:
-    """Overwriting replaces prepared data only, never a directory of something else."""
-    output = config.output
-    if not output.exists():
-        return
-    if not config.overwrite:
-        raise FileExistsError(f"{output} exists already; choose another --output, or pass --overwrite to replace it")
-    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
-        raise FileExistsError(
-            f"{output} is not a data directory, so --overwrite leaves it alone; choose another --output"
-        )
+def _part(shard: str) -> tuple[int, int]:
+    """The number of the part to encode, from 1, and the number of parts: (2, 8) of 2/8, and (1, 1) of an empty text."""
+    if not shard:
+        return 1, 1
+    found = re.fullmatch(r"(\d+)/(\d+)", shard, re.ASCII)
+    number, of = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= number <= of:
+        raise ValueError(f"shard={shard!r} must be i/n with 1 <= i <= n, as in 2/8")
+    return number, of
 
 
 def _check_splits(splits: dict[str, SplitManifest], split_text: SplitText, config: PrepareConfig) -> None:
@@ -221,11 +276,24 @@ def _check_splits(splits: dict[str, SplitManifest], split_text: SplitText, confi
 
 def _describe(config: PrepareConfig) -> dict[str, Any]:
     """The options that decide what is written, as JSON has them."""
-    elsewhere = {"output", "tokenizer", "workers", "overwrite", "shard_tokens"}
+    elsewhere = {"output", "tokenizer", "workers", "overwrite", "resume", "shard", "shard_tokens"}
     values = {name: value for name, value in asdict(config).items() if name not in elsewhere}
     return {
         name: [str(path) for path in value] if isinstance(value, tuple) else value for name, value in values.items()
     }
+
+
+def _on_disk(config: PrepareConfig) -> str:
+    """A hash over name, size and time of change of each file: a resumed preparation must find them as they were."""
+    digest = hashlib.sha256()
+    for path in (*config.files, None, *config.validation_files):  # None: where the training text ends
+        status = path.stat() if path is not None and path.is_file() else None
+        digest.update(repr((str(path), status and (status.st_size, status.st_mtime_ns))).encode())
+    return digest.hexdigest()
+
+
+def _group_sizes() -> tuple[int, int]:
+    return encoding.GROUP_CHARACTERS, encoding.GROUP_DOCUMENTS
 
 
 def _cores() -> int:

@@ -5,6 +5,7 @@
     DATA/train-documents.bin        little-endian int64: where each document starts in the stream, then its length
     DATA/validation-...             the same for the validation split, where there is one
     DATA/tokenizer/                 the tokenizer that made the ids
+    DATA/parts.bin                  only in a part of a corpus (llamita prepare --shard): what merge.py needs
 
 All shards of a split but the last hold the same number of tokens, and documents may cross from one to the next.
 This file knows nothing about where text comes from or how rows are made.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +28,9 @@ from llamita.text.tokenizer import Tokenizer
 FORMAT = "llamita token shards"
 VERSION = 1
 MANIFEST = "manifest.json"
+PARTS = "parts.bin"
 INDEX_DTYPE = np.dtype("<i8")
+GROUP_BYTES = 2 * INDEX_DTYPE.itemsize  # of a group of documents in parts.bin
 VERIFY_TOKENS = 1 << 22
 
 
@@ -57,6 +61,20 @@ class SplitManifest:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The part of a corpus that a data directory holds: the groups of documents number - 1, number - 1 + of, ..."""
+
+    number: int
+    """From 1 to `of`."""
+    of: int
+    group_characters: int
+    group_documents: int
+    """The sizes at which a group of documents ends."""
+    groups: DataFile
+    """Little-endian int64 [groups, 2]: the documents of each group in the training and the validation split."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The content of manifest.json."""
 
@@ -75,9 +93,12 @@ class Manifest:
     source: dict[str, Any]
     """The options that chose and split the text."""
     splits: dict[str, SplitManifest] = field(default_factory=dict)
+    part: Part | None = None
+    """Left out of the file where the directory holds a whole corpus."""
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
+        values = {name: value for name, value in asdict(self).items() if name != "part" or value is not None}
+        return json.dumps({"format": FORMAT, "version": VERSION, **values}, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def load(cls, data_dir: Path | str) -> Manifest:
@@ -90,7 +111,8 @@ class Manifest:
             if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):
                 raise ValueError("another format or version")
             splits = {name: _split_from_json(split) for name, split in values.pop("splits").items()}
-            return cls(splits=splits, **values)
+            part = values.pop("part", None)
+            return cls(splits=splits, part=part and Part(**{**part, "groups": DataFile(**part["groups"])}), **values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a manifest this version reads ({error}); prepare the data again") from None
 
@@ -187,18 +209,62 @@ def load_tokenizer(data_dir: Path | str) -> Tokenizer:
     return tokenizer
 
 
-class SplitWriter:
-    """Writes one split of a data directory, shard after shard; a context manager, so that files are closed."""
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise FileExistsError where a data directory may not be written.
 
-    def __init__(self, directory: Path, split: str, dtype: np.dtype, shard_tokens: int) -> None:
+    Overwriting replaces prepared data only, never a directory of something else.
+    """
+    if not output.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{output} exists already; choose another --output, or pass --overwrite to replace it")
+    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
+        raise FileExistsError(
+            f"{output} is not a data directory, so --overwrite leaves it alone; choose another --output"
+        )
+
+
+@dataclass(frozen=True)
+class WriterState:
+    """How far a split has been written: its counts, and the shards that are complete."""
+
+    documents: int = 0
+    tokens: int = 0
+    characters: int = 0
+    bytes: int = 0
+    longest_document: int = 0
+    shards: tuple[DataFile, ...] = ()
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> WriterState:
+        return cls(**{**values, "shards": tuple(DataFile(**shard) for shard in values["shards"])})
+
+
+class SplitWriter:
+    """Writes one split of a data directory, shard after shard; a context manager, so that files are closed.
+
+    With the `state` of an earlier writer, it goes on there: what that one wrote afterwards is cut off.
+    """
+
+    def __init__(
+        self, directory: Path, split: str, dtype: np.dtype, shard_tokens: int, state: WriterState | None = None
+    ) -> None:
+        state = state or WriterState()
         self.directory = directory
         self.split = split
         self.dtype = dtype
         self.shard_tokens = shard_tokens
-        self.documents = self.tokens = self.characters = self.bytes = self.longest_document = 0
-        self._shards: list[DataFile] = []
-        self._shard: _HashedFile | None = None
-        self._index = _HashedFile(directory / f"{split}-documents.bin")
+        self.documents = state.documents
+        self.tokens = state.tokens
+        self.characters = state.characters
+        self.bytes = state.bytes
+        self.longest_document = state.longest_document
+        self._shards = list(state.shards)
+        self._shard: HashedFile | None = None
+        index_bytes = (self.documents + 1) * INDEX_DTYPE.itemsize if self.documents else 0
+        self._index = HashedFile(directory / f"{split}-documents.bin", keep=index_bytes)
+        if begun := self.tokens % shard_tokens:
+            self._shard = HashedFile(self._next_shard(), keep=begun * dtype.itemsize)
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, characters: int, bytes: int) -> None:
         """Append documents laid end to end in `tokens`, of `lengths` tokens each, made from so much text."""
@@ -213,13 +279,21 @@ class SplitWriter:
         while len(tokens):
             room = self.shard_tokens - self.tokens % self.shard_tokens
             if self._shard is None:
-                self._shard = _HashedFile(self.directory / f"{self.split}-{len(self._shards):05d}.bin")
+                self._shard = HashedFile(self._next_shard())
             self._shard.write(tokens[:room].astype(self.dtype))
             self.tokens += len(tokens[:room])
             if len(tokens) >= room:
                 self._shards.append(self._shard.close())
                 self._shard = None
             tokens = tokens[room:]
+
+    def state(self) -> WriterState:
+        """Returns what another writer needs to go on from here, once the disk has all that was written."""
+        for file in (self._index, self._shard):
+            if file is not None:
+                file.sync()
+        counts = (self.documents, self.tokens, self.characters, self.bytes, self.longest_document)
+        return WriterState(*counts, tuple(self._shards))
 
     def finish(self) -> SplitManifest:
         """Close the files and describe them."""
@@ -245,16 +319,26 @@ class SplitWriter:
             if file is not None:
                 file.release()
 
+    def _next_shard(self) -> Path:
+        return self.directory / f"{self.split}-{len(self._shards):05d}.bin"
 
-class _HashedFile:
-    """A file that knows its SHA-256 when it is closed."""
 
-    def __init__(self, path: Path) -> None:
+class HashedFile:
+    """A file that knows its SHA-256 when it is closed. `keep`: bytes of an earlier one to go on behind."""
+
+    def __init__(self, path: Path, keep: int = 0) -> None:
         self.path = path
         # Unbuffered, so that a full disk shows at the write that meets it and never again when the file is closed.
-        self._file: BinaryIO = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by close() or release()
+        self._file: BinaryIO = open(path, "r+b" if keep else "wb", buffering=0)  # noqa: SIM115 - close() or release()
         self._digest = hashlib.sha256()
         self._bytes = 0
+        while self._bytes < keep and (piece := self._file.read(min(keep - self._bytes, VERIFY_TOKENS))):
+            self._digest.update(piece)
+            self._bytes += len(piece)
+        if self._bytes < keep:
+            self.release()
+            raise ValueError(f"{path} has {self._bytes} bytes, and {keep} had been written; prepare the data again")
+        self._file.truncate(keep)
 
     def write(self, array: np.ndarray) -> None:
         view = np.ascontiguousarray(array).view(np.uint8).data
@@ -263,7 +347,12 @@ class _HashedFile:
         while len(view):  # a raw write may take only a part
             view = view[self._file.write(view) :]
 
+    def sync(self) -> None:
+        """Wait until the disk has all of it."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> DataFile:
+        self.sync()
         self._file.close()
         return DataFile(self.path.name, self._bytes, self._digest.hexdigest())
 

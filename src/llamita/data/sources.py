@@ -75,6 +75,24 @@ class Source:
         return sum(path.stat().st_size for path in self.files)
 
 
+def files_in(paths: Iterable[Path]) -> tuple[Path, ...]:
+    """The paths with each directory replaced by all files in it and below it, sorted; hidden ones are left out.
+
+    FileNotFoundError for a directory without files.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = (file for file in path.rglob("*") if file.is_file())
+        visible = [file for file in inside if not any(n.startswith(".") for n in file.relative_to(path).parts)]
+        if not visible:
+            raise FileNotFoundError(f"there are no files in {path}")
+        found += sorted(visible)
+    return tuple(found)
+
+
 def documents(source: Source) -> Iterator[str]:
     """The documents of a source, in order; some may be empty.
 

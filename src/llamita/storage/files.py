@@ -31,7 +31,7 @@ def atomic_directory(path: Path | str, overwrite: bool = False) -> Iterator[Path
 
 
 def move_into_place(temporary: Path, path: Path) -> None:
-    """Give a finished directory its name, in place of what has it, once the disk holds all of it."""
+    """Give a whole directory the name `path`, in place of what has it, once the disk holds all of it."""
     for file in temporary.rglob("*"):
         if file.is_file():
             _sync(file)

@@ -7,6 +7,7 @@ becomes ids is the business of the two codecs; how a vocabulary is trained, of b
 import functools
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,22 @@ class Tokenizer:
             _check_text(text)
         begin, end = self._ends(bos, eos)
         return [np.array([*begin, *ids, *end], dtype=np.int32) for ids in self.codec.encode_batch(texts)]
+
+    def encode_joined(
+        self, texts: Sequence[str], bos: bool = False, eos: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`encode` of each text, laid end to end: int32 [tokens], and the number of tokens of each, int64 [texts]."""
+        for text in texts:
+            _check_text(text)
+        begin, end = self._ends(bos, eos)
+        joined = array("i")  # takes a list of ints several times faster than numpy does
+        lengths = np.empty(len(texts), dtype=np.int64)
+        for number, ids in enumerate(self.codec.encode_batch(texts)):
+            joined.fromlist(begin)
+            joined.fromlist(ids)
+            joined.fromlist(end)
+            lengths[number] = len(ids)
+        return np.array(joined, dtype=np.int32), lengths + len(begin) + len(end)
 
     def decode(self, ids: Iterable[int] | np.ndarray, skip_special: bool = True) -> str:
         """The text of ids; bytes that are no UTF-8 become U+FFFD. ValueError for an id outside the vocabulary."""

@@ -7,7 +7,7 @@ flag of that name. Knows nothing of models or data.
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from llamita.backend.adamw import AdamWSettings
 from llamita.backend.group import ParallelName, ParallelSettings
@@ -214,8 +214,10 @@ def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
             values[option.name] = _changed(value, changes)
         elif option.name in changes:
             value, hint = changes[option.name], hints[option.name]
-            if isinstance(value, str) and Path in (hint, *get_args(hint)):
-                value = Path(value)
+            if get_origin(hint) is tuple and not isinstance(value, list | tuple):  # one, where several may be given
+                value = [] if value is None else [value]
+            if Path in (hint, *get_args(hint)):
+                value = [Path(text) for text in value] if isinstance(value, list | tuple) else value and Path(value)
             values[option.name] = tuple(value) if isinstance(value, list) else value
     return replace(config, **values)
 
@@ -245,6 +247,8 @@ def _walk(config: Any) -> Iterator[tuple[Field[Any], Any]]:
 
 def _absolute(value: Any) -> Any:
     """Returns a path as a text, absolute where it exists: one that does not is the name of a model on the hub."""
+    if isinstance(value, tuple):
+        return tuple(_absolute(item) for item in value)
     if not isinstance(value, Path):
         return value
     return str(value.resolve() if value.exists() else value)

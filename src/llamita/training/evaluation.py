@@ -1,12 +1,12 @@
 """The loss over validation rows, per token, character and byte. Knows nothing of when it is taken or where it goes."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from llamita.backend.interface import TrainStep
-from llamita.data.batches import IGNORE_INDEX
-from llamita.training.examples import Examples
+from llamita.data.batches import IGNORE_INDEX, Batch
+from llamita.training.examples import Examples, ValidationPart
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,54 @@ class Totals:
 def evaluate(step: TrainStep, examples: Examples, stop: Callable[[], bool] = lambda: False) -> Totals | None:
     """The loss over the validation rows; None when `stop` said so in between.
 
+    Of a mixture, the loss is the weighted mean of its parts' losses, and so are nats per character, bits per byte and
+    measures; `loss/NAME` among the measures is the loss of a part.
+    """
+    if not examples.parts:
+        return _totals(step, examples.validation(), examples, stop)
+    found: list[tuple[ValidationPart, Totals]] = []
+    for part in examples.parts:
+        totals = _totals(step, part.batches(), examples, stop)
+        if totals is None:
+            return None
+        if totals.targets:
+            found.append((part, totals))
+    whole = sum(part.weight for part, _ in found)
+
+    def mean(values: Iterable[float | None]) -> float | None:
+        known = list(values)
+        if not known or any(value is None for value in known):
+            return None
+        return sum(
+            part.weight / whole * value for (part, _), value in zip(found, known, strict=True) if value is not None
+        )
+
+    loss = mean(totals.loss for _, totals in found)
+    loss = math.nan if loss is None else loss
+    names = dict.fromkeys(name for _, totals in found for name in totals.measures)
+    measures = {name: mean(totals.measures.get(name) for _, totals in found) for name in names}
+    return Totals(
+        loss=loss,
+        perplexity=_perplexity(loss, examples),
+        nats_per_character=mean(totals.nats_per_character for _, totals in found),
+        bits_per_byte=mean(totals.bits_per_byte for _, totals in found),
+        targets=sum(totals.targets for _, totals in found),
+        target=examples.target,
+        measures={
+            **{name: value for name, value in measures.items() if value is not None},
+            **{f"loss/{part.name}": totals.loss for part, totals in found},
+        },
+    )
+
+
+def _totals(step: TrainStep, batches: Iterable[Batch], examples: Examples, stop: Callable[[], bool]) -> Totals | None:
+    """The loss over some batches; None when `stop` said so in between.
+
     Characters and bytes are those of the scored tokens themselves, so they fit whatever rows are scored.
     """
     nats, targets, characters, size = 0.0, 0, 0, 0
     sums: dict[str, float] = {}
-    for batch in examples.validation():
+    for batch in batches:
         if stop():
             return None
         found = step.evaluate(batch)
@@ -64,13 +107,18 @@ def evaluate(step: TrainStep, examples: Examples, stop: Callable[[], bool] = lam
             characters += int(examples.text.characters_V[labels].sum())
             size += int(examples.text.bytes_V[labels].sum())
     loss = nats / targets if targets else math.nan
-    perplexity = math.exp(loss) if loss < 700 else math.inf
     return Totals(
         loss=loss,
-        perplexity=perplexity if examples.target == "token" else None,
+        perplexity=_perplexity(loss, examples),
         nats_per_character=nats / characters if characters else None,
         bits_per_byte=nats / size / math.log(2) if size else None,
         targets=targets,
         target=examples.target,
         measures={name: value / targets for name, value in sums.items()},
     )
+
+
+def _perplexity(loss: float, examples: Examples) -> float | None:
+    if examples.target != "token":
+        return None
+    return math.exp(loss) if loss < 700 else math.inf

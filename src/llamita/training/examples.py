@@ -29,11 +29,21 @@ class TokenText:
 
 
 @dataclass(frozen=True)
+class ValidationPart:
+    """What validates one source of a mixture: `batches` starts anew at each call; weights are relative."""
+
+    name: str
+    weight: float
+    batches: Callable[[], Iterable[Batch]]
+
+
+@dataclass(frozen=True)
 class Examples:
     """Batches to learn from and to be judged by. `validation` starts anew at each call and may yield nothing.
 
     `target` is what the loss is a mean over; only of tokens is there a perplexity. `origin` says in a few words where
-    the row of a number comes from.
+    the row of a number comes from. Where there are `parts`, they validate instead of `validation`: the loss is the
+    weighted mean of theirs.
     """
 
     batches: Batches
@@ -41,3 +51,4 @@ class Examples:
     text: TokenText | None = None
     target: str = "token"
     origin: Callable[[int], str] | None = None
+    parts: tuple[ValidationPart, ...] = ()

@@ -5,19 +5,20 @@ The backend is passed in. Everything that can be wrong with the options is found
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from llamita.backend.interface import Backend
 from llamita.backend.sampling_params import SamplingParams
-from llamita.data.batches import Batch, BatchIterator, evaluation_batches
+from llamita.data.batches import BatchIterator, evaluation_batches
 from llamita.data.inspect import documents_of_row
-from llamita.data.packing import Rows, RowsConfig
+from llamita.data.mixture import MixedRows, MixtureIterator, normalised
+from llamita.data.packing import RowMode, Rows, RowsConfig
 from llamita.data.shards import Manifest, TokenShards, load_tokenizer
 from llamita.inference.config import EngineConfig
 from llamita.inference.llm import LLM
@@ -29,7 +30,7 @@ from llamita.training import loggers, run_directory
 from llamita.training.config import MachineConfig, RunConfig, TrainingConfig, TrainingVerb, saved_options
 from llamita.training.display import Display
 from llamita.training.evaluation import Evaluation, OnEvaluation
-from llamita.training.examples import Examples, TokenText
+from llamita.training.examples import Examples, TokenText, ValidationPart
 from llamita.training.launch import launched_processes
 from llamita.training.trainer import Trainer, TrainingResult
 
@@ -44,8 +45,10 @@ class PretrainConfig:
     run: RunConfig
     recipe: str = ""
     """Take every option that is not given from a recipe; llamita recipe lists them."""
-    data: Path | None = None
-    """Prepared data (llamita prepare). Needed, but when resuming."""
+    data: tuple[Path, ...] = ()
+    """Prepared data (llamita prepare), several directories for a mixture of them. Needed, but when resuming."""
+    weights: tuple[float, ...] = ()
+    """The share of rows from each directory of --data. Left out: in proportion to their tokens."""
     preset: str = "tiny"
     """The model's shape; llamita info lists the presets."""
     set: tuple[str, ...] = ()
@@ -54,8 +57,9 @@ class PretrainConfig:
     """On embeddings, attention weights and the output of each sublayer."""
     initialization: InitializationName = "fan-in"
     """fan-in: std 1/sqrt(n_in); gpt-2: std 0.02, less on the projections into the residual stream."""
-    mode: Literal["pad", "pack", "random"] = "pack"
-    """pad: each document padded to whole rows; pack: documents back to back; random: windows at random offsets."""
+    mode: RowMode = "pack"
+    """pad: each document padded to whole rows; pack: documents back to back; best-fit: whole documents, as many as fit
+    in a row; random: windows at random offsets."""
     sequence_length: int = 0
     """Tokens in a row; 0: as many as the model has positions, at most 256."""
     within_documents: bool = False
@@ -87,17 +91,14 @@ def pretrain(
     evaluation, after the sample was written. ValueError or OSError, in one line, for options that cannot be met.
     """
     check_run(config)
-    if config.data is None:
-        raise ValueError("--data is missing: give the directory that llamita prepare wrote")
-    tokenizer = load_tokenizer(config.data)
+    tokenizer = load_common_tokenizer(config.data)
     model = model_config(config, tokenizer)
     rows = RowsConfig(config.mode, sequence_length(config, model), config.within_documents)
-    manifest = Manifest.load(config.data)
     identity = {
         "kind": "pretraining",
         "model": asdict(model),
         "initialization": config.initialization,
-        "data": {"tokenizer": tokenizer.hash, **{name: _digest(split) for name, split in manifest.splits.items()}},
+        "data": {"tokenizer": tokenizer.hash, **_data_identity(config)},
         "rows": asdict(rows),
         "training": config.training.identity(),
     }
@@ -123,7 +124,7 @@ def pretrain(
             step,
             examples,
             run,
-            tokenizer_directory=config.data / "tokenizer",
+            tokenizer_directory=config.data[0] / "tokenizer",
             on_evaluation=after_evaluation,
             floor=floor,
             display=display,
@@ -172,7 +173,7 @@ def model_config(config: PretrainConfig, tokenizer: Tokenizer) -> ModelConfig:
     vocabulary = changes.setdefault("vocab_size", tokenizer.vocab_size)
     if vocabulary != tokenizer.vocab_size:
         raise ValueError(
-            f"vocab_size={vocabulary} does not fit the tokenizer of {config.data}, which has {tokenizer.vocab_size} "
+            f"vocab_size={vocabulary} does not fit the tokenizer of {config.data[0]}, which has {tokenizer.vocab_size} "
             "tokens; leave vocab_size out to take the tokenizer's"
         )
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
@@ -210,25 +211,79 @@ def sequence_length(config: PretrainConfig, model: ModelConfig) -> int:
     return length
 
 
+def load_common_tokenizer(data: Sequence[Path]) -> Tokenizer:
+    """The tokenizer that made all of the data; ValueError where there is none, or not one alone."""
+    if not data:
+        raise ValueError("--data is missing: give the directory that llamita prepare wrote")
+    tokenizer = load_tokenizer(data[0])
+    for other in data[1:]:
+        if Manifest.load(other).tokenizer_hash != tokenizer.hash:
+            raise ValueError(
+                f"{data[0]} and {other} were not made by the same tokenizer; prepare one again with that of the other"
+            )
+    return tokenizer
+
+
 def make_examples(config: PretrainConfig, tokenizer: Tokenizer, rows: RowsConfig) -> Examples:
-    """Training batches and validation batches over the data directory; without a validation split, none of those."""
-    assert config.data is not None
+    """Training batches and validation batches over the data; without a validation split, none of those."""
     special = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-    train = Rows(TokenShards(config.data, TRAIN), rows, *special)
-    validation: Callable[[], Iterator[Batch]] = lambda: iter(())  # noqa: E731
-    if VALIDATION in Manifest.load(config.data).splits:
-        held_out = Rows(TokenShards(config.data, VALIDATION), rows.for_evaluation(), *special)
-        validation = partial(
-            evaluation_batches, held_out, config.training.rows_at_once, config.training.evaluation_rows
-        )
+    training = config.training
+    names = _names(config.data)
+    train = {name: Rows(TokenShards(place, TRAIN), rows, *special) for name, place in names.items()}
+    validation = {}
+    for name, place in names.items():
+        if VALIDATION in Manifest.load(place).splits:
+            held_out = Rows(TokenShards(place, VALIDATION), rows.for_evaluation(), *special)
+            validation[name] = partial(evaluation_batches, held_out, training.rows_at_once, training.evaluation_rows)
     pieces = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
     text = TokenText(
         # A character is a byte that does not continue another: one that is not 0b10xxxxxx.
         characters_V=np.array([sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces], dtype=np.int64),
         bytes_V=np.array([len(piece) for piece in pieces], dtype=np.int64),
     )
-    batches = BatchIterator(train, config.training.batch_size, config.training.seed)
-    return Examples(batches, validation, text, origin=partial(documents_of_row, train))
+    if len(train) > 1:
+        weights = dict(zip(names, mixture_weights(config), strict=True))
+        mixture = MixtureIterator(MixedRows(train), tuple(weights.values()), training.batch_size, training.seed)
+        parts = tuple(ValidationPart(name, weights[name], batches) for name, batches in validation.items())
+        return Examples(mixture, text=text, parts=parts, origin=partial(_origin_in_mixture, mixture.rows))
+    ((name, rows_of_one),) = train.items()
+    batches = BatchIterator(rows_of_one, training.batch_size, training.seed)
+    return Examples(batches, validation.get(name, tuple), text, origin=partial(documents_of_row, rows_of_one))
+
+
+def _origin_in_mixture(rows: MixedRows, index: int) -> str:
+    name, source, row = rows.place(index)
+    assert isinstance(source, Rows)
+    return f"{name}, {documents_of_row(source, row)}"
+
+
+def mixture_weights(config: PretrainConfig) -> tuple[float, ...]:
+    """The weights of the directories of data, which sum to one: those given, or in proportion to training tokens."""
+    tokens = [Manifest.load(place).splits[TRAIN].tokens for place in config.data]
+    return normalised(config.weights or tokens, len(config.data))
+
+
+def _names(data: Sequence[Path]) -> dict[str, Path]:
+    """Directories by their names or, where those are not enough to tell them apart, with a number behind."""
+    found = [place.resolve().name for place in data]
+    return {
+        name if found.count(name) == 1 else f"{name}-{number}": place
+        for number, (name, place) in enumerate(zip(found, data, strict=True), start=1)
+    }
+
+
+def _data_identity(config: PretrainConfig) -> dict[str, Any]:
+    """One hash a split of the data; of a mixture, those of each directory and its weight."""
+    found = [{name: _digest(split) for name, split in Manifest.load(place).splits.items()} for place in config.data]
+    if len(found) == 1:
+        if config.weights:
+            raise ValueError("--weights says how to mix several directories of --data, and there is only one")
+        return found[0]
+    weights = mixture_weights(config)
+    return {
+        f"source-{number}": {**splits, "weight": weight}
+        for number, (splits, weight) in enumerate(zip(found, weights, strict=True), start=1)
+    }
 
 
 def sample_prompt(config: PretrainConfig, tokenizer: Tokenizer, examples: Examples) -> str | tuple[int, ...]:

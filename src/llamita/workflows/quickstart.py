@@ -158,7 +158,7 @@ def training_options(config: QuickstartConfig, data: Path, run: Path) -> Pretrai
     splits = Manifest.load(data).splits.values()
     return resolve(
         PretrainConfig,
-        data=data,
+        data=(data,),
         output=run,
         resume=(run / "run.json").exists(),
         preset="tiny",

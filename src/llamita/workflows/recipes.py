@@ -33,7 +33,7 @@ def base(name: str, text: str, vocab_size: int) -> Recipe:
     """
     tokenizer = TokenizerTrainingConfig(files=(Path(text),), vocab_size=vocab_size, output=Path(f"{name}-tokenizer"))
     prepare = PrepareConfig(output=Path(f"{name}-data"), tokenizer=tokenizer.output, files=tokenizer.files)
-    train = PretrainConfig(recipe=name, run=RunConfig(output=Path("runs") / name), data=prepare.output)
+    train = PretrainConfig(recipe=name, run=RunConfig(output=Path("runs") / name), data=(prepare.output,))
     return Recipe(tokenizer, prepare, train, (f"llamita generate {train.run.output}",))
 
 
@@ -144,8 +144,9 @@ def with_recipe(config: PretrainConfig) -> PretrainConfig:
     if not config.recipe or config.run.resume:
         return config
     ours = recipe(config.recipe).train.set
-    if config.data is None or not config.data.exists():
+    missing = next((place for place in config.data if not place.exists()), None)
+    if missing is not None:
         raise FileNotFoundError(
-            f"there is no {config.data}; llamita recipe {config.recipe} prints the commands that make it"
+            f"there is no {missing}; llamita recipe {config.recipe} prints the commands that make it"
         )
     return replace(config, set=(*ours, *(change for change in config.set if change not in ours)))

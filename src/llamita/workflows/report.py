@@ -113,7 +113,8 @@ def in_words(run: Run) -> str:
     how = "trained from nothing" if run.kind == "pretraining" else f"tuned ({run.kind})"
     data = run.arguments.get("data")
     source = f" from {Path(str(base)).name}" if base else ""
-    on = f" on {Path(str(data)).name}" if isinstance(data, str) else ""
+    read = [data] if isinstance(data, str) else data if isinstance(data, list) and run.kind == "pretraining" else []
+    on = f" on {' and '.join(Path(str(place)).name for place in read)}" if read else ""
     rows = run.arguments.get("batch_size")
     updates = f"{run.steps_done:,} of {run.steps:,}" if run.steps else f"{run.steps_done:,}"
     return f"{what}, {how}{source}{on}: {updates} updates" + (f" of {rows} rows each." if rows else ".")

@@ -152,7 +152,7 @@ def refused(cases):
     """What is said against each."""
     said = []
     for config, parallel, adapter in cases:
-        with pytest.raises(ValueError, match="tensor|divided|adapter") as error:
+        with pytest.raises(ValueError, match=r"tensor|divided|adapter") as error:
             build_train_step(config, adapter=adapter, precision="fp32", parallel=parallel)
         said.append(str(error.value))
     return said
