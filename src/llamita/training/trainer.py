@@ -32,6 +32,7 @@ from llamita.training.run_directory import BEST, Checkpoint, RunDirectory
 from llamita.training.spikes import SpikeDetector, SpikePolicy, Threshold
 
 PLOT_SECONDS = 30.0  # between two drawings of the loss while training
+HEALTHY_BYTES = 1 << 26  # of a batch that is held until the next; what a teacher says of one can be far larger
 MOST_REPORTED = 20  # spikes of a run that get an autopsy where nothing else is done about them
 
 
@@ -171,7 +172,8 @@ class Trainer:
                 return
             result = self.step.step(micro_batches, rate)
         else:
-            self._healthy = (self._done + 1, result.loss, micro_batches)
+            size = sum(array.nbytes for array in batch.extras.values())
+            self._healthy = (self._done + 1, result.loss, micro_batches) if size <= HEALTHY_BYTES else None
         self._done += 1
         self._spikes.add(result.loss)
         seconds = time.perf_counter() - started
