@@ -29,6 +29,7 @@ from llamita.data.packing import Rows, RowsConfig
 from llamita.data.prepare import PrepareConfig, prepare
 from llamita.data.shards import TokenShards
 from llamita.text.bpe import train_bpe_from_iterator
+from llamita.training import exit_status
 from llamita.training.metrics import read_records
 from llamita.workflows.options import resolve
 from llamita.workflows.pretrain import PretrainConfig, pretrain
@@ -78,7 +79,7 @@ def measured(run: Path, data: Path, policy: str, options: argparse.Namespace, cl
     values = {
         "output": run, "data": data, "set": (*SHAPE, "num_key_value_heads=2"), "mode": "pad",
         "sequence_length": LENGTH, "steps": options.steps, "batch_size": ROWS, "learning_rate": 4e-3,
-        "max_grad_norm": clipping, "evaluate_every": 10, "checkpoint_every": 50, "evaluation_rows": 96,
+        "max_grad_norm": clipping, "evaluate_every": 20, "checkpoint_every": 50, "evaluation_rows": 96,
         "sample_tokens": 0, "precision": "fp32", "device": "cpu", "on_spike": policy,
         "spike_deviations": options.deviations, "spike_limit": 100, "keep_checkpoints": 3,
     }  # fmt: skip
@@ -89,8 +90,9 @@ def measured(run: Path, data: Path, policy: str, options: argparse.Namespace, cl
     rise = max(0.0, *(after - before for before, after in pairwise(losses[len(losses) // 5 :])))
     reports = [json.loads(file.read_text("utf-8")) for file in sorted((run / "autopsies").glob("*/report.json"))]
     named = [row["texts"]["text"] for report in reports for row in report["rows"] if row["suspect"]]
-    garbage = sum(sum(letter in SIGNS for letter in text) > len(text) / 2 for text in named)
-    assert result.evaluation is not None
+    garbage = sum(any(sign in text for sign in SIGNS) for text in named)
+    if result.interrupted or result.evaluation is None:
+        raise SystemExit(exit_status.of_signal(result.signal))
     return [str(len(reports)), f"{garbage} of {len(named)}", f"{result.evaluation.loss:.4f}", f"{rise:.4f}"]
 
 
