@@ -131,12 +131,12 @@ def test_a_spike_is_reported_and_changes_nothing(tmp_path):
     assert [record for record in timeless(tmp_path / "on") if record != spike] == timeless(tmp_path / "off")
     rows = data_of(settings(tmp_path), {}).batches.row_ids(46)[-3:].tolist()
     report = report_of(tmp_path / "on", 47)
-    assert report["suspects"] == spike["rows"]
-    assert sorted(spike["rows"]) == sorted(rows)
+    assert sorted(report["suspects"]) == sorted(rows)
+    assert spike["rows"] == data_of(settings(tmp_path), {}).batches.row_ids(46).tolist()
     assert (spike["step"], spike["loss"]) == (report["step"], report["loss"])
     assert len(told) == 1
     assert told[0].startswith(f"step 47: the loss {spike['loss']:.4g} is a spike: above {spike['limit']:.4g}")
-    assert f"on rows {spike['rows']}; see {tmp_path / 'on/autopsies/step-00000047/report.md'}" in told[0]
+    assert f"on rows {report['suspects']}; see {tmp_path / 'on/autopsies/step-00000047/report.md'}" in told[0]
 
 
 def test_what_a_report_says(tmp_path):
@@ -250,7 +250,7 @@ def test_a_spike_right_behind_a_batch_that_was_passed_over_goes_further_back(tmp
 def test_after_so_many_batches_the_run_stops(tmp_path):
     plants = {45: garbage, 48: garbage, 51: garbage}
     options = settings(tmp_path / "run", on_spike="skip", spike_limit=2)
-    with pytest.raises(ValueError, match=r"step 51: the loss .* is a spike"):
+    with pytest.raises(ValueError, match=r"step 51: the loss .* is a spike.* --spike-limit above 2$"):
         train(options, plants)
     assert state_of(tmp_path / "run/last")["step"] == 50
     assert state_of(tmp_path / "run/last")["skipped"] == [45, 48]
@@ -359,3 +359,25 @@ def test_a_run_that_was_begun_without_these_options_goes_on(tmp_path, clean):
     file.write_text(json.dumps(state))
     train(settings(tmp_path / "run", resume=True))
     assert weights_of(tmp_path / "run/last") == weights_of(clean[0] / "last")
+
+
+def test_a_run_gets_so_many_reports_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr("llamita.training.trainer.MOST_REPORTED", 1)
+    train(settings(tmp_path / "run"), {45: garbage, 52: garbage})
+    assert [record["step"] for record in kinds(tmp_path / "run", "spike")] == [45, 52]
+    assert [path.name for path in (tmp_path / "run/autopsies").iterdir()] == ["step-00000045"]
+
+
+def test_an_autopsy_that_cannot_be_made_costs_no_run(tmp_path, clean):
+    options = settings(tmp_path / "run", on_spike="skip")
+    step = step_of(options)
+
+    def fail(micro_batches):
+        raise RuntimeError("out of\nmemory")
+
+    step.diagnose = fail
+    result, display = train(options, {47: garbage}, step=step)
+    assert weights(tmp_path / "run") == by_hand(options, {47: garbage}, {47})
+    assert any("(no autopsy: out of memory)" in text for text in display.messages)
+    assert not (tmp_path / "run/autopsies").exists()
+    assert result.step == STEPS

@@ -34,7 +34,7 @@ def train(config: ClassifyConfig) -> int:
         --output CLASSIFIER --seeds 0 1 2 3 4
       llamita classify train --output CLASSIFIER --resume
 
-    Ctrl-C finishes the update, saves and ends; a second Ctrl-C ends at once.
+    Ctrl-C, SIGTERM and SIGUSR1 finish the update, save and end; a second one ends at once.
     """
     from llamita.workflows.classify import ACCURACY, train_classifier
     from llamita.workflows.classify_seeds import train_seeds

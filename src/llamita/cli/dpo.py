@@ -17,7 +17,7 @@ def run(config: DpoConfig) -> int:
       llamita dpo --model MODEL --data pairs.jsonl --output RUN --beta 0.3 --epochs 1
       llamita dpo --output RUN --resume
 
-    Ctrl-C finishes the update, saves and ends; a second Ctrl-C ends at once.
+    Ctrl-C, SIGTERM and SIGUSR1 finish the update, save and end; a second one ends at once.
     """
     from llamita.text.tokenizer import Tokenizer
     from llamita.workflows.dpo import dpo

@@ -28,7 +28,7 @@ def run(config: RlConfig) -> int:
 
     A reward is a function of a sample, which has `prompt` and `answer`, texts, `record`, the prompt's JSON object, and
     `ended`, false where the answer was cut off; it returns a number.
-    Ctrl-C finishes the update, saves and ends; a second Ctrl-C ends at once.
+    Ctrl-C, SIGTERM and SIGUSR1 finish the update, save and end; a second one ends at once.
     """
     from llamita.workflows.reinforcement import reinforce
 

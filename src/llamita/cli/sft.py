@@ -17,7 +17,7 @@ def run(config: SftConfig) -> int:
       llamita sft --model MODEL --data train.jsonl --validation-data held-out.jsonl --output RUN --epochs 3
       llamita sft --output RUN --resume
 
-    Ctrl-C finishes the update, saves and ends; a second Ctrl-C ends at once.
+    Ctrl-C, SIGTERM and SIGUSR1 finish the update, save and end; a second one ends at once.
     """
     from llamita.workflows.sft import sft
 

@@ -15,7 +15,7 @@ def run(config: PretrainConfig) -> int:
       llamita train --output RUN --resume
       llamita train --recipe scratch-shakespeare --steps 500
 
-    Ctrl-C finishes the update, saves and ends; a second Ctrl-C ends at once.
+    Ctrl-C, SIGTERM and SIGUSR1 finish the update, save and end; a second one ends at once.
     """
     from llamita.workflows.pretrain import pretrain
     from llamita.workflows.recipes import with_recipe

@@ -1,5 +1,5 @@
 """The parts that all verbs that train a model share: the options of a run that goes on, its backend, and the message
-after Ctrl-C."""
+after a signal."""
 
 from __future__ import annotations
 

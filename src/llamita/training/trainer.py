@@ -34,6 +34,7 @@ from llamita.training.shard_saving import ShardSaving
 from llamita.training.spikes import SpikeDetector, SpikePolicy, Threshold
 
 PLOT_SECONDS = 30.0  # between two drawings of the loss while training
+HEALTHY_BYTES = 1 << 26  # of a batch that is held until the next; what a teacher says of one can be far larger
 MOST_REPORTED = 20  # spikes of a run that get an autopsy where nothing else is done about them
 
 
@@ -197,7 +198,8 @@ class Trainer:
                 return
             result = self.step.step(own, rate)
         else:
-            self._healthy = (self._done + 1, result.loss, micro_batches)
+            size = sum(array.nbytes for array in batch.extras.values())
+            self._healthy = (self._done + 1, result.loss, micro_batches) if size <= HEALTHY_BYTES else None
         self._done += 1
         self._spikes.add(result.loss)
         seconds = time.perf_counter() - started
@@ -230,9 +232,9 @@ class Trainer:
             "rewind": f"The run went back to step {back.step if back else 0}, to pass over the batch this time.",
             "stop": "The update was not made and the run stopped.",
         }
-        if action == "report" and len(self.run_directory.autopsies()) >= MOST_REPORTED:
-            rows, where = [int(row) for batch in micro_batches for row in batch.row_ids], ""
-        else:
+        all_rows = [int(row) for batch in micro_batches for row in batch.row_ids]
+        rows, where = all_rows, ""
+        if action != "report" or len(self.run_directory.autopsies()) < MOST_REPORTED:
             rows, where = self._write_autopsy(finding, micro_batches, outcomes[action])
         about = f"step {finding.step}: {finding} on rows {rows}"
         if action == "stop":
@@ -241,6 +243,8 @@ class Trainer:
                     self.examples.batches.load_state(position)
                     self._save()
                 advice = "go on with --resume and --on-spike report, skip or rewind"
+                if self.config.on_spike != "stop":
+                    advice = f"go on with --resume and --spike-limit above {self.config.spike_limit}"
             else:
                 advice = (
                     "its checkpoints are intact: look at those rows, or begin anew with a lower learning rate than "
@@ -250,7 +254,9 @@ class Trainer:
         self.display.message(f"{about}{where}")
         if action == "report":
             limit = finding.threshold.limit if finding.threshold else None
-            self._record({"kind": "spike", "step": finding.step, "loss": finding.loss, "limit": limit, "rows": rows})
+            # All rows: who is named depends on the batch before, which a resumed run may not have at hand.
+            record = {"kind": "spike", "step": finding.step, "loss": finding.loss, "limit": limit, "rows": all_rows}
+            self._record(record)
             return True
         self._passed_over += 1
         if back is None:
