@@ -23,10 +23,17 @@ import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+LEFT_OUT = ("lm_eval_adapter", "peers")
+"""Modules that import another package with threads of its own; few calls need them."""
 VARYING = ("PWD", "OLDPWD", "SHLVL", "_", "PATH")
 """Variables of a shell, which no import reads; they may differ from the server's."""
-CHOSEN_LATER = ("llamita.backend.torch.backend", "tyro", "rich.console", "rich.table")
-"""What verbs import beside what their own files name."""
+CHOSEN_LATER = (
+    *("llamita.backend.torch.backend", "torch.fx.experimental.symbolic_shapes", "torch.utils._device"),
+    *("tyro", "typeguard", "rich.table", "matplotlib.backends.backend_agg", "matplotlib.figure", "PIL.Image"),
+    *("numba.typed", "scipy.linalg"),
+    *(f"llamita.backend.torch.infer.kernels.{name}" for name in ("products", "head", "decode")),
+)
+"""What verbs import beside what their own files name, where it is installed."""
 
 PROGRAM = """#!{python} -IS
 import array, json, os, socket, struct, sys
@@ -78,7 +85,8 @@ def main(address: str) -> int:
     """Serves calls, and never returns in the server; in the process of a call, returns its exit status."""
     import_what_verbs_import()
     for name in CHOSEN_LATER:
-        importlib.import_module(name)
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(name)
     gc.freeze()  # pages that no collection writes to stay shared
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
@@ -147,14 +155,16 @@ def same(environment: Mapping[str, str], own: Mapping[str, str]) -> bool:
 
 
 def import_what_verbs_import() -> None:
-    """Imports the files of the command line and what is imported in their functions."""
+    """Imports the files of the command line and what of ours is imported in their functions."""
     import llamita.cli
 
     for file in sorted(Path(next(iter(llamita.cli.__path__))).glob("*.py")):
         importlib.import_module(f"llamita.cli.{file.stem}")
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("llamita"):
-                importlib.__import__(node.module, fromlist=[name.name for name in node.names])
+                names = [name.name for name in node.names if name.name not in LEFT_OUT]
+                if node.module.split(".")[-1] not in LEFT_OUT:
+                    importlib.__import__(node.module, fromlist=names)
 
 
 if __name__ == "__main__":
