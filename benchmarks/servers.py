@@ -113,6 +113,7 @@ def contestants(gguf: Path, directory: Path, threads: int) -> list[Contestant]:
     }
     lcs = (sys.executable, "-m", "llama_cpp.server", "--model", str(gguf), "--port", "{port}", "--n_ctx", "4096")
     lcs += ("--n_threads", str(threads), "--n_threads_batch", str(threads), "--verbose", "false")
+    lcs += ("--interrupt_requests", "false")  # else a request cuts off the one before it
     transformers = (str(Path(sys.executable).with_name("transformers")), "serve", str(directory), "--port", "{port}")
     transformers += ("--device", "cpu", "--dtype", "float32", "--log-level", "warning")
     return [
@@ -172,7 +173,7 @@ def measured(
     command += ["--seconds", str(arguments.seconds), "--timeout", str(arguments.limit), "--temperature", "0"]
     command += ["--max-tokens", str(arguments.tokens), "--prompt-words", str(arguments.words), "--warmup", "1"]
     command += ["--output", str(output), "--overwrite"]
-    bench = subprocess.Popen(command, start_new_session=True)
+    bench = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         bench.wait(arguments.seconds + 2 * arguments.limit)  # the warm-up, and then the load
     except subprocess.TimeoutExpired:
@@ -212,7 +213,7 @@ def show(found: dict[str, list[dict[str, Any]]], rivals: dict[str, str], reasons
             medians = (f"{1000 * wait['median']:.1f}" if wait else "-" for wait in waits)
             failed = str(load["requests"] - load["completed"])
             table.add_row(name, str(streams), f"{rate:.1f}", ratio, *medians, str(load["completed"]), failed)
-    console = Console()
+    console = Console(width=max(120, Console().width))
     console.print(table)
     for name, reason in reasons.items():
         console.print(f"{name}: {reason}", markup=False)
