@@ -4,7 +4,6 @@ A request's logits are held to those of an engine that serves it alone, in one p
 """
 
 import dataclasses
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -98,8 +97,7 @@ def test_logits_are_the_same_bits_with_several_threads(threads):
         "from tests.backend.torch.infer import test_exact as t\n"
         "for name in ('wide', 'odd numbers'): t.check_all(t.TorchRunner(t.model_of(**t.MODELS[name]), exact=True))"
     )
-    asleep = os.environ | {"OMP_WAIT_POLICY": "passive"}  # threads that wait leave the cores to the other tests
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=asleep)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
