@@ -53,12 +53,16 @@ os._exit(struct.unpack("!i", status)[0])
 
 @contextlib.contextmanager
 def programs(directory: Path, environment: Mapping[str, str]) -> Iterator[Path]:
-    """Yields a new directory of programs to put in front of the PATH, which work until the `with` ends.
+    """Yields a new directory of programs to put in front of the PATH, which work until the `with` ends; on Linux alone,
+    elsewhere it is empty.
 
     `environment` is that of the calls. A call that is killed leaves what it runs to the end of the `with`.
     """
     made, address = directory / "programs", str(directory / "socket")
     made.mkdir()
+    if sys.platform != "linux":  # elsewhere frameworks do not outlive a fork
+        yield made
+        return
     for name, real in (("llamita", str(Path(sys.executable).with_name("llamita"))), ("python", sys.executable)):
         (made / name).write_text(PROGRAM.format(python=sys.executable, real=real, address=address))
         (made / name).chmod(0o755)

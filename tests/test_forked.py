@@ -10,6 +10,8 @@ import pytest
 
 from tests import forked
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
+
 REPORT = """
 import json, os, sys
 print(json.dumps([sys.argv, os.getcwd(), sorted(os.environ.items()), sys.stdin.read(), __name__, sys.path]))

@@ -510,7 +510,7 @@ from llamita.text.bpe import train_bpe_from_iterator
 model = hash_model(train_bpe_from_iterator([TEXT], vocab_size=320), delay={delay})
 if {hangs}:
     model.llm.runner.gate.clear()
-    serving.CLOSE_SECONDS = 0.5
+    serving.CLOSE_SECONDS, run.GRACE_SECONDS = 0.5, 1  # less patience with it than is usual
 app = create_app(model, ServerLimits(drain_seconds={drain}))
 run.log_to_stderr("info")
 sys.exit(run.serve(app, run.bind("127.0.0.1", 0), lambda address: print(address, flush=True)))
