@@ -10,6 +10,8 @@ A block whose commands cannot run here (a GPU, a download) is marked `sh` with a
 "```sh no-run", and is only parsed. `llamita serve` runs beside the rest of its page, at a free port in the place of
 ADDRESS's, and `curl` may ask it there. One marked `needs` and the names of modules is run where those are installed.
 HUB are models that pages name: small ones stand for them in a cache of the hub's client, which stays offline.
+The first `llamita` of a page is the installed program; later ones, and Python, are processes forked from one that has
+done the imports (see forked.py), which take longer than most of these commands.
 """
 
 import contextlib
@@ -17,6 +19,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -29,6 +32,7 @@ import pytest
 
 from llamita.cli.main import VERBS
 from llamita.data import meadow
+from tests import forked
 from tests.storage.test_hub import lay_out, write_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,28 +178,44 @@ def to_run(command: str) -> str | None:
     return shortened(command) if words[0] in ("llamita", "echo", "printf", "cat", "curl") else None
 
 
-@pytest.mark.medium
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_command_of_a_page_runs(page: Path, tmp_path: Path) -> None:
-    for name, count in FILES.items():
-        (tmp_path / name).write_text("\n\n".join(meadow.story(7, index) for index in range(count)) + "\n")
-    write_model(tmp_path / "hub" / "small")
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of the commands, with the models of HUB in the cache of the hub's client."""
+    hub = tmp_path_factory.mktemp("hub")
+    write_model(hub / "small")
     for name in HUB:
-        lay_out(tmp_path / "hub", name, tmp_path / "hub" / "small")
-    environment = os.environ | {
-        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        lay_out(hub, name, hub / "small")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return inherited | {
+        "HF_HUB_CACHE": str(hub),
         "HF_HUB_OFFLINE": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "100",
     }
+
+
+@pytest.fixture(scope="module")
+def with_programs(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The same environment, with forked.py's programs in front of the PATH."""
+    with forked.programs(tmp_path_factory.mktemp("forked"), environment) as directory:
+        yield environment | {"PATH": f"{directory}{os.pathsep}{environment['PATH']}"}
+
+
+@pytest.mark.medium
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_of_a_page_runs(
+    page: Path, tmp_path: Path, environment: dict[str, str], with_programs: dict[str, str]
+) -> None:
+    for name, count in FILES.items():
+        (tmp_path / name).write_text("\n\n".join(meadow.story(7, index) for index in range(count)) + "\n")
     with contextlib.ExitStack() as servers:
-        address = ADDRESS
+        address, first = ADDRESS, True
         for block in blocks(page.read_text()):
             where = f"{page.name}, block at line {block.line}"
             if block.language == "python" and runs_here(block):
-                run([sys.executable, "-c", block.text.replace(ADDRESS, address)], tmp_path, environment, where)
+                run(["python", "-c", block.text.replace(ADDRESS, address)], tmp_path, with_programs, where)
             if block.language not in ("sh", "bash", "shell", "console"):
                 continue
             for command in commands(block):
@@ -208,7 +228,8 @@ def test_every_command_of_a_page_runs(page: Path, tmp_path: Path) -> None:
                     address = servers.enter_context(serving(line.rstrip("& "), tmp_path, environment))
                     continue
                 line = line.replace(ADDRESS, address)
-                run(["bash", "-o", "pipefail", "-c", line], tmp_path, environment, f"{where}: {command}")
+                around, first = (environment if first else with_programs), False
+                run(["bash", "-o", "pipefail", "-c", line], tmp_path, around, f"{where}: {command}")
 
 
 @contextlib.contextmanager
@@ -233,8 +254,15 @@ def serving(line: str, directory: Path, environment: dict[str, str]) -> Iterator
 
 
 def run(arguments: list[str], directory: Path, environment: dict[str, str], where: str) -> None:
+    program = shutil.which(arguments[0], path=environment["PATH"])
+    assert program is not None
     done = subprocess.run(
-        arguments, cwd=directory, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        [program, *arguments[1:]],
+        cwd=directory,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, f"{where} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 

@@ -500,7 +500,7 @@ def test_metrics_are_the_sums_of_usage(serve: Serve) -> None:
 PROGRAM = """
 import sys
 sys.path.insert(0, {root!r})
-from llamita.server import run
+from llamita.server import run, serving
 from llamita.server.app import create_app
 from llamita.server.settings import ServerLimits
 from tests.inference.conftest import TEXT
@@ -510,6 +510,7 @@ from llamita.text.bpe import train_bpe_from_iterator
 model = hash_model(train_bpe_from_iterator([TEXT], vocab_size=320), delay={delay})
 if {hangs}:
     model.llm.runner.gate.clear()
+    serving.CLOSE_SECONDS, run.GRACE_SECONDS = 0.5, 1  # less patience with it than is usual
 app = create_app(model, ServerLimits(drain_seconds={drain}))
 run.log_to_stderr("info")
 sys.exit(run.serve(app, run.bind("127.0.0.1", 0), lambda address: print(address, flush=True)))

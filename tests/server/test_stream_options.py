@@ -38,6 +38,36 @@ def test_counts_come_as_they_were_asked_for(address: str, path: str, asked: dict
     assert all(chunk["usage"]["prompt_tokens"] <= whole["prompt_tokens"] for chunk in all_chunks)
 
 
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_each_chunk_counts_the_tokens_that_were_given_up_to_it(address: str, path: str, n: int) -> None:
+    """As load generators read it: the counts of a chunk are of all that has come, whichever chunk comes last."""
+    chat = path == "/v1/chat/completions"
+    asked = {**CHAT, "logprobs": True} if chat else {**TEXT, "prompt": "The fox", "logprobs": 0}
+    asked |= {"max_tokens": 9, "n": n}
+    whole = post(address, path, **asked).json()["usage"]
+    *parts, last = chunks(address, path, asked, include_usage=True, continuous_usage_stats=True)
+    given = 0
+    for part in parts:
+        (choice,) = part["choices"]
+        scores = choice["logprobs"] or {}
+        given += len(scores.get("content" if chat else "tokens") or ())
+        usage = part["usage"]
+        assert usage["completion_tokens"] == given
+        assert usage["prompt_tokens"] == whole["prompt_tokens"]
+        assert usage["total_tokens"] == usage["prompt_tokens"] + given
+    assert given == whole["completion_tokens"] == 9 * n
+    assert (last["choices"], last["usage"]["completion_tokens"]) == ([], given)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_counts_with_every_chunk_need_no_last_one(address: str, path: str) -> None:
+    asked = CHAT if "chat" in path else TEXT
+    parts = chunks(address, path, asked, continuous_usage_stats=True)
+    assert all(part["choices"] and part["usage"] for part in parts)
+    assert parts[-1]["usage"]["completion_tokens"] == post(address, path, **asked).json()["usage"]["completion_tokens"]
+
+
 def test_options_without_a_stream_and_unknown_ones_are_refused(address: str) -> None:
     for options in ({"stream_options": {"include_usage": True}}, {"stream": True, "stream_options": {"usage": True}}):
         answer = post(address, "/v1/chat/completions", **CHAT, **options)

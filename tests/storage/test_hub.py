@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,12 @@ CODE = """
 import sys, json
 from llamita.backend.torch.infer.runner import load_runner
 from llamita.storage import model_directory
-try:
-    runner = load_runner(sys.argv[1])
-    print(json.dumps([str(model_directory.resolve_model_directory(sys.argv[1])), runner.config.hidden_size]))
-except OSError as error:
-    print(json.dumps(str(error)))
+for name in sys.argv[1:]:
+    try:
+        runner = load_runner(name)
+        print(json.dumps([str(model_directory.resolve_model_directory(name)), runner.config.hidden_size]))
+    except OSError as error:
+        print(json.dumps(str(error)))
 """
 
 
@@ -64,18 +66,25 @@ def cache(tmp_path) -> Path:
     return tmp_path / "cache"
 
 
-def load(name: str, cache: Path, directory: Path) -> object:
+def load(names: Sequence[str], cache: Path, directory: Path) -> list[object]:
+    """What becomes of each name, in one process, as the hub's client reads its variables when it is imported."""
     environment = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", CODE, name], env=environment, cwd=directory, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", CODE, *names],
+        env=environment,
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("name", ["someone/small", "someone/small@main", f"someone/small@{REVISION}"])
-def test_a_name_is_found_in_the_cache(cache, tmp_path, name):
-    assert load(name, cache, tmp_path) == [str(cache / "models--someone--small" / "snapshots" / REVISION), 16]
+def test_a_name_is_found_in_the_cache(cache, tmp_path):
+    found = [str(cache / "models--someone--small" / "snapshots" / REVISION), 16]
+    names = ("someone/small", "someone/small@main", f"someone/small@{REVISION}")
+    assert load(names, cache, tmp_path) == [found] * 3
 
 
 def test_a_link_out_of_the_cache_is_refused(cache, tmp_path):
@@ -90,10 +99,8 @@ def test_a_link_out_of_the_cache_is_refused(cache, tmp_path):
 
 
 def test_what_is_not_there_is_one_line(cache, tmp_path):
-    message = load("someone/else", cache, tmp_path)
+    (tmp_path / "runs").mkdir()
+    message, mistyped = load(("someone/else", "runs/frist"), cache, tmp_path)
     assert str(message).startswith("there is no directory someone/else, and the hub gives no such model: ")
     assert "\n" not in str(message)
-    (tmp_path / "runs").mkdir()
-    assert load("runs/frist", cache, tmp_path) == (
-        "runs/frist does not exist; expected a model directory or a training run"
-    )
+    assert mistyped == "runs/frist does not exist; expected a model directory or a training run"

@@ -14,7 +14,7 @@ from llamita.data import meadow
 from llamita.inference.llm import LLM
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.workflows import quickstart
-from llamita.workflows.after_pretraining import Amounts, tune_and_report
+from llamita.workflows.after_pretraining import SMALL, Amounts, tune_and_report
 from llamita.workflows.quickstart import QuickstartConfig
 
 
@@ -89,6 +89,12 @@ def test_the_quickstart_reaches_its_scores(tmp_path):
     assert report["nats_per_story"] <= report["floor_per_story"] + 3
     assert report["grammatical"] >= 0.98
     assert report["consistent"] >= 0.85
+
+
+def test_a_quick_look_bounds_the_runs_after_it():
+    assert SMALL.at_most(0, 0) == SMALL
+    assert SMALL.at_most(1000, 1000) == SMALL
+    assert SMALL.at_most(30, 8) == Amounts(30, 1000, 20, 200, 30, 800, 8, 8)
 
 
 @pytest.mark.medium

@@ -25,9 +25,6 @@ def run(config: QuickstartConfig) -> int:
 
     from llamita.workflows.after_pretraining import SMALL, Amounts, tune_and_report
 
-    return tune_and_report(
-        config,
-        backend,
-        Console(highlight=False),
-        SMALL if config.size == "small" else Amounts(),
-    )
+    amounts = SMALL if config.size == "small" else Amounts()
+    bounded = amounts.at_most(config.steps, config.scored_stories)
+    return tune_and_report(config, backend, Console(highlight=False), bounded)

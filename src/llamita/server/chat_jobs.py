@@ -6,7 +6,7 @@ parts of its answer. Here is what they share.
 
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -162,27 +162,29 @@ class ChatJob:
         self.n = job.requests[0].params.n
         self.prompt_tokens = len(job.requests[0].prompt)
         self.statistics: dict[int, Statistics] = {}
-        self.reasoning_tokens = 0
+        self.generated, self.reasoning_tokens = 0, 0
         self._answers = answers or [_Answer() for _ in range(self.n)]
 
-    @property
-    def generated(self) -> int:
-        return sum(statistics.generated_tokens for statistics in self.statistics.values())
+    async def events(self) -> AsyncGenerator[Iterator[ChatEvent]]:
+        """Yields what came at once: text, reasoning, calls of tools, the end.
 
-    async def events(self) -> AsyncGenerator[list[ChatEvent]]:
-        """Yields what came at once: text, reasoning, calls of tools, the end."""
+        The counts follow what is taken of it, event by event, so that they are right in the middle of it too.
+        """
         async with contextlib.aclosing(self._job.events()) as batches:
             async for batch in batches:
-                events = []
-                for _, event in batch:
-                    self.statistics[event.index] = event.statistics
-                    answer = self._answers[event.index]
-                    if not answer.has_ended:
-                        events.append(answer.take(event))
-                        self.reasoning_tokens += answer.is_reasoning and event.token_id is not None
-                yield events
+                yield self._taken([event for _, event in batch])
                 if all(answer.has_ended for answer in self._answers):
                     return  # one call was allowed and has come: the engine need not go on
+
+    def _taken(self, events: Sequence[TokenEvent]) -> Iterator[ChatEvent]:
+        for event in events:
+            self.statistics[event.index] = event.statistics
+            self.generated += event.token_id is not None
+            answer = self._answers[event.index]
+            if not answer.has_ended:
+                taken = answer.take(event)
+                self.reasoning_tokens += answer.is_reasoning and event.token_id is not None
+                yield taken
 
 
 class _Answer:

@@ -101,10 +101,14 @@ class Reply:
         return {"index": index, "text": text, "logprobs": scores, "finish_reason": reason}
 
     def counts(self, rows: Sequence["Row"], places: int) -> dict[str, Any]:
-        prompts = [rows[self.index(place, 0)].statistics for place in range(places)]
-        known = [statistics for statistics in prompts if statistics is not None]
+        """Returns the counts of the call, and the times of its first prompt, whichever continuation was first."""
+        prompts = []
+        for place in range(places):
+            own = rows[self.index(place, 0) : self.index(place + 1, 0)]
+            begun = (row.statistics for row in own if row.statistics is not None)
+            prompts.append(next(begun, Statistics(0, len(own[0].prompt))))
         generated = 0 if self.silent else sum(len(row.tokens) for row in rows)
-        return {"usage": wording.usage(known, generated), "timings": wording.timings(known[0])}
+        return {"usage": wording.usage(prompts, generated), "timings": wording.timings(prompts[0])}
 
 
 @dataclass

@@ -6,7 +6,7 @@ backend is passed in.
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,15 @@ class Amounts:
     asked: int = 200  # held-out questions at each evaluation
     labelled: int = 1000  # held-out stories to label in the end
 
+    def at_most(self, steps: int, asked: int) -> "Amounts":
+        """Returns the amounts of a quick look: no more updates in a run than `steps`, nor questions or stories to label
+        at an evaluation than `asked`; 0 is no bound."""
+        updates = {name: min(getattr(self, name), steps or sys.maxsize) for name in UPDATES}
+        held_out = {name: min(getattr(self, name), asked or sys.maxsize) for name in HELD_OUT}
+        return replace(self, **updates, **held_out)
 
+
+UPDATES, HELD_OUT = ("answer_steps", "pair_steps", "label_steps"), ("asked", "labelled")
 SMALL = Amounts(100, 1000, 20, 200, 50, 800, 50, 200)
 
 

@@ -78,13 +78,15 @@ class QuickstartConfig:
     """full: a model of a million parameters that learns Meadow well; small: one of 180,000 that begins to, for where
     even the other takes long. auto: small with MLX on a CPU, which MLX is not made for, else full."""
     steps: int = 0
-    """Updates; 0: as many as the size has, 4,000 or 400. Fewer for a quick look; the scores need all of them."""
+    """Updates; 0: as many as the size has, 4,000 or 400. Fewer for a quick look, which the runs of --full do not exceed
+    either; the scores need all of them."""
     stories: int = 0
     """Training stories to generate, and a validation share more; 0: as the size has, 64,000 or 4,000."""
     vocab_size: int = 0
     """Size of the tokenizer's vocabulary; 0: as the size has, 688 or 400."""
     scored_stories: int = 0
-    """Stories to sample and to check, and as many validation stories to predict; 0: as the size has, 1,000 or 100."""
+    """Stories to sample and to check, and as many validation stories to predict; 0: as the size has, 1,000 or 100. With
+    --full no more questions are asked, either, and no more stories labelled."""
     backend: BackendName = "auto"
     """The framework that computes; auto: MLX on Apple silicon where it is installed, else PyTorch."""
     seed: int = 0

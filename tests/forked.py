@@ -1,0 +1,175 @@
+"""`llamita` and `python -c` as programs that need not import: each call is a process, without the seconds for imports.
+
+A server imports what the verbs need, and so the framework, once; for each call it forks. The new process has the
+arguments, the working directory and the very stdin, stdout and stderr of its caller, nothing of another call, and ends
+as Python ends. `programs` writes a `llamita` and a `python` that ask the server; put in front of the PATH, a shell
+finds them. They run the real ones where a call's environment is another than the server's, which imports have read.
+"""
+
+import ast
+import contextlib
+import gc
+import importlib
+import json
+import os
+import select
+import shlex
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+LEFT_OUT = ("lm_eval_adapter", "peers")
+"""Modules that import another package with threads of its own; few calls need them."""
+VARYING = ("PWD", "OLDPWD", "SHLVL", "_", "PATH")
+"""Variables of a shell, which no import reads; they may differ from the server's."""
+CHOSEN_LATER = (
+    *("llamita.backend.torch.backend", "torch.fx.experimental.symbolic_shapes", "torch.utils._device"),
+    *("tyro", "typeguard", "rich.table", "matplotlib.backends.backend_agg", "matplotlib.figure", "PIL.Image"),
+    *("numba.typed", "scipy.linalg"),
+    *(f"llamita.backend.torch.infer.kernels.{name}" for name in ("products", "head", "decode")),
+)
+"""What verbs import beside what their own files name, where it is installed."""
+
+PROGRAM = """#!{python} -IS
+import array, json, os, socket, struct, sys
+real = {real!r}
+call = json.dumps([os.path.basename(sys.argv[0]), sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    files = array.array("i", [0, 1, 2])
+    server.sendmsg([struct.pack("!I", len(call))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
+    server.sendall(call)
+    status = server.recv(4)
+if not status:
+    os.execv(real, [real, *sys.argv[1:]])
+os._exit(struct.unpack("!i", status)[0])
+"""
+
+
+@contextlib.contextmanager
+def programs(directory: Path, environment: Mapping[str, str]) -> Iterator[Path]:
+    """Yields a new directory of programs to put in front of the PATH, which work until the `with` ends; on Linux alone,
+    elsewhere it is empty.
+
+    `environment` is that of the calls. A call that is killed leaves what it runs to the end of the `with`.
+    """
+    made, address = directory / "programs", str(directory / "socket")
+    made.mkdir()
+    if sys.platform != "linux":  # elsewhere frameworks do not outlive a fork
+        yield made
+        return
+    for name, real in (("llamita", str(Path(sys.executable).with_name("llamita"))), ("python", sys.executable)):
+        (made / name).write_text(PROGRAM.format(python=sys.executable, real=real, address=address))
+        (made / name).chmod(0o755)
+    server = subprocess.Popen(
+        [sys.executable, "-P", __file__, address],
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n", server.communicate()[1]
+        yield made
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.communicate()
+
+
+def main(address: str) -> int:
+    """Serves calls, and never returns in the server; in the process of a call, returns its exit status."""
+    import_what_verbs_import()
+    for name in CHOSEN_LATER:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(name)
+    gc.freeze()  # pages that no collection writes to stay shared
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        tasks = Path("/proc/self/task")
+        assert not tasks.exists() or len(list(tasks.iterdir())) == 1, "a process with threads is not safe to fork"
+        print("ready", flush=True)
+        callers: dict[int, socket.socket] = {}
+        while True:
+            if select.select([listener], [], [], 0.005 if callers else None)[0]:
+                caller, _ = listener.accept()
+                program, arguments, directory, environment, files = received(caller)
+                if not same(environment, os.environ):
+                    caller.close()
+                elif child := os.fork():
+                    callers[child] = caller
+                else:
+                    break
+                for file in files:
+                    os.close(file)
+            for child in list(callers):
+                found, status = os.waitpid(child, os.WNOHANG)
+                if found:
+                    with callers.pop(child) as caller, contextlib.suppress(BrokenPipeError):
+                        code = os.waitstatus_to_exitcode(status)
+                        caller.sendall(struct.pack("!i", code if code >= 0 else 128 - code))  # as a shell tells it
+    for other in (caller, *callers.values()):
+        other.close()
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    sys.stdout.reconfigure(line_buffering=os.isatty(1))
+    os.chdir(directory)
+    os.environ.update({name: environment[name] for name in VARYING if name in environment})
+    return call(program, arguments)
+
+
+def call(program: str, arguments: list[str]) -> int:
+    """Does what a program does in a process of its own; returns its exit status."""
+    if program == "python":
+        option, code, *rest = arguments
+        assert option == "-c", f"expected python -c, got: python {shlex.join(arguments)}"
+        sys.argv, sys.path = ["-c", *rest], ["", *sys.path]
+        module = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(code, "<string>", "exec"), vars(module))
+        return 0
+    from llamita.cli.main import main as llamita
+
+    sys.argv = [program, *arguments]
+    return llamita()
+
+
+def received(caller: socket.socket) -> tuple[str, list[str], str, dict[str, str], list[int]]:
+    """Returns a call: program, arguments, working directory, environment, and stdin, stdout and stderr."""
+    head, files, _, _ = socket.recv_fds(caller, 4, 3)
+    (length,) = struct.unpack("!I", head)
+    text = b""
+    while len(text) < length:
+        text += caller.recv(length - len(text))
+    return *json.loads(text), files
+
+
+def same(environment: Mapping[str, str], own: Mapping[str, str]) -> bool:
+    first, second = ({k: v for k, v in given.items() if k not in VARYING} for given in (environment, own))
+    return first == second
+
+
+def import_what_verbs_import() -> None:
+    """Imports the files of the command line and what of ours is imported in their functions."""
+    import llamita.cli
+
+    for file in sorted(Path(next(iter(llamita.cli.__path__))).glob("*.py")):
+        importlib.import_module(f"llamita.cli.{file.stem}")
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("llamita"):
+                names = [name.name for name in node.names if name.name not in LEFT_OUT]
+                if node.module.split(".")[-1] not in LEFT_OUT:
+                    importlib.__import__(node.module, fromlist=names)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
