@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, TypeVar, get_args, get_type_hints
 
 from llamita.backend.adamw import AdamWSettings
 from llamita.backend.interface import BackendName
+from llamita.backend.muon import MuonSettings, OptimizerName
 from llamita.training.loggers import LoggerName
 from llamita.training.schedule import Schedule, ScheduleName
 
@@ -63,7 +64,10 @@ class TrainingConfig:
     """Updates of the final decay of warmup-stable-decay. Left out: a fifth of the steps."""
     minimum_learning_rate: float | None = None
     """The rate at which the schedule ends. Left out: a tenth of the learning rate."""
-    optimizer: AdamWSettings = field(default_factory=AdamWSettings)
+    optimizer: OptimizerName = "adamw"
+    """adamw; or muon: that for the matrices of the blocks, and AdamW for all else. Both take the same learning rate."""
+    adamw: AdamWSettings = field(default_factory=AdamWSettings)
+    muon: MuonSettings = field(default_factory=MuonSettings)
     max_grad_norm: float = 1.0
     """Scale gradients down to this global norm; 0: never."""
     evaluate_every: int = 100
@@ -135,6 +139,8 @@ class TrainingConfig:
         """The options that decide the run's weights and its record; a resumed run must have the same."""
         values = flat_options(self.resolved())
         values = {name: value for name, value in values.items() if name not in INCIDENTAL_OPTIONS}
+        if self.optimizer != "muon":
+            values = {name: value for name, value in values.items() if name not in flat_options(self.muon)}
         if self.schedule == "constant":  # nothing follows from its end, so it may be moved
             del values["steps"]
         return values

@@ -30,6 +30,8 @@ FORMAT = 1
 MANIFEST, STATE = "run.json", "train_state.json"
 LAST, BEST = "last", "best"
 LOCK = ".lock"
+LATER_OPTIONS = {"training.optimizer": "adamw"}
+"""Keys of an identity that older versions did not write, with what those did."""
 PATIENCE = 0.2  # seconds: whoever asks `is_running` holds the lock for a moment
 
 
@@ -257,6 +259,7 @@ def compare(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     A key that the saved one lacks, as one of an older version may, makes no difference where it is off: 0, false, "".
     """
     before, now = flatten(saved), flatten(json.loads(json.dumps(given)))
+    before = {key: value for key, value in LATER_OPTIONS.items() if key in now} | before
     if "model" in saved:  # by an older version perhaps, which did not have every field
         known = {field.name: field.default for field in fields(ModelConfig) if field.default is not MISSING}
         defaults = flatten(json.loads(json.dumps({"model": known})))

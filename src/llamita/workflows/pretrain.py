@@ -133,7 +133,8 @@ def step_options(config: TrainingVerb) -> dict[str, Any]:
     compiled = {"compile": True} if machine.compile else {}  # left out, a backend does what is usual with it
     return {
         "seed": training.seed,
-        "optimizer": training.optimizer,
+        "optimizer": training.adamw,
+        "muon": training.muon if training.optimizer == "muon" else None,
         "max_grad_norm": training.max_grad_norm,
         **scorer_options(config),
         **compiled,

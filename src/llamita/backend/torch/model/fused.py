@@ -19,4 +19,4 @@ class FusedParameter:
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Returns views of `tensor`, shaped like the parameter, one for each part."""
-        return tensor.split(self.sizes)
+        return tensor.split(self.sizes) if len(self.sizes) > 1 else (tensor,)
