@@ -33,6 +33,7 @@ from llamita.workflows.pretrain import PretrainConfig, pretrain
 OPTIMIZERS = ("adamw", "muon")
 NAMES = {"adamw": "AdamW", "muon": "Muon"}
 RATES = (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
+SHAPE = ("hidden_size=64", "intermediate_size=256", "num_hidden_layers=2")
 STORIES = 12_000
 
 Trial = dict[str, Any]
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/optimizers"))
     parser.add_argument("--wikitext", type=Path, nargs=2, metavar=("TRAIN", "VALIDATION"))
     parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--set", nargs="*", default=SHAPE, help="changes to the preset")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=8, help="rows in an update")
     parser.add_argument("--sequence-length", type=int, default=128)
@@ -93,6 +95,7 @@ def run_trial(options: argparse.Namespace, name: str, data: Path, optimizer: str
         "learning_rate": rate,
         "steps": steps,
         "preset": options.preset,
+        "set": list(options.set),
         "batch_size": options.batch_size,
         "sequence_length": options.sequence_length,
     }
@@ -105,6 +108,7 @@ def run_trial(options: argparse.Namespace, name: str, data: Path, optimizer: str
         output=run,
         data=data,
         preset=options.preset,
+        set=tuple(options.set),
         optimizer=optimizer,
         learning_rate=rate,
         steps=steps,
@@ -162,7 +166,7 @@ def updates_to_reach(trial: Trial, loss: float) -> float:
 
 def report(options: argparse.Namespace, names: list[str]) -> None:
     console = Console(width=110)
-    console.print(f"{processor_name()}, {options.threads} threads; {options.preset}, {options.steps} updates")
+    console.print(f"{processor_name()}, {options.threads} threads; {options.preset} {' '.join(options.set)}")
     made = trials(options)
     for name in names:
         table = Table(title=f"{name}: last validation loss, nats per token")

@@ -38,6 +38,7 @@ def command(given, verb):
     return {
         "sft": ["sft", "--data", sft, "--validation-data", sft, "--answers", "2", "--batch-size", "4"],
         "sft-lora": ["sft", "--data", sft, "--validation-data", sft, "--tuning", "lora", "--batch-size", "4"],
+        "sft-muon": ["sft", "--data", sft, "--validation-data", sft, "--optimizer", "muon", "--batch-size", "4"],
         "dpo": ["dpo", "--data", pairs, "--validation-data", pairs, "--batch-size", "4"],
         "rl": [
             *("rl", "--data", str(given / "prompts.jsonl"), "--reward", reward, "--validation-share", "0"),
@@ -74,7 +75,7 @@ def cut_back(run, step):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("verb", ["sft", "sft-lora", "dpo", "rl", "classify", "classify-head"])
+@pytest.mark.parametrize("verb", ["sft", "sft-lora", "sft-muon", "dpo", "rl", "classify", "classify-head"])
 def test_a_tuning_is_the_same_on_either_backend_and_goes_on_with_the_other(verb, given, tmp_path, capsys):
     words = command(given, verb)
     runs = {backend: tmp_path / backend for backend in ("torch", "mlx")}

@@ -139,8 +139,6 @@ class TrainingConfig:
         """The options that decide the run's weights and its record; a resumed run must have the same."""
         values = flat_options(self.resolved())
         values = {name: value for name, value in values.items() if name not in INCIDENTAL_OPTIONS}
-        if self.optimizer != "muon":
-            values = {name: value for name, value in values.items() if name not in flat_options(self.muon)}
         if self.schedule == "constant":  # nothing follows from its end, so it may be moved
             del values["steps"]
         return values

@@ -17,10 +17,11 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
+from llamita.backend.muon import MuonSettings
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.storage import files, model_directory
@@ -30,8 +31,8 @@ FORMAT = 1
 MANIFEST, STATE = "run.json", "train_state.json"
 LAST, BEST = "last", "best"
 LOCK = ".lock"
-LATER_OPTIONS = {"training.optimizer": "adamw"}
-"""Keys of an identity that older versions did not write, with what those did."""
+LATER_OPTIONS = {"training.optimizer": "adamw"} | {f"training.{key}": on for key, on in asdict(MuonSettings()).items()}
+"""Keys of an identity that older versions did not write, with what stands for that."""
 PATIENCE = 0.2  # seconds: whoever asks `is_running` holds the lock for a moment
 
 
