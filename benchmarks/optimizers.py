@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--shares", type=float, nargs="*", default=(0.65, 0.5), help="of the updates, for Muon alone")
+    parser.add_argument("--momentum", type=float, default=0.9, help="of Muon; AdamW's beta1 is 0.9")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
@@ -92,6 +93,7 @@ def run_trial(options: argparse.Namespace, name: str, data: Path, optimizer: str
     trial = {
         "data": name,
         "optimizer": optimizer,
+        **({"momentum": options.momentum} if optimizer == "muon" else {}),
         "learning_rate": rate,
         "steps": steps,
         "preset": options.preset,
@@ -110,6 +112,7 @@ def run_trial(options: argparse.Namespace, name: str, data: Path, optimizer: str
         preset=options.preset,
         set=tuple(options.set),
         optimizer=optimizer,
+        momentum=options.momentum,
         learning_rate=rate,
         steps=steps,
         batch_size=options.batch_size,
@@ -136,8 +139,10 @@ def run_trial(options: argparse.Namespace, name: str, data: Path, optimizer: str
 
 
 def trials(options: argparse.Namespace) -> list[Trial]:
+    """Returns the trials that are made, of Muon those with the momentum that is asked for."""
     file = options.output / "trials.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    made = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [trial for trial in made if trial.get("momentum", options.momentum) == options.momentum]
 
 
 def best_trials(options: argparse.Namespace, name: str) -> dict[str, Trial]:
@@ -173,9 +178,11 @@ def report(options: argparse.Namespace, names: list[str]) -> None:
         for column in ("learning rate", *(NAMES[optimizer] for optimizer in OPTIMIZERS)):
             table.add_column(column, justify="right")
         whole = [trial for trial in made if trial["data"] == name and trial["steps"] == options.steps]
-        for rate in sorted(options.rates):
-            at_rate = {trial["optimizer"]: trial for trial in whole if trial["learning_rate"] == rate}
-            table.add_row(f"{rate:g}", *(f"{last_loss(at_rate[optimizer]):.4f}" for optimizer in OPTIMIZERS))
+        for rate in sorted({trial["learning_rate"] for trial in whole}):
+            at_rate = {
+                trial["optimizer"]: f"{last_loss(trial):.4f}" for trial in whole if trial["learning_rate"] == rate
+            }
+            table.add_row(f"{rate:g}", *(at_rate.get(optimizer, "") for optimizer in OPTIMIZERS))
         console.print(table)
         best = best_trials(options, name)
         target = last_loss(best["adamw"])
