@@ -92,3 +92,13 @@ def test_a_tuning_is_the_same_on_either_backend_and_goes_on_with_the_other(verb,
         verbs = [word for word in words[:2] if not word.startswith("--")]
         assert main([*verbs, "--output", str(run), "--resume", "--backend", other]) == 0, capsys.readouterr().err
         assert curve(run) == [pytest.approx(values, rel=TOLERANCE, abs=1e-6) for values in expected]
+
+
+@pytest.mark.parametrize("verb", ["sft-lora", "classify-head"])
+def test_muon_is_refused_where_no_matrix_of_a_block_is_trained(verb, given, tmp_path, capsys):
+    options = ["--model", str(given / "model"), "--output", str(tmp_path / "run"), "--optimizer", "muon"]
+    assert main([*command(given, verb), *options, *SHARED]) != 0
+    message = capsys.readouterr().err
+    assert message.startswith("error: --optimizer muon updates the matrices of the blocks, and none of them is trained")
+    assert message.count("\n") == 1
+    assert not (tmp_path / "run").exists()
