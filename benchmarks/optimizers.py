@@ -190,7 +190,7 @@ def report(options: argparse.Namespace, names: list[str]) -> None:
         console.print(
             f"AdamW's best ends at {target:.4f} (rate {best['adamw']['learning_rate']:g}), Muon's at "
             f"{last_loss(best['muon']):.4f} (rate {best['muon']['learning_rate']:g}). Muon reaches {target:.4f} after "
-            f"{share:.0%} of the updates, while its rate is still high."
+            f"{share:.0%} of the updates, on the way of the whole schedule."
         )
         for trial in shorter(options, name):
             console.print(
@@ -232,6 +232,9 @@ def draw(options: argparse.Namespace, names: list[str]) -> None:
             points = sorted((trial["learning_rate"], last_loss(trial)) for trial in chosen)
             rates.plot(*zip(*points, strict=True), "o-", color=colours[optimizer], label=NAMES[optimizer])
         rates.set(xscale="log", xlabel="learning rate", ylabel="last validation loss")
+        shown = sorted(options.rates)
+        rates.set_xticks(shown, [f"{rate:g}" for rate in shown])
+        rates.set_xticks([], minor=True)
         rates.legend()
     options.plot.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.plot, dpi=110)
