@@ -22,7 +22,7 @@ PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 FOLDERS = {
     **dict.fromkeys(("layers", "attention", "fused", "head", "weights", "lora", "quantize"), "model"),
-    **dict.fromkeys(("losses", "objectives", "adamw", "step"), "train"),
+    **dict.fromkeys(("losses", "objectives", "adamw", "muon", "step"), "train"),
     **dict.fromkeys(("runner", "sampling", "noise", "paged_attention", "kv_cache"), "infer"),
 }
 """Where a module lies in a backend's folder."""
@@ -145,8 +145,10 @@ class Framework:
         """Of a scalar by each of the arrays."""
         raise NotImplementedError
 
-    def optimizer(self, values: Sequence[np.ndarray], decays: Sequence[bool], settings: Any) -> "Optimizer":
-        """AdamW over these arrays, of which the first holds two canonical ones where it has more than one row."""
+    def optimizer(
+        self, values: Sequence[np.ndarray], decays: Sequence[bool], settings: Any, **more: Any
+    ) -> "Optimizer":
+        """An optimiser over these arrays; `more` is as `Optimizer` takes it."""
         raise NotImplementedError
 
 
@@ -227,8 +229,10 @@ class Torch(Framework):
     def softmax(self, scores_RV: torch.Tensor) -> np.ndarray:
         return self.numbers(scores_RV.softmax(-1))
 
-    def optimizer(self, values: Sequence[np.ndarray], decays: Sequence[bool], settings: Any) -> "TorchOptimizer":
-        return TorchOptimizer(self, values, decays, settings)
+    def optimizer(
+        self, values: Sequence[np.ndarray], decays: Sequence[bool], settings: Any, **more: Any
+    ) -> "TorchOptimizer":
+        return TorchOptimizer(self, values, decays, settings, **more)
 
 
 class Mlx(Framework):
@@ -309,8 +313,10 @@ class Mlx(Framework):
     def softmax(self, scores_RV: Any) -> np.ndarray:
         return np.exp(self.numbers(scores_RV - self.sampling.logsumexp(scores_RV)))
 
-    def optimizer(self, values: Sequence[np.ndarray], decays: Sequence[bool], settings: Any) -> "MlxOptimizer":
-        return MlxOptimizer(self, values, decays, settings)
+    def optimizer(
+        self, values: Sequence[np.ndarray], decays: Sequence[bool], settings: Any, **more: Any
+    ) -> "MlxOptimizer":
+        return MlxOptimizer(self, values, decays, settings, **more)
 
 
 def make(name: str) -> Framework:
@@ -319,18 +325,34 @@ def make(name: str) -> Framework:
 
 
 class Optimizer:
-    """A backend's AdamW over a few arrays: `step(gradients, rate, scale)`, and the values as float64 numbers."""
+    """A backend's AdamW over a few arrays: `step(gradients, rate, scale)`, and the values as float64 numbers.
 
-    def __init__(self, framework: Framework, values: Sequence[np.ndarray], decays: Sequence[bool], settings: Any):
+    The first array holds two canonical ones where it has more than one row. With `muon`, settings and what else it
+    takes, it is Muon, and `names` and `sizes` are those of the canonical parameters in each array.
+    """
+
+    def __init__(
+        self,
+        framework: Framework,
+        values: Sequence[np.ndarray],
+        decays: Sequence[bool],
+        settings: Any,
+        *,
+        names: Sequence[tuple[str, ...]] = (),
+        sizes: Sequence[tuple[int, ...]] = (),
+        muon: Sequence[Any] = (),
+    ):
         self.framework = framework
-        names = [(f"w{i}",) for i in range(len(values))]
-        sizes: list[tuple[int, ...]] = [(len(array),) for array in values]
-        if len(values[0]) > 1:
+        names = list(names) or [(f"w{i}",) for i in range(len(values))]
+        sizes = list(sizes) or [(len(array),) for array in values]
+        if not muon and len(values[0]) > 1:
             names[0], sizes[0] = ("w0.q", "w0.k"), (len(values[0]) - len(values[0]) // 3, len(values[0]) // 3)
         self.parameters = [framework.array(array) for array in values]
         rows = zip(self.parameters, names, sizes, decays, strict=True)
         self.packed = [self.make_packed(i, *row) for i, row in enumerate(rows)]
         self.own = framework.adamw.AdamW(self.packed, settings)
+        if muon:
+            self.own = framework.muon.Muon(self.packed, muon[0], settings, *muon[1:])
         self.state, self.load_state = self.own.state, self.own.load_state
 
     def values(self) -> list[np.ndarray]:

@@ -118,7 +118,12 @@ QUICK = Altered()
 def make_step(config, model=MODEL):
     training = config.training
     step = build_train_step(
-        model, seed=training.seed, precision=training.precision, device="cpu", max_grad_norm=training.max_grad_norm
+        model,
+        seed=training.seed,
+        muon=training.muon if training.optimizer == "muon" else None,
+        precision=training.precision,
+        device="cpu",
+        max_grad_norm=training.max_grad_norm,
     )
     step.peak_flops = lambda: 1e11  # measuring it takes longer than these runs
     return step

@@ -150,6 +150,13 @@ def test_a_field_that_an_older_version_lacked_stands_at_its_default():
         compare({"model": {"vocab_size": 8}}, {"model": {"vocab_size": 8, "quantization": "int8"}})
 
 
+def test_a_run_of_an_older_version_was_made_by_adamw():
+    older = {"training": {"steps": 5}}
+    compare(older, {"training": {"steps": 5, "optimizer": "adamw", "momentum": 0.95, "nesterov": True}})
+    with pytest.raises(ValueError, match=r"so: training\.optimizer was 'adamw' and is now 'muon'; start"):
+        compare(older, {"training": {"steps": 5, "optimizer": "muon", "momentum": 0.95, "nesterov": True}})
+
+
 def test_a_full_disk_leaves_the_earlier_checkpoints(run):
     save(run, 5)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

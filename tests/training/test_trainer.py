@@ -177,6 +177,20 @@ def test_an_interruption_finishes_the_update_and_saves(tmp_path):
     assert timeless(tmp_path / "run") == timeless(tmp_path / "whole")
 
 
+def test_a_killed_run_of_muon_resumes_to_the_same_bytes(tmp_path):
+    whole, _, _ = train(config(tmp_path / "whole", optimizer="muon"))
+    settings = config(tmp_path / "run", optimizer="muon")
+    with pytest.raises(StopError):
+        train(settings, step=stop_at(make_step(settings), 17))
+    with pytest.raises(ValueError, match=r"training\.optimizer was 'muon' and is now 'adamw'; start"):
+        train(config(tmp_path / "run", resume=True))
+    again, _, _ = train(config(tmp_path / "run", optimizer="muon", resume=True))
+    assert weights_of(again.checkpoint) == weights_of(whole.checkpoint)
+    assert timeless(tmp_path / "run") == timeless(tmp_path / "whole")
+    optimizer = model_directory.load_tensors(again.checkpoint, "optimizer")
+    assert {name.partition(".")[0] for name in optimizer} == {"t", "m", "v", "momentum"}
+
+
 def test_an_interrupted_evaluation_is_made_up_for(tmp_path):
     whole, _, _ = train(config(tmp_path / "whole"))
     settings = config(tmp_path / "run")

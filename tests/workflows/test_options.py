@@ -44,8 +44,8 @@ def test_what_is_left_out_is_the_verbs_own():
     assert (config.run.output, config.finetune.model) == (Path("run"), Path("base"))
     assert (config.training.steps, config.finetune.lora_targets) == (7, ("q_proj",))
     assert config.training.learning_rate == 3e-4
-    assert config.training.optimizer.weight_decay == 0.0
-    assert resolve(PretrainConfig, output="run").training.optimizer.weight_decay == 0.1
+    assert config.training.adamw.weight_decay == 0.0
+    assert resolve(PretrainConfig, output="run").training.adamw.weight_decay == 0.1
 
 
 @pytest.mark.parametrize("verb", VERB_CONFIGS)

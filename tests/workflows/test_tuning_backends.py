@@ -38,6 +38,7 @@ def command(given, verb):
     return {
         "sft": ["sft", "--data", sft, "--validation-data", sft, "--answers", "2", "--batch-size", "4"],
         "sft-lora": ["sft", "--data", sft, "--validation-data", sft, "--tuning", "lora", "--batch-size", "4"],
+        "sft-muon": ["sft", "--data", sft, "--validation-data", sft, "--optimizer", "muon", "--batch-size", "4"],
         "dpo": ["dpo", "--data", pairs, "--validation-data", pairs, "--batch-size", "4"],
         "rl": [
             *("rl", "--data", str(given / "prompts.jsonl"), "--reward", reward, "--validation-share", "0"),
@@ -74,7 +75,7 @@ def cut_back(run, step):
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("verb", ["sft", "sft-lora", "dpo", "rl", "classify", "classify-head"])
+@pytest.mark.parametrize("verb", ["sft", "sft-lora", "sft-muon", "dpo", "rl", "classify", "classify-head"])
 def test_a_tuning_is_the_same_on_either_backend_and_goes_on_with_the_other(verb, given, tmp_path, capsys):
     words = command(given, verb)
     runs = {backend: tmp_path / backend for backend in ("torch", "mlx")}
@@ -91,3 +92,13 @@ def test_a_tuning_is_the_same_on_either_backend_and_goes_on_with_the_other(verb,
         verbs = [word for word in words[:2] if not word.startswith("--")]
         assert main([*verbs, "--output", str(run), "--resume", "--backend", other]) == 0, capsys.readouterr().err
         assert curve(run) == [pytest.approx(values, rel=TOLERANCE, abs=1e-6) for values in expected]
+
+
+@pytest.mark.parametrize("verb", ["sft-lora", "classify-head"])
+def test_muon_is_refused_where_no_matrix_of_a_block_is_trained(verb, given, tmp_path, capsys):
+    options = ["--model", str(given / "model"), "--output", str(tmp_path / "run"), "--optimizer", "muon"]
+    assert main([*command(given, verb), *options, *SHARED]) != 0
+    message = capsys.readouterr().err
+    assert message.startswith("error: --optimizer muon updates the matrices of the blocks, and none of them is trained")
+    assert message.count("\n") == 1
+    assert not (tmp_path / "run").exists()

@@ -12,6 +12,9 @@ import numpy as np
 from llamita.backend.arrays import FusedParameter, missing_or_misshapen, part_shapes
 from llamita.model.host_array import HostArray
 
+MOMENTUM = "momentum."
+"""Begins the names of Muon's momentum in a saved state; AdamW's moments are m. and v."""
+
 
 @dataclass(frozen=True)
 class AdamWSettings:
@@ -53,9 +56,20 @@ def saved_state(moments: Mapping[str, HostArray], updates: int) -> dict[str, Hos
 
 def updates_made(state: Mapping[str, HostArray], parameters: Iterable[FusedParameter]) -> int:
     """Returns `t` of a saved state; ValueError, naming them, for arrays that it lacks or that have another shape."""
+    if optimizer_of(state) != "adamw":
+        raise ValueError("the saved state is of --optimizer muon and cannot be gone on with by adamw; resume with muon")
     shapes = part_shapes(parameters)
-    expected = {"t": (1,)} | {f"{kind}.{name}": shape for kind in "mv" for name, shape in shapes.items()}
+    check_arrays({"t": (1,)} | {f"{kind}.{name}": shape for kind in "mv" for name, shape in shapes.items()}, state)
+    return int(state["t"].to_numpy()[0])
+
+
+def check_arrays(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, HostArray]) -> None:
+    """Raises ValueError, naming them, for arrays that a saved state lacks or that have another shape."""
     faults = missing_or_misshapen(expected, state)
     if faults:
         raise ValueError(f"the optimizer's state lacks {faults}, or has another shape there")
-    return int(state["t"].to_numpy()[0])
+
+
+def optimizer_of(state: Mapping[str, HostArray]) -> Literal["adamw", "muon"]:
+    """Returns the optimiser that a saved state is of."""
+    return "muon" if any(name.startswith(MOMENTUM) for name in state) else "adamw"

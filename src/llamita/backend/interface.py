@@ -20,6 +20,7 @@ import numpy as np
 
 from llamita.backend.adamw import AdamWSettings
 from llamita.backend.group import Group, ParallelSettings
+from llamita.backend.muon import MuonSettings
 from llamita.backend.objectives import NextToken, Objective
 from llamita.backend.sampling_params import SamplingParams
 from llamita.data.batches import Batch
@@ -393,6 +394,7 @@ class Backend(Protocol):
         trainable: Callable[[str], bool] | None = None,
         adapter: LoraSettings | None = None,
         optimizer: AdamWSettings | None = None,
+        muon: MuonSettings | None = None,
         max_grad_norm: float = 0.0,
         precision: Precision = "auto",
         device: str = "auto",
@@ -403,8 +405,10 @@ class Backend(Protocol):
         """Returns a model of the values in `arrays`, or a freshly initialised one, with its optimiser.
 
         Trained are the parameters whose canonical name is `trainable`, or with an `adapter` that one and a classifier's
-        head; left out: all. `max_grad_norm` 0 clips nothing, `threads` 0 leaves the framework's choice, and so does
+        head; left out: all. `optimizer` holds AdamW's settings; with `muon`, Muon updates the matrices of the blocks
+        and AdamW the rest. `max_grad_norm` 0 clips nothing, `threads` 0 leaves the framework's choice, and so does
         `compile` None. With `parallel`, this process is one of several that were started together, and joins them.
+        ValueError for `muon` where none of those matrices is trained.
         """
 
     def build_scorer(

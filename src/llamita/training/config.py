@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin, get_ty
 from llamita.backend.adamw import AdamWSettings
 from llamita.backend.group import ParallelName, ParallelSettings
 from llamita.backend.interface import BackendName
+from llamita.backend.muon import MuonSettings, OptimizerName
 from llamita.training.loggers import LoggerName
 from llamita.training.schedule import Schedule, ScheduleName
 from llamita.training.spikes import SpikePolicy
@@ -74,7 +75,10 @@ class TrainingConfig:
     """Updates of the final decay of warmup-stable-decay. Left out: a fifth of the steps."""
     minimum_learning_rate: float | None = None
     """The rate at which the schedule ends. Left out: a tenth of the learning rate."""
-    optimizer: AdamWSettings = field(default_factory=AdamWSettings)
+    optimizer: OptimizerName = "adamw"
+    """adamw; or muon: that for the matrices of the blocks, and AdamW for all else. Both take the same learning rate."""
+    adamw: AdamWSettings = field(default_factory=AdamWSettings)
+    muon: MuonSettings = field(default_factory=MuonSettings)
     max_grad_norm: float = 1.0
     """Scale gradients down to this global norm; 0: never."""
     evaluate_every: int = 100

@@ -19,11 +19,12 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 from llamita.backend.group import ALONE, Group
+from llamita.backend.muon import MuonSettings
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.storage import files, model_directory
@@ -34,6 +35,8 @@ MANIFEST, STATE = "run.json", "train_state.json"
 AUTOPSIES = "autopsies"
 LAST, BEST = "last", "best"
 LOCK = ".lock"
+LATER_OPTIONS = {"training.optimizer": "adamw"} | {f"training.{key}": on for key, on in asdict(MuonSettings()).items()}
+"""Keys of an identity that older versions did not write, with what stands for that."""
 PATIENCE = 0.2  # seconds: whoever asks `is_running` holds the lock for a moment
 
 
@@ -362,6 +365,7 @@ def compare(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     A key that the saved one lacks, as one of an older version may, makes no difference where it is off: 0, false, "".
     """
     before, now = flatten(saved), flatten(json.loads(json.dumps(given)))
+    before = {key: value for key, value in LATER_OPTIONS.items() if key in now} | before
     if "model" in saved:  # by an older version perhaps, which did not have every field
         known = {field.name: field.default for field in fields(ModelConfig) if field.default is not MISSING}
         defaults = flatten(json.loads(json.dumps({"model": known})))

@@ -60,7 +60,7 @@ class DpoConfig:
     answers: int | None = None
     """Held-out prompts to answer at each evaluation, greedily; the share that is the chosen answer to the letter is the
     measure `exact`. It needs a chat template. Left out: 200 for meadow, elsewhere none."""
-    training: TrainingConfig = TrainingConfig(steps=300, learning_rate=5e-5, optimizer=AdamWSettings(weight_decay=0.0))
+    training: TrainingConfig = TrainingConfig(steps=300, learning_rate=5e-5, adamw=AdamWSettings(weight_decay=0.0))
     machine: MachineConfig = MachineConfig()
 
     def __post_init__(self) -> None:

@@ -139,7 +139,8 @@ def step_options(config: TrainingVerb) -> dict[str, Any]:
     parallel = {"parallel": machine.parallel_settings()} if launched_processes() > 1 else {}
     return {
         "seed": training.seed,
-        "optimizer": training.optimizer,
+        "optimizer": training.adamw,
+        "muon": training.muon if training.optimizer == "muon" else None,
         "max_grad_norm": training.max_grad_norm,
         **scorer_options(config),
         **compiled,

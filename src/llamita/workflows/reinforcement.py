@@ -73,7 +73,7 @@ class RlConfig:
         batch_size=64,
         learning_rate=1e-4,
         schedule="constant",
-        optimizer=AdamWSettings(weight_decay=0.0),
+        adamw=AdamWSettings(weight_decay=0.0),
         evaluate_every=20,
         evaluation_rows=100,
     )

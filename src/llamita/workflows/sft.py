@@ -70,7 +70,7 @@ class SftConfig:
     """Of the divergence from the teacher, in the place of as much of the ordinary loss."""
     teacher_temperature: float = 1.0
     """Divides the logits of teacher and student in the divergence."""
-    training: TrainingConfig = TrainingConfig(learning_rate=3e-4, optimizer=AdamWSettings(weight_decay=0.0))
+    training: TrainingConfig = TrainingConfig(learning_rate=3e-4, adamw=AdamWSettings(weight_decay=0.0))
     machine: MachineConfig = MachineConfig()
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""One update of a model in MLX: gradients over micro-batches, clipping, AdamW; and the loss of a batch.
+"""One update of a model in MLX: gradients over micro-batches, clipping, the optimiser; and the loss of a batch.
 
 The loop, the schedule, the data's order and all files are the trainer's. Nothing random outlives a step: the numbers
 that dropout draws are a function of (seed, number of the step), so a resumed run draws what the whole run drew.
@@ -21,10 +21,12 @@ from llamita.backend.mlx.model import lora, weights
 from llamita.backend.mlx.model.attention import Dropout
 from llamita.backend.mlx.model.llama import Llama, Trace
 from llamita.backend.mlx.model.quantized import QuantizedLinear
-from llamita.backend.mlx.train.adamw import AdamW, AdamWSettings, clipping_scale, global_norm
+from llamita.backend.mlx.train.adamw import AdamWSettings, clipping_scale, global_norm
 from llamita.backend.mlx.train.diagnosis import diagnose
 from llamita.backend.mlx.train.objectives import LossOutput, TensorBatch, loss_function
+from llamita.backend.mlx.train.optimizer import make_optimizer
 from llamita.backend.mlx.train.scorer import MlxScorer, arrays_of, choose
+from llamita.backend.muon import MuonSettings
 from llamita.backend.objectives import NextToken, Objective, without_dropout
 from llamita.backend.opening import OWN
 from llamita.backend.train_step import (
@@ -56,6 +58,7 @@ class MlxTrainStep(MlxScorer):
         objective: Objective = NextToken(),  # noqa: B008 - it is frozen
         trainable: Callable[[str], bool] | None = None,
         adapter: LoraSettings | None = None,
+        muon: MuonSettings | None = None,
         max_grad_norm: float = 0.0,
         precision: Literal["bf16", "fp32"] = "fp32",
         seed: int = 0,
@@ -74,7 +77,7 @@ class MlxTrainStep(MlxScorer):
         trained += self.adapter.fused_parameters() if self.adapter else []
         if not trained:
             raise ValueError("no parameter of the model is to be trained")
-        self.optimizer = AdamW(trained, settings)
+        self.optimizer = make_optimizer(trained, settings, muon, precision, device)
         self.objective = objective
         self.max_grad_norm = max_grad_norm
         self.seed = seed
@@ -247,6 +250,7 @@ def build_train_step(
     trainable: Callable[[str], bool] | None = None,
     adapter: LoraSettings | None = None,
     optimizer: AdamWSettings | None = None,
+    muon: MuonSettings | None = None,
     max_grad_norm: float = 0.0,
     precision: Precision = "auto",
     device: str = "auto",
@@ -271,6 +275,7 @@ def build_train_step(
             objective=objective,
             trainable=trainable,
             adapter=adapter,
+            muon=muon,
             max_grad_norm=max_grad_norm,
             precision=chosen,
             seed=seed,

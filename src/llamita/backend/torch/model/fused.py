@@ -20,11 +20,3 @@ class FusedParameter:
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Returns views of `tensor`, shaped like the parameter, one for each part."""
         return tensor.split(self.sizes) if len(self.sizes) > 1 else (tensor,)  # a DTensor would be gathered
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Returns the numbers of a tensor that this process holds: all, where it is not divided between several.
-
-    A divided one is a DTensor, known by its method: importing that class takes half a second.
-    """
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

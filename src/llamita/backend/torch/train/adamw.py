@@ -13,8 +13,9 @@ from torch.optim.adamw import adamw
 from llamita.backend.adamw import AdamWSettings as AdamWSettings
 from llamita.backend.adamw import clipping_scale as clipping_scale
 from llamita.backend.adamw import saved_state, updates_made
-from llamita.backend.torch.model.fused import FusedParameter, local
+from llamita.backend.torch.model.fused import FusedParameter
 from llamita.backend.torch.model.weights import host_from_tensor, tensor_from_host
+from llamita.backend.torch.train.sharded import gradient_of, local, local_part, whole
 from llamita.model.host_array import HostArray
 
 
@@ -44,7 +45,10 @@ def adamw_update(
 
 
 class AdamW:
-    """The same update for all parameters of a model by PyTorch's fused kernel, which passes over memory once."""
+    """The same update for all parameters of a model by PyTorch's fused kernel, which passes over memory once.
+
+    Parameters may be sharded over processes: moments are sharded alike, and each process updates its part.
+    """
 
     def __init__(self, parameters: Iterable[FusedParameter], settings: AdamWSettings | None = None) -> None:
         self.settings = settings or AdamWSettings()
@@ -77,7 +81,8 @@ class AdamW:
             device = group[0][0].parameter.device
             adamw(
                 params=[local(item.parameter) for item, _, _ in group],
-                grads=[_gradient(item) for item, _, _ in group],
+                # In the order of memory: the kernel on a CPU takes no notice of strides.
+                grads=[local(gradient_of(item)).contiguous() for item, _, _ in group],
                 exp_avgs=[local(m) for _, m, _ in group],
                 exp_avg_sqs=[local(v) for _, _, v in group],
                 max_exp_avg_sqs=[],
@@ -95,29 +100,22 @@ class AdamW:
 
     def state(self) -> dict[str, HostArray]:
         """Returns m and v under canonical names (`m.model.norm.weight`), and `t`, the number of steps taken."""
-        return saved_state({name: host_from_tensor(view) for name, view in self.tensors().items()}, self.t)
+        return saved_state({name: host_from_tensor(whole(view)) for name, view in self.moments().items()}, self.t)
 
     def load_state(self, state: Mapping[str, HostArray]) -> None:
         """Takes over what `state()` gave; ValueError, naming them, for arrays that are missing or of another shape."""
         self.t = updates_made(state, self.parameters)
-        for name, target in self.tensors().items():
-            target.copy_(tensor_from_host(state[name]))
+        for name, target in self.moments().items():
+            local(target).copy_(local_part(tensor_from_host(state[name]).to(target.device), target))
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Returns views of m and v under canonical names."""
+    def moments(self) -> dict[str, torch.Tensor]:
+        """Returns the tensors of the state themselves under canonical names, sharded as the parameters are."""
         return {
             f"{kind}.{name}": view
             for kind, moments in (("m", self._m), ("v", self._v))
             for item, moment in zip(self.parameters, moments, strict=True)
             for name, view in zip(item.parts, item.split(moment), strict=True)
         }
-
-
-def _gradient(item: FusedParameter) -> torch.Tensor:
-    """Returns the gradient in the order of memory: the kernel on a CPU takes no notice of strides."""
-    gradient = item.parameter.grad
-    assert gradient is not None, f"{item.name} has no gradient"
-    return local(gradient).contiguous()
 
 
 def global_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 The numbers are those of one process but for the order in which floats are summed: losses and gradients are sums over
 all rows divided by the targets of all of them. DDP (Li et al. 2020, arXiv:2006.15704) keeps the whole model in each
-process; FSDP2 and tensor parallelism divide it (sharding.py). Knows nothing of files but for the parts of a checkpoint.
+process; FSDP2 and tensor parallelism divide it (divided_model.py). Knows nothing of files but the parts of checkpoints.
 """
 
 import contextlib
@@ -21,22 +21,22 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from llamita.backend.adamw import AdamWSettings
-from llamita.backend.arrays import missing_or_misshapen
 from llamita.backend.group import ParallelSettings, share
 from llamita.backend.interface import LossSums, Precision, Saving, StepMetrics
+from llamita.backend.muon import MuonSettings
 from llamita.backend.objectives import NextToken, Objective
 from llamita.backend.torch.infer.runner import TorchRunner
 from llamita.backend.torch.model import weights
-from llamita.backend.torch.model.fused import local
 from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.model.llama import Attention, Llama
+from llamita.backend.torch.train import divided_model, shards
 from llamita.backend.torch.train import group as groups
-from llamita.backend.torch.train import sharding, shards
 from llamita.backend.torch.train.adamw import clipping_scale
 from llamita.backend.torch.train.group import TENSOR, TorchGroup, others_present
 from llamita.backend.torch.train.losses import chunked_cross_entropy
 from llamita.backend.torch.train.objectives import Hidden, LossOutput, TensorBatch
 from llamita.backend.torch.train.scorer import choose, to_device
+from llamita.backend.torch.train.sharded import local, whole
 from llamita.backend.torch.train.step import TorchTrainStep
 from llamita.backend.train_step import count_targets, step_seed
 from llamita.data.batches import IGNORE_INDEX, Batch
@@ -50,7 +50,7 @@ class DistributedTrainStep(TorchTrainStep):
     """A model with its optimiser in one of several processes, which all call the same methods in the same order."""
 
     def __init__(
-        self, model: Llama, hooked: sharding.Hooked | None, group: TorchGroup, compile: bool, **options: Any
+        self, model: Llama, hooked: divided_model.Hooked | None, group: TorchGroup, compile: bool, **options: Any
     ) -> None:
         """`hooked` is what is called with a divided model; None: each process holds the whole model (DDP)."""
         super().__init__(model, compile=compile and hooked is None, **options)
@@ -58,7 +58,7 @@ class DistributedTrainStep(TorchTrainStep):
         self.compiled = compile
         self.is_divided = hooked is not None
         self._team = group.settings.tensor_parallel
-        self._copies = [group.size // math.prod(parts for _, parts, _ in sharding.cuts(p)) for p in self.parameters]
+        self._copies = [group.size // divided_model.number_of_parts(p) for p in self.parameters]
         self._team_norms = [
             parameter
             for module in model.modules()
@@ -71,7 +71,7 @@ class DistributedTrainStep(TorchTrainStep):
 
     def _replicated(self) -> nn.Module:
         """Returns the model and its adapter, where there is one, as DDP calls them."""
-        hooked = sharding.Hooked(self.model)
+        hooked = divided_model.Hooked(self.model)
         hooked.adapter = nn.ParameterList(self.parameters if self.adapter else [])  # those of the model are known
         with others_present():
             return DistributedDataParallel(hooked, gradient_as_bucket_view=True)
@@ -123,15 +123,15 @@ class DistributedTrainStep(TorchTrainStep):
         hidden = self._hidden if training else self.model.hidden
         with self.autocast():
             hidden, head = super().output(hidden, training)
-            head = sharding.whole_head(head, partial=True)
+            head = divided_model.whole_head(head, partial=True)
             hidden_BTD = hidden(batch.tokens_BT, segments_BT=batch.segments_BT)
-            hidden_BTD = sharding.summed_on_the_way_back(hidden_BTD, mesh)
+            hidden_BTD = divided_model.summed_on_the_way_back(hidden_BTD, mesh)
             own = slice(mesh.get_local_rank(), None, self._team)
             return LossOutput(chunked_cross_entropy(hidden_BTD[:, own], head, batch.labels_BT[:, own]), {})
 
     def output(self, hidden: Hidden, training: bool = False) -> tuple[Hidden, OutputHead]:
         hidden, head = super().output(hidden, training)
-        return hidden, sharding.whole_head(head, partial=False)
+        return hidden, divided_model.whole_head(head, partial=False)
 
     @contextlib.contextmanager
     def _gradients_summed(self, last: bool) -> Any:
@@ -216,25 +216,15 @@ class DistributedTrainStep(TorchTrainStep):
     def weights(self) -> dict[str, HostArray]:
         if not self.is_divided:
             return super().weights()
-        return self._gathered(self._divided_state())
-
-    def state(self) -> dict[str, HostArray]:
-        if not self.is_divided:
-            return super().state()
-        return self._gathered(self.optimizer.tensors()) | {"t": self._updates()}
+        with others_present():
+            return {name: weights.host_from_tensor(whole(held)) for name, held in self._divided_state().items()}
 
     def load_state(self, arrays: Mapping[str, HostArray], state: Mapping[str, HostArray]) -> None:
         if not self.is_divided:
             return super().load_state(arrays, state)
         check_arrays(self.model.config, arrays)
-        moments = self.optimizer.tensors()
-        faults = missing_or_misshapen({name: held.shape for name, held in moments.items()} | {"t": (1,)}, state)
-        if faults:
-            raise ValueError(f"the optimizer's state lacks {faults}, or has another shape there")
-        sharding.fill(self._divided_state(), arrays.items())
-        for name, held in moments.items():
-            local(held).copy_(sharding.part_of(weights.tensor_from_host(state[name]), held))
-        self.optimizer.t = int(state["t"].to_numpy()[0])
+        divided_model.fill(self._divided_state(), arrays.items())
+        self.optimizer.load_state(state)
 
     def runner(self) -> TorchRunner:
         """Returns a runner over the weights as they are now, a whole model in each process."""
@@ -259,7 +249,7 @@ class DistributedTrainStep(TorchTrainStep):
         return super().peak_flops(seconds) * self.group.size
 
     def _saved(self) -> dict[str, Tensor]:
-        return shards.named(self._trained_or_all(), self.optimizer.tensors(), self.optimizer.t)
+        return shards.named(self._trained_or_all(), self.optimizer.moments(), self.optimizer.t)
 
     def _trained_or_all(self) -> dict[str, Tensor]:
         if self.is_divided:
@@ -270,14 +260,7 @@ class DistributedTrainStep(TorchTrainStep):
         """Returns the parts that this process holds; after a pass without gradients FSDP2 has some still gathered."""
         if isinstance(self._hooked, FSDPModule):
             self._hooked.reshard()
-        return sharding.divided_state(self.model)
-
-    def _gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, HostArray]:
-        with others_present():
-            return {name: weights.host_from_tensor(sharding.whole(held)) for name, held in tensors.items()}
-
-    def _updates(self) -> HostArray:
-        return HostArray.from_numpy(np.array([self.optimizer.t], dtype=np.int64))
+        return divided_model.divided_state(self.model)
 
 
 def build_distributed_train_step(
@@ -291,6 +274,7 @@ def build_distributed_train_step(
     trainable: Callable[[str], bool] | None = None,
     adapter: LoraSettings | None = None,
     optimizer: AdamWSettings | None = None,
+    muon: MuonSettings | None = None,
     max_grad_norm: float = 0.0,
     precision: Precision = "auto",
     device: str = "auto",
@@ -303,7 +287,7 @@ def build_distributed_train_step(
     """
     device, chosen = choose(device, precision, threads)
     group = groups.join(parallel, device)
-    hooked: sharding.Hooked | None = None
+    hooked: divided_model.Hooked | None = None
     if parallel.mode == "ddp" and parallel.tensor_parallel == 1:
         model = weights.build_model(config, arrays, seed=seed, initialization=initialization, device=device)
     else:
@@ -311,17 +295,18 @@ def build_distributed_train_step(
             raise ValueError("an adapter is trained over a whole model in each process; use --parallel ddp for lora")
         if arrays is not None:
             check_arrays(config, arrays)
-        model, hooked = sharding.divided_model(config, group, bool(compile))
+        model, hooked = divided_model.divided_model(config, group, bool(compile))
         hooked.to_empty(device=device)
         fresh = initialize_parameters(config, seed, initialization)
         made = ((name, HostArray.from_numpy(array)) for name, array in fresh)
-        sharding.fill(sharding.divided_state(model), made if arrays is None else arrays.items())
+        divided_model.fill(divided_model.divided_state(model), made if arrays is None else arrays.items())
     return DistributedTrainStep(
         model,
         hooked,
         group,
         bool(compile),
         settings=optimizer,
+        muon=muon,
         objective=objective,
         trainable=trainable,
         adapter=adapter,

@@ -1,4 +1,4 @@
-"""One update of a model in PyTorch: gradients over micro-batches, clipping, AdamW; and the loss of a batch.
+"""One update of a model in PyTorch: gradients over micro-batches, clipping, the optimiser; and the loss of a batch.
 
 The loop, the schedule, the data's order and all files are the trainer's. Nothing random outlives a step: the numbers
 that dropout draws are a function of (seed, number of the step), so a resumed run draws what the whole run drew.
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llamita.backend.group import ALONE, Group, ParallelSettings
 from llamita.backend.interface import Diagnosis, LossSums, Precision, Saving, StepMetrics
+from llamita.backend.muon import MuonSettings
 from llamita.backend.objectives import NextToken, Objective
 from llamita.backend.opening import OWN
 from llamita.backend.torch.infer.runner import TorchRunner
@@ -24,9 +25,10 @@ from llamita.backend.torch.model import lora, weights
 from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.model.llama import Llama
 from llamita.backend.torch.train import objectives
-from llamita.backend.torch.train.adamw import AdamW, AdamWSettings, clipping_scale, global_norm
+from llamita.backend.torch.train.adamw import AdamWSettings, clipping_scale, global_norm
 from llamita.backend.torch.train.diagnosis import diagnose
 from llamita.backend.torch.train.objectives import Hidden, LossOutput, TensorBatch
+from llamita.backend.torch.train.optimizer import make_optimizer
 from llamita.backend.torch.train.scorer import TorchScorer, choose, to_device
 from llamita.backend.train_step import (
     best_seconds,
@@ -62,6 +64,7 @@ class TorchTrainStep(TorchScorer):
         objective: Objective = NextToken(),  # noqa: B008 - it is frozen
         trainable: Callable[[str], bool] | None = None,
         adapter: LoraSettings | None = None,
+        muon: MuonSettings | None = None,
         max_grad_norm: float = 0.0,
         precision: Literal["bf16", "fp32"] = "fp32",
         seed: int = 0,
@@ -83,7 +86,7 @@ class TorchTrainStep(TorchScorer):
             raise ValueError("no parameter of the model is to be trained")
         for fused in trained:
             fused.parameter.requires_grad_(True)
-        self.optimizer = AdamW(trained, settings)
+        self.optimizer = make_optimizer(trained, settings, muon, precision)
         self.objective = objective
         self.max_grad_norm = max_grad_norm
         self.seed = seed
@@ -250,6 +253,7 @@ def build_train_step(
     trainable: Callable[[str], bool] | None = None,
     adapter: LoraSettings | None = None,
     optimizer: AdamWSettings | None = None,
+    muon: MuonSettings | None = None,
     max_grad_norm: float = 0.0,
     precision: Precision = "auto",
     device: str = "auto",
@@ -275,6 +279,7 @@ def build_train_step(
             trainable=trainable,
             adapter=adapter,
             optimizer=optimizer,
+            muon=muon,
             max_grad_norm=max_grad_norm,
             precision=precision,
             device=device,
@@ -288,6 +293,7 @@ def build_train_step(
         objective=objective,
         trainable=trainable,
         adapter=adapter,
+        muon=muon,
         max_grad_norm=max_grad_norm,
         precision=chosen,
         seed=seed,

@@ -8,7 +8,8 @@ the projections that are fused elsewhere stand apart, so that each part of a par
 Letters beyond the usual: O the outputs of a linear map.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,12 +25,12 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 
-from llamita.backend.torch.model.fused import local
 from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.model.layers import FUSED, Adapters
 from llamita.backend.torch.model.llama import Attention, Embedding, Linear, Llama
 from llamita.backend.torch.model.weights import model_without_values, tensor_from_host
 from llamita.backend.torch.train.group import DATA, TENSOR, TorchGroup
+from llamita.backend.torch.train.sharded import local, local_part
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.parameters import FUSED_PARTS, canonical_names, parameter_table
@@ -186,42 +187,22 @@ def fill(state: Mapping[str, Tensor], arrays: Iterable[tuple[str, HostArray]]) -
     with torch.no_grad():
         for name, array in arrays:
             if name in state:
-                part = part_of(tensor_from_host(array), state[name])
+                held = state[name]
+                part = local_part(tensor_from_host(array).to(held.device), held)
                 if not torch.isfinite(part).all():
                     raise ValueError(f"{name} holds NaN or infinite values; the weights are damaged")
-                local(state[name]).copy_(part)
+                local(held).copy_(part)
 
 
 def divided_state(model: Llama) -> dict[str, Tensor]:
-    """Returns the parameters of a divided model under canonical names."""
+    """Returns the parameters of a divided model under canonical names, in the table's order."""
     held = {canonical_names(name)[0]: parameter.detach() for name, parameter in model.named_parameters()}
     return {row.name: held[row.name] for row in parameter_table(model.config)}
 
 
-def part_of(whole: Tensor, held: Tensor) -> Tensor:
-    """Returns the part of a whole tensor that this process holds in `held`.
-
-    A team cuts first, and FSDP2 what is left. Parts are those of torch.chunk: of equal size but for the last ones.
-    """
-    for axis, size, rank in cuts(held):
-        parts = whole.chunk(size, axis)
-        empty = whole.narrow(axis, 0, 0)
-        whole = parts[rank] if rank < len(parts) else empty
-    return whole
-
-
-def cuts(held: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Yields (axis, parts, number of this one) of each division of a tensor, in its order."""
-    if not isinstance(held, DTensor):
-        return
-    names = held.device_mesh.mesh_dim_names or ()
-    for name in (TENSOR, DATA):
-        dimension = names.index(name) if name in names else None
-        if dimension is not None and not held.placements[dimension].is_replicate():
-            placement: Any = held.placements[dimension]  # Shard, or what FSDP2 makes of one that is cut already
-            yield placement.dim, held.device_mesh.size(dimension), held.device_mesh.get_local_rank(dimension)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Returns all numbers of a tensor; every process of the run calls this in the same order."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def number_of_parts(tensor: Tensor) -> int:
+    """Returns how many parts a tensor is cut into, each of which one process holds or several."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    return math.prod(size for placement, size in sizes if not placement.is_replicate())

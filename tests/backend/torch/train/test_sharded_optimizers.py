@@ -1,0 +1,99 @@
+"""AdamW and Muon over parameters that are sharded between two processes: the updates of one process, and its state."""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from llamita.backend.adamw import AdamWSettings
+from llamita.backend.muon import MuonSettings
+from llamita.backend.torch.model.fused import FusedParameter
+from llamita.backend.torch.train.optimizer import make_optimizer
+from tests.backend.frameworks import host
+from tests.backend.optimizers import rates
+from tests.backend.steps import largest_difference, same
+
+LAYER = "model.layers.0"
+SHAPES = {
+    "model.embed_tokens.weight": (11, 8),
+    f"{LAYER}.self_attn.q_proj.weight": (8, 8),
+    f"{LAYER}.self_attn.k_proj.weight": (5, 8),  # one process has a row more than the other
+    f"{LAYER}.self_attn.o_proj.weight": (8, 8),
+    f"{LAYER}.mlp.gate_proj.weight": (12, 8),
+    f"{LAYER}.mlp.down_proj.weight": (8, 12),
+    f"{LAYER}.input_layernorm.weight": (8,),
+    "model.norm.weight": (1,),  # the other process has none of it
+}
+MESHES = {
+    "one axis": ((2,), lambda name, shape: [Shard(1 if "o_proj" in name else 0)]),
+    "replicated": ((2,), lambda name, shape: [Replicate()]),
+    "two axes": ((1, 2), lambda name, shape: [Shard(0), Shard(1) if "down" in name else Replicate()]),
+}
+STEPS = 4
+
+
+def values(seed):
+    random = np.random.default_rng(seed)
+    return {name: random.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
+
+
+def fused(name, tensor):
+    return FusedParameter(name, torch.nn.Parameter(tensor), (name,), (len(tensor),), len(SHAPES[name]) == 2)
+
+
+def copies(optimizer):
+    return {name: array.to_numpy().copy() for name, array in optimizer.state().items()}
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def train(parameters, muon, distribute, first=1, state=None):
+    """The values and the state after some steps, begun where a state was left."""
+    optimizer = make_optimizer(parameters, AdamWSettings(), MuonSettings() if muon else None, "fp32")
+    if state is not None:
+        optimizer.load_state(state)
+    for t in range(first, STEPS + 1):
+        for item, gradient in zip(parameters, values(100 + t).values(), strict=True):
+            item.parameter.grad = distribute(item.name, torch.from_numpy(gradient))
+        optimizer.step(rates(t), 0.5)
+        if t == first:
+            # Copies: a state lies in the optimiser's own memory.
+            early = {item.name: whole(item.parameter.detach()).clone() for item in parameters}, host(copies(optimizer))
+    return {item.name: whole(item.parameter.detach()) for item in parameters}, optimizer.state(), early
+
+
+def compare(rank, folder):
+    """In each of two processes: every mesh beside the plain parameters, and gone on from the state of one step."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    for label, (shape, placements) in MESHES.items():
+        mesh = init_device_mesh("cpu", shape)
+
+        def distribute(name, tensor, mesh=mesh, placements=placements):
+            return distribute_tensor(tensor.clone(), mesh, placements(name, tensor.shape))
+
+        for muon in (False, True):
+            start = {name: torch.from_numpy(array) for name, array in values(0).items()}
+            plain = [fused(name, tensor.clone()) for name, tensor in start.items()]
+            expected, state, _ = train(plain, muon, lambda name, tensor: tensor)
+            sharded = [fused(name, distribute(name, tensor)) for name, tensor in start.items()]
+            found, found_state, (early, early_state) = train(sharded, muon, distribute)
+            assert all(isinstance(item.parameter, DTensor) for item in sharded)
+            for name, tensor in expected.items():
+                assert (found[name] - tensor).abs().max() < 1e-6, (label, muon, name)
+                assert not torch.equal(tensor, start[name])
+            assert largest_difference(found_state, state) < 1e-6, (label, muon)
+            again = [fused(name, distribute(name, tensor)) for name, tensor in early.items()]
+            resumed, resumed_state, _ = train(again, muon, distribute, 2, early_state)
+            assert all(torch.equal(resumed[name], found[name]) for name in found), (label, muon)
+            assert same(resumed_state, found_state), (label, muon)
+    dist.destroy_process_group()
+
+
+@pytest.mark.medium
+def test_two_processes_make_the_updates_of_one(tmp_path):
+    mp.spawn(compare, (str(tmp_path),), nprocs=2)
