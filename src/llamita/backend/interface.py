@@ -30,6 +30,8 @@ from llamita.model.parameters import InitializationName
 BackendName = Literal["auto", "torch", "mlx"]
 """The backends there are; which one "auto" stands for, `choice.choose` says."""
 Precision = Literal["auto", "bf16", "fp32"]
+Recompute = int | Literal["all", "none"]
+"""How many of a model's blocks compute their activations a second time for the backward pass, instead of keeping them."""
 WantedLogits = Literal["all", "last", "none"]
 """The positions whose logits a forward pass gives: a large vocabulary makes those of a long text a large array."""
 LONGEST_CHUNK = 512
@@ -327,12 +329,13 @@ class Backend(Protocol):
         device: str = "auto",
         threads: int = 0,
         compile: bool | None = None,
+        recompute: Recompute = "none",
     ) -> TrainStep:
         """Returns a model of the values in `arrays`, or a freshly initialised one, with its optimiser.
 
         Trained are the parameters whose canonical name is `trainable`, or with an `adapter` that one and a classifier's
         head; left out: all. `max_grad_norm` 0 clips nothing, `threads` 0 leaves the framework's choice, and so does
-        `compile` None.
+        `compile` None. `recompute` changes no number.
         """
 
     def build_scorer(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_args, get_type_hints
 
 from llamita.backend.adamw import AdamWSettings
-from llamita.backend.interface import BackendName
+from llamita.backend.interface import BackendName, Recompute
 from llamita.training.loggers import LoggerName
 from llamita.training.schedule import Schedule, ScheduleName
 
@@ -37,10 +37,15 @@ class MachineConfig:
     """CPU threads, with PyTorch alone; 0: as many as it takes."""
     compile: bool = False
     """Compile the model with torch.compile: a slow first update, then faster ones. MLX does by itself on a GPU."""
+    recompute: Recompute = "none"
+    """Blocks, evenly chosen, whose activations are computed a second time instead of kept: less memory, the same
+    numbers, up to a third more time. A number, all or none."""
 
     def __post_init__(self) -> None:
         if self.threads < 0:
             raise ValueError(f"threads={self.threads} must not be negative")
+        if isinstance(self.recompute, int) and self.recompute < 0:
+            raise ValueError(f"recompute={self.recompute} must be a number of blocks, all or none")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,12 +131,14 @@ def step_options(config: TrainingVerb) -> dict[str, Any]:
     """Returns what a backend's `build_train_step` takes of the options that every kind of training has."""
     training, machine = config.training, config.machine
     compiled = {"compile": True} if machine.compile else {}  # left out, a backend does what is usual with it
+    recomputed = {"recompute": machine.recompute} if machine.recompute not in ("none", 0) else {}
     return {
         "seed": training.seed,
         "optimizer": training.optimizer,
         "max_grad_norm": training.max_grad_norm,
         **scorer_options(config),
         **compiled,
+        **recomputed,
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
-from llamita.backend.interface import LossSums, Precision, StepMetrics
+from llamita.backend.interface import LossSums, Precision, Recompute, StepMetrics
 from llamita.backend.mlx.infer.runner import MlxRunner
 from llamita.backend.mlx.model import lora, weights
 from llamita.backend.mlx.model.attention import Dropout
@@ -19,6 +19,7 @@ from llamita.backend.mlx.model.llama import Llama
 from llamita.backend.mlx.model.quantized import QuantizedLinear
 from llamita.backend.mlx.train.adamw import AdamW, AdamWSettings, clipping_scale, global_norm
 from llamita.backend.mlx.train.objectives import LossOutput, TensorBatch, loss_function
+from llamita.backend.mlx.train.recomputation import run_again
 from llamita.backend.mlx.train.scorer import MlxScorer, arrays_of, choose
 from llamita.backend.objectives import NextToken, Objective
 from llamita.backend.opening import OWN
@@ -27,6 +28,7 @@ from llamita.backend.train_step import (
     count_targets,
     process_memory_bytes,
     quantized_refusal,
+    recomputed_layers,
     step_metrics,
     step_seed,
 )
@@ -52,6 +54,7 @@ class MlxTrainStep(MlxScorer):
         precision: Literal["bf16", "fp32"] = "fp32",
         seed: int = 0,
         compile: bool = False,
+        recompute: Recompute = "none",
         device: mx.DeviceType = mx.cpu,
     ) -> None:
         """Trains the parameters whose canonical name is `trainable`: left out, all, or with a fresh `adapter` over them
@@ -71,6 +74,8 @@ class MlxTrainStep(MlxScorer):
         self.max_grad_norm = max_grad_norm
         self.seed = seed
         self.compiled = compile
+        layers = recomputed_layers(model.config.num_hidden_layers, recompute)
+        self._recomputation = {"run_block": dict.fromkeys(layers, run_again)} if layers else {}
         self._differentiated = self._loss_and_gradients()
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepMetrics:
@@ -158,7 +163,7 @@ class MlxTrainStep(MlxScorer):
 
     def _loss(self, arrays: Mapping[str, Any], key: mx.array | None = None) -> LossOutput:
         """Returns the loss of a batch's arrays; with a key for dropout, in training."""
-        adapter, dropout, own_key = self.adapter, None, None
+        adapter, dropout, own_key, more = self.adapter, None, None, {}
         if key is not None:
             key, own_key = mx.random.split(key)
             if adapter:
@@ -166,7 +171,8 @@ class MlxTrainStep(MlxScorer):
                 adapter = adapter.dropping(self._adapter_dropout, drawn)
             probability = self.model.config.dropout
             dropout = Dropout(probability, key) if probability else None
-        return loss_function(self.objective, own_key)(*self.output(adapter, dropout), TensorBatch(**arrays))
+            more = self._recomputation
+        return loss_function(self.objective, own_key)(*self.output(adapter, dropout, **more), TensorBatch(**arrays))
 
     def _loss_and_gradients(self) -> Callable[..., Any]:
         """Returns (arrays, share, key) -> ((loss x share, loss, measures), gradients of loss x share by the trained
@@ -214,6 +220,7 @@ def build_train_step(
     device: str = "auto",
     threads: int = 0,
     compile: bool | None = None,
+    recompute: Recompute = "none",
 ) -> MlxTrainStep:
     """Returns a model of the values in `arrays`, or a freshly initialised one, with its optimiser.
 
@@ -234,5 +241,6 @@ def build_train_step(
             precision=chosen,
             seed=seed,
             compile=where == mx.gpu if compile is None else compile,
+            recompute=recompute,
             device=where,
         )

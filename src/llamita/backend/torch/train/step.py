@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llamita.backend.interface import LossSums, Precision, StepMetrics
+from llamita.backend.interface import LossSums, Precision, Recompute, StepMetrics
 from llamita.backend.objectives import NextToken, Objective
 from llamita.backend.opening import OWN
 from llamita.backend.torch.infer.runner import TorchRunner
@@ -29,6 +29,7 @@ from llamita.backend.train_step import (
     count_targets,
     process_memory_bytes,
     quantized_refusal,
+    recomputed_layers,
     step_metrics,
     step_seed,
 )
@@ -54,6 +55,7 @@ class TorchTrainStep(TorchScorer):
         precision: Literal["bf16", "fp32"] = "fp32",
         seed: int = 0,
         compile: bool = False,
+        recompute: Recompute = "none",
     ) -> None:
         """Trains the parameters whose canonical name is `trainable`: left out, all, or with a fresh `adapter` over them
         a classifier's head alone. What is not trained has neither gradients nor moments."""
@@ -76,6 +78,7 @@ class TorchTrainStep(TorchScorer):
         self.max_grad_norm = max_grad_norm
         self.seed = seed
         self.compiled = compile
+        self.recomputed = recomputed_layers(model.config.num_hidden_layers, recompute)
         self.parameters = [fused.parameter for fused in trained]
         # Evaluation runs uncompiled: its batches have other shapes, and each would be compiled anew.
         self._hidden: Hidden = torch.compile(model.hidden, dynamic=False) if compile else model.hidden
@@ -176,7 +179,8 @@ class TorchTrainStep(TorchScorer):
     def output(self, hidden: Hidden, training: bool = False) -> tuple[Hidden, OutputHead]:
         """Returns hidden states and the output matrix, as losses take them; with dropout while `training`."""
         adapter = self._dropping if training else self.adapter
-        hidden, head = functools.partial(hidden, training=training, adapters=adapter), self.model.head
+        again = {"recompute": self.recomputed} if training and self.recomputed else {}
+        hidden, head = functools.partial(hidden, training=training, adapters=adapter, **again), self.model.head
         return adapter.output(hidden, head) if adapter else (hidden, head)
 
     @contextlib.contextmanager
@@ -206,6 +210,7 @@ def build_train_step(
     device: str = "auto",
     threads: int = 0,
     compile: bool | None = None,
+    recompute: Recompute = "none",
 ) -> TorchTrainStep:
     """Returns a model of the values in `arrays`, or a freshly initialised one, with its optimiser.
 
@@ -223,4 +228,5 @@ def build_train_step(
         precision=chosen,
         seed=seed,
         compile=bool(compile),
+        recompute=recompute,
     )
