@@ -31,7 +31,7 @@ BackendName = Literal["auto", "torch", "mlx"]
 """The backends there are; which one "auto" stands for, `choice.choose` says."""
 Precision = Literal["auto", "bf16", "fp32"]
 Recompute = int | Literal["all", "none"]
-"""How many of a model's blocks compute their activations a second time for the backward pass, instead of keeping them."""
+"""How many of a model's blocks run a second time for the backward pass, instead of keeping their activations."""
 WantedLogits = Literal["all", "last", "none"]
 """The positions whose logits a forward pass gives: a large vocabulary makes those of a long text a large array."""
 LONGEST_CHUNK = 512

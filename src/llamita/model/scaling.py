@@ -1,4 +1,4 @@
-"""One number for a whole training: from the depth of a model follow its shape, its data, batch, learning rate and steps.
+"""One number for a whole training: from a model's depth follow its shape, its data, batch, learning rate and steps.
 
 Every rule is a function of its own with its source, and all numbers that were chosen here stand below.
 """
@@ -107,9 +107,9 @@ def row_length(width: int) -> int:
 def tokens_in_batch(compute: float) -> float:
     """Returns the best number of tokens in an update: 0.2920 C^0.3271 for C operations of training.
 
-    Bi et al. 2024 (DeepSeek LLM, arXiv:2401.02954, equation 1), fitted from 1e17 to 2e19 operations and checked at 1e20;
-    below, it is extrapolated. That it grows with the training is what the noise of gradients asks for (McCandlish et
-    al. 2018, arXiv:1812.06162).
+    Bi et al. 2024 (DeepSeek LLM, arXiv:2401.02954, equation 1), fitted from 1e17 to 2e19 operations and checked at
+    1e20; below, it is extrapolated. That it grows with the training is what the noise of gradients asks for (McCandlish
+    et al. 2018, arXiv:1812.06162).
     """
     return 0.2920 * compute**0.3271
 
@@ -117,8 +117,8 @@ def tokens_in_batch(compute: float) -> float:
 def learning_rate(compute: float) -> float:
     """Returns the best highest learning rate for AdamW: 0.3118 C^-0.1250 for C operations of training.
 
-    Bi et al. 2024, the same equation. C grows as the sixth power of the depth, so the rate falls as its 0.75th: a little
-    more slowly than 1 / width (Yang et al. 2022, arXiv:2203.03466).
+    Bi et al. 2024, the same equation. C grows as the sixth power of the depth, so the rate falls as its 0.75th: a
+    little more slowly than 1 / width (Yang et al. 2022, arXiv:2203.03466).
     """
     return 0.3118 * compute**-0.1250
 

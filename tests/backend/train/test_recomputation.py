@@ -115,10 +115,11 @@ def test_less_is_kept_for_the_backward_pass():
     held = {}
     for recompute in ("none", 3, "all"):
         step = make("torch").train_step(config, recompute=recompute)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in step.parameters}
         stored: dict[int, int] = {}
 
-        def keep(tensor, stored=stored):
-            if tensor.untyped_storage().data_ptr() not in {p.untyped_storage().data_ptr() for p in step.parameters}:
+        def keep(tensor, weights=weights, stored=stored):
+            if tensor.untyped_storage().data_ptr() not in weights:
                 stored[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 

@@ -1,4 +1,4 @@
-"""RMSNorm and gates that hold less for the backward pass: the bits of PyTorch's own operations, and fewer bytes held."""
+"""RMSNorm and gates that hold less for the backward pass: the bits of PyTorch's own operations, fewer bytes held."""
 
 import pytest
 import torch
