@@ -1,6 +1,9 @@
 """The planned memory beside what PyTorch holds, and its behaviour under recomputation, precision and sharding."""
 
 import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,9 +31,9 @@ def held_bytes(config, update):
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        of_weight = storage.data_ptr() in weights or tensor.dtype == torch.bfloat16 and tensor.ndim == 2 and (
+        of_weight = storage.data_ptr() in weights or (tensor.dtype == torch.bfloat16 and tensor.ndim == 2 and (
             tensor.shape[0] * tensor.shape[1] in sizes
-        )  # fmt: skip
+        ))  # fmt: skip
         if not of_weight:
             held[storage.data_ptr()] = tensor
         return tensor
@@ -94,3 +97,18 @@ def test_sharding_divides():
     assert alone.optimizer / 8 < tensor.optimizer < alone.optimizer / 7.9  # norms are on every device
     assert tensor.activations < fsdp.activations
     assert max(fsdp.total, tensor.total) < alone.total / 3
+
+
+@pytest.mark.medium
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and the allocator is glibc's")
+@pytest.mark.parametrize("name", ["many tokens", "wide, fp32"])
+def test_a_process_grows_by_what_was_planned(name, monkeypatch):
+    """Trains in a fresh process, as benchmarks/memory.py does for more shapes; in float32, which no processor lacks."""
+    path = Path(__file__).parents[2] / "benchmarks" / "memory.py"
+    specification = importlib.util.spec_from_file_location("benchmark_of_memory", path)
+    benchmark = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, "benchmark_of_memory", benchmark)
+    specification.loader.exec_module(benchmark)
+    shape = next(shape for shape in benchmark.cpu_shapes() if shape.name == name)
+    found = benchmark.measured(shape, threads=1)
+    assert training_memory(shape.model, shape.update).total == pytest.approx(found, rel=0.1)

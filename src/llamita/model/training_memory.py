@@ -112,8 +112,8 @@ def training_memory(config: ModelConfig, update: Update) -> TrainingMemory:
     carried = weights if update.micro_batches > 1 else 0
     heap = int(HEAP_SHARE * layers * released_bytes(config, update))
 
-    # A block that runs again finds the holes of its first run taken, until those of two blocks lie ready.
-    heap_later = heap + int(HEAP_SHARE * min(again, 2) * released_bytes(config, update))
+    # A block's second run and its backward pass each leave holes as its first run did, until two blocks' lie ready.
+    heap_later = heap + int(2 * HEAP_SHARE * min(again, 2) * released_bytes(config, update))
 
     def memory(moment: str, gradients: int, activations: int, logits: int, passing: int) -> TrainingMemory:
         extra = (heap if logits else heap_later) if update.device == "cpu" else CUDA_WORKSPACE
