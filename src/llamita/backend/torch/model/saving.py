@@ -58,22 +58,19 @@ class _Gated(torch.autograd.Function):
         ctx.save_for_backward(gate_up)
         ctx.activation = activation
         gate_C, up_C = gate_up.chunk(2, dim=-1)
-        return _activated(gate_C, activation).mul_(up_C)
+        return _activated(gate_C, activation) * up_C
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_C: Tensor) -> tuple[Tensor | None, ...]:
         (gate_up,) = ctx.saved_tensors
         gate_C, up_C = gate_up.chunk(2, dim=-1)
-        gradient = torch.empty_like(gate_up)
-        grad_gate_C, grad_up_C = gradient.chunk(2, dim=-1)
-        torch.mul(grad_C, _activated(gate_C, ctx.activation), out=grad_up_C)
-        grad_activated_C = grad_C * up_C
+        grad_up_C = grad_C * _activated(gate_C, ctx.activation)
         if ctx.activation == "silu":
-            torch.ops.aten.silu_backward(grad_activated_C, gate_C, grad_input=grad_gate_C)
+            grad_gate_C = torch.ops.aten.silu_backward(grad_C * up_C, gate_C)
         else:
-            torch.ops.aten.gelu_backward(grad_activated_C, gate_C, approximate="tanh", grad_input=grad_gate_C)
-        return gradient, None
+            grad_gate_C = torch.ops.aten.gelu_backward(grad_C * up_C, gate_C, approximate="tanh")
+        return torch.cat((grad_gate_C, grad_up_C), dim=-1), None
 
 
 def _activated(gate_C: Tensor, activation: Activation) -> Tensor:
