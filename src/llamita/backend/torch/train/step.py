@@ -145,6 +145,8 @@ class TorchTrainStep(TorchScorer):
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
             "precision": self.precision,
             "compile": self.compiled,
+            # Uncompiled it changes nothing; a compiler fuses other operations, which rounds otherwise.
+            **({"recompute": len(self.recomputed)} if self.compiled and self.recomputed else {}),
         }
 
     def memory_bytes(self) -> int:
