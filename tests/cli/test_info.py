@@ -47,8 +47,9 @@ def test_json_holds_the_counts_made_by_hand(model: Path, capsys: pytest.CaptureF
     assert facts["flops_per_token"] == {"sequence_length": 5, "training": 6 * matrices + attention}
     assert facts["kv_bytes_per_token"] == {"float32": 2 * 3 * 2 * 2 * 4, "bfloat16": 2 * 3 * 2 * 2 * 2}
     memory = facts["training_memory"]
-    assert (memory["weights"], memory["gradients"], memory["optimizer"]) == (4 * TOTAL, 4 * TOTAL, 8 * TOTAL)
-    assert memory["total"] == 16 * TOTAL + memory["activations"]
+    assert (memory["weights"], memory["all_gradients"], memory["optimizer"]) == (4 * TOTAL, 4 * TOTAL, 8 * TOTAL)
+    parts = ("weights", "optimizer", "gradients", "activations", "logits", "workspace")
+    assert memory["total"] == sum(memory[part] for part in parts)
     assert (memory["batch_size"], memory["sequence_length"]) == (2, 5)
     assert facts["file_bytes"] == {"float32": 4 * TOTAL, "bfloat16": 2 * TOTAL}
     assert facts["file_bytes_on_disk"] == (model / "model.safetensors").stat().st_size > 4 * TOTAL

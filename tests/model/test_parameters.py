@@ -7,7 +7,7 @@ import pytest
 
 from llamita.model.parameters import initialize_parameters, parameter_table
 from llamita.model.presets import preset
-from llamita.model.sizes import count_parameters, flops_per_token, kv_bytes_per_token, training_memory
+from llamita.model.sizes import count_parameters, flops_per_token, kv_bytes_per_token
 
 
 @pytest.mark.parametrize(
@@ -70,10 +70,3 @@ def test_gpt_2_scales_residual_projections_by_depth():
     assert stds["model.layers.3.self_attn.o_proj.weight"] == pytest.approx(0.02 / 8**0.5)
     with pytest.raises(ValueError, match="initialization='xavier'"):
         parameter_table(config, "xavier")
-
-
-def test_training_memory_adds_up():
-    config = preset("stories-15m")
-    memory = training_memory(config, 8, 256)
-    assert memory.weights + memory.gradients + memory.optimizer == 16 * 15_191_712
-    assert memory.total > memory.activations > 0

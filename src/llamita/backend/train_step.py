@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from llamita.backend.interface import StepMetrics
+from llamita.backend.interface import Recompute, StepMetrics
 from llamita.data.batches import Batch
 from llamita.model.config import ModelConfig
 
@@ -65,6 +65,18 @@ def rows_of(micro_batches: Sequence[Batch]) -> Iterator[Batch]:
 def step_seed(seed: int, updates: int) -> int:
     """Returns what the random numbers of an update are drawn from, 32 bits: a function of (seed, updates before it)."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{updates}".encode()).digest()[:4], "little")
+
+
+def recomputed_layers(layers: int, recompute: Recompute) -> tuple[int, ...]:
+    """Returns the blocks of a model whose activations are computed a second time, evenly chosen from all.
+
+    They lie evenly so that what is held grows evenly over the forward pass (Chen et al. 2016, arXiv:1604.06174).
+    ValueError for more blocks than there are.
+    """
+    count = {"none": 0, "all": layers}.get(recompute, 0) if isinstance(recompute, str) else recompute
+    if not 0 <= count <= layers:
+        raise ValueError(f"recompute={recompute} must lie between 0 and the model's {layers} blocks; all takes each")
+    return tuple(i * layers // count for i in range(count))
 
 
 def quantized_refusal(config: ModelConfig) -> ValueError:

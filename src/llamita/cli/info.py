@@ -19,7 +19,8 @@ from llamita.backend.opening import open_model
 from llamita.model.config import ModelConfig
 from llamita.model.parameters import Initialization, InitializationName, Parameter, parameter_table, stored_arrays
 from llamita.model.presets import PRESETS, preset
-from llamita.model.sizes import count_parameters, flops_per_token, kv_bytes_per_token, training_memory
+from llamita.model.sizes import count_parameters, flops_per_token, kv_bytes_per_token
+from llamita.model.training_memory import Update, training_memory
 from llamita.storage.model_directory import load_config, resolve_model_directory, weight_files
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
@@ -84,7 +85,8 @@ def describe(config: ModelConfig, options: InfoConfig, directory: Path | None = 
             raise ValueError(f"{name}={getattr(options, name)} must be positive")
     counts = count_parameters(config)
     length = options.sequence_length or config.max_position_embeddings
-    memory = training_memory(config, options.batch_size, length, NUMBER_BYTES[options.dtype])
+    precision: Literal["bf16", "fp32"] = "bf16" if options.dtype == "bfloat16" else "fp32"
+    memory = training_memory(config, Update(options.batch_size, length, precision, device="cpu"))
     file_bytes = {name: size * counts.total for name, size in NUMBER_BYTES.items()}
     if config.quantization:
         file_bytes[config.quantization] = sum(array.stored_bytes for array in stored_arrays(config))
@@ -190,13 +192,14 @@ def facts_table(facts: dict[str, Any], config: ModelConfig) -> Table:
         ),
         (
             "training memory",
-            f"{short_bytes(memory['total'])} about, with {memory['batch_size']} rows of "
-            f"{memory['sequence_length']:,} positions",
+            f"{short_bytes(memory['total'])} on a CPU, with {memory['batch_size']} rows of "
+            f"{memory['sequence_length']:,} positions (llamita plan says more)",
         ),
         ("  weights", short_bytes(memory["weights"])),
-        ("  gradients", short_bytes(memory["gradients"])),
         ("  AdamW's state", short_bytes(memory["optimizer"])),
-        ("  activations", f"{short_bytes(memory['activations'])} estimated, in {memory['activations_dtype']}"),
+        ("  gradients", f"{short_bytes(memory['gradients'])} then, {short_bytes(memory['all_gradients'])} in the end"),
+        ("  activations", f"{short_bytes(memory['activations'])} in {memory['activations_dtype']}"),
+        ("  logits, workspace", short_bytes(memory["logits"] + memory["workspace"])),
         ("file", ", ".join(f"{short_bytes(size)} in {name}" for name, size in files.items())),
     ]
     if facts["file_bytes_on_disk"] is not None:

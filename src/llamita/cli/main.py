@@ -64,6 +64,7 @@ VERBS: Mapping[str, Verb] = {
     "data merge": Verb("llamita.cli.data", "merge", "Put the parts that several machines prepared together."),
     "data meadow-tasks": Verb("llamita.cli.data", "meadow_tasks", "Write questions, preferences or labels to tune on."),
     "recipe": Verb("llamita.cli.recipe", "run", "List the recipes for training, or print one in full."),
+    "plan": Verb("llamita.cli.plan", "run", "Show the memory, time and disk that a training will need."),
     "train": Verb("llamita.cli.train", "run", "Train a model from nothing, or carry on an interrupted run.", True),
     "sft": Verb("llamita.cli.sft", "run", "Tune a trained model on conversations.", True),
     "dpo": Verb("llamita.cli.dpo", "run", "Tune a model on pairs of answers, one preferred to the other.", True),

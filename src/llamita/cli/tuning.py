@@ -19,16 +19,24 @@ Verb = TypeVar("Verb", bound="TrainingVerb")
 
 
 def defaults(verb: type[Verb], arguments: Sequence[str]) -> Verb | None:
-    """Returns the values of flags that `arguments` leave out, if they go on with a run or name a recipe; else None."""
+    """Returns the values of flags that `arguments` leave out, if they go on with a run or name a recipe or a depth;
+    else None."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--output", nargs="?")
     parser.add_argument("--recipe", nargs="?")
     parser.add_argument("--resume", action="store_true")
-    known, _ = parser.parse_known_args(list(arguments))
+    parser.add_argument("--data", nargs="?")
+    for name in ("--depth", "--sequence-length", "--batch-size"):
+        parser.add_argument(name, nargs="?", type=lambda text: int(text) if text.isdigit() else 0)
+    known, _ = parser.parse_known_args(list(arguments))  # what is no number is refused later, with the other flags
     given = {name: value for name, value in vars(known).items() if value}
     if not hasattr(verb, "recipe"):
         given.pop("recipe", None)
-    if not given.keys() & {"resume", "recipe"} or (known.resume and not known.output):
+    if not hasattr(verb, "depth") or not known.depth or given.keys() & {"resume", "recipe"}:
+        given = {name: value for name, value in given.items() if name in ("output", "recipe", "resume")}
+    if not given.keys() & {"resume", "recipe", "depth"} or (not known.output and not given.get("recipe")):
+        return None
+    if known.resume and not known.output:
         return None
     from llamita.workflows.options import resolve
 

@@ -39,34 +39,3 @@ def flops_per_token(config: ModelConfig, context_length: int) -> int:
 def kv_bytes_per_token(config: ModelConfig, bytes_per_number: int) -> int:
     """Bytes of keys and values that one position adds to the cache."""
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * bytes_per_number
-
-
-@dataclass(frozen=True)
-class TrainingMemory:
-    """Bytes while training with float32 master weights and AdamW; `activations` is an estimate."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-
-def training_memory(
-    config: ModelConfig, batch_size: int, sequence_length: int, bytes_per_number: int = 2
-) -> TrainingMemory:
-    """Memory of a step over batch_size x sequence_length tokens, activations held in `bytes_per_number`.
-
-    A block keeps for its backward pass about: its input and two norms' outputs (4 D with the residual), queries, keys,
-    values and the attention's output, and four arrays of the feed-forward width. Attention weights and logits are not
-    kept (fused attention, chunked head), but one chunk of logits is counted in float32.
-    """
-    count = count_parameters(config).total
-    heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    per_token = config.num_hidden_layers * (4 * config.hidden_size + heads + 4 * config.intermediate_size)
-    tokens = batch_size * sequence_length
-    activations = tokens * per_token * bytes_per_number + min(tokens, 512) * config.vocab_size * 4
-    return TrainingMemory(4 * count, 4 * count, 8 * count, activations)

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin, get_ty
 
 from llamita.backend.adamw import AdamWSettings
 from llamita.backend.group import ParallelName, ParallelSettings
-from llamita.backend.interface import BackendName
+from llamita.backend.interface import BackendName, Recompute
 from llamita.backend.muon import MuonSettings, OptimizerName
 from llamita.training.loggers import LoggerName
 from llamita.training.schedule import Schedule, ScheduleName
@@ -40,6 +40,9 @@ class MachineConfig:
     """CPU threads, with PyTorch alone; 0: as many as it takes."""
     compile: bool = False
     """Compile the model with torch.compile: a slow first update, then faster ones. MLX does by itself on a GPU."""
+    recompute: Recompute = "none"
+    """Blocks, evenly chosen, whose activations are computed a second time instead of kept: less memory, the same
+    numbers, up to a third more time. A number, all or none."""
 
     parallel: ParallelName = "ddp"
     """With several processes (torchrun): ddp, each holds the whole model; fsdp, each holds a part of everything."""
@@ -49,6 +52,8 @@ class MachineConfig:
     def __post_init__(self) -> None:
         if self.threads < 0:
             raise ValueError(f"threads={self.threads} must not be negative")
+        if isinstance(self.recompute, int) and self.recompute < 0:
+            raise ValueError(f"recompute={self.recompute} must be a number of blocks, all or none")
         self.parallel_settings()
 
     def parallel_settings(self) -> ParallelSettings:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from llamita.storage import files
 from llamita.training import run_directory
 from llamita.training.config import RunConfig, TrainingVerb, flat_options, with_options
+from llamita.workflows.pretrain import options_of_depth
 from llamita.workflows.recipes import recipe
 
 SEEDS = "seeds.json"
@@ -18,8 +19,9 @@ Verb = TypeVar("Verb", bound=TrainingVerb)
 def resolve(verb: type[Verb], **given: Any) -> Verb:
     """Returns the options of a verb: first those `given` by the names of their flags, then the rest.
 
-    The rest is, with `resume`, what the run in `output` was begun with; else, with `recipe`, what the recipe says; else
-    the verb's own defaults. `resolve(SftConfig, output="runs/answers", resume=True)` goes on with a run as it was.
+    The rest is, with `resume`, what the run in `output` was begun with; else, with `recipe`, what the recipe says;
+    else, with `depth`, what follows from it (model/scaling.py); else the verb's own defaults.
+    `resolve(SftConfig, output="runs/answers", resume=True)` goes on with a run as it was.
     ValueError or FileNotFoundError, in one line, for a name that is no option, for values that cannot be, and where
     there is no such run or recipe.
     """
@@ -28,6 +30,8 @@ def resolve(verb: type[Verb], **given: Any) -> Verb:
     if given.get("output") is None:
         raise ValueError("--output is missing: give the directory of the run")
     options = verb(run=RunConfig(output=Path(given["output"])))  # type: ignore[call-arg] # of a protocol
+    if given.get("depth") and not given.get("resume"):
+        given = {"preset": ""} | (options_of_depth(Path(given["data"]), given) if given.get("data") else given)
     earlier: Mapping[str, Any] = {}
     if given.get("resume"):
         known = flat_options(options)  # a run of another version may have other options

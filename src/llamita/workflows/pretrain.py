@@ -5,7 +5,7 @@ The backend is passed in. Everything that can be wrong with the options is found
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from llamita.inference.llm import LLM
 from llamita.model.config import ModelConfig
 from llamita.model.parameters import InitializationName
 from llamita.model.presets import preset
+from llamita.model.scaling import at_depth, model_at_depth
 from llamita.text.tokenizer import Tokenizer
 from llamita.training import loggers, run_directory
 from llamita.training.config import MachineConfig, RunConfig, TrainingConfig, TrainingVerb, saved_options
@@ -51,6 +52,9 @@ class PretrainConfig:
     """The share of rows from each directory of --data. Left out: in proportion to their tokens."""
     preset: str = "tiny"
     """The model's shape; llamita info lists the presets."""
+    depth: int = 0
+    """In place of a preset: so many blocks, from which shape, rows, batch, learning rate and steps follow where they
+    are not given. llamita plan --depths shows them."""
     set: tuple[str, ...] = ()
     """Changes to the preset, as in --set hidden_size=128 num_hidden_layers=4."""
     dropout: float = 0.0
@@ -75,6 +79,10 @@ class PretrainConfig:
         for name in ("sequence_length", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.depth and self.preset:
+            raise ValueError(f"--depth {self.depth} and --preset {self.preset} both name a shape; give one of them")
+        if not self.depth and not self.preset:
+            raise ValueError("the model's shape is missing: give --preset or --depth")
 
 
 def pretrain(
@@ -137,6 +145,7 @@ def step_options(config: TrainingVerb) -> dict[str, Any]:
     training, machine = config.training, config.machine
     compiled = {"compile": True} if machine.compile else {}  # left out, a backend does what is usual with it
     parallel = {"parallel": machine.parallel_settings()} if launched_processes() > 1 else {}
+    recomputed = {"recompute": machine.recompute} if machine.recompute not in ("none", 0) else {}
     return {
         "seed": training.seed,
         "optimizer": training.adamw,
@@ -145,6 +154,7 @@ def step_options(config: TrainingVerb) -> dict[str, Any]:
         **scorer_options(config),
         **compiled,
         **parallel,
+        **recomputed,
     }
 
 
@@ -178,7 +188,16 @@ def model_config(config: PretrainConfig, tokenizer: Tokenizer) -> ModelConfig:
             "tokens; leave vocab_size out to take the tokenizer's"
         )
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    return preset(config.preset, **{"dropout": config.dropout, **special, **changes})
+    changes = {"dropout": config.dropout, **special, **changes}
+    if config.depth:
+        return model_at_depth(config.depth, changes.pop("vocab_size"), config.sequence_length, **changes)
+    return preset(config.preset, **changes)
+
+
+def options_of_depth(data: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options that `given["depth"]` stands for over prepared data, by their names, beside those given."""
+    lengths = {name: given[name] for name in ("sequence_length", "batch_size") if given.get(name)}
+    return at_depth(given["depth"], load_tokenizer(data).vocab_size, **lengths).options() | dict(given)
 
 
 def parse_change(text: str) -> tuple[str, Any]:

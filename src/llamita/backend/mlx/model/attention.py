@@ -18,13 +18,24 @@ class Dropout:
     What is drawn is a function of the key and of how often it was called before; no generator is shared with others.
     """
 
-    def __init__(self, probability: float, key: mx.array) -> None:
-        self.probability, self._key = probability, key
+    def __init__(self, probability: float, key: mx.array, calls: int = 0) -> None:
+        self.probability, self._key, self.calls = probability, key, calls
 
     def __call__(self, x: mx.array) -> mx.array:
         self._key, key = mx.random.split(self._key)
+        self.calls += 1
         kept = mx.random.bernoulli(1 - self.probability, x.shape, key)
         return mx.where(kept, x * (1 / (1 - self.probability)), mx.zeros((), x.dtype))
+
+    def copy(self) -> "Dropout":
+        """Returns one that draws what this one would draw next."""
+        return Dropout(self.probability, self._key, self.calls)
+
+    def advance(self, calls: int) -> None:
+        """Leaves out what so many calls would draw."""
+        for _ in range(calls):
+            self._key, _ = mx.random.split(self._key)
+        self.calls += calls
 
 
 def attention(

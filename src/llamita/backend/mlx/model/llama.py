@@ -8,7 +8,7 @@ Letters beyond the usual: E the pairs of a head that rotate, G heads of several 
 wanted.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -197,6 +197,10 @@ class Block(nn.Module):
         return y_BTD if self.multiplier == 1.0 else y_BTD * self.multiplier
 
 
+BlockRun = Callable[[Block, mx.array, Context], mx.array]
+"""Returns the output of a block for all positions."""
+
+
 class Body(nn.Module):
     """Everything below the output head; the name `model` and those inside are the canonical ones."""
 
@@ -292,12 +296,14 @@ class Llama(nn.Module):
         dtype: mx.Dtype | None = None,
         rows_R: mx.array | None = None,
         attention_of: Collection[int] = (),
+        run_block: Mapping[int, BlockRun] | None = None,
     ) -> mx.array:
         """Returns the hidden states of `__call__`, or of some rows, without logits; with `dropout`, for training.
 
         Products with weights are in `dtype`, without one in the type of each weight; a `cache` comes without both. The
         trace is also shown the attention probabilities (B, N, T, T) of the layers in `attention_of`, as
         `layers.0.attention` and so on: float32, from the layer's own queries and keys. They come without a cache only.
+        `run_block` runs some blocks, by their number, in another way than by a call (train/recomputation.py).
         """
         if cache is None:
             context = self.context(tokens_BT, positions_BT, segments_BT, dropout, adapters, dtype)
@@ -315,7 +321,10 @@ class Llama(nn.Module):
         if trace:
             trace("embedding", x_BTD)
         for i, block in enumerate(self.model.layers):
-            x_BTD = block(x_BTD, context, rows_R if i == len(self.model.layers) - 1 else None)
+            if run_block and i in run_block:
+                x_BTD = run_block[i](block, x_BTD, context)
+            else:
+                x_BTD = block(x_BTD, context, rows_R if i == len(self.model.layers) - 1 else None)
             if trace:
                 trace(f"layers.{i}", x_BTD)
         x_BTD = self.model.norm(x_BTD)

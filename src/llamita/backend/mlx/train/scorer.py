@@ -45,14 +45,19 @@ class MlxScorer:
         with mx.stream(self.device):
             return np.array(distributions(*self.output(self.adapter), TensorBatch(**arrays_of(batch)), temperature))
 
-    def output(self, adapter: lora.ModelAdapter | None, dropout: Dropout | None = None) -> tuple[Hidden, OutputHead]:
-        """Returns hidden states and the output head as losses take them; in bf16, weights are rounded where read."""
+    def output(
+        self, adapter: lora.ModelAdapter | None, dropout: Dropout | None = None, **more: Any
+    ) -> tuple[Hidden, OutputHead]:
+        """Returns hidden states and the output head as losses take them; in bf16, weights are rounded where read.
+
+        `more` goes to `Llama.hidden`.
+        """
         head, dtype = self.model.head, None
         if self.precision == "bf16":
             dtype = mx.bfloat16
             head = replace(head, weight_VD=head.weight_VD.astype(dtype))
             adapter = adapter.astype(dtype) if adapter else None
-        hidden = functools.partial(self.model.hidden, dropout=dropout, adapters=adapter, dtype=dtype)
+        hidden = functools.partial(self.model.hidden, dropout=dropout, adapters=adapter, dtype=dtype, **more)
         return adapter.output(hidden, head) if adapter else (hidden, head)
 
 

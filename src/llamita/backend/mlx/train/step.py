@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from llamita.backend.group import ALONE, Group, ParallelSettings
-from llamita.backend.interface import Diagnosis, LossSums, Precision, Saving, StepMetrics
+from llamita.backend.interface import Diagnosis, LossSums, Precision, Recompute, Saving, StepMetrics
 from llamita.backend.mlx.infer.runner import MlxRunner
 from llamita.backend.mlx.model import lora, weights
 from llamita.backend.mlx.model.attention import Dropout
@@ -25,6 +25,7 @@ from llamita.backend.mlx.train.adamw import AdamWSettings, clipping_scale, globa
 from llamita.backend.mlx.train.diagnosis import diagnose
 from llamita.backend.mlx.train.objectives import LossOutput, TensorBatch, loss_function
 from llamita.backend.mlx.train.optimizer import make_optimizer
+from llamita.backend.mlx.train.recomputation import run_again
 from llamita.backend.mlx.train.scorer import MlxScorer, arrays_of, choose
 from llamita.backend.muon import MuonSettings
 from llamita.backend.objectives import NextToken, Objective, without_dropout
@@ -34,6 +35,7 @@ from llamita.backend.train_step import (
     count_targets,
     process_memory_bytes,
     quantized_refusal,
+    recomputed_layers,
     step_metrics,
     step_seed,
 )
@@ -63,6 +65,7 @@ class MlxTrainStep(MlxScorer):
         precision: Literal["bf16", "fp32"] = "fp32",
         seed: int = 0,
         compile: bool = False,
+        recompute: Recompute = "none",
         device: mx.DeviceType = mx.cpu,
     ) -> None:
         """Trains the parameters whose canonical name is `trainable`: left out, all, or with a fresh `adapter` over them
@@ -82,6 +85,8 @@ class MlxTrainStep(MlxScorer):
         self.max_grad_norm = max_grad_norm
         self.seed = seed
         self.compiled = compile
+        layers = recomputed_layers(model.config.num_hidden_layers, recompute)
+        self._recomputation = {"run_block": dict.fromkeys(layers, run_again)} if layers else {}
         self._differentiated = self._loss_and_gradients()
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float, loss_limit: float = math.inf) -> StepMetrics:
@@ -185,7 +190,7 @@ class MlxTrainStep(MlxScorer):
 
     def _loss(self, arrays: Mapping[str, Any], key: mx.array | None = None, trace: Trace | None = None) -> LossOutput:
         """Returns the loss of a batch's arrays; with a key for dropout, in training."""
-        adapter, dropout, own_key = self.adapter, None, None
+        adapter, dropout, own_key, more = self.adapter, None, None, {}
         if key is not None:
             key, own_key = mx.random.split(key)
             if adapter:
@@ -193,7 +198,8 @@ class MlxTrainStep(MlxScorer):
                 adapter = adapter.dropping(self._adapter_dropout, drawn)
             probability = self.model.config.dropout
             dropout = Dropout(probability, key) if probability else None
-        hidden, head = self.output(adapter, dropout)
+            more = self._recomputation
+        hidden, head = self.output(adapter, dropout, **more)
         hidden = functools.partial(hidden, trace=trace) if trace else hidden
         return loss_function(self.objective, own_key)(hidden, head, TensorBatch(**arrays))
 
@@ -256,6 +262,7 @@ def build_train_step(
     device: str = "auto",
     threads: int = 0,
     compile: bool | None = None,
+    recompute: Recompute = "none",
     parallel: ParallelSettings | None = None,
 ) -> MlxTrainStep:
     """Returns a model of the values in `arrays`, or a freshly initialised one, with its optimiser.
@@ -280,6 +287,7 @@ def build_train_step(
             precision=chosen,
             seed=seed,
             compile=where == mx.gpu if compile is None else compile,
+            recompute=recompute,
             device=where,
         )
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llamita.backend.torch.model import attention
+from llamita.backend.torch.model import attention, saving
 from llamita.model.config import Activation
 
 CPU = torch.device("cpu")
@@ -33,6 +33,8 @@ def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_fused(x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    if x_D.device.type == "cpu" and x_D.dtype == torch.float32 and saving.wanted(x_D):
+        return saving.rms_norm(x_D, weight_D, eps)
     return F.rms_norm(x_D, (x_D.shape[-1],), weight_D, eps)
 
 
@@ -54,6 +56,8 @@ def gated_silu(gate_up: Tensor) -> Tensor:
 
 
 def gated_silu_fused(gate_up: Tensor) -> Tensor:
+    if saving.wanted(gate_up):
+        return saving.gated(gate_up, "silu")
     gate_C, up_C = gate_up.chunk(2, dim=-1)
     return F.silu(gate_C) * up_C
 
@@ -80,6 +84,8 @@ def gated_gelu(gate_up: Tensor) -> Tensor:
 
 
 def gated_gelu_fused(gate_up: Tensor) -> Tensor:
+    if saving.wanted(gate_up):
+        return saving.gated(gate_up, "gelu_pytorch_tanh")
     gate_C, up_C = gate_up.chunk(2, dim=-1)
     return F.gelu(gate_C, approximate="tanh") * up_C
 

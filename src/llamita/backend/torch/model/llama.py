@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llamita.backend.torch.infer.kernels.instructions import Instructions
 from llamita.backend.torch.infer.kv_cache import CacheStep
@@ -330,11 +331,14 @@ class Llama(nn.Module):
         adapters: Adapters | None = None,
         rows_R: Tensor | None = None,
         attention_of: Collection[int] = (),
+        recompute: Collection[int] = (),
     ) -> Tensor:
         """Returns the hidden states of `forward`, or of some rows, without the product with the output head.
 
         The trace is also shown the attention probabilities (B, N, T, T) of the layers in `attention_of`, as
         `layers.0.attention` and so on: float32, from the layer's own queries and keys. They come without a cache only.
+        The blocks in `recompute` keep their input alone for the backward pass, which runs them a second time, with the
+        same random numbers (Chen et al. 2016, arXiv:1604.06174).
         """
         if cache is None:
             context = self.context(tokens_BT, positions_BT, segments_BT, training, adapters)
@@ -352,7 +356,11 @@ class Llama(nn.Module):
         if trace:
             trace("embedding", x_BTD)
         for i, block in enumerate(self.model.layers):
-            x_BTD = block(x_BTD, context, rows_R if i == len(self.model.layers) - 1 else None)
+            wanted_R = rows_R if i == len(self.model.layers) - 1 else None
+            if i in recompute:
+                x_BTD = checkpoint(block, x_BTD, context, wanted_R, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, context, wanted_R)
             if trace:
                 trace(f"layers.{i}", x_BTD)
         x_BTD = self.model.norm(x_BTD)

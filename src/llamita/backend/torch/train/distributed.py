@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llamita.backend.adamw import AdamWSettings
 from llamita.backend.group import ParallelSettings, share
-from llamita.backend.interface import LossSums, Precision, Saving, StepMetrics
+from llamita.backend.interface import LossSums, Precision, Recompute, Saving, StepMetrics
 from llamita.backend.muon import MuonSettings
 from llamita.backend.objectives import NextToken, Objective
 from llamita.backend.torch.infer.runner import TorchRunner
@@ -280,6 +280,7 @@ def build_distributed_train_step(
     device: str = "auto",
     threads: int = 0,
     compile: bool | None = None,
+    recompute: Recompute = "none",
 ) -> DistributedTrainStep:
     """Joins the processes that were started with this one, and returns its part of a model with its optimiser.
 
@@ -313,4 +314,5 @@ def build_distributed_train_step(
         max_grad_norm=max_grad_norm,
         precision=chosen,
         seed=seed,
+        recompute=recompute,
     )

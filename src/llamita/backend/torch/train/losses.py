@@ -87,17 +87,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     grad_hidden_MD[rows] = logits_MV @ low_weight_VD
                 if grad_weight_VD is not None:
                     grad_weight_VD += logits_MV.mT @ low_hidden_MD[rows]
-        ctx.save_for_backward(grad_hidden_MD, grad_weight_VD)
+                del logits_MV  # before the next chunk's are made: two would be held at a time
+        ctx.gradients = (grad_hidden_MD, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients, multiplied in their own memory: this can be done once."""
         (grad_output,) = grad_outputs
-        grad_hidden_MD, grad_weight_VD = ctx.saved_tensors
+        grad_hidden_MD, grad_weight_VD = ctx.gradients
+        ctx.gradients = None
         return (
-            None if grad_hidden_MD is None else grad_hidden_MD * grad_output,
-            None if grad_weight_VD is None else (grad_weight_VD * grad_output).to(ctx.weight_dtype),
+            None if grad_hidden_MD is None else grad_hidden_MD.mul_(grad_output),
+            None if grad_weight_VD is None else grad_weight_VD.mul_(grad_output).to(ctx.weight_dtype),
             *(None, None, None, None),
         )
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llamita.backend.group import ALONE, Group, ParallelSettings
-from llamita.backend.interface import Diagnosis, LossSums, Precision, Saving, StepMetrics
+from llamita.backend.interface import Diagnosis, LossSums, Precision, Recompute, Saving, StepMetrics
 from llamita.backend.muon import MuonSettings
 from llamita.backend.objectives import NextToken, Objective
 from llamita.backend.opening import OWN
@@ -35,6 +35,7 @@ from llamita.backend.train_step import (
     count_targets,
     process_memory_bytes,
     quantized_refusal,
+    recomputed_layers,
     step_metrics,
     step_seed,
 )
@@ -69,6 +70,7 @@ class TorchTrainStep(TorchScorer):
         precision: Literal["bf16", "fp32"] = "fp32",
         seed: int = 0,
         compile: bool = False,
+        recompute: Recompute = "none",
     ) -> None:
         """Trains the parameters whose canonical name is `trainable`: left out, all, or with a fresh `adapter` over them
         a classifier's head alone. What is not trained has neither gradients nor moments."""
@@ -91,6 +93,7 @@ class TorchTrainStep(TorchScorer):
         self.max_grad_norm = max_grad_norm
         self.seed = seed
         self.compiled = compile
+        self.recomputed = recomputed_layers(model.config.num_hidden_layers, recompute)
         self.parameters = [fused.parameter for fused in trained]
         self._hidden: Hidden = torch.compile(model.hidden, dynamic=False) if compile else model.hidden
 
@@ -191,6 +194,8 @@ class TorchTrainStep(TorchScorer):
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
             "precision": self.precision,
             "compile": self.compiled,
+            # Uncompiled it changes nothing; a compiler fuses other operations, which rounds otherwise.
+            **({"recompute": len(self.recomputed)} if self.compiled and self.recomputed else {}),
         }
 
     def memory_bytes(self) -> int:
@@ -225,7 +230,8 @@ class TorchTrainStep(TorchScorer):
     def output(self, hidden: Hidden, training: bool = False) -> tuple[Hidden, OutputHead]:
         """Returns hidden states and the output matrix, as losses take them; with dropout while `training`."""
         adapter = self._dropping if training else self.adapter
-        hidden, head = functools.partial(hidden, training=training, adapters=adapter), self.model.head
+        again = {"recompute": self.recomputed} if training and self.recomputed else {}
+        hidden, head = functools.partial(hidden, training=training, adapters=adapter, **again), self.model.head
         return adapter.output(hidden, head) if adapter else (hidden, head)
 
     @contextlib.contextmanager
@@ -259,6 +265,7 @@ def build_train_step(
     device: str = "auto",
     threads: int = 0,
     compile: bool | None = None,
+    recompute: Recompute = "none",
     parallel: ParallelSettings | None = None,
 ) -> TorchTrainStep:
     """Returns a model of the values in `arrays`, or a freshly initialised one, with its optimiser.
@@ -285,6 +292,7 @@ def build_train_step(
             device=device,
             threads=threads,
             compile=compile,
+            recompute=recompute,
         )
     device, chosen = choose(device, precision, threads)
     return TorchTrainStep(
@@ -298,6 +306,7 @@ def build_train_step(
         precision=chosen,
         seed=seed,
         compile=bool(compile),
+        recompute=recompute,
     )
 
 
