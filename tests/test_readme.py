@@ -103,6 +103,13 @@ def commands(block: Block) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
+def launched(words: list[str]) -> list[str]:
+    """`llamita VERB ...` of a command that runs it, by itself or in processes that torchrun starts; else nothing."""
+    if words[:1] == ["torchrun"] and "-m" in words:
+        return words[words.index("-m") + 1 :]
+    return words if words[:1] == ["llamita"] else []
+
+
 def verb_of(words: list[str]) -> str:
     """The verb of `llamita ...`; ValueError where there is none such."""
     for name in (" ".join(words[1:3]), " ".join(words[1:2])):
@@ -125,8 +132,8 @@ def shortened(command: str) -> str:
     parts = []
     for part in re.split(r"(\s[|>]\s|&&)", command):
         settings, words = without_settings(part)
-        if words[:1] == ["llamita"] and "--help" not in words:
-            extra = shlex.join(SHORTER.get(verb_of(words), []))
+        if (verb := launched(words)) and "--help" not in words:
+            extra = shlex.join(SHORTER.get(verb_of(verb), []))
             part = f" {shlex.join([*settings, *words])} {extra} "
         parts.append(part)
     return "".join(parts).strip()
@@ -135,9 +142,9 @@ def shortened(command: str) -> str:
 def problem(command: str) -> str | None:
     """Why a command is of no kind that this test knows; None where it is."""
     _, words = without_settings(command)
-    if words[0] in NOT_RUN or words[0] in ("llamita", "echo", "printf", "cat"):
-        if words[0] == "llamita":
-            verb_of(words)
+    if words[0] in NOT_RUN or words[0] in ("llamita", "torchrun", "echo", "printf", "cat"):
+        if words[0] in ("llamita", "torchrun"):
+            verb_of(launched(words))
         return None
     if words[0] == "curl":
         return None if f"http://{ADDRESS}" in command else f"curl asks another place than {ADDRESS}"
@@ -175,7 +182,7 @@ def to_run(command: str) -> str | None:
     _, words = without_settings(command)
     if words == ["make", "quickstart"]:
         return shortened("llamita quickstart")
-    return shortened(command) if words[0] in ("llamita", "echo", "printf", "cat", "curl") else None
+    return shortened(command) if words[0] in ("llamita", "torchrun", "echo", "printf", "cat", "curl") else None
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +310,7 @@ def test_overrides_go_to_their_verb(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shortened("echo 'One day' | llamita generate runs/x > out.txt") == (
         "echo 'One day' |  llamita generate runs/x --max-tokens 8  > out.txt"
     )
+    assert shortened("torchrun --nproc-per-node 2 -m llamita generate runs/x").endswith("runs/x --max-tokens 8")
     assert to_run("make test") is None
 
 
