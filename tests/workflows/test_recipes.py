@@ -23,6 +23,7 @@ from llamita.workflows.recipes import RECIPES, recipe
 
 COMMON = {
     "schedule": "cosine", "learning_rate": 1e-3, "decay_steps": 0, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95,
+    "optimizer": "adamw", "momentum": 0.95, "nesterov": True, "orthogonalization_steps": 5, "depth": 0,
     "epsilon": 1e-8, "bias_correction": "textbook", "max_grad_norm": 1.0, "keep_checkpoints": 2, "seed": 0,
     "precision": "auto", "initialization": "fan-in", "sample_tokens": 100, "sample_prompt": "",
     "keep_every": 0, "on_spike": "report", "spike_deviations": 7.0, "spike_limit": 10,
