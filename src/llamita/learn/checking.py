@@ -94,10 +94,10 @@ def named(
     `run_with(mistakes)` gives the results of the solution with these planted, or None where they cannot be. Where
     several explain the result within the tolerance, the nearest does.
     """
-    single = [(mistake,) for mistake in mistakes]
-    for candidates in (single, list(itertools.combinations(mistakes, 2))):
-        best, distance = (), np.inf
-        for candidate in candidates:
+    for count in (1, 2):
+        best: tuple[Mistake, ...] = ()
+        distance = np.inf
+        for candidate in itertools.combinations(mistakes, count):
             planted = run_with(candidate)
             if planted is None or difference(planted, expected, check.rtol, check.atol) is None:
                 continue

@@ -1,4 +1,6 @@
-"""The process in which a reader's code runs: `python -m llamita.learn.harness TRACK FRAMEWORK DIRECTORY EVENTS CHECK...`.
+"""The process in which a reader's code runs.
+
+`python -m llamita.learn.harness TRACK FRAMEWORK DIRECTORY EVENTS CHECK...`
 
 It writes a line of JSON to the file EVENTS when a check begins and when it is done. Whatever the code does otherwise
 (prints, exits, loops, takes all memory) is its parent's to see; grading.py is that parent.
@@ -48,13 +50,16 @@ class Grader:
         self.checks: dict[str, Check] = {check.name: check for check in tables.checks.CHECKS}
         self.mistakes: Sequence[Mistake] = tables.mistakes.MISTAKES
         self.exercises = {check.file for check in self.checks.values()}
+        self.known: dict[tuple[str, ...], Outputs | None] = {}
+        """What the solutions give with mistakes planted, by the names of the check and the mistakes."""
         self.right = assembled(self.solutions, sorted(self.exercises | {"config"}))
 
     def judge(self, name: str) -> dict[str, Any]:
         """Returns the state of a check, `passed`, `wrong`, `not written` or `error`, and what is to be said of it."""
         check = self.checks[name]
         try:
-            expected = self.run(check, self.solutions)
+            expected = self.with_mistakes(check, ())
+            assert expected is not None
             sources = self.readers(check)
             with installed(sources):
                 got = self.run(check, sources)
@@ -87,16 +92,19 @@ class Grader:
 
     def with_mistakes(self, check: Check, mistakes: Sequence[Mistake]) -> Outputs | None:
         """The results of the solutions with mistakes planted; None where they exclude each other or cannot run."""
-        sources = dict(self.solutions)
-        try:
-            for mistake in mistakes:
-                path, text = sources[mistake.file]
-                sources[mistake.file] = (path, mistake.planted_in(text))
-            return self.run(check, sources)
-        except Exception:
-            if len(mistakes) == 1:
-                raise
-            return None
+        key = (check.name, *(mistake.name for mistake in mistakes))
+        if key not in self.known:
+            sources = dict(self.solutions)
+            try:
+                for mistake in mistakes:
+                    path, text = sources[mistake.file]
+                    sources[mistake.file] = (path, mistake.planted_in(text))
+                self.known[key] = self.run(check, sources)
+            except Exception:
+                if len(mistakes) < 2:
+                    raise
+                self.known[key] = None
+        return self.known[key]
 
     def told(self, error: BaseException) -> str:
         """One line about an error: its kind, its message, and the last line of the reader's code on the way there."""

@@ -3,7 +3,7 @@
 A track is a folder under tracks/ and needs no other file to be changed:
 
     track.toml          title, frameworks, and the lessons in order: name, title, file, names of checks
-    lessons/NAME.md     the text of each lesson
+    lessons/NAME.md     the text of each lesson; links to PACKAGE/... lead to the installed library's files
     FRAMEWORK/          the reader's files with solutions in them, between "# to do: ..." and "# done"
     checks.py           CHECKS: what each lesson runs (checking.py says what a check is)
     mistakes.py         MISTAKES: changes to the solutions, and what they are called
@@ -16,7 +16,8 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-TRACKS = Path(__file__).parent / "tracks"
+PACKAGE = Path(__file__).resolve().parents[1]
+TRACKS = PACKAGE / "learn" / "tracks"
 TO_DO = re.compile(r"^(?P<indent> *)# to do:.*\n(?:(?P=indent)# {4,}.*\n)*", re.MULTILINE)
 
 
@@ -75,7 +76,7 @@ def find(name: str) -> Track:
             title=entry["title"],
             file=entry["file"],
             checks=tuple(entry["checks"]),
-            text=(directory / "lessons" / f"{entry['name']}.md").read_text("utf-8"),
+            text=_with_links((directory / "lessons" / f"{entry['name']}.md").read_text("utf-8")),
         )
         for entry in content["lessons"]
     )
@@ -101,3 +102,8 @@ def skeleton(text: str) -> str:
         parts += [text[position : begin.end()], f'{indent}raise NotImplementedError("not yet written")\n']
         position = end + len(f"\n{indent}# done\n")
     return "".join([*parts, text[position:]])
+
+
+def _with_links(text: str) -> str:
+    """Returns a lesson whose links to the library's files lead to where it is installed."""
+    return text.replace("](PACKAGE/", f"]({PACKAGE.as_uri()}/")

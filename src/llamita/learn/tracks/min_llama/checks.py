@@ -45,9 +45,7 @@ def scores(mine: Any, right: Any) -> Outputs:
     attention.attn_dropout = Squared()
     return {
         "result": array(plain),
-        "result where attn_dropout squares": array(
-            attention.compute_query_key_value_scores(query, key, value)
-        ),
+        "result where attn_dropout squares": array(attention.compute_query_key_value_scores(query, key, value)),
     }
 
 
@@ -147,7 +145,7 @@ CHECKS = (
     Check("FeedForward.SwiGLU", "llama", swiglu),
     Check("LlamaLayer.forward", "llama", layer_forward),
     Check("Llama.generate at temperature 0", "llama", greedy),
-    Check("Llama.generate at other temperatures", "llama", sampled, rtol=0.0, atol=0.02),
+    Check("Llama.generate at other temperatures", "llama", sampled, rtol=0.0, atol=0.025),
     Check("Llama.forward", "llama", whole_model, together=("rope",)),
     Check("AdamW.step", "optimizer", adamw),
     Check("LlamaEmbeddingClassifier.forward", "classifier", classifier),
@@ -188,7 +186,9 @@ def randomised(mine: Any, right: Any, modules: Any) -> Any:
 
 def filled(module: torch.nn.Module, like: torch.nn.Module) -> Any:
     """Returns the module in evaluation mode, with the same random weights under the same names as `like`."""
-    state = {name: 0.4 * numbers(index, *tensor.shape) for index, (name, tensor) in enumerate(like.state_dict().items())}
+    state = {
+        name: 0.4 * numbers(index, *tensor.shape) for index, (name, tensor) in enumerate(like.state_dict().items())
+    }
     for name in state:
         if name.endswith("norm.weight"):
             state[name] = 1 + state[name]

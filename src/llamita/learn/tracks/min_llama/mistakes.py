@@ -41,7 +41,7 @@ DRAWN = "torch.multinomial(probabilities, num_samples=1)"
 ALPHA = "lr * math.sqrt(1 - beta2**t) / (1 - beta1**t)"
 UPDATE = "p.sub_(alpha * m / (v.sqrt() + eps))"
 DECAY = "p.sub_(lr * weight_decay * p)"
-BEFORE_UPDATE = "                state[\"step\"] += 1\n"
+BEFORE_UPDATE = '                state["step"] += 1\n'
 LAST = "last = (input_ids != self.pad_id).sum(dim=1) - 1"
 STATE = "state = hidden[torch.arange(len(input_ids), device=input_ids.device), last]"
 LABELS = "F.log_softmax(self.classifier_head(self.dropout(state)), dim=-1)"
@@ -103,7 +103,11 @@ MISTAKES = (
         "the first position counts as 1, not as 0",
         (POSITIONS, "torch.arange(1, seqlen + 1, device=query.device).float()"),
     ),
-    rotary("the exponent of theta has the wrong sign", ("(-pairs / head_dim)", "(pairs / head_dim)"), source="section 3.2.2"),
+    rotary(
+        "the exponent of theta has the wrong sign",
+        ("(-pairs / head_dim)", "(pairs / head_dim)"),
+        source="section 3.2.2",
+    ),
     rotary("theta is always 10000", ("frequencies = theta", "frequencies = 10000.0"), source="section 3.2.2"),
     rotary(
         "the exponent is -i / head_dim, where it should be -2i / head_dim",
@@ -123,12 +127,21 @@ MISTAKES = (
     norm("the mean is over the wrong axis", "x * torch.rsqrt(x.pow(2).mean(-2, keepdim=True) + self.eps)"),
     norm("the mean is over everything, not over the last axis", "x * torch.rsqrt(x.pow(2).mean() + self.eps)"),
     norm("the root is left out", "x / (x.pow(2).mean(-1, keepdim=True) + self.eps)"),
-    norm("the result is multiplied by the root, not divided", "x * torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)"),
+    norm(
+        "the result is multiplied by the root, not divided",
+        "x * torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)",
+    ),
     norm(
         "the mean is subtracted, as LayerNorm does",
         "(x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, keepdim=True, correction=0) + self.eps)",
     ),
-    of("RMSNorm.forward", "llama", "the weight is left out", RMS_NORM, (NORM_FORWARD, "self._norm(x.float()).type_as(x)")),
+    of(
+        "RMSNorm.forward",
+        "llama",
+        "the weight is left out",
+        RMS_NORM,
+        (NORM_FORWARD, "self._norm(x.float()).type_as(x)"),
+    ),
     of(
         "RMSNorm.forward",
         "llama",
@@ -144,13 +157,17 @@ MISTAKES = (
         (NORM_FORWARD, "x * self.weight"),
     ),
     score("the scale is left out", (SCALE, "")),
-    score("the scale is the root of the number of heads, not of their size", (SCALE, " / math.sqrt(self.n_local_heads)")),
+    score(
+        "the scale is the root of the number of heads, not of their size", (SCALE, " / math.sqrt(self.n_local_heads)")
+    ),
     score("the scale is the head's size, not its root", (SCALE, " / self.head_dim")),
     score("the scores are multiplied by the root, not divided", (SCALE, " * math.sqrt(self.head_dim)")),
     score("the mask is one off: a position sees the one after it", ("triu(1)", "triu(2)"), source=MASK),
     score("the mask is one off: a position does not see itself", ("triu(1)", "triu(0)"), source=MASK),
     score("the mask is left out: a position sees those after it", (MASKED, ""), source=MASK),
-    score("the mask is the wrong way round: a position sees those after it alone", ("triu(1)", "tril(-1)"), source=MASK),
+    score(
+        "the mask is the wrong way round: a position sees those after it alone", ("triu(1)", "tril(-1)"), source=MASK
+    ),
     score("masked scores are 0, where they should be minus infinity", ('float("-inf")', "0.0"), source=MASK),
     score(
         "the mask comes after the softmax, so the weights no longer sum to one",
@@ -158,7 +175,9 @@ MISTAKES = (
         (WEIGHTS, "self.attn_dropout(F.softmax(scores, dim=-1).masked_fill(later, 0.0))"),
         source=MASK,
     ),
-    score("the softmax is over the queries, not over the keys", (WEIGHTS, "self.attn_dropout(F.softmax(scores, dim=-2))")),
+    score(
+        "the softmax is over the queries, not over the keys", (WEIGHTS, "self.attn_dropout(F.softmax(scores, dim=-2))")
+    ),
     score("the softmax is left out", (MASKED, ""), (WEIGHTS, "self.attn_dropout(scores.masked_fill(later, 0.0))")),
     score("attn_dropout is left out", (WEIGHTS, "F.softmax(scores, dim=-1)"), source="the docstring"),
     score(
@@ -195,7 +214,10 @@ MISTAKES = (
     attention("resid_dropout is left out", (OUTPUT, "self.compute_output(output)"), source="the docstring"),
     attention(
         "keys and values are exchanged",
-        ("self.compute_query_key_value_scores(query, key, value)", "self.compute_query_key_value_scores(query, value, key)"),
+        (
+            "self.compute_query_key_value_scores(query, key, value)",
+            "self.compute_query_key_value_scores(query, value, key)",
+        ),
         source=ATTENTION,
     ),
     gate("gate and up are exchanged: SiLU belongs to w1", "self.w1(x) * F.silu(self.w3(x))"),
@@ -205,8 +227,14 @@ MISTAKES = (
     gate("the gate is ReLU, not SiLU", "F.relu(self.w1(x)) * self.w3(x)"),
     gate("the product with w3 is left out", "F.silu(self.w1(x))"),
     gate("gate and up are added, not multiplied", "F.silu(self.w1(x)) + self.w3(x)"),
-    layer("the residual connection of the attention is left out", (FIRST_HALF, "h = self.attention(self.attention_norm(x))")),
-    layer("the residual connection of the feed-forward network is left out", (SECOND_HALF, "return self.feed_forward(self.ffn_norm(h))")),
+    layer(
+        "the residual connection of the attention is left out",
+        (FIRST_HALF, "h = self.attention(self.attention_norm(x))"),
+    ),
+    layer(
+        "the residual connection of the feed-forward network is left out",
+        (SECOND_HALF, "return self.feed_forward(self.ffn_norm(h))"),
+    ),
     layer(
         "both residual connections are left out",
         (FIRST_HALF, "h = self.attention(self.attention_norm(x))"),
@@ -222,8 +250,14 @@ MISTAKES = (
         (FIRST_HALF, "h = x + self.attention_norm(self.attention(x))"),
         (SECOND_HALF, "return h + self.ffn_norm(self.feed_forward(h))"),
     ),
-    layer("the second addition takes x, not the result of the first", (SECOND_HALF, "return x + self.feed_forward(self.ffn_norm(h))")),
-    layer("the feed-forward network reads x, not the result of the attention", (SECOND_HALF, "return h + self.feed_forward(self.ffn_norm(x))")),
+    layer(
+        "the second addition takes x, not the result of the first",
+        (SECOND_HALF, "return x + self.feed_forward(self.ffn_norm(h))"),
+    ),
+    layer(
+        "the feed-forward network reads x, not the result of the attention",
+        (SECOND_HALF, "return h + self.feed_forward(self.ffn_norm(x))"),
+    ),
     layer(
         "the two norms are exchanged",
         (FIRST_HALF, "h = x + self.attention(self.ffn_norm(x))"),
@@ -250,20 +284,39 @@ MISTAKES = (
         "the docstring",
         (MOST_LIKELY, "logits.argmax(dim=-1, keepdim=True)[:1].expand(len(idx), 1)"),
     ),
-    drawing("the logits are multiplied by the temperature, not divided", (PROBABILITIES, "F.softmax(logits * temperature, dim=-1)")),
-    drawing("the most likely token is taken at every temperature", (DRAWN, "probabilities.argmax(dim=-1, keepdim=True)")),
+    drawing(
+        "the logits are multiplied by the temperature, not divided",
+        (PROBABILITIES, "F.softmax(logits * temperature, dim=-1)"),
+    ),
+    drawing(
+        "the most likely token is taken at every temperature", (DRAWN, "probabilities.argmax(dim=-1, keepdim=True)")
+    ),
     drawing(
         "the temperature changes nothing: it must divide the logits, before the softmax",
         (PROBABILITIES, "F.softmax(logits, dim=-1)"),
     ),
-    drawing("the logits are divided by the temperature twice", (PROBABILITIES, "F.softmax(logits / temperature**2, dim=-1)")),
+    drawing(
+        "the logits are divided by the temperature twice", (PROBABILITIES, "F.softmax(logits / temperature**2, dim=-1)")
+    ),
     drawing("the softmax is left out: tokens are drawn evenly", (PROBABILITIES, "torch.ones_like(logits)")),
     adamw("the bias correction is left out", (ALPHA, "lr"), source=EFFICIENT),
-    adamw("the bias correction is off by one: the first step counts as 2", ("t = state[\"step\"]", "t = state[\"step\"] + 1"), source=EFFICIENT),
+    adamw(
+        "the bias correction is off by one: the first step counts as 2",
+        ('t = state["step"]', 't = state["step"] + 1'),
+        source=EFFICIENT,
+    ),
     adamw("the bias of the squares is not corrected", (ALPHA, "lr / (1 - beta1**t)"), source=EFFICIENT),
-    adamw("the bias of the gradient's mean is not corrected", (ALPHA, "lr * math.sqrt(1 - beta2**t)"), source=EFFICIENT),
-    adamw("the root is missing in the bias correction", (ALPHA, "lr * (1 - beta2**t) / (1 - beta1**t)"), source=EFFICIENT),
-    adamw("the two bias corrections are exchanged", (ALPHA, "lr * math.sqrt(1 - beta1**t) / (1 - beta2**t)"), source=EFFICIENT),
+    adamw(
+        "the bias of the gradient's mean is not corrected", (ALPHA, "lr * math.sqrt(1 - beta2**t)"), source=EFFICIENT
+    ),
+    adamw(
+        "the root is missing in the bias correction", (ALPHA, "lr * (1 - beta2**t) / (1 - beta1**t)"), source=EFFICIENT
+    ),
+    adamw(
+        "the two bias corrections are exchanged",
+        (ALPHA, "lr * math.sqrt(1 - beta1**t) / (1 - beta2**t)"),
+        source=EFFICIENT,
+    ),
     adamw("the bias is corrected without correct_bias too", ("if correct_bias:", "if True:"), source="the docstring"),
     adamw(
         "the moments themselves are corrected, so epsilon has another size than in the efficient form that is asked for",
@@ -276,8 +329,14 @@ MISTAKES = (
         (BEFORE_UPDATE, f"{BEFORE_UPDATE}                {DECAY}\n"),
         source=DECOUPLED,
     ),
-    adamw("the weight decay is not multiplied by the learning rate", (DECAY, "p.sub_(weight_decay * p)"), source=DECOUPLED),
-    adamw("the weight decay is multiplied by the corrected step, not by lr", (DECAY, "p.sub_(alpha * weight_decay * p)"), source=DECOUPLED),
+    adamw(
+        "the weight decay is not multiplied by the learning rate", (DECAY, "p.sub_(weight_decay * p)"), source=DECOUPLED
+    ),
+    adamw(
+        "the weight decay is multiplied by the corrected step, not by lr",
+        (DECAY, "p.sub_(alpha * weight_decay * p)"),
+        source=DECOUPLED,
+    ),
     adamw("the weight decay is left out", (DECAY, "pass"), source=DECOUPLED),
     adamw("the weight decay has the wrong sign", (DECAY, "p.add_(lr * weight_decay * p)"), source=DECOUPLED),
     adamw(
@@ -293,10 +352,17 @@ MISTAKES = (
     adamw("beta1 and beta2 are exchanged", ("beta1, beta2 = group", "beta2, beta1 = group")),
     adamw("the update goes up the gradient, not down", (UPDATE, "p.add_(alpha * m / (v.sqrt() + eps))")),
     adamw("the gradient itself is used, not its running mean", ("p.sub_(alpha * m /", "p.sub_(alpha * grad /")),
-    adamw("the running means lack the factors 1 - beta", ("add_((1 - beta1) * grad)", "add_(grad)"), ("add_((1 - beta2) * grad * grad)", "add_(grad * grad)")),
+    adamw(
+        "the running means lack the factors 1 - beta",
+        ("add_((1 - beta1) * grad)", "add_(grad)"),
+        ("add_((1 - beta2) * grad * grad)", "add_(grad * grad)"),
+    ),
     pooling("the last position is used, which is padding in a short text", (LAST, "last = -1")),
     pooling("the first position is used, which has seen nothing of the text", (LAST, "last = 0")),
-    pooling("the position after the last token is used", (LAST, "last = (input_ids != self.pad_id).sum(dim=1) % input_ids.shape[1]")),
+    pooling(
+        "the position after the last token is used",
+        (LAST, "last = (input_ids != self.pad_id).sum(dim=1) % input_ids.shape[1]"),
+    ),
     pooling("the mean over all positions is used, padding included", (STATE, "state = hidden.mean(dim=1)")),
     pooling(
         "the mean over the tokens is used, not the last one",
@@ -305,9 +371,25 @@ MISTAKES = (
             "mask = (input_ids != self.pad_id)[..., None]; state = (hidden * mask).sum(dim=1) / mask.sum(dim=1)",
         ),
     ),
-    pooling("the log-softmax is left out", (LABELS, "self.classifier_head(self.dropout(state))"), source="the docstring"),
-    pooling("the softmax has no logarithm", (LABELS, "F.softmax(self.classifier_head(self.dropout(state)), dim=-1)"), source="the docstring"),
-    pooling("the log-softmax is over the rows, not over the labels", (LABELS, "F.log_softmax(self.classifier_head(self.dropout(state)), dim=0)"), source="the docstring"),
-    pooling("dropout is left out", (LABELS, "F.log_softmax(self.classifier_head(state), dim=-1)"), source="the docstring"),
-    pooling("dropout is after the head, not before it", (LABELS, "F.log_softmax(self.dropout(self.classifier_head(state)), dim=-1)"), source="the docstring"),
+    pooling(
+        "the log-softmax is left out", (LABELS, "self.classifier_head(self.dropout(state))"), source="the docstring"
+    ),
+    pooling(
+        "the softmax has no logarithm",
+        (LABELS, "F.softmax(self.classifier_head(self.dropout(state)), dim=-1)"),
+        source="the docstring",
+    ),
+    pooling(
+        "the log-softmax is over the rows, not over the labels",
+        (LABELS, "F.log_softmax(self.classifier_head(self.dropout(state)), dim=0)"),
+        source="the docstring",
+    ),
+    pooling(
+        "dropout is left out", (LABELS, "F.log_softmax(self.classifier_head(state), dim=-1)"), source="the docstring"
+    ),
+    pooling(
+        "dropout is after the head, not before it",
+        (LABELS, "F.log_softmax(self.dropout(self.classifier_head(state)), dim=-1)"),
+        source="the docstring",
+    ),
 )

@@ -165,9 +165,7 @@ class Llama(LlamaPreTrainedModel):
             if name.endswith(("w3.weight", "compute_output.weight")):
                 nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layers))
 
-    def forward(
-        self, tokens: torch.Tensor, targets: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns logits and the hidden states after the last norm.
 
         tokens: (batch, seqlen). The logits are (batch, 1, vocab_size), of the last position alone, or

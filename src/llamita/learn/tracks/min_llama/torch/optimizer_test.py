@@ -1,6 +1,7 @@
 """Compares AdamW with weights that a plain float64 computation reached after 100 steps."""
 
 import torch
+
 from optimizer import AdamW
 
 START = [[0.5, -0.25, 0.125], [-0.75, 0.375, 0.25]]

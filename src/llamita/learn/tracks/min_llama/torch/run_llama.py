@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import torch
 from classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
 from llama import load_pretrained
-from optimizer import AdamW
 from tokenizer import Tokenizer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from utils import seed_everything
+
+from optimizer import AdamW
 
 PREFIX = "I have wanted to see this thriller for a while, and it didn't disappoint. Keanu Reeves, playing John Wick, is"
 Example = tuple[str, int]  # a text and the number of its label
@@ -54,9 +55,13 @@ def prompt(args: argparse.Namespace, device: torch.device) -> None:
     asked = f"{', '.join(others)}{',' if len(others) > 1 else ''} or {last}"
     suffix = f" Is this movie {asked}? This movie is "
     model = LlamaZeroShotClassifier(settings(args, tokenizer, len(names)), tokenizer, names).to(device)
+    whole = Tokenizer()
+    room = model.llama.params.max_seq_len - len(tokenizer.encode(suffix, bos=True, eos=False)) - 2
+    tokenizer.max_len = min(room, args.max_sentence_len or room)  # of the text: the question must not be cut off
     for split, path, output in (("dev", args.dev, args.dev_out), ("test", args.test, args.test_out)):
-        examples = [(text + suffix, label) for text, label in read_examples(path)]
-        write_predictions(split, output, examples, *evaluate(batches(examples, tokenizer, args), model, device))
+        shortened = [(tokenizer.encode(text, bos=False, eos=False), label) for text, label in read_examples(path)]
+        examples = [(tokenizer.decode(ids) + suffix, label) for ids, label in shortened]
+        write_predictions(split, output, examples, *evaluate(batches(examples, whole, args), model, device))
 
 
 def finetune(args: argparse.Namespace, device: torch.device) -> None:
@@ -64,6 +69,8 @@ def finetune(args: argparse.Namespace, device: torch.device) -> None:
     tokenizer = Tokenizer(args.max_sentence_len)
     train, dev, test = (read_examples(path) for path in (args.train, args.dev, args.test))
     model = LlamaEmbeddingClassifier(settings(args, tokenizer, 1 + max(label for _, label in train))).to(device)
+    longest = model.llama.params.max_seq_len - 1  # one token marks the beginning
+    tokenizer.max_len = min(longest, args.max_sentence_len or longest)
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr)
     best, kept = -1.0, f"finetune-{args.epochs}-{args.lr}.pt"
     for epoch in range(args.epochs):
@@ -99,7 +106,9 @@ def read_examples(path: str) -> list[Example]:
     return examples
 
 
-def batches(examples: list[Example], tokenizer: Tokenizer, args: argparse.Namespace, shuffle: bool = False) -> DataLoader:
+def batches(
+    examples: list[Example], tokenizer: Tokenizer, args: argparse.Namespace, shuffle: bool = False
+) -> DataLoader:
     """Batches of token ids, padded at the end, and labels."""
 
     def collate(batch: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
