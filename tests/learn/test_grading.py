@@ -116,8 +116,9 @@ def test_code_that_ends_its_process_or_never_ends_is_an_error_and_the_rest_is_gr
             Limits(seconds=20, memory_bytes=1 << 30),
             "more than 1 GiB of memory",
         ),
+        ("while True: print('x' * 10000)", Limits(seconds=20), "it printed more than 16 MiB; the last it printed: xxx"),
     ],
-    ids=["time", "memory"],
+    ids=["time", "memory", "print"],
 )
 def test_what_takes_too_much_is_ended(code: str, limits: Limits, text: str, directory: Path) -> None:
     solve(directory, (LINE, code))

@@ -204,3 +204,17 @@ def test_a_file_of_the_readers_own_is_found(tmp_path: Path) -> None:
         "helpers.py": "ONE = 1\n",
     }
     assert judged(tmp_path, SCORES, files) == {"state": "passed"}
+
+
+def test_a_file_that_is_missing_is_not_the_solutions(tmp_path: Path) -> None:
+    judged(tmp_path, SCORES, {})
+    (tmp_path / "rope.py").unlink()
+    for check in ("apply_rotary_emb", "Llama.forward"):
+        found = GRADER.judge(check)
+        assert (found["state"], found["text"]) == ("error", f"rope.py is not in {tmp_path}")
+    assert GRADER.judge(SCORES) == {"state": "passed"}
+
+
+def test_the_whole_model_points_to_the_lessons_before(tmp_path: Path) -> None:
+    found = judged(tmp_path, "Llama.forward", replaced("llama.py", ("triu(1)", "triu(2)")))
+    assert found["text"].endswith("; the lessons before this one say where")

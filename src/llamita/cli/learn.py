@@ -165,7 +165,7 @@ def lines_of(result: "Result") -> Iterator[str]:
         yield f"       {mistake.name}"
         yield f"       see {mistake.source}"
     if result.state == "wrong" and not result.mistakes:
-        yield "       no mistake that is known by name; compare your lines with the docstring, one at a time"
+        yield "       no mistake known by name explains it; compare your lines with the docstring, one at a time"
 
 
 def _state_of(results: "Iterable[Result]") -> str:

@@ -22,6 +22,9 @@ POLL_SECONDS = 0.02
 START_SECONDS = 120.0
 """For the imports before the first check, which are none of the reader's doing."""
 PRINTED_CHARACTERS = 400
+"""So many of the last are shown."""
+PRINTED_BYTES = 16 << 20
+"""Code that prints more is ended, before it fills the disk."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,8 @@ def _follow(
                 done += 1
         if done == len(checks):
             return
-        why = _why_it_ends(process, limits if begun else Limits(START_SECONDS, limits.memory_bytes), since, ended)
+        waited = limits if begun else Limits(START_SECONDS, limits.memory_bytes)
+        why = _why_it_ends(process, waited, since, ended, printed.stat().st_size)
         if why:
             if not begun:
                 raise RuntimeError(f"the grader's own process failed: {why}{_last(printed)}")
@@ -135,12 +139,16 @@ def _follow(
         time.sleep(POLL_SECONDS)
 
 
-def _why_it_ends(process: "subprocess.Popen[bytes]", limits: Limits, since: float, ended: bool) -> str:
+def _why_it_ends(
+    process: "subprocess.Popen[bytes]", limits: Limits, since: float, ended: bool, printed_bytes: int
+) -> str:
     """Returns why a process runs no longer or must not; empty where it may go on."""
     if ended:
         return f"the code ended its process with status {process.returncode}"
     if time.monotonic() - since > limits.seconds:
         return f"it did not end within {limits.seconds:g} seconds; is there an endless loop?"
+    if printed_bytes > PRINTED_BYTES:
+        return f"it printed more than {PRINTED_BYTES >> 20} MiB"
     try:
         taken = psutil.Process(process.pid).memory_info().rss
     except psutil.Error:
@@ -151,7 +159,9 @@ def _why_it_ends(process: "subprocess.Popen[bytes]", limits: Limits, since: floa
 
 
 def _last(printed: Path) -> str:
-    text = printed.read_bytes()[-PRINTED_CHARACTERS:].decode("utf-8", "replace").strip()
+    with printed.open("rb") as file:
+        file.seek(max(0, printed.stat().st_size - PRINTED_CHARACTERS))
+        text = " ".join(file.read().decode("utf-8", "replace").split())
     return f"; the last it printed: {text}" if text else ""
 
 

@@ -57,6 +57,9 @@ class Grader:
     def judge(self, name: str) -> dict[str, Any]:
         """Returns the state of a check, `passed`, `wrong`, `not written` or `error`, and what is to be said of it."""
         check = self.checks[name]
+        missing = [file for file in (check.file, *check.together) if not (self.directory / f"{file}.py").is_file()]
+        if missing:
+            return {"state": "error", "text": f"{missing[0]}.py is not in {self.directory}"}
         try:
             expected = self.with_mistakes(check, ())
             assert expected is not None
@@ -74,6 +77,8 @@ class Grader:
             return {"state": "error", "text": self.told(error)}
         if found is None:
             return {"state": "passed"}
+        if check.together:
+            return {"state": "wrong", "text": f"{found}; the lessons before this one say where"}
         mistakes = [mistake for mistake in self.mistakes if mistake.check == name]
         why = named(got, expected, check, mistakes, lambda planted: self.with_mistakes(check, planted))
         return {"state": "wrong", "text": str(found), "mistakes": [[each.name, each.source] for each in why]}
