@@ -201,7 +201,7 @@ def test_a_file_of_the_readers_own_is_found(tmp_path: Path) -> None:
         **replaced(
             "llama.py", ("import math\n", "import math\nimport my_helpers\n"), ("triu(1)", "triu(my_helpers.ONE)")
         ),
-        "helpers.py": "ONE = 1\n",
+        "my_helpers.py": "ONE = 1\n",
     }
     assert judged(tmp_path, SCORES, files) == {"state": "passed"}
 
@@ -218,3 +218,67 @@ def test_a_file_that_is_missing_is_not_the_solutions(tmp_path: Path) -> None:
 def test_the_whole_model_points_to_the_lessons_before(tmp_path: Path) -> None:
     found = judged(tmp_path, "Llama.forward", replaced("llama.py", ("triu(1)", "triu(2)")))
     assert found["text"].endswith("; the lessons before this one say where")
+
+
+@pytest.mark.parametrize(
+    ("check", "files"),
+    [
+        (
+            "apply_rotary_emb",
+            replaced("rope.py", ("    query_out, key_out = turned", """
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None, :]
+
+    def by_complex(x):
+        return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turn).flatten(3)
+
+    return by_complex(query), by_complex(key)
+    query_out, key_out = turned""")),
+        ),
+        (
+            "RMSNorm._norm",
+            replaced("llama.py", (
+                "return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)",
+                "return F.rms_norm(x, x.shape[-1:], eps=self.eps)",
+            )),
+        ),
+        (
+            SCORES,
+            replaced("llama.py", (BODY, """
+        rows = []
+        for position in range(query.shape[2]):
+            seen_key, seen_value = key[:, :, : position + 1], value[:, :, : position + 1]
+            scores = torch.einsum("bnh,bnsh->bns", query[:, :, position], seen_key) * self.head_dim**-0.5
+            rows.append(torch.einsum("bns,bnsh->bnh", self.attn_dropout(scores.softmax(-1)), seen_value))
+        return torch.stack(rows, dim=2)
+""")),
+        ),
+        (
+            SCORES,
+            replaced("llama.py", ('float("-inf")', "-1e9")),
+        ),
+        (
+            "Llama.generate at other temperatures",
+            replaced("llama.py", (
+                "idx_next = torch.multinomial(probabilities, num_samples=1)",
+                "idx_next = (probabilities.log() - torch.rand_like(probabilities).log().neg().log()).argmax(-1, True)",
+            )),
+        ),
+        (
+            "AdamW.step",
+            replaced("optimizer.py", (
+                "p.sub_(lr * weight_decay * p)",
+                "p.data = p.data * (1 - lr * weight_decay)",
+            )),
+        ),
+        (
+            "LlamaEmbeddingClassifier.forward",
+            replaced("classifier.py", (
+                "state = hidden[torch.arange(len(input_ids), device=input_ids.device), last]",
+                "state = torch.stack([row[ids.ne(0).nonzero()[-1, 0]] for row, ids in zip(hidden, input_ids)])",
+            )),
+        ),
+    ],
+    ids=["complex numbers", "PyTorch's norm", "a loop over positions", "a large number", "Gumbel", "decay", "a loop"],
+)  # fmt: skip
+def test_what_is_right_passes_however_it_is_written(check: str, files: dict[str, str], tmp_path: Path) -> None:
+    assert judged(tmp_path, check, files) == {"state": "passed"}
