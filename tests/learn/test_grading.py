@@ -13,8 +13,9 @@ from llamita.backend.choice import load_backend
 from llamita.backend.torch.pickles import read_pickle, write_pickle
 from llamita.cli.main import main
 from llamita.learn import course, track
-from llamita.learn.grading import Limits, grade
+from llamita.learn.grading import Limits, Mistaken, Result, grade
 from llamita.learn.harness import assembled
+from llamita.learn.page import page
 from llamita.model.config import ModelConfig
 from llamita.storage.formats.checkpoints import to_training_checkpoint
 from llamita.storage.formats.foreign import ForeignModel
@@ -128,6 +129,26 @@ def test_what_takes_too_much_is_ended(code: str, limits: Limits, text: str, dire
     results.close()
     assert (first.state, text in first.text) == ("error", True), first
     assert time.monotonic() - began < 60
+
+
+def test_a_page_has_the_lessons_and_what_was_found() -> None:
+    states = {"RMSNorm._norm": Result("norm", "RMSNorm._norm", "error", "NameError: <b>y</b>")}
+    wrong = Result("norm", "RMSNorm.forward", "wrong", "x is 1", (Mistaken("the weight is left out", "equation 4"),))
+    states[wrong.check] = wrong
+    every = [
+        states.get(check, Result(lesson.name, check, "passed")) for lesson in TRACK.lessons for check in lesson.checks
+    ]
+    text = page(TRACK, every)
+    assert "7 of 8 lessons pass their checks." in text
+    assert text.count("<details open>") == 1
+    assert text.count("<details>") == 7
+    opened = text[text.index("<details open>") :]
+    assert opened[: opened.index("</details>")].count("<h1>2. Root mean square normalisation</h1>") == 1
+    assert "NameError: &lt;b&gt;y&lt;/b&gt;" in text
+    assert "<strong>the weight is left out</strong>; see equation 4" in text
+    assert text.count('<li class="passed">') == 10
+    assert "<script" not in text
+    assert text.count('<a href="file://') == sum(lesson.text.count("](file://") for lesson in TRACK.lessons)
 
 
 @pytest.mark.medium

@@ -77,6 +77,16 @@ class ShowConfig:
 
 
 @dataclass(frozen=True)
+class PageConfig:
+    """Write the lessons and the state of their checks as one HTML page."""
+
+    directory: Path = HERE
+    """The course's folder."""
+    output: Path | None = None
+    """The file to write; course.html in the course's folder where none is given. An older one is replaced."""
+
+
+@dataclass(frozen=True)
 class TracksConfig:
     """List the courses that there are."""
 
@@ -144,6 +154,18 @@ def show(config: ShowConfig) -> None:
     opened = course.opened(config.directory)
     lesson = opened.track.lesson(config.lesson)
     print(opened.track.solutions(opened.framework)[lesson.file] if config.solution else lesson.text)
+
+
+def write_page(config: PageConfig) -> None:
+    from llamita.learn import course
+    from llamita.learn.grading import grade
+    from llamita.learn.page import page
+    from llamita.storage.files import atomic_write
+
+    opened = course.opened(config.directory)
+    path = config.output or config.directory / "course.html"
+    atomic_write(path, page(opened.track, list(grade(opened.track, opened.framework, opened.directory))))
+    print(f"{path}: written")
 
 
 def list_tracks(config: TracksConfig) -> None:
