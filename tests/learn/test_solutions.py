@@ -14,6 +14,7 @@ from llamita.backend.choice import load_backend
 from llamita.backend.torch.pickles import read_pickle, write_pickle
 from llamita.learn import track
 from llamita.learn.harness import assembled, installed
+from llamita.text.bpe import train_bpe_from_iterator
 from llamita.workflows.convert import ConvertConfig, Tools, convert
 
 TRACK = track.find("min-llama")
@@ -165,3 +166,35 @@ def test_the_readers_scripts_pass_solutions_and_refuse_skeletons(script: str, li
     wrong = FILES[names[script]][1].replace("theta ** (-pairs", "theta ** (pairs").replace("lr * weight_decay", "0.0")
     with installed({**unsolved, names[script]: (Path(script), wrong)}), pytest.raises(AssertionError):
         exec(code, {"__name__": "__main__"})
+
+
+def test_the_finished_program_writes_asks_and_learns(
+    solutions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two classes that differ in their last word alone, texts of different lengths: the head must learn them."""
+    train_bpe_from_iterator(("a good film", "a bad film"), 260).save(tmp_path)
+    sizes = {"vocab_size": 260, "dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "max_seq_len": 128}
+    torch.manual_seed(0)
+    state = solutions.llama.Llama(solutions.config.LlamaConfig(**sizes, hidden_dim=24)).state_dict()
+    torch.save({"model_args": {**sizes, "hidden_dim": 24}, "model": state}, tmp_path / "stories.pt")
+    words = ("bad", "good")
+    lines = [f"{number % 2} ||| {'very ' * (number % 5)}{words[number % 2]}\n" for number in range(20)]
+    (tmp_path / "t.txt").write_text("".join(lines))
+    (tmp_path / "names.json").write_text('["bad", "good"]')
+    monkeypatch.chdir(tmp_path)
+    data = ["--train", "t.txt", "--dev", "t.txt", "--test", "t.txt"]
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["run_llama.py", *arguments])
+        with importable():
+            solutions.run_llama.main()
+        return capsys.readouterr().out
+
+    assert "temperature 1.0:" in run("--prefix", "a good", "--max_new_tokens", "3")
+    assert Path("generated-sentence-temp-0.txt").read_text("utf-8").startswith("a good")
+    assert "test accuracy: " in run("--option", "prompt", *data, "--label-names", "names.json")
+    assert "very bad Is this movie bad or good? This movie is" in Path("dev-output.txt").read_text("utf-8")
+    assert "dev accuracy: 1.000" in run(
+        "--option", "finetune", *data, "--epochs", "12", "--lr", "1e-2", "--hidden_dropout_prob", "0"
+    )
+    assert Path("test-output.txt").read_text("utf-8") == "".join(lines)
