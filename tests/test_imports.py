@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "llamita"
+COURSES = PACKAGE / "learn" / "tracks"
+"""Data of the package: files for a reader's folder, and checks of them. They run in a process of the reader's."""
 
 # From top to bottom: a room may import from rooms above it, never from those beside it or below. The longest name that
 # a module's own begins with is its room.
@@ -30,12 +32,13 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 FRAMEWORKS = {"torch": "backend.torch", "mlx": "backend.mlx", "mlx_lm": "backend.mlx"}
 LAZY_ROOMS = ("cli", "")
 LAZY_MODULES = (
+    "llamita.learn.harness",
     *("llamita.backend.choice", "llamita.backend.torch.devices", "llamita.backend.torch.infer.kernels.choice"),
     "llamita.backend.torch.train.step",
 )
 """What a user calls first loads no framework before it has to: verbs, the package's own face, and the choice of a
 backend, which imports the one chosen. Triton is imported where there is a GPU, Numba where kernels of it are wanted,
-torch.distributed where several processes train."""
+torch.distributed where several processes train. The harness executes a course's files under the names they import."""
 
 
 def faults(module: str, source: str, is_package: bool = False) -> list[str]:
@@ -108,7 +111,7 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=module_of)
+@pytest.mark.parametrize("path", sorted(set(PACKAGE.rglob("*.py")) - set(COURSES.rglob("*.py"))), ids=module_of)
 def test_a_module_imports_only_from_rooms_above_it(path: Path) -> None:
     assert faults(module_of(path), path.read_text(), path.name == "__init__.py") == []
 
@@ -169,6 +172,11 @@ def test_the_command_loads_no_framework_before_a_verb_is_chosen() -> None:
     assert loaded & heavy == set()
     few = ("", ".cli", ".cli.main", ".cli.together", ".training", ".training.exit_status", ".training.launch")
     assert ours == [f"llamita{name}" for name in few]
+
+
+def test_nothing_imports_the_files_of_a_course() -> None:
+    for path in set(PACKAGE.rglob("*.py")) - set(COURSES.rglob("*.py")):
+        assert "llamita.learn.tracks" not in path.read_text(), path
 
 
 def test_one_backend_may_not_import_the_other() -> None:

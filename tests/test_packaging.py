@@ -14,6 +14,7 @@ import pytest
 from llamita import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
+COURSES = ROOT / "src" / "llamita" / "learn" / "tracks"  # data: files that a reader works on, and checks of them
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Where a module's name is not in the metadata, or its package need not be installed.
 DISTRIBUTIONS = {"mlx": "mlx", "sentencepiece": "sentencepiece", "llama_cpp": "llama-cpp-python"}
@@ -25,7 +26,7 @@ def requirement_name(requirement: str) -> str:
 
 def third_party_modules() -> set[str]:
     found = set()
-    for path in (ROOT / "src").rglob("*.py"):
+    for path in set((ROOT / "src").rglob("*.py")) - set(COURSES.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 found |= {alias.name.split(".")[0] for alias in node.names}
@@ -135,11 +136,13 @@ def test_every_file_that_is_no_module_is_carried_too() -> None:
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["llamita"]
     carried = {path for pattern in patterns for path in package.glob(pattern)}
     files = (path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    others = {path for path in files if path.suffix != ".py"}
+    others = {path for path in files if path.suffix != ".py" or COURSES in path.parents}
+    assert COURSES / "min_llama" / "torch" / "llama.py" in others
     assert others <= carried
 
 
 def test_every_folder_of_the_source_is_a_package() -> None:
     """setuptools carries only folders with an `__init__.py`."""
     folders = {path.parent for path in (ROOT / "src" / "llamita").rglob("*.py")}
+    folders = {folder for folder in folders if COURSES not in (folder, *folder.parents)}
     assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []

@@ -58,6 +58,7 @@ SHORTER: dict[str, list[str]] = {
     "generate": ["--max-tokens", "8"],
     "chat": ["--max-tokens", "8"],
     "sft": ["--steps", "2", "--batch-size", "2", "--evaluation-rows", "4", "--conversations", "40", "--answers", "2"],
+    "learn start": ["--model-steps", "2"],
     "quickstart": ["--size", "small", "--steps", "3", "--stories", "600", "--scored-stories", "8"],
 }
 

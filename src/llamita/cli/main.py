@@ -87,6 +87,13 @@ VERBS: Mapping[str, Verb] = {
     "report": Verb("llamita.cli.report", "run", "Write a run as one HTML page."),
     "verify": Verb("llamita.cli.verify", "run", "Compare a model with a reference, layer by layer."),
     "convert": Verb("llamita.cli.convert", "run", "Convert models of other formats, and ours to them."),
+    "learn start": Verb("llamita.cli.learn", "start", "Begin a course: write a small Llama yourself."),
+    "learn check": Verb("llamita.cli.learn", "check", "Grade what you have written; mistakes are named."),
+    "learn list": Verb("llamita.cli.learn", "list_lessons", "List the lessons of a course and how far you are."),
+    "learn next": Verb("llamita.cli.learn", "show_next", "Show the first lesson that is not done."),
+    "learn show": Verb("llamita.cli.learn", "show", "Show a lesson, or its solution."),
+    "learn page": Verb("llamita.cli.learn", "write_page", "Write the lessons and your state as one HTML page."),
+    "learn tracks": Verb("llamita.cli.learn", "list_tracks", "List the courses."),
     "info": Verb("llamita.cli.info", "run", "Count a model's parameters, operations and bytes; list the presets."),
 }
 

@@ -1,0 +1,104 @@
+"""The folder that a reader works in: begun from a track, with a small trained model and what it should compute."""
+
+import contextlib
+import io
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llamita.data import meadow
+from llamita.data.prepare import PrepareConfig, prepare
+from llamita.learn import track as tracks
+from llamita.learn.track import Track
+from llamita.storage.files import atomic_directory
+from llamita.storage.formats.checkpoints import to_training_checkpoint
+from llamita.text.bpe import train_bpe_from_iterator
+from llamita.training.run_directory import LAST
+from llamita.workflows.convert import ConvertConfig, Tools, read_model
+from llamita.workflows.pretrain import pretrain
+from llamita.workflows.quickstart import QuickstartConfig, training_options
+
+COURSE_FILE = "course.json"
+MODEL_FILE = "stories.pt"
+SANITY_FILE = "sanity_check.npz"
+
+
+@dataclass(frozen=True)
+class Course:
+    """A started folder."""
+
+    directory: Path
+    track: Track
+    framework: str
+
+
+def start(directory: Path, track: Track, framework: str, model: Path | None, steps: int, tools: Tools) -> Course:
+    """Writes a course folder: skeletons, lessons, a model with its tokenizer, and logits to compare with.
+
+    The model is a copy of `model`, of any kind that `llamita convert` reads, or one that is trained here on Meadow's
+    stories for so many steps. FileExistsError where the directory exists; ValueError for a model that the course's
+    Llama cannot hold.
+    """
+    files = track.skeletons(framework)
+    if steps < 1:
+        raise ValueError(f"model_steps={steps} must be at least 1")
+    with atomic_directory(directory) as folder:
+        for name, text in files.items():
+            (folder / name).write_text(text, "utf-8")
+        (folder / "lessons").mkdir()
+        for number, lesson in enumerate(track.lessons, 1):
+            (folder / "lessons" / f"{number}-{lesson.name}.md").write_text(lesson.text, "utf-8")
+        (folder / COURSE_FILE).write_text(json.dumps({"track": track.name, "framework": framework}) + "\n", "utf-8")
+        if model is not None:
+            _write_model(folder, model, tools)
+        else:
+            with tempfile.TemporaryDirectory(prefix="llamita-learn-") as temporary:
+                _write_model(folder, _trained(Path(temporary), steps, tools), tools)
+    return Course(directory, track, framework)
+
+
+def opened(directory: Path) -> Course:
+    """Returns the course that was started in a directory; ValueError where there is none."""
+    path = directory / COURSE_FILE
+    if not path.is_file():
+        raise ValueError(f"{directory} is no course: it has no {COURSE_FILE}; llamita learn start DIR begins one")
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        track, framework = tracks.find(content["track"]), content["framework"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f'{path}: expected {{"track": ..., "framework": ...}}: {error}') from None
+    track.solutions(framework)  # refuses a framework that there is not
+    return Course(directory, track, framework)
+
+
+def _trained(directory: Path, steps: int, tools: Tools) -> Path:
+    """Trains quickstart's small model on Meadow for a few steps and returns its directory; seconds to a minute."""
+    tokenizer, data, run = directory / "tokenizer", directory / "data", directory / "run"
+    config = QuickstartConfig(output=directory, size="small", steps=steps, stories=1600).resolved()
+    texts = meadow.corpus(config.seed, 1000, "train")
+    with contextlib.redirect_stdout(io.StringIO()):  # what training reports is no part of this
+        train_bpe_from_iterator((f"{text}\n" for text in texts), config.vocab_size).save(tokenizer)
+        prepare(PrepareConfig(output=data, tokenizer=tokenizer, source="meadow", documents=config.stories))
+        result = pretrain(training_options(config, data, run), tools.backend)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    return run / LAST
+
+
+def _write_model(folder: Path, source: Path, tools: Tools) -> None:
+    """Writes a model as the course reads it, its tokenizer, and its logits and last hidden states on fixed tokens."""
+    _, model = read_model(source, ConvertConfig(), tools)
+    tools.write_pickle(folder / MODEL_FILE, to_training_checkpoint(model, "course"))
+    if model.tokenizer is not None:
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            model.tokenizer.save(temporary)
+            for name in ("tokenizer.json", "tokenizer.model"):
+                if (Path(temporary) / name).is_file():
+                    (Path(temporary) / name).rename(folder / name)
+    length = min(8, model.config.max_position_embeddings)
+    tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=(2, length))
+    found = tools.backend.runner_over(model.config, model.arrays).forward(tokens, capture=("norm",))
+    np.savez(folder / SANITY_FILE, tokens=tokens, logits=found["logits"][:, -1:], hidden_states=found["norm"])
