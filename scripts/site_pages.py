@@ -1,7 +1,7 @@
 """The hook with which MkDocs makes a site of docs/: links out of that folder lead to pages of the site too.
 
 A page of docs/ may link to any file of the repository, as `../src/llamita/cli/main.py`. For the site each such file
-becomes a page below files/: Markdown as it reads, anything else as numbered lines; a folder becomes a list of its files.
+becomes a page below files/: Markdown as it reads, anything else as numbered lines; a folder becomes a list of files.
 The pages in docs/ stay as they are, so that their links work where files are viewed too.
 
 Two more things are not as MkDocs reads them. A fence may have words behind its language ("sh no-run", for
@@ -169,8 +169,9 @@ def is_text(file: Path) -> bool:
 
 def definition(name: str, function: str) -> int | None:
     """The line, from 1, on which the file defines the function."""
-    found = re.search(rf"^\s*(?:async )?def {function}\(", (ROOT / name).read_text("utf-8"), re.MULTILINE)
-    return None if found is None else (ROOT / name).read_text("utf-8").count("\n", 0, found.start() + 1) + 1
+    text = (ROOT / name).read_text("utf-8")
+    found = re.search(rf"^[ \t]*(?:async )?def {function}\(", text, re.MULTILINE)
+    return None if found is None else text.count("\n", 0, found.start()) + 1
 
 
 def named_in(nav: object) -> Iterator[str]:
