@@ -15,7 +15,7 @@ from llamita import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 COURSES = ROOT / "src" / "llamita" / "learn" / "tracks"  # data: files that a reader works on, and checks of them
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT, TOOL = (tomllib.loads((ROOT / "pyproject.toml").read_text())[table] for table in ("project", "tool"))
 # Where a module's name is not in the metadata, or its package need not be installed.
 DISTRIBUTIONS = {"mlx": "mlx", "sentencepiece": "sentencepiece", "llama_cpp": "llama-cpp-python"}
 
@@ -45,7 +45,10 @@ def test_every_package_that_the_source_imports_is_declared() -> None:
 
 
 def test_the_version_is_one() -> None:
-    assert PROJECT["version"] == __version__
+    """It stands in the package alone, from which the distribution takes it."""
+    assert "version" in PROJECT["dynamic"]
+    assert TOOL["setuptools"]["dynamic"]["version"] == {"attr": "llamita.__version__"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+(?:(?:a|b|rc)\d+)?", __version__)
     assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
 
 
@@ -77,6 +80,8 @@ def test_make_alone_explains_the_targets() -> None:
         ("test-slow", '-m pytest -m "slow and not gpu"'),
         ("test-gpu", "-m pytest -m gpu"),
         ("check", "scripts/check"),
+        ("site", "-m mkdocs build --strict"),
+        ("release", "scripts/release .venv/bin/python"),
     ],
 )
 def test_a_target_makes_the_environment_and_runs_its_command(target: str, command: str) -> None:
@@ -110,7 +115,7 @@ def test_an_old_interpreter_is_refused_in_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "venv").exists()
 
 
-@pytest.mark.parametrize("name", ["scripts/check", ".ci/run"])
+@pytest.mark.parametrize("name", ["scripts/check", "scripts/release", ".ci/run"])
 def test_the_scripts_are_runnable_shell(name: str) -> None:
     script = ROOT / name
     assert os.access(script, os.X_OK)
@@ -133,7 +138,7 @@ def test_nothing_that_is_carried_names_a_machine() -> None:
 
 def test_every_file_that_is_no_module_is_carried_too() -> None:
     package = ROOT / "src" / "llamita"
-    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["llamita"]
+    patterns = TOOL["setuptools"]["package-data"]["llamita"]
     carried = {path for pattern in patterns for path in package.glob(pattern)}
     files = (path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     others = {path for path in files if path.suffix != ".py" or COURSES in path.parents}

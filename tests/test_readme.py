@@ -36,7 +36,7 @@ from tests import forked
 from tests.storage.test_hub import lay_out, write_model
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # Flags that are added to a verb's command so that it ends within seconds.
 SHORTER: dict[str, list[str]] = {

@@ -50,7 +50,7 @@ class ClassifyConfig:
     finetune: FinetuneConfig = FinetuneConfig()
     data: tuple[str, ...] = field(default=(), metadata={"saved": absolute_sources})
     """Labelled texts to learn from: files (label ||| sentence, .csv, .tsv, .jsonl; gzip or zstd), meadow[:COUNT], or
-    hub:NAME[:CONFIG][@SPLIT]. Needed, but when resuming."""
+    `hub:NAME[:CONFIG][@SPLIT]`. Needed, but when resuming."""
     validation: tuple[str, ...] = field(default=(), metadata={"saved": absolute_sources})
     """Labelled texts to choose the best checkpoint by. Of meadow and hub data left out: their validation split."""
     label_mapping: Path | None = None

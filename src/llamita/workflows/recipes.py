@@ -96,9 +96,9 @@ def lillm_39m() -> Recipe:
     """A Llama 3 of 39 million parameters with a tokenizer of its own, then taught to answer.
 
     Known: the shape (12 layers, width 512, 16 heads on 8 key/value heads, 8,192 tokens, 512 positions, embedding and
-    head one matrix), training under torchrun, and instructions in turns of `<r0>user<r1>...<r2>`. Chosen here: 20 tokens a
-    parameter (Hoffmann et al. 2022, arXiv:2203.15556), which is 24,000 updates of 64 rows, attention inside documents,
-    and 8 reserved tokens, of which the turns take three.
+    head one matrix), training under torchrun, and instructions in turns of `<r0>user<r1>...<r2>`. Chosen here: 20
+    tokens a parameter (Hoffmann et al. 2022, arXiv:2203.15556), which is 24,000 updates of 64 rows, attention inside
+    documents, and 8 reserved tokens, of which the turns take three.
     """
     common = base("lillm-39m", "corpus.txt", vocab_size=8_192)
     return replace(
