@@ -8,7 +8,7 @@ import contextlib
 import json
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from llamita.backend.sampling_params import SamplingParams
 from llamita.inference.conversation import with_answer_format, with_end_of_turn
@@ -77,9 +77,8 @@ class CallDelta:
     name: str = ""
 
 
-@dataclass(frozen=True)
-class ChatEvent:
-    """What one token adds to one continuation."""
+class ChatEvent(NamedTuple):
+    """What one token adds to one continuation. (A tuple, since one is made for every token.)"""
 
     index: int
     token: TokenEvent
