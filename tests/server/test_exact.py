@@ -216,11 +216,11 @@ def test_probabilities_of_labels(directory: Path) -> None:
     expected = np.concatenate([np.exp(alone.log_probabilities(alone.encode([text]))) for text in TEXTS])
     assert np.array_equal(np.exp(alone.log_probabilities(alone.encode(TEXTS))), expected)
     inputs: list[Any] = [TEXTS, *TEXTS, TEXTS[::-1]]
-    with serve(open_model(directory / "labels", adapters={}, draft="", engine=EngineConfig(), **LOADED)) as address:
-        with ThreadPoolExecutor(len(inputs)) as pool:
-            together, *single, backwards = pool.map(
-                lambda texts: post(address, "/v1/classify", input=texts).json()["data"], inputs
-            )
+    model = open_model(directory / "labels", adapters={}, draft="", engine=EngineConfig(), **LOADED)
+    with serve(model) as address, ThreadPoolExecutor(len(inputs)) as pool:
+        together, *single, backwards = pool.map(
+            lambda texts: post(address, "/v1/classify", input=texts).json()["data"], inputs
+        )
     for rows in (together, [row for (row,) in single], backwards[::-1]):
         assert [row["probs"] for row in rows] == expected.tolist()
     assert np.ptp(expected[:, 0]) > 1e-3  # the texts are told apart

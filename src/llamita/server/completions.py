@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -166,7 +167,7 @@ async def stream(reply: Reply) -> AsyncGenerator[bytes]:
                 more = {"usage": reply.counts(rows, len(job.requests))["usage"]}
             return {**reply.head, "choices": [reply.choice(index, text, scores, reason)], **more}
 
-        text_events = [TextEvent(lambda text, index=index: chunk(index, text, None, None)) for index in range(len(rows))]
+        text_events = [TextEvent(partial(chunk, index, scores=None, reason=None)) for index in range(len(rows))]
         begun: set[int] = set()
         yield b""  # admitted: what goes wrong from here on is told in the stream
         try:

@@ -112,9 +112,9 @@ async def whole_or_stream(
     """Returns the answer as one object, or as the stream that was asked for; both end where the client goes away."""
     if not stream:
         return JSONResponse(await unless_gone(request, whole()))
-    stream = pieces()
-    first = await unless_gone(request, first_of(stream))
-    return EventStream(stream, limits.heartbeat_seconds, sign, first)
+    streamed = pieces()
+    first = await unless_gone(request, first_of(streamed))
+    return EventStream(streamed, limits.heartbeat_seconds, sign, first)
 
 
 async def first_of(pieces: AsyncGenerator[bytes]) -> bytes:

@@ -53,8 +53,8 @@ def exact_states(
 ) -> Tensor:
     """Returns the states (T, D) after the final norm of one text, the same bits as a step of the engine gives.
 
-    `model` is an `exact_model`. The text is read in pieces of `TEXT_PIECE` tokens over a memory of its own. `trace` is shown,
-    of each piece, what `Llama.hidden` shows of a row, the probabilities of attention (1, N, t, T) included.
+    `model` is an `exact_model`. The text is read in pieces of `TEXT_PIECE` tokens over a memory of its own. `trace` is
+    shown, of each piece, what `Llama.hidden` shows of a row, the probabilities of attention (1, N, t, T) included.
     """
     config, length = model.config, len(tokens_T)
     blocks = -(-length // TILE)

@@ -318,7 +318,9 @@ class TorchRunner:
 
             hidden_TD = exact_states(self._running, row.tolist(), adapters, trace, attention_of)
             if positions is not None:
-                pieces["logits"] = [self._padded_logits(rows_RD, adapters) for rows_RD in hidden_TD[positions].split(TEXT_PIECE)]
+                pieces["logits"] = [
+                    self._padded_logits(rows_RD, adapters) for rows_RD in hidden_TD[positions].split(TEXT_PIECE)
+                ]
             for name, parts in pieces.items():
                 found.setdefault(name, []).append(torch.cat(parts, dim=-2).numpy())
         return {name: np.stack(rows) for name, rows in found.items()}
