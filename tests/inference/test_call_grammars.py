@@ -268,6 +268,12 @@ def test_what_cannot_be_asked_is_refused_in_a_line(tools: Any, choice: Any, said
 
 
 def test_forms_refuse_what_they_cannot_hold():
+    with pytest.raises(ValueError, match=r"form of calls \(gemma4\) cannot be forced; give tool_choice auto"):
+        call_grammar(chat_of("gemma4", "sections")[1], TOOLS, "required")
+    schema = {"type": "object", "properties": {"a-b": {"type": "string"}}}
+    tools = [{"type": "function", "function": {"name": "at", "parameters": schema}}]
+    with pytest.raises(ValueError, match="has the argument 'a-b', and this model writes names"):
+        call_grammar(chat_of("lfm2_2_5", "sections")[1], tools, "required")
     with pytest.raises(ValueError, match="knows no calls of tools"):
         call_grammar(AnswerFormat(), TOOLS, "required")
     schema = {"type": "object", "properties": {"day": {"type": "string", "format": "date"}}}

@@ -87,7 +87,8 @@ PHI4_MINI = (
 )
 SECTION_TOKENS = (
     *("<|tool_calls_section_begin|>", "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"),
-    *("<|tool_calls_section_end|>", "<|tool_call|>", "<|tool_call_start|>"),
+    *("<|tool_calls_section_end|>", "<|tool_call|>", "<|tool_call_start|>", "<|tool_call>", "<tool_call|>", '<|"|>'),
+    *("<|tool_response>", "<|channel>", "<channel|>", "<|turn>", "<turn|>"),
     *(
         "<｜tool▁calls▁begin｜>",
         "<｜tool▁call▁begin｜>",

@@ -70,10 +70,11 @@ FAMILIES = {
     "DEEPSEEK_V3": ("deepseek-v3", False),
     "DEEPSEEK_V31": ("deepseek-v3.1", False),
     "lfm2_2_5": ("lfm2", True),
+    "gemma4": ("gemma4", True),
+    "gemma4_v5": ("gemma4", True),
     "GRANITE3": ("granite3", False),
     "PHI4_MINI": ("phi4-mini", False),
     # Families whose form of calls is not known, or that have none:
-    "gemma4": (None, False),
     "llama3": (None, False),
     "gptoss": (None, False),
     "gemma3": (None, False),
@@ -116,7 +117,7 @@ def test_calls_that_a_template_writes_are_read_back(name: str) -> None:
         written = chat.render([*asked, said], add_generation_prompt=False, **options)
         prompt = chat.render(asked, **options)
         answer = written.removeprefix(prompt)
-        for end in ("<|im_end|>\n", "<|eot_id|>", "</s>"):
+        for end in ("<|im_end|>\n", "<|eot_id|>", "</s>", "<|tool_response>"):
             answer = answer.removesuffix(end)
         assert len(answer) < len(written)
         found = parse_answer(form, answer.removeprefix("<think>\n\n</think>\n\n"), TOOLS)
@@ -145,6 +146,14 @@ def test_llamas_answers_have_further_ends() -> None:
     found = answer_format(Chat(EVERY, published("llama3_2")))
     assert found.stop_token_ids == (special["<|eom_id|>"], special["<|eot_id|>"])
     assert found.hidden == {"<|python_tag|>": special["<|python_tag|>"]}
+
+
+def test_gemmas_answers_end_where_the_tools_answer_begins() -> None:
+    special = EVERY.codec.special_tokens
+    found = answer_format(Chat(EVERY, published("gemma4")))
+    assert found.stop_token_ids == (special["<|tool_response>"],)
+    names = ("<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>")
+    assert found.hidden == {name: special[name] for name in names}
 
 
 def test_the_template_for_tools_decides() -> None:

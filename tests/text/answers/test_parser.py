@@ -222,6 +222,14 @@ def test_what_a_tag_holds_becomes_what_the_schema_says():
         ("lfm2", "<|tool_call_start|>[]<|tool_call_end|>"),
         ("lfm2", "<|tool_call_start|>[now(a=" + "-" * 70000 + "1)]<|tool_call_end|>"),
         ("lfm2", "<|tool_call_start|>[now(a=" + "[" * 200 + "]" * 200 + ")]"),
+        ("gemma4", '<|tool_call>call:now{a:<|"|>x}<tool_call|>'),
+        ("gemma4", "<|tool_call>call:now{a:x}<tool_call|>"),
+        ("gemma4", "<|tool_call>call:now{a:1 b:2}<tool_call|>"),
+        ("gemma4", "<|tool_call>call:now{:1}<tool_call|>"),
+        ("gemma4", "<|tool_call>call:{a:1}<tool_call|>"),
+        ("gemma4", "<|tool_call>call:now{a:01}<tool_call|>"),
+        ("gemma4", "<|tool_call>call:now{a:" + "[" * 200),
+        ("gemma4", "<|tool_call>now{a:1}<tool_call|>"),
         ("phi4-mini", "import functools\nfunctools.cache(f)[0]"),
         ("granite3", '<|tool_call|>[{"name": "now"'),
         ("none", '<tool_call>{"name": "now", "arguments": {}}</tool_call>'),
@@ -263,6 +271,14 @@ def test_reasoning_and_text_around_calls():
     marks = AnswerFormat(None, ("[THINK]", "[/THINK]"))
     assert parse_answer(marks, "[THINK]<think>[/THINK] b") == Answer(" b", "<think>")
     assert parse_answer(AnswerFormat(), "<think>a</think>b") == Answer("<think>a</think>b")
+
+
+def test_gemmas_reasoning_is_a_channel() -> None:
+    form = AnswerFormat(FORMAT["gemma4"].calls, ("<|channel>thought", "<channel|>"))
+    text = "<|channel>thought\nHm.\n<channel|>I look.<|tool_call>call:now{}<tool_call|>"
+    assert parse_answer(form, text, TOOLS) == collect(parts_of(text, form)) == Answer("I look.", "Hm.", (NOW,))
+    closed = "<|turn>model\n<|channel>thought\n<channel|>"
+    assert parse_answer(form, "Yes.", TOOLS, prompt=closed) == Answer("Yes.")
 
 
 def test_reasoning_goes_on_where_the_template_opened_it():
@@ -311,6 +327,7 @@ PIECES = [
     *("<|tool_call_end|>", "<|tool_calls_section_end|>", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),
     *("function<｜tool▁sep｜>now\n```json\n{}\n```", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"),
     *("<|tool_call_start|>", "[now(a='b')]", "[now(", "'", ")", "<|tool_call_end|>", "<|tool_call|>"),
+    *("<|tool_call>", "call:now{", '<|"|>', "a:", "<tool_call|>"),
     *("null", "tru", "<", "</", "<tool", "[TOOL", '"name"', '"arguments"'),
 ]
 answers = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=25).map("".join)
@@ -332,7 +349,7 @@ def test_every_call_is_a_name_with_an_object_and_no_letter_is_invented(text, nam
     for call in answer.calls:
         assert call.name
         assert isinstance(json.loads(call.arguments, parse_constant=pytest.fail), dict)
-        if name not in ("qwen3-coder", "glm4", "lfm2") and call.arguments != "{}" and '"{' not in text:
+        if name not in ("qwen3-coder", "glm4", "lfm2", "gemma4") and call.arguments != "{}" and '"{' not in text:
             assert call.arguments in text
     rest = iter(text)
     assert all(letter in rest for letter in answer.reasoning + answer.text)  # what is left out is left out, no more
@@ -408,6 +425,8 @@ def test_calls_are_those_that_a_reader_of_whole_texts_finds(text):
         ("deepseek-v3.1", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>"),
         ("lfm2", "<|tool_call_start|>[now(a=["),
         ("phi4-mini", "functools["),
+        ("gemma4", "<|tool_call>call:now{a:["),
+        ("gemma4", "<|tool_call>call:now{a:1},"),
         ("none", "<think"),
     ],
 )

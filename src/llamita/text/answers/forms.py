@@ -11,16 +11,18 @@ from typing import Literal
 
 from llamita.text.chat import COMMENT, Chat
 
-Layout = Literal["object", "list", "xml", "pairs", "named", "section", "python", "bare"]
+Layout = Literal["object", "list", "xml", "pairs", "named", "section", "python", "braces", "bare"]
 """`object`: a JSON object a call, each between marks. `list`: all calls in one JSON array. `xml`: tags for the function
 and for each argument. `pairs`: the name, then tags for the key and the value of each argument. `named`: the name, then
 the arguments as JSON. `section`: the same, each call between marks of its own (`CallForm.section`). `python`: a list of
-calls as Python writes them, `[f(a="b", c=[1])]`. `bare`: a JSON object without marks."""
+calls as Python writes them, `[f(a="b", c=[1])]`. `braces`: the name, then arguments in braces whose keys have no
+quotation marks, and whose texts stand between `QUOTE`s. `bare`: a JSON object without marks."""
 
 ARGUMENTS_MARK, CALL_ID_MARK = "[ARGS]", "[CALL_ID]"
 TAGS = ("<tool_call>", "</tool_call>")
+QUOTE = '<|"|>'
 SECTION = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
-REASONING_MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+REASONING_MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>thought", "<channel|>"))
 READS_TOOLS = re.compile(r"\b(?:xml_|custom_)?tools\b")
 
 
@@ -77,6 +79,8 @@ class CallForm:
             found += [ARGUMENTS_MARK, CALL_ID_MARK]
         if self.layout == "pairs":
             found += PAIR_TAGS
+        if self.layout == "braces":
+            found.append(QUOTE)
         if (section := self.section) is not None:
             found += [section.opening, section.before_name, section.separator, section.closing]
         return tuple(filter(None, found))
@@ -128,6 +132,14 @@ FORMS = (
         *SECTION,
         written=(SECTION[0], "<｜tool▁sep｜>"),
         section=Section("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
+    ),
+    CallForm(
+        "gemma4",
+        "braces",
+        "<|tool_call>",
+        "<tool_call|>",
+        written=(r"<\|tool_call>call:", r"<tool_call\|>", r'<\|"\|>'),
+        ends=("<|tool_response>",),
     ),
     CallForm("lfm2", "python", "<|tool_call_start|>", "<|tool_call_end|>", written=(r"<\|tool_call_start\|>\[",)),
     CallForm("granite3", "list", "<|tool_call|>", written=(r"<\|tool_call\|> followed by a JSON list",)),

@@ -68,6 +68,10 @@ def call_grammar(
         return ""
     if form.calls is None:
         raise ValueError("this model's chat template knows no calls of tools, so none can be asked of it")
+    if form.calls.layout == "braces":
+        raise ValueError(
+            f"this model's form of calls ({form.calls.name}) cannot be forced; give tool_choice auto and no strict"
+        )
     if choice not in ("auto", "required"):
         name = _chosen(choice)
         if name not in offered:

@@ -12,9 +12,9 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llamita.text.answers.forms import ARGUMENTS_MARK, CALL_ID_MARK, AnswerFormat
-from llamita.text.answers.functions import Function, functions
-from llamita.text.answers.json_calls import SPACE, JsonReader
+from llamita.text.answers.forms import ARGUMENTS_MARK, CALL_ID_MARK, QUOTE, AnswerFormat
+from llamita.text.answers.functions import PYTHON_WORDS, Function, functions
+from llamita.text.answers.json_calls import CLOSING, DEEPEST, SCALAR, SPACE, JsonReader
 from llamita.text.answers.python_calls import PythonReader
 
 LINE_ENDS = "\r\n"
@@ -23,6 +23,7 @@ LONGEST_SPACE = 64
 LONGEST_NAME = 256
 ARGUMENTS_KEYS = ("arguments", "parameters")
 NAME = re.compile(r"[^\s\[\]{}<>\"]+")
+BARE_VALUE = re.compile(r"[-+.0-9A-Za-z]+")
 NUMBER = re.compile(r":[0-9]+$")
 
 Kind = Literal["reasoning", "text", "call", "arguments"]
@@ -183,6 +184,8 @@ class AnswerParser:
             is_call = yield from self._section()
         elif layout == "python":
             is_call = letter == "[" and (yield from self._python())
+        elif layout == "braces":
+            is_call = yield from self._braced()
         elif letter in ("{", "["):
             is_call = yield from self._json(is_marked)
         elif layout == "named":
@@ -322,6 +325,68 @@ class AnswerParser:
             return False
         self._give_call(ToolCall(name, _object_of(arguments)))
         return True
+
+    def _braced(self) -> Steps:
+        """Reads a name and its arguments in braces, as Gemma 4 writes them."""
+        if not (length := (yield from self._ahead("call:"))):
+            return False
+        self._take(length)
+        name = yield from self._word()
+        if not name or (yield from self._letter()) != "{":
+            return False
+        if (arguments := (yield from self._braced_value(1))) is None:
+            return False
+        self._give_call(ToolCall(name, arguments))
+        return True
+
+    def _braced_value(self, depth: int) -> Generator[None, None, str | None]:
+        """Reads a value in the notation of Gemma 4; returns it as JSON, None for what is none."""
+        if length := (yield from self._ahead(QUOTE)):
+            self._take(length)
+            text = yield from self._until(QUOTE)
+            return None if text is None else json.dumps(text, ensure_ascii=False)
+        yield from self._skip(SPACE)
+        opening = yield from self._letter()
+        if opening not in ("{", "["):
+            return (yield from self._bare_value())
+        closing, items = CLOSING[opening], list[str]()
+        self._take(1)
+        yield from self._skip(SPACE)
+        while (letter := (yield from self._letter())) != closing:
+            if items:
+                if letter != ",":
+                    return None
+                self._take(1)
+            key = ""
+            if opening == "{":
+                if length := (yield from self._ahead(QUOTE)):
+                    self._take(length)
+                    quoted = yield from self._until(QUOTE, LONGEST_NAME)
+                    if quoted is None or not (length := (yield from self._ahead(":"))):
+                        return None
+                    self._take(length)
+                else:
+                    quoted = yield from self._until(":", LONGEST_NAME)
+                if not (name := (quoted or "").strip()):
+                    return None
+                key = json.dumps(name, ensure_ascii=False) + ": "
+            value = (yield from self._braced_value(depth + 1)) if depth < DEEPEST else None
+            if value is None:
+                return None
+            items.append(key + value)
+            yield from self._skip(SPACE)
+        self._take(1)
+        return f"{opening}{', '.join(items)}{closing}"
+
+    def _bare_value(self) -> Generator[None, None, str | None]:
+        """Reads a number, a truth value or nothing, as JSON or Python spells it."""
+        word = ""
+        while (yield from self._letter()) and (run := BARE_VALUE.match(self._unread, self._at)) is not None:
+            word += self._take(min(len(run[0]), LONGEST_NAME + 1 - len(word)))
+            if len(word) > LONGEST_NAME:
+                return None
+        word = PYTHON_WORDS.get(word, word)
+        return word if SCALAR.fullmatch(word) else None
 
     def _tagged(self) -> Steps:
         """Reads a tag for the function and one for each argument."""
