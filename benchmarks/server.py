@@ -67,6 +67,8 @@ class Passes:
     crowd_first_token_seconds: list[float] = field(default_factory=list)
     """The median of all streams that begin together."""
     processor_seconds: list[float] = field(default_factory=list)
+    main_thread_seconds: list[float] = field(default_factory=list)
+    """Of these, those of the main thread: in the server the event loop, with what the kernel does for it."""
 
 
 def main() -> None:
@@ -91,7 +93,11 @@ def main() -> None:
         server.terminate()
         engine.kill()
         server.wait()
-    report = {"load_before": psutil.getloadavg(), "cores": psutil.cpu_count(), **summary(*found)}
+    report = {
+        "load_before": psutil.getloadavg(),
+        "cores": psutil.cpu_count(),
+        **summary(*found, arguments.streams * arguments.tokens),
+    }
     arguments.report.write_text(json.dumps(report, indent=1))
     print(json.dumps(report["summary"], indent=1))
     if arguments.picture is not None:
@@ -128,9 +134,10 @@ def measure(
         crowd = [prompt(order, 24) for _ in range(arguments.streams)]
         alone = [prompt(order, 24) for _ in range(5)]
         for ask, record, pid in contestants if number % 2 else contestants[::-1]:
-            before, own = cpu_seconds(pid), time.process_time()
+            before, main_before, own = cpu_seconds(pid), main_thread_seconds(pid), time.process_time()
             times = ask(crowd, arguments.tokens)
             spent, own = cpu_seconds(pid) - before, time.process_time() - own
+            main_spent = main_thread_seconds(pid) - main_before
             alone_first = [ask([text], 4)[0][0] for text in alone]
             if number < 0:  # the first pass warms everything up
                 continue
@@ -140,6 +147,7 @@ def measure(
             record.crowd_first_token_seconds.append(statistics.median(stream[0] for stream in times))
             record.first_token_seconds.append(statistics.median(alone_first))
             record.processor_seconds.append(spent)
+            record.main_thread_seconds.append(main_spent)
             if ask is by_server:
                 client_seconds.append(own)
     return (*passes, client_seconds)
@@ -152,6 +160,10 @@ def prompt(order: random.Random, words: int) -> str:
 def cpu_seconds(pid: int) -> float:
     times = psutil.Process(pid).cpu_times()
     return times.user + times.system
+
+
+def main_thread_seconds(pid: int) -> float:
+    return sum(thread.user_time + thread.system_time for thread in psutil.Process(pid).threads() if thread.id == pid)
 
 
 def steady_rate(times: Sequence[Sequence[float]], tokens: int) -> float:
@@ -190,7 +202,7 @@ async def ask(port: int, text: str, tokens: int, begun: float) -> list[float]:
     return times
 
 
-def summary(engine: Passes, server: Passes, client_seconds: Sequence[float]) -> dict[str, Any]:
+def summary(engine: Passes, server: Passes, client_seconds: Sequence[float], tokens: int) -> dict[str, Any]:
     shares = [b / a for a, b in zip(engine.tokens_per_second, server.tokens_per_second, strict=True)]
     whole = [b / a for a, b in zip(engine.whole_tokens_per_second, server.whole_tokens_per_second, strict=True)]
     added = [1000 * (b - a) for a, b in zip(engine.first_token_seconds, server.first_token_seconds, strict=True)]
@@ -207,6 +219,9 @@ def summary(engine: Passes, server: Passes, client_seconds: Sequence[float]) -> 
             "added_first_token_milliseconds_crowd": spread(crowd, 2),
             "engine_processor_seconds": round(statistics.median(engine.processor_seconds), 2),
             "server_processor_seconds": round(statistics.median(server.processor_seconds), 2),
+            "server_event_loop_microseconds_a_token": round(
+                1e6 * statistics.median(server.main_thread_seconds) / tokens, 1
+            ),
             "client_processor_seconds": round(statistics.median(client_seconds), 2),
         },
         "engine": asdict(engine),

@@ -174,6 +174,10 @@ def test_the_exact_mode_gives_the_same_bits_alone_and_batched(changes):
             assert served.texts[key] == text
             for position, rows in served.logits_of(key).items():
                 assert all(row_V.tobytes() == logits[position][0].tobytes() for row_V in rows)
+    for request in asked:
+        text, logits = reference[request.id, 0]
+        whole_TV = runner.forward([text], adapter=request.adapter)["logits"][0]
+        assert all(np.array_equal(whole_TV[position - 1], row_V) for position, (row_V,) in logits.items())
 
 
 def test_no_block_is_shared_between_adapters():

@@ -64,7 +64,8 @@ STRICT = [
     {**tool, "function": {**tool["function"], "strict": tool["function"]["name"] == "greet_all"}} for tool in TOOLS
 ]
 FAMILIES = ["qwen2_5", "qwen3", "SMOLLM2", "SMOLLM3", "qwen3_5_think", "llama3_2", "MISTRAL", "MISTRAL_NAMED",
-            "MISTRAL_IDS"]  # fmt: skip
+            "MISTRAL_IDS", "glm4moe", "GLM47", "KIMI_K2", "DEEPSEEK_V3", "DEEPSEEK_V31", "lfm2_2_5", "GRANITE3",
+            "PHI4_MINI"]  # fmt: skip
 TAGS = ("<tool_call>", "</tool_call>", "<think>", "</think>")
 FORM_TEXT = '<tool_call>\n{"name": "greet", "arguments": {"}}\n</tool_call> <function=now>\n<parameter=who>\n' * 20
 
@@ -83,6 +84,7 @@ TOKENIZERS = {
     "tags as text": tokenizer_with(templates.CHATML_TOKENS, ()),
     "llama": tokenizer_with(templates.LLAMA_TOKENS, ()),
     "mistral": tokenizer_with(templates.MISTRAL_TOKENS, ()),
+    "sections": tokenizer_with((*templates.CHATML_TOKENS, *templates.SECTION_TOKENS)),
 }
 GRAMMARS = {name: Grammars(known, known.vocab_size + 5, [known.eos_id]) for name, known in TOKENIZERS.items()}
 
@@ -90,6 +92,10 @@ GRAMMARS = {name: Grammars(known, known.vocab_size + 5, [known.eos_id]) for name
 def vocabularies(family: str) -> list[str]:
     if family.startswith("MISTRAL"):
         return ["mistral"]
+    if family in ("KIMI_K2", "DEEPSEEK_V3", "DEEPSEEK_V31", "lfm2_2_5", "GRANITE3"):
+        return ["sections", "tags as text"]
+    if family in ("glm4moe", "GLM47", "PHI4_MINI"):
+        return ["chatml", "tags as text"]
     return ["llama"] if family.startswith("llama") else ["chatml", "tags as control tokens", "tags as text"]
 
 
@@ -262,6 +268,12 @@ def test_what_cannot_be_asked_is_refused_in_a_line(tools: Any, choice: Any, said
 
 
 def test_forms_refuse_what_they_cannot_hold():
+    with pytest.raises(ValueError, match=r"form of calls \(gemma4\) cannot be forced; give tool_choice auto"):
+        call_grammar(chat_of("gemma4", "sections")[1], TOOLS, "required")
+    schema = {"type": "object", "properties": {"a-b": {"type": "string"}}}
+    tools = [{"type": "function", "function": {"name": "at", "parameters": schema}}]
+    with pytest.raises(ValueError, match="has the argument 'a-b', and this model writes names"):
+        call_grammar(chat_of("lfm2_2_5", "sections")[1], tools, "required")
     with pytest.raises(ValueError, match="knows no calls of tools"):
         call_grammar(AnswerFormat(), TOOLS, "required")
     schema = {"type": "object", "properties": {"day": {"type": "string", "format": "date"}}}

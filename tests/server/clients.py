@@ -74,11 +74,13 @@ def random_model(template: str | None = None) -> ServedModel:
     return serve_model(LLM(TorchRunner(build_model(config, seed=3), exact=True), tokenizer), "tiny", template)
 
 
-def scripted_model(said: str = SAID, template: str | None = None, **runner: Any) -> ServedModel:
+def scripted_model(
+    said: str = SAID, template: str | None = None, positions: int = POSITIONS, **runner: Any
+) -> ServedModel:
     """A model that answers everything with a text and the end-of-sequence token; `runner`: fields of its runner."""
     tokenizer = small_tokenizer()
     script = (*tokenizer.encode(said), tokenizer.eos_id)
-    config = shape(vocabulary=tokenizer.vocab_size, positions=POSITIONS)
+    config = shape(vocabulary=tokenizer.vocab_size, positions=positions)
     llm = LLM(PacedRunner(config, script=script, recorded=None, **runner), tokenizer, [tokenizer.eos_id])
     return serve_model(llm, "tiny", template)
 

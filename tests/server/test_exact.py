@@ -18,6 +18,7 @@ from llamita.backend.choice import load_backend
 from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.model.weights import build_model, to_host_arrays
 from llamita.inference.config import EngineConfig
+from llamita.inference.inspection import look_inside
 from llamita.inference.llm import LLM
 from llamita.inference.request import Generation
 from llamita.server.model import ServedModel, open_model, serve_model
@@ -28,8 +29,6 @@ from llamita.workflows.questions import Choice, Option, Predicate, Score
 from tests.server.clients import events, post, random_model, serve, small_tokenizer
 from tests.server.openai_peer import answered
 
-CLOSE = 1e-6
-"""Most difference where the sums of a batch are not those of the exact mode: the vectors of a whole forward pass."""
 TEXTS = [
     "The fox",
     "Où est l'élève?",
@@ -74,6 +73,8 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
         {"state": TEXTS[2], "questions": {"kind": {"type": "noul", "instructions": "Is the fox kind?"}}},
     ),
     "embeddings": ("/v1/embeddings", {"input": TEXTS}),
+    "last states": ("/v1/embeddings", {"input": TEXTS[1:], "pooling": "last"}),
+    "look inside": ("/v1/look_inside", {"prompt": TEXTS[2], "attention": [0, 1], "lens": True}),
 }  # fmt: skip
 """Paths and bodies of the requests that are sent together."""
 
@@ -189,19 +190,37 @@ def test_probabilities_of_decisions(answers: dict[str, Any], alone: ServedModel)
 
 
 def test_embeddings(answers: dict[str, Any], alone: ServedModel) -> None:
-    found = np.array([row["embedding"] for row in answers["embeddings"]["data"]])
-    np.testing.assert_allclose(found, alone.require_llm().embed(TEXTS), rtol=0, atol=CLOSE)
-    each = np.concatenate([alone.require_llm().embed(text) for text in TEXTS])
-    np.testing.assert_allclose(found, each, rtol=0, atol=CLOSE)
+    """Texts of one request run as a batch there; here together in another order, and each alone."""
+    llm = alone.require_llm()
+    for name, texts, pooling in (("embeddings", TEXTS, "mean"), ("last states", TEXTS[1:], "last")):
+        found = np.array([row["embedding"] for row in answers[name]["data"]], np.float32)
+        assert np.array_equal(found, llm.embed(texts[::-1], pooling=pooling)[::-1])
+        assert np.array_equal(found, np.concatenate([llm.embed(text, pooling=pooling) for text in texts]))
+
+
+def test_what_is_seen_inside(answers: dict[str, Any], alone: ServedModel) -> None:
+    llm, found = alone.require_llm(), answers["look inside"]
+    tokens = llm.encode(TEXTS[2])
+    expected = look_inside(llm.runner, llm.tokenizer, tokens, attention=[0, 1], lens=True).to_dict()
+    assert numbers({**found, "object": "", "model": ""}) == numbers(expected)
+    # What a position sees of itself does not depend on what follows it.
+    prefix = look_inside(llm.runner, llm.tokenizer, tokens[:7], attention=[0], lens=True)
+    whole = look_inside(llm.runner, llm.tokenizer, tokens, attention=[0], lens=True)
+    assert numbers(prefix.to_dict()["next"]) == numbers(whole.to_dict()["next"][:7])
 
 
 def test_probabilities_of_labels(directory: Path) -> None:
-    """A classifier has no engine: its texts run as a batch, or alone, in one forward pass."""
-    alone = Classifier.load(directory / "labels", load_backend("torch", device="cpu", threads=1), device="cpu")
-    expected = np.exp(alone.log_probabilities(alone.encode(TEXTS)))
-    with serve(open_model(directory / "labels", adapters={}, draft="", engine=EngineConfig(), **LOADED)) as address:
-        data = post(address, "/v1/classify", input=TEXTS).json()["data"]
-        single = [post(address, "/v1/classify", input=text).json()["data"][0] for text in TEXTS]
-    for rows in (data, single):
-        np.testing.assert_allclose([row["probs"] for row in rows], expected, rtol=0, atol=CLOSE)
-    assert np.ptp(expected[:, 0]) > 1000 * CLOSE  # the texts differ by more than is allowed here
+    """A classifier has no engine: texts of one request run as a batch, beside requests for one text each."""
+    backend = load_backend("torch", device="cpu", threads=1)
+    alone = Classifier.load(directory / "labels", backend, device="cpu", exact=True)
+    expected = np.concatenate([np.exp(alone.log_probabilities(alone.encode([text]))) for text in TEXTS])
+    assert np.array_equal(np.exp(alone.log_probabilities(alone.encode(TEXTS))), expected)
+    inputs: list[Any] = [TEXTS, *TEXTS, TEXTS[::-1]]
+    model = open_model(directory / "labels", adapters={}, draft="", engine=EngineConfig(), **LOADED)
+    with serve(model) as address, ThreadPoolExecutor(len(inputs)) as pool:
+        together, *single, backwards = pool.map(
+            lambda texts: post(address, "/v1/classify", input=texts).json()["data"], inputs
+        )
+    for rows in (together, [row for (row,) in single], backwards[::-1]):
+        assert [row["probs"] for row in rows] == expected.tolist()
+    assert np.ptp(expected[:, 0]) > 1e-3  # the texts are told apart

@@ -28,6 +28,7 @@ from tests.server.clients import (
     small_tokenizer,
 )
 from tests.server.openai_peer import Streamed, answered, async_client, client, same_scores
+from tests.text.answers.test_forms import source_of
 
 MESSAGES: list[Any] = [
     {"role": "system", "content": "You are a fox."},
@@ -353,6 +354,37 @@ def test_calls_go_back_into_a_template_that_is_strict_about_them() -> None:
         for answer in (sent, {name: value for name, value in sent.items() if name != "content"}):
             again = create(messages=[*MESSAGES, answer, *results], **asked)
             assert again.choices[0].finish_reason == "tool_calls"
+
+
+FORMS = {
+    "glm4moe": "<tool_call>look\n<arg_key>at</arg_key>\n<arg_value>kite</arg_value>\n</tool_call>\n"
+    "<tool_call>rest\n</tool_call>",
+    "KIMI_K2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.look:0<|tool_call_argument_begin|>"
+    '{"at": "kite"}<|tool_call_end|><|tool_call_begin|>functions.rest:1<|tool_call_argument_begin|>{}<|tool_call_end|>'
+    "<|tool_calls_section_end|>",
+    "DEEPSEEK_V31": '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>look<｜tool▁sep｜>{"at": "kite"}<｜tool▁call▁end｜>'
+    "<｜tool▁call▁begin｜>rest<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "lfm2_2_5": '<|tool_call_start|>[look(at="kite"), rest()]<|tool_call_end|>',
+    "gemma4": '<|tool_call>call:look{at:<|"|>kite<|"|>}<tool_call|><|tool_call>call:rest{}<tool_call|>',
+}
+
+
+@pytest.mark.parametrize("family", FORMS)
+def test_calls_in_each_familys_form_come_whole_and_streamed_and_go_back_in(family: str) -> None:
+    """DeepSeek's template wants the arguments of calls as text, the others as objects."""
+    with serve(scripted_model(FORMS[family], source_of(family), positions=8192)) as address:
+        chat = client(address).chat.completions
+        asked: dict[str, Any] = {"model": "tiny", "tools": [REST, LOOK]}
+        (whole,) = chat.create(messages=MESSAGES, **asked).choices
+        with chat.stream(messages=MESSAGES, **asked) as stream:
+            (streamed,) = stream.get_final_completion().choices
+        for choice in (whole, streamed):
+            calls = [(call.function.name, json.loads(call.function.arguments)) for call in choice.message.tool_calls]
+            assert calls == [("look", {"at": "kite"}), ("rest", {})]
+            assert (choice.finish_reason, choice.message.content or "") == ("tool_calls", "")
+        results = [{"role": "tool", "tool_call_id": call.id, "content": "Red."} for call in whole.message.tool_calls]
+        again = chat.create(messages=[*MESSAGES, whole.message.to_dict(), *results], **asked)
+        assert again.choices[0].finish_reason == "tool_calls"
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -187,7 +187,7 @@ class Service:
                 for request in requests:
                     self._abort(request.id)
                 share = [RuntimeError(f"the reader fell more than {buffer} tokens behind, so the request was ended")]
-            waiting.extend((place, outcome) for outcome in share)
+            waiting.extend([(place, outcome) for outcome in share])
             arrived.set()
 
         def sink_of(place: int) -> Sink:

@@ -25,7 +25,7 @@ from llamita.server.sampling import check_tools, check_top_logprobs, chosen_max_
 from llamita.server.schemas.common import ERRORS
 from llamita.server.schemas.openai import ChatCompletion, ChatRequest, NamedTool
 from llamita.server.serving import Serving
-from llamita.server.streaming import DONE, data, whole_or_stream
+from llamita.server.streaming import DONE, TextEvent, data, whole_or_stream
 from llamita.server.thinking import effort_variables
 
 
@@ -109,15 +109,30 @@ class Reply:
             "system_fingerprint": wording.FINGERPRINT,
         }
 
+        self._text_events: dict[int, TextEvent] = {}
+
+    def text_chunk(self, job: ChatJob, index: int, text: str) -> bytes:
+        """Returns the chunk of a text alone, which most chunks are."""
+        if self.counts_always:
+            return data(self._chunk(job, index, {"content": text}, None, None))
+        if index not in self._text_events:
+            self._text_events[index] = TextEvent(lambda text: self._chunk(job, index, {"content": text}, None, None))
+        return self._text_events[index](text)
+
     def chunk(
         self, job: ChatJob, index: int, delta: dict[str, Any], scores: list[Any] | None, reason: str | None
     ) -> bytes:
+        return data(self._chunk(job, index, delta, scores, reason))
+
+    def _chunk(
+        self, job: ChatJob, index: int, delta: dict[str, Any], scores: list[Any] | None, reason: str | None
+    ) -> dict[str, Any]:
         logprobs = {"content": scores, "refusal": None} if scores is not None else None
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         more: dict[str, Any] = {"usage": None} if self.include_usage else {}
         if self.counts_always:
             more = {"usage": self.usage(job)}
-        return data({**self.head, "object": "chat.completion.chunk", "choices": [choice], **more})
+        return {**self.head, "object": "chat.completion.chunk", "choices": [choice], **more}
 
     def usage(self, job: ChatJob) -> dict[str, Any]:
         prompts = [job.statistics[0]] if 0 in job.statistics else [Statistics(0, job.prompt_tokens)]
@@ -199,9 +214,11 @@ async def stream(serving: Serving, task: ChatTask, reply: Reply) -> AsyncGenerat
                         scores = None
                         if reply.logprobs and event.token.token_id is not None:
                             scores = [wording.chat_logprob(reply.tokenizer, event.token)]
-                        delta = delta_of(event)
-                        if delta or scores:
-                            pieces.append(reply.chunk(job, event.index, delta or {"content": ""}, scores, None))
+                        if scores or event.reasoning or event.calls:
+                            delta = delta_of(event) or {"content": ""}
+                            pieces.append(reply.chunk(job, event.index, delta, scores, None))
+                        elif event.text:
+                            pieces.append(reply.text_chunk(job, event.index, event.text))
                         if event.finish_reason is not None:
                             pieces.append(reply.chunk(job, event.index, {}, None, event.finish_reason))
                     if pieces:

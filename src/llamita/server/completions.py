@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -22,7 +23,7 @@ from llamita.server.sampling import check_top_logprobs, chosen_max_tokens, sampl
 from llamita.server.schemas.common import ERRORS
 from llamita.server.schemas.openai import CompletionRequest, TextCompletion
 from llamita.server.serving import Job, Serving
-from llamita.server.streaming import DONE, data, whole_or_stream
+from llamita.server.streaming import DONE, TextEvent, data, whole_or_stream
 
 DEFAULT_TOKENS = 16
 """Most tokens where a request does not say, as in OpenAI's API."""
@@ -160,12 +161,13 @@ async def stream(reply: Reply) -> AsyncGenerator[bytes]:
     async with reply.serving.job(reply.requests) as job:
         rows = _rows(reply, job)
 
-        def chunk(index: int, text: str, scores: dict[str, Any] | None, reason: str | None) -> bytes:
+        def chunk(index: int, text: str, scores: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
             more: dict[str, Any] = {"usage": None} if reply.include_usage else {}
             if reply.counts_always:
                 more = {"usage": reply.counts(rows, len(job.requests))["usage"]}
-            return data({**reply.head, "choices": [reply.choice(index, text, scores, reason)], **more})
+            return {**reply.head, "choices": [reply.choice(index, text, scores, reason)], **more}
 
+        text_events = [TextEvent(partial(chunk, index, scores=None, reason=None)) for index in range(len(rows))]
         begun: set[int] = set()
         yield b""  # admitted: what goes wrong from here on is told in the stream
         try:
@@ -184,8 +186,11 @@ async def stream(reply: Reply) -> AsyncGenerator[bytes]:
                         news = [event] if event.token_id is not None else []
                         scores = _logprobs(reply, row, news, echoes) if reply.logprobs else None
                         reason = event.finish_reason and ("length" if reply.silent else event.finish_reason)
-                        if text or reason or (scores and scores["tokens"]):
-                            pieces.append(chunk(index, text, scores, reason))
+                        if scores is None and reason is None and not reply.counts_always:
+                            if text:
+                                pieces.append(text_events[index](text))
+                        elif text or reason or (scores and scores["tokens"]):
+                            pieces.append(data(chunk(index, text, scores, reason)))
                     if pieces:
                         yield b"".join(pieces)
         except ApiError as error:

@@ -176,7 +176,7 @@ def open_model(
     config = model_directory.load_config(peft_directory.place_of(directory, peft_directory.CONFIG))
     if config.num_labels:
         backend = load_backend(options["backend"], device=options["device"], threads=options["threads"])
-        classifier = Classifier.load(directory, backend, options["dtype"], options["device"])
+        classifier = Classifier.load(directory, backend, options["dtype"], options["device"], exact=options["exact"])
         return ServedModel(name, classifier=classifier, aliases=tuple(aliases))
     llm = LLM.load(directory, adapters=adapters, **options)
     generation = read_generation_config(directory)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import secrets
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -15,13 +16,29 @@ from llamita.server.settings import ServerLimits
 
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": still working\n\n"
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 T = TypeVar("T")
 
 
 def data(value: Any, event: str = "") -> bytes:
     """Returns one server-sent event that carries `value` as JSON."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = ENCODER.encode(value)
     return (f"event: {event}\ndata: {text}\n\n" if event else f"data: {text}\n\n").encode()
+
+
+class TextEvent:
+    """A server-sent event of which one text alone changes: the JSON around it is written once.
+
+    `value_of` returns what the event carries for a text, which must stand in it once. `TextEvent(value_of)(text)` is
+    `data(value_of(text))`, in a tenth of the time.
+    """
+
+    def __init__(self, value_of: Callable[[str], Any]) -> None:
+        mark = secrets.token_hex(16)
+        self._before, self._after = data(value_of(mark)).split(ENCODER.encode(mark).encode())
+
+    def __call__(self, text: str) -> bytes:
+        return self._before + ENCODER.encode(text).encode() + self._after
 
 
 class EventStream(StreamingResponse):
@@ -29,15 +46,18 @@ class EventStream(StreamingResponse):
 
     Nothing is sent before the second piece, or the first sign: the first piece only says that the request was admitted,
     and until a byte has been sent a proxy may still give the request to another server. The generator is closed when it
-    is done, when the client has gone, and when the server ends.
+    is done, when the client has gone, and when the server ends. `first` is the first piece, where it was taken from the
+    generator already.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, pieces: AsyncGenerator[bytes], heartbeat: float, sign: bytes = HEARTBEAT) -> None:
+    def __init__(
+        self, pieces: AsyncGenerator[bytes], heartbeat: float, sign: bytes = HEARTBEAT, first: bytes | None = None
+    ) -> None:
         super().__init__(pieces, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._pieces, self._heartbeat, self._sign = pieces, heartbeat, sign
-        self._held: list[bytes] | None = []  # what comes first; None once the answer has begun
+        self._held: list[bytes] | None = [] if first is None else [first]  # None once the answer has begun
         self._sending = asyncio.Lock()
         self._wrote = 0.0
 
@@ -92,24 +112,18 @@ async def whole_or_stream(
     """Returns the answer as one object, or as the stream that was asked for; both end where the client goes away."""
     if not stream:
         return JSONResponse(await unless_gone(request, whole()))
-    return EventStream(await unless_gone(request, opened(pieces())), limits.heartbeat_seconds, sign)
+    streamed = pieces()
+    first = await unless_gone(request, first_of(streamed))
+    return EventStream(streamed, limits.heartbeat_seconds, sign, first)
 
 
-async def opened(pieces: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-    """Returns a stream that has got as far as its first piece, so that a refusal is still an answer of its own."""
+async def first_of(pieces: AsyncGenerator[bytes]) -> bytes:
+    """Returns the first piece of a stream, so that a refusal is still an answer of its own; a fault closes it."""
     try:
-        first = await anext(pieces)
+        return await anext(pieces)
     except BaseException:
         await pieces.aclose()
         raise
-
-    async def all_pieces() -> AsyncGenerator[bytes]:
-        async with contextlib.aclosing(pieces):
-            yield first
-            async for piece in pieces:
-                yield piece
-
-    return all_pieces()
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

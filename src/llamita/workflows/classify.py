@@ -244,10 +244,15 @@ class Classifier:
     """The number that the head's logits are divided by, from the model's `calibration.json`."""
 
     @classmethod
-    def load(cls, model: Path, backend: Backend, dtype: str = "auto", device: str = "auto") -> Classifier:
-        """Opens a model, a run or an adapter; ValueError where it has no head."""
+    def load(
+        cls, model: Path, backend: Backend, dtype: str = "auto", device: str = "auto", *, exact: bool = False
+    ) -> Classifier:
+        """Opens a model, a run or an adapter; ValueError where it has no head.
+
+        `exact`: probabilities that are the same bits for a text alone and in any batch (PyTorch on a CPU, float32).
+        """
         directory = model_directory.resolve_model_directory(model)
-        runner = backend.load_runner(directory, dtype, device)
+        runner = backend.load_runner(directory, dtype, device, exact=exact)
         if not runner.config.num_labels:
             raise ValueError(
                 f"{directory} is a language model without a classification head; tune it with llamita classify train, "

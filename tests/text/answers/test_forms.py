@@ -24,6 +24,9 @@ TOOLS = [
 ]  # fmt: skip
 ARGUMENTS = [{"town": 'Où "là"?\n2 </x>', "days": [1, {"a": None}]}, {}]
 
+UNQUOTED = [{"town": "Où, là? </x>", "days": [1, {"a": None}]}, {}]
+"""LFM2's template puts texts between quotation marks as they are: nobody could read one that has such a mark."""
+
 
 def tokenizer_of(*special: str, tags: bool = True) -> Tokenizer:
     """Bytes, control tokens, and the tags as tokens that are no control tokens."""
@@ -43,7 +46,9 @@ def source_of(name: str) -> str:
     return getattr(templates, name) if name.isupper() else published(name)
 
 
-EVERY = tokenizer_of(*templates.CHATML_TOKENS, *templates.LLAMA_TOKENS, *templates.MISTRAL_TOKENS)
+EVERY = tokenizer_of(
+    *templates.CHATML_TOKENS, *templates.LLAMA_TOKENS, *templates.MISTRAL_TOKENS, *templates.SECTION_TOKENS
+)
 FAMILIES = {
     "qwen2_5": ("hermes", False),
     "qwen3": ("hermes", True),
@@ -59,8 +64,17 @@ FAMILIES = {
     "MISTRAL": ("mistral", False),
     "MISTRAL_NAMED": ("mistral-named", True),
     "MISTRAL_IDS": ("mistral-ids", True),
+    "glm4moe": ("glm4", True),
+    "GLM47": ("glm4", False),
+    "KIMI_K2": ("kimi-k2", False),
+    "DEEPSEEK_V3": ("deepseek-v3", False),
+    "DEEPSEEK_V31": ("deepseek-v3.1", False),
+    "lfm2_2_5": ("lfm2", True),
+    "gemma4": ("gemma4", True),
+    "gemma4_v5": ("gemma4", True),
+    "GRANITE3": ("granite3", False),
+    "PHI4_MINI": ("phi4-mini", False),
     # Families whose form of calls is not known, or that have none:
-    "glm4moe": (None, True),
     "llama3": (None, False),
     "gptoss": (None, False),
     "gemma3": (None, False),
@@ -90,18 +104,20 @@ def test_calls_that_a_template_writes_are_read_back(name: str) -> None:
     form = answer_format(chat)
     assert form.calls is not None
     for count in range(1, 3 if form.calls.several else 2):
-        chosen = [{"name": f["function"]["name"], "arguments": a} for f, a in zip(TOOLS, ARGUMENTS, strict=True)][
-            :count
-        ]
+        given = ARGUMENTS if name != "lfm2_2_5" else UNQUOTED
+        chosen = [{"name": f["function"]["name"], "arguments": a} for f, a in zip(TOOLS, given, strict=True)][:count]
         calls = [{"type": "function", "id": "abcdefghi", "function": call} for call in chosen]
         asked = [{"role": "user", "content": "Hello"}]
         # Generation prompts with reasoning in them are not what templates write before answers of the past.
         options: dict[str, Any] = {"tools": TOOLS, "enable_thinking": False}
         said = {"role": "assistant", "content": "", "tool_calls": calls}
+        if form.takes_argument_text:
+            texts = [{**call, "arguments": json.dumps(call["arguments"])} for call in chosen]
+            said["tool_calls"] = [{**call, "function": text} for call, text in zip(calls, texts, strict=True)]
         written = chat.render([*asked, said], add_generation_prompt=False, **options)
         prompt = chat.render(asked, **options)
         answer = written.removeprefix(prompt)
-        for end in ("<|im_end|>\n", "<|eot_id|>", "</s>"):
+        for end in ("<|im_end|>\n", "<|eot_id|>", "</s>", "<|tool_response>"):
             answer = answer.removesuffix(end)
         assert len(answer) < len(written)
         found = parse_answer(form, answer.removeprefix("<think>\n\n</think>\n\n"), TOOLS)
@@ -130,6 +146,14 @@ def test_llamas_answers_have_further_ends() -> None:
     found = answer_format(Chat(EVERY, published("llama3_2")))
     assert found.stop_token_ids == (special["<|eom_id|>"], special["<|eot_id|>"])
     assert found.hidden == {"<|python_tag|>": special["<|python_tag|>"]}
+
+
+def test_gemmas_answers_end_where_the_tools_answer_begins() -> None:
+    special = EVERY.codec.special_tokens
+    found = answer_format(Chat(EVERY, published("gemma4")))
+    assert found.stop_token_ids == (special["<|tool_response>"],)
+    names = ("<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>")
+    assert found.hidden == {name: special[name] for name in names}
 
 
 def test_the_template_for_tools_decides() -> None:

@@ -101,6 +101,54 @@ def test_an_answer_without_anything_special_is_its_text():
             "<tool_call>\n<function=now>\n</function>\n</tool_call>",
             [PARIS, NOW],
         ),
+        ("glm4", "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n</tool_call>", [PARIS]),
+        (
+            "glm4",
+            "<tool_call>weather<arg_key>city</arg_key><arg_value>Paris</arg_value></tool_call>\n<tool_call>now\n"
+            "</tool_call>",
+            [PARIS, NOW],
+        ),
+        (
+            "glm4",
+            "<tool_call>weather<arg_key>days</arg_key><arg_value>3</arg_value><arg_key>city</arg_key>"
+            "<arg_value>\n</tool_call> 7 </arg_value></tool_call>",
+            [ToolCall("weather", '{"days": 3, "city": "\\n</tool_call> 7 "}')],
+        ),
+        (
+            "kimi-k2",
+            "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>"
+            '{"city": "Paris"}<|tool_call_end|><|tool_call_begin|>functions.now:1<|tool_call_argument_begin|>{}'
+            "<|tool_call_end|><|tool_calls_section_end|>",
+            [PARIS, NOW],
+        ),
+        (
+            "deepseek-v3",
+            '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{"city": "Paris"}\n```'
+            "<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```<｜tool▁call▁end｜>"
+            "<｜tool▁calls▁end｜>",
+            [PARIS, NOW],
+        ),
+        (
+            "deepseek-v3.1",
+            '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Paris"}<｜tool▁call▁end｜>'
+            "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+            [PARIS, NOW],
+        ),
+        ("deepseek-v3.1", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}", [NOW]),  # marks forgotten
+        ("lfm2", '<|tool_call_start|>[weather(city="Paris"), now()]<|tool_call_end|>', [PARIS, NOW]),
+        ("lfm2", "<|tool_call_start|> [weather(city='Paris')]", [PARIS]),
+        (
+            "lfm2",
+            '<|tool_call_start|>[a.b(x=[1, -2.5, None, true], y={\'k\': (False, "it\'s ]")}, z="\\\\d\\d\\/")]',
+            [ToolCall("a.b", '{"x": [1, -2.5, null, true], "y": {"k": [false, "it\'s ]"]}, "z": "\\\\d\\\\d/"}')],
+        ),
+        ("lfm2", "<|tool_call_start|>[now(a=-1e999)]<|tool_call_end|>", [ToolCall("now", '{"a": -1e999}')]),
+        (
+            "granite3",
+            '<|tool_call|>[{"name": "weather", "arguments": {"city": "Paris"}}, {"name": "now"}]',
+            [PARIS, NOW],
+        ),
+        ("phi4-mini", 'functools[{"name": "weather", "arguments": {"city": "Paris"}}]', [PARIS]),
     ],
 )
 def test_calls_of_each_family(name: str, text: str, expected: list[ToolCall]) -> None:
@@ -154,6 +202,36 @@ def test_what_a_tag_holds_becomes_what_the_schema_says():
         ("mistral-named", "[TOOL_CALLS]" + "n" * 300 + "[ARGS]{}"),
         ("qwen3-coder", "<tool_call>\n<function=now>\n<parameter=city>\nParis\n</function>\n</tool_call>"),
         ("qwen3-coder", "<tool_call><function=" + "n" * 300 + ">"),
+        ("glm4", "<tool_call>weather"),  # cut off: it is not known what the name would have been
+        ("glm4", "<tool_call>weather<arg_key>city</arg_key>Paris</tool_call>"),
+        ("glm4", "<tool_call>weather<arg_key>city</arg_key><arg_value>Paris</tool_call>"),
+        ("kimi-k2", "<|tool_calls_section_begin|><|tool_calls_section_end|>"),
+        ("kimi-k2", "<|tool_calls_section_begin|><|tool_call_begin|>functions.now:0<|tool_call_argument_begin|>{"),
+        ("deepseek-v3", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n{}"),
+        ("deepseek-v3.1", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>[]<｜tool▁call▁end｜>"),
+        ("deepseek-v3.1", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>" + "n" * 300 + "<｜tool▁sep｜>{}"),
+        ("lfm2", "<|tool_call_start|>[now(]<|tool_call_end|>"),
+        ("lfm2", "<|tool_call_start|>[now(1)]<|tool_call_end|>"),
+        ("lfm2", "<|tool_call_start|>[now(**{})]<|tool_call_end|>"),
+        ("lfm2", "<|tool_call_start|>[now(a=open('x'))]<|tool_call_end|>"),
+        ("lfm2", "<|tool_call_start|>[now(a=1_0e999)]<|tool_call_end|>"),
+        ("lfm2", "<|tool_call_start|>[now() for a in b]<|tool_call_end|>"),
+        ("lfm2", "<|tool_call_start|>[now(a='\\ud800')]<|tool_call_end|>"),
+        ("lfm2", "<|tool_call_start|>[now(a='\n')]<|tool_call_end|>"),
+        ("lfm2", "<|tool_call_start|>[[now()]]<|tool_call_end|>"),
+        ("lfm2", "<|tool_call_start|>[]<|tool_call_end|>"),
+        ("lfm2", "<|tool_call_start|>[now(a=" + "-" * 70000 + "1)]<|tool_call_end|>"),
+        ("lfm2", "<|tool_call_start|>[now(a=" + "[" * 200 + "]" * 200 + ")]"),
+        ("gemma4", '<|tool_call>call:now{a:<|"|>x}<tool_call|>'),
+        ("gemma4", "<|tool_call>call:now{a:x}<tool_call|>"),
+        ("gemma4", "<|tool_call>call:now{a:1 b:2}<tool_call|>"),
+        ("gemma4", "<|tool_call>call:now{:1}<tool_call|>"),
+        ("gemma4", "<|tool_call>call:{a:1}<tool_call|>"),
+        ("gemma4", "<|tool_call>call:now{a:01}<tool_call|>"),
+        ("gemma4", "<|tool_call>call:now{a:" + "[" * 200),
+        ("gemma4", "<|tool_call>now{a:1}<tool_call|>"),
+        ("phi4-mini", "import functools\nfunctools.cache(f)[0]"),
+        ("granite3", '<|tool_call|>[{"name": "now"'),
         ("none", '<tool_call>{"name": "now", "arguments": {}}</tool_call>'),
         ("none", "a </think> b <think> c"),
         ("hermes", "Say <think> and </think>."),
@@ -162,6 +240,16 @@ def test_what_a_tag_holds_becomes_what_the_schema_says():
 def test_what_is_no_call_is_text_to_the_letter(name: str, text: str) -> None:
     assert parse_answer(FORMAT[name], text, TOOLS) == Answer(text)
     assert collect(parts_of(text, FORMAT[name])) == Answer(text)
+
+
+def test_what_follows_whole_calls_of_a_section_and_is_none_is_text() -> None:
+    begun = (
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.now:0<|tool_call_argument_begin|>{}<|tool_call_end|>"
+    )
+    for broken in ("<|tool_call_begin|>functions.weather:1<|tool_call_argument_begin|>{", "<|tool_call_begin|> "):
+        expected = Answer(broken, "", (NOW,))
+        assert parse_answer(FORMAT["kimi-k2"], begun + broken, TOOLS) == expected
+        assert collect(parts_of(begun + broken, FORMAT["kimi-k2"])) == expected
 
 
 def test_without_tools_a_call_is_text():
@@ -183,6 +271,14 @@ def test_reasoning_and_text_around_calls():
     marks = AnswerFormat(None, ("[THINK]", "[/THINK]"))
     assert parse_answer(marks, "[THINK]<think>[/THINK] b") == Answer(" b", "<think>")
     assert parse_answer(AnswerFormat(), "<think>a</think>b") == Answer("<think>a</think>b")
+
+
+def test_gemmas_reasoning_is_a_channel() -> None:
+    form = AnswerFormat(FORMAT["gemma4"].calls, ("<|channel>thought", "<channel|>"))
+    text = "<|channel>thought\nHm.\n<channel|>I look.<|tool_call>call:now{}<tool_call|>"
+    assert parse_answer(form, text, TOOLS) == collect(parts_of(text, form)) == Answer("I look.", "Hm.", (NOW,))
+    closed = "<|turn>model\n<|channel>thought\n<channel|>"
+    assert parse_answer(form, "Yes.", TOOLS, prompt=closed) == Answer("Yes.")
 
 
 def test_reasoning_goes_on_where_the_template_opened_it():
@@ -226,6 +322,12 @@ PIECES = [
     *("<function=weather>", "<function=", "<parameter=city>", "</parameter>", "</function>", ">", "weather", "now"),
     *('{"name": "weather", "arguments": {"city": "Paris"}}', '{"name": "now", "parameters": {}}', '{"name": "now"}'),
     *("{", "}", "[", "]", '"', "\\", ":", ",", ";", " ", "\n", "\t", "a", "1", "-", "é", "🦙", " " * 70, "\\u00e9"),
+    *("<arg_key>city</arg_key>", "<arg_key>", "<arg_value>", "</arg_value>", "functools", "functools["),
+    *("<|tool_calls_section_begin|>", "<|tool_call_begin|>", "functions.now:0<|tool_call_argument_begin|>{}"),
+    *("<|tool_call_end|>", "<|tool_calls_section_end|>", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),
+    *("function<｜tool▁sep｜>now\n```json\n{}\n```", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>"),
+    *("<|tool_call_start|>", "[now(a='b')]", "[now(", "'", ")", "<|tool_call_end|>", "<|tool_call|>"),
+    *("<|tool_call>", "call:now{", '<|"|>', "a:", "<tool_call|>"),
     *("null", "tru", "<", "</", "<tool", "[TOOL", '"name"', '"arguments"'),
 ]
 answers = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=25).map("".join)
@@ -247,7 +349,7 @@ def test_every_call_is_a_name_with_an_object_and_no_letter_is_invented(text, nam
     for call in answer.calls:
         assert call.name
         assert isinstance(json.loads(call.arguments, parse_constant=pytest.fail), dict)
-        if name != "qwen3-coder" and call.arguments != "{}" and '"{' not in text:
+        if name not in ("qwen3-coder", "glm4", "lfm2", "gemma4") and call.arguments != "{}" and '"{' not in text:
             assert call.arguments in text
     rest = iter(text)
     assert all(letter in rest for letter in answer.reasoning + answer.text)  # what is left out is left out, no more
@@ -318,6 +420,13 @@ def test_calls_are_those_that_a_reader_of_whole_texts_finds(text):
         ("llama3", '{"name": "now", "parameters": {}};'),
         ("mistral-named", "[TOOL_CALLS]now"),
         ("qwen3-coder", "<tool_call><function=now><parameter=a>"),
+        ("glm4", "<tool_call>now<arg_key>a</arg_key><arg_value>"),
+        ("kimi-k2", "<|tool_calls_section_begin|><|tool_call_begin|>"),
+        ("deepseek-v3.1", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>"),
+        ("lfm2", "<|tool_call_start|>[now(a=["),
+        ("phi4-mini", "functools["),
+        ("gemma4", "<|tool_call>call:now{a:["),
+        ("gemma4", "<|tool_call>call:now{a:1},"),
         ("none", "<think"),
     ],
 )

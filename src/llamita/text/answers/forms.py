@@ -11,14 +11,37 @@ from typing import Literal
 
 from llamita.text.chat import COMMENT, Chat
 
-Layout = Literal["object", "list", "xml", "named", "bare"]
+Layout = Literal["object", "list", "xml", "pairs", "named", "section", "python", "braces", "bare"]
 """`object`: a JSON object a call, each between marks. `list`: all calls in one JSON array. `xml`: tags for the function
-and for each argument. `named`: the name, then the arguments as JSON. `bare`: a JSON object without marks."""
+and for each argument. `pairs`: the name, then tags for the key and the value of each argument. `named`: the name, then
+the arguments as JSON. `section`: the same, each call between marks of its own (`CallForm.section`). `python`: a list of
+calls as Python writes them, `[f(a="b", c=[1])]`. `braces`: the name, then arguments in braces whose keys have no
+quotation marks, and whose texts stand between `QUOTE`s. `bare`: a JSON object without marks."""
 
 ARGUMENTS_MARK, CALL_ID_MARK = "[ARGS]", "[CALL_ID]"
 TAGS = ("<tool_call>", "</tool_call>")
-REASONING_MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+QUOTE = '<|"|>'
+SECTION = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
+REASONING_MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>thought", "<channel|>"))
 READS_TOOLS = re.compile(r"\b(?:xml_|custom_)?tools\b")
+
+
+ARGUMENTS_ADDED = re.compile(r"\[.arguments.\]\s*\+|\.arguments\s*\+")
+"""A template that adds arguments to a text as they are: it takes the JSON text and no object."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """The marks of each call in a form whose calls stand together between marks of their own."""
+
+    opening: str
+    separator: str
+    """Between the name and the arguments."""
+    closing: str
+    before_name: str = ""
+    after_arguments: str = ""
+    is_numbered: bool = False
+    """Whether a colon and the call's number follow the name."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +68,25 @@ class CallForm:
     """Patterns that such a source has not, since they are those of other forms with the same marks."""
     ends: tuple[str, ...] = ()
     """Control tokens that end an answer."""
+    section: Section | None = None
+    """The marks of a call of the layout `section`."""
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """All that may stand around a call."""
+        found = [self.opening, self.closing]
+        if self.layout == "named":
+            found += [ARGUMENTS_MARK, CALL_ID_MARK]
+        if self.layout == "pairs":
+            found += PAIR_TAGS
+        if self.layout == "braces":
+            found.append(QUOTE)
+        if (section := self.section) is not None:
+            found += [section.opening, section.before_name, section.separator, section.closing]
+        return tuple(filter(None, found))
 
 
+PAIR_TAGS = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
 MISTRAL = r"\[TOOL_CALLS\]"
 FORMS = (
     CallForm(
@@ -59,6 +99,52 @@ FORMS = (
     ),
     CallForm("mistral-named", "named", "[TOOL_CALLS]", short_ids=True, written=(MISTRAL, r"\[ARGS\]")),
     CallForm("mistral", "list", "[TOOL_CALLS]", short_ids=True, written=(MISTRAL,)),
+    CallForm(
+        "kimi-k2",
+        "section",
+        "<|tool_calls_section_begin|>",
+        "<|tool_calls_section_end|>",
+        written=(r"<\|tool_calls_section_begin\|>", r"<\|tool_call_argument_begin\|>", "functions"),
+        section=Section(
+            "<|tool_call_begin|>",
+            "<|tool_call_argument_begin|>",
+            "<|tool_call_end|>",
+            before_name="functions.",
+            is_numbered=True,
+        ),
+    ),
+    CallForm(
+        "deepseek-v3",
+        "section",
+        *SECTION,
+        written=(SECTION[0], "<｜tool▁sep｜>", "```json"),
+        section=Section(
+            "<｜tool▁call▁begin｜>",
+            "\n```json\n",
+            "<｜tool▁call▁end｜>",
+            before_name="function<｜tool▁sep｜>",
+            after_arguments="\n```",
+        ),
+    ),
+    CallForm(
+        "deepseek-v3.1",
+        "section",
+        *SECTION,
+        written=(SECTION[0], "<｜tool▁sep｜>"),
+        section=Section("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
+    ),
+    CallForm(
+        "gemma4",
+        "braces",
+        "<|tool_call>",
+        "<tool_call|>",
+        written=(r"<\|tool_call>call:", r"<tool_call\|>", r'<\|"\|>'),
+        ends=("<|tool_response>",),
+    ),
+    CallForm("lfm2", "python", "<|tool_call_start|>", "<|tool_call_end|>", written=(r"<\|tool_call_start\|>\[",)),
+    CallForm("granite3", "list", "<|tool_call|>", written=(r"<\|tool_call\|> followed by a JSON list",)),
+    CallForm("phi4-mini", "list", "functools", written=(r"functools\[\{", "arguments")),
+    CallForm("glm4", "pairs", *TAGS, written=("<tool_call>", "<arg_key>", "<arg_value>")),
     CallForm("qwen3-coder", "xml", *TAGS, written=("<tool_call>", "<function=", "<parameter=")),
     CallForm("smollm2", "list", *TAGS, written=(r"<tool_call>(\\n|\s)*\[", "arguments")),
     CallForm("hermes", "object", *TAGS, written=("<tool_call>", "name", "arguments"), absent=("<arg_key>",)),
@@ -88,6 +174,8 @@ class AnswerFormat:
     among `SamplingParams.visible_token_ids`, and a grammar names them by id."""
     stop_token_ids: tuple[int, ...] = ()
     """Control tokens that end an answer, besides those of `Chat.end_of_turn`."""
+    takes_argument_text: bool = False
+    """Whether the template wants the arguments of earlier calls as JSON text rather than as objects."""
 
     @property
     def visible_token_ids(self) -> tuple[int, ...]:
@@ -108,14 +196,15 @@ def answer_format(chat: Chat) -> AnswerFormat:
         return AnswerFormat()
     calls = next((form for form in FORMS if _fits(form, source)), None) if READS_TOOLS.search(source) else None
     reasoning = next((marks for marks in REASONING_MARKS if marks[1] in source), None)
-    marks = list(reasoning or ())
-    if calls is not None:
-        marks += [calls.opening, calls.closing]
-        marks += [ARGUMENTS_MARK, CALL_ID_MARK] if calls.layout == "named" else []
+    marks = [*(reasoning or ()), *(calls.marks if calls is not None else ())]
     tokenizer, special = chat.tokenizer, chat.tokenizer.codec.special_tokens
-    hidden = {mark: special[mark] for mark in marks if mark in special and not tokenizer.token_bytes(special[mark])}
+    hidden = {
+        name: token_id
+        for name, token_id in special.items()
+        if any(name in mark for mark in marks) and not tokenizer.token_bytes(token_id)
+    }
     ends = tuple(special[name] for name in (calls.ends if calls else ()) if name in special)
-    return AnswerFormat(calls, reasoning, hidden, ends)
+    return AnswerFormat(calls, reasoning, hidden, ends, bool(calls and ARGUMENTS_ADDED.search(source)))
 
 
 def _fits(form: CallForm, source: str) -> bool:

@@ -8,10 +8,12 @@ rules. A rule marked [lazy] takes the shortest.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from llamita.text.answers.forms import ARGUMENTS_MARK, CALL_ID_MARK, AnswerFormat, CallForm
+from llamita.text.answers.forms import ARGUMENTS_MARK, CALL_ID_MARK, PAIR_TAGS, AnswerFormat, CallForm, Section
 from llamita.text.answers.functions import Function, functions, is_string
 
 Choice = Literal["none", "auto", "required"]
@@ -20,7 +22,29 @@ JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n]?[ ]{0
 """White space within arguments is bounded, since some models write blanks without end; a keyword that cannot be
 enforced is refused."""
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
-END_OF_VALUE = "</parameter>"
+NO_LINE = ("list", "section", "pairs", "python")
+"""Layouts in which no line ends between a mark and what it stands around."""
+GAP = "/\\n?/"
+
+
+@dataclass(frozen=True)
+class Tags:
+    """What stands around the name and the arguments of a call, `{}` being the name or the key.
+
+    These are rules of a grammar, but for `end`, which ends a value and is text.
+    """
+
+    head: str
+    before_value: str
+    end: str
+    after_value: str
+    tail: str
+    refused: str
+    """The letter that, beside a line's end, no key may have."""
+
+
+XML = Tags('"<function={}>\\n"', '"<parameter={}>\\n"', "\n</parameter>", '"\\n"', '"</function>"', ">")
+PAIRS = Tags(f'"{{}}" {GAP}', f'"<arg_key>{{}}</arg_key>" {GAP} "<arg_value>"', "</arg_value>", GAP, "", "<")
 
 
 def call_grammar(
@@ -44,6 +68,10 @@ def call_grammar(
         return ""
     if form.calls is None:
         raise ValueError("this model's chat template knows no calls of tools, so none can be asked of it")
+    if form.calls.layout == "braces":
+        raise ValueError(
+            f"this model's form of calls ({form.calls.name}) cannot be forced; give tool_choice auto and no strict"
+        )
     if choice not in ("auto", "required"):
         name = _chosen(choice)
         if name not in offered:
@@ -92,11 +120,13 @@ class _Writer:
 
     def _held_body(self) -> str:
         opening, closing = self._around()
-        if self._calls.layout == "list":
+        if self._calls.layout in ("list", "python"):
             items = 'one (", " one)*' if self._several else "one"
             return f'{opening} "[" {items} "]" {closing}'
         if self._calls.layout == "bare":
             return "one"
+        if self._calls.layout == "section":
+            return f"{opening} {self._items()} {closing}"
         between = '"\\n"' if self._calls.closing else ""
         call = f"{opening} one {closing}"
         return f"{call} ({between} {call})*" if self._several else call
@@ -113,19 +143,26 @@ class _Writer:
         else:
             self._rules.append(f"before[lazy]: {_expression(f'(?s:.*){_escaped(self._calls.opening)}')}")
             before = "before" + opening.removeprefix(self._mark(self._calls.opening))
-        items = '"[" one (", " one)* "]"' if self._calls.layout == "list" else "one"
+        items = '"[" one (", " one)* "]"' if self._calls.layout in ("list", "python") else self._items()
         return f"({before} {items} {closing}){'*' if self._several else '?'} TEXT"
+
+    def _items(self) -> str:
+        """What stands between two marks: one call, or those of a section."""
+        return f"one ({GAP} one)*" if self._calls.layout == "section" and self._several else "one"
 
     def _around(self) -> tuple[str, str]:
         """What stands before and behind calls, as templates write it."""
         if not self._calls.closing:
             return self._mark(self._calls.opening), ""
-        line = '"\\n"' if self._calls.layout != "list" else ""
+        line = '"\\n"' if self._calls.layout not in NO_LINE else ""
         return f"{self._mark(self._calls.opening)} {line}", f"{line} {self._mark(self._calls.closing)}"
 
     def _mark(self, name: str) -> str:
-        """A mark as a control token, or as text where it is none."""
-        return f"<[{self._form.hidden[name]}]>" if name in self._form.hidden else _text(name)
+        """A mark as text, and what of it is a control token as that."""
+        hidden = self._form.hidden
+        tokens = "|".join(re.escape(token) for token in sorted(hidden, key=len, reverse=True))
+        pieces = re.split(f"({tokens})", name) if tokens else [name]
+        return " ".join(f"<[{hidden[piece]}]>" if piece in hidden else _text(piece) for piece in pieces if piece)
 
     # --- one call ----------------------------------------------------------------------------------------------------
 
@@ -133,8 +170,16 @@ class _Writer:
         """Adds the rule of a function's call without the marks around it; returns its name."""
         name = f"call_{number}"
         held = function.strict or not self._is_free
-        if self._calls.layout == "xml":
-            body = self._tagged(number, function, held)
+        if self._calls.layout in ("xml", "pairs"):
+            if self._form.hidden.keys() & PAIR_TAGS:
+                raise ValueError(
+                    "this tokenizer has the tags of arguments as control tokens; no call can be held to them"
+                )
+            body = self._tagged(number, function, held, XML if self._calls.layout == "xml" else PAIRS)
+        elif self._calls.layout == "python":
+            body = self._python(number, function, held)
+        elif self._calls.section is not None:
+            body = self._in_section(self._calls.section, function, held)
         elif self._calls.layout == "named":
             call_id = f"{self._mark(CALL_ID_MARK)} /[a-zA-Z0-9]{{9}}/ " if self._calls.writes_ids else ""
             body = f"{_text(function.name)} {call_id}{self._mark(ARGUMENTS_MARK)} {_json(_arguments(function, held))}"
@@ -144,33 +189,57 @@ class _Writer:
         self._rules.append(f"{name}: {body}")
         return name
 
-    def _tagged(self, number: int, function: Function, held: bool) -> str:
-        """A call as tags; arguments come in the order of the schema."""
-        head, tail = _text(f"<function={function.name}>\n"), _text("</function>")
+    def _in_section(self, marks: Section, function: Function, held: bool) -> str:
+        number = '":" /[0-9]{1,3}/' if marks.is_numbered else ""
+        head = f"{self._mark(marks.opening + marks.before_name + function.name)} {number} {self._mark(marks.separator)}"
+        return f"{head} {_json(_arguments(function, held))} {self._mark(marks.after_arguments + marks.closing)}"
+
+    def _python(self, number: int, function: Function, held: bool) -> str:
+        """A call as Python writes it, its values as JSON; required arguments come first."""
         schema = _arguments(function, held)
         if not held:
-            self._rules.append(f"any_{number}[lazy]: {_expression(f'(?s:.*){_escaped(END_OF_VALUE)}')}")
-            return f'{head} ("<parameter=" /[^>\\n]{{1,64}}/ ">\\n" any_{number} "\\n")* {tail}'
+            self._rules.append(f'any_{number}: /[A-Za-z_][A-Za-z0-9_]{{0,63}}/ "=" {_json({})}')
+            return f'{_text(function.name + "(")} (any_{number} (", " any_{number})*)? ")"'
+        required, pairs = schema.get("required", ()), {True: list[str](), False: list[str]()}
+        for place, key in enumerate(schema.get("properties") or {}):
+            if not key.isidentifier():
+                raise ValueError(f"the function {function.name} has the argument {key!r}, and this model writes names")
+            self._rules.append(f"pair_{number}_{place}: {_text(key + '=')} {_json(_shared(function, key))}")
+            pairs[key in required].append(f"pair_{number}_{place}")
+        more = [f'(", " {pair})?' for pair in pairs[False]]
+        first = [" ".join([pair, *more[place + 1 :]]) for place, pair in enumerate(pairs[False])]
+        body = " ".join(['", "'.join(f" {pair} " for pair in pairs[True]), *more])
+        if not pairs[True]:
+            body = f"({' | '.join(first)})?" if first else ""
+        return f'{_text(function.name + "(")} {body} ")"'
+
+    def _tagged(self, number: int, function: Function, held: bool, tags: Tags) -> str:
+        """A call as tags; arguments come in the order of the schema."""
+        head = tags.head.format(_inner(function.name))
+        schema = _arguments(function, held)
+        if not held:
+            self._rules.append(f"any_{number}[lazy]: {_expression(f'(?s:.*){_escaped(tags.end)}')}")
+            any_key = tags.before_value.format('" /[^><\\n]{1,64}/ "')
+            return f"{head} ({any_key} any_{number} {tags.after_value})* {tags.tail}"
         required, parts = schema.get("required", ()), []
         for place, key in enumerate(schema.get("properties") or {}):
-            if ">" in key or "\n" in key:
-                raise ValueError(f"the function {function.name} has the argument {key!r}; a name has neither > nor \\n")
-            value = self._value(f"{number}_{place}", function, key)
-            part = f'{_text(f"<parameter={key}>" + chr(10))} {value} "\\n"'
+            if tags.refused in key or "\n" in key:
+                raise ValueError(
+                    f"the function {function.name} has the argument {key!r}; a name has neither {tags.refused} nor \\n"
+                )
+            value = self._value(f"{number}_{place}", function, key, tags.end)
+            part = f"{tags.before_value.format(_inner(key))} {value} {tags.after_value}"
             parts.append(part if key in required else f"({part})?")
-        return " ".join([head, *parts, tail])
+        return " ".join([head, *parts, tags.tail])
 
-    def _value(self, number: str, function: Function, key: str) -> str:
+    def _value(self, number: str, function: Function, key: str, end: str) -> str:
         """An argument's value with the tag behind it: strings as they are, all else as JSON."""
         schema = function.property_schema(key)
         if not is_string(schema):
-            shared = {
-                name: function.parameters[name] for name in ("$defs", "definitions") if name in function.parameters
-            }
-            return f"{_json({**shared, **schema})} {_text(chr(10) + END_OF_VALUE)}"
+            return f"{_json(_shared(function, key))} {_text(end)}"
         if "enum" in schema or "const" in schema:
             choices = schema.get("enum", [schema.get("const")])
-            return f"({' | '.join(map(_text, choices))}) {_text(chr(10) + END_OF_VALUE)}"
+            return f"({' | '.join(map(_text, choices))}) {_text(end)}"
         for keyword in ("pattern", "format"):
             if keyword in schema:
                 raise ValueError(
@@ -180,11 +249,17 @@ class _Writer:
         least, most = schema.get("minLength", 0), schema.get("maxLength", "")
         length = f"{{{least},{most}}}" if least or most != "" else "*"
         self._rules.append(
-            f"VALUE_{number}: {_expression(f'(?s:.){length}{chr(10)}{_escaped(END_OF_VALUE)}')}"
-            + (f" & ~{_expression(f'(?s:.*){_escaped(END_OF_VALUE)}(?s:.+)')}" if least else "")
+            f"VALUE_{number}: {_expression(f'(?s:.){length}{_escaped(end)}')}"
+            + (f" & ~{_expression(f'(?s:.*){_escaped(end.strip())}(?s:.+)')}" if least else "")
         )
         self._rules.append(f"value_{number}[lazy]: VALUE_{number}")
         return f"value_{number}"
+
+
+def _shared(function: Function, key: str) -> dict[str, Any]:
+    """Returns the schema of an argument with the definitions that it may name."""
+    shared = {name: function.parameters[name] for name in ("$defs", "definitions") if name in function.parameters}
+    return {**shared, **function.property_schema(key)}
 
 
 def _chosen(choice: Any) -> str:
@@ -211,6 +286,11 @@ def _arguments(function: Function, held: bool) -> Mapping[str, Any]:
 
 def _json(schema: Mapping[str, Any]) -> str:
     return "%json " + json.dumps({**schema, "x-guidance": JSON_OPTIONS}, ensure_ascii=False)
+
+
+def _inner(text: str) -> str:
+    """A text as it stands within quotation marks of the notation."""
+    return _text(text)[1:-1]
 
 
 def _text(text: str) -> str:

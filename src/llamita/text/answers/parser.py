@@ -12,9 +12,10 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llamita.text.answers.forms import ARGUMENTS_MARK, CALL_ID_MARK, AnswerFormat
-from llamita.text.answers.functions import Function, functions
-from llamita.text.answers.json_calls import SPACE, JsonReader
+from llamita.text.answers.forms import ARGUMENTS_MARK, CALL_ID_MARK, QUOTE, AnswerFormat
+from llamita.text.answers.functions import PYTHON_WORDS, Function, functions
+from llamita.text.answers.json_calls import CLOSING, DEEPEST, SCALAR, SPACE, JsonReader
+from llamita.text.answers.python_calls import PythonReader
 
 LINE_ENDS = "\r\n"
 LONGEST_SPACE = 64
@@ -22,6 +23,8 @@ LONGEST_SPACE = 64
 LONGEST_NAME = 256
 ARGUMENTS_KEYS = ("arguments", "parameters")
 NAME = re.compile(r"[^\s\[\]{}<>\"]+")
+BARE_VALUE = re.compile(r"[-+.0-9A-Za-z]+")
+NUMBER = re.compile(r":[0-9]+$")
 
 Kind = Literal["reasoning", "text", "call", "arguments"]
 Steps = Generator[None, None, bool]
@@ -176,10 +179,19 @@ class AnswerParser:
         self._take(length)
         yield from self._skip(SPACE)
         letter = yield from self._letter()
-        if letter in ("{", "["):
+        layout = self._calls.layout
+        if layout == "section":
+            is_call = yield from self._section()
+        elif layout == "python":
+            is_call = letter == "[" and (yield from self._python())
+        elif layout == "braces":
+            is_call = yield from self._braced()
+        elif letter in ("{", "["):
             is_call = yield from self._json(is_marked)
-        elif self._calls.layout == "named":
+        elif layout == "named":
             is_call = yield from self._named()
+        elif layout == "pairs":
+            is_call = yield from self._pairs()
         else:
             is_call = letter == "<" and (yield from self._tagged())
         region, self._region = "".join(self._region), None
@@ -239,8 +251,36 @@ class AnswerParser:
             self._take(length)
             yield from self._word()
         self._take((yield from self._ahead(ARGUMENTS_MARK)))
+        return bool(name) and (yield from self._arguments(name))
+
+    def _section(self) -> Steps:
+        """Reads calls with marks of their own, up to the mark behind them all; what follows whole ones and is none is
+        text."""
+        assert self._calls is not None
+        assert self._calls.section is not None
+        assert self._region is not None
+        marks, begun = self._calls.section, self._begun
+        while length := (yield from self._ahead(marks.opening)):
+            self._take(length)
+            self._take((yield from self._ahead(marks.before_name)))
+            name = ((yield from self._until(marks.separator.strip(), LONGEST_NAME)) or "").strip()
+            name = NUMBER.sub("", name) if marks.is_numbered else name
+            is_call = NAME.fullmatch(name) is not None and (yield from self._arguments(name))
+            if not is_call:
+                if self._begun > begun and not self._streams:
+                    self._give("text", "".join(self._region))
+                return False
+            self._take((yield from self._ahead(marks.after_arguments.strip())))
+            self._take((yield from self._ahead(marks.closing)))
+            self._region.clear()
+            if not self._may_begin:
+                break
+        return self._begun > begun
+
+    def _arguments(self, name: str) -> Steps:
+        """Reads the arguments of a call of this name as JSON, and gives the call."""
         yield from self._skip(SPACE)
-        if not name or (yield from self._letter()) != "{":
+        if (yield from self._letter()) != "{":
             return False
         reader = JsonReader()
         arguments: list[str] = []
@@ -253,6 +293,100 @@ class AnswerParser:
         if reader.complete and not self._streams:
             self._give_call(ToolCall(name, "".join(arguments)))
         return reader.complete
+
+    def _python(self) -> Steps:
+        """Reads a list of calls as Python writes them."""
+        reader = PythonReader()
+        while not reader.complete and not reader.broken and (yield from self._letter()):
+            self._take(reader.feed(self._unread, self._at) - self._at)
+        calls = reader.calls()
+        for name, arguments in calls:
+            if self._may_begin:
+                self._give_call(ToolCall(name, arguments))
+        return bool(calls)
+
+    def _pairs(self) -> Steps:
+        """Reads a name, and a tag for the key and for the value of each argument."""
+        assert self._calls is not None
+        if not (name := (yield from self._word())):
+            return False
+        function = self._functions.get(name, Function(name))
+        arguments: dict[str, str] = {}
+        while length := (yield from self._ahead("<arg_key>")):
+            self._take(length)
+            key = yield from self._until("</arg_key>", LONGEST_NAME)
+            if key is None or not (length := (yield from self._ahead("<arg_value>"))):
+                return False
+            self._take(length)
+            if (value := (yield from self._until("</arg_value>"))) is None:
+                return False
+            arguments[key] = function.json_value(key, value)
+        if not (yield from self._ahead(self._calls.closing)):
+            return False
+        self._give_call(ToolCall(name, _object_of(arguments)))
+        return True
+
+    def _braced(self) -> Steps:
+        """Reads a name and its arguments in braces, as Gemma 4 writes them."""
+        if not (length := (yield from self._ahead("call:"))):
+            return False
+        self._take(length)
+        name = yield from self._word()
+        if not name or (yield from self._letter()) != "{":
+            return False
+        if (arguments := (yield from self._braced_value(1))) is None:
+            return False
+        self._give_call(ToolCall(name, arguments))
+        return True
+
+    def _braced_value(self, depth: int) -> Generator[None, None, str | None]:
+        """Reads a value in the notation of Gemma 4; returns it as JSON, None for what is none."""
+        if length := (yield from self._ahead(QUOTE)):
+            self._take(length)
+            text = yield from self._until(QUOTE)
+            return None if text is None else json.dumps(text, ensure_ascii=False)
+        yield from self._skip(SPACE)
+        opening = yield from self._letter()
+        if opening not in ("{", "["):
+            return (yield from self._bare_value())
+        closing, items = CLOSING[opening], list[str]()
+        self._take(1)
+        yield from self._skip(SPACE)
+        while (letter := (yield from self._letter())) != closing:
+            if items:
+                if letter != ",":
+                    return None
+                self._take(1)
+            key = ""
+            if opening == "{":
+                if length := (yield from self._ahead(QUOTE)):
+                    self._take(length)
+                    quoted = yield from self._until(QUOTE, LONGEST_NAME)
+                    if quoted is None or not (length := (yield from self._ahead(":"))):
+                        return None
+                    self._take(length)
+                else:
+                    quoted = yield from self._until(":", LONGEST_NAME)
+                if not (name := (quoted or "").strip()):
+                    return None
+                key = json.dumps(name, ensure_ascii=False) + ": "
+            value = (yield from self._braced_value(depth + 1)) if depth < DEEPEST else None
+            if value is None:
+                return None
+            items.append(key + value)
+            yield from self._skip(SPACE)
+        self._take(1)
+        return f"{opening}{', '.join(items)}{closing}"
+
+    def _bare_value(self) -> Generator[None, None, str | None]:
+        """Reads a number, a truth value or nothing, as JSON or Python spells it."""
+        word = ""
+        while (yield from self._letter()) and (run := BARE_VALUE.match(self._unread, self._at)) is not None:
+            word += self._take(min(len(run[0]), LONGEST_NAME + 1 - len(word)))
+            if len(word) > LONGEST_NAME:
+                return None
+        word = PYTHON_WORDS.get(word, word)
+        return word if SCALAR.fullmatch(word) else None
 
     def _tagged(self) -> Steps:
         """Reads a tag for the function and one for each argument."""
@@ -274,8 +408,7 @@ class AnswerParser:
             if not (length := (yield from self._ahead("</function>"))):
                 return False
             self._take(length)
-            fields = ", ".join(f"{json.dumps(key, ensure_ascii=False)}: {text}" for key, text in arguments.items())
-            calls.append(ToolCall(function.name, "{" + fields + "}"))
+            calls.append(ToolCall(function.name, _object_of(arguments)))
         for call in calls:
             if self._may_begin:
                 self._give_call(call)
@@ -429,6 +562,11 @@ class _Progress:
 
     def end_object(self) -> None:
         self.objects, self.given, self.pieces, self.may_begin = self.objects + 1, 0, 0, True
+
+
+def _object_of(fields: Mapping[str, str]) -> str:
+    """Returns a JSON object of values that are JSON already."""
+    return "{" + ", ".join(f"{json.dumps(key, ensure_ascii=False)}: {text}" for key, text in fields.items()) + "}"
 
 
 def _name_of(fields: Mapping[str, str]) -> str | None:

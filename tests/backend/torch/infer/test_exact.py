@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from llamita.backend.torch.infer import exact
 from llamita.backend.torch.infer.runner import TorchRunner
 from llamita.backend.torch.model.weights import build_model
 from llamita.inference.drafting import DraftModel, PromptLookup
@@ -120,6 +121,49 @@ def test_fast_logits_are_those_of_the_whole_text(name, dtype):
                 for row_V in rows:
                     difference = np.abs(row_V - whole_TV[position - 1]).max()
                     assert difference < TOLERANCE[dtype] * np.abs(whole_TV).max()
+
+
+FORWARD = ("multi-query", "odd numbers", "window in later layers", "sliding window", "wide")
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_a_whole_forward_gives_the_bits_of_the_engine(name, monkeypatch):
+    """Alone, in a batch with whatever padding follows, and read in pieces of any length."""
+    runner = TorchRunner(model_of(**MODELS[name]), exact=True)
+    served = alone(runner, requests(runner.config.vocab_size))
+    texts = [text for text, _ in served.values()]
+    longest = max(map(len, texts))
+    padded = [[*text, *[1] * (longest - len(text))] for text in texts]
+    for piece in (512, 16, 7):
+        monkeypatch.setattr(exact, "TEXT_PIECE", piece)
+        together = runner.forward(padded)["logits"]
+        for row_TV, (text, logits) in zip(together, served.values(), strict=True):
+            single_TV = runner.forward([text])["logits"][0]
+            assert np.array_equal(row_TV[: len(text)], single_TV)
+            assert np.array_equal(runner.forward([text], logits="last")["logits"][0], single_TV[-1:])
+            for position, (row_V,) in logits.items():
+                assert np.array_equal(single_TV[position - 1], row_V), position
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_what_a_forward_shows_is_what_the_fast_one_shows_and_the_same_bits_in_any_batch(name):
+    model = model_of(**MODELS[name])
+    runner, fast = TorchRunner(model, exact=True), TorchRunner(model)
+    random, layers = np.random.default_rng(3), range(runner.config.num_hidden_layers)
+    rows = random.integers(0, runner.config.vocab_size, (3, 90))
+    places = ["embedding", "norm", *(f"layers.{i}" for i in layers), *(f"layers.{i}.attention" for i in layers)]
+    found, expected = runner.forward(rows, places), fast.forward(rows, places)
+    assert found.keys() == expected.keys()
+    for place in found:
+        assert found[place].shape == expected[place].shape
+        np.testing.assert_allclose(found[place], expected[place], rtol=0, atol=1e-4 * np.abs(expected[place]).max())
+    shorter = runner.forward(rows[1:2, :41], places)
+    for place, array in shorter.items():
+        own = found[place][1:2, :, :41, :41] if place.endswith("attention") else found[place][1:2, :41]
+        assert np.array_equal(array, own), place
+    stream = found[f"layers.{layers[-1]}"]
+    assert np.array_equal(runner.logit_lens(stream), found["logits"])
+    assert np.array_equal(runner.logit_lens(stream[2:, 5:6])[0, 0], found["logits"][2, 5])
 
 
 def test_training_the_model_changes_what_an_exact_runner_gives():

@@ -102,8 +102,12 @@ class PagedKVCache:
 class CacheStep(Protocol):
     """All that a model needs of a step: positions, and attention to all that came before."""
 
-    positions_1T: Tensor
-    longest: int  # no position reaches it
+    @property
+    def positions_1T(self) -> Tensor: ...
+
+    @property
+    def longest(self) -> int:
+        """A number that no position reaches."""
 
     def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor: ...
 
@@ -172,6 +176,13 @@ class PagedStep:
         for rows, part in parts:
             mixed_TNH[rows] = part.attend(q_TNH[rows], keys, values)
         return mixed_TNH
+
+    def probabilities(self, layer: int, q_TNH: Tensor) -> Tensor:
+        """Returns the probabilities (N, T, S) with which the queries of the exact mode's only chunk have just looked at
+        each key of their sequence."""
+        ((rows, part),) = self._parts[self._cache.group_of_layer[layer]]
+        assert isinstance(part, ExactAttention), "the fast kernels keep no probabilities"
+        return part.probabilities(q_TNH[rows], self._cache.keys[layer])
 
 
 def _begun(

@@ -158,17 +158,15 @@ class ExactAttention:
     def attend(self, q_TNH: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         T, N, H = q_TNH.shape
         K = keys.shape[1]
-        q_KRH = F.pad(q_TNH, (0, 0, 0, 0, 0, self.padding)).view(-1, K, N // K, H).permute(1, 2, 0, 3).flatten(1, 2)
+        q_KRH = self._queries(q_TNH, K)
         largest_KR1 = torch.full((K, q_KRH.shape[1], 1), LOWEST)
         total_KR1 = torch.zeros_like(largest_KR1)
         k_KSH, v_KSH = (self._tiles(memory) for memory in (keys, values))
         v_KSH = F.pad(v_KSH, (0, -H % WIDTH))
         mixed_KRH = torch.zeros(*q_KRH.shape[:-1], v_KSH.shape[-1])
         for tile in range(0, self.hidden_TS.shape[1], TILE):
-            k_KUH, v_KUH = k_KSH[:, tile : tile + TILE], v_KSH[:, tile : tile + TILE]
-            scores_KRU = scaled(q_KRH @ k_KUH.mT, H, self.spec)
-            hidden_RU = self.hidden_TS[:, tile : tile + TILE].repeat(N // K, 1)
-            scores_KRU = scores_KRU.masked_fill(hidden_RU, -math.inf)
+            v_KUH = v_KSH[:, tile : tile + TILE]
+            scores_KRU = self._scores(q_KRH, k_KSH, tile)
             new_KR1 = torch.maximum(largest_KR1, scores_KRU.amax(-1, keepdim=True))
             weights_KRU, shrink_KR1 = torch.exp(scores_KRU - new_KR1), torch.exp(largest_KR1 - new_KR1)
             total_KR1 = total_KR1 * shrink_KR1 + weights_KRU.sum(-1, keepdim=True)
@@ -176,6 +174,34 @@ class ExactAttention:
             largest_KR1 = new_KR1
         mixed_KGTH = (mixed_KRH[..., :H] / total_KR1).view(K, N // K, -1, H)
         return mixed_KGTH.permute(2, 0, 1, 3).flatten(1, 2)[:T]
+
+    def probabilities(self, q_TNH: Tensor, keys: Tensor) -> Tensor:
+        """Returns the probabilities (N, T, stop) with which each query looks at each position, tile by tile too."""
+        T, N, _ = q_TNH.shape
+        K = keys.shape[1]
+        q_KRH, k_KSH = self._queries(q_TNH, K), self._tiles(keys)
+        scores = [self._scores(q_KRH, k_KSH, tile) for tile in range(0, self.hidden_TS.shape[1], TILE)]
+        largest_KR1 = torch.full((K, q_KRH.shape[1], 1), LOWEST)
+        for scores_KRU in scores:
+            largest_KR1 = torch.maximum(largest_KR1, scores_KRU.amax(-1, keepdim=True))
+        weights = [torch.exp(scores_KRU - largest_KR1) for scores_KRU in scores]
+        total_KR1 = torch.zeros_like(largest_KR1)
+        for weights_KRU in weights:
+            total_KR1 = total_KR1 + weights_KRU.sum(-1, keepdim=True)
+        shares_KRS = torch.cat([weights_KRU / total_KR1 for weights_KRU in weights], dim=-1)
+        shares_NTS = shares_KRS.view(N, -1, shares_KRS.shape[-1])[:, :T, : self.span.stop - self.begin]
+        return F.pad(shares_NTS, (self.begin, 0))
+
+    def _queries(self, q_TNH: Tensor, K: int) -> Tensor:
+        """Returns the queries (K, R, H) of each key head, padding included."""
+        q_TKGH = F.pad(q_TNH, (0, 0, 0, 0, 0, self.padding)).unflatten(1, (K, -1))
+        return q_TKGH.permute(1, 2, 0, 3).flatten(1, 2)
+
+    def _scores(self, q_KRH: Tensor, k_KSH: Tensor, tile: int) -> Tensor:
+        """Returns the scores (K, R, U) of one tile of keys."""
+        scores_KRU = scaled(q_KRH @ k_KSH[:, tile : tile + TILE].mT, q_KRH.shape[-1], self.spec)
+        hidden_TU = self.hidden_TS[:, tile : tile + TILE]
+        return scores_KRU.masked_fill(hidden_TU.repeat(q_KRH.shape[1] // len(hidden_TU), 1), -math.inf)
 
     def _tiles(self, memory: Tensor) -> Tensor:
         """Returns (K, S, H) in whole tiles, zeros standing where there is nothing to be seen."""

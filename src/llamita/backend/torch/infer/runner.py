@@ -8,7 +8,7 @@ Letters beyond the usual: R rows of a step.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +42,7 @@ from llamita.backend.sampling import Steps, sampled_token
 from llamita.backend.step_layout import Scores, States, StepLayout, rows_wanted, sample_chunks, score_chunks
 from llamita.backend.torch.devices import choose_device, table_kernel
 from llamita.backend.torch.infer.adapters import adapters_of_rows, exact_adapter
-from llamita.backend.torch.infer.exact import exact_model
+from llamita.backend.torch.infer.exact import TEXT_PIECE, exact_model, exact_states
 from llamita.backend.torch.infer.graphs import DecodeGraphs, TableStep, cuda_recorder
 from llamita.backend.torch.infer.kernels.choice import NO_KERNELS, Choice, choose_kernels, decoder_of, greedy_head_of
 from llamita.backend.torch.infer.kv_cache import EXACT_ROWS, PagedKVCache, PagedStep
@@ -80,7 +80,8 @@ class TorchRunner:
     """Runs an engine's plans with `model`, which it neither copies nor changes; without dropout.
 
     With `exact`, on a CPU in float32, the logits after a text are the same bits however it came there: alone or with
-    others, whole or in chunks, computed again or found in the prefix cache. It is slower.
+    others, whole or in chunks, computed again or found in the prefix cache; so is all that `forward` returns of a text,
+    alone or in a batch, and whatever padding follows it. It is slower.
 
     A chunk goes through the one of `adapters` that it names, or through `default`, or the model alone.
     """
@@ -106,13 +107,12 @@ class TorchRunner:
         self._running = exact_model(model) if exact else model
         self._decoder, self._greedy_head = decoder_of(model), None if exact else greedy_head_of(model)
         self.adapters, self.default = dict(adapters or {}), default
-        self._adapters = {
+        self._running_adapters = {
             name: adapter if isinstance(adapter, lora.ModelAdapter) else lora.loaded_adapter(model, adapter)
             for name, adapter in self.adapters.items()
         }
-        self._running_adapters = self._adapters
         if exact:
-            self._running_adapters = {name: exact_adapter(adapter) for name, adapter in self._adapters.items()}
+            self._running_adapters = {name: exact_adapter(adapter) for name, adapter in self._running_adapters.items()}
         read = [(name, parameter.nbytes) for name, parameter in model.named_parameters() if not parameter.is_meta]
         modules = list(model.named_modules())
         read += [(name, module.kernel_bytes) for name, module in modules if isinstance(module, QuantizedLinear)]
@@ -283,6 +283,8 @@ class TorchRunner:
         loaded, and ids outside the vocabulary.
         """
         attention_of, positions = layers_of_attention(capture, self.config), positions_of_logits(logits)
+        if self.exact:
+            return self._exact_forward(tokens_BT, capture, attention_of, adapter, positions)
         found: dict[str, np.ndarray] = {}
 
         def trace(name: str, x: Tensor) -> None:
@@ -296,16 +298,52 @@ class TorchRunner:
             found["logits"] = self.model.logits(hidden_BTD[:, positions], adapters).float().cpu().numpy()
         return found
 
+    def _exact_forward(
+        self,
+        tokens_BT: Sequence[Sequence[int]] | np.ndarray,
+        capture: Sequence[str],
+        attention_of: Collection[int],
+        adapter: str | None,
+        positions: slice | None,
+    ) -> dict[str, np.ndarray]:
+        """Computes `forward` text by text, with the operations of the exact mode."""
+        found: dict[str, list[np.ndarray]] = {}
+        adapters = self._whole_adapter(adapter)
+        for row in token_array(tokens_BT, self.config.vocab_size):
+            pieces: dict[str, list[Tensor]] = {}
+
+            def trace(name: str, x: Tensor, pieces: dict[str, list[Tensor]] = pieces) -> None:
+                if name in capture:
+                    pieces.setdefault(name, []).append(x[0])
+
+            hidden_TD = exact_states(self._running, row.tolist(), adapters, trace, attention_of)
+            if positions is not None:
+                pieces["logits"] = [
+                    self._padded_logits(rows_RD, adapters) for rows_RD in hidden_TD[positions].split(TEXT_PIECE)
+                ]
+            for name, parts in pieces.items():
+                found.setdefault(name, []).append(torch.cat(parts, dim=-2).numpy())
+        return {name: np.stack(rows) for name, rows in found.items()}
+
+    def _padded_logits(self, hidden_RD: Tensor, adapters: Adapters | None) -> Tensor:
+        """Returns logits (R, V) by as many rows as the exact mode takes."""
+        padded_RD = F.pad(hidden_RD, (0, 0, 0, -len(hidden_RD) % EXACT_ROWS))
+        return self._running.logits(padded_RD, adapters)[: len(hidden_RD)]
+
     @torch.inference_mode()
     def logit_lens(self, stream_BTD: np.ndarray, adapter: str | None = None) -> np.ndarray:
         """Returns the logits (B, T, V) of states of the residual stream (B, T, D) as though they were the last layer's:
         through the final norm and the output head."""
         stream = torch.tensor(stream_BTD, dtype=self.dtype, device=self.device)
+        if self.exact:
+            adapters = self._whole_adapter(adapter)
+            rows = [self._padded_logits(self._running.model.norm(row_TD), adapters) for row_TD in stream]
+            return torch.stack(rows).numpy()
         return self.model.logits(self.model.model.norm(stream), self._whole_adapter(adapter)).float().cpu().numpy()
 
     def _whole_adapter(self, name: str | None) -> Adapters | None:
         """Returns the adapter of a forward pass that all rows go through."""
-        return adapter_named(self._adapters, self.default if name is None else name)
+        return adapter_named(self._running_adapters, self.default if name is None else name)
 
 
 def hidden_states(
