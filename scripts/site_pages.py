@@ -117,6 +117,8 @@ def target_of(name: str, link: str) -> str | None:
     """The path in the repository to which a link in the file `name` leads; None for one that leads out of it."""
     if re.match(r"[a-z]+:|/", link):
         return None
+    if link.startswith("PACKAGE/"):  # a lesson's word for wherever the package is installed
+        name, link = "src/llamita/", link.removeprefix("PACKAGE/")
     target = posixpath.normpath(posixpath.join(posixpath.dirname(name), link))
     return target if (ROOT / target).exists() else None
 
