@@ -107,12 +107,12 @@ class TorchRunner:
         self._running = exact_model(model) if exact else model
         self._decoder, self._greedy_head = decoder_of(model), None if exact else greedy_head_of(model)
         self.adapters, self.default = dict(adapters or {}), default
-        self._running_adapters = {
+        self._adapters = {
             name: adapter if isinstance(adapter, lora.ModelAdapter) else lora.loaded_adapter(model, adapter)
             for name, adapter in self.adapters.items()
         }
         if exact:
-            self._running_adapters = {name: exact_adapter(adapter) for name, adapter in self._running_adapters.items()}
+            self._adapters = {name: exact_adapter(adapter) for name, adapter in self._adapters.items()}
         read = [(name, parameter.nbytes) for name, parameter in model.named_parameters() if not parameter.is_meta]
         modules = list(model.named_modules())
         read += [(name, module.kernel_bytes) for name, module in modules if isinstance(module, QuantizedLinear)]
@@ -182,9 +182,9 @@ class TorchRunner:
 
     def _adapters_of(self, names: Sequence[str | None]) -> Adapters | None:
         """Returns the adapters of so many rows of a step."""
-        if not self._running_adapters:
+        if not self._adapters:
             return None
-        return adapters_of_rows(self._running_adapters, names, self.device, EXACT_ROWS if self.exact else 1)
+        return adapters_of_rows(self._adapters, names, self.device, EXACT_ROWS if self.exact else 1)
 
     @torch.inference_mode()
     def run(self, plan: Plan, memory: TorchMemory) -> StepResult:
@@ -343,7 +343,7 @@ class TorchRunner:
 
     def _whole_adapter(self, name: str | None) -> Adapters | None:
         """Returns the adapter of a forward pass that all rows go through."""
-        return adapter_named(self._running_adapters, self.default if name is None else name)
+        return adapter_named(self._adapters, self.default if name is None else name)
 
 
 def hidden_states(
