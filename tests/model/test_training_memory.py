@@ -102,7 +102,7 @@ def test_sharding_divides():
     assert max(fsdp.total, tensor.total) < alone.total / 3
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and the allocator is glibc's")
 @pytest.mark.parametrize("name", ["many tokens", "wide, fp32"])
 def test_a_process_grows_by_what_was_planned(name, monkeypatch):

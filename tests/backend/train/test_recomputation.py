@@ -133,7 +133,7 @@ def test_less_is_kept_for_the_backward_pass():
     assert held["all"] < 0.3 * held["none"]
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_compiled_by_torch():
     plain, again = (make("torch").train_step(DEEP, compile=True, recompute=n) for n in ("none", 2))
     for i in range(2):
