@@ -45,6 +45,14 @@ CALLING = (
     '<tool_call>{"name": "rest", "arguments": {}}</tool_call>'
 )
 """An answer in that form."""
+QUESTIONS: list[Any] = [
+    {"type": "predicate", "name": "kind", "instructions": "Is the fox kind?"},
+    {"type": "choice", "name": "gift", "instructions": "What was given?",
+     "choices": [{"value": "kite"}, {"value": "river", "description": "water"}]},
+    {"type": "score", "name": "joy", "instructions": "How glad is the owl?",
+     "levels": [{"label": "sad"}, {"label": "glad"}, {"label": "overjoyed"}]},
+]  # fmt: skip
+"""Decisions of every kind, as they are sent."""
 HTTP = httpx.Client(timeout=60, verify=False)
 """Reading the certificates of the web for every request would take longer than the requests."""
 

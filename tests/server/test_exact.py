@@ -26,7 +26,7 @@ from llamita.storage import files, model_directory
 from llamita.workflows.classify import Classifier
 from llamita.workflows.decisions import decide
 from llamita.workflows.questions import Choice, Option, Predicate, Score
-from tests.server.clients import events, post, random_model, serve, small_tokenizer
+from tests.server.clients import QUESTIONS, events, post, random_model, serve, small_tokenizer
 from tests.server.openai_peer import answered
 
 TEXTS = [
@@ -37,13 +37,6 @@ TEXTS = [
     "User: 12{}",
 ]
 TOKENS = 12
-QUESTIONS: list[Any] = [
-    {"type": "predicate", "name": "kind", "instructions": "Is the fox kind?"},
-    {"type": "choice", "name": "gift", "instructions": "What was given?",
-     "choices": [{"value": "kite"}, {"value": "river", "description": "water"}]},
-    {"type": "score", "name": "joy", "instructions": "How glad is the owl?",
-     "levels": [{"label": "sad"}, {"label": "glad"}, {"label": "overjoyed"}]},
-]  # fmt: skip
 LOADED: dict[str, Any] = {"backend": "torch", "device": "cpu", "dtype": "auto", "threads": 1, "exact": True}
 WRITTEN = {"max_tokens": TOKENS, "ignore_eos": True}
 ASKED: dict[str, tuple[str, dict[str, Any]]] = {

@@ -21,17 +21,10 @@ from llamita.model.lora import Adapter, LoraSettings, adapter_shapes
 from llamita.server.model import ServedModel, serve_model
 from llamita.workflows.decisions import decide
 from llamita.workflows.questions import Answer, Choice, Labels, Option, Predicate, Score
-from tests.server.clients import HTTP, post, random_model, serve, small_tokenizer
+from tests.server.clients import HTTP, QUESTIONS, post, random_model, serve, small_tokenizer
 from tests.server.openai_peer import async_client, client, same_scores
 
 TEXTS = ["The fox gave the owl a red kite.", "Où est l'élève?", "🦙"]
-QUESTIONS: list[Any] = [
-    {"type": "predicate", "name": "kind", "instructions": "Is the fox kind?"},
-    {"type": "choice", "name": "gift", "instructions": "What was given?",
-     "choices": [{"value": "kite"}, {"value": "river", "description": "water"}]},
-    {"type": "score", "name": "joy", "instructions": "How glad is the owl?",
-     "levels": [{"label": "sad"}, {"label": "glad"}, {"label": "overjoyed"}]},
-]  # fmt: skip
 
 
 def aliased(pooling: Pooling = "mean") -> ServedModel:

@@ -13,14 +13,11 @@ from llamita.data.prepare import PrepareConfig, prepare
 from llamita.data.shards import TokenShards, load_tokenizer
 from llamita.storage import model_directory
 from llamita.training import metrics
-from llamita.training.config import with_options
 from llamita.training.run_directory import read_manifest
 from llamita.workflows.options import resolve
-from llamita.workflows.pretrain import PretrainConfig, make_examples, mixture_weights, pretrain
-from tests.training.helpers import Altered, Silence, prepare_stories, timeless, weights_of
-from tests.workflows.test_pretrain import settings
-
-backend = Altered()
+from llamita.workflows.pretrain import PretrainConfig, make_examples, mixture_weights
+from tests.training.helpers import prepare_stories
+from tests.workflows.test_pretrain import assert_resumed_exactly, backend, run, settings
 
 
 @pytest.fixture(scope="module")
@@ -41,25 +38,12 @@ def load_stories(data: Path) -> list[str]:
     return [tokenizer.decode(shards.document(number)) for number in range(shards.num_documents)]
 
 
-def run(config):
-    return pretrain(config, backend, display=Silence())
-
-
 @pytest.mark.parametrize("mode", ["pack", "best-fit"])
 def test_a_run_says_what_it_read_and_resumes_exactly(tmp_path, places, mode):
     whole = settings(tmp_path / "whole", places, weights=(3, 1), mode=mode, checkpoint_every=3, within_documents=True)
     run(whole)
 
-    class Stop(Silence):
-        def update(self, record):
-            if record["step"] == 8:
-                raise RuntimeError("stopped")
-
-    with pytest.raises(RuntimeError):
-        pretrain(with_options(whole, output=tmp_path / "broken"), backend, display=Stop())
-    run(resolve(PretrainConfig, output=tmp_path / "broken", resume=True))
-    assert weights_of(tmp_path / "whole/last") == weights_of(tmp_path / "broken/last")
-    assert timeless(tmp_path / "whole") == timeless(tmp_path / "broken")
+    assert_resumed_exactly(whole, tmp_path / "broken")
     updates = [line for line in metrics.read_records(tmp_path / "whole/metrics.jsonl") if line["kind"] == "train"]
     assert [line["rows/data"] + line["rows/reversed"] for line in updates] == [4 * step for step in range(1, 13)]
     assert updates[-1]["rows/data"] > updates[-1]["rows/reversed"] > 0

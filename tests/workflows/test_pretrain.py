@@ -59,6 +59,21 @@ def run(config, **options):
     return pretrain(config, backend, display=Silence(), **options)
 
 
+def assert_resumed_exactly(whole, broken):
+    """Makes the run that `whole` made once more in `broken`, stopped after eight updates, and compares both."""
+
+    class Stop(Silence):
+        def update(self, record):
+            if record["step"] == 8:
+                raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError):
+        pretrain(with_options(whole, output=broken), backend, display=Stop())
+    run(resolve(PretrainConfig, output=broken, resume=True))
+    assert weights_of(whole.run.output / "last") == weights_of(broken / "last")
+    assert timeless(whole.run.output) == timeless(broken)
+
+
 def test_a_run_from_prepared_data(tmp_path, data):
     seen = []
     result = run(settings(tmp_path / "run", data), on_evaluation=seen.append, floor=0.5)
@@ -102,16 +117,7 @@ def test_resumed_by_its_directory_alone(tmp_path, data, mode):
     whole = settings(tmp_path / "whole", data, mode=mode, checkpoint_every=3)
     run(whole)
 
-    class Stop(Silence):
-        def update(self, record):
-            if record["step"] == 8:
-                raise RuntimeError("stopped")
-
-    with pytest.raises(RuntimeError):
-        pretrain(with_options(whole, output=tmp_path / "broken"), backend, display=Stop())
-    run(resolve(PretrainConfig, output=tmp_path / "broken", resume=True))
-    assert weights_of(tmp_path / "whole/last") == weights_of(tmp_path / "broken/last")
-    assert timeless(tmp_path / "whole") == timeless(tmp_path / "broken")
+    assert_resumed_exactly(whole, tmp_path / "broken")
     assert (tmp_path / "whole/samples.txt").read_text() == (tmp_path / "broken/samples.txt").read_text()
 
 

@@ -11,15 +11,13 @@ written in one step, after the disk has what it speaks of. Knows nothing of what
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llamita.storage import files
+from llamita.storage import files, locks
 
 JOURNAL, LOCK = "journal.json", ".lock"
 
@@ -53,7 +51,9 @@ def unfinished(output: Path, identity: Mapping[str, Any], resume: bool, overwrit
         raise FileNotFoundError(f"there is no unfinished preparation of {output}; leave --resume out to begin one")
     output.parent.mkdir(parents=True, exist_ok=True)
     place.mkdir(exist_ok=True)
-    with _locked(place, output):
+    with locks.held(
+        place / LOCK, lambda _: f"another process is preparing {output}; wait for it, or choose another --output"
+    ):
         work = Unfinished(place, identity)
         if (place / JOURNAL).is_file():
             if resume:
@@ -103,19 +103,3 @@ def _empty(place: Path) -> None:
     for entry in place.iterdir():
         if entry.name != LOCK:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-
-
-@contextlib.contextmanager
-def _locked(place: Path, output: Path) -> Iterator[None]:
-    """Hold the lock; the system lets go of it when the process ends, however it ends."""
-    descriptor = os.open(place / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f"another process is preparing {output}; wait for it, or choose another --output"
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)

@@ -99,7 +99,8 @@ def training_memory(config: ModelConfig, update: Update) -> TrainingMemory:
     """Returns the memory of an update: float32 weights, gradients and moments, products in `update.precision`."""
     rows = parameter_table(config)
     weights = FLOAT32 * sum(_size(row, update) for row in rows) // update.sharding.splits
-    moments = FLOAT32 * sum(_size(row, update) * _moments(row, update) for row in rows) // update.sharding.splits
+    moments = FLOAT32 * sum(_size(row, update) * moments_of(row, update.optimizer) for row in rows)
+    moments //= update.sharding.splits
     layers, again = config.num_hidden_layers, update.recomputed
     block, residual = block_bytes(config, update), update.tokens * FLOAT32 * config.hidden_size
     kept = (layers - again) * block + again * residual + 2 * residual  # and the input and output of the last norm
@@ -192,17 +193,17 @@ def head_bytes(config: ModelConfig, update: Update) -> int:
     return p * chunk * V + max(softmax, product) + capped + gradient + low + states
 
 
+def moments_of(row: Parameter, optimizer: Literal["adamw", "muon"]) -> int:
+    """Returns how many numbers the optimiser keeps for each of a parameter: Muon one for a block's matrices."""
+    return 1 if optimizer == "muon" and _in_block(row) and len(row.shape) == 2 else 2
+
+
 # --- the table of parameters -----------------------------------------------------------------------------------------
 
 
 def _size(row: Parameter, update: Update) -> int:
     """Returns the numbers of a parameter on one device of those that share its matrix."""
     return row.size // (update.sharding.tensor_parallel if row.shard_axis is not None else 1)
-
-
-def _moments(row: Parameter, update: Update) -> int:
-    """Returns how many numbers the optimiser keeps for each of a parameter: Muon one for a block's matrices."""
-    return 1 if update.optimizer == "muon" and row.name.startswith("model.layers.") and len(row.shape) == 2 else 2
 
 
 def _in_block(row: Parameter) -> bool:

@@ -13,11 +13,9 @@ passed over. Knows nothing of frameworks or of how a run goes on.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -27,7 +25,7 @@ from llamita.backend.group import ALONE, Group
 from llamita.backend.muon import MuonSettings
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
-from llamita.storage import files, model_directory
+from llamita.storage import files, locks, model_directory
 from llamita.training import record
 
 FORMAT = 1
@@ -37,7 +35,6 @@ LAST, BEST = "last", "best"
 LOCK = ".lock"
 LATER_OPTIONS = {"training.optimizer": "adamw"} | {f"training.{key}": on for key, on in asdict(MuonSettings()).items()}
 """Keys of an identity that older versions did not write, with what stands for that."""
-PATIENCE = 0.2  # seconds: whoever asks `is_running` holds the lock for a moment
 
 
 @dataclass(frozen=True)
@@ -417,49 +414,18 @@ def _hashes(directory: Path) -> dict[str, str]:
 # --- the lock --------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds RUN/.lock; ValueError, naming the process, where another one does.
+def _locked(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Holds RUN/.lock; ValueError, naming the process, where another one does."""
 
-    The system locks it, and lets go of it when the process ends, however it ends.
-    """
-    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        if not _try_lock(descriptor):
-            holder = os.read(descriptor, 32).decode(errors="replace").strip()
-            raise ValueError(
-                f"{path} is in use by another training run (process {holder or 'unknown'}); "
-                "wait for it to end, or choose another --output"
-            )
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
+    def refusal(holder: str) -> str:
+        return (
+            f"{path} is in use by another training run (process {holder}); wait for it to end, or choose another "
+            "--output"
+        )
+
+    return locks.held(path / LOCK, refusal)
 
 
 def is_running(path: Path) -> bool:
     """Returns whether a process trains in this directory now; asking takes no right to write."""
-    try:
-        descriptor = os.open(path / LOCK, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back by the close
-        return False
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    end = time.monotonic() + PATIENCE
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError:
-            if time.monotonic() > end:
-                return False
-            time.sleep(PATIENCE / 10)
+    return locks.is_held(path / LOCK)

@@ -15,7 +15,7 @@ from llamita.model.devices import UTILIZATION, gpu
 from llamita.model.parameters import parameter_table
 from llamita.model.scaling import TOKENS_PER_PARAMETER
 from llamita.model.sizes import count_parameters, flops_per_token
-from llamita.model.training_memory import Sharding, TrainingMemory, Update, training_memory
+from llamita.model.training_memory import Sharding, TrainingMemory, Update, moments_of, training_memory
 
 GB = 1e9
 SPARE = 0.05
@@ -220,19 +220,12 @@ def _speed(options: PlanConfig, flops: float, peak_flops: Callable[[], float]) -
 
 def _disk(config: ModelConfig, options: PlanConfig, tokens: int) -> Disk:
     """Token ids take two bytes up to 65,536 of them, else four; a checkpoint holds float32 weights and moments."""
-    numbers = sum(
-        row.size * (2 if options.optimizer == "muon" and _of_muon(row.name, row.shape) else 3)
-        for row in parameter_table(config)
-    )
+    numbers = sum(row.size * (1 + moments_of(row, options.optimizer)) for row in parameter_table(config))
     return Disk(
         tokens=tokens * (2 if config.vocab_size <= 2**16 else 4),
         checkpoint=4 * numbers,
         checkpoints=4 * numbers * (options.keep_checkpoints + 1),
     )
-
-
-def _of_muon(name: str, shape: tuple[int, ...]) -> bool:
-    return name.startswith("model.layers.") and len(shape) == 2
 
 
 def _advice(

@@ -20,29 +20,25 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from llamita.backend.adamw import AdamWSettings
 from llamita.backend.group import ParallelSettings, share
-from llamita.backend.interface import LossSums, Precision, Recompute, Saving, StepMetrics
-from llamita.backend.muon import MuonSettings
-from llamita.backend.objectives import NextToken, Objective
+from llamita.backend.interface import LossSums, Saving
+from llamita.backend.objectives import NextToken
 from llamita.backend.torch.infer.runner import TorchRunner
 from llamita.backend.torch.model import weights
 from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.model.llama import Attention, Llama
 from llamita.backend.torch.train import divided_model, shards
 from llamita.backend.torch.train import group as groups
-from llamita.backend.torch.train.adamw import clipping_scale
 from llamita.backend.torch.train.group import TENSOR, TorchGroup, others_present
 from llamita.backend.torch.train.losses import chunked_cross_entropy
 from llamita.backend.torch.train.objectives import Hidden, LossOutput, TensorBatch
-from llamita.backend.torch.train.scorer import choose, to_device
+from llamita.backend.torch.train.scorer import to_device
 from llamita.backend.torch.train.sharded import local, whole
 from llamita.backend.torch.train.step import TorchTrainStep
-from llamita.backend.train_step import count_targets, step_seed
+from llamita.backend.train_step import step_seed
 from llamita.data.batches import IGNORE_INDEX, Batch
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
-from llamita.model.lora import LoraSettings
 from llamita.model.parameters import InitializationName, check_arrays, initialize_parameters
 
 
@@ -76,45 +72,32 @@ class DistributedTrainStep(TorchTrainStep):
         with others_present():
             return DistributedDataParallel(hooked, gradient_as_bucket_view=True)
 
-    def step(self, micro_batches: Sequence[Batch], learning_rate: float, loss_limit: float = math.inf) -> StepMetrics:
-        """Makes one update from the mean loss over the targets of all processes' rows; these are this one's."""
-        own_targets = sum(batch.num_targets for batch in micro_batches)
-        targets = round(self.group.sums([own_targets])[0]) // self._team
-        if not targets:
-            count_targets(micro_batches)
-        self.forget_gradients()
-        nats: list[Tensor] = []
-        sums: list[dict[str, Tensor]] = []
-        with self.random_numbers_of_step(), others_present():
-            for i, batch in enumerate(micro_batches):
-                last = i == len(micro_batches) - 1
-                with self._gradients_summed(last):
-                    output = self._hooked(lambda batch=batch: self.loss(to_device(batch, self.device), training=True))
-                    # The processes' gradients are averaged, and are to be added.
-                    (output.nats * (self.group.data_size / targets)).backward()
-                nats.append(output.nats.detach())
-                sums.append(dict(output.measures))
+    def _count_targets(self, micro_batches: Sequence[Batch]) -> int:
+        own = sum(batch.num_targets for batch in micro_batches)
+        return round(self.group.sums([own])[0]) // self._team or super()._count_targets(micro_batches)
+
+    def _add_gradients(self, batch: Batch, targets: int, last: bool) -> LossOutput:
+        with others_present(), self._gradients_summed(last):
+            output = self._hooked(lambda: self.loss(to_device(batch, self.device), training=True))
+            # The processes' gradients are averaged, and are to be added.
+            (output.nats * (self.group.data_size / targets)).backward()
+        return LossOutput(output.nats.detach(), output.measures)
+
+    def _sums_and_norm(self, sums: Sequence[Tensor]) -> list[float]:
+        with others_present():
             self._finish_gradients()
-            names = list(sums[0])
-            squares = self._squared_norm()
-            own = torch.stack([*nats, *(value for found in sums for value in found.values()), squares]).tolist()
-        faulty = tuple(i for i, value in enumerate(own[: len(nats)]) if not math.isfinite(value))
-        rest = own[len(nats) : -1]
-        measures = [sum(rest[i :: len(names)]) for i in range(len(names))]
-        *totals, square = self.group.sums([sum(own[: len(nats)]), *measures, own[-1]])
-        shared = self._shares_loss
-        loss, *means = (total / targets / (1 if shared else self._team) for total in totals)
-        measures_of_all = dict(zip(names, means, strict=True))
-        metrics = StepMetrics(loss, math.sqrt(square), targets, faulty, measures_of_all, loss_limit)
-        if metrics.is_update:
-            self.optimizer.step(learning_rate, clipping_scale(metrics.grad_norm, self.max_grad_norm))
-        self.forget_gradients()
-        return metrics
+        *totals, square = self.group.sums(torch.stack([*sums, self._squared_norm()]).tolist())
+        return [*(total / self._repeats for total in totals), math.sqrt(square)]
 
     @property
     def _shares_loss(self) -> bool:
         """Whether each process of a team takes some positions of the loss; else each computes all of it."""
         return self._team > 1 and isinstance(self.objective, NextToken)
+
+    @property
+    def _repeats(self) -> int:
+        """How often a sum over all processes counts each row's loss."""
+        return 1 if self._shares_loss else self._team
 
     def loss(self, batch: TensorBatch, training: bool) -> LossOutput:
         if not self._shares_loss:
@@ -176,8 +159,7 @@ class DistributedTrainStep(TorchTrainStep):
         with others_present():
             output = self._hooked(lambda: self.loss(to_device(rows, self.device), training=False))
         own = [float(output.nats), *(float(value) for value in output.measures.values())]
-        repeats = 1 if self._shares_loss else self._team
-        nats, *sums = (value / repeats for value in self.group.sums([0.0] * len(own) if is_empty else own))
+        nats, *sums = (value / self._repeats for value in self.group.sums([0.0] * len(own) if is_empty else own))
         return LossSums(nats, batch.num_targets, dict(zip(output.measures, sums, strict=True)))
 
     def log_probs(self, batch: Batch) -> np.ndarray:
@@ -265,54 +247,28 @@ class DistributedTrainStep(TorchTrainStep):
 
 def build_distributed_train_step(
     config: ModelConfig,
-    arrays: Mapping[str, HostArray] | None = None,
-    *,
+    arrays: Mapping[str, HostArray] | None,
     parallel: ParallelSettings,
-    seed: int = 0,
-    initialization: InitializationName = "fan-in",
-    objective: Objective = NextToken(),  # noqa: B008 - it is frozen
-    trainable: Callable[[str], bool] | None = None,
-    adapter: LoraSettings | None = None,
-    optimizer: AdamWSettings | None = None,
-    muon: MuonSettings | None = None,
-    max_grad_norm: float = 0.0,
-    precision: Precision = "auto",
-    device: str = "auto",
-    threads: int = 0,
-    compile: bool | None = None,
-    recompute: Recompute = "none",
+    device: str,
+    initialization: InitializationName,
+    **options: Any,
 ) -> DistributedTrainStep:
     """Joins the processes that were started with this one, and returns its part of a model with its optimiser.
 
-    The other options are those of `build_train_step`, and so is the model: its values do not depend on the processes.
+    `options` are those of `TorchTrainStep`. The values of the model do not depend on the processes.
     """
-    device, chosen = choose(device, precision, threads)
     group = groups.join(parallel, device)
-    hooked: divided_model.Hooked | None = None
+    seed, hooked = options["seed"], None
     if parallel.mode == "ddp" and parallel.tensor_parallel == 1:
         model = weights.build_model(config, arrays, seed=seed, initialization=initialization, device=device)
     else:
-        if adapter is not None:
+        if options["adapter"] is not None:
             raise ValueError("an adapter is trained over a whole model in each process; use --parallel ddp for lora")
         if arrays is not None:
             check_arrays(config, arrays)
-        model, hooked = divided_model.divided_model(config, group, bool(compile))
+        model, hooked = divided_model.divided_model(config, group, options["compile"])
         hooked.to_empty(device=device)
         fresh = initialize_parameters(config, seed, initialization)
         made = ((name, HostArray.from_numpy(array)) for name, array in fresh)
         divided_model.fill(divided_model.divided_state(model), made if arrays is None else arrays.items())
-    return DistributedTrainStep(
-        model,
-        hooked,
-        group,
-        bool(compile),
-        settings=optimizer,
-        muon=muon,
-        objective=objective,
-        trainable=trainable,
-        adapter=adapter,
-        max_grad_norm=max_grad_norm,
-        precision=chosen,
-        seed=seed,
-        recompute=recompute,
-    )
+    return DistributedTrainStep(model, hooked, group, **options)

@@ -102,22 +102,32 @@ class TorchTrainStep(TorchScorer):
 
         A loss above `loss_limit` makes none.
         """
-        targets = count_targets(micro_batches)
+        targets = self._count_targets(micro_batches)
         self.forget_gradients()
-        outputs = []
+        last = len(micro_batches) - 1
         with self.random_numbers_of_step():
-            for batch in micro_batches:
-                output = self.loss(to_device(batch, self.device), training=True)
-                (output.nats / targets).backward()
-                outputs.append((output.nats.detach(), output.measures))
-        norm = global_norm([p.grad for p in self.parameters if p.grad is not None])
-        flat = [value for nats, measures in outputs for value in (nats, *measures.values())]
-        values = torch.stack([*flat, norm]).tolist()  # the one place that waits for the device
-        metrics = step_metrics(values, list(outputs[0][1]), targets, loss_limit)
+            outputs = [self._add_gradients(batch, targets, i == last) for i, batch in enumerate(micro_batches)]
+        sums = [value for output in outputs for value in (output.nats, *output.measures.values())]
+        metrics = step_metrics(self._sums_and_norm(sums), list(outputs[0].measures), targets, loss_limit)
         if metrics.is_update:
             self.optimizer.step(learning_rate, clipping_scale(metrics.grad_norm, self.max_grad_norm))
         self.forget_gradients()
         return metrics
+
+    def _count_targets(self, micro_batches: Sequence[Batch]) -> int:
+        """Returns the targets of the whole update; ValueError where there is none."""
+        return count_targets(micro_batches)
+
+    def _add_gradients(self, batch: Batch, targets: int, last: bool) -> LossOutput:
+        """Adds the gradients of a part of the update, of which it may be the `last`, and returns its sums."""
+        output = self.loss(to_device(batch, self.device), training=True)
+        (output.nats / targets).backward()
+        return LossOutput(output.nats.detach(), output.measures)
+
+    def _sums_and_norm(self, sums: Sequence[Tensor]) -> list[float]:
+        """Returns the numbers that the device holds, and the norm of the gradient: the one wait for it."""
+        norm = global_norm([p.grad for p in self.parameters if p.grad is not None])
+        return torch.stack([*sums, norm]).tolist()
 
     def diagnose(self, micro_batches: Sequence[Batch]) -> Diagnosis:
         """Returns a look at the update that `step` would make now, and at each row alone; changes nothing."""
@@ -273,41 +283,25 @@ def build_train_step(
     `threads` 0 leaves PyTorch's own choice; precision "auto" is bf16 where the processor multiplies it; `compile` None
     is false. With `parallel`, this is one of several processes, and the result its part.
     """
+    device, chosen = choose(device, precision, threads)
+    options: dict[str, Any] = {
+        "settings": optimizer,
+        "objective": objective,
+        "trainable": trainable,
+        "adapter": adapter,
+        "muon": muon,
+        "max_grad_norm": max_grad_norm,
+        "precision": chosen,
+        "seed": seed,
+        "compile": bool(compile),
+        "recompute": recompute,
+    }
     if parallel is not None:
         from llamita.backend.torch.train.distributed import build_distributed_train_step
 
-        return build_distributed_train_step(
-            config,
-            arrays,
-            parallel=parallel,
-            seed=seed,
-            initialization=initialization,
-            objective=objective,
-            trainable=trainable,
-            adapter=adapter,
-            optimizer=optimizer,
-            muon=muon,
-            max_grad_norm=max_grad_norm,
-            precision=precision,
-            device=device,
-            threads=threads,
-            compile=compile,
-            recompute=recompute,
-        )
-    device, chosen = choose(device, precision, threads)
-    return TorchTrainStep(
-        weights.build_model(config, arrays, seed=seed, initialization=initialization, device=device),
-        optimizer,
-        objective=objective,
-        trainable=trainable,
-        adapter=adapter,
-        muon=muon,
-        max_grad_norm=max_grad_norm,
-        precision=chosen,
-        seed=seed,
-        compile=bool(compile),
-        recompute=recompute,
-    )
+        return build_distributed_train_step(config, arrays, parallel, device, initialization, **options)
+    model = weights.build_model(config, arrays, seed=seed, initialization=initialization, device=device)
+    return TorchTrainStep(model, **options)
 
 
 def read_shards(directory: Path) -> tuple[dict[str, HostArray], dict[str, HostArray]]:
