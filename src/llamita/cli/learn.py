@@ -99,7 +99,7 @@ def start(config: StartConfig) -> None:
 
     chosen = track.find(config.track)
     chosen.solutions(config.framework)
-    if config.model is None and not config.directory.exists():
+    if config.model is None and chosen.model != "none" and not config.directory.exists():
         print(f"training a small model on stories for {config.model_steps} steps; --model takes one that you have")
     tools = Tools(load_backend("torch"), read_pickle, write_pickle)
     course.start(config.directory, chosen, config.framework, config.model, config.model_steps, tools)
@@ -145,7 +145,7 @@ def show_next(config: NextConfig) -> None:
             print(opened.track.lesson(result.lesson).text)
             print("\n".join(lines_of(result)))
             return
-    print("all checks pass; run_llama.py uses what you have written, and docs/tour.md leads through Llamita's own code")
+    print(f"all checks pass; {opened.track.end}")
 
 
 def show(config: ShowConfig) -> None:

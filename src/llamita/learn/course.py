@@ -17,12 +17,13 @@ from llamita.storage.files import atomic_directory
 from llamita.storage.formats.checkpoints import to_training_checkpoint
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.training.run_directory import LAST
-from llamita.workflows.convert import ConvertConfig, Tools, read_model
+from llamita.workflows.convert import ConvertConfig, Tools, convert, read_model
 from llamita.workflows.pretrain import pretrain
 from llamita.workflows.quickstart import QuickstartConfig, training_options
 
 COURSE_FILE = "course.json"
 MODEL_FILE = "stories.pt"
+MODEL_DIRECTORY = "model"
 SANITY_FILE = "sanity_check.npz"
 
 
@@ -40,11 +41,13 @@ def start(directory: Path, track: Track, framework: str, model: Path | None, ste
 
     The model is a copy of `model`, of any kind that `llamita convert` reads, or one that is trained here on Meadow's
     stories for so many steps. FileExistsError where the directory exists; ValueError for a model that the course's
-    Llama cannot hold.
+    Llama cannot hold, and for a model where the track has none.
     """
     files = track.skeletons(framework)
     if steps < 1:
         raise ValueError(f"model_steps={steps} must be at least 1")
+    if model is not None and track.model == "none":
+        raise ValueError(f"{track.name} needs no model; leave --model out")
     with atomic_directory(directory) as folder:
         for name, text in files.items():
             (folder / name).write_text(text, "utf-8")
@@ -53,10 +56,10 @@ def start(directory: Path, track: Track, framework: str, model: Path | None, ste
             (folder / "lessons" / f"{number}-{lesson.name}.md").write_text(lesson.text, "utf-8")
         (folder / COURSE_FILE).write_text(json.dumps({"track": track.name, "framework": framework}) + "\n", "utf-8")
         if model is not None:
-            _write_model(folder, model, tools)
-        else:
+            _write_model(folder, model, track, tools)
+        elif track.model != "none":
             with tempfile.TemporaryDirectory(prefix="llamita-learn-") as temporary:
-                _write_model(folder, _trained(Path(temporary), steps, tools), tools)
+                _write_model(folder, _trained(Path(temporary), steps, tools), track, tools)
     return Course(directory, track, framework)
 
 
@@ -88,8 +91,11 @@ def _trained(directory: Path, steps: int, tools: Tools) -> Path:
     return run / LAST
 
 
-def _write_model(folder: Path, source: Path, tools: Tools) -> None:
+def _write_model(folder: Path, source: Path, track: Track, tools: Tools) -> None:
     """Writes a model as the course reads it, its tokenizer, and its logits and last hidden states on fixed tokens."""
+    if track.model == "directory":
+        convert(source, folder / MODEL_DIRECTORY, ConvertConfig(), tools)
+        return
     _, model = read_model(source, ConvertConfig(), tools)
     tools.write_pickle(folder / MODEL_FILE, to_training_checkpoint(model, "course"))
     if model.tokenizer is not None:

@@ -45,8 +45,9 @@ class Grader:
         self.solutions: Sources = {
             path.stem: (path, path.read_text("utf-8")) for path in sorted((track / framework).glob("*.py"))
         }
-        own = {path.stem: (path, path.read_text("utf-8")) for path in sorted(track.glob("*.py"))}
-        tables = assembled(own, list(own))
+        files = [*track.glob("*.py"), *(track / framework / "grader").glob("*.py")]
+        own = {path.stem: (path, path.read_text("utf-8")) for path in sorted(files)}
+        tables = assembled(own, ["checks", "mistakes"])
         self.checks: dict[str, Check] = {check.name: check for check in tables.checks.CHECKS}
         self.mistakes: Sequence[Mistake] = tables.mistakes.MISTAKES
         self.exercises = {check.file for check in self.checks.values()}

@@ -2,9 +2,11 @@
 
 A track is a folder under tracks/ and needs no other file to be changed:
 
-    track.toml          title, frameworks, and the lessons in order: name, title, file, names of checks
+    track.toml          title, frameworks, the model that a folder is begun with, what to do at the end, and the lessons
+                        in order: name, title, file, names of checks
     lessons/NAME.md     the text of each lesson; links to PACKAGE/... lead to the installed library's files
     FRAMEWORK/          the reader's files with solutions in them, between "# to do: ..." and "# done"
+    FRAMEWORK/grader/   modules that the two below import by their names, where frameworks differ
     checks.py           CHECKS: what each lesson runs (checking.py says what a check is)
     mistakes.py         MISTAKES: changes to the solutions, and what they are called
 
@@ -15,6 +17,7 @@ import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TRACKS = PACKAGE / "learn" / "tracks"
@@ -44,6 +47,10 @@ class Track:
     frameworks: tuple[str, ...]
     lessons: tuple[Lesson, ...]
     directory: Path
+    model: Literal["course", "directory", "none"]
+    """The model that a folder is begun with: a course's stories.pt, a model directory, or none."""
+    end: str
+    """What there is to do once all checks pass."""
 
     def lesson(self, name: str) -> Lesson:
         """Returns a lesson by its name; ValueError names those that there are."""
@@ -80,7 +87,8 @@ def find(name: str) -> Track:
         )
         for entry in content["lessons"]
     )
-    return Track(name, content["title"], tuple(content["frameworks"]), lessons, directory)
+    frameworks, model = tuple(content["frameworks"]), content["model"]
+    return Track(name, content["title"], frameworks, lessons, directory, model, content["end"])
 
 
 def names() -> list[str]:
