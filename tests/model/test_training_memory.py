@@ -1,4 +1,4 @@
-"""The planned memory beside what PyTorch holds, and its behaviour under recomputation, precision and sharding."""
+"""The planned memory beside what PyTorch holds, and its behaviour under recomputation, precision and parallel devices."""
 
 import dataclasses
 import importlib.util
@@ -11,7 +11,7 @@ import torch
 
 from llamita.backend.torch.train.step import build_train_step
 from llamita.model.presets import preset
-from llamita.model.training_memory import Sharding, Update, block_bytes, training_memory
+from llamita.model.training_memory import Parallelism, Update, block_bytes, training_memory
 from tests.backend.models import small
 
 CONFIG = small(num_hidden_layers=4, hidden_size=64, intermediate_size=192, num_attention_heads=4, num_key_value_heads=4)
@@ -89,12 +89,12 @@ def test_recomputation_rows_and_precision_move_it_the_right_way(device):
     assert training_memory(config, dataclasses.replace(update, micro_batches=2)).total >= whole
 
 
-def test_sharding_divides():
+def test_parallel_devices_divide():
     config = preset("llama-2-7b")
     alone = training_memory(config, Update(1, 1024))
-    ddp = training_memory(config, Update(1, 1024, sharding=Sharding(8, "ddp")))
-    fsdp = training_memory(config, Update(1, 1024, sharding=Sharding(8, "fsdp")))
-    tensor = training_memory(config, Update(1, 1024, sharding=Sharding(8, "ddp", 8)))
+    ddp = training_memory(config, Update(1, 1024, parallel=Parallelism(8, "ddp")))
+    fsdp = training_memory(config, Update(1, 1024, parallel=Parallelism(8, "fsdp")))
+    tensor = training_memory(config, Update(1, 1024, parallel=Parallelism(8, "ddp", 8)))
     assert ddp == alone
     assert fsdp.optimizer == alone.optimizer // 8
     assert alone.optimizer / 8 < tensor.optimizer < alone.optimizer / 7.9  # norms are on every device

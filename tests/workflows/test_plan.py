@@ -1,6 +1,7 @@
 """`llamita plan`: rows that fit, advice that holds, time and disk by hand, what is printed and what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -36,10 +37,25 @@ def test_advice_is_true():
     plan = planned(config, gpus=8, gpu="h100", batch_size=64)
     assert not plan.fits
     assert plan.micro_batch_size == 0
-    assert any("--sharding fsdp" in text and "which fits" in text for text in plan.advice)
-    assert planned(config, gpus=8, gpu="h100", batch_size=64, sharding="fsdp", recompute="all").fits
+    assert any("--parallel fsdp" in text and "which fits" in text for text in plan.advice)
+    assert planned(config, gpus=8, gpu="h100", batch_size=64, parallel="fsdp", recompute="all").fits
     assert not any("recompute all" in text and "which fits" in text for text in plan.advice)
     assert not planned(config, gpus=8, gpu="h100", batch_size=64, recompute="all").fits
+
+
+def test_a_vocabulary_that_the_cards_do_not_divide_is_planned_as_it_is_trained():
+    """Training cuts it unevenly (tests/backend/torch/train/test_distributed.py has one of 61); the largest part counts."""
+    even, odd = (planned(preset("tiny", vocab_size=size), gpus=2, tensor_parallel=2) for size in (32_000, 31_999))
+    assert even.memory.weights == odd.memory.weights
+    assert even.memory.optimizer == odd.memory.optimizer
+    assert planned(preset("tiny", vocab_size=31_998), gpus=2, tensor_parallel=2).memory.weights < odd.memory.weights
+
+
+def test_a_norm_over_all_heads_is_refused_as_in_training():
+    config = replace(preset("tiny"), query_key_norm=True, norm_all_heads=True)
+    assert planned(config, gpus=2).memory.total
+    with pytest.raises(ValueError, match="a norm over all heads at once is not divided between processes"):
+        planned(config, gpus=2, tensor_parallel=2)
 
 
 def test_time_and_disk_by_hand():
@@ -71,7 +87,7 @@ def test_a_processor_is_asked_for_its_memory_and_its_speed():
     ("options", "message"),
     [
         ({"gpus": 3, "tensor_parallel": 2}, "gpus=3 must be a multiple of tensor_parallel=2"),
-        ({"gpus": 5, "tensor_parallel": 5}, "tensor_parallel=5 does not divide the model's num_attention_heads=4"),
+        ({"gpus": 5, "tensor_parallel": 5}, "tensor_parallel=5 must divide num_attention_heads=4"),
         ({"gpus": 3}, "batch_size=16 must be a multiple of the 3 replicas"),
         ({"gpu": "abacus"}, "no graphics card named 'abacus'"),
         ({"sequence_length": 512}, "sequence_length=512 is longer than the model's 256"),

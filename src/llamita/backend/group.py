@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 from llamita.data.batches import Batch
+from llamita.model.config import ModelConfig
 
 Result = TypeVar("Result")
 ParallelName = Literal["ddp", "fsdp"]
@@ -83,6 +84,20 @@ ALONE: Group = Alone()
 def share(batch: Batch, group: Group) -> Batch:
     """Returns this process's rows of a batch: every `data_size`-th one, so that all get rows of every length."""
     return batch if group.data_size == 1 else batch.rows(slice(group.data_rank, None, group.data_size))
+
+
+def check_tensor_parallel(config: ModelConfig, processes: int) -> None:
+    """ValueError, in one line, where that many processes cannot share each matrix of a model.
+
+    Attention heads and the feed-forward width are cut evenly; of the vocabulary one process may hold fewer rows.
+    """
+    if processes == 1:
+        return
+    if config.norm_all_heads:
+        raise ValueError("a norm over all heads at once is not divided between processes; use --tensor-parallel 1")
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(config, name) % processes:
+            raise ValueError(f"tensor_parallel={processes} must divide {name}={getattr(config, name)}")
 
 
 def check_batch_size(batch_size: int, group: Group) -> None:

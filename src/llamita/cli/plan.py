@@ -44,7 +44,7 @@ def run(verb: PlanVerb) -> int:
 
     Examples:
       llamita plan stories-110m --gpu a100-40gb --tokens 2e9
-      llamita plan llama-3.2-1b --gpus 8 --gpu h100 --sharding fsdp --recompute all --batch-size 64
+      llamita plan llama-3.2-1b --gpus 8 --gpu h100 --parallel fsdp --recompute all --batch-size 64
       llamita plan stories-15m --device cpu --memory 4 --batch-size 8 --sequence-length 256
       llamita plan --depth 12 --gpu h100
 

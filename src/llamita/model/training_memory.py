@@ -32,7 +32,7 @@ that size. Measured with mallinfo2 after forward passes of models of 6 and 16 bl
 
 
 @dataclass(frozen=True)
-class Sharding:
+class Parallelism:
     """How a training is spread: `tensor_parallel` devices share each matrix, `gpus` over that are the replicas.
 
     `fsdp` also splits weights, gradients and moments over the replicas (Rajbhandari et al. 2020, arXiv:1910.02054,
@@ -40,7 +40,7 @@ class Sharding:
     """
 
     gpus: int = 1
-    kind: Literal["ddp", "fsdp"] = "ddp"
+    mode: Literal["ddp", "fsdp"] = "ddp"
     tensor_parallel: int = 1
 
     @property
@@ -50,7 +50,7 @@ class Sharding:
     @property
     def splits(self) -> int:
         """Returns over how many replicas weights are split."""
-        return self.replicas if self.kind == "fsdp" else 1
+        return self.replicas if self.mode == "fsdp" else 1
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Update:
     """Parts that an update is computed in: from the second on, gradients are there from the start."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     device: Literal["cpu", "cuda"] = "cuda"
-    sharding: Sharding = field(default_factory=Sharding)
+    parallel: Parallelism = field(default_factory=Parallelism)
 
     @property
     def tokens(self) -> int:
@@ -98,16 +98,16 @@ class TrainingMemory:
 def training_memory(config: ModelConfig, update: Update) -> TrainingMemory:
     """Returns the memory of an update: float32 weights, gradients and moments, products in `update.precision`."""
     rows = parameter_table(config)
-    weights = FLOAT32 * sum(_size(row, update) for row in rows) // update.sharding.splits
+    weights = FLOAT32 * sum(_size(row, update) for row in rows) // update.parallel.splits
     moments = FLOAT32 * sum(_size(row, update) * moments_of(row, update.optimizer) for row in rows)
-    moments //= update.sharding.splits
+    moments //= update.parallel.splits
     layers, again = config.num_hidden_layers, update.recomputed
     block, residual = block_bytes(config, update), update.tokens * FLOAT32 * config.hidden_size
     kept = (layers - again) * block + again * residual + 2 * residual  # and the input and output of the last norm
     casts = _cast_bytes(rows, update)
     unsharded = _gathered_bytes(rows, config, update)
     head = head_bytes(config, update)
-    block_gradients = _block_parameters(rows, update) * FLOAT32 // update.sharding.splits
+    block_gradients = _block_parameters(rows, update) * FLOAT32 // update.parallel.splits
     head_gradients = _size_of_head(rows, config, update) * FLOAT32
     backward = _backward_bytes(config, rows, update)
     carried = weights if update.micro_batches > 1 else 0
@@ -125,7 +125,7 @@ def training_memory(config: ModelConfig, update: Update) -> TrainingMemory:
     moments_of_update = [memory("at the loss", carried, kept + casts, head, 0)]
     for done in range(layers + 1):
         share = (layers - done) / layers
-        gradients = min(weights, (carried or head_gradients // update.sharding.splits + done * block_gradients))
+        gradients = min(weights, (carried or head_gradients // update.parallel.splits + done * block_gradients))
         left = int((kept + casts - 2 * residual) * share) + residual
         second = block if again and done < layers else 0  # of the block that is being computed again
         where = "at the end of the backward pass" if done == layers else f"in the backward pass, {done} blocks done"
@@ -139,7 +139,7 @@ def training_memory(config: ModelConfig, update: Update) -> TrainingMemory:
 def block_bytes(config: ModelConfig, update: Update) -> int:
     """Returns the bytes of activations that one block keeps for its backward pass, weights not counted."""
     D, T = config.hidden_size, update.sequence_length
-    k = update.sharding.tensor_parallel
+    k = update.parallel.tensor_parallel
     C, H = config.intermediate_size // k, config.head_dim
     N, K = config.num_attention_heads // k, max(1, config.num_key_value_heads // k)
     p = PRODUCT_BYTES[update.precision]
@@ -169,7 +169,7 @@ def block_bytes(config: ModelConfig, update: Update) -> int:
 
 def released_bytes(config: ModelConfig, update: Update) -> int:
     """Returns the bytes that the forward pass of one block allocates and lets go again."""
-    k = update.sharding.tensor_parallel
+    k = update.parallel.tensor_parallel
     N, K = config.num_attention_heads // k, max(1, config.num_key_value_heads // k)
     H, D, C, p = config.head_dim, config.hidden_size, config.intermediate_size // k, PRODUCT_BYTES[update.precision]
     # Rotation in float32: six products and sums of half the numbers each, and their concatenation.
@@ -182,15 +182,16 @@ def released_bytes(config: ModelConfig, update: Update) -> int:
 
 def head_bytes(config: ModelConfig, update: Update) -> int:
     """Returns the bytes that the loss holds at once: a chunk of logits, and gradients by the head and the states."""
-    D, V = config.hidden_size, config.vocab_size // update.sharding.tensor_parallel
-    p, M = PRODUCT_BYTES[update.precision], update.tokens
+    D, V, k = config.hidden_size, config.vocab_size, update.parallel.tensor_parallel
+    p, M = PRODUCT_BYTES[update.precision], -(-update.tokens // k)  # devices that share matrices share the loss's rows
     chunk = min(M, HEAD_CHUNK)
     softmax = 2 * FLOAT32 * (min(chunk * V, SOFTMAX_NUMBERS) if update.device == "cpu" else chunk * V)
     capped = 3 * FLOAT32 * chunk * V if config.logits_scaling != 1.0 or config.final_logit_softcapping else 0
     gradient, product = FLOAT32 * V * D, p * V * D  # the sum over chunks, and a chunk's own
     low = p * (V * D + M * D) if p == 2 else 0  # the copies of head and states that products read
-    states = FLOAT32 * M * D
-    return p * chunk * V + max(softmax, product) + capped + gradient + low + states
+    states = FLOAT32 * update.tokens * D
+    gathered = FLOAT32 * V * D if k > 1 else 0
+    return p * chunk * V + max(softmax, product) + capped + gradient + low + states + gathered
 
 
 def moments_of(row: Parameter, optimizer: Literal["adamw", "muon"]) -> int:
@@ -203,7 +204,10 @@ def moments_of(row: Parameter, optimizer: Literal["adamw", "muon"]) -> int:
 
 def _size(row: Parameter, update: Update) -> int:
     """Returns the numbers of a parameter on one device of those that share its matrix."""
-    return row.size // (update.sharding.tensor_parallel if row.shard_axis is not None else 1)
+    if row.shard_axis is None:
+        return row.size
+    length = row.shape[row.shard_axis]  # of a vocabulary that is not divided evenly the first device holds the most
+    return row.size // length * -(-length // update.parallel.tensor_parallel)
 
 
 def _in_block(row: Parameter) -> bool:
@@ -228,7 +232,7 @@ def _cast_bytes(rows: tuple[Parameter, ...], update: Update) -> int:
 
 def _gathered_bytes(rows: tuple[Parameter, ...], config: ModelConfig, update: Update) -> int:
     """Returns the bytes that FSDP gathers: two blocks, the one at work and the next, and the gradients of one."""
-    if update.sharding.splits == 1:
+    if update.parallel.splits == 1:
         return 0
     block = _block_parameters(rows, update)
     return PRODUCT_BYTES[update.precision] * 2 * block + FLOAT32 * (block + _size_of_head(rows, config, update))
@@ -236,7 +240,7 @@ def _gathered_bytes(rows: tuple[Parameter, ...], config: ModelConfig, update: Up
 
 def _backward_bytes(config: ModelConfig, rows: tuple[Parameter, ...], update: Update) -> int:
     """Returns the bytes of gradients that pass through a block: of the feed-forward layer, the stream, one matrix."""
-    p, k = PRODUCT_BYTES[update.precision], update.sharding.tensor_parallel
+    p, k = PRODUCT_BYTES[update.precision], update.parallel.tensor_parallel
     largest = max(_size(row, update) for row in rows if _in_block(row))
     flowing = 3 * config.intermediate_size // k * p + 3 * config.hidden_size * FLOAT32
     return update.tokens * flowing + largest * (p + FLOAT32)

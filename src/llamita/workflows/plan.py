@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from llamita.backend.group import ParallelName, check_tensor_parallel
 from llamita.backend.interface import Recompute
 from llamita.backend.train_step import recomputed_layers
 from llamita.model.config import ModelConfig
@@ -15,7 +16,7 @@ from llamita.model.devices import UTILIZATION, gpu
 from llamita.model.parameters import parameter_table
 from llamita.model.scaling import TOKENS_PER_PARAMETER
 from llamita.model.sizes import count_parameters, flops_per_token
-from llamita.model.training_memory import Sharding, TrainingMemory, Update, moments_of, training_memory
+from llamita.model.training_memory import Parallelism, TrainingMemory, Update, moments_of, training_memory
 
 GB = 1e9
 SPARE = 0.05
@@ -53,7 +54,7 @@ class PlanConfig:
     """Memory of a card in GB (10^9 bytes); 0: that of the card named, else 80."""
     memory: float = 0
     """Memory for training on a processor, in GB; 0: all that this machine has free."""
-    sharding: Literal["ddp", "fsdp"] = "ddp"
+    parallel: ParallelName = "ddp"
     """ddp: each card holds all weights; fsdp: weights, gradients and moments are split over the cards."""
     tensor_parallel: int = 1
     """Cards that share each matrix."""
@@ -139,20 +140,20 @@ def make_plan(
     length = options.sequence_length or min(config.max_position_embeddings, 2048)
     if length > config.max_position_embeddings:
         raise ValueError(f"sequence_length={length} is longer than the model's {config.max_position_embeddings}")
-    _check_tensor_parallel(config, options.tensor_parallel)
+    check_tensor_parallel(config, options.tensor_parallel)
     counts = count_parameters(config)
     tokens = int(options.tokens) or TOKENS_PER_PARAMETER * counts.matrices
-    sharding = Sharding(options.gpus, options.sharding, options.tensor_parallel)
+    parallel = Parallelism(options.gpus, options.parallel, options.tensor_parallel)
     batch = options.batch_size or 16
-    if batch % sharding.replicas:
-        raise ValueError(f"batch_size={batch} must be a multiple of the {sharding.replicas} replicas")
+    if batch % parallel.replicas:
+        raise ValueError(f"batch_size={batch} must be a multiple of the {parallel.replicas} replicas")
     steps = max(1, -(-tokens // (batch * length)))
     room = _device_memory(options, free_memory)
     recomputed = len(recomputed_layers(config.num_hidden_layers, options.recompute))
     update = Update(
-        1, length, options.precision, recomputed, 1, options.optimizer, options.device, sharding,
+        1, length, options.precision, recomputed, 1, options.optimizer, options.device, parallel,
     )  # fmt: skip
-    share = batch // sharding.replicas
+    share = batch // parallel.replicas
     if options.micro_batch_size > share:
         raise ValueError(f"micro_batch_size={options.micro_batch_size} is above the {share} rows of one device")
     rows = options.micro_batch_size or rows_that_fit(config, update, share, room)
@@ -184,12 +185,6 @@ def rows_that_fit(config: ModelConfig, update: Update, most: int, room: int) -> 
 
 def _with_rows(update: Update, rows: int, share: int) -> Update:
     return replace(update, rows=rows, micro_batches=-(-share // rows))
-
-
-def _check_tensor_parallel(config: ModelConfig, k: int) -> None:
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
-        if getattr(config, name) % k:
-            raise ValueError(f"tensor_parallel={k} does not divide the model's {name}={getattr(config, name)}")
 
 
 def _device_memory(options: PlanConfig, free_memory: Callable[[], int]) -> int:
@@ -249,16 +244,16 @@ def _advice(
     if chosen.precision == "fp32":
         lower = replace(everything, precision="bf16")
         found.append(f"products in bfloat16: --precision bf16, with that too, needs {total(lower)}")
-    if options.device == "cuda" and options.sharding == "ddp" and chosen.sharding.replicas > 1:
-        split = replace(everything, sharding=replace(chosen.sharding, kind="fsdp"))
-        found.append(f"split what the cards hold: --sharding fsdp, with that too, needs {total(split)} on each")
+    if options.device == "cuda" and options.parallel == "ddp" and chosen.parallel.replicas > 1:
+        split = replace(everything, parallel=replace(chosen.parallel, mode="fsdp"))
+        found.append(f"split what the cards hold: --parallel fsdp, with that too, needs {total(split)} on each")
     if options.device == "cuda":
         for gpus in (2, 4, 8, 16, 32, 64, 128):
             more = replace(
-                everything, sharding=Sharding(gpus * options.tensor_parallel, "fsdp", options.tensor_parallel)
+                everything, parallel=Parallelism(gpus * options.tensor_parallel, "fsdp", options.tensor_parallel)
             )
-            if gpus > chosen.sharding.replicas and training_memory(config, more).total <= room:
-                found.append(f"more cards: --gpus {gpus * options.tensor_parallel} --sharding fsdp needs {total(more)}")
+            if gpus > chosen.parallel.replicas and training_memory(config, more).total <= room:
+                found.append(f"more cards: --gpus {gpus * options.tensor_parallel} --parallel fsdp needs {total(more)}")
                 break
     if options.optimizer == "adamw":
         lean = replace(everything, optimizer="muon")

@@ -25,6 +25,7 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 
+from llamita.backend.group import check_tensor_parallel
 from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.model.layers import FUSED, Adapters
 from llamita.backend.torch.model.llama import Attention, Embedding, Linear, Llama
@@ -81,16 +82,9 @@ def divided_model(config: ModelConfig, group: TorchGroup, compile: bool) -> tupl
 
 def check_divisible(config: ModelConfig, group: TorchGroup) -> None:
     """ValueError, in one line, where the processes of a team cannot divide the model."""
-    team = group.settings.tensor_parallel
     if config.quantization:
         raise ValueError("quantised weights are not divided between processes; use --parallel ddp")
-    if team == 1:
-        return
-    if config.norm_all_heads:
-        raise ValueError("a norm over all heads at once is not divided between processes; use --tensor-parallel 1")
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if getattr(config, name) % team:
-            raise ValueError(f"tensor_parallel={team} must divide {name}={getattr(config, name)}")
+    check_tensor_parallel(config, group.settings.tensor_parallel)
 
 
 def separate(model: Llama) -> None:
