@@ -1,4 +1,4 @@
-"""The order of rows: one batch for any number of processes, exact resuming, epochs, and evaluation windows."""
+"""The order of rows: exact resuming, epochs, and evaluation windows."""
 
 import json
 
@@ -20,46 +20,20 @@ MODES = st.sampled_from(["pad", "pack", "best-fit", "random"])
 SEEDS = st.integers(0, 2**64 - 1)
 
 
-@given(MODES, SEEDS, st.integers(0, 40), st.sampled_from([1, 2, 3, 4, 6, 12]))
-def test_the_ranks_share_the_batch_of_one_process(mode, seed, step, world_size):
+@given(MODES, SEEDS, st.integers(1, 60), st.integers(0, 12), st.booleans())
+def test_resuming_is_exact(mode, seed, batch_size, steps, shuffle):
     rows = make_rows(mode=mode)
-    whole = BatchIterator(rows, 12, seed).batch(step)
-    merged = np.empty_like(whole.tokens_BT)
-    ids = np.empty_like(whole.row_ids)
-    for rank in range(world_size):
-        part = BatchIterator(rows, 12, seed, rank, world_size).batch(step)
-        merged[rank::world_size] = part.tokens_BT
-        ids[rank::world_size] = part.row_ids
-    assert (merged == whole.tokens_BT).all()
-    assert (ids == whole.row_ids).all()
-
-
-@given(MODES, SEEDS, st.integers(1, 60), st.integers(0, 12), st.integers(1, 4), st.booleans())
-def test_resuming_is_exact(mode, seed, batch_size, steps, world_size, shuffle):
-    rows = make_rows(mode=mode)
-    batch_size *= world_size
-    before = BatchIterator(rows, batch_size, seed, world_size - 1, world_size, shuffle)
+    before = BatchIterator(rows, batch_size, seed, shuffle)
     for _ in range(steps):
         before.next()
     state = json.loads(json.dumps(before.state()))
-    after = BatchIterator(rows, batch_size, seed, world_size - 1, world_size, shuffle)
+    after = BatchIterator(rows, batch_size, seed, shuffle)
     after.load_state(state)
     for _ in range(3):
         ours, theirs = before.next(), after.next()
         assert (ours.row_ids == theirs.row_ids).all()
         assert (ours.tokens_BT == theirs.tokens_BT).all()
         assert (ours.labels_BT == theirs.labels_BT).all()
-
-
-def test_resuming_with_another_number_of_processes():
-    rows = make_rows()
-    one = BatchIterator(rows, 4, 0)
-    for _ in range(5):
-        next(one)
-    parts = [BatchIterator(rows, 4, 0, rank, 2) for rank in range(2)]
-    for part in parts:
-        part.load_state(one.state())
-    assert next(one).row_ids.tolist() == np.stack([next(part).row_ids for part in parts], axis=1).reshape(-1).tolist()
 
 
 @given(st.sampled_from(["pad", "pack"]), SEEDS, st.integers(1, 50))
@@ -143,10 +117,8 @@ def test_state_of_another_run_is_refused():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="positive multiple of world_size=2"):
-        BatchIterator(make_rows(), 3, 0, 0, 2)
-    with pytest.raises(ValueError, match="rank=2"):
-        BatchIterator(make_rows(), 4, 0, 2, 2)
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        BatchIterator(make_rows(), 0, 0)
     with pytest.raises(ValueError, match="must not be negative"):
         BatchIterator(make_rows(), 4, -1)
 

@@ -105,18 +105,6 @@ def test_far_sources_have_positive_shares_however_many_there_are():
     assert iterator.counts(10**12)[-1] == round(10**12 * 1e-9 / 40)
 
 
-@given(MODES, st.booleans(), SEEDS, st.integers(0, 300), st.sampled_from([1, 2, 3, 4, 6, 12]))
-def test_the_ranks_share_the_batch_of_one_process(mode, within, seed, step, world_size):
-    rows = make_rows([60, 200], mode, within)
-    whole = MixtureIterator(rows, [0.7, 0.3], 12, seed).batch(step)
-    for rank in range(world_size):
-        part = MixtureIterator(rows, [0.7, 0.3], 12, seed, rank, world_size).batch(step)
-        assert (part.row_ids == whole.row_ids[rank::world_size]).all()
-        assert (part.tokens_BT == whole.tokens_BT[rank::world_size]).all()
-        assert (part.labels_BT == whole.labels_BT[rank::world_size]).all()
-        assert part.metrics == whole.metrics
-
-
 @given(MODES, SEEDS, st.integers(0, 300))
 @settings(max_examples=20)
 def test_resuming_needs_the_step_alone(mode, seed, steps):

@@ -52,7 +52,7 @@ def test_a_vocabulary_that_the_cards_do_not_divide_is_planned_as_it_is_trained()
 
 
 def test_a_norm_over_all_heads_is_refused_as_in_training():
-    config = replace(preset("tiny"), query_key_norm=True, norm_all_heads=True)
+    config = replace(preset("tiny"), query_key_norm=True, norm_all_heads=True, norm_placement="after")
     assert planned(config, gpus=2).memory.total
     with pytest.raises(ValueError, match="a norm over all heads at once is not divided between processes"):
         planned(config, gpus=2, tensor_parallel=2)

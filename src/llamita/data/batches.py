@@ -66,27 +66,20 @@ class BatchIterator:
     """Batches without end: epochs follow each other, and a batch may hold the end of one and the start of the next.
 
     pad and pack rows come in a permutation per epoch keyed by (seed, epoch), so each epoch visits each row exactly
-    once; random rows come at offsets keyed by (seed, step). batch_size counts the rows of a step over all processes;
-    rank r gets rows [r::world_size] of them. The state holds no rank, so a run may go on with another number of
-    processes.
+    once; random rows come at offsets keyed by (seed, step). Several processes read the same batch and share it out
+    themselves (`backend.group.share`), so a run may go on with another number of them.
     """
 
-    def __init__(
-        self, rows: BatchSource, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, shuffle: bool = True
-    ) -> None:
+    def __init__(self, rows: BatchSource, batch_size: int, seed: int, shuffle: bool = True) -> None:
         if len(rows) == 0:
             raise ValueError("there are no rows to iterate over; prepare a split with at least one document")
-        if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"batch_size={batch_size} must be a positive multiple of world_size={world_size}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank} must be at least 0 and below world_size={world_size}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
         if seed < 0:
             raise ValueError(f"seed={seed} must not be negative")
         self.rows = rows
         self.batch_size = batch_size
         self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
         self.shuffle = shuffle
         self.step = 0
         self._epoch = -1
@@ -96,7 +89,7 @@ class BatchIterator:
         return self
 
     def next(self) -> Batch:
-        """This rank's part of the batch of the current step; then the step is one further."""
+        """The batch of the current step; then the step is one further."""
         batch = self.batch(self.step)
         self.step += 1
         return batch
@@ -104,11 +97,11 @@ class BatchIterator:
     __next__ = next
 
     def batch(self, step: int) -> Batch:
-        """This rank's part of the batch of any step; the iterator stays where it is."""
-        return self.rows.batch(self.row_ids(step)[self.rank :: self.world_size])
+        """The batch of any step; the iterator stays where it is."""
+        return self.rows.batch(self.row_ids(step))
 
     def row_ids(self, step: int) -> np.ndarray:
-        """The numbers of all rows of a step, over all ranks: int64 [batch_size]."""
+        """The numbers of the rows of a step: int64 [batch_size]."""
         count = len(self.rows)
         if self.rows.config.mode == "random" and self.shuffle:
             return (random_words(self.seed, step, self.batch_size) % np.uint64(count)).astype(np.int64)

@@ -71,17 +71,9 @@ class MixtureIterator(BatchIterator):
 
     rows: MixedRows
 
-    def __init__(
-        self,
-        rows: MixedRows,
-        weights: Sequence[float],
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
+    def __init__(self, rows: MixedRows, weights: Sequence[float], batch_size: int, seed: int) -> None:
         """`weights`, one a source, are positive; only their proportions count."""
-        super().__init__(rows, batch_size, seed, rank, world_size)
+        super().__init__(rows, batch_size, seed)
         self.weights = normalised(weights, len(rows.sources))
         # Exact: the same on every machine, however many rows were read.
         self._shares = [Fraction(weight) for weight in self.weights]
