@@ -1,4 +1,4 @@
-"""The planned memory beside what PyTorch holds, and its behaviour under recomputation, precision and parallel devices."""
+"""The planned memory beside what PyTorch holds, and what recomputation, precision and several devices change."""
 
 import dataclasses
 import importlib.util

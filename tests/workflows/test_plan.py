@@ -44,7 +44,7 @@ def test_advice_is_true():
 
 
 def test_a_vocabulary_that_the_cards_do_not_divide_is_planned_as_it_is_trained():
-    """Training cuts it unevenly (tests/backend/torch/train/test_distributed.py has one of 61); the largest part counts."""
+    """Training cuts it unevenly (test_distributed.py trains one of 61 tokens); the largest part counts."""
     even, odd = (planned(preset("tiny", vocab_size=size), gpus=2, tensor_parallel=2) for size in (32_000, 31_999))
     assert even.memory.weights == odd.memory.weights
     assert even.memory.optimizer == odd.memory.optimizer

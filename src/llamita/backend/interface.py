@@ -31,7 +31,7 @@ from llamita.model.parameters import InitializationName
 
 BackendName = Literal["auto", "torch", "mlx"]
 """The backends there are; which one "auto" stands for, `choice.choose` says."""
-Precision = Literal["auto", "bf16", "fp32"]
+Precision = Literal["auto", "bf16", "fp32", "fp8"]
 Recompute = int | Literal["all", "none"]
 """How many of a model's blocks run a second time for the backward pass, instead of keeping their activations."""
 WantedLogits = Literal["all", "last", "none"]
@@ -411,7 +411,8 @@ class Backend(Protocol):
         head; left out: all. `optimizer` holds AdamW's settings; with `muon`, Muon updates the matrices of the blocks
         and AdamW the rest. `max_grad_norm` 0 clips nothing, `threads` 0 leaves the framework's choice, and so does
         `compile` None. `recompute` changes no number. With `parallel`, this process is one of several that were started
-        together, and joins them. ValueError for `muon` where none of those matrices is trained.
+        together, and joins them. ValueError for `muon` where none of those matrices is trained, and for what the
+        backend or the device lacks.
         """
 
     def build_scorer(

@@ -7,11 +7,11 @@ flag of that name. Knows nothing of models or data.
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from llamita.backend.adamw import AdamWSettings
 from llamita.backend.group import ParallelName, ParallelSettings
-from llamita.backend.interface import BackendName, Recompute
+from llamita.backend.interface import BackendName, Precision, Recompute
 from llamita.backend.muon import MuonSettings, OptimizerName
 from llamita.training.loggers import LoggerName
 from llamita.training.schedule import Schedule, ScheduleName
@@ -107,9 +107,9 @@ class TrainingConfig:
     """Stop after so many batches that were passed over or gone back from."""
     seed: int = 0
     """Decides initialisation, the order of rows and dropout."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Precision = "auto"
     """Type of the products; weights stay float32. auto: bf16 on a GPU, and on a CPU that multiplies it (PyTorch alone),
-    else fp32."""
+    else fp32. fp8: with the blocks' matrices in 8-bit numbers, else bf16 (PyTorch; a GPU from Ada and Hopper on)."""
     log: tuple[LoggerName, ...] = ()
     """Log to tensorboard and/or wandb too (WANDB_MODE=offline works)."""
 

@@ -80,6 +80,8 @@ def choose(device: str, precision: Precision, threads: int) -> tuple[mx.DeviceTy
     where = choose_device(device)
     if threads:
         raise ValueError(f"threads={threads} cannot be set: MLX chooses its threads itself; leave it at 0")
+    if precision == "fp8":
+        raise ValueError("MLX has no fp8 products to train with; use --precision bf16, or --backend torch")
     if precision == "auto":
         precision = "bf16" if where == mx.gpu else "fp32"
     return where, precision

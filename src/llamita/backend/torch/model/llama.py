@@ -29,6 +29,8 @@ from llamita.model.config import ModelConfig
 from llamita.model.parameters import BLOCK_NORMS, stored_arrays
 
 Trace = Callable[[str, Tensor], None]
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""What computes `layers.linear` of an input, a weight and a bias or None."""
 
 
 class ModelOutput(NamedTuple):
@@ -71,8 +73,9 @@ class Linear(nn.Module):
         self.product = operations.linear
         self.kernel: KernelWeight | None = None
 
-    def forward(self, x: Tensor, adapters: Adapters | None = None) -> Tensor:
-        y = self.product(x, self.weight, self.bias)
+    def forward(self, x: Tensor, adapters: Adapters | None = None, product: Product | None = None) -> Tensor:
+        """`product` takes the place of the model's own."""
+        y = (product or self.product)(x, self.weight, self.bias)
         return y if adapters is None else adapters.changed(self.name, x, y)
 
 
@@ -125,6 +128,8 @@ class Context:
     trace: Trace | None = None
     attention_of: Collection[int] = ()
     """The layers whose attention probabilities `trace` is shown."""
+    product: Product | None = None
+    """What multiplies by the matrices of the blocks, None for the model's own product."""
 
 
 class Attention(nn.Module):
@@ -145,7 +150,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         N, K, H = self.N, self.K, self.H
-        heads_BTGH = self.qkv_proj(x_BTD, context.adapters).unflatten(-1, (N + 2 * K, H))
+        heads_BTGH = self.qkv_proj(x_BTD, context.adapters, context.product).unflatten(-1, (N + 2 * K, H))
         rotated_BTGH = self.normed(heads_BTGH[..., : N + K, :])
         if self.rotation is not None:
             rotated_BTGH = layers.apply_rope(rotated_BTGH, *context.rotations[self.rotation])
@@ -164,7 +169,7 @@ class Attention(nn.Module):
             weights_BNTT = masks.attention_weights(q_BNTH.float(), k_BKTH.float(), mask, causal, self.spec)
             context.trace(f"layers.{self.layer}.attention", weights_BNTT)
         mixed_BNTH = self.attend(q_BNTH, k_BKTH, v_BKTH, mask, causal, dropout, self.spec)
-        return self.o_proj(mixed_BNTH.transpose(1, 2).flatten(-2), context.adapters)
+        return self.o_proj(mixed_BNTH.transpose(1, 2).flatten(-2), context.adapters, context.product)
 
     def normed(self, heads_BTGH: Tensor) -> Tensor:
         """Returns queries and keys with their norms, where there are any: over each head, or over all heads at once."""
@@ -187,8 +192,8 @@ class FeedForward(nn.Module):
         self.activation = config.hidden_act
         self.gate = operations.gates[config.hidden_act]
 
-    def forward(self, x_BTD: Tensor, adapters: Adapters | None = None) -> Tensor:
-        return self.down_proj(self.gate(self.gate_up_proj(x_BTD, adapters)), adapters)
+    def forward(self, x_BTD: Tensor, adapters: Adapters | None = None, product: Product | None = None) -> Tensor:
+        return self.down_proj(self.gate(self.gate_up_proj(x_BTD, adapters, product)), adapters, product)
 
 
 class Block(nn.Module):
@@ -213,7 +218,7 @@ class Block(nn.Module):
         y_BTD = self.self_attn(self.normed(norms.before_attention, x_BTD), context)
         x_BTD = x_BTD + self.added(self.normed(norms.after_attention, y_BTD), context)
         x_BTD = x_BTD if rows_R is None else x_BTD[:, rows_R]
-        y_BTD = self.mlp(self.normed(norms.before_feed_forward, x_BTD), context.adapters)
+        y_BTD = self.mlp(self.normed(norms.before_feed_forward, x_BTD), context.adapters, context.product)
         return x_BTD + self.added(self.normed(norms.after_feed_forward, y_BTD), context)
 
     def normed(self, norm: str, x_BTD: Tensor) -> Tensor:
@@ -332,22 +337,27 @@ class Llama(nn.Module):
         rows_R: Tensor | None = None,
         attention_of: Collection[int] = (),
         recompute: Collection[int] = (),
+        product: Product | None = None,
     ) -> Tensor:
         """Returns the hidden states of `forward`, or of some rows, without the product with the output head.
 
         The trace is also shown the attention probabilities (B, N, T, T) of the layers in `attention_of`, as
         `layers.0.attention` and so on: float32, from the layer's own queries and keys. They come without a cache only.
         The blocks in `recompute` keep their input alone for the backward pass, which runs them a second time, with the
-        same random numbers (Chen et al. 2016, arXiv:1604.06174).
+        same random numbers (Chen et al. 2016, arXiv:1604.06174). `product` multiplies by the matrices of the blocks in
+        place of the model's own product.
         """
         if cache is None:
             context = self.context(tokens_BT, positions_BT, segments_BT, training, adapters)
             if attention_of:
                 context = replace(context, trace=trace, attention_of=attention_of)
+            if product is not None:
+                context = replace(context, product=product)
         else:
             assert positions_BT is None, "the cache knows the positions"
             assert segments_BT is None, "the cache keeps sequences apart"
             assert not attention_of, "attention over a cache keeps no probabilities"
+            assert product is None, "a cache is for inference, which multiplies as the model does"
             rotations = tuple(rope.at(cache.positions_1T, cache.longest) for rope in self.ropes)
             context = Context(rotations, cache=cache, adapters=adapters)
         x_BTD = self.embedded(tokens_BT)

@@ -88,7 +88,7 @@ class QuantizedLinear(nn.Module):
             return quantize.dequantize_blocks(self.weight, self.weight_scale, dtype)
         return quantize.dequantize(self.weight, self.weight_scale, self.n_in, dtype)
 
-    def forward(self, x: Tensor, adapters: Adapters | None = None) -> Tensor:
+    def forward(self, x: Tensor, adapters: Adapters | None = None, product: None = None) -> Tensor:
         y = self.multiply(x)
         return y if adapters is None else adapters.changed(self.name, x, y)
 

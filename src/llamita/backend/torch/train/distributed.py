@@ -259,6 +259,8 @@ def build_distributed_train_step(
     """
     group = groups.join(parallel, device)
     seed, hooked = options["seed"], None
+    if options["precision"] == "fp8" and parallel.tensor_parallel > 1:
+        raise ValueError("fp8 products are not divided between processes; use --tensor-parallel 1 or --precision bf16")
     if parallel.mode == "ddp" and parallel.tensor_parallel == 1:
         model = weights.build_model(config, arrays, seed=seed, initialization=initialization, device=device)
     else:

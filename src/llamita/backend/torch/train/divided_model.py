@@ -28,7 +28,7 @@ from torch.distributed.tensor import (
 from llamita.backend.group import check_tensor_parallel
 from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.model.layers import FUSED, Adapters
-from llamita.backend.torch.model.llama import Attention, Embedding, Linear, Llama
+from llamita.backend.torch.model.llama import Attention, Embedding, Linear, Llama, Product
 from llamita.backend.torch.model.weights import model_without_values, tensor_from_host
 from llamita.backend.torch.train.group import DATA, TENSOR, TorchGroup
 from llamita.backend.torch.train.sharded import local, local_part
@@ -56,9 +56,9 @@ class SeparateLinears(nn.Module):
         for name, part in parts.items():
             self.add_module(name, part)
 
-    def forward(self, x: Tensor, adapters: Adapters | None = None) -> Tensor:
+    def forward(self, x: Tensor, adapters: Adapters | None = None, product: Product | None = None) -> Tensor:
         assert adapters is None, "an adapter changes fused maps"
-        return torch.cat([part(x) for part in self.children()], dim=-1)
+        return torch.cat([part(x, None, product) for part in self.children()], dim=-1)
 
 
 def divided_model(config: ModelConfig, group: TorchGroup, compile: bool) -> tuple[Llama, Hooked]:

@@ -39,11 +39,11 @@ def make_optimizer(
     parameters: Sequence[FusedParameter],
     adamw: AdamWSettings | None,
     muon: MuonSettings | None,
-    precision: Literal["bf16", "fp32"],
+    precision: Literal["bf16", "fp32", "fp8"],
 ) -> Optimizer:
     """Returns AdamW, or with `muon` that for the matrices of the blocks and AdamW for the rest."""
     if muon is None:
         return AdamW(parameters, adamw)
     on_cpu = any(item.parameter.device.type == "cpu" for item in parameters)
-    low = precision == "bf16" and (not on_cpu or processor.multiplies("bfloat16"))
+    low = precision != "fp32" and (not on_cpu or processor.multiplies("bfloat16"))
     return Muon(parameters, muon, adamw, torch.bfloat16 if low else torch.float32)

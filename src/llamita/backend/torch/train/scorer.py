@@ -7,6 +7,7 @@ Letters beyond the usual: M scored positions.
 """
 
 import contextlib
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -19,20 +20,27 @@ from llamita.backend.interface import Precision
 from llamita.backend.torch.model import weights
 from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.model.llama import Llama
-from llamita.backend.torch.train import objectives
+from llamita.backend.torch.train import fp8, objectives
 from llamita.backend.torch.train.objectives import Hidden, TensorBatch
 from llamita.data.batches import Batch
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 
+ChosenPrecision = Literal["bf16", "fp32", "fp8"]
+
 
 class TorchScorer:
-    """Scores with `model`; `precision` bf16 computes products in bfloat16 from float32 weights (autocast)."""
+    """Scores with `model`; `precision` bf16 computes products in bfloat16 from float32 weights (autocast).
 
-    def __init__(self, model: Llama, precision: Literal["bf16", "fp32"] = "fp32") -> None:
+    fp8 is that too, but for the products of the blocks' matrices (fp8.py).
+    """
+
+    def __init__(self, model: Llama, precision: ChosenPrecision = "fp32") -> None:
         self.model = model
         self.precision = precision
         self.device = model.model.norm.weight.device
+        if precision == "fp8":
+            fp8.check(model.config, self.device)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
 
@@ -53,10 +61,14 @@ class TorchScorer:
 
     def output(self, hidden: Hidden) -> tuple[Hidden, OutputHead]:
         """Returns hidden states and the output head, as losses take them."""
-        return hidden, self.model.head
+        return self.computed(hidden), self.model.head
+
+    def computed(self, hidden: Hidden) -> Hidden:
+        """Returns what gives hidden states, with the products of this precision."""
+        return functools.partial(hidden, product=fp8.linear) if self.precision == "fp8" else hidden
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision != "fp32")
 
 
 def build_scorer(
@@ -72,7 +84,7 @@ def build_scorer(
     return TorchScorer(weights.build_model(config, arrays, device=device), chosen)
 
 
-def choose(device: str, precision: Precision, threads: int) -> tuple[str, Literal["bf16", "fp32"]]:
+def choose(device: str, precision: Precision, threads: int) -> tuple[str, ChosenPrecision]:
     """Returns the device and the precision that are meant; "auto" is bf16 where the processor multiplies it."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

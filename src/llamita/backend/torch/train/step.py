@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,12 +24,12 @@ from llamita.backend.torch.infer.runner import TorchRunner
 from llamita.backend.torch.model import lora, weights
 from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.model.llama import Llama
-from llamita.backend.torch.train import objectives
+from llamita.backend.torch.train import fp8, objectives
 from llamita.backend.torch.train.adamw import AdamWSettings, clipping_scale, global_norm
 from llamita.backend.torch.train.diagnosis import diagnose
 from llamita.backend.torch.train.objectives import Hidden, LossOutput, TensorBatch
 from llamita.backend.torch.train.optimizer import make_optimizer
-from llamita.backend.torch.train.scorer import TorchScorer, choose, to_device
+from llamita.backend.torch.train.scorer import ChosenPrecision, TorchScorer, choose, to_device
 from llamita.backend.train_step import (
     best_seconds,
     count_targets,
@@ -51,7 +51,8 @@ Result = TypeVar("Result")
 class TorchTrainStep(TorchScorer):
     """A model with its optimiser, in one process.
 
-    `precision` bf16 computes products in bfloat16 from float32 weights (autocast).
+    `precision` bf16 computes products in bfloat16 from float32 weights (autocast), and fp8 those with the blocks'
+    matrices in 8-bit numbers (fp8.py).
     """
 
     group: Group = ALONE
@@ -67,7 +68,7 @@ class TorchTrainStep(TorchScorer):
         adapter: LoraSettings | None = None,
         muon: MuonSettings | None = None,
         max_grad_norm: float = 0.0,
-        precision: Literal["bf16", "fp32"] = "fp32",
+        precision: ChosenPrecision = "fp32",
         seed: int = 0,
         compile: bool = False,
         recompute: Recompute = "none",
@@ -218,16 +219,20 @@ class TorchTrainStep(TorchScorer):
         """Returns the floating-point operations a second of a large product in this precision: the best of at least 5,
         and of as many more as `seconds` allow."""
         size = 8192 if self.device.type == "cuda" else 1024
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        dtype = torch.float32 if self.precision == "fp32" else torch.bfloat16
         generator = torch.Generator(self.device).manual_seed(0)
         a, b = (torch.randn(size, size, generator=generator, device=self.device).to(dtype) for _ in range(2))
+        multiply: Callable[[], Tensor] = functools.partial(torch.matmul, a, b)
+        if self.precision == "fp8":
+            a8, b8 = fp8.scaled(a, fp8.E4M3), fp8.scaled(b, fp8.E4M3)
+            multiply = functools.partial(fp8.product, a8, b8, dtype, fast=True)
 
-        def multiply() -> None:
-            a @ b
+        def run() -> None:
+            multiply()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
 
-        return 2 * size**3 / best_seconds(multiply, seconds)
+        return 2 * size**3 / best_seconds(run, seconds)
 
     def _trained(self) -> dict[str, Tensor]:
         """Returns the trained parameters under canonical names."""
@@ -240,8 +245,9 @@ class TorchTrainStep(TorchScorer):
     def output(self, hidden: Hidden, training: bool = False) -> tuple[Hidden, OutputHead]:
         """Returns hidden states and the output matrix, as losses take them; with dropout while `training`."""
         adapter = self._dropping if training else self.adapter
-        again = {"recompute": self.recomputed} if training and self.recomputed else {}
-        hidden, head = functools.partial(hidden, training=training, adapters=adapter, **again), self.model.head
+        more: dict[str, Any] = {"recompute": self.recomputed} if training and self.recomputed else {}
+        hidden, head = super().output(hidden)
+        hidden = functools.partial(hidden, training=training, adapters=adapter, **more)
         return adapter.output(hidden, head) if adapter else (hidden, head)
 
     @contextlib.contextmanager
