@@ -32,6 +32,7 @@ from llamita.model.parameters import InitializationName
 BackendName = Literal["auto", "torch", "mlx"]
 """The backends there are; which one "auto" stands for, `choice.choose` says."""
 Precision = Literal["auto", "bf16", "fp32", "fp8"]
+AttentionName = Literal["masked", "flex"]
 Recompute = int | Literal["all", "none"]
 """How many of a model's blocks run a second time for the backward pass, instead of keeping their activations."""
 WantedLogits = Literal["all", "last", "none"]
@@ -403,6 +404,7 @@ class Backend(Protocol):
         threads: int = 0,
         compile: bool | None = None,
         recompute: Recompute = "none",
+        attention: AttentionName = "masked",
         parallel: ParallelSettings | None = None,
     ) -> TrainStep:
         """Returns a model of the values in `arrays`, or a freshly initialised one, with its optimiser.
@@ -410,9 +412,9 @@ class Backend(Protocol):
         Trained are the parameters whose canonical name is `trainable`, or with an `adapter` that one and a classifier's
         head; left out: all. `optimizer` holds AdamW's settings; with `muon`, Muon updates the matrices of the blocks
         and AdamW the rest. `max_grad_norm` 0 clips nothing, `threads` 0 leaves the framework's choice, and so does
-        `compile` None. `recompute` changes no number. With `parallel`, this process is one of several that were started
-        together, and joins them. ValueError for `muon` where none of those matrices is trained, and for what the
-        backend or the device lacks.
+        `compile` None. `recompute` changes no number; `attention` is how documents of a packed row, and windows, are
+        kept apart. With `parallel`, this process is one of several that were started together, and joins them.
+        ValueError for `muon` where none of those matrices is trained, and for what the backend or the device lacks.
         """
 
     def build_scorer(

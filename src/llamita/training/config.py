@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from llamita.backend.adamw import AdamWSettings
 from llamita.backend.group import ParallelName, ParallelSettings
-from llamita.backend.interface import BackendName, Precision, Recompute
+from llamita.backend.interface import AttentionName, BackendName, Precision, Recompute
 from llamita.backend.muon import MuonSettings, OptimizerName
 from llamita.training.loggers import LoggerName
 from llamita.training.schedule import Schedule, ScheduleName
@@ -44,6 +44,9 @@ class MachineConfig:
     """Blocks, evenly chosen, whose activations are computed a second time instead of kept: less memory, the same
     numbers, up to a third more time. A number, all or none."""
 
+    attention: AttentionName = "masked"
+    """How documents of packed rows, and windows, are kept apart. masked: by a matrix of all pairs of positions; flex:
+    by FlexAttention, which skips blocks of them (PyTorch on a GPU, without dropout). The numbers differ by rounding."""
     parallel: ParallelName = "ddp"
     """With several processes (torchrun): ddp, each holds the whole model; fsdp, each holds a part of everything."""
     tensor_parallel: int = 1

@@ -146,6 +146,7 @@ def step_options(config: TrainingVerb) -> dict[str, Any]:
     compiled = {"compile": True} if machine.compile else {}  # left out, a backend does what is usual with it
     parallel = {"parallel": machine.parallel_settings()} if launched_processes() > 1 else {}
     recomputed = {"recompute": machine.recompute} if machine.recompute not in ("none", 0) else {}
+    attention = {"attention": machine.attention} if machine.attention != "masked" else {}
     return {
         "seed": training.seed,
         "optimizer": training.adamw,
@@ -155,6 +156,7 @@ def step_options(config: TrainingVerb) -> dict[str, Any]:
         **compiled,
         **parallel,
         **recomputed,
+        **attention,
     }
 
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from llamita.backend.group import ALONE, Group, ParallelSettings
-from llamita.backend.interface import Diagnosis, LossSums, Precision, Recompute, Saving, StepMetrics
+from llamita.backend.interface import AttentionName, Diagnosis, LossSums, Precision, Recompute, Saving, StepMetrics
 from llamita.backend.mlx.infer.runner import MlxRunner
 from llamita.backend.mlx.model import lora, weights
 from llamita.backend.mlx.model.attention import Dropout
@@ -263,6 +263,7 @@ def build_train_step(
     threads: int = 0,
     compile: bool | None = None,
     recompute: Recompute = "none",
+    attention: AttentionName = "masked",
     parallel: ParallelSettings | None = None,
 ) -> MlxTrainStep:
     """Returns a model of the values in `arrays`, or a freshly initialised one, with its optimiser.
@@ -273,6 +274,8 @@ def build_train_step(
     """
     if parallel is not None:
         raise ValueError("MLX trains in one process here; use --backend torch to train in several")
+    if attention != "masked":
+        raise ValueError(f"--attention {attention} is PyTorch's; leave it out, or use --backend torch on a GPU")
     where, chosen = choose(device, precision, threads)
     with mx.stream(where):
         model = weights.build_model(config, arrays, seed=seed, initialization=initialization)

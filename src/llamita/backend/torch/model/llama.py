@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llamita.backend.interface import AttentionName
 from llamita.backend.torch.infer.kernels.instructions import Instructions
 from llamita.backend.torch.infer.kv_cache import CacheStep
 from llamita.backend.torch.model import attention as masks
-from llamita.backend.torch.model import layers
+from llamita.backend.torch.model import flex, layers
 from llamita.backend.torch.model.dropout import drop
 from llamita.backend.torch.model.fused import FusedParameter, canonical_names
 from llamita.backend.torch.model.head import LogitTransform, OutputHead
@@ -29,6 +30,7 @@ from llamita.model.config import ModelConfig
 from llamita.model.parameters import BLOCK_NORMS, stored_arrays
 
 Trace = Callable[[str, Tensor], None]
+Mask = Tensor | flex.BlockMask
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """What computes `layers.linear` of an input, a weight and a bias or None."""
 
@@ -119,9 +121,9 @@ class Context:
 
     rotations: tuple[tuple[Tensor, Tensor], ...]
     """Cosines and sines, each (B, T, E), of the rotations that layers choose from."""
-    mask: Tensor | None = None
+    mask: Mask | None = None
     causal: bool = True
-    window_mask: Tensor | None = None
+    window_mask: Mask | None = None
     cache: CacheStep | None = None
     training: bool = False
     adapters: Adapters | None = None
@@ -166,9 +168,14 @@ class Attention(nn.Module):
         if self.spec.window and context.window_mask is not None:
             mask, causal = context.window_mask, False
         if context.trace and self.layer in context.attention_of:
+            assert not isinstance(mask, flex.BlockMask), "FlexAttention keeps no probabilities"
             weights_BNTT = masks.attention_weights(q_BNTH.float(), k_BKTH.float(), mask, causal, self.spec)
             context.trace(f"layers.{self.layer}.attention", weights_BNTT)
-        mixed_BNTH = self.attend(q_BNTH, k_BKTH, v_BKTH, mask, causal, dropout, self.spec)
+        if isinstance(mask, flex.BlockMask):
+            assert not dropout, "FlexAttention draws no dropout"
+            mixed_BNTH = flex.attention(q_BNTH, k_BKTH, v_BKTH, mask, self.spec)
+        else:
+            mixed_BNTH = self.attend(q_BNTH, k_BKTH, v_BKTH, mask, causal, dropout, self.spec)
         return self.o_proj(mixed_BNTH.transpose(1, 2).flatten(-2), context.adapters, context.product)
 
     def normed(self, heads_BTGH: Tensor) -> Tensor:
@@ -338,6 +345,7 @@ class Llama(nn.Module):
         attention_of: Collection[int] = (),
         recompute: Collection[int] = (),
         product: Product | None = None,
+        attention: AttentionName = "masked",
     ) -> Tensor:
         """Returns the hidden states of `forward`, or of some rows, without the product with the output head.
 
@@ -345,10 +353,10 @@ class Llama(nn.Module):
         `layers.0.attention` and so on: float32, from the layer's own queries and keys. They come without a cache only.
         The blocks in `recompute` keep their input alone for the backward pass, which runs them a second time, with the
         same random numbers (Chen et al. 2016, arXiv:1604.06174). `product` multiplies by the matrices of the blocks in
-        place of the model's own product.
+        place of the model's own product. `attention` flex keeps documents and windows apart by FlexAttention (flex.py).
         """
         if cache is None:
-            context = self.context(tokens_BT, positions_BT, segments_BT, training, adapters)
+            context = self.context(tokens_BT, positions_BT, segments_BT, training, adapters, attention)
             if attention_of:
                 context = replace(context, trace=trace, attention_of=attention_of)
             if product is not None:
@@ -392,18 +400,29 @@ class Llama(nn.Module):
         segments_BT: Tensor | None,
         training: bool = False,
         adapters: Adapters | None = None,
+        attention: AttentionName = "masked",
     ) -> Context:
         """Returns rotations and masks, computed once for all layers."""
         T, device = tokens_BT.shape[1], tokens_BT.device
         if positions_BT is None:
             positions_BT = torch.arange(T, device=device)[None]
         rotations = tuple(layers.rope_table(positions_BT, r.frequencies_E.to(device), r.scale) for r in self.ropes)
-        mask = None if segments_BT is None else masks.segment_mask(segments_BT)
-        window, window_mask = self.config.sliding_window, None
-        if window and window < T:
-            window_mask = masks.window_mask(T, window, device)
-            window_mask = window_mask if mask is None else mask & window_mask
+        mask, window_mask = self._masks(segments_BT, T, device, attention)
         return Context(rotations, mask, mask is None, window_mask, training=training, adapters=adapters)
+
+    def _masks(
+        self, segments_BT: Tensor | None, T: int, device: torch.device, attention: AttentionName
+    ) -> tuple[Mask | None, Mask | None]:
+        """Returns the mask of layers without a window and of those with one; None for what is causal alone."""
+        window = self.config.sliding_window if self.config.sliding_window < T else 0
+        if attention == "flex":
+            blocks = None if segments_BT is None else flex.block_mask(segments_BT, T, device=device)
+            return blocks, flex.block_mask(segments_BT, T, window, device) if window else None
+        mask = None if segments_BT is None else masks.segment_mask(segments_BT)
+        if not window:
+            return mask, None
+        window_mask = masks.window_mask(T, window, device)
+        return mask, window_mask if mask is None else mask & window_mask
 
     def fused_parameters(self) -> Iterator[FusedParameter]:
         """Yields every parameter with the canonical parameters that it holds, in the order of the table."""

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from llamita.backend.group import ALONE, Group, ParallelSettings
-from llamita.backend.interface import Diagnosis, LossSums, Precision, Recompute, Saving, StepMetrics
+from llamita.backend.interface import AttentionName, Diagnosis, LossSums, Precision, Recompute, Saving, StepMetrics
 from llamita.backend.muon import MuonSettings
 from llamita.backend.objectives import NextToken, Objective
 from llamita.backend.opening import OWN
 from llamita.backend.torch.infer.runner import TorchRunner
-from llamita.backend.torch.model import lora, weights
+from llamita.backend.torch.model import flex, lora, weights
 from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.model.llama import Llama
 from llamita.backend.torch.train import fp8, objectives
@@ -72,6 +72,7 @@ class TorchTrainStep(TorchScorer):
         seed: int = 0,
         compile: bool = False,
         recompute: Recompute = "none",
+        attention: AttentionName = "masked",
     ) -> None:
         """Trains the parameters whose canonical name is `trainable`: left out, all, or with a fresh `adapter` over them
         a classifier's head alone. What is not trained has neither gradients nor moments."""
@@ -94,6 +95,7 @@ class TorchTrainStep(TorchScorer):
         self.max_grad_norm = max_grad_norm
         self.seed = seed
         self.compiled = compile
+        self.attention = attention
         self.recomputed = recomputed_layers(model.config.num_hidden_layers, recompute)
         self.parameters = [fused.parameter for fused in trained]
         self._hidden: Hidden = torch.compile(model.hidden, dynamic=False) if compile else model.hidden
@@ -207,6 +209,7 @@ class TorchTrainStep(TorchScorer):
             "compile": self.compiled,
             # Uncompiled it changes nothing; a compiler fuses other operations, which rounds otherwise.
             **({"recompute": len(self.recomputed)} if self.compiled and self.recomputed else {}),
+            **({"attention": self.attention} if self.attention != "masked" else {}),
         }
 
     def memory_bytes(self) -> int:
@@ -246,6 +249,8 @@ class TorchTrainStep(TorchScorer):
         """Returns hidden states and the output matrix, as losses take them; with dropout while `training`."""
         adapter = self._dropping if training else self.adapter
         more: dict[str, Any] = {"recompute": self.recomputed} if training and self.recomputed else {}
+        if self.attention != "masked":
+            more["attention"] = self.attention
         hidden, head = super().output(hidden)
         hidden = functools.partial(hidden, training=training, adapters=adapter, **more)
         return adapter.output(hidden, head) if adapter else (hidden, head)
@@ -282,6 +287,7 @@ def build_train_step(
     threads: int = 0,
     compile: bool | None = None,
     recompute: Recompute = "none",
+    attention: AttentionName = "masked",
     parallel: ParallelSettings | None = None,
 ) -> TorchTrainStep:
     """Returns a model of the values in `arrays`, or a freshly initialised one, with its optimiser.
@@ -290,6 +296,8 @@ def build_train_step(
     is false. With `parallel`, this is one of several processes, and the result its part.
     """
     device, chosen = choose(device, precision, threads)
+    if attention == "flex":
+        flex.check(config, device)
     options: dict[str, Any] = {
         "settings": optimizer,
         "objective": objective,
@@ -301,6 +309,7 @@ def build_train_step(
         "seed": seed,
         "compile": bool(compile),
         "recompute": recompute,
+        "attention": attention,
     }
     if parallel is not None:
         from llamita.backend.torch.train.distributed import build_distributed_train_step
