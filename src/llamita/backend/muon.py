@@ -7,7 +7,7 @@ values made equal: of U S V^T it takes U V^T. Here are numbers alone; knows noth
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal, NamedTuple
@@ -130,19 +130,25 @@ class Part(NamedTuple):
     shape: tuple[int, int]
 
 
-def groups_of_one_shape(matrices: Iterable[FusedParameter]) -> list[list[Part]]:
-    """Returns the canonical matrices in groups of one shape, to be orthogonalised together.
+def groups_of_one_shape(
+    matrices: Sequence[FusedParameter], layout: Callable[[FusedParameter], str] = lambda item: "", processes: int = 1
+) -> list[list[Part]]:
+    """Returns the canonical matrices in groups of one shape and one layout, to be orthogonalised together.
 
-    A group has at most GROUP_NUMBERS numbers, or one matrix.
+    A group has at most GROUP_NUMBERS numbers, or one matrix, for each of the processes that share it.
     """
     parts = [
         Part(i, position, (size, item.parameter.shape[1]))
         for i, item in enumerate(matrices)
         for position, size in enumerate(item.sizes)
     ]
+
+    def kind(part: Part) -> tuple[tuple[int, int], str]:
+        return part.shape, layout(matrices[part.parameter])
+
     groups = []
-    for (rows, columns), found in groupby(sorted(parts, key=lambda part: part.shape), lambda part: part.shape):
-        alike, count = list(found), max(1, GROUP_NUMBERS // (rows * columns))
+    for ((rows, columns), _), found in groupby(sorted(parts, key=kind), kind):
+        alike, count = list(found), processes * max(1, GROUP_NUMBERS // (rows * columns))
         groups += [alike[start : start + count] for start in range(0, len(alike), count)]
     return groups
 

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from llamita.backend.adamw import AdamWSettings
 from llamita.backend.muon import MuonSettings
 from llamita.backend.torch.model.fused import FusedParameter
+from llamita.backend.torch.train import muon
 from llamita.backend.torch.train.optimizer import make_optimizer
 from tests.backend.frameworks import host
 from tests.backend.optimizers import rates
@@ -52,9 +53,9 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def train(parameters, muon, distribute, first=1, state=None):
+def train(parameters, with_muon, distribute, first=1, state=None):
     """The values and the state after some steps, begun where a state was left."""
-    optimizer = make_optimizer(parameters, AdamWSettings(), MuonSettings() if muon else None, "fp32")
+    optimizer = make_optimizer(parameters, AdamWSettings(), MuonSettings() if with_muon else None, "fp32")
     if state is not None:
         optimizer.load_state(state)
     for t in range(first, STEPS + 1):
@@ -67,8 +68,21 @@ def train(parameters, muon, distribute, first=1, state=None):
     return {item.name: whole(item.parameter.detach()) for item in parameters}, optimizer.state(), early
 
 
+def counted(counts):
+    """`muon.orthogonalized`, which leaves in `counts` how many matrices this process had at each call."""
+    compute = muon.orthogonalized
+
+    def orthogonalized(matrices, *options):
+        counts.append(len(matrices))
+        return compute(matrices, *options)
+
+    return orthogonalized
+
+
 def compare(rank, folder):
     """In each of two processes: every mesh beside the plain parameters, and gone on from the state of one step."""
+    counts = []
+    muon.orthogonalized = counted(counts)  # this process ends with the test
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     for label, (shape, placements) in MESHES.items():
         mesh = init_device_mesh("cpu", shape)
@@ -76,21 +90,27 @@ def compare(rank, folder):
         def distribute(name, tensor, mesh=mesh, placements=placements):
             return distribute_tensor(tensor.clone(), mesh, placements(name, tensor.shape))
 
-        for muon in (False, True):
+        for with_muon in (False, True):
             start = {name: torch.from_numpy(array) for name, array in values(0).items()}
             plain = [fused(name, tensor.clone()) for name, tensor in start.items()]
-            expected, state, _ = train(plain, muon, lambda name, tensor: tensor)
+            expected, state, _ = train(plain, with_muon, lambda name, tensor: tensor)
             sharded = [fused(name, distribute(name, tensor)) for name, tensor in start.items()]
-            found, found_state, (early, early_state) = train(sharded, muon, distribute)
+            counts.clear()
+            found, found_state, (early, early_state) = train(sharded, with_muon, distribute)
+            both = [None, None]
+            dist.all_gather_object(both, list(counts))
+            if with_muon:  # five matrices, each once an update; two of one shape are shared out where cut alike
+                assert sum(map(sum, both)) == STEPS * 5
+                assert sum(both[1]) == (0 if label == "one axis" else STEPS)
             assert all(isinstance(item.parameter, DTensor) for item in sharded)
             for name, tensor in expected.items():
-                assert (found[name] - tensor).abs().max() < 1e-6, (label, muon, name)
+                assert (found[name] - tensor).abs().max() < 1e-6, (label, with_muon, name)
                 assert not torch.equal(tensor, start[name])
-            assert largest_difference(found_state, state) < 1e-6, (label, muon)
+            assert largest_difference(found_state, state) < 1e-6, (label, with_muon)
             again = [fused(name, distribute(name, tensor)) for name, tensor in early.items()]
-            resumed, resumed_state, _ = train(again, muon, distribute, 2, early_state)
-            assert all(torch.equal(resumed[name], found[name]) for name in found), (label, muon)
-            assert same(resumed_state, found_state), (label, muon)
+            resumed, resumed_state, _ = train(again, with_muon, distribute, 2, early_state)
+            assert all(torch.equal(resumed[name], found[name]) for name in found), (label, with_muon)
+            assert same(resumed_state, found_state), (label, with_muon)
     dist.destroy_process_group()
 
 

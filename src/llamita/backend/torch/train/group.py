@@ -74,8 +74,9 @@ def join(settings: ParallelSettings, device: str) -> TorchGroup:
     """Joins the processes that were started together, over NCCL on GPUs and gloo on CPUs; the device is this one's."""
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    # A warning at every gathering of what is cut twice, about a cost that nothing here can lower.
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    # Warnings about the cost of gathering what is cut twice, and of gloo's exchanges, which nothing here can lower.
+    for module in ("_redistribute", "_collective_utils"):
+        logging.getLogger(f"torch.distributed.tensor.{module}").setLevel(logging.ERROR)
     if not dist.is_initialized():
         with others_present():
             store, rank, size = next(dist.rendezvous("env://"))

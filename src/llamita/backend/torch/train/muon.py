@@ -28,7 +28,15 @@ from llamita.backend.muon import (
 from llamita.backend.torch.model.fused import FusedParameter
 from llamita.backend.torch.model.weights import host_from_tensor, tensor_from_host
 from llamita.backend.torch.train.adamw import AdamW, AdamWSettings
-from llamita.backend.torch.train.sharded import gradient_of, local, local_part, whole
+from llamita.backend.torch.train.sharded import (
+    computed_whole,
+    gradient_of,
+    layout,
+    local,
+    local_part,
+    processes_of,
+    whole,
+)
 from llamita.model.host_array import HostArray
 
 
@@ -69,7 +77,7 @@ class Muon:
     """The same update for all parameters of a model: Muon's for the matrices of its blocks, AdamW's for the rest.
 
     `products` is the type of the products in the orthogonalisation. Parameters may be sharded over processes: momentum
-    is sharded alike, and each process orthogonalises the whole matrix and keeps its part.
+    is sharded alike, and each process orthogonalises some of the matrices, whole, for all.
     """
 
     def __init__(
@@ -87,7 +95,8 @@ class Muon:
         self._matrices = [item for item in self.parameters if updated_by_muon(item)]
         self._rest = AdamW([item for item in self.parameters if not updated_by_muon(item)], adamw)
         self._momentum = [torch.zeros_like(item.parameter) for item in self._matrices]
-        self._groups = groups_of_one_shape(self._matrices)
+        processes = max(processes_of(item.parameter) for item in self._matrices)
+        self._groups = groups_of_one_shape(self._matrices, lambda item: layout(item.parameter), processes)
 
     @property
     def t(self) -> int:
@@ -111,15 +120,17 @@ class Muon:
         torch._foreach_add_(sums, added, alpha=gradient_scale)
         polynomials = polar_express(self.settings.orthogonalization_steps)
         for group in self._groups:
-            directions = [whole(self._direction(part, gradients, gradient_scale)) for part in group]
-            orthogonal_GNM = orthogonalized(torch.stack(directions), polynomials, self._products)
+            directions = [self._direction(part, gradients, gradient_scale) for part in group]
+            orthogonal_GNM = computed_whole(
+                directions, lambda stack_GNM: orthogonalized(stack_GNM, polynomials, self._products)
+            )
             change = -learning_rate * update_scale(*group[0].shape)
             for part, orthogonal_NM in zip(group, orthogonal_GNM, strict=True):
                 item = self._matrices[part.parameter]
                 values = item.split(item.parameter)[part.position]
                 if item.weight_decay:
                     local(values).mul_(1 - learning_rate * self._rest.settings.weight_decay)
-                local(values).add_(local_part(orthogonal_NM, values), alpha=change)
+                local(values).add_(orthogonal_NM, alpha=change)
 
     def _direction(self, part: Part, gradients: Sequence[Tensor], gradient_scale: float) -> Tensor:
         item = self._matrices[part.parameter]

@@ -5,8 +5,10 @@ are called by all processes of the mesh in the same order, since some of them co
 methods: its class takes half a second to import, which a single process need not wait for.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llamita.backend.torch.model.fused import FusedParameter
@@ -32,6 +34,39 @@ def local_part(tensor: Tensor, like: Any) -> Tensor:
         return tensor
     everywhere = type(like).from_local(tensor, like.device_mesh, run_check=False)  # left out, placements are replicas
     return everywhere.redistribute(like.device_mesh, like.placements).to_local()
+
+
+def computed_whole(tensors: Sequence[Tensor], compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """Computes a function of a stack (G, ...) of whole tensors entry by entry, each entry in one of the processes.
+
+    The tensors have one shape and are sharded alike (`layout`). Returns the parts of all results that this process
+    holds, stacked. A process has G / processes of the entries, perhaps none.
+    """
+    stack: Any = torch.stack(list(tensors))
+    if not is_sharded(stack):
+        return compute(stack)
+    from torch.distributed.tensor import Shard
+
+    shared = stack.redistribute(placements=[Shard(0)] * stack.device_mesh.ndim)
+    results = type(shared).from_local(
+        compute(shared.to_local()).contiguous(),
+        shared.device_mesh,
+        shared.placements,
+        run_check=False,
+        shape=shared.shape,
+        stride=shared.stride(),
+    )
+    return results.redistribute(placements=stack.placements).to_local()
+
+
+def layout(tensor: Any) -> str:
+    """Returns how a tensor is sharded, the same text for tensors that are sharded alike."""
+    return str(tensor.placements) if is_sharded(tensor) else ""
+
+
+def processes_of(tensor: Any) -> int:
+    """Returns how many processes hold a tensor together."""
+    return tensor.device_mesh.size() if is_sharded(tensor) else 1
 
 
 def gradient_of(item: FusedParameter) -> Tensor:
