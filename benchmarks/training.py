@@ -1,11 +1,11 @@
 """Training speed and memory of stories-15m (8 x 256 tokens) beside transformers, on this machine.
 
-    python benchmarks/training.py [--preset stories-15m] [--precision auto]
+    python benchmarks/training.py [--preset stories-15m] [--precision auto] [--contestants llamita ...]
 
 Each contestant trains in a process of its own and is timed in turn, pass by pass, so that whatever else the machine
-does falls on all alike. Prints tokens per second (median and spread), the ratio to transformers' eager loop, the share
-of the best matrix-multiply rate seen in the same run, and memory: by how much the process has grown, at the peak of a
-training step, since it had imported its libraries.
+does falls on all alike. Prints tokens per second (median and spread), the ratios to the first two contestants, the
+share of the best matrix-multiply rate seen in the same run, and memory: by how much the process has grown, at the peak
+of a training step, since it had imported its libraries.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -33,6 +33,8 @@ from llamita.model.sizes import flops_per_token
 B, T = 8, 256
 LEARNING_RATE = 1e-3
 CONTESTANTS = ("transformers", "transformers, compiled", "llamita", "llamita, compiled")
+BLOCKS_COMPILED = "llamita, blocks compiled"
+"""Not compared unless asked for: each block compiled by itself, as FSDP2 has it, rather than all of them as one."""
 
 
 def tokens(vocab_size: int) -> torch.Tensor:
@@ -61,9 +63,12 @@ def transformers_step(name: str, compiled: bool, precision: Precision) -> Callab
     return step
 
 
-def llamita_step(name: str, compiled: bool, precision: Precision) -> Callable[[], float]:
+def llamita_step(name: str, compiled: bool, precision: Precision, blocks: bool = False) -> Callable[[], float]:
     config = preset(name)
     train_step = build_train_step(config, max_grad_norm=1.0, precision=precision, device="cpu", compile=compiled)
+    if blocks:
+        for block in train_step.model.model.layers:
+            block.compile(dynamic=False)
     row = tokens(config.vocab_size).int().numpy()
     batch = Batch(row[:, :-1].copy(), row[:, 1:].copy(), None, torch.arange(B).numpy())
     return lambda: train_step.step([batch], LEARNING_RATE).loss
@@ -73,11 +78,14 @@ def work(contestant: str, name: str, steps: int, threads: int, precision: Precis
     """A contestant's process: warm up, then time `steps` steps at each request."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    make = transformers_step if contestant.startswith("transformers") else llamita_step
-    if make is transformers_step:
+    if contestant.startswith("transformers"):
         from transformers import LlamaForCausalLM  # noqa: F401 - before the growth of memory begins
     before = memory_in_use("VmRSS")
-    step = make(name, contestant.endswith("compiled"), precision)
+    if contestant.startswith("transformers"):
+        step = transformers_step(name, contestant.endswith("compiled"), precision)
+    else:
+        blocks = contestant == BLOCKS_COMPILED
+        step = llamita_step(name, contestant.endswith("compiled") and not blocks, precision, blocks)
     started = time.perf_counter()
     losses = [step(), step()]
     warm_up = time.perf_counter() - started
@@ -117,10 +125,18 @@ def matmul_rate(precision: Precision, size: int = 2048, seconds: float = 1.0) ->
     return 2 * size**3 / best
 
 
-def compare_training(name: str, passes: int, steps: int, threads: int, precision: Precision, console: Console) -> None:
+def compare_training(
+    contestants: Sequence[str],
+    name: str,
+    passes: int,
+    steps: int,
+    threads: int,
+    precision: Precision,
+    console: Console,
+) -> None:
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
-    for contestant in CONTESTANTS:  # one warms up at a time
+    for contestant in contestants:  # one warms up at a time
         pipe, theirs = context.Pipe()
         process = context.Process(target=work, args=(contestant, name, steps, threads, precision, theirs), daemon=True)
         process.start()
@@ -128,7 +144,7 @@ def compare_training(name: str, passes: int, steps: int, threads: int, precision
         warm_up, losses = pipe.recv()
         console.print(f"{contestant}: first two steps {warm_up:.1f} s, losses {losses[0]:.2f} {losses[1]:.2f}")
         pipes[contestant] = pipe
-    rates: dict[str, list[float]] = {contestant: [] for contestant in CONTESTANTS}
+    rates: dict[str, list[float]] = {contestant: [] for contestant in contestants}
     memory, peaks = {}, []
     for number in range(passes):
         peaks.append(matmul_rate(precision))
@@ -136,7 +152,7 @@ def compare_training(name: str, passes: int, steps: int, threads: int, precision
             pipe.send(True)
             rate, memory[contestant], _ = pipe.recv()
             rates[contestant].append(rate)
-        console.print(f"pass {number + 1}: " + ", ".join(f"{c} {rates[c][-1]:.0f}" for c in CONTESTANTS))
+        console.print(f"pass {number + 1}: " + ", ".join(f"{c} {rates[c][-1]:.0f}" for c in contestants))
     for pipe in pipes.values():
         pipe.send(False)
     for process in processes:
@@ -145,13 +161,20 @@ def compare_training(name: str, passes: int, steps: int, threads: int, precision
     table = Table(
         title=f"{name}, {B} x {T} tokens, {precision}, {threads} threads; peak product rate {peak / 1e9:.0f} GFLOP/s"
     )
-    for column in ("", "tokens/s", "spread", "x eager", "x compiled", "of the peak", "memory grown"):
+    for column in (
+        "",
+        "tokens/s",
+        "spread",
+        *(f"x {other}" for other in contestants[:2]),
+        "of the peak",
+        "memory grown",
+    ):
         table.add_column(column, justify="right" if column else "left")
-    for contestant in CONTESTANTS:
+    for contestant in contestants:
         median = statistics.median(rates[contestant])
         ratios = [
             statistics.median(a / b for a, b in zip(rates[contestant], rates[other], strict=True))
-            for other in CONTESTANTS[:2]
+            for other in contestants[:2]
         ]
         table.add_row(
             contestant,
@@ -167,6 +190,7 @@ def compare_training(name: str, passes: int, steps: int, threads: int, precision
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="stories-15m")
+    parser.add_argument("--contestants", nargs="+", default=CONTESTANTS, choices=[*CONTESTANTS, BLOCKS_COMPILED])
     parser.add_argument("--passes", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="training steps in a pass")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -176,7 +200,9 @@ def main() -> None:
     options = parser.parse_args()
     _, precision = choose("cpu", options.precision, options.threads)
     console = Console(width=100)
-    compare_training(options.preset, options.passes, options.steps, options.threads, precision, console)
+    compare_training(
+        options.contestants, options.preset, options.passes, options.steps, options.threads, precision, console
+    )
 
 
 if __name__ == "__main__":
