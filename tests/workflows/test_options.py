@@ -12,7 +12,7 @@ from llamita.training.run_directory import open_run
 from llamita.workflows.classify import ClassifyConfig
 from llamita.workflows.dpo import DpoConfig
 from llamita.workflows.options import resolve
-from llamita.workflows.pretrain import PretrainConfig
+from llamita.workflows.pretrain import PretrainConfig, step_options
 from llamita.workflows.reinforcement import RlConfig
 from llamita.workflows.sft import SftConfig
 
@@ -37,6 +37,13 @@ def test_no_two_groups_of_a_verb_have_an_option_of_one_name(verb):
     found = list(names(resolve(verb, output="run")))
     assert len(found) == len(set(found))
     assert {"output", "resume", "steps", "weight_decay", "seed", "device"} <= set(found)
+
+
+@pytest.mark.parametrize("verb", VERB_CONFIGS)
+def test_what_a_step_is_built_with_follows_from_the_flags(verb):
+    asked = {"precision": "fp8", "attention": "flex", "recompute": 2, "compile": True}
+    assert asked.items() <= step_options(resolve(verb, output="run", **asked)).items()
+    assert not {"attention", "recompute", "compile"} & step_options(resolve(verb, output="run")).keys()
 
 
 def test_what_is_left_out_is_the_verbs_own():

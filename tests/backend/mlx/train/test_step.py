@@ -58,9 +58,17 @@ def test_memory_does_not_grow_with_the_steps():
     assert max(active[10:]) < max(active[:10]) + 10_000, "a set of gradients has 19 KB"
 
 
-def test_threads_cannot_be_set():
-    with pytest.raises(ValueError, match="threads=2 cannot be set"):
-        make(threads=2)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threads": 2}, "threads=2 cannot be set"),
+        ({"precision": "fp8"}, "MLX has no fp8 products to train with; use --precision bf16, or --backend torch"),
+        ({"attention": "flex"}, "--attention flex is PyTorch's; leave it out, or use --backend torch on a GPU"),
+    ],
+)
+def test_what_mlx_does_not_have_is_refused_in_a_line(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
 
 
 def test_conditions():

@@ -22,8 +22,7 @@ LEAST_HEAD = 16
 
 def attention(query: Tensor, key: Tensor, value: Tensor, blocks: BlockMask, spec: AttentionSpec) -> Tensor:
     """Computes `attention.attention` under a block mask: query (B, N, T, H), key and value (B, K, T, H)."""
-    plain: Any = flex_attention
-    compute = _compiled(plain) if query.is_cuda else plain
+    compute = _function(flex_attention, query.device)
     mixed_BNTH: Tensor = compute(
         query.to(value.dtype),  # norms of heads leave queries and keys in float32
         key.to(value.dtype),
@@ -38,7 +37,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, blocks: BlockMask, spec
 
 def block_mask(segments_BT: Tensor | None, T: int, window: int = 0, device: torch.device | str = "cpu") -> BlockMask:
     """Returns the blocks in which some query sees some key, by the rule of `mask_function`."""
-    create = _compiled(create_block_mask) if torch.device(device).type == "cuda" else create_block_mask
+    create = _function(create_block_mask, torch.device(device))
     B = None if segments_BT is None else len(segments_BT)
     blocks: BlockMask = create(mask_function(segments_BT, window), B, None, T, T, device=device)
     return blocks
@@ -83,6 +82,14 @@ def check(config: ModelConfig, device: str) -> None:
         raise ValueError(f"head_dim={config.head_dim} must be at least {LEAST_HEAD} for --attention flex")
 
 
+def _function(function: Any, device: torch.device) -> Callable[..., Any]:
+    """Returns a function of FlexAttention as a device runs it: compiled on a GPU, unless a compiler is at work."""
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        plain: Callable[..., Any] = function
+        return plain
+    return _compiled(function)
+
+
 @functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(function: Any) -> Callable[..., Any]:
     return torch.compile(function)
