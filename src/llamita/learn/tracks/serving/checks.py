@@ -23,7 +23,7 @@ SIZES = {
     "head_dim": 6,
     "rms_norm_eps": 0.1,
     "rope_theta": 100.0,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
 PROMPT = [1, 5, 2, 9, 10, 3, 7]
@@ -123,7 +123,7 @@ def attention_grouped(mine: Any, right: Any) -> Outputs:
 def rotary(mine: Any, right: Any) -> Outputs:
     RoPE = mine.positional_encoding.RoPE
     x = tensor(numbers(1, 2, 5, 3, 8))
-    halves, neighbours = RoPE(8, 16), RoPE(8, 16, traditional=True)
+    halves, neighbours = RoPE(8, 40), RoPE(8, 40, traditional=True)
     rows = [slice(2, 7), slice(9, 14)]
     return {
         "halves": array(halves(x)),
@@ -132,7 +132,7 @@ def rotary(mine: Any, right: Any) -> Outputs:
         "neighbours at positions 4 to 8": array(neighbours(x, slice(4, 9))),
         "halves at positions of each row": array(halves(x, rows)),
         "neighbours at positions of each row": array(neighbours(x, rows)),
-        "halves with base 50": array(RoPE(8, 16, 50)(x)),
+        "halves with base 50": array(RoPE(8, 40, 50)(x)),
         "the dtype for float16": dtype_of(halves(tensor(numbers(1, 1, 2, 1, 8), "float16"))),
     }
 
@@ -400,11 +400,11 @@ def batched(mine: Any, right: Any) -> Outputs:
 
 
 def reserved(mine: Any, right: Any) -> Outputs:
-    pool = small_pool(right)
+    pool = right.paged_cache.PagePool(1, 60, 3, 1, 2)
+    pool.free = [3, 0, 4, 1, *range(5, 60)]
     table = mine.paged_cache.BlockTable(pool, [2])
-    pool.free.remove(2)
     found = {}
-    for length in (3, 4, 7, 7, 9):
+    for length in (3, 4, 7, 7, 9, 20):
         table.reserve(length)
         found[f"pages after reserve({length}), {len(found)}"] = whole(table.pages)
     return found
@@ -422,8 +422,9 @@ def paged_update(mine: Any, right: Any) -> Outputs:
         found[f"values after call {number + 1}"] = array(value)
         found[f"offset after call {number + 1}"] = np.array(cache.offset)
     found["pages"] = whole(table.pages)
-    found["memory of layer 1"] = array(pool.keys[1])
-    found["memory of layer 0"] = array(pool.keys[0])
+    for layer in (1, 0):
+        found[f"the keys' memory in layer {layer}"] = array(pool.keys[layer])
+        found[f"the values' memory in layer {layer}"] = array(pool.values[layer])
     found["whether the mask is causal"] = np.array(mask == "causal")
     return found
 

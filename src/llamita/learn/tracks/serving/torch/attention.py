@@ -97,6 +97,7 @@ def scaled_dot_product_attention_grouped(
         mask = causal_mask(L, S, query.dtype)
     elif mask is not None:
         mask = mask.expand(*batch, heads, L, S).reshape(*batch, H, heads // H, L, S)
-    gathered = scaled_dot_product_attention_simple(grouped, key.unsqueeze(-3), value.unsqueeze(-3), scale, mask)
+    key, value = key.unsqueeze(-3), value.unsqueeze(-3)
+    gathered = scaled_dot_product_attention_simple(grouped, key, value, scale, mask)
     return gathered.reshape(query.shape)
     # done

@@ -37,7 +37,7 @@ class BatchKvCache:
         """
         # to do: each request's own cache; fill up with zeros; the mask from the positions.
         L = key.shape[2]
-        rows = [cache.update_and_fetch(key[[n]], value[[n]]) for n, cache in enumerate(self.caches)]
+        rows = [cache.update_and_fetch(key[n : n + 1], value[n : n + 1]) for n, cache in enumerate(self.caches)]
         S = max(self.offset)
         keys = torch.cat([filled(row[0], S) for row in rows])
         values = torch.cat([filled(row[1], S) for row in rows])

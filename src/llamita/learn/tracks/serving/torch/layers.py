@@ -23,7 +23,7 @@ class RMSNorm:
         """
         # to do: the normalised x in float32, back in x's dtype, times the weight.
         wide = x.float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.eps)
+        normed = wide * torch.rsqrt(torch.square(wide).mean(dim=-1, keepdim=True) + self.eps)
         return normed.to(x.dtype) * self.weight
         # done
 
