@@ -31,7 +31,7 @@ def linear(x: mx.array, w: mx.array, bias: mx.array | None = None) -> mx.array:
 def silu(x: mx.array) -> mx.array:
     """Returns x times the logistic sigmoid of x, element by element.
 
-    Source: Elfwing et al. 2017 (https://arxiv.org/abs/1702.03118), equation 5; also called Swish.
+    Source: Elfwing et al. 2017 (https://arxiv.org/abs/1702.03118); also called Swish.
     """
     # to do: one line, without mlx.nn.
     return x / (1 + mx.exp(-x))

@@ -32,7 +32,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 def silu(x: Tensor) -> Tensor:
     """Returns x times the logistic sigmoid of x, element by element.
 
-    Source: Elfwing et al. 2017 (https://arxiv.org/abs/1702.03118), equation 5; also called Swish.
+    Source: Elfwing et al. 2017 (https://arxiv.org/abs/1702.03118); also called Swish.
     """
     # to do: one line, without torch.nn.functional.silu.
     return x / (1 + torch.exp(-x))

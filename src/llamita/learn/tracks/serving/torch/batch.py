@@ -1,6 +1,6 @@
 """Continuous batching: requests come and go while others run, and every step runs all that are ready together.
 
-Source: Yu et al. 2022, Orca (https://www.usenix.org/conference/osdi22/presentation/yu), section 4.1; chunks of prompts
+Source: Yu et al. 2022, Orca (https://www.usenix.org/conference/osdi22/presentation/yu), section 3; chunks of prompts
 between the steps of others: Agrawal et al. 2023, Sarathi (https://arxiv.org/abs/2308.16369), section 4.
 Letters: N requests that run together, H heads, L new positions of each, S the most positions of any, E size of a head.
 """
