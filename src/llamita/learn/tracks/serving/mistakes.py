@@ -210,6 +210,7 @@ MISTAKES = [
             "the heads of keys are tiled, not repeated: query head i reads head i % H, where it should read i // G",
             ("query.reshape(*batch, H, heads // H, L, E)", f"query.reshape(*batch, heads // H, H, L, E).{SWAP}(-4, -3)"),
             ("gathered.reshape(query.shape)", f"gathered.{SWAP}(-4, -3).reshape(query.shape)"),
+            (texts.GROUP_MASK, texts.GROUP_MASK_TILED),
         ),
         ("the groups of the result are in another order than the queries'", ("gathered.reshape(query.shape)", f"gathered.{SWAP}(-4, -3).reshape(query.shape)")),
         ("the mask's heads are tiled, not grouped as the queries are", (texts.GROUP_MASK, texts.GROUP_MASK_TILED)),
