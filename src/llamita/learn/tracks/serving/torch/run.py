@@ -34,21 +34,25 @@ from model import Model
 
 PAGE_SIZE = 16
 GROUP_SIZE = 32
+OF_LLAMITA = {"add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False}
+"""Settings of tokenizers that Llamita trains. They leave out the token that begins a text, which its models expect; in
+others the tokenizer puts it there by itself, if the model wants one."""
 
 
 @dataclass
 class Loaded:
-    """A model with its tokenizer and the tokens that end a text."""
+    """A model with its tokenizer, the tokens that begin a text, and those that end one."""
 
     model: Model
     tokenizer: Tokenizer
+    begin: list[int]
     eos_ids: set[int]
 
 
 def main(arguments: Sequence[str] | None = None) -> list[str]:
     options = read_options(arguments)
     loaded = opened(options.model, options.bits)
-    prompts = [loaded.tokenizer.encode(prompt).ids for prompt in options.prompt]
+    prompts = [loaded.begin + loaded.tokenizer.encode(prompt).ids for prompt in options.prompt]
     began = time.perf_counter()
     with torch.inference_mode():
         tokens = written(loaded, prompts, options)
@@ -133,12 +137,20 @@ def opened(directory: Path, bits: int | None) -> Loaded:
     if bits:
         matrices = [name for name in weights if ".layers." in name and name.endswith("_proj.weight")]
         weights |= {name: quantize_weights(weights[name], GROUP_SIZE, bits) for name in matrices}
-    eos: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        if not eos and (directory / name).is_file():
-            found = json.loads((directory / name).read_text("utf-8")).get("eos_token_id")
-            eos = found if isinstance(found, list) else [] if found is None else [found]
-    return Loaded(Model(config, weights), Tokenizer.from_file(str(directory / "tokenizer.json")), set(eos))
+    config_file, generation, of_tokenizer = (
+        read_json(directory / name) for name in ("config.json", "generation_config.json", "tokenizer_config.json")
+    )
+    eos = generation.get("eos_token_id", config_file.get("eos_token_id"))
+    eos_ids = set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    bos = generation.get("bos_token_id", config_file.get("bos_token_id"))
+    begins = of_tokenizer.items() >= OF_LLAMITA.items() and bos is not None
+    return Loaded(Model(config, weights), tokenizer, [bos] if begins else [], eos_ids)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns what is in a file; nothing where there is none."""
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
 
 def caches_of(model: Model) -> Callable[[], list[Any]]:
