@@ -133,9 +133,8 @@ def opened(directory: Path, bits: int | None) -> Loaded:
     """Returns the model of a directory; with bits, the matrices of its layers are quantised."""
     config, weights = load(directory)
     if bits:
-        matrices = [
-            name for name in weights if name.endswith("_proj.weight") and not weights[name].shape[1] % GROUP_SIZE
-        ]
+        matrices = [name for name in weights if name.endswith("_proj.weight")]
+        matrices = [name for name in matrices if weights[name].shape[1] % GROUP_SIZE == 0]
         weights |= {name: quantize_weights(weights[name], GROUP_SIZE, bits) for name in matrices}
     config_file, generation, of_tokenizer = (
         read_json(directory / name) for name in ("config.json", "generation_config.json", "tokenizer_config.json")
