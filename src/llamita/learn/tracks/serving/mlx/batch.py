@@ -34,7 +34,7 @@ class BatchKvCache:
         (N, 1, L, S), of the dtype of key: 0 where a new position sees a key, minus infinity elsewhere. A request with s
         positions now has its new ones at s - L to s - 1; each sees itself and those before it.
         """
-        # to do: each request's own cache; fill up with zeros; the mask from the positions.
+        # to do: each request's own cache; `filled`, below, for the zeros; the mask from the positions.
         L = key.shape[2]
         rows = [cache.update_and_fetch(key[n : n + 1], value[n : n + 1]) for n, cache in enumerate(self.caches)]
         S = max(self.offset)

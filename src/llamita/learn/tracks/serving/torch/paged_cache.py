@@ -80,7 +80,7 @@ class PagedKvCache:
         `offset` counts the new positions from then on. The pages are `self.table.pages`; their memory is
         `self.table.pool.keys[self.layer]` and `.values[self.layer]`, which is changed in its place.
         """
-        # to do: `reserve`; each new position into its place; then all positions, in order, out of the pages.
+        # to do: `reserve`; each new position into its place; then `self.fetched` of both memories.
         table, size = self.table, self.table.pool.page_size
         keys, values = table.pool.keys[self.layer], table.pool.values[self.layer]
         L = key.shape[2]
