@@ -139,6 +139,66 @@ TWO_PASSES = """    positions = torch.arange(query.shape[-2])[:, None] + OFFSET
         scores[..., torch.arange(key.shape[-2])[None] > positions] = float("-inf")
     return (scores.softmax(-1) @ value.float()).to(query.dtype)
 """
+MATCH = """        known = []
+        for end in range(self.pool.page_size, len(tokens), self.pool.page_size):
+            if tuple(tokens[:end]) not in self.pages:
+                break
+            known.append(tuple(tokens[:end]))
+        for key in known[::-1]:
+            page = self.pages[key]
+            del self.pages[key]
+            self.pages[key] = page
+            self.pool.hold(page)
+        return [self.pages[key] for key in known]
+"""
+STEP = """        for _ in range(min(self.batch_size - len(self.running), len(self.waiting))):
+            self.running, self.waiting = [*self.running, self.waiting[0]], self.waiting[1:]
+        ready = [request for request in self.running if request.tokens]
+        reader = next((request for request in self.running if not request.tokens), None)
+        if len(ready) == 1:  # with its own caches, without a batch
+            logits = self.model(torch.tensor([[ready[0].tokens[-1]]]), ready[0].caches)
+            ready[0].tokens += self.sampler(logits[:, -1]).tolist()
+        elif ready:
+            layers = range(len(ready[0].caches))
+            caches = [BatchKvCache([request.caches[layer] for request in ready]) for layer in layers]
+            logits = self.model(torch.tensor([request.tokens[-1:] for request in ready]), caches)
+            for row, request in enumerate(ready):
+                request.tokens.append(self.sampler(logits[row, -1:])[0].item())
+        if reader:
+            end = min(len(reader.prompt), reader.read + self.chunk)
+            logits = self.model(torch.tensor(reader.prompt[reader.read : end])[None], reader.caches)
+            reader.read = end
+            if end == len(reader.prompt):
+                reader.tokens = self.sampler(logits[:, -1]).tolist()
+        over = []
+        for request in self.running:
+            if request.tokens and request.tokens[-1] in self.eos_ids:
+                request.tokens = request.tokens[:-1]
+                over.append(request)
+            elif len(request.tokens) >= request.max_tokens:
+                over.append(request)
+        self.running = [request for request in self.running if all(request is not each for each in over)]
+        return over
+"""
+ROUNDS = """    written = []
+    while True:
+        text, guesses = [*prompt, *written], []
+        while len(guesses) < count:
+            unread = [*text, *guesses][draft_caches[0].offset :]
+            guesses.append(draft_model(torch.tensor([unread]), draft_caches)[0, -1].argmax().item())
+        logits = model(torch.tensor([[*text, *guesses][caches[0].offset :]]), caches)
+        settled = accept_greedy(guesses, logits[0, -count - 1 :].argmax(-1).tolist())
+        ends = [place for place, token in enumerate(settled) if token in eos_ids]
+        if ends:
+            return [*written, *settled[: ends[0]]][:max_tokens]
+        written += settled
+        if len(written) >= max_tokens:
+            return written[:max_tokens]
+        longest = len(prompt) + len(written) - 1
+        for cache in (*caches, *draft_caches):
+            if cache.offset > longest:
+                cache.rewind(cache.offset - longest)
+"""
 MLX_ATTENTION = """    scale = query.shape[-1] ** -0.5 if scale is None else scale
     S = key.shape[-2]
     flat = [x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)]
@@ -265,11 +325,15 @@ def test_another_mistake_is_wrong_and_has_no_name(
          rewritten("torch", "sampler.py", "draw",
                    "    ends = probabilities.cumsum(-1)\n"
                    "    return torch.searchsorted(ends, uniform[:, None] * ends[:, -1:], right=True)[:, 0]")),
+        ("torch", "PrefixCache.match", rewritten("torch", "prefix_cache.py", "match", MATCH)),
+        ("torch", "Batcher.step", rewritten("torch", "batch.py", "step", STEP)),
+        ("torch", "speculative_generate", rewritten("torch", "speculative.py", "speculative_generate", ROUNDS)),
         ("mlx", SIMPLE, rewritten("mlx", "attention.py", SIMPLE, MLX_ATTENTION)),
         ("mlx", "RMSNorm", rewritten("mlx", "layers.py", "__call__", MLX_NORM)),
         ("mlx", "dequantize_weights", rewritten("mlx", "quantize.py", "dequantize_weights", MLX_NIBBLES)),
     ],
     ids=["PyTorch's attention", "loops", "repeated scales", "two passes", "PyTorch's norm", "searchsorted",
+         "a loop over ends", "another scheduler", "other rounds",
          "MLX's attention", "MLX's norm", "repeated scales in MLX"],
 )  # fmt: skip
 def test_what_is_right_passes_however_it_is_written(
