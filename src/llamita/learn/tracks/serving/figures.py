@@ -44,12 +44,13 @@ def rope(figure: Figure) -> None:
     axes.plot(distances, products.sum(1), color=BLUE, linewidth=2.5, label="all 32 pairs, mean")
     axes.set_xlabel("distance between query and key, in positions")
     axes.set_ylabel("product")
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def grouped(figure: Figure) -> None:
     """Which keys three queries see that are the last of seven positions: aligned to the last key, and to the first."""
     L, S = 3, 7
+    figure.set_size_inches(7, 1.9)
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, first, title in ((left, S - L, "right: query i at S - L + i"), (right, 0, "wrong: query i at i")):
         seen = np.arange(S) <= np.arange(first, first + L)[:, None]
@@ -63,7 +64,7 @@ def grouped(figure: Figure) -> None:
 
 
 def sampling(figure: Figure) -> None:
-    """Probabilities of the fifteen likeliest of a thousand tokens, and how many each rule keeps."""
+    """Probabilities of the 25 likeliest of a thousand tokens, and how many each rule keeps."""
     p = np.sort(softmax(2.0 * np.random.default_rng(4).normal(size=1000)))[::-1]
     axes = figure.subplots()
     axes.bar(np.arange(25), p[:25], color=BLUE)
@@ -107,8 +108,9 @@ def quantize(figure: Figure) -> None:
             sizes.append(bits + 2 * 16 / group)
         axes.plot(sizes, errors, "o-", color=colour, label=f"{bits} bits")
         for group, size, error in zip(groups, sizes, errors, strict=True):
-            if bits == 4:
-                axes.annotate(str(group), (size, error), textcoords="offset points", xytext=(4, 5), color=GREY)
+            if bits == 4 and group in (16, 256):
+                text, side = (f"groups of {group}", "left") if group == 16 else (f"of {group}", "right")
+                axes.annotate(text, (size, error), textcoords="offset points", xytext=(0, -12), color=GREY, ha=side)
     axes.set_yscale("log")
     axes.set_xlabel("bits of a weight, with a scale and a bias of 16 bits for each group")
     axes.set_ylabel("error, where weights are of size 1")
@@ -128,13 +130,14 @@ def flash(figure: Figure) -> None:
         maximum = greatest
         rows.append((maximum, total, output / total))
     exact = softmax(scores) @ value
+    figure.set_size_inches(7, 3.8)
     names = ("maximum", "total", "output / total")
     for axes, values, name in zip(figure.subplots(3, 1, sharex=True), zip(*rows, strict=True), names, strict=True):
         axes.step(range(1, 17), values, where="mid", color=BLUE)
         axes.set_ylabel(name)
     axes.axhline(exact, color=ORANGE, linestyle="--", label="plain attention")
     axes.set_xlabel("blocks of keys taken in")
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def batching(figure: Figure) -> None:
