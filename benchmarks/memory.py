@@ -49,12 +49,25 @@ def cpu_shapes() -> list[Shape]:
     long = preset("tiny", vocab_size=1024, hidden_size=256, intermediate_size=704, num_attention_heads=8,
                   num_key_value_heads=2, num_hidden_layers=4, max_position_embeddings=2048)  # fmt: skip
     many_tokens = preset("tiny", vocab_size=64000, hidden_size=192, intermediate_size=512, num_hidden_layers=2)
+    small = preset("tiny", vocab_size=8192, hidden_size=384, intermediate_size=1024, num_hidden_layers=6)
+    wide_gate = preset("tiny", vocab_size=4096, hidden_size=512, intermediate_size=3072, num_hidden_layers=2)
+    half = preset("tiny", vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8)
+    grouped = preset("tiny", vocab_size=16000, hidden_size=768, intermediate_size=2048, num_attention_heads=12,
+                     num_key_value_heads=4, num_hidden_layers=4, max_position_embeddings=1024)  # fmt: skip
+    normed = preset("tiny", vocab_size=8192, hidden_size=320, intermediate_size=896, num_attention_heads=5,
+                    num_key_value_heads=5, num_hidden_layers=10, query_key_norm=True)  # fmt: skip
     return [
         shape("stories-15m", preset("stories-15m"), 8, 256),
         shape("wide, fp32", wide, 4, 512, precision="fp32"),
         shape("deep, all recomputed", deep, 16, 256, recomputed=16),
         shape("long rows", long, 2, 2048, precision="fp32", recomputed=2),
         shape("many tokens", many_tokens, 16, 128, precision="fp32"),
+        # Chosen after the share for the allocator had been fitted to those above.
+        shape("half recomputed", half, 4, 512, recomputed=4),
+        shape("three micro-batches", small, 4, 256, precision="fp32", micro_batches=3),
+        shape("wide gate", wide_gate, 16, 128),
+        shape("grouped heads", grouped, 2, 1024, precision="fp32"),
+        shape("norms of heads", normed, 8, 256),
     ]
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from llamita.storage import model_directory
 from llamita.training import metrics
 from llamita.training.run_directory import read_manifest
 from llamita.workflows.options import resolve
-from llamita.workflows.pretrain import PretrainConfig, make_examples, mixture_weights
+from llamita.workflows.pretrain import PretrainConfig, make_examples, mixture_weights, sample_prompt
 from tests.training.helpers import prepare_stories
 from tests.workflows.test_pretrain import assert_resumed_exactly, backend, run, settings
 
@@ -104,6 +105,13 @@ def test_two_directories_of_one_name_are_told_apart(tmp_path, places):
     batch = make_examples(config, load_tokenizer(places[0]), RowsConfig("pack", 16)).batches.next()
     assert [name for name in batch.metrics if name.startswith("rows/")] == ["rows/data-1", "rows/data-2",
                                                                            "rows/reversed"]  # fmt: skip
+
+
+def test_without_a_bos_token_samples_continue_the_first_token_of_the_first_row(tmp_path, places):
+    for data in (places, places[:1]):
+        examples = make_examples(settings(tmp_path, data), load_tokenizer(data[0]), RowsConfig("pack", 16))
+        prompt = sample_prompt(settings(tmp_path, data), SimpleNamespace(bos_id=None), examples)
+        assert prompt == (int(TokenShards(places[0]).document(0)[0]),)
 
 
 def test_other_weights_are_refused_by_name(tmp_path, places):

@@ -242,5 +242,6 @@ def _backward_bytes(config: ModelConfig, rows: tuple[Parameter, ...], update: Up
     """Returns the bytes of gradients that pass through a block: of the feed-forward layer, the stream, one matrix."""
     p, k = PRODUCT_BYTES[update.precision], update.parallel.tensor_parallel
     largest = max(_size(row, update) for row in rows if _in_block(row))
-    flowing = 3 * config.intermediate_size // k * p + 3 * config.hidden_size * FLOAT32
+    gate = 4  # the gradients of its result, of gate and up, and one product on the way
+    flowing = gate * config.intermediate_size // k * p + 3 * config.hidden_size * FLOAT32
     return update.tokens * flowing + largest * (p + FLOAT32)

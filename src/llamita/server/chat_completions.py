@@ -204,7 +204,7 @@ class Message:
 async def stream(serving: Serving, task: ChatTask, reply: Reply) -> AsyncGenerator[bytes]:
     """Yields the answer as server-sent events: the role, the text as it comes, the reason of the end, the counts."""
     async with chat_job(serving, task) as job:
-        role = {"role": "assistant", "content": ""}
+        role = {"role": "assistant", "content": None if task.must_call else ""}  # as OpenAI begins
         yield b"".join(reply.chunk(job, index, role, None, None) for index in range(job.n))
         try:
             async with contextlib.aclosing(job.events()) as batches:

@@ -63,6 +63,11 @@ class ChatTask:
         """The tools that the model is told of: none where it may call none."""
         return [] if self.tool_choice == "none" else list(self.tools)
 
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer can only be a call of a tool."""
+        return self.tool_choice not in ("auto", "none")
+
 
 @dataclass(frozen=True)
 class CallDelta:

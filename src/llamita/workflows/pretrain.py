@@ -19,6 +19,7 @@ from llamita.data.batches import BatchIterator, evaluation_batches
 from llamita.data.inspect import documents_of_row
 from llamita.data.mixture import MixedRows, MixtureIterator, normalised
 from llamita.data.packing import RowMode, Rows, RowsConfig
+from llamita.data.read_ahead import ReadAhead
 from llamita.data.shards import Manifest, TokenShards, load_tokenizer
 from llamita.inference.config import EngineConfig
 from llamita.inference.llm import LLM
@@ -267,10 +268,12 @@ def make_examples(config: PretrainConfig, tokenizer: Tokenizer, rows: RowsConfig
         weights = dict(zip(names, mixture_weights(config), strict=True))
         mixture = MixtureIterator(MixedRows(train), tuple(weights.values()), training.batch_size, training.seed)
         parts = tuple(ValidationPart(name, weights[name], batches) for name, batches in validation.items())
-        return Examples(mixture, text=text, parts=parts, origin=partial(_origin_in_mixture, mixture.rows))
+        return Examples(ReadAhead(mixture), text=text, parts=parts, origin=partial(_origin_in_mixture, mixture.rows))
     ((name, rows_of_one),) = train.items()
     batches = BatchIterator(rows_of_one, training.batch_size, training.seed)
-    return Examples(batches, validation.get(name, tuple), text, origin=partial(documents_of_row, rows_of_one))
+    return Examples(
+        ReadAhead(batches), validation.get(name, tuple), text, origin=partial(documents_of_row, rows_of_one)
+    )
 
 
 def _origin_in_mixture(rows: MixedRows, index: int) -> str:
@@ -313,8 +316,9 @@ def sample_prompt(config: PretrainConfig, tokenizer: Tokenizer, examples: Exampl
     if config.sample_prompt or tokenizer.bos_id is not None:
         return config.sample_prompt
     batches = examples.batches
-    assert isinstance(batches, BatchIterator)
-    return (int(batches.rows.batch(np.zeros(1, dtype=np.int64)).tokens_BT[0, 0]),)
+    assert isinstance(batches, ReadAhead)
+    assert isinstance(batches.order, BatchIterator | MixtureIterator)
+    return (int(batches.order.rows.batch(np.zeros(1, dtype=np.int64)).tokens_BT[0, 0]),)
 
 
 def sample(llm: LLM, prompt: str | tuple[int, ...], params: SamplingParams) -> str:

@@ -65,12 +65,14 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, grad_C: Tensor) -> tuple[Tensor | None, ...]:
         (gate_up,) = ctx.saved_tensors
         gate_C, up_C = gate_up.chunk(2, dim=-1)
-        grad_up_C = grad_C * _activated(gate_C, ctx.activation)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate_C, grad_up_C = grad_gate_up.chunk(2, dim=-1)
+        torch.mul(grad_C, _activated(gate_C, ctx.activation), out=grad_up_C)
         if ctx.activation == "silu":
-            grad_gate_C = torch.ops.aten.silu_backward(grad_C * up_C, gate_C)
+            torch.ops.aten.silu_backward(grad_C * up_C, gate_C, grad_input=grad_gate_C)
         else:
-            grad_gate_C = torch.ops.aten.gelu_backward(grad_C * up_C, gate_C, approximate="tanh")
-        return torch.cat((grad_gate_C, grad_up_C), dim=-1), None
+            torch.ops.aten.gelu_backward(grad_C * up_C, gate_C, approximate="tanh", grad_input=grad_gate_C)
+        return grad_gate_up, None
 
 
 def _activated(gate_C: Tensor, activation: Activation) -> Tensor:

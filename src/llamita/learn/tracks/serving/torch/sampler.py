@@ -1,0 +1,70 @@
+"""Choosing the next token: the probabilities that logits stand for, the tail cut off, and a draw.
+
+Letters: N rows, V vocabulary.
+"""
+
+import random
+from collections.abc import Callable
+
+import torch
+from basics import softmax
+from torch import Tensor
+
+Sampler = Callable[[Tensor], Tensor]
+"""Takes logits (N, V) and returns a token for each row, (N)."""
+
+
+def distribution(logits: Tensor, temp: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+    """Returns the probabilities with which tokens are drawn. logits: (N, V). The result: (N, V), float32.
+
+    In this order, and what is left of a row is divided by its sum after each step:
+    1. the softmax of logits / temp; at temp 0 the greatest logit has 1 and the others 0, and no other step is taken;
+    2. top_k: the top_k most likely tokens stay; 0 keeps all;
+    3. top_p: taken from the most likely down, a token stays where those before it have less than top_p together
+       (Holtzman et al. 2019, https://arxiv.org/abs/1904.09751, section 3.1); 1 keeps all;
+    4. min_p: a token stays where it has at least min_p times the probability of the most likely one
+       (Nguyen et al. 2024, https://arxiv.org/abs/2407.01082, section 3); 0 keeps all.
+    No two logits of a row are equal.
+    """
+    V = logits.shape[-1]
+    if temp == 0:
+        return (torch.arange(V) == logits.argmax(dim=-1, keepdim=True)).float()
+    # to do: the four steps. The place of each token in the order of probabilities is the argsort of an argsort.
+    p = softmax(logits.float() / temp, -1)
+    order = p.argsort(dim=-1, descending=True)
+    places = order.argsort(dim=-1)
+    if top_k > 0:
+        p = torch.where(places < top_k, p, 0.0)
+        p = p / p.sum(dim=-1, keepdim=True)
+    ordered = p.gather(-1, order)
+    before = (ordered.cumsum(dim=-1) - ordered).gather(-1, places)
+    if top_p < 1:
+        p = torch.where(before < top_p, p, 0.0)
+        p = p / p.sum(dim=-1, keepdim=True)
+    p = torch.where(p >= min_p * p.amax(dim=-1, keepdim=True), p, 0.0)
+    return p / p.sum(dim=-1, keepdim=True)
+    # done
+
+
+def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Returns a token for each row, drawn by a number between 0 and 1. probabilities: (N, V). The result: (N).
+
+    The probabilities lie end to end on a line, token 0 first. uniform: (N), 0 <= uniform < 1, says how far along the
+    line a row's token is: it is the first whose end lies beyond uniform times the length of the line. (The length is
+    1 but for rounding, and a token of probability 0 is never drawn.)
+    """
+    # to do: the ends, by a cumulative sum; how many of them do not lie beyond.
+    ends = probabilities.cumsum(dim=-1)
+    return (ends <= uniform[:, None] * ends[:, -1:]).sum(dim=-1)
+    # done
+
+
+def make_sampler(temp: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0) -> Sampler:
+    """Returns a sampler that draws by `distribution`; the same seed gives the same draws."""
+    generator = random.Random(seed)
+
+    def sample(logits: Tensor) -> Tensor:
+        uniform = torch.tensor([generator.random() for _ in range(logits.shape[0])])
+        return draw(distribution(logits, temp, top_k, top_p, min_p), uniform)
+
+    return sample
