@@ -53,7 +53,9 @@ class Grader:
         self.exercises = {check.file for check in self.checks.values()}
         self.known: dict[tuple[str, ...], Outputs | None] = {}
         """What the solutions give with mistakes planted, by the names of the check and the mistakes."""
-        self.right = assembled(self.solutions, sorted(self.exercises | {"config"}))
+        self.given = {"config"} & self.solutions.keys()
+        """Modules without an exercise that checks use."""
+        self.right = assembled(self.solutions, sorted(self.exercises | self.given))
 
     def judge(self, name: str) -> dict[str, Any]:
         """Returns the state of a check, `passed`, `wrong`, `not written` or `error`, and what is to be said of it."""
@@ -85,7 +87,7 @@ class Grader:
         return {"state": "wrong", "text": str(found), "mistakes": [[each.name, each.source] for each in why]}
 
     def run(self, check: Check, sources: Sources) -> Outputs:
-        return check.run(assembled(sources, sorted({check.file, "config", *check.together})), self.right)
+        return check.run(assembled(sources, sorted({check.file, *self.given, *check.together})), self.right)
 
     def readers(self, check: Check) -> Sources:
         """The modules of a check: the reader's, save that other exercises are the solutions'."""
