@@ -1,6 +1,7 @@
 """The figures of the lessons: each function draws one into the matplotlib figure that it is given.
 
-What is shown is computed here. The colours are of a middle brightness, to be read on white and on black.
+What is shown is computed here. The colours are of a middle brightness, to be read on white and on black; letters and
+axes have those of whoever draws.
 """
 
 from collections.abc import Callable
@@ -19,12 +20,12 @@ def functions(figure: Any) -> None:
         left.bar(place, softmax(factor * x), 0.25, color=colour, label=f"softmax({factor:g} x)")
     left.set_xticks(range(5), [f"{value:g}" for value in x])
     labelled(left, "the elements of x", "share")
-    left.legend(fontsize=7, frameon=False)
+    left.legend(fontsize=7)
     t = np.linspace(-6, 4, 200)
     right.plot(t, t / (1 + np.exp(-t)), color=BLUE, label="SiLU")
     right.plot(t, np.maximum(t, 0), color=GREY, linestyle="--", label="ReLU")
     labelled(right, "x", "")
-    right.legend(fontsize=7, frameon=False)
+    right.legend(fontsize=7)
 
 
 def norm(figure: Any) -> None:
@@ -37,7 +38,7 @@ def norm(figure: Any) -> None:
     axes.scatter(*y.T, s=14, color=BLUE, label="x / root of the mean square")
     axes.set_aspect("equal")
     labelled(axes, "first number", "second number")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7)
 
 
 def rotary(figure: Any) -> None:
@@ -49,7 +50,7 @@ def rotary(figure: Any) -> None:
     left.set_ylim(0, 4 * np.pi)
     left.set_yticks([0, 2 * np.pi, 4 * np.pi], ["0", "1 turn", "2 turns"])
     labelled(left, "position", "angle")
-    left.legend(fontsize=7, frameon=False)
+    left.legend(fontsize=7)
     query, key = np.random.default_rng(2).normal(size=(2, size // 2, 2)) @ np.array([1, 1j])
     distance = np.arange(33)
     for start, colour, width in ((0, ORANGE, 4.0), (50, BLUE, 1.2)):
@@ -58,7 +59,7 @@ def rotary(figure: Any) -> None:
         products = (turned_query * turned_key.conj()).real.sum(axis=-1)
         right.plot(distance, products, color=colour, linewidth=width, label=f"the key at position {start}")
     labelled(right, "distance from the key to the query", "dot product")
-    right.legend(fontsize=7, frameon=False)
+    right.legend(fontsize=7)
 
 
 def attention(figure: Any) -> None:
@@ -91,9 +92,9 @@ def weights(figure: Any) -> None:
         greatest = [error[inside][block].max() for block in blocks]
         axes.loglog([float(x[inside][block].mean()) for block in blocks], greatest, color=colour, label=name)
     axes.axvline(65504, color=GREY, linestyle="--", linewidth=0.8)
-    axes.text(80000, 1e-4, "float16 ends", fontsize=7, color=GREY)
+    axes.text(80000, 0.1, "float16 ends", fontsize=7, color=GREY)
     labelled(axes, "size of the number", "greatest relative error")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7)
 
 
 def layer(figure: Any) -> None:
@@ -115,8 +116,8 @@ def choice(figure: Any) -> None:
         starts = np.cumsum(shares) - shares
         chosen = int((np.cumsum(shares) <= number).sum())
         for token in range(6):
-            edge = "black" if token == chosen else "none"
-            axes.barh(row, shares[token], 0.6, left=starts[token], color=colours[token], edgecolor=edge, linewidth=1.5)
+            height = 0.8 if token == chosen else 0.5
+            axes.barh(row, shares[token], height, left=starts[token], color=colours[token])
             if shares[token] > 0.05:
                 middle = starts[token] + shares[token] / 2
                 axes.text(middle, row, str(token), ha="center", va="center", fontsize=8, color="white")
@@ -133,7 +134,7 @@ def cache(figure: Any) -> None:
     axes.plot(count, prompt + count - 1, color=BLUE, label="with: the prompt, then one for each token")
     axes.set_yscale("log")
     labelled(axes, "tokens written after a prompt of 20", "positions through the model")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7)
 
 
 def loss(figure: Any) -> None:
@@ -149,7 +150,7 @@ def loss(figure: Any) -> None:
     axes.plot(logit, probability - 1, color=RED, linewidth=1.2, label="p - 1")
     axes.axhline(0, color=GREY, linewidth=0.6)
     labelled(axes, "logit of the label; the others stay", "")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7)
 
 
 def optimizer(figure: Any) -> None:
@@ -169,7 +170,7 @@ def optimizer(figure: Any) -> None:
     axes.plot(*np.array(adam).T, color=BLUE, marker=".", markersize=3, label="AdamW, lr 0.3")
     axes.plot(0, 0, marker="*", color=GREEN, markersize=12)
     labelled(axes, "first parameter", "second parameter")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7)
 
 
 FIGURES: dict[str, Callable[[Any], None]] = {
@@ -194,16 +195,11 @@ def softmax(x: np.ndarray) -> np.ndarray:
 def coloured(figure: Any, shown: Any, axes: Any, label: str) -> None:
     """Adds the scale of a picture's colours."""
     bar = figure.colorbar(shown, ax=axes, shrink=0.8)
-    bar.set_label(label, color=GREY, fontsize=8)
-    bar.ax.tick_params(colors=GREY, labelsize=7)
-    bar.outline.set_edgecolor(GREY)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
 
 
 def labelled(axes: Any, below: str, beside: str) -> None:
-    """Names the axes, and gives everything around the picture a colour that shows on white and on black."""
-    axes.set_xlabel(below, color=GREY, fontsize=8)
-    axes.set_ylabel(beside, color=GREY, fontsize=8)
-    axes.tick_params(colors=GREY, labelsize=7)
-    axes.set_facecolor("none")
-    for spine in axes.spines.values():
-        spine.set_color(GREY)
+    axes.set_xlabel(below, fontsize=8)
+    axes.set_ylabel(beside, fontsize=8)
+    axes.tick_params(labelsize=7)
