@@ -29,6 +29,8 @@ class Check:
     atol: float = 1e-5
     together: tuple[str, ...] = ()
     """Other modules that are the reader's too, where everything is judged at once."""
+    also: tuple[str, ...] = ()
+    """Checks whose mistakes show in this one too, where functions call each other and none is replaced."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """The process in which a reader's code runs.
 
-`python -m llamita.learn.harness TRACK FRAMEWORK DIRECTORY EVENTS CHECK...`
+`python -m llamita.learn.harness TRACK FRAMEWORK PLACE EVENTS CHECK...`
+
+PLACE is a course's directory, whose files are put together with the solutions of those that a check is not about, or
+one file, which is imported as it lies, with its own imports.
 
 It writes a line of JSON to the file EVENTS when a check begins and when it is done. Whatever the code does otherwise
 (prints, exits, loops, takes all memory) is its parent's to see; grading.py is that parent.
@@ -26,8 +29,8 @@ Sources = Mapping[str, tuple[Path, str]]
 
 
 def main(arguments: Sequence[str]) -> None:
-    track, framework, directory, events, *names = arguments
-    grader = Grader(Path(track), framework, Path(directory))
+    track, framework, place, events, *names = arguments
+    grader = Grader(Path(track), framework, Path(place))
     with open(events, "a", encoding="utf-8") as file:
         for name in names:
             file.write(json.dumps({"begun": name}) + "\n")
@@ -38,10 +41,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 class Grader:
-    """Runs checks of a track on the files of a directory, beside the solutions and their known mistakes."""
+    """Runs checks of a track on the files of a directory, or on one file, beside the solutions and known mistakes."""
 
-    def __init__(self, track: Path, framework: str, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, track: Path, framework: str, place: Path) -> None:
+        self.directory, self.file = (place.parent, place) if place.is_file() else (place, None)
         self.solutions: Sources = {
             path.stem: (path, path.read_text("utf-8")) for path in sorted((track / framework).glob("*.py"))
         }
@@ -61,15 +64,13 @@ class Grader:
         """Returns the state of a check, `passed`, `wrong`, `not written` or `error`, and what is to be said of it."""
         check = self.checks[name]
         missing = [file for file in (check.file, *check.together) if not (self.directory / f"{file}.py").is_file()]
-        if missing:
+        if missing and self.file is None:
             return {"state": "error", "text": f"{missing[0]}.py is not in {self.directory}"}
         try:
             expected = self.with_mistakes(check, ())
             assert expected is not None
-            sources = self.readers(check)
-            with installed(sources):
-                got = self.run(check, sources)
-                found = difference(got, expected, check.rtol, check.atol)
+            got = self.of_reader(check)
+            found = difference(got, expected, check.rtol, check.atol)
         except NotImplementedError:
             return {"state": "not written"}
         except KeyboardInterrupt:
@@ -82,9 +83,17 @@ class Grader:
             return {"state": "passed"}
         if check.together:
             return {"state": "wrong", "text": f"{found}; the lessons before this one say where"}
-        mistakes = [mistake for mistake in self.mistakes if mistake.check == name]
-        why = named(got, expected, check, mistakes, lambda planted: self.with_mistakes(check, planted))
+        own, others = ([each for each in self.mistakes if each.check in names] for names in ((name,), check.also))
+        why = named(got, expected, check, [*own, *others], lambda planted: self.with_mistakes(check, planted))
         return {"state": "wrong", "text": str(found), "mistakes": [[each.name, each.source] for each in why]}
+
+    def of_reader(self, check: Check) -> Outputs:
+        """The results of the code under judgement."""
+        if self.file is not None:
+            return check.run(SimpleNamespace(**{check.file: imported(self.file)}), self.right)
+        sources = self.readers(check)
+        with installed(sources):
+            return self.run(check, sources)
 
     def run(self, check: Check, sources: Sources) -> Outputs:
         return check.run(assembled(sources, sorted({check.file, *self.given, *check.together})), self.right)
@@ -109,7 +118,7 @@ class Grader:
                     sources[mistake.file] = (path, mistake.planted_in(text))
                 self.known[key] = self.run(check, sources)
             except Exception:
-                if len(mistakes) < 2:
+                if [mistake.check for mistake in mistakes] in ([], [check.name]):
                     raise
                 self.known[key] = None
         return self.known[key]
@@ -121,8 +130,32 @@ class Grader:
         if isinstance(error, SyntaxError) and error.filename:
             return f"{what} ({Path(error.filename).name}, line {error.lineno})"
         frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if Path(frame.filename).parent == self.directory]
+        own = [frame for frame in frames if self.is_readers(Path(frame.filename))]
         return f"{what} ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})" if own else what
+
+    def is_readers(self, path: Path) -> bool:
+        """Whether a file is the reader's: in the directory, or for one file near it or where the grader was started."""
+        if self.file is None:
+            return path.parent == self.directory
+        near = (self.directory, Path.cwd())
+        return any(place in path.parents for place in near) and "site-packages" not in path.parts
+
+
+def imported(file: Path) -> ModuleType:
+    """Returns the module of a file, as one of its package where it lies in one; imported once in a process.
+
+    The working directory, the folder above the package and the file's own folder can be imported from.
+    """
+    top, names = file.parent, [file.stem]
+    while (top / "__init__.py").is_file():
+        names.insert(0, top.name)
+        top = top.parent
+    sys.path[:0] = [str(place) for place in dict.fromkeys((Path.cwd(), top)) if str(place) not in sys.path]
+    sys.path += [str(file.parent)] if str(file.parent) not in sys.path else []
+    module = importlib.import_module(".".join(names))
+    if module.__file__ is None or not file.samefile(module.__file__):
+        raise ValueError(f"{file} cannot be imported: {'.'.join(names)} is {module.__file__}; give it another name")
+    return module
 
 
 def assembled(sources: Sources, names: Sequence[str]) -> SimpleNamespace:

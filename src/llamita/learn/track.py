@@ -3,7 +3,8 @@
 A track is a folder under tracks/ and needs no other file to be changed:
 
     track.toml          title, frameworks, the model that a folder is begun with, what to do at the end, and the lessons
-                        in order: name, title, file, names of checks
+                        in order: name, title, file, names of checks; `file`, where the reader has one file alone, which
+                        is imported as it lies, with what it imports
     lessons/NAME.md     the text of each lesson; links to PACKAGE/... lead to the installed library's files
     FRAMEWORK/          the reader's files with solutions in them, between "# to do: ..." and "# done"
     FRAMEWORK/grader/   modules that the two below import by their names, where frameworks differ
@@ -51,6 +52,8 @@ class Track:
     """The model that a folder is begun with: a course's stories.pt, a model directory, or none."""
     end: str
     """What there is to do once all checks pass."""
+    file: str = ""
+    """The reader's one file, imported with its own imports; empty where the grader puts modules together itself."""
 
     def lesson(self, name: str) -> Lesson:
         """Returns a lesson by its name; ValueError names those that there are."""
@@ -88,7 +91,7 @@ def find(name: str) -> Track:
         for entry in content["lessons"]
     )
     frameworks, model = tuple(content["frameworks"]), content["model"]
-    return Track(name, content["title"], frameworks, lessons, directory, model, content["end"])
+    return Track(name, content["title"], frameworks, lessons, directory, model, content["end"], content.get("file", ""))
 
 
 def names() -> list[str]:
