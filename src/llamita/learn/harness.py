@@ -10,6 +10,7 @@ It writes a line of JSON to the file EVENTS when a check begins and when it is d
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -19,7 +20,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import CodeType, ModuleType, SimpleNamespace
 from typing import Any
 
 from llamita.learn.checking import Check, Mistake, Outputs, difference, named
@@ -44,7 +45,8 @@ class Grader:
     """Runs checks of a track on the files of a directory, or on one file, beside the solutions and known mistakes."""
 
     def __init__(self, track: Path, framework: str, place: Path) -> None:
-        self.directory, self.file = (place.parent, place) if place.is_file() else (place, None)
+        self.file = place if place.is_file() else None
+        self.directory = place.parent if place.is_file() else place
         self.solutions: Sources = {
             path.stem: (path, path.read_text("utf-8")) for path in sorted((track / framework).glob("*.py"))
         }
@@ -83,8 +85,8 @@ class Grader:
             return {"state": "passed"}
         if check.together:
             return {"state": "wrong", "text": f"{found}; the lessons before this one say where"}
-        own, others = ([each for each in self.mistakes if each.check in names] for names in ((name,), check.also))
-        why = named(got, expected, check, [*own, *others], lambda planted: self.with_mistakes(check, planted))
+        own, below = ([each for each in self.mistakes if each.check in names] for names in ((name,), check.also))
+        why = named(got, expected, check, own, lambda planted: self.with_mistakes(check, planted), below)
         return {"state": "wrong", "text": str(found), "mistakes": [[each.name, each.source] for each in why]}
 
     def of_reader(self, check: Check) -> Outputs:
@@ -193,7 +195,13 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         path, text = self.sources[module.__name__]
         module.__file__ = str(path)
-        exec(compile(text, str(path), "exec"), module.__dict__)
+        exec(compiled(text, str(path)), module.__dict__)
+
+
+@functools.lru_cache(maxsize=256)
+def compiled(text: str, path: str) -> CodeType:
+    """The code of a file; a grader executes the same few texts for every check."""
+    return compile(text, path, "exec")
 
 
 if __name__ == "__main__":

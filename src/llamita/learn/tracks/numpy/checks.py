@@ -105,11 +105,13 @@ def causal_mask(mine: Any, right: Any) -> Outputs:
 def attention(mine: Any, right: Any) -> Outputs:
     query, key, value = numbers(1, 2, 3, 4, 6), numbers(2, 2, 3, 7, 6), numbers(3, 2, 3, 7, 6)
     mask = right.attention.causal_mask(4, 7)
+    other = numbers(4, 4, 7) > 0.5
+    other[:, 2] = True  # each query sees one key at least
     found = mine.attention.attention
     return {
         "result": array(found(query, key, value)),
         "result with a mask": array(found(query, key, value, mask)),
-        "result with a mask of each batch": array(found(query, key, value, np.stack([mask, ~mask])[:, None])),
+        "result with a mask of each batch": array(found(query, key, value, np.stack([mask, other])[:, None])),
         "result of T=S": array(found(query, key[:, :, :4], value[:, :, :4], mask[:, 3:])),
         "result of one head": array(found(query[0, 0], key[0, 0], value[0, 0], mask)),
     }

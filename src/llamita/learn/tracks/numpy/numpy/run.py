@@ -42,7 +42,7 @@ def main() -> None:
             print(text[len(shown) :], end="", flush=True)
             shown = text
     seconds, count = time.monotonic() - began, len(ids) - len(prompt)
-    print(f"\n\n{count} tokens, {count / seconds:.1f} a second")
+    print(f"{tokenizer.decode(ids)[len(shown) :]}\n\n{count} tokens, {count / seconds:.1f} a second")
 
 
 def first_tokens(directory: Path, tokenizer: Tokenizer) -> list[int]:
