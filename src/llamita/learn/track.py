@@ -3,8 +3,7 @@
 A track is a folder under tracks/ and needs no other file to be changed:
 
     track.toml          title, frameworks, the model that a folder is begun with, what to do at the end, and the lessons
-                        in order: name, title, file, names of checks; `file`, where the reader has one file alone, which
-                        is imported as it lies, with what it imports
+                        in order: name, title, file, names of checks
     lessons/NAME.md     the text of each lesson; links to PACKAGE/... lead to the installed library's files
     FRAMEWORK/          the reader's files with solutions in them, between "# to do: ..." and "# done"
     FRAMEWORK/grader/   modules that the two below import by their names, where frameworks differ
