@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from llamita.cli.main import main
+from llamita.learn.grading import grade
 from llamita.learn.harness import Grader
 from tests.learn.graded import Graded
 
@@ -221,6 +222,16 @@ def test_a_file_that_cannot_be_imported_says_why(tmp_path: Path, graded_file: An
     found = graded_file(tmp_path / "json.py", "run_silu")
     assert "json.py cannot be imported: json is " in found["text"]
     assert found["text"].split(" (")[0].endswith("; give it another name")
+
+
+def test_a_file_that_ends_the_process_is_an_error_of_every_check(tmp_path: Path) -> None:
+    (tmp_path / "over.py").write_text("import os\nprint('farewell', flush=True)\nos._exit(7)\n", "utf-8")
+    results = list(grade(ADAPTERS.track, "torch", tmp_path / "over.py", "tokenizer"))
+    text = "while over.py was imported: the code ended its process with status 7; the last it printed: farewell"
+    assert [(result.check, result.state, result.text) for result in results] == [
+        ("get_tokenizer", "error", text),
+        ("run_train_bpe", "error", text),
+    ]
 
 
 @pytest.mark.parametrize(

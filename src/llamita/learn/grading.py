@@ -112,7 +112,7 @@ def _follow(
     printed: Path,
 ) -> Iterator[Result]:
     """Reads a process's events until it has ended or must be."""
-    position, done, since, begun = 0, 0, time.monotonic(), False
+    position, done, since, begun, imports = 0, 0, time.monotonic(), False, ""
     while done < len(checks):
         ended = process.poll() is not None  # before the last events are read
         with events.open("rb") as file:
@@ -122,8 +122,8 @@ def _follow(
         position += len(lines)
         for line in lines.splitlines():
             event, since = json.loads(line), time.monotonic()
-            begun = "begun" in event
-            if not begun:
+            begun, imports = "begun" in event, event.get("imports", "")
+            if "done" in event:
                 lesson, check = checks[done]
                 assert event["done"] == check
                 mistakes = tuple(Mistaken(*pair) for pair in event.get("mistakes", ()))
@@ -134,6 +134,10 @@ def _follow(
         waited = limits if begun else Limits(START_SECONDS, limits.memory_bytes)
         why = _why_it_ends(process, waited, since, ended, printed.stat().st_size)
         if why:
+            if imports:
+                for each in checks[done:]:
+                    yield Result(*each, "error", f"while {imports} was imported: {why}{_last(printed)}")
+                return
             if not begun:
                 raise RuntimeError(f"the grader's own process failed: {why}{_last(printed)}")
             yield Result(*checks[done], "error", f"{why}{_last(printed)}")

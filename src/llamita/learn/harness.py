@@ -5,8 +5,8 @@
 PLACE is a course's directory, whose files are put together with the solutions of those that a check is not about, or
 one file, which is imported as it lies, with its own imports.
 
-It writes a line of JSON to the file EVENTS when a check begins and when it is done. Whatever the code does otherwise
-(prints, exits, loops, takes all memory) is its parent's to see; grading.py is that parent.
+It writes a line of JSON to the file EVENTS when it imports that file, when a check begins and when it is done. Whatever
+the code does otherwise (prints, exits, loops, takes all memory) is its parent's to see; grading.py is that parent.
 """
 
 import contextlib
@@ -33,12 +33,17 @@ def main(arguments: Sequence[str]) -> None:
     track, framework, place, events, *names = arguments
     grader = Grader(Path(track), framework, Path(place))
     with open(events, "a", encoding="utf-8") as file:
+
+        def tell(event: Mapping[str, Any]) -> None:
+            file.write(json.dumps(event) + "\n")
+            file.flush()
+
+        if grader.file is not None:
+            tell({"imports": grader.file.name})
+            grader.load()
         for name in names:
-            file.write(json.dumps({"begun": name}) + "\n")
-            file.flush()
-            result = grader.judge(name)
-            file.write(json.dumps({"done": name, **result}) + "\n")
-            file.flush()
+            tell({"begun": name})
+            tell({"done": name, **grader.judge(name)})
 
 
 class Grader:
@@ -47,6 +52,8 @@ class Grader:
     def __init__(self, track: Path, framework: str, place: Path) -> None:
         self.file = place if place.is_file() else None
         self.directory = place.parent if place.is_file() else place
+        self.module: ModuleType | BaseException | None = None
+        """That of the one file, or why it cannot be imported."""
         self.solutions: Sources = {
             path.stem: (path, path.read_text("utf-8")) for path in sorted((track / framework).glob("*.py"))
         }
@@ -89,10 +96,24 @@ class Grader:
         why = named(got, expected, check, own, lambda planted: self.with_mistakes(check, planted), below)
         return {"state": "wrong", "text": str(found), "mistakes": [[each.name, each.source] for each in why]}
 
+    def load(self) -> None:
+        """Imports the one file, once; why that fails is raised by every check."""
+        assert self.file is not None
+        try:
+            self.module = imported(self.file)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            self.module = error
+
     def of_reader(self, check: Check) -> Outputs:
         """The results of the code under judgement."""
         if self.file is not None:
-            return check.run(SimpleNamespace(**{check.file: imported(self.file)}), self.right)
+            if self.module is None:
+                self.load()
+            if isinstance(self.module, BaseException):
+                raise self.module
+            return check.run(SimpleNamespace(**{check.file: self.module}), self.right)
         sources = self.readers(check)
         with installed(sources):
             return self.run(check, sources)
