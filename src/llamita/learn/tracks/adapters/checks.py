@@ -159,8 +159,8 @@ def adamw(get: Any) -> Outputs:
 
 def schedule(call: Any) -> Outputs:
     rates = [call(iteration, 1.0, 0.1, 7, 21) for iteration in range(26)]
-    other = [call(iteration, 0.5, 0.05, 0, 10) for iteration in range(12)]
-    return {"rate of each iteration": array(rates), "rate of each iteration without a warmup": array(other)}
+    other = [call(iteration, 0.5, 0.05, 2, 10) for iteration in range(13)]
+    return {"rate of each iteration": array(rates), "rate of each iteration of a short run": array(other)}
 
 
 def get_batch(call: Any) -> Outputs:
