@@ -2,17 +2,21 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from llamita.backend.interface import BackendName
+from llamita.cli.own_code import backend_with
 from llamita.inference.config import EngineConfig
+
+if TYPE_CHECKING:
+    from llamita.learn.own_model import Use
 
 
 @dataclass(frozen=True)
 class LoadConfig:
-    """The arguments of `LLM.load` besides the model itself and its adapters."""
+    """The arguments of `LLM.load` besides the model itself and its adapters, and whose code runs it."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and cache; auto: that of the file."""
@@ -27,7 +31,16 @@ class LoadConfig:
     draft: str = ""
     """Guess tokens ahead (speculative decoding), which changes the speed but no token: lookup, or a smaller model of
     the same vocabulary."""
+    own_code: Annotated[Path | None, tyro.conf.arg(name="with")] = None
+    """The folder of a course, whose code runs the model in the place of the library's (PyTorch, float32, slower)."""
     engine: EngineConfig = EngineConfig()
+
+    def arguments(self, use: "Use" = "generate") -> dict[str, Any]:
+        """Returns the arguments of `LLM.load`; ValueError where a check of the code for this use does not pass."""
+        found = {name: value for name, value in vars(self).items() if name != "own_code"}
+        if self.own_code is not None:
+            found["backend"] = backend_with(self.own_code, use, self.backend, self.device, self.threads)
+        return found
 
 
 def template_source(template: str | None) -> str | None:

@@ -75,7 +75,7 @@ class Grader:
         except SystemExit as stop:
             return {"state": "error", "text": f"the code ended the program by exit({stop.code!r})"}
         except BaseException as error:
-            return {"state": "error", "text": self.told(error)}
+            return {"state": "error", "text": told(error, self.directory)}
         if found is None:
             return {"state": "passed"}
         if check.together:
@@ -112,15 +112,21 @@ class Grader:
                 self.known[key] = None
         return self.known[key]
 
-    def told(self, error: BaseException) -> str:
-        """One line about an error: its kind, its message, and the last line of the reader's code on the way there."""
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        what = what if len(what) <= 300 else f"{what[:300]}..."
-        if isinstance(error, SyntaxError) and error.filename:
-            return f"{what} ({Path(error.filename).name}, line {error.lineno})"
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if Path(frame.filename).parent == self.directory]
-        return f"{what} ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})" if own else what
+
+def told(error: BaseException, directory: Path) -> str:
+    """One line about an error: its kind, its message, and the last line of the directory's code on the way there."""
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    what = what if len(what) <= 300 else f"{what[:300]}..."
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{what} ({Path(error.filename).name}, line {error.lineno})"
+    own = frames_within(error, directory)
+    return f"{what} ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})" if own else what
+
+
+def frames_within(error: BaseException, directory: Path) -> list[traceback.FrameSummary]:
+    """Returns the frames of an error that lie in files of a directory."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [frame for frame in frames if Path(frame.filename).parent == directory]
 
 
 def assembled(sources: Sources, names: Sequence[str]) -> SimpleNamespace:
