@@ -201,7 +201,8 @@ def refuse(config: ModelConfig) -> None:
     """ValueError, naming it, for what a model needs and the course's Llama cannot do."""
     if config.quantization:
         raise ValueError(f"{FORM} cannot hold {config.quantization} weights; give the model that they were made from")
-    refuse_switches(replace(config, num_labels=0, label_names=(), problem_type=""), FORM, {})
+    headless = replace(config, num_labels=0, label_names=(), problem_type="") if config.num_labels else config
+    refuse_switches(headless, FORM, {})
 
 
 def _instance(modules: SimpleNamespace, config: ModelConfig, head_dropout: float) -> Any:
