@@ -11,6 +11,7 @@ from llamita.cli.own_code import backend_with
 from llamita.inference.config import EngineConfig
 
 if TYPE_CHECKING:
+    from llamita.inference.drafting import Drafter
     from llamita.learn.own_model import Use
 
 
@@ -40,7 +41,16 @@ class LoadConfig:
         found = {name: value for name, value in vars(self).items() if name != "own_code"}
         if self.own_code is not None:
             found["backend"] = backend_with(self.own_code, use, self.backend, self.device, self.threads)
+            if self.draft not in ("", "lookup"):  # the library guesses, and the course's code judges
+                found["draft"] = self._draft_model()
         return found
+
+    def _draft_model(self) -> "Drafter":
+        from llamita.backend.choice import load_backend
+        from llamita.inference.drafting import DraftModel
+
+        backend = load_backend("torch", device=self.device, threads=self.threads)
+        return DraftModel(backend.load_runner(self.draft, self.dtype, self.device, self.threads))
 
 
 def template_source(template: str | None) -> str | None:

@@ -33,8 +33,8 @@ from llamita.backend.torch.own.model import FORM, OwnModel
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 
-MEMORY_BYTES = 1 << 28
-"""For the tokens of an engine's sequences."""
+MEMORY_BYTES = 1 << 19
+"""For the tokens of an engine's sequences. A draft model beside it takes keys and values for as many positions."""
 MOST_SCORES = 1 << 22
 """Most scores of a head's queries over keys in one pass over several sequences: it bounds the memory that one takes."""
 
