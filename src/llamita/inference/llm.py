@@ -87,8 +87,8 @@ class LLM:
         `exact`: logits that are the same bits alone and in any batch (float32 on the CPU, slower). `engine` sets the
         limits of the engine. `draft` guesses tokens ahead, which changes the speed but no token: "lookup" searches the
         text for earlier occurrences of its last tokens; else it is the directory of a smaller model of the same
-        vocabulary, or a drafter. `adapters` (directories by name) are served over the model in one batch with it, each to the
-        requests that name it; `path` may also be an adapter's directory.
+        vocabulary, or a drafter. `adapters` (directories by name) are served over the model in one batch with it, each
+        to the requests that name it; `path` may also be an adapter's directory.
 
         The result generates (`generate`, `stream`), shows what it expects and attends to (`look_inside`), turns texts
         into vectors (`embed`), gives logits and residual streams (`runner.forward`), and writes itself (`save`).
