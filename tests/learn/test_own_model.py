@@ -91,6 +91,17 @@ def test_the_same_greedy_story_comes_from_the_readers_code(world: Path, capsys: 
     assert "the course's code, which reads the whole text again for each token" in found.err
 
 
+def test_the_library_may_guess_for_the_readers_code(
+    world: Path, capsys: pytest.CaptureFixture[str], graded: None
+) -> None:
+    command = ["generate", str(world / "base"), "Once", "--temperature", "0", "--max-tokens", "20", "--device", "cpu"]
+    texts = []
+    for draft in ([], ["--draft", "lookup"], ["--draft", str(world / "base")]):
+        assert main([*command, "--with", str(world / "own"), *draft]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2]
+
+
 def test_a_wrong_line_is_refused_with_its_mistakes_name(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(own, "llama.py", " / math.sqrt(self.head_dim)", "")
     assert main(["generate", str(own), "--with", str(own)]) == 2
