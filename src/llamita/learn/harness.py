@@ -18,7 +18,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import CodeType, ModuleType, SimpleNamespace
 from typing import Any
@@ -87,7 +87,7 @@ class Grader:
         except SystemExit as stop:
             return {"state": "error", "text": f"the code ended the program by exit({stop.code!r})"}
         except BaseException as error:
-            return {"state": "error", "text": self.told(error)}
+            return {"state": "error", "text": told(error, self.is_readers)}
         if found is None:
             return {"state": "passed"}
         if check.together:
@@ -146,22 +146,28 @@ class Grader:
                 self.known[key] = None
         return self.known[key]
 
-    def told(self, error: BaseException) -> str:
-        """One line about an error: its kind, its message, and the last line of the reader's code on the way there."""
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        what = what if len(what) <= 300 else f"{what[:300]}..."
-        if isinstance(error, SyntaxError) and error.filename:
-            return f"{what} ({Path(error.filename).name}, line {error.lineno})"
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if self.is_readers(Path(frame.filename))]
-        return f"{what} ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})" if own else what
-
     def is_readers(self, path: Path) -> bool:
         """Whether a file is the reader's: in the directory, or for one file near it or where the grader was started."""
         if self.file is None:
             return path.parent == self.directory
         near = (self.directory, Path.cwd())
         return any(place in path.parents for place in near) and "site-packages" not in path.parts
+
+
+def told(error: BaseException, is_own: Callable[[Path], bool]) -> str:
+    """One line about an error: its kind, its message, and the last line of the reader's own code on the way there."""
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    what = what if len(what) <= 300 else f"{what[:300]}..."
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{what} ({Path(error.filename).name}, line {error.lineno})"
+    own = own_frames(error, is_own)
+    return f"{what} ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})" if own else what
+
+
+def own_frames(error: BaseException, is_own: Callable[[Path], bool]) -> list[traceback.FrameSummary]:
+    """Returns the frames of an error that lie in the reader's files."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [frame for frame in frames if is_own(Path(frame.filename))]
 
 
 def imported(file: Path) -> ModuleType:
