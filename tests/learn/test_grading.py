@@ -191,7 +191,7 @@ def test_a_lesson_that_passes(directory: Path, capsys: pytest.CaptureFixture[str
     ("arguments", "message"),
     [
         (["check"], "is no course: it has no course.json; llamita learn start DIR begins one"),
-        (["start", "new", "--track", "max"], "there is no track 'max'; choose one of min-llama"),
+        (["start", "new", "--track", "max"], "there is no track 'max'; choose one of adapters, "),
         (["start", "new", "--framework", "jax"], "min-llama is there for torch, not for 'jax'"),
         (["start", "new", "--model-steps", "0"], "model_steps=0 must be at least 1"),
         (["start", "."], "exists"),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -225,6 +225,14 @@ class Runner(Forward, Protocol):
 
     def run(self, plan: Plan, memory: Any) -> StepResult:
         """Copies blocks, runs every chunk, and returns the sampled tokens and the targets' log-probabilities."""
+
+
+@runtime_checkable
+class TextLabeller(Protocol):
+    """A runner over a classifier that reads whole texts, rather than giving the logits of each position."""
+
+    def label_log_probs(self, texts: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns the natural log-probability of each label of each text, float32 (B, labels)."""
 
 
 class Scorer(Protocol):

@@ -60,8 +60,9 @@ def run(config: ChatConfig) -> int:
 
     if config.sampling.n > 1:
         raise ValueError(f"n={config.sampling.n} gives several answers at once, and a chat has one; leave n at 1")
+    options = config.running.arguments()
     with ProgressBar(f"opening {config.model.name}"):  # kernels are compiled the first time
-        llm = LLM.load(config.model, **vars(config.running))
+        llm = LLM.load(config.model, **options)
     if llm.tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer beside it, and a chat needs one")
     try:

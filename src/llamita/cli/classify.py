@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from llamita.backend.interface import BackendName
+from llamita.cli.own_code import backend_with
 from llamita.cli.tuning import stopped, training_backend
 from llamita.training import exit_status
 from llamita.workflows.classify import ClassifyConfig
@@ -19,8 +20,10 @@ from llamita.workflows.classify import ClassifyConfig
 if TYPE_CHECKING:
     import numpy as np
 
+    from llamita.backend.interface import Backend
     from llamita.data.labelled import Fields, LabelledTexts
     from llamita.evaluation.classification import Report
+    from llamita.learn.own_model import Use
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -39,7 +42,7 @@ def train(config: ClassifyConfig) -> int:
     from llamita.workflows.classify import ACCURACY, train_classifier
     from llamita.workflows.classify_seeds import train_seeds
 
-    backend, output = training_backend(config), config.run.output
+    backend, output = training_backend(config, config.own_code, "classify train"), config.run.output
     if config.seeds:
         found = train_seeds(config, backend)
         if found.interrupted:
@@ -74,6 +77,12 @@ class TextConfig:
     """The framework that computes; auto: MLX on Apple silicon where it is installed, else PyTorch."""
     device: str = "auto"
     """cpu or cuda with PyTorch, cpu or gpu with MLX; auto: a GPU where there is one."""
+    own_code: Annotated[Path | None, tyro.conf.arg(name="with")] = None
+    """The folder of a course, whose code labels the texts in the place of the library's (PyTorch, float32)."""
+
+    def loaded_backend(self, use: Use) -> Backend:
+        """Returns the backend that computes; ValueError where a check of the code for this use does not pass."""
+        return backend_with(self.own_code, use, self.backend, self.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +104,6 @@ class EvaluateConfig:
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    from llamita.backend.choice import load_backend
     from llamita.data.labelled import Fields, read_labelled
     from llamita.evaluation import records
     from llamita.evaluation.classification import classification_report, record
@@ -103,7 +111,7 @@ def evaluate(config: EvaluateConfig) -> None:
     from llamita.workflows.classify import Classifier
 
     _check_output(config.output)
-    backend = load_backend(config.running.backend, device=config.running.device)
+    backend = config.running.loaded_backend("classify")
     model = Classifier.load(config.model, backend, config.running.dtype, config.running.device)
     fields = Fields(config.running.text_field, config.label_field, config.running.tsv_quotes)
     texts = read_labelled(config.data, "validation", model.config.labels, fields)
@@ -145,7 +153,6 @@ def predict(config: PredictConfig) -> None:
     import math
     import sys
 
-    from llamita.backend.choice import load_backend
     from llamita.data.labelled import SEPARATOR, Fields, read_records
     from llamita.storage import files
     from llamita.workflows.classify import Classifier
@@ -154,7 +161,7 @@ def predict(config: PredictConfig) -> None:
         raise ValueError("give either --data, texts to label, or --text, one text")
     if config.output and config.output.exists() and not config.overwrite:
         raise FileExistsError(f"{config.output} exists already; choose another name, or pass --overwrite")
-    backend = load_backend(config.running.backend, device=config.running.device)
+    backend = config.running.loaded_backend("classify")
     model = Classifier.load(config.model, backend, config.running.dtype, config.running.device)
     labels = model.config.labels
     if config.text is not None:
@@ -260,14 +267,13 @@ class Asked:
 
 def _ask(directory: Path, data: Sequence[str], question: QuestionConfig, fields: Fields, running: TextConfig) -> Asked:
     """Asks the question about each text; ValueError for a model with a head, and for words that fit no labels."""
-    from llamita.backend.choice import load_backend
     from llamita.data.labelled import read_labelled, read_mapping
     from llamita.evaluation import zero_shot as asking
     from llamita.storage import model_directory, peft_directory
     from llamita.text.tokenizer import Tokenizer
     from llamita.workflows.classify import context_length
 
-    backend = load_backend(running.backend, device=running.device)
+    backend = running.loaded_backend("generate")
     model_config = model_directory.load_config(peft_directory.place_of(directory, peft_directory.CONFIG))
     if model_config.num_labels:
         raise ValueError(f"{directory} has a classification head: llamita classify evaluate measures it")
@@ -315,7 +321,6 @@ class CalibrateConfig:
 
 
 def calibrate(config: CalibrateConfig) -> None:
-    from llamita.backend.choice import load_backend
     from llamita.data.labelled import Fields, read_labelled
     from llamita.storage import model_directory, peft_directory
     from llamita.workflows.calibrate import calibrate_head, calibrate_question
@@ -328,7 +333,7 @@ def calibrate(config: CalibrateConfig) -> None:
     if model_directory.load_config(peft_directory.place_of(directory, peft_directory.CONFIG)).num_labels:
         if config.question != QuestionConfig():
             raise ValueError(f"{directory} has a classification head, which is asked no question; leave its flags out")
-        backend = load_backend(config.running.backend, device=config.running.device)
+        backend = config.running.loaded_backend("classify")
         model = Classifier.load(directory, backend, config.running.dtype, config.running.device)
         texts = read_labelled(config.data, "validation", model.config.labels, fields)
         encoded = model.encode(texts.texts, texts.source)

@@ -68,8 +68,9 @@ def run(config: GenerateConfig) -> int:
     adapters = named_paths(config.adapter)
     if len(adapters) > 1:
         raise ValueError(f"{len(adapters)} adapters were given for one prompt; give one, or a file with --input")
+    options = config.running.arguments()
     with ProgressBar(f"opening {config.model.name}"):  # kernels are compiled the first time
-        llm = LLM.load(config.model, adapters=adapters, **vars(config.running))
+        llm = LLM.load(config.model, adapters=adapters, **options)
     adapter = next(iter(adapters), None)
     if config.sampling.n > 1:
         return _run_several(llm, prompt, adapter, config)
@@ -107,14 +108,17 @@ def _run_file(config: GenerateConfig) -> int:
     if not source.is_file():
         raise FileNotFoundError(f"there is no file {source}")
     adapters = named_paths(config.adapter)
+    options = config.running.arguments()
     with ProgressBar(f"opening {config.model.name}"):  # kernels are compiled the first time
-        llm = LLM.load(config.model, adapters=adapters, **vars(config.running))
+        llm = LLM.load(config.model, adapters=adapters, **options)
     items = batch.read_items(llm, source, config.sampling, config.template)
     made_from = {
         "model": str(config.model.resolve()) if config.model.exists() else str(config.model),
         "input": batch.digest(source),
         "options": asdict(config.sampling) | {"template": config.template},
     }
+    if config.running.own_code is not None:
+        made_from["with"] = str(config.running.own_code.resolve())
     if adapters:
         made_from["adapters"] = {name: str(Path(path).resolve()) for name, path in adapters.items()}
     kept, outcomes = batch.run_batch(llm, items, output, made_from)

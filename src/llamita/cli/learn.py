@@ -12,6 +12,7 @@ import tyro
 
 if TYPE_CHECKING:
     from llamita.learn.grading import Result
+    from llamita.learn.track import Track
 
 HERE = Path()
 SIGNS = {"passed": "ok", "wrong": "WRONG", "not written": "to do", "error": "ERROR"}
@@ -25,8 +26,8 @@ class StartConfig:
     """The folder to write; it must not exist."""
     track: str = "min-llama"
     """The course; `llamita learn tracks` is the list."""
-    framework: str = "torch"
-    """The framework in which its files are written."""
+    framework: str = ""
+    """The framework in which its files are written; the course's first where none is given."""
     model: Path | None = None
     """The trained model of the course: a model directory, llama2.c's stories42M.pt, or what else `llamita convert`
     reads. Without it a small one is trained first, in about half a minute."""
@@ -42,6 +43,9 @@ class CheckConfig:
     """A lesson's name; without one, all."""
     directory: Path = HERE
     """The course's folder."""
+    adapters: Path | None = None
+    """Grade this file instead, wherever it lies: functions with the names of the course `adapters`, which call your
+    own code. No course has to be started; its folder and the current one can be imported from."""
     seconds: float = 20.0
     """How long a check may take."""
     memory: float = 4.0
@@ -98,25 +102,25 @@ def start(config: StartConfig) -> None:
     from llamita.workflows.convert import Tools
 
     chosen = track.find(config.track)
-    chosen.solutions(config.framework)
+    framework = config.framework or chosen.frameworks[0]
+    chosen.solutions(framework)
     if config.model is None and chosen.model != "none" and not config.directory.exists():
         print(f"training a small model on stories for {config.model_steps} steps; --model takes one that you have")
     tools = Tools(load_backend("torch"), read_pickle, write_pickle)
-    course.start(config.directory, chosen, config.framework, config.model, config.model_steps, tools)
+    course.start(config.directory, chosen, framework, config.model, config.model_steps, tools)
     print(f"{config.directory}: {chosen.title}, {len(chosen.lessons)} lessons")
     print(f"Next: cd {config.directory}, then llamita learn next")
 
 
 def check(config: CheckConfig) -> int:
-    from llamita.learn import course
     from llamita.learn.grading import Limits, grade
 
-    opened = course.opened(config.directory)
     if config.seconds <= 0 or config.memory <= 0:
         raise ValueError(f"seconds={config.seconds:g} and memory={config.memory:g} must be more than 0")
     limits = Limits(config.seconds, int(config.memory * 2**30))
+    track, framework, place = _graded(config)
     results = []
-    for result in grade(opened.track, opened.framework, opened.directory, config.lesson or None, limits):
+    for result in grade(track, framework, place, config.lesson or None, limits):
         print("\n".join(lines_of(result)), flush=True)
         results.append(result)
     passed = sum(result.state == "passed" for result in results)
@@ -188,6 +192,23 @@ def lines_of(result: "Result") -> Iterator[str]:
         yield f"       see {mistake.source}"
     if result.state == "wrong" and not result.mistakes:
         yield "       no mistake known by name explains it; compare your lines with the docstring, one at a time"
+
+
+def _graded(config: CheckConfig) -> "tuple[Track, str, Path]":
+    """The track, the framework, and what is graded: a started course's folder, or a file of adapters."""
+    from llamita.learn import course, track
+
+    if config.adapters is None:
+        opened = course.opened(config.directory)
+        return opened.track, opened.framework, opened.directory
+    if config.directory != HERE:
+        raise ValueError(f"--adapters {config.adapters} is graded where it lies; leave --directory out")
+    if not config.adapters.is_file():
+        raise ValueError(
+            f"{config.adapters} is no file; llamita learn start DIR --track adapters writes one to fill in"
+        )
+    found = track.find("adapters")
+    return found, found.frameworks[0], config.adapters
 
 
 def _state_of(results: "Iterable[Result]") -> str:

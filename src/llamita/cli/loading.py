@@ -2,17 +2,22 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from llamita.backend.interface import BackendName
+from llamita.cli.own_code import backend_with
 from llamita.inference.config import EngineConfig
+
+if TYPE_CHECKING:
+    from llamita.inference.drafting import Drafter
+    from llamita.learn.own_model import Use
 
 
 @dataclass(frozen=True)
 class LoadConfig:
-    """The arguments of `LLM.load` besides the model itself and its adapters."""
+    """The arguments of `LLM.load` besides the model itself and its adapters, and whose code runs it."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and cache; auto: that of the file."""
@@ -27,7 +32,25 @@ class LoadConfig:
     draft: str = ""
     """Guess tokens ahead (speculative decoding), which changes the speed but no token: lookup, or a smaller model of
     the same vocabulary."""
+    own_code: Annotated[Path | None, tyro.conf.arg(name="with")] = None
+    """The folder of a course, whose code runs the model in the place of the library's (PyTorch, float32, slower)."""
     engine: EngineConfig = EngineConfig()
+
+    def arguments(self, use: "Use" = "generate") -> dict[str, Any]:
+        """Returns the arguments of `LLM.load`; ValueError where a check of the code for this use does not pass."""
+        found = {name: value for name, value in vars(self).items() if name != "own_code"}
+        if self.own_code is not None:
+            found["backend"] = backend_with(self.own_code, use, self.backend, self.device, self.threads)
+            if self.draft not in ("", "lookup"):  # the library guesses, and the course's code judges
+                found["draft"] = self._draft_model()
+        return found
+
+    def _draft_model(self) -> "Drafter":
+        from llamita.backend.choice import load_backend
+        from llamita.inference.drafting import DraftModel
+
+        backend = load_backend("torch", device=self.device, threads=self.threads)
+        return DraftModel(backend.load_runner(self.draft, self.dtype, self.device, self.threads))
 
 
 def template_source(template: str | None) -> str | None:

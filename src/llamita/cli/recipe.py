@@ -49,7 +49,7 @@ def resolved(config: PretrainConfig) -> dict[str, Any]:
     from llamita.training.config import flat_options
 
     options = flat_options(replace(config, training=config.training.resolved()))
-    left_out = {*flat_options(config.machine), "log", "resume"}
+    left_out = {*flat_options(config.machine), "own_code", "log", "resume"}
     return {name: value for name, value in options.items() if name not in left_out}
 
 

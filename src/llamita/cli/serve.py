@@ -53,7 +53,7 @@ def run(config: ServeConfig) -> int:
     from llamita.progress import ProgressBar
     from llamita.server import run as running
     from llamita.server.app import create_app
-    from llamita.server.model import open_model
+    from llamita.server.model import labels_texts, open_model
 
     keys = api_keys(config)
     if not keys and not running.is_loopback(config.host):
@@ -62,6 +62,7 @@ def run(config: ServeConfig) -> int:
             file=sys.stderr,
         )
     listener = running.bind(config.host, config.port)  # a port in use is known before a model is read
+    options = config.running.arguments("classify" if labels_texts(config.model) else "generate")
     with ProgressBar(f"opening {config.model.name}"):
         model = open_model(
             config.model,
@@ -70,7 +71,7 @@ def run(config: ServeConfig) -> int:
             template=template_source(config.template),
             pooling=config.pooling,
             adapters=named_paths(config.adapter),
-            **vars(config.running),
+            **options,
         )
     app = create_app(model, config.limits, api_keys=keys, hosts=config.hosts, origins=config.origins)
     running.log_to_stderr(config.log_level)

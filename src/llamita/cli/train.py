@@ -21,7 +21,7 @@ def run(config: PretrainConfig) -> int:
     from llamita.workflows.recipes import with_recipe
 
     config = with_recipe(config)
-    result = pretrain(config, training_backend(config))
+    result = pretrain(config, training_backend(config, config.own_code))
     if result.interrupted:
         return stopped("train", config, result)
     print(f"trained {result.step} updates, smoothed training loss {result.loss:.4f}; saved {result.checkpoint}")

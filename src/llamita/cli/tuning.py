@@ -10,8 +10,10 @@ from llamita.training import exit_status
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from llamita.backend.interface import Backend
+    from llamita.learn.own_model import Use
     from llamita.training.config import TrainingVerb
     from llamita.training.trainer import TrainingResult
 
@@ -43,12 +45,12 @@ def defaults(verb: type[Verb], arguments: Sequence[str]) -> Verb | None:
     return resolve(verb, **given)
 
 
-def training_backend(config: TrainingVerb) -> Backend:
-    """Returns the backend of a run."""
-    from llamita.backend.choice import load_backend
+def training_backend(config: TrainingVerb, own_code: Path | None = None, use: Use = "train") -> Backend:
+    """Returns the backend of a run, around the code in a course's folder where one is given."""
+    from llamita.cli.own_code import backend_with
 
     machine = config.machine
-    return load_backend(machine.backend, device=machine.device, threads=machine.threads)
+    return backend_with(own_code, use, machine.backend, machine.device, machine.threads)
 
 
 def stopped(verb: str, config: TrainingVerb, result: TrainingResult) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from llamita.backend.interface import Forward
+from llamita.backend.interface import Forward, TextLabeller
 from llamita.data.labelled_batches import by_length
 from llamita.evaluation import records
 from llamita.storage import files
@@ -31,6 +31,9 @@ def label_log_probabilities(
     """
     result = np.empty((len(tokens), num_labels))
     for ids in by_length(tokens, batch_size):
+        if isinstance(runner, TextLabeller):
+            result[ids] = runner.label_log_probs([tokens[i] for i in ids])
+            continue
         lengths = np.array([len(tokens[i]) for i in ids])
         tokens_BT = np.zeros((len(ids), lengths.max()), dtype=np.int64)
         for b, i in enumerate(ids):

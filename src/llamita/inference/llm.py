@@ -75,7 +75,7 @@ class LLM:
         threads: int = 0,
         exact: bool = False,
         engine: EngineConfig | None = None,
-        draft: Path | str = "",
+        draft: Path | str | Drafter = "",
         adapters: Mapping[str, Path | str] | None = None,
     ) -> "LLM":
         """Loads a language model: a Hugging Face model directory, a training run, a GGUF file, or a name on the hub
@@ -87,8 +87,8 @@ class LLM:
         `exact`: logits that are the same bits alone and in any batch (float32 on the CPU, slower). `engine` sets the
         limits of the engine. `draft` guesses tokens ahead, which changes the speed but no token: "lookup" searches the
         text for earlier occurrences of its last tokens; else it is the directory of a smaller model of the same
-        vocabulary. `adapters` (directories by name) are served over the model in one batch with it, each to the
-        requests that name it; `path` may also be an adapter's directory.
+        vocabulary, or a drafter. `adapters` (directories by name) are served over the model in one batch with it, each
+        to the requests that name it; `path` may also be an adapter's directory.
 
         The result generates (`generate`, `stream`), shows what it expects and attends to (`look_inside`), turns texts
         into vectors (`embed`), gives logits and residual streams (`runner.forward`), and writes itself (`save`).
@@ -98,7 +98,9 @@ class LLM:
         if isinstance(backend, str):
             backend = load_backend(backend, device=device, threads=threads, exact=exact)
         drafter: Drafter | None = PromptLookup() if draft == "lookup" else None
-        if draft and drafter is None:
+        if not isinstance(draft, Path | str):
+            drafter = draft
+        elif draft and drafter is None:
             drafter = DraftModel(backend.load_runner(draft, dtype, device, threads))
         directory = model_directory.resolve_model_directory(path)
         places = {name: Path(place) for name, place in (adapters or {}).items()}

@@ -29,6 +29,8 @@ class Check:
     atol: float = 1e-5
     together: tuple[str, ...] = ()
     """Other modules that are the reader's too, where everything is judged at once."""
+    also: tuple[str, ...] = ()
+    """Checks whose mistakes show in this one too, where functions call each other and none is replaced."""
 
 
 @dataclass(frozen=True)
@@ -88,16 +90,18 @@ def named(
     check: Check,
     mistakes: Sequence[Mistake],
     run_with: Callable[[Sequence[Mistake]], Outputs | None],
+    below: Sequence[Mistake] = (),
 ) -> tuple[Mistake, ...]:
     """Returns the mistakes that explain a wrong result: one, else two together, else none.
 
+    `below` are mistakes of what the check's function calls, each tried alone: pairs of them would be too many.
     `run_with(mistakes)` gives the results of the solution with these planted, or None where they cannot be. Where
     several explain the result within the tolerance, the nearest does.
     """
-    for count in (1, 2):
+    for candidates in (((each,) for each in (*mistakes, *below)), itertools.combinations(mistakes, 2)):
         best: tuple[Mistake, ...] = ()
         distance = np.inf
-        for candidate in itertools.combinations(mistakes, count):
+        for candidate in candidates:
             planted = run_with(candidate)
             if planted is None or difference(planted, expected, check.rtol, check.atol) is None:
                 continue

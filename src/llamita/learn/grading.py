@@ -57,10 +57,11 @@ class Result:
 
 
 def grade(
-    track: Track, framework: str, directory: Path, lesson: str | None = None, limits: Limits = Limits()
+    track: Track, framework: str, place: Path, lesson: str | None = None, limits: Limits = Limits()
 ) -> Iterator[Result]:
     """Yields the result of each check of a lesson, or of all lessons, in order.
 
+    `place` is a course's directory, or the one file of a track that has one, wherever it lies.
     A check that is ended (its time or memory is over, or the code ended the process) is an error; those after it run
     in a new process.
     """
@@ -72,24 +73,25 @@ def grade(
             attempt += 1
             folder = Path(temporary) / str(attempt)
             folder.mkdir()
-            results = list(_run(track, framework, directory, remaining, limits, folder))
+            results = list(_run(track, framework, place, remaining, limits, folder))
             assert results, "a process that grades must finish or fail at least one check"
             yield from results
             remaining = remaining[len(results) :]
 
 
 def _run(
-    track: Track, framework: str, directory: Path, checks: Sequence[tuple[str, str]], limits: Limits, folder: Path
+    track: Track, framework: str, place: Path, checks: Sequence[tuple[str, str]], limits: Limits, folder: Path
 ) -> Iterator[Result]:
     """Runs checks in one process, to the last or to the first at which it has to be ended."""
     events, printed = folder / "events", folder / "printed"
     events.touch()
     names = [name for _, name in checks]
-    arguments = [str(track.directory), framework, str(directory.resolve()), str(events), *names]
+    graded = place / track.file if track.file and (place / track.file).is_file() else place
+    arguments = [str(track.directory), framework, str(graded.resolve()), str(events), *names]
     with printed.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "llamita.learn.harness", *arguments],
-            cwd=directory,
+            cwd=place if place.is_dir() else None,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -110,7 +112,7 @@ def _follow(
     printed: Path,
 ) -> Iterator[Result]:
     """Reads a process's events until it has ended or must be."""
-    position, done, since, begun = 0, 0, time.monotonic(), False
+    position, done, since, begun, imports = 0, 0, time.monotonic(), False, ""
     while done < len(checks):
         ended = process.poll() is not None  # before the last events are read
         with events.open("rb") as file:
@@ -120,8 +122,8 @@ def _follow(
         position += len(lines)
         for line in lines.splitlines():
             event, since = json.loads(line), time.monotonic()
-            begun = "begun" in event
-            if not begun:
+            begun, imports = "begun" in event, event.get("imports", "")
+            if "done" in event:
                 lesson, check = checks[done]
                 assert event["done"] == check
                 mistakes = tuple(Mistaken(*pair) for pair in event.get("mistakes", ()))
@@ -132,6 +134,10 @@ def _follow(
         waited = limits if begun else Limits(START_SECONDS, limits.memory_bytes)
         why = _why_it_ends(process, waited, since, ended, printed.stat().st_size)
         if why:
+            if imports:
+                for each in checks[done:]:
+                    yield Result(*each, "error", f"while {imports} was imported: {why}{_last(printed)}")
+                return
             if not begun:
                 raise RuntimeError(f"the grader's own process failed: {why}{_last(printed)}")
             yield Result(*checks[done], "error", f"{why}{_last(printed)}")

@@ -51,6 +51,8 @@ class Track:
     """The model that a folder is begun with: a course's stories.pt, a model directory, or none."""
     end: str
     """What there is to do once all checks pass."""
+    file: str = ""
+    """The reader's one file, imported with its own imports; empty where the grader puts modules together itself."""
 
     def lesson(self, name: str) -> Lesson:
         """Returns a lesson by its name; ValueError names those that there are."""
@@ -88,7 +90,7 @@ def find(name: str) -> Track:
         for entry in content["lessons"]
     )
     frameworks, model = tuple(content["frameworks"]), content["model"]
-    return Track(name, content["title"], frameworks, lessons, directory, model, content["end"])
+    return Track(name, content["title"], frameworks, lessons, directory, model, content["end"], content.get("file", ""))
 
 
 def names() -> list[str]:

@@ -173,14 +173,21 @@ def open_model(
     """Opens a model to be served. `options` are those of `LLM.load`; without a `name` it has that of its place."""
     directory = model_directory.resolve_model_directory(path)
     name = name or shown_name(path)
-    config = model_directory.load_config(peft_directory.place_of(directory, peft_directory.CONFIG))
-    if config.num_labels:
-        backend = load_backend(options["backend"], device=options["device"], threads=options["threads"])
+    if labels_texts(directory):
+        backend = options["backend"]
+        if isinstance(backend, str):
+            backend = load_backend(backend, device=options["device"], threads=options["threads"])  # type: ignore[arg-type]
         classifier = Classifier.load(directory, backend, options["dtype"], options["device"], exact=options["exact"])
         return ServedModel(name, classifier=classifier, aliases=tuple(aliases))
     llm = LLM.load(directory, adapters=adapters, **options)
     generation = read_generation_config(directory)
     return serve_model(llm, name, template, generation, aliases=aliases, pooling=pooling)
+
+
+def labels_texts(path: Path | str) -> bool:
+    """Returns whether a model has a classification head."""
+    directory = model_directory.resolve_model_directory(path)
+    return model_directory.load_config(peft_directory.place_of(directory, peft_directory.CONFIG)).num_labels > 0
 
 
 def shown_name(path: Path | str) -> str:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import tyro
 
 from llamita.backend.interface import Backend, Runner
 from llamita.backend.objectives import Classification
@@ -73,6 +74,9 @@ class ClassifyConfig:
     """The weight of each label's loss, in the order of the labels; or balanced: texts / (labels x texts of it)."""
     seeds: tuple[int, ...] = ()
     """Train once with each seed, in OUTPUT/seed-N, and report mean and standard deviation."""
+    own_code: Annotated[Path | None, tyro.conf.arg(name="with")] = None
+    """The folder of a course, whose classifier and AdamW are trained in the place of the library's
+    (PyTorch, one process)."""
     training: TrainingConfig = TrainingConfig(learning_rate=3e-4, evaluation_rows=0)
     machine: MachineConfig = MachineConfig()
 

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 
 from llamita.backend.interface import Backend
 from llamita.backend.sampling_params import SamplingParams
@@ -73,6 +74,9 @@ class PretrainConfig:
     """Length of the sample written at each evaluation; 0: none."""
     sample_prompt: str = ""
     """The text that the sample continues; empty: a new text."""
+    own_code: Annotated[Path | None, tyro.conf.arg(name="with")] = None
+    """The folder of a course, whose model and AdamW are trained in the place of the library's (PyTorch,
+    one process)."""
     training: TrainingConfig = TrainingConfig()
     machine: MachineConfig = MachineConfig()
 

@@ -78,9 +78,14 @@ def from_training_checkpoint(source: Path, content: Any) -> ForeignModel:
 
 def to_training_checkpoint(model: ForeignModel, names: str) -> dict[str, Any]:
     """The inverse: names "meta" as llama2.c trains with, or "course"."""
-    config = model.config
-    refuse_switches(config, "this form of checkpoint", {"rope_theta": 10000.0})
-    arguments = {
+    refuse_switches(model.config, "this form of checkpoint", {"rope_theta": 10000.0})
+    arguments = training_arguments(model.config, names)
+    return {"model_args": arguments, "model": to_meta_names(model, COURSE_LAYER if names == "course" else META_LAYER)}
+
+
+def training_arguments(config: ModelConfig, names: str) -> dict[str, Any]:
+    """The `model_args` of such a checkpoint: the sizes of a model."""
+    return {
         "dim": config.hidden_size,
         "n_layers": config.num_hidden_layers,
         "n_heads": config.num_attention_heads,
@@ -92,7 +97,6 @@ def to_training_checkpoint(model: ForeignModel, names: str) -> dict[str, Any]:
         "dropout": config.dropout,
         "layer_norm_eps" if names == "course" else "norm_eps": config.rms_norm_eps,
     }
-    return {"model_args": arguments, "model": to_meta_names(model, COURSE_LAYER if names == "course" else META_LAYER)}
 
 
 def from_meta_shards(source: Path, parameters: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> ForeignModel:

@@ -61,23 +61,26 @@ def from_meta_names(state: Mapping[str, HostArray], head_dim: int, source: Any) 
 
     ValueError lists the names that are neither. Rotary tables are left out: they follow from the config.
     """
-    layer_names = META_LAYER | COURSE_LAYER
     result, unknown = {}, []
     for name, array in state.items():
         if name in ("rope.freqs", "freqs_cos", "freqs_sin"):
             continue
-        inside = re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", name)
-        if name in META_OUTSIDE:
-            canonical = META_OUTSIDE[name]
-        elif inside and inside[2] in layer_names:
-            canonical = f"model.layers.{int(inside[1])}.{layer_names[inside[2]]}.weight"
-        else:
+        canonical = canonical_name(name)
+        if canonical is None:
             unknown.append(name)
             continue
         result[canonical] = to_halves(array, head_dim) if ROTATED.fullmatch(canonical) else array
     if unknown:
         raise ValueError(f"{source} holds {shortened(sorted(unknown))}, which no Llama of Meta's code has")
     return result
+
+
+def canonical_name(name: str) -> str | None:
+    """The canonical name of a parameter that Meta's code, or the course's, calls `name`; None for any other."""
+    inside = re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", name)
+    if inside and inside[2] in META_LAYER | COURSE_LAYER:
+        return f"model.layers.{int(inside[1])}.{(META_LAYER | COURSE_LAYER)[inside[2]]}.weight"
+    return META_OUTSIDE.get(name)
 
 
 def to_meta_names(model: ForeignModel, layer_names: Mapping[str, str] = META_LAYER) -> dict[str, HostArray]:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from llamita.backend.interface import Diagnosis, RowDiagnosis
 from llamita.backend.objectives import Objective, without_dropout
-from llamita.backend.torch.train import objectives
 from llamita.backend.torch.train.objectives import Hidden, LossOutput
 from llamita.backend.torch.train.scorer import to_device
 from llamita.backend.train_step import Activations, count_targets, rows_of
@@ -61,7 +60,7 @@ def _backward(
 
     The loss is that of training; dropout of the model and the adapter is drawn where `training` is true.
     """
-    loss_function = objectives.loss_function(objective, training=True)
+    loss_function = step.loss_function(objective, training=True)
 
     def loss() -> LossOutput:
         with step.autocast():

@@ -27,8 +27,8 @@ from llamita.backend.torch.model.llama import Llama
 from llamita.backend.torch.train import fp8, objectives
 from llamita.backend.torch.train.adamw import AdamWSettings, clipping_scale, global_norm
 from llamita.backend.torch.train.diagnosis import diagnose
-from llamita.backend.torch.train.objectives import Hidden, LossOutput, TensorBatch
-from llamita.backend.torch.train.optimizer import make_optimizer
+from llamita.backend.torch.train.objectives import Hidden, LossFunction, LossOutput, TensorBatch
+from llamita.backend.torch.train.optimizer import Optimizer, make_optimizer
 from llamita.backend.torch.train.scorer import ChosenPrecision, TorchScorer, choose, to_device
 from llamita.backend.train_step import (
     best_seconds,
@@ -73,6 +73,7 @@ class TorchTrainStep(TorchScorer):
         compile: bool = False,
         recompute: Recompute = "none",
         attention: AttentionName = "masked",
+        make_optimizer: Callable[..., Optimizer] = make_optimizer,
     ) -> None:
         """Trains the parameters whose canonical name is `trainable`: left out, all, or with a fresh `adapter` over them
         a classifier's head alone. What is not trained has neither gradients nor moments."""
@@ -158,11 +159,15 @@ class TorchTrainStep(TorchScorer):
 
     def loss(self, batch: TensorBatch, training: bool) -> LossOutput:
         """Returns the objective's sums over a batch, with gradients; with dropout while `training`."""
-        loss_function = objectives.loss_function(self.objective, training)
+        loss_function = self.loss_function(self.objective, training)
         # Evaluation runs uncompiled: its batches have other shapes, and each would be compiled anew.
         hidden = self._hidden if training else self.model.hidden
         with self.autocast():
             return loss_function(*self.output(hidden, training), batch)
+
+    def loss_function(self, objective: Objective, training: bool) -> LossFunction:
+        """Returns the function that computes an objective; dropout of its own is drawn only while `training`."""
+        return objectives.loss_function(objective, training)
 
     def weights(self) -> dict[str, HostArray]:
         """Returns the float32 weights under canonical names; with an adapter, only what is trained."""
