@@ -10,8 +10,8 @@ import time
 
 import numpy as np
 from adamw import AdamW
-from batches import Batch, batch_of, drawn, save, text_of, written
-from bpe import encode, train
+from batches import Batch, batch_of, drawn, encoder, save, text_of, written
+from bpe import train
 from config import END, LEARNED, PADDING, START, Sizes
 from framework import computed, integers, without_gradients
 from llama import initialized, logits_of
@@ -35,7 +35,8 @@ def main() -> None:
 
     stories = list(meadow.corpus(options.seed, options.stories, "train"))
     merges = train(stories[:500], LEARNED)
-    documents = [[START, *encode(story, merges), END] for story in stories]
+    encode = encoder(merges)
+    documents = [[START, *encode(story), END] for story in stories]
     tokens = sum(len(document) for document in documents)
     print(f"{len(stories)} stories, {tokens} tokens of {sum(map(len, stories)) / tokens:.2f} characters")
     rows, numbers = (np.array(each) for each in packed(documents, LENGTH, PADDING))
@@ -63,7 +64,7 @@ def main() -> None:
     held_out = list(meadow.corpus(options.seed, 64, "validation"))
     nats = 0.0
     for first in range(0, len(held_out), ROWS):
-        texts = [[START, *encode(story, merges), END] for story in held_out[first : first + ROWS]]
+        texts = [[START, *encode(story), END] for story in held_out[first : first + ROWS]]
         width = max(map(len, texts))
         whole = integers([text + [PADDING] * (width - len(text)) for text in texts])
         inputs, labels = shifted(whole, PADDING)

@@ -1,12 +1,13 @@
 """Batches, a model's files, and texts that a model writes: what the three programs of this folder share."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from bpe import decode
+from bpe import decode, encode, words_of
 from config import END, PADDING, Sizes
 from framework import floats, integers, to_numpy, without_gradients
 from llama import logits_of
@@ -67,6 +68,12 @@ def written(
             break
         row.append(token)
     return row[len(tokens) :]
+
+
+def encoder(merges: Sequence[tuple[int, int]]) -> Callable[[str], list[int]]:
+    """Returns `encode` for these merges, with each word's tokens remembered: the words of a world are few."""
+    tokens_of = cache(lambda word: encode(word, merges))
+    return lambda text: [token for word in words_of(text) for token in tokens_of(word)]
 
 
 def text_of(tokens: Sequence[int], merges: Sequence[tuple[int, int]]) -> str:
