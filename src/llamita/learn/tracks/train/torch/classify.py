@@ -3,7 +3,8 @@
     python classify.py [--stories 300] [--steps 150] [--seed 0]
 
 Will a story end happily? Its last two sentences, which say so, are left out; of every second story the last three, and
-then nobody can know. It needs trained.npz and merges.json, and the lessons on AdamW, clipping, the schedule, packing and the last two; less than a minute.
+then nobody can know. It needs trained.npz and merges.json, and the lessons on AdamW, the schedule, clipping and packing
+and the last two; less than a minute.
 """
 
 import argparse
