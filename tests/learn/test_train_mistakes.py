@@ -10,6 +10,8 @@ from llamita.learn.harness import Grader
 TRACK = track.find("train")
 SOLUTIONS = {framework: TRACK.solutions(framework) for framework in TRACK.frameworks}
 GRADERS: dict[str, Grader] = {}
+IN_BOTH = pytest.mark.parametrize("framework", ["torch", pytest.param("mlx", marks=pytest.mark.medium)], indirect=True)
+"""For tests that take several seconds in each framework."""
 
 
 @pytest.fixture(params=TRACK.frameworks)
@@ -71,6 +73,7 @@ def test_there_are_many_mistakes(framework: str) -> None:
     assert {mistake.check for mistake in mistakes} == set(GRADERS[framework].checks)
 
 
+@IN_BOTH
 def test_every_planted_mistake_is_named(framework: str) -> None:
     for mistake in GRADERS[framework].mistakes:
         file = f"{mistake.file}.py"
@@ -148,6 +151,7 @@ def test_a_mistake_is_named_however_it_is_written(
     assert [each[0] for each in found["mistakes"]] == [name]
 
 
+@IN_BOTH
 def test_two_mistakes_at_once_are_both_named(framework: str) -> None:
     files = replaced(
         framework,

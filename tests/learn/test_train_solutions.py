@@ -400,7 +400,11 @@ def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.medium
+@pytest.mark.parametrize(
+    "solved",
+    [pytest.param("torch", marks=pytest.mark.medium), pytest.param("mlx", marks=pytest.mark.slow)],
+    indirect=True,
+)
 @pytest.mark.usefixtures("in_a_folder")
 def test_the_programs_train_tune_and_classify(
     solved: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

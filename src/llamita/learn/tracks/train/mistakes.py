@@ -330,6 +330,11 @@ MISTAKES = (
     shift("padding is scored", "labels == padding", "labels != labels"),
     shift("where the input is padding is left out, not where the label is", "labels == padding", "inputs == padding"),
     shift("the label of padding is 0, a token, not IGNORE_INDEX", "IGNORE_INDEX, labels)", "0, labels)"),
+    shift(
+        "the inputs are changed along with the labels: a slice is a view of the same numbers",
+        "return inputs,",
+        f"return {texts.CHANGED_INPUTS},",
+    ),
     summed(
         "positions that are IGNORE_INDEX are scored, as token 0",
         (SCORED, "(scored == scored, normalizer - chosen, 0.0)"),
@@ -427,6 +432,12 @@ MISTAKES = (
     ),
     adamw("the gradient takes the place of m in the update", (STEP, STEP.replace("m_hat", "gradient"))),
     adamw("m and v are returned with the bias corrected", ("return parameter, m, v", "return parameter, m_hat, v_hat")),
+    adamw(
+        "the parameter that was passed in is changed",
+        (DECAY, "    parameter *= 1 - learning_rate * weight_decay\n"),
+        (STEP, STEP.replace("= parameter - ", "-= ")),
+        source=DOCSTRING,
+    ),
     decay("every parameter decays", "True"),
     decay("none decays", "False"),
     decay("vectors decay, and matrices do not", "parameter.ndim < 2"),
@@ -485,6 +496,11 @@ MISTAKES = (
         texts.CLIP_SCALE.replace("(norm + 1e-6)", "(norm * norm + 1e-6)"),
     ),
     clip("nothing is clipped", CLIPPED, CLIPPED.replace("gradient * scale", "gradient")),
+    clip(
+        "the gradients that were passed in are changed",
+        CLIPPED,
+        CLIPPED.replace("gradient * scale", "gradient.__imul__(scale)"),
+    ),
     accumulation(
         "the mean of the batches' means, so that labels of small batches count more",
         (TOTAL, "scored = (batch.labels != IGNORE_INDEX).sum()\n        total = total + value / scored"),

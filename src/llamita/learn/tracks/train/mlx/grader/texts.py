@@ -1,5 +1,6 @@
 """Lines of the solutions in MLX, where they differ from PyTorch's, and what stands there with a mistake."""
 
+CHANGED_INPUTS = "mx.where(inputs == padding, IGNORE_INDEX, inputs)"
 FLOAT32 = "logits = logits.astype(mx.float32)"
 AT_LEAST_ONE = "mx.maximum(count, 1)"
 CLIP_SCALE = "mx.minimum(limit / (norm + 1e-6), 1.0)"

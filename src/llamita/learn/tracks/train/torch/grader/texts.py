@@ -1,5 +1,6 @@
 """Lines of the solutions in PyTorch, where they differ from MLX's, and what stands there with a mistake."""
 
+CHANGED_INPUTS = "torch.where(inputs == padding, IGNORE_INDEX, inputs)"
 FLOAT32 = "logits = logits.float()"
 AT_LEAST_ONE = "count.clamp(min=1)"
 CLIP_SCALE = "(limit / (norm + 1e-6)).clamp(max=1.0)"
