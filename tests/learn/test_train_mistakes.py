@@ -266,3 +266,10 @@ def test_a_result_of_another_kind_is_said(
     found = judged(framework, check, body(framework, file, to_do, new))
     assert found["state"] == "error"
     assert text in found["text"]
+
+
+def test_a_number_alone_is_named_without_brackets(framework: str) -> None:
+    found = judged(
+        framework, "cross_entropy", body(framework, "loss.py", "the sum, and how many", "    return 0 * logits.sum()\n")
+    )
+    assert found["text"].startswith("mean is 0, expected ")

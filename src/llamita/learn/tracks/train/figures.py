@@ -150,7 +150,7 @@ def schedule(figure: Figure) -> None:
 def clipping(figure: Figure) -> None:
     """Gradients of two numbers: clipped by the norm, and number by number."""
     random = np.random.default_rng(4)
-    gradients = random.normal(size=(7, 2)) * np.array([2.2, 0.9])
+    gradients = random.normal(size=(7, 2)) * np.array([1.6, 1.2])
     limit = 1.0
     norms = np.linalg.norm(gradients, axis=1, keepdims=True)
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
@@ -280,7 +280,7 @@ def dpo(figure: Figure) -> None:
         left.plot(margin, np.logaddexp(0, -beta * margin), color=color, label=f"beta {beta}")
         right.plot(margin, beta / (1 + np.exp(beta * margin)), color=color)
     left.axhline(np.log(2), color=GREY, linewidth=0.8, linestyle="--")
-    left.text(-29, np.log(2) - 0.35, "log 2: where training begins", fontsize=8)
+    left.text(-29, np.log(2) - 0.35, "log 2: the beginning", fontsize=8)
     left.set(xlabel="margin, nats", ylabel="loss", ylim=(0, 6))
     left.legend()
     right.set(xlabel="margin, nats", ylabel="pull on the margin", ylim=(0, None))
