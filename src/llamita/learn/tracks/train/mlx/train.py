@@ -1,4 +1,4 @@
-"""Trains a small Llama on Meadow's stories with what you have written, in about two minutes, and has it write one.
+"""Trains a small Llama on Meadow's stories with what you have written, in a minute or a few, and has it write one.
 
     python train.py [--steps 300] [--stories 3000] [--seed 0]
 
@@ -47,7 +47,7 @@ def main() -> None:
         )
 
     parameters, optimizer = initialized(sizes, options.seed), AdamW()
-    settings = Settings(options.steps, peak=6e-3, minimum=3e-4, warmup_steps=min(20, options.steps - 1))
+    settings = Settings(options.steps, peak=1.2e-2, minimum=6e-4, warmup_steps=min(20, options.steps - 1))
     order = drawn(len(rows), ROWS, options.seed)
     for step in range(options.steps):
         batches = []
