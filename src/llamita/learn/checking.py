@@ -79,7 +79,7 @@ def difference(got: Outputs, expected: Outputs, rtol: float, atol: float) -> Dif
         wrong = ~np.isclose(mine, right, rtol=rtol, atol=atol, equal_nan=True)
         if wrong.any():
             index = tuple(int(place) for place in np.argwhere(wrong)[0])
-            where = f"{name}[{', '.join(map(str, index))}]"
+            where = f"{name}[{', '.join(map(str, index))}]" if index else name
             return Difference(where, f"{mine[index]:.6g}", f"{right[index]:.6g}", shape)
     return None
 

@@ -1,0 +1,34 @@
+"""A classifier over a language model: a linear layer over what the model makes of a whole text.
+
+B: texts; T: positions; D: the model's width; C: classes.
+"""
+
+import mlx.core as mx
+
+
+def last_states(hidden: mx.array, real: mx.array) -> mx.array:
+    """Returns the hidden state of each text's last token, (B, D).
+
+    hidden: (B, T, D); real: booleans (B, T), False where there is padding, which may stand before a text, behind it,
+    or both. At least one token of each row is real. The last token is the only one that has seen the whole text.
+    """
+    # to do: the place of the last True in each row; the state there.
+    place = mx.arange(real.shape[1])
+    last = mx.where(real, place, -1).max(axis=1)
+    return hidden[mx.arange(len(hidden)), last]
+    # done
+
+
+def class_log_probs(hidden: mx.array, real: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+    """Returns the log-probability of each class, (B, C). weight: (C, D); bias: (C,); the others as in `last_states`."""
+    # to do: the linear layer over the last states; a log-softmax over the classes.
+    logits = last_states(hidden, real) @ weight.T + bias
+    return logits - logits.logsumexp(-1, keepdims=True)
+    # done
+
+
+def classification_loss(log_probs: mx.array, labels: mx.array) -> mx.array:
+    """Returns the mean over the texts of -log p of the right class. log_probs: (B, C); labels: integers (B,)."""
+    # to do: one line is enough.
+    return -log_probs[mx.arange(len(labels)), labels].mean()
+    # done

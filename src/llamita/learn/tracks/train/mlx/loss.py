@@ -1,0 +1,46 @@
+"""The loss of a language model: how little probability it gave to the token that came next.
+
+T: positions of a row; B: rows; V: the vocabulary.
+"""
+
+import mlx.core as mx
+
+IGNORE_INDEX = -100
+"""The label of a position that is not scored."""
+
+
+def shifted(rows: mx.array, padding: int) -> tuple[mx.array, mx.array]:
+    """Returns what the model reads and what it should say: (inputs, labels), both (B, T).
+
+    rows: (B, T + 1) tokens, with `padding` behind the shorter texts. inputs are all but the last column; labels[b, t]
+    is the token that follows inputs[b, t], or IGNORE_INDEX where that is `padding`.
+    """
+    # to do: two slices; then the labels that are padding.
+    inputs, labels = rows[:, :-1], rows[:, 1:]
+    return inputs, mx.where(labels == padding, IGNORE_INDEX, labels)
+    # done
+
+
+def summed_cross_entropy(logits: mx.array, labels: mx.array) -> mx.array:
+    """Returns the sum over scored positions of -log softmax(logits)[label], in nats, as a float32 scalar.
+
+    logits: (B, T, V), float32 or bfloat16, of any size: computed in float32, and no exponential overflows. labels:
+    (B, T) tokens, or IGNORE_INDEX, where logits count for nothing. No framework's own loss, please.
+    """
+    # to do: the logarithm of the sum of exponentials, with the largest logit taken out of it; less the label's logit.
+    logits = logits.astype(mx.float32)
+    scored = labels != IGNORE_INDEX
+    largest = logits.max(axis=-1, keepdims=True)
+    normalizer = (logits - largest).exp().sum(axis=-1).log() + largest[..., 0]
+    places = mx.where(scored, labels, 0)
+    chosen = mx.take_along_axis(logits, places[..., None], axis=-1)[..., 0]
+    return mx.where(scored, normalizer - chosen, 0.0).sum()
+    # done
+
+
+def cross_entropy(logits: mx.array, labels: mx.array) -> mx.array:
+    """Returns the mean over the scored positions of the whole batch; 0 where none is scored."""
+    # to do: the sum, and how many labels are scored.
+    count = (labels != IGNORE_INDEX).sum()
+    return summed_cross_entropy(logits, labels) / mx.maximum(count, 1)
+    # done

@@ -1,0 +1,36 @@
+"""Direct preference optimisation: the better of two answers is to gain on the worse one, measured from a reference.
+
+Source: Rafailov et al. 2023 (https://arxiv.org/abs/2305.18290), equation 7. B: rows; T: positions; V: the vocabulary.
+"""
+
+import torch
+from loss import IGNORE_INDEX
+from torch import Tensor
+
+
+def answer_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns the log-probability of each row's answer, (B,): the sum over its tokens.
+
+    logits: (B, T, V); labels: (B, T), shifted, IGNORE_INDEX where a token is not of the answer.
+    """
+    # to do: log-softmax, the label's entry, nothing where the label is IGNORE_INDEX, the sum over a row.
+    scored = labels != IGNORE_INDEX
+    log_probs = logits - logits.logsumexp(-1, keepdim=True)
+    chosen = log_probs.gather(-1, torch.where(scored, labels, 0)[..., None])[..., 0]
+    return torch.where(scored, chosen, 0.0).sum(-1)
+    # done
+
+
+def dpo_loss(
+    chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, beta: float
+) -> Tensor:
+    """Returns the mean over the pairs of -log sigmoid(beta * margin), a scalar.
+
+    chosen, rejected: (B,), the log-probabilities that the model gives to the better and the worse answer of each pair;
+    reference_chosen and reference_rejected: those of the model before tuning. The margin is how much more the better
+    answer has gained on the reference than the worse one has. It stays finite for margins of any size and sign.
+    """
+    # to do: the margins; the logarithm of a sigmoid without an overflow; the mean.
+    margin = (chosen - reference_chosen) - (rejected - reference_rejected)
+    return torch.logaddexp(0 * margin, -beta * margin).mean()
+    # done
