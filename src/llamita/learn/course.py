@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 from llamita.data import meadow
 from llamita.data.prepare import PrepareConfig, prepare
 from llamita.learn import track as tracks
-from llamita.learn.track import Track
+from llamita.learn.figures import LINE, divided, drawn
+from llamita.learn.track import Lesson, Track
 from llamita.storage.files import atomic_directory
 from llamita.storage.formats.checkpoints import to_training_checkpoint
 from llamita.text.bpe import train_bpe_from_iterator
@@ -25,6 +27,7 @@ COURSE_FILE = "course.json"
 MODEL_FILE = "stories.pt"
 MODEL_DIRECTORY = "model"
 SANITY_FILE = "sanity_check.npz"
+LESSONS = "lessons"
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,11 @@ def start(directory: Path, track: Track, framework: str, model: Path | None, ste
     with atomic_directory(directory) as folder:
         for name, text in files.items():
             (folder / name).write_text(text, "utf-8")
-        (folder / "lessons").mkdir()
+        (folder / LESSONS).mkdir()
         for number, lesson in enumerate(track.lessons, 1):
-            (folder / "lessons" / f"{number}-{lesson.name}.md").write_text(lesson.text, "utf-8")
+            (folder / LESSONS / f"{number}-{lesson.name}.md").write_text(lesson.text, "utf-8")
+        for name, figure in drawn(track).items():
+            (folder / LESSONS / f"{name}.svg").write_text(figure, "utf-8")
         (folder / COURSE_FILE).write_text(json.dumps({"track": track.name, "framework": framework}) + "\n", "utf-8")
         if model is not None:
             _write_model(folder, model, track, tools)
@@ -75,6 +80,25 @@ def opened(directory: Path) -> Course:
         raise ValueError(f'{path}: expected {{"track": ..., "framework": ...}}: {error}') from None
     track.solutions(framework)  # refuses a framework that there is not
     return Course(directory, track, framework)
+
+
+def as_printed(course: Course, lesson: Lesson) -> str:
+    """Returns a lesson's text for a terminal: a figure is its caption and the path of its file, where that is there."""
+
+    def said(line: re.Match[str]) -> str:
+        path = course.directory / LESSONS / f"{line['name']}.svg"
+        return f"[Figure: {line['caption']}" + (f"\n {path}]" if path.is_file() else "]")
+
+    return LINE.sub(said, lesson.text)
+
+
+def figures(course: Course) -> dict[str, str]:
+    """Returns the SVG of each figure by its name: as it lies in the folder, drawn where one is missing."""
+    names = [name for lesson in course.track.lessons for _, _, name in divided(lesson.text) if name]
+    paths = {name: course.directory / LESSONS / f"{name}.svg" for name in names}
+    if all(path.is_file() for path in paths.values()):
+        return {name: path.read_text("utf-8") for name, path in paths.items()}
+    return drawn(course.track)
 
 
 def _trained(directory: Path, steps: int, tools: Tools) -> Path:
