@@ -5,7 +5,7 @@ import io
 import json
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +121,13 @@ def _write_model(folder: Path, source: Path, track: Track, tools: Tools) -> None
         convert(source, folder / MODEL_DIRECTORY, ConvertConfig(), tools)
         return
     _, model = read_model(source, ConvertConfig(), tools)
-    tools.write_pickle(folder / MODEL_FILE, to_training_checkpoint(model, "course"))
+    plain = replace(
+        model, config=replace(model.config, rope_theta=10000.0)
+    )  # all that the original course's form holds
+    checkpoint = to_training_checkpoint(plain, "course")
+    if model.config.rope_theta != plain.config.rope_theta:
+        checkpoint["model_args"]["rope_theta"] = model.config.rope_theta  # the LlamaConfig of this folder has it
+    tools.write_pickle(folder / MODEL_FILE, checkpoint)
     if model.tokenizer is not None:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             model.tokenizer.save(temporary)

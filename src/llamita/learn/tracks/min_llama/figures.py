@@ -1,5 +1,7 @@
 """The figures of min-llama's lessons: each computes what it shows."""
 
+import itertools
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
@@ -138,8 +140,8 @@ def layer(figure: Figure) -> None:
         arrow(right, (start + 3.65, 1.5), (start + 3.65, 0.3), GREY, 1.4)
         right.plot(start + 3.65, 0, marker="o", markersize=14, color=BLUE)
         right.text(start + 3.65, -0.02, "+", ha="center", va="center", fontsize=12, color="white")
-    right.text(5.1, 2.75, "each half reads a normalised copy\nand adds its result to the stream", ha="center", va="center",
-               fontsize=8.5)  # fmt: skip
+    said = "each half reads a normalised copy\nand adds its result to the stream"
+    right.text(5.1, 2.75, said, ha="center", va="center", fontsize=8.5)
 
 
 def generate(figure: Figure) -> None:
@@ -188,7 +190,7 @@ def model(figure: Figure) -> None:
     for name, x, color in main:
         box(axes, x, 0, 1.9 if name != "embeddings" else 2.1, name, color)
         axes.text(x, -0.85, shape_text(shapes[name]), ha="center", va="center", fontsize=8.5)
-    for (_, x, _), (_, other, _) in zip(main[:-1], main[1:], strict=True):
+    for (_, x, _), (_, other, _) in itertools.pairwise(main):
         arrow(axes, (x + 1.08, 0), (other - 1.08, 0), GREY, 1.4)
 
     axes.add_patch(FancyBboxPatch((0.25, 1.65), 13.5, 3.75, boxstyle="round,pad=0,rounding_size=0.2", facecolor=BLUE,
