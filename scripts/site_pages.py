@@ -38,7 +38,7 @@ LANGUAGES = {".py": "python", ".html": "html", ".js": "javascript", ".css": "css
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds a page for each file of the repository that a page links to, for those that such pages link to, and figures."""
+    """Adds figures, and a page for each file of the repository that a page links to, and for those that it links to."""
     waiting = [f"{DOCS}/{file.src_uri}" for file in files.documentation_pages()]
     waiting += [posixpath.relpath(uri, FILES) for uri in named_in(config.nav) if uri.startswith(f"{FILES}/")]
     seen = set(waiting)
