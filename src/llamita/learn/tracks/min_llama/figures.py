@@ -263,12 +263,16 @@ def optimizer(figure: Figure) -> None:
     left.legend(loc="upper center", ncols=3, fontsize=7.5, handlelength=1.2, columnspacing=1.0)
 
     steps = np.arange(1, 2001)
-    for beta, color, name in ((0.9, BLUE, "m, beta1 = 0.9"), (0.999, ORANGE, "v, beta2 = 0.999")):
-        right.plot(steps, running_mean(np.ones(len(steps)), beta), color=color, label=name)
-    right.axhline(1, color=GREEN, linestyle="--", label="both, corrected")
+    for beta, color, name, place in (
+        (0.9, BLUE, "m, beta1 = 0.9", (15, 0.7)),
+        (0.999, ORANGE, "v, beta2 = 0.999", (2.5, 0.13)),
+    ):
+        right.plot(steps, running_mean(np.ones(len(steps)), beta), color=color)
+        right.text(*place, name, color=color, fontsize=8)
+    right.axhline(1, color=GREEN, linestyle="--")
+    right.text(1.1, 0.93, "both, corrected", color=GREEN, fontsize=8)
     right.set(xscale="log", xlabel="step", ylim=(0, 1.08), title="share of the true mean that is reached")
     right.grid(axis="y")
-    right.legend(loc="center", bbox_to_anchor=(0.58, 0.4), fontsize=7.5)
 
 
 def plain_path(start: np.ndarray, stretch: np.ndarray, steps: int, rate: float) -> np.ndarray:
