@@ -5,6 +5,7 @@ import io
 import json
 import re
 import tempfile
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -87,7 +88,8 @@ def as_printed(course: Course, lesson: Lesson) -> str:
 
     def said(line: re.Match[str]) -> str:
         path = course.directory / LESSONS / f"{line['name']}.svg"
-        return f"[Figure: {line['caption']}" + (f"\n {path}]" if path.is_file() else "]")
+        caption = textwrap.fill(f"[Figure: {line['caption']}", 120)
+        return caption + (f"\n {path}]" if path.is_file() else "]")
 
     return LINE.sub(said, lesson.text)
 
