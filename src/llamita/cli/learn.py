@@ -134,9 +134,11 @@ def list_lessons(config: ListConfig) -> None:
 
     opened = course.opened(config.directory)
     results = list(grade(opened.track, opened.framework, opened.directory))
+    names = max(len(lesson.name) for lesson in opened.track.lessons)
+    files = max(len(lesson.file) for lesson in opened.track.lessons)
     for number, lesson in enumerate(opened.track.lessons, 1):
         state = _state_of(result for result in results if result.lesson == lesson.name)
-        print(f"{number}  {lesson.name:<12} {lesson.file:<14} {state:<6} {lesson.title}")
+        print(f"{number:>2}  {lesson.name:<{names}} {lesson.file:<{files}} {state:<6} {lesson.title}")
 
 
 def show_next(config: NextConfig) -> None:
