@@ -1,7 +1,7 @@
 """Attention over arrays: the mask, one query head for each key and value head, and several.
 
 T counts the queries, S the keys and values, H is the size of a head; N and K count the query heads and the key and
-value heads.
+value heads. Where the arguments are float32, the result is float32 too.
 """
 
 import math

@@ -3,7 +3,7 @@
 `weights` holds all of a model's arrays by their names in its file; `config` its sizes. B counts texts, T the positions
 that are read now, D is the width of the model, C that of the feed-forward network, N and K count the query heads and
 the key and value heads. H is the size of a head, config.head_dim; N * H need not be D. No function changes the x that
-it is given.
+it is given; where x is float32, the result is float32 too.
 """
 
 import numpy as np
