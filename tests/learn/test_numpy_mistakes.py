@@ -65,6 +65,11 @@ def test_another_mistake_is_wrong_and_has_no_name(check: str, file: str, old: st
 
 
 SCALE = "the scale is left out"
+FLOAT64 = "the result is float64, where x is float32: twice the memory and half the speed from here on"
+MASKED_FLOAT64 = (
+    "the result with a mask is float64, where the arguments are float32; np.where of two plain numbers makes it so"
+)
+FLOAT_MASK = "the mask is of floats, not of booleans"
 MASK = "the mask is left out: a position sees those after it"
 
 
@@ -78,7 +83,7 @@ MASK = "the mask is left out: a position sees those after it"
                 weights = softmax(np.einsum("...th,...sh->...ts", query, key) + forbidden)
                 return np.einsum("...ts,...sh->...th", weights, value)
             """),
-            [SCALE],
+            [SCALE, MASKED_FLOAT64],
         ),
         (
             "angles",
@@ -110,8 +115,92 @@ MASK = "the mask is left out: a position sees those after it"
             """),
             ["neither m nor v is corrected"],
         ),
+        (
+            "softmax",
+            NUMPY.written("softmax", """
+                x -= np.max(x, axis=-1, keepdims=True)
+                np.exp(x, out=x)
+                x /= np.sum(x, axis=-1, keepdims=True)
+                return x
+            """),
+            ["the argument is changed: the result is written into the caller's array"],
+        ),
+        (
+            "softmax",
+            NUMPY.written("softmax", """
+                powers = np.e ** (x - np.max(x))
+                return powers / np.sum(powers)
+            """),
+            ["the maximum and the sum are over everything, not over the last axis"],
+        ),
+        (
+            "sample",
+            NUMPY.written("sample", """
+                sums = softmax(logits / temperature).cumsum(-1)
+                return np.count_nonzero(sums <= np.expand_dims(number, -1), axis=-1)
+            """),
+            ["the result may be past the last token: rounding may leave all sums below the number"],
+        ),
+        (
+            "sample",
+            NUMPY.written("sample", """
+                sums = np.cumsum(softmax(logits / temperature), axis=-1)
+                return (sums > number[..., None]).argmax(-1)
+            """),
+            ["where rounding leaves all sums below the number, argmax finds no True and gives token 0, not the last"],
+        ),
+        (
+            "attention",
+            NUMPY.replaced("attention.py", ("math.sqrt(query", "np.sqrt(query")),
+            ["the result is float64, where the arguments are float32; np.sqrt(H) makes it so, math.sqrt(H) does not"],
+        ),
+        ("causal_mask", NUMPY.written("causal_mask", "return np.tri(T, S, S - T)"), [FLOAT_MASK]),
+        (
+            "one_layer",
+            NUMPY.replaced("llama.py", ("x = x + self_attention(", "x += self_attention(")),
+            ["the argument is changed: `x += ...` writes into the caller's array, `x = x + ...` makes another"],
+        ),
+        (
+            "silu",
+            NUMPY.written("silu", "return 1 / (1 + np.exp(-x.astype(np.float64)))"),
+            ["the product with x is left out: this is the sigmoid", FLOAT64],
+        ),
+        (
+            "generate",
+            NUMPY.written("generate", """
+                logits = forward(config, weights, tokens, caches)
+                token = choose(logits[:, -1])
+                if token in stop:
+                    return
+                yield token
+                tokens = np.array([[token]])
+            """),
+            ["choose is given logits of two axes, (1, vocabulary), where it takes those of one row, (vocabulary,)"],
+        ),
+        (
+            "AdamW.step",
+            NUMPY.replaced("optimizer.py", ("        self.steps += 1\n", "")),
+            ["the steps are not counted: t stays 0, and 1 - beta ** 0 is 0"],
+        ),
+        (
+            "AdamW.step",
+            NUMPY.written("step", """
+                self.steps += 1
+                for name, p in self.parameters.items():
+                    g = gradients[name]
+                    m = beta1 * self.m[name] + (1 - beta1) * g
+                    self.v[name][...] = beta2 * self.v[name] + (1 - beta2) * g**2
+                    p *= 1 - self.lr * self.weight_decay
+                    corrected = np.sqrt(self.v[name] / (1 - beta2**self.steps)) + self.eps
+                    p -= self.lr * m / (1 - beta1**self.steps) / corrected
+            """),
+            ["m is begun anew in each step"],
+        ),
     ],
-    ids=["no scale", "the sign", "two at once", "no correction"],
+    ids=[
+        "no scale", "the sign", "two at once", "no correction", "softmax in place", "softmax over everything", "no cap",
+        "token 0", "root of numpy", "float mask", "added in place", "gate and float64", "two axes", "no t", "m lost",
+    ],
 )  # fmt: skip
 def test_a_mistake_is_named_however_it_is_written(
     check: str, files: dict[str, str], names: list[str], tmp_path: Path
@@ -163,7 +252,30 @@ def test_a_mistake_is_named_however_it_is_written(
         """)),
         ("sample", NUMPY.written("sample", """
             sums = np.cumsum(softmax(logits / temperature), axis=-1)
+            sums[..., -1] = 1
             return (sums > number[..., None]).argmax(axis=-1)
+        """)),
+        ("sample", NUMPY.written("sample", """
+            found = np.empty(number.shape, int)
+            for index in np.ndindex(number.shape):
+                probabilities = softmax(logits[index].astype(np.float64) / temperature)
+                token = np.searchsorted(np.cumsum(probabilities), number[index], "right")
+                found[index] = min(token, logits.shape[-1] - 1)
+            return found
+        """)),
+        ("softmax", NUMPY.written("softmax", """
+            x = x.astype(np.float64)
+            x -= x.max(axis=-1, keepdims=True)
+            np.exp(x, out=x)
+            return (x / x.sum(axis=-1, keepdims=True)).astype(np.float32)
+        """)),
+        ("causal_mask", NUMPY.written("causal_mask", "return np.tri(T, S, S - T, dtype=bool)")),
+        ("one_layer", NUMPY.written("one_layer", """
+            first, second = (weights[f"{prefix}.{name}_layernorm.weight"] for name in ("input", "post_attention"))
+            x = x.copy()
+            x += self_attention(config, weights, layer, rms_norm(x, first, config.rms_norm_eps), cache)
+            x += feed_forward(weights, layer, rms_norm(x, second, config.rms_norm_eps))
+            return x
         """)),
     ],
 )  # fmt: skip
@@ -187,7 +299,7 @@ def test_a_mistake_shows_only_where_it_is_made(tmp_path: Path) -> None:
     [
         ("pass", "error", "TypeError: expected an array, got None: is there a return?"),
         ("return [[1.0], [2.0, 3.0]]", "error", "ValueError"),
-        ("return x[0]", "wrong", "the shape of result is (3, 5), expected (2, 3, 5) (shape (2, 3, 5))"),
+        ("return x[0]", "wrong", "the shape of result is (3, 5), expected (2, 3, 5)"),
         ("return 'x'", "error", "TypeError: expected an array of numbers, got str"),
     ],
 )
@@ -195,3 +307,37 @@ def test_what_is_said_of_other_results(new: str, state: str, text: str, tmp_path
     found = NUMPY.judged(tmp_path, "silu", NUMPY.replaced("functions.py", ("return x / (1 + np.exp(-x))", new)))
     assert found["state"] == state
     assert text in found["text"]
+
+
+@pytest.mark.parametrize(
+    ("check", "files", "text"),
+    [
+        (
+            "linear",
+            {"functions.py": ("x @ weight.T", "x @ weight.T.astype(float)")},
+            "the dtype of the result is float64, expected float32",
+        ),
+        (
+            "causal_mask",
+            {"attention.py": ("np.arange(S)[None, :] <= np.arange(S - T, S)[:, None]", "np.tri(T, S, S - T)")},
+            "the dtype of the mask of T=4 and S=4 is float64, expected bool",
+        ),
+        (
+            "float32_of",
+            {"weights.py": ('"<f2").astype(np.float32)', '"<f2")')},
+            "the dtype of the numbers of F16 is float16, expected float32",
+        ),
+        (
+            "float32_of",
+            {"weights.py": ('raise ValueError(f"expected F32, F16 or BF16, got {dtype}")', "return np.zeros(1)")},
+            "the answer to I64 is an array, expected a ValueError",
+        ),
+        ("KeyValueCache.extend", {"cache.py": ("self.length = end", "pass")}, "length after call 1 is 0, expected 3"),
+    ],
+)
+def test_what_is_said_reads_as_a_sentence(
+    check: str, files: dict[str, tuple[str, str]], text: str, tmp_path: Path
+) -> None:
+    ((file, change),) = files.items()
+    found = NUMPY.judged(tmp_path, check, NUMPY.replaced(file, change))
+    assert found.get("text", "") == text

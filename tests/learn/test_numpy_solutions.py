@@ -55,6 +55,20 @@ def test_functions_are_pytorchs(solutions: Any) -> None:
     np.testing.assert_allclose(functions.rms_norm(x, weight[0], 0.1), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_float32_stays_float32_and_arguments_stay_as_they_were(solutions: Any) -> None:
+    x, weight, functions = random(1, 3, 6), random(2, 6), solutions.functions
+    given = x.copy()
+    mask = solutions.attention.causal_mask(3, 3)
+    results = (
+        functions.softmax(given), functions.linear(given, given), functions.silu(given),
+        functions.rms_norm(given, weight, 0.1), solutions.attention.attention(given, given, given),
+        solutions.attention.attention(given, given, given, mask),
+    )  # fmt: skip
+    assert [result.dtype for result in results] == [np.float32] * 6
+    assert mask.dtype == np.bool_
+    np.testing.assert_array_equal(given, x)
+
+
 def test_rotary_is_the_oracles_and_one_layout_is_the_other_reordered(solutions: Any) -> None:
     x, positions = random(1, 7, 10), np.arange(3, 10)
     turn = solutions.rope.angles(positions, 10, 300.0)

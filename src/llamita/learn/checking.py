@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 Outputs = Mapping[str, np.ndarray]
-"""The named results of a check."""
+"""The named results of a check. One that is no number, such as a dtype's name, is an array of one text."""
 Run = Callable[[Any, Any], Outputs]
 """Runs a check on modules under judgement; the second argument holds the solutions' modules."""
 
@@ -61,26 +61,31 @@ class Difference:
     got: str
     expected: str
     shape: str
+    """That of the result; empty where there is nothing to say of it."""
 
     def __str__(self) -> str:
-        return f"{self.where} is {self.got}, expected {self.expected} (shape {self.shape})"
+        shape = f" (shape {self.shape})" if self.shape else ""
+        return f"{self.where} is {self.got}, expected {self.expected}{shape}"
 
 
 def difference(got: Outputs, expected: Outputs, rtol: float, atol: float) -> Difference | None:
     """Returns the first element that differs by more than atol + rtol * |expected|, None where none does.
 
-    A NaN equals a NaN. Another shape is a difference too.
+    A NaN equals a NaN. Another shape is a difference too. Texts are equal or not.
     """
     for name, right in expected.items():
         mine = np.asarray(got[name])
         shape = str(tuple(right.shape))
         if mine.shape != right.shape:
-            return Difference(f"the shape of {name}", str(tuple(mine.shape)), shape, shape)
-        wrong = ~np.isclose(mine, right, rtol=rtol, atol=atol, equal_nan=True)
+            return Difference(f"the shape of {name}", str(tuple(mine.shape)), shape, "")
+        if right.dtype.kind == "U":
+            wrong = np.asarray(mine != right)
+        else:
+            wrong = ~np.isclose(mine, right, rtol=rtol, atol=atol, equal_nan=True)
         if wrong.any():
             index = tuple(int(place) for place in np.argwhere(wrong)[0])
             where = f"{name}[{', '.join(map(str, index))}]" if index else name
-            return Difference(where, f"{mine[index]:.6g}", f"{right[index]:.6g}", shape)
+            return Difference(where, _shown(mine[index]), _shown(right[index]), shape if index else "")
     return None
 
 
@@ -114,7 +119,14 @@ def named(
     return ()
 
 
+def _shown(element: Any) -> str:
+    return str(element) if isinstance(element, str) else f"{element:.6g}"
+
+
 def _distance(a: np.ndarray, b: np.ndarray) -> float:
+    """The greatest difference of two results that are equal within a check's tolerance."""
+    if b.dtype.kind == "U":
+        return 0.0
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     with np.errstate(invalid="ignore"):
         return float(np.max(np.where(same, 0.0, np.abs(a - b)), initial=0.0))

@@ -5,6 +5,8 @@ A reader's result that equals the changed solution's has this mistake, however i
 
 from llamita.learn.checking import Mistake
 
+UNCHANGED = "the docstring: no function changes the arrays that it is given"
+SAME_DTYPE = "the docstring: where x is float32, the result is float32 too"
 SOFTMAX = "Bridle 1990: exp(x) divided by the sum of exp(x); the docstring for the subtraction"
 LINEAR = "the docstring: number o is the dot product of x with row o of the weight"
 EMBEDDING = "the docstring: row t for token t"
@@ -28,6 +30,7 @@ MAXIMUM = "np.exp(x - x.max(axis=-1, keepdims=True))"
 QUOTIENT = "exponentials / exponentials.sum(axis=-1, keepdims=True)"
 NORM = "x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight"
 SPEEDS = "theta ** (-2 * np.arange(head_size // 2) / head_size)"
+ANGLES = "return positions[:, None] * speeds[None, :]"
 HALF_TURN = "np.concatenate((a * cos - b * sin, a * sin + b * cos), axis=-1).astype(x.dtype)"
 HALVES = "a, b = x[..., :half], x[..., half:]"
 NEIGHBOURS = "a, b = x[..., 0::2], x[..., 1::2]"
@@ -72,25 +75,40 @@ FIRST_CORRECTED = "self.m[name] / (1 - beta1**self.steps)"
 SECOND_CORRECTED = "self.v[name] / (1 - beta2**self.steps)"
 UPDATE = "parameter -= self.lr * m / (np.sqrt(v) + self.eps)"
 
+ATTENTION_NAME = "def attention("
+MASKED_FLOAT64 = "(lambda found: lambda *given: found(*given).astype(float if len(given) == 4 else np.float32))\n"
+BEFORE_SOFTMAX = "# to do: two or three lines;"
+FLOAT64 = "the result is float64, where x is float32: twice the memory and half the speed from here on"
+
 
 def of(check: str, file: str, name: str, source: str, *changes: tuple[str, str]) -> Mistake:
     return Mistake(name, check, file, changes, source)
 
 
-def softmax(name: str, *changes: tuple[str, str]) -> Mistake:
-    return of("softmax", "functions", name, SOFTMAX, *changes)
+def converted(check: str, file: str, name: str, source: str, dtype: str) -> Mistake:
+    """The right numbers in another dtype; a change above the function, so that it can be planted beside any other."""
+    return of(check, file, name, source, (f"\ndef {check}(", f"\n@{as_dtype(dtype)}\ndef {check}("))
+
+
+def as_dtype(dtype: str) -> str:
+    """A decorator's source that converts a function's result."""
+    return f"(lambda found: lambda *given: np.asarray(found(*given)).astype(np.{dtype}))"
+
+
+def softmax(name: str, *changes: tuple[str, str], source: str = SOFTMAX) -> Mistake:
+    return of("softmax", "functions", name, source, *changes)
 
 
 def linear(name: str, new: str) -> Mistake:
     return of("linear", "functions", name, LINEAR, ("x @ weight.T", new))
 
 
-def silu(name: str, new: str) -> Mistake:
-    return of("silu", "functions", name, SILU, ("x / (1 + np.exp(-x))", new))
+def silu(name: str, new: str, source: str = SILU) -> Mistake:
+    return of("silu", "functions", name, source, ("x / (1 + np.exp(-x))", new))
 
 
-def norm(name: str, new: str) -> Mistake:
-    return of("rms_norm", "functions", name, RMS_NORM, (NORM, new))
+def norm(name: str, new: str, source: str = RMS_NORM) -> Mistake:
+    return of("rms_norm", "functions", name, source, (NORM, new))
 
 
 def angle(name: str, *changes: tuple[str, str]) -> Mistake:
@@ -178,17 +196,28 @@ MISTAKES = (
     softmax("the powers are of 2, not of e", (MAXIMUM, "np.exp2(x - x.max(axis=-1, keepdims=True))")),
     softmax("the logarithm is returned", (QUOTIENT, f"np.log({QUOTIENT})")),
     softmax("the sign is wrong: small numbers get much", (MAXIMUM, "np.exp(x.min(axis=-1, keepdims=True) - x)")),
+    softmax("the greatest element of everything is subtracted, not that of each row, so small rows become 0 / 0", (MAXIMUM, "np.exp(x - x.max())")),
+    softmax("the greatest element of each column is subtracted, not that of each row", (MAXIMUM, "np.exp(x - x.max(axis=0, keepdims=True))")),
+    softmax("the maximum and the sum are over everything, not over the last axis", (MAXIMUM, "np.exp(x - x.max())"), (QUOTIENT, "exponentials / exponentials.sum()")),
+    softmax("the maximum and the sum are over the first axis, not over the last", (MAXIMUM, "np.exp(x - x.max(axis=0, keepdims=True))"), (QUOTIENT, "exponentials / exponentials.sum(axis=0, keepdims=True)")),
+    softmax("the argument is changed: `x -= ...` writes into the caller's array, `x = x - ...` makes another", (BEFORE_SOFTMAX, f"x -= x.max(axis=-1, keepdims=True)\n    {BEFORE_SOFTMAX}"), source=UNCHANGED),
+    softmax("the argument is changed: the exponentials are written into the caller's array", (MAXIMUM, f"{MAXIMUM}; x[...] = exponentials"), source=UNCHANGED),
+    softmax("the argument is changed: the result is written into the caller's array", (QUOTIENT, f"np.divide({QUOTIENT.replace(' /', ',', 1)}, out=x)"), source=UNCHANGED),
+    converted("softmax", "functions", FLOAT64, SAME_DTYPE, "float64"),
     linear("the weight is not transposed", "x @ (weight if weight.shape[0] == x.shape[-1] else weight.T)"),
     linear("a bias of one is added", "x @ weight.T + 1"),
+    converted("linear", "functions", FLOAT64, SAME_DTYPE, "float64"),
     of("embedding", "functions", "columns of the weight are taken, not rows", EMBEDDING, ("return weight[tokens]", "return weight.T[tokens] if weight.shape[0] == weight.shape[1] else weight[tokens]")),
     of("embedding", "functions", "tokens are counted from 1, not from 0", EMBEDDING, ("weight[tokens]", "weight[tokens - 1]")),
     of("embedding", "functions", "the vectors are multiplied by the root of the width, as Gemma does", EMBEDDING, ("weight[tokens]", "weight[tokens] * np.sqrt(weight.shape[-1])")),
     silu("the product with x is left out: this is the sigmoid", "1 / (1 + np.exp(-x))"),
     silu("the exponent has the wrong sign", "x / (1 + np.exp(x))"),
     silu("it is ReLU, not SiLU", "np.maximum(x, 0)"),
-    silu("it is GELU (in its approximation by tanh), not SiLU", "x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))"),
+    silu("it is GELU (in its approximation by tanh), not SiLU", "x / 2 * (1 + np.tanh(0.7978846 * (x + 0.044715 * x**3)))"),
     silu("it is tanh, not SiLU", "np.tanh(x)"),
     silu("x multiplies the exponential, not the sigmoid", "1 / (1 + x * np.exp(-x))"),
+    silu("the argument is changed: `x /= ...` writes into the caller's array, `x = x / ...` makes another", "np.divide(x, 1 + np.exp(-x), out=x)", UNCHANGED),
+    converted("silu", "functions", FLOAT64, SAME_DTYPE, "float64"),
     norm("epsilon is added outside the root", "x / (np.sqrt((x * x).mean(axis=-1, keepdims=True)) + eps) * weight"),
     norm("epsilon is left out", "x / np.sqrt((x * x).mean(axis=-1, keepdims=True)) * weight"),
     norm("the squares are summed, not averaged", "x / np.sqrt((x * x).sum(axis=-1, keepdims=True) + eps) * weight"),
@@ -200,6 +229,10 @@ MISTAKES = (
     norm("the weight is left out", "x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps)"),
     norm("the weight is added to one, as Gemma does", "x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * (1 + weight)"),
     norm("the normalisation is left out", "x * weight"),
+    norm("x is divided by the weight too, where the weight multiplies", "x / (np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight)"),
+    norm("the argument is changed: `x /= ...` writes into the caller's array, `x = x / ...` makes another", "np.divide(x, np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps), out=x) * weight", UNCHANGED),
+    norm("the argument is changed: the result is written into the caller's array", "np.multiply(x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps), weight, out=x)", UNCHANGED),
+    converted("rms_norm", "functions", FLOAT64, SAME_DTYPE, "float64"),
     angle("the exponent of theta has the wrong sign", (SPEEDS, SPEEDS.replace("-2", "2", 1))),
     angle("theta is always 10000", ("speeds = theta", "speeds = 10000.0")),
     angle("the exponent is -i / head_size, where it should be -2i / head_size", (SPEEDS, SPEEDS.replace("-2", "-1"))),
@@ -208,6 +241,9 @@ MISTAKES = (
     angle("pairs are counted from 1, not from 0", (SPEEDS, "theta ** (-2 * np.arange(1, head_size // 2 + 1) / head_size)")),
     angle("the positions given are not used: they are counted from 0 here", ("positions[:, None]", "np.arange(len(positions))[:, None]")),
     angle("the angles are in degrees, not in radians", ("return positions[:, None] * speeds[None, :]", "return np.degrees(positions[:, None] * speeds[None, :])")),
+    angle("the angles are doubled, one after the other, to the head's size; there is one for each pair", (ANGLES, "return np.concatenate([positions[:, None] * speeds[None, :]] * 2, axis=-1)")),
+    angle("each angle stands twice in a row, up to the head's size; there is one for each pair", (ANGLES, "return np.repeat(positions[:, None] * speeds[None, :], 2, axis=-1)")),
+    angle("positions and pairs are exchanged: the shape is (head_size / 2, T)", (ANGLES, "return (positions[:, None] * speeds[None, :]).T")),
     halves("the pairs are neighbouring numbers, not the two halves of a head", (HALVES, NEIGHBOURS), (HALF_TURN, "np.stack((a * cos - b * sin, a * sin + b * cos), axis=-1).reshape(x.shape).astype(x.dtype)")),
     halves("the coordinates are put together as neighbours, not as halves again", (HALF_TURN, "np.stack((a * cos - b * sin, a * sin + b * cos), axis=-1).reshape(x.shape).astype(x.dtype)")),
     halves("the pairs are neighbours, but are put together as halves", (HALVES, NEIGHBOURS)),
@@ -231,6 +267,8 @@ MISTAKES = (
     mask("the mask is the wrong way round: a query sees its own position and those after it", "np.arange(S)[None, :] >= np.arange(S - T, S)[:, None]"),
     mask("the mask hides nothing", "np.ones((T, S), bool)"),
     mask("queries and keys are exchanged: the shape is (S, T)", "(np.arange(S)[None, :] <= np.arange(S - T, S)[:, None]).T"),
+    converted("causal_mask", "attention", "the mask is of floats, not of booleans", "the docstring: booleans, True where it may", "float64"),
+    converted("causal_mask", "attention", "the mask is of whole numbers, not of booleans", "the docstring: booleans, True where it may", "int64"),
     attention("the scale is left out", (SCORES, "query @ key.swapaxes(-1, -2)")),
     attention("the scale is the head's size, not its root", (SCORES, "query @ key.swapaxes(-1, -2) / query.shape[-1]")),
     attention("the scores are multiplied by the root, not divided", (SCORES, "query @ key.swapaxes(-1, -2) * math.sqrt(query.shape[-1])")),
@@ -244,6 +282,8 @@ MISTAKES = (
     attention("the softmax is left out", (MASKED, "scores = np.where(mask, scores, 0.0)"), (GATHERED, "scores @ value")),
     attention("keys are used where the values belong", (GATHERED, "softmax(scores) @ key")),
     attention("the scale is applied after the softmax", (SCORES, "query @ key.swapaxes(-1, -2)"), (GATHERED, "softmax(scores) / math.sqrt(query.shape[-1]) @ value")),
+    converted("attention", "attention", "the result is float64, where the arguments are float32; np.sqrt(H) makes it so, math.sqrt(H) does not", "the docstring: `math.sqrt`", "float64"),
+    attention("the result with a mask is float64, where the arguments are float32; np.where of two plain numbers makes it so", (ATTENTION_NAME, f"@{MASKED_FLOAT64}{ATTENTION_NAME}"), source=SAME_DTYPE),
     grouped("the key and value heads are tiled (0 1 0 1), where each should be repeated (0 0 1 1)", (REPEATED, "*(np.concatenate([t] * shared, axis=-3) for t in (key, value)), mask")),
     grouped("the mask is not passed on", (REPEATED, "np.repeat(key, shared, axis=-3), np.repeat(value, shared, axis=-3)")),
     grouped("only the first key and value head is used", (REPEATED, "key[..., :1, :, :], value[..., :1, :, :], mask")),
@@ -301,6 +341,9 @@ MISTAKES = (
     layer("the outputs are normalised, not the inputs", (FIRST_NORM, "y = x"), (FIRST_SUM, 'x = x + rms_norm(self_attention(config, weights, layer, y, cache), weights[f"{prefix}.input_layernorm.weight"], config.rms_norm_eps)'), (SECOND_NORM, "y = x"), (SECOND_SUM, 'return x + rms_norm(feed_forward(weights, layer, y), weights[f"{prefix}.post_attention_layernorm.weight"], config.rms_norm_eps)')),
     layer("attention and feed-forward network both read the layer's input, side by side", (FIRST_NORM, f"before = x; {FIRST_NORM}"), (SECOND_NORM, SECOND_NORM.replace("rms_norm(x,", "rms_norm(before,"))),
     layer("the cache is not passed on", (FIRST_SUM, "x = x + self_attention(config, weights, layer, y)"), source=DOCSTRING),
+    layer("the argument is changed: `x += ...` writes into the caller's array, `x = x + ...` makes another", (FIRST_SUM, FIRST_SUM.replace("= x +", "+=")), source=UNCHANGED),
+    layer("the argument is changed by both additions: `x += ...` writes into the caller's array, `x = x + ...` makes another", (FIRST_SUM, FIRST_SUM.replace("= x +", "+=")), (SECOND_SUM, f"x += {SECOND_SUM.removeprefix('return x + ')}\n    return x"), source=UNCHANGED),
+    converted("one_layer", "llama", FLOAT64, SAME_DTYPE, "float64"),
     whole("the last norm is left out", (LAST_NORM, "pass")),
     whole("the weights of layer 0 are used in every layer", ("one_layer(config, weights, layer, x, None", "one_layer(config, weights, 0, x, None")),
     whole("the last layer is left out", ("range(config.num_hidden_layers)", "range(config.num_hidden_layers - 1)")),
@@ -324,6 +367,8 @@ MISTAKES = (
     drawing("the softmax is left out", (SUMS, "np.cumsum(logits / temperature, axis=-1)")),
     drawing("the sums are compared the wrong way round", ("sums <= number", "sums > number"), source=DOCSTRING),
     drawing("the most likely token is taken whatever the number is", (DRAWN, "(logits + 0 * number[..., None]).argmax(axis=-1)")),
+    drawing("the result may be past the last token: rounding may leave all sums below the number", (DRAWN, "(sums <= number[..., None]).sum(axis=-1)"), source=DOCSTRING),
+    drawing("where rounding leaves all sums below the number, argmax finds no True and gives token 0, not the last", (DRAWN, "(sums > number[..., None]).argmax(axis=-1)"), source=DOCSTRING),
     extended("the new keys and values are written at the beginning, over the old ones", ("self.keys[:, :, self.length : end] = key", "self.keys[:, :, : key.shape[2]] = key"), ("self.values[:, :, self.length : end] = value", "self.values[:, :, : key.shape[2]] = value")),
     extended("the length is not counted", ("self.length = end", "pass")),
     extended("the whole capacity is returned, not the filled part", ("return self.keys[:, :, :end], self.values[:, :, :end]", "return self.keys, self.values")),
@@ -335,6 +380,7 @@ MISTAKES = (
     writing("everything is read again for each token, though the caches hold it", (NEXT, "tokens = np.append(tokens, [[token]], axis=1)")),
     writing("the caches are not given to forward, so a token sees itself alone", (CHOSEN, "token = choose(forward(config, weights, tokens)[0, -1])")),
     writing("the logits of the first position are used, not those of the last", (CHOSEN, "token = choose(forward(config, weights, tokens, caches)[0, 0])")),
+    writing("choose is given logits of two axes, (1, vocabulary), where it takes those of one row, (vocabulary,)", (CHOSEN, "token = choose(forward(config, weights, tokens, caches)[:, -1])")),
     writing("the stop token is yielded", (STOP, "        yield token\n        if token in stop:\n            return\n")),
     writing("the stop token does not end the text", (STOP, "        yield token\n")),
     writing("the prompt is read again each time: tokens stays as it was", (NEXT, "pass")),
@@ -354,6 +400,7 @@ MISTAKES = (
     gradient("it is not divided by the number of positions", (AVERAGE, "return gradient")),
     gradient("it is divided by all positions, the ignored ones too", (AVERAGE, "return gradient / counted.size")),
     gradient("ignored positions have a gradient", ("    gradient[~counted] = 0\n", "")),
+    gradient("ignored positions have a gradient, as if their label was token 0", ("    gradient[~counted] = 0\n", "    gradient[~counted, 0] -= 1\n")),
     gradient("it is the derivative of the softmax alone: p (1 - p) at the label, -p q elsewhere", (AT_LABEL, "chosen = np.take_along_axis(gradient, np.maximum(labels, 0)[..., None], -1); gradient = -chosen * gradient; gradient[counted, labels[counted]] += chosen[counted, 0]")),
     gradient("it is divided by the elements of the vocabulary too, as a mean over all numbers is", (AVERAGE, "return gradient / counted.sum() / logits.shape[-1]")),
     of("linear_gradients", "loss", "the weight is transposed in the derivative by x", CHAIN, (PRODUCTS, "gradient @ (weight.T if weight.shape[0] == weight.shape[1] else weight), gradient.T @ x")),
@@ -384,6 +431,10 @@ MISTAKES = (
     adamw("the running means lack the factors 1 - beta", (FIRST_MEAN, "beta1 * self.m[name] + g"), (SECOND_MEAN, "beta2 * self.v[name] + g * g")),
     adamw("beta and 1 - beta are exchanged in m", (FIRST_MEAN, "(1 - beta1) * self.m[name] + beta1 * g")),
     adamw("m and v are begun anew in each step", (FIRST_MEAN, "(1 - beta1) * g"), (SECOND_MEAN, "(1 - beta2) * g * g")),
+    adamw("m is begun anew in each step", (FIRST_MEAN, "(1 - beta1) * g")),
+    adamw("v is begun anew in each step", (SECOND_MEAN, "(1 - beta2) * g * g")),
+    adamw("the steps are not counted: each is taken as the first", ("self.steps += 1\n", "self.steps = 1\n")),
+    adamw("the steps are not counted: t stays 0, and 1 - beta ** 0 is 0", ("self.steps += 1\n", "pass\n")),
     adamw("the parameters are not changed: `a = a - b` makes another array", (DECAY, "parameter = parameter - self.lr * self.weight_decay * parameter\n"), (UPDATE, "parameter = parameter - self.lr * m / (np.sqrt(v) + self.eps)"), source=DOCSTRING),
     adamw("the decay alone changes the array; the update makes another", (UPDATE, "parameter = parameter - self.lr * m / (np.sqrt(v) + self.eps)"), source=DOCSTRING),
 )  # fmt: skip

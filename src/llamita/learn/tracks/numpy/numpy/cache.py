@@ -15,9 +15,10 @@ class KeyValueCache:
         self.length = 0
 
     def extend(self, key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Keeps the keys and values of the next T positions, and returns those of all positions so far.
+        """Keeps the keys and values of the next T positions, and returns those of all positions so far, keys first.
 
         key and value: (batch, K, T, H). The two results: (batch, K, length, H), `length` counting the new ones too.
+        The caller sees to it that they fit into the capacity.
         """
         # to do: write behind the filled positions, count them, and return the filled part alone.
         end = self.length + key.shape[2]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """What is to be known of a Llama beside its weights; the names are those of config.json."""
+    """What one must know of a Llama besides its weights; the names are those of config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -18,6 +18,7 @@ class LlamaConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    """The size of a head, H; num_attention_heads * head_dim need not be hidden_size."""
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool

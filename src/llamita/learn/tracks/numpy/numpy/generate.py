@@ -22,9 +22,11 @@ def greedy(logits: np.ndarray) -> np.ndarray:
 def sample(logits: np.ndarray, temperature: float, number: np.ndarray) -> np.ndarray:
     """Returns a token of each row, drawn by the softmax of the logits divided by the temperature.
 
-    logits: (..., vocabulary); temperature: more than 0; number: (...), drawn evenly between 0 and 1, one for each row.
+    logits: (..., vocabulary); temperature: more than 0; number: (...), a number for each row, drawn evenly from
+    0 to below 1.
+
     The result: (...), integers: the first token at which the running sum of the probabilities, its own included, is
-    more than the number. (Rounding may leave the last sum below a number close to 1; then it is the last token.)
+    more than the number. Rounding may leave the last sum below a number close to 1: the result is then the last token.
     """
     # to do: probabilities, `np.cumsum`, and the count of sums that are not more than the number.
     sums = np.cumsum(softmax(logits / temperature), axis=-1)
@@ -40,11 +42,11 @@ def generate(
     choose: Callable[[np.ndarray], int],
     stop: Collection[int] = (),
 ) -> Iterator[int]:
-    """Yields the tokens after a prompt, `count` of them, or fewer where one of `stop` is chosen; that is not yielded.
+    """Yields the tokens after a prompt: `count` of them, or fewer where one of `stop` is chosen, which is not yielded.
 
     `choose` takes the logits after the last token, (vocabulary,), and returns the next token. Nothing is read twice:
     `forward` gets the prompt, (1, length), and after that one token at a time, (1, 1), with the same caches.
-    `tokens` is what it is to read next.
+    `tokens`, always of two axes, is what it is to read next.
     """
     capacity = len(prompt) + count
     caches = [

@@ -1,8 +1,9 @@
 """The Llama: self-attention, the feed-forward network, a layer, and the whole model.
 
 `weights` holds all of a model's arrays by their names in its file; `config` its sizes. B counts texts, T the positions
-that are read now, D is the width of the model, N and K count the query heads and the key and value heads, H is the
-size of a head.
+that are read now, D is the width of the model, C that of the feed-forward network, N and K count the query heads and
+the key and value heads. H is the size of a head, config.head_dim; N * H need not be D. No function changes the x that
+it is given; where x is float32, the result is float32 too.
 """
 
 import numpy as np
@@ -20,10 +21,11 @@ def self_attention(
 ) -> np.ndarray:
     """Returns what each position gathers from those that it sees. x and the result: (B, T, D).
 
-    The projections are model.layers.{layer}.self_attn.q_proj.weight, (N * H, D), k_proj and v_proj, (K * H, D), and at
-    the end o_proj, (D, N * H). Outputs 0 to H - 1 of a projection are head 0, the next H head 1, and so on; o_proj
-    reads the heads in the same order. Queries and keys are turned by their positions (`rotate_halves`), values are
-    not. The first of the T positions is `first`.
+    The projections are model.layers.{layer}.self_attn.q_proj.weight, (N * H, D), k_proj.weight and v_proj.weight,
+    (K * H, D), and at the end o_proj.weight, (D, N * H). Outputs 0 to H - 1 of a projection are head 0, the next H are
+    head 1, and so on; o_proj reads the heads in the same order. Queries and keys are turned by their positions
+    (`rotate_halves`, with config.rope_theta), values are not. The T positions are first, first + 1, and so on. With
+    a cache there are more keys than T: it adds those of the positions before.
     """
     batch, T, _ = x.shape
     prefix = f"model.layers.{layer}.self_attn"
@@ -48,8 +50,9 @@ def self_attention(
 def feed_forward(weights: Weights, layer: int, x: np.ndarray) -> np.ndarray:
     """Returns x through the feed-forward network with a gate. x and the result: (B, T, D).
 
-    The gate is model.layers.{layer}.mlp.gate_proj.weight and goes through SiLU; it multiplies up_proj, element by
-    element; down_proj leads back to D.
+    The projections are model.layers.{layer}.mlp.gate_proj.weight and up_proj.weight, (C, D), and down_proj.weight,
+    (D, C). x through gate_proj goes through SiLU and multiplies x through up_proj, element by element; down_proj leads
+    back to D.
 
     Source: Shazeer 2020 (https://arxiv.org/abs/2002.05202), equation 6.
     """
@@ -66,8 +69,9 @@ def one_layer(
     """Returns the hidden states after this layer. x and the result: (B, T, D).
 
     Self-attention reads x normalised with model.layers.{layer}.input_layernorm.weight, and its result is added to x.
-    The feed-forward network reads that sum normalised with post_attention_layernorm.weight, and its result is added to
-    the sum. The cache goes to self_attention.
+    The feed-forward network reads that sum normalised with model.layers.{layer}.post_attention_layernorm.weight, and
+    its result is added to the sum. The cache goes to self_attention. `x = x + y` makes a new array; `x += y` would
+    change the caller's.
 
     Source: Touvron et al. 2023 (https://arxiv.org/abs/2302.13971), section 2.2.
     """
@@ -88,7 +92,7 @@ def forward(
     The tokens' vectors, rows of model.embed_tokens.weight, go through config.num_hidden_layers layers in order, then
     through a norm with model.norm.weight, and a linear map with lm_head.weight gives the logits. Where
     config.tie_word_embeddings is True, there is no lm_head.weight, and the map is model.embed_tokens.weight.
-    `caches`, where given, has one cache for each layer.
+    `caches` has one cache for each layer; where it is None, each layer gets None.
     """
     # to do: five lines.
     x = embedding(tokens, weights["model.embed_tokens.weight"])

@@ -31,7 +31,8 @@ class AdamW:
             v = beta2 * v + (1 - beta2) * g * g
             parameter = parameter - lr * (m / (1 - beta1 ** t)) / (sqrt(v / (1 - beta2 ** t)) + eps)
 
-        `a -= b` and `a[...] = b` change the array itself, `a = b` only gives the name to another array.
+        m and v are `self.m[name]` and `self.v[name]`, and are kept there for the next step. The gradients are not
+        changed. `a -= b` and `a[...] = b` change the array itself; `a = b` only gives the name to another array.
         """
         beta1, beta2 = self.betas
         # to do: count the step; then the four lines for each parameter.

@@ -6,8 +6,9 @@ import numpy as np
 def angles(positions: np.ndarray, head_size: int, theta: float) -> np.ndarray:
     """Returns the angle in radians by which each pair turns at each position.
 
-    positions: (T,), integers; the first position of a text is 0. The result: (T, head_size / 2), in any float dtype:
-    for pair i (from 0) at position p it is p * theta ** (-2 * i / head_size).
+    positions: (T,), integers, gaps allowed; the first position of a text is 0. theta: a number, `rope_theta`
+    in config.json. The result: (T, head_size / 2), float32 or float64: pair i (from 0) at position p has the angle
+    p * theta ** (-2 * i / head_size).
 
     Source: section 3.2.2 of the paper.
     """
@@ -20,8 +21,9 @@ def angles(positions: np.ndarray, head_size: int, theta: float) -> np.ndarray:
 def rotate_halves(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
     """Returns x with its pairs turned, where pair i is the numbers i and i + H / 2 of a head, as Hugging Face has it.
 
-    x: (..., T, H); angles: (T, H / 2). A pair (a, b) turned by the angle w is (a cos w - b sin w, a sin w + b cos w),
-    and its two numbers stay where they were. The result has the shape and the dtype of x.
+    x: (..., T, H); angles: (T, H / 2). A pair (a, b) turned by the angle w is (a cos w - b sin w, a sin w + b cos w):
+    the first number goes to the place of a, the second to the place of b. The result is a new array with the shape and
+    the dtype of x.
 
     Source: equation 34 of the paper, with another order of the coordinates.
     """
@@ -36,7 +38,7 @@ def rotate_halves(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
 def rotate_neighbours(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
     """The same where pair i is the numbers 2 * i and 2 * i + 1 of a head, as in Meta's files and in llama2.c.
 
-    x: (..., T, H); angles: (T, H / 2). The result has the shape and the dtype of x.
+    x: (..., T, H); angles: (T, H / 2). The result is a new array with the shape and the dtype of x.
     """
     # to do: `x[..., 0::2]` is every other number from the first; the results go back to the same places.
     a, b = x[..., 0::2], x[..., 1::2]

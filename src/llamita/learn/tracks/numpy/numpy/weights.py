@@ -7,7 +7,7 @@ import numpy as np
 
 
 def float32_of(data: bytes, dtype: str) -> np.ndarray:
-    """Returns the numbers of raw bytes as float32, all in one axis; the bytes of a number are little-endian.
+    """Returns the numbers of raw bytes as a float32 array of one axis; the bytes of a number are little-endian.
 
     dtype is "F32", "F16" (numpy's float16) or "BF16". numpy has no bfloat16: it is the upper 16 of the 32 bits of a
     float32, so a bfloat16 number followed by 16 bits of zeros is a float32. Any other dtype is a ValueError.
@@ -49,7 +49,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_weights(directory: Path) -> dict[str, np.ndarray]:
-    """Returns all weights of a model directory by name, be they in one file or in several."""
+    """Returns all weights of a model directory by name, from one file or from several."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
