@@ -59,7 +59,7 @@ def dequantize_weights(w: QuantizedWeights) -> mx.array:
 
 
 def quantized_linear(x: mx.array, w: QuantizedWeights, bias: mx.array | None = None) -> mx.array:
-    """Returns `linear` over what the weights stand for. x: (N.., I). bias: (O). The result: (N.., O), of x's dtype."""
+    """Returns `linear` over what the weights stand for, in x's dtype. x: (N.., I). bias: (O). The result: (N.., O)."""
     # to do: one line.
     return linear(x, dequantize_weights(w).astype(x.dtype), bias)
     # done

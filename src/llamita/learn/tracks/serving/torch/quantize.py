@@ -60,7 +60,7 @@ def dequantize_weights(w: QuantizedWeights) -> Tensor:
 
 
 def quantized_linear(x: Tensor, w: QuantizedWeights, bias: Tensor | None = None) -> Tensor:
-    """Returns `linear` over what the weights stand for. x: (N.., I). bias: (O). The result: (N.., O), of x's dtype."""
+    """Returns `linear` over what the weights stand for, in x's dtype. x: (N.., I). bias: (O). The result: (N.., O)."""
     # to do: one line.
     return linear(x, dequantize_weights(w).to(x.dtype), bias)
     # done
