@@ -123,6 +123,7 @@ MISTAKES = [
         ("the exponentials are not divided by their sum", (f"(exponentials / {SUM})", "exponentials")),
         ("the result is the logarithm of the shares", (f"(exponentials / {SUM})", f"{LIB}.log(exponentials / {SUM})")),
         ("the dtype becomes float32", (f".{TO}(x.dtype)", "")),
+        ("the sum is taken in x's dtype, where float16 overflows", (f"wide = {wide('x')}", "wide = x")),
     ),
     *at(
         "linear", "basics", "the docstring: x times the transpose of w, plus the bias",
@@ -136,6 +137,7 @@ MISTAKES = [
         ("tanh stands in the place of the sigmoid", (f"x / (1 + {LIB}.exp(-x))", f"x * {LIB}.tanh(x)")),
         ("the sigmoid is that of 1.702 x, an approximation of GELU", ("exp(-x)", "exp(-1.702 * x)")),
         ("this is ReLU", (f"x / (1 + {LIB}.exp(-x))", f"{LIB}.where(x > 0, x, 0.0)")),
+        ("the dtype becomes float32", ("return x / (", f"x = {wide('x')}\n    return x / (")),
     ),
     *at(
         "scaled_dot_product_attention_simple", "attention", ATTENTION,
@@ -290,7 +292,8 @@ MISTAKES = [
     ),
     *at(
         "Attention", "model", QWEN2,
-        ("the biases are left out", ("self.wq, self.bq)", "self.wq)"), ("self.wk, self.bk)", "self.wk)"), ("self.wv, self.bv)", "self.wv)")),
+        ("the biases are left out", ("self.wq, self.bq)", "self.wq)"), ("self.wk, self.bk)", "self.wk)"), ("self.wv, self.bv)", "self.wv)"), ("self.wo, self.bo)", "self.wo)")),
+        ("the last projection has no bias", ("self.wo, self.bo)", "self.wo)")),
         ("the queries have no bias", ("self.wq, self.bq)", "self.wq)")),
         ("the keys have no bias", ("self.wk, self.bk)", "self.wk)")),
         ("the values have no bias", ("self.wv, self.bv)", "self.wv)")),
@@ -429,6 +432,7 @@ MISTAKES = [
         "quantize_weights", "quantize", AFFINE,
         ("the scale divides the range into 2**bits steps, where there are 2**bits - 1", ("/ (2**bits - 1)", "/ 2**bits"), (NUMBERS, f"{LIB}.clip({NUMBERS}, 0, 2**bits - 1)")),
         ("numbers are rounded down, not to the nearest", (".round()", "")),
+        ("halves are rounded up, where they go to the even neighbour", (NUMBERS, f"{LIB}.floor((groups - biases) / scales + 0.5)")),
         ("the scale is always that of 4 bits", ("/ (2**bits - 1)", "/ 15")),
         ("the bias is the greatest weight, not the least", (f"biases = groups.{MIN}(", f"biases = groups.{MAX}("), (f"groups.{MAX}({AXIS}=-1, {KEEP}) - biases", f"biases - groups.{MIN}({AXIS}=-1, {KEEP})"), ("(groups - biases)", "(biases - groups)")),
         ("the bias is left out: zero becomes 0", (f"groups.{MIN}({AXIS}=-1, {KEEP})", f"groups.{MIN}({AXIS}=-1, {KEEP}) * 0.0"), (NUMBERS, f"{LIB}.clip({NUMBERS}, 0, 2**bits - 1)")),
