@@ -609,6 +609,7 @@ MISTAKES = [
         ("the prefix cache does not hold what it keeps", ("                self.pool.hold(pages[number])\n", "")),
         ("all pages are held, those that were known too", ("            if key not in self.pages:\n                self.pages[key] = pages[number]\n                self.pool.hold(pages[number])\n", "            self.pool.hold(pages[number])\n            if key not in self.pages:\n                self.pages[key] = pages[number]\n")),
         ("a page is kept by its own tokens alone", ("            key = tuple(tokens[: (number + 1) * size])\n            if", "            key = tuple(tokens[number * size : (number + 1) * size])\n            if")),
+        ("a known page becomes the most recently used", ("                self.pool.hold(pages[number])\n", "                self.pool.hold(pages[number])\n            else:\n                self.pages[key] = self.pages.pop(key)\n")),
         ("the first page alone is kept", (FULL, "range(len(tokens) // size)[:1]")),
         ("the last full page is left out", (FULL, "reversed(range((len(tokens) - 1) // size))")),
     ),
