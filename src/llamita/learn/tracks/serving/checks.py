@@ -603,7 +603,18 @@ def sampled_acceptance(mine: Any, right: Any) -> Outputs:
 
 
 def speculated(mine: Any, right: Any) -> Outputs:
-    mine.speculative.accept_greedy = right.speculative.accept_greedy
+    def accepted(draft: Sequence[int], target: Sequence[int]) -> list[int]:
+        return right.speculative.accept_greedy(draft, [*target, *[0] * (len(draft) + 1 - len(target))])
+
+    def prefilled(model: Any, tokens: Sequence[int], caches: Any, chunk: int) -> Any:
+        return (
+            right.generate.prefill(model, tokens, caches, chunk)
+            if len(tokens)
+            else model(integers([[]]), caches)[:, -1]
+        )
+
+    # Where a cache holds too much, there is nothing to run or too few targets: that gives wrong tokens here, no error.
+    mine.speculative.accept_greedy, mine.speculative.prefill = accepted, prefilled
     found = {}
     end = int(fixed_tokens(right)[4])
     cases = (
@@ -672,7 +683,10 @@ CHECKS = (
 
 
 class Recorded:
-    """A right model of one layer without projections, which notes the shapes of the tokens that it is called with."""
+    """A right model of one layer without projections, which notes the shapes of the tokens that it is called with.
+
+    Called with no tokens at all, it gives logits of 0.
+    """
 
     def __init__(self, right: Any, apart: float = 0.0) -> None:
         """apart: how far its logits are from those of other models of this kind."""
@@ -684,6 +698,8 @@ class Recorded:
 
     def __call__(self, tokens: Any, caches: Any) -> Any:
         self.calls.append(tuple(tokens.shape))
+        if not tokens.shape[1]:
+            return tensor(np.zeros((1, 1, len(self.head[0]))))
         (only,) = caches
         firsts = only.offset if isinstance(only.offset, list) else [only.offset]
         places = integers([range(first, first + tokens.shape[1]) for first in firsts])

@@ -64,8 +64,9 @@ def make_sampler(temp: float, top_k: int = 0, top_p: float = 1.0, min_p: float =
     """Returns a sampler that draws by `distribution`; the same seed gives the same draws."""
     generator = random.Random(seed)
 
+    # 24 bits, since float32 has no more: a number that is nearer to 1 would become 1, beyond the last token's end.
     def sample(logits: mx.array) -> mx.array:
-        uniform = mx.array([generator.random() for _ in range(logits.shape[0])])
+        uniform = mx.array([generator.getrandbits(24) / 2**24 for _ in range(logits.shape[0])])
         return draw(distribution(logits, temp, top_k, top_p, min_p), uniform)
 
     return sample
