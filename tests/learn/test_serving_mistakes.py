@@ -345,13 +345,27 @@ def attention_file(body: str) -> dict[str, str]:
             ["a guess is accepted after a mismatch"],
         ),
         (
+            "speculative_generate",
+            rewritten("torch", "speculative.py", "speculative_generate",
+                      ROUNDS.replace("(*caches, *draft_caches)", "caches")),
+            ["the small model's caches do not forget what was refused"],
+        ),
+        (
+            "merge_block",
+            rewritten("torch", "flash_attention.py", "merge_block",
+                      "    new = torch.maximum(maximum, scores.max(-1, keepdim=True).values)\n"
+                      "    old, weights = (maximum - new).exp(), (scores - new).exp()\n"
+                      "    return new, total / old + weights.sum(-1, keepdim=True), output / old + weights @ value"),
+            ["the factor for the sums so far is inverted"],
+        ),
+        (
             SIMPLE,
             replaced("torch", "attention.py", (" * scale\n    if mask", "\n    if mask"),
                      ("softmax(scores, -1) @", "softmax(scores, -2) @")),
             ["the scale is left out", "the softmax is over the queries, not over the keys"],
         ),
     ],
-    ids=["tiled", "first key", "padding", "nibbles", "L and S", "mismatch", "two at once"],
+    ids=["tiled", "first key", "padding", "nibbles", "L and S", "mismatch", "no rewind", "inverted", "two at once"],
 )  # fmt: skip
 def test_a_mistake_is_named_however_it_is_written(
     check: str, files: dict[str, str], names: list[str], tmp_path: Path

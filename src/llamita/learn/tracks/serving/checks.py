@@ -197,7 +197,7 @@ def block(mine: Any, right: Any) -> Outputs:
     x = tensor(numbers(1, 2, 3, 24))
     return {
         "result": array(made(x, right.model.NoCache())),
-        "after 4 positions in a cache": array(made(x, begun_cache(right, 2, 4))),
+        "result (after 4 positions in a cache)": array(made(x, begun_cache(right, 2, 4))),
     }
 
 
