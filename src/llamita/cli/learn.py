@@ -3,6 +3,8 @@
 The course is learn/'s; here its state becomes lines.
 """
 
+import sys
+import webbrowser
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,12 +84,14 @@ class ShowConfig:
 
 @dataclass(frozen=True)
 class PageConfig:
-    """Write the lessons and the state of their checks as one HTML page."""
+    """Write the lessons and the state of their checks as one HTML page, and open it in a browser."""
 
     directory: Path = HERE
     """The course's folder."""
     output: Path | None = None
     """The file to write; course.html in the course's folder where none is given. An older one is replaced."""
+    open: bool = True
+    """Open it in the browser of this desktop; a program that reads the output gets the file alone."""
 
 
 @dataclass(frozen=True)
@@ -134,9 +138,11 @@ def list_lessons(config: ListConfig) -> None:
 
     opened = course.opened(config.directory)
     results = list(grade(opened.track, opened.framework, opened.directory))
+    names = max(len(lesson.name) for lesson in opened.track.lessons)
+    files = max(len(lesson.file) for lesson in opened.track.lessons)
     for number, lesson in enumerate(opened.track.lessons, 1):
         state = _state_of(result for result in results if result.lesson == lesson.name)
-        print(f"{number}  {lesson.name:<12} {lesson.file:<14} {state:<6} {lesson.title}")
+        print(f"{number:>2}  {lesson.name:<{names}} {lesson.file:<{files}} {state:<6} {lesson.title}")
 
 
 def show_next(config: NextConfig) -> None:
@@ -174,6 +180,8 @@ def write_page(config: PageConfig) -> None:
     results = list(grade(opened.track, opened.framework, opened.directory))
     atomic_write(path, page(opened.track, results, course.figures(opened)))
     print(f"{path}: written")
+    if config.open and sys.stdout.isatty():
+        webbrowser.open(path.resolve().as_uri())
 
 
 def list_tracks(config: TracksConfig) -> None:

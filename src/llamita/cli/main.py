@@ -92,7 +92,7 @@ VERBS: Mapping[str, Verb] = {
     "learn list": Verb("llamita.cli.learn", "list_lessons", "List the lessons of a course and how far you are."),
     "learn next": Verb("llamita.cli.learn", "show_next", "Show the first lesson that is not done."),
     "learn show": Verb("llamita.cli.learn", "show", "Show a lesson, or its solution."),
-    "learn page": Verb("llamita.cli.learn", "write_page", "Write the lessons and your state as one HTML page."),
+    "learn page": Verb("llamita.cli.learn", "write_page", "Open the lessons and your state as one HTML page."),
     "learn tracks": Verb("llamita.cli.learn", "list_tracks", "List the courses."),
     "info": Verb("llamita.cli.info", "run", "Count a model's parameters, operations and bytes; list the presets."),
 }
