@@ -133,6 +133,20 @@ def test_run_writes_the_same_by_every_way(started: Path, capsys: pytest.CaptureF
         assert run.main([*options, "--bits", "8"])[0].startswith("a fox")
 
 
+def test_run_refuses_a_draft_at_a_temperature(started: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with importable(started.name):
+        run = assembled(
+            {path.stem: (path, path.read_text("utf-8")) for path in (TRACK.directory / started.name).glob("*.py")},
+            ["run"],
+        ).run
+        with pytest.raises(SystemExit) as stop:
+            run.main(["--prompt", "a fox", "--draft", str(started / "model"), "--temperature", "0.5"])
+    assert str(stop.value) == (
+        "run.py: --draft writes at temperature 0 only: leave out --temperature, or leave out --draft"
+    )
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.medium
 def test_the_commands(started: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(started)

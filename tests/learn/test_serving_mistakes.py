@@ -48,10 +48,17 @@ def replaced(framework: str, file: str, *changes: tuple[str, str]) -> dict[str, 
 
 def rewritten(framework: str, file: str, function: str, body: str) -> dict[str, str]:
     """The file with another body in the place of a function's solution."""
+    return rewritten_all(framework, file, {function: body})
+
+
+def rewritten_all(framework: str, file: str, bodies: dict[str, str]) -> dict[str, str]:
+    """The file with other bodies in the place of several solutions."""
     text = TRACK.solutions(framework)[file]
-    begin = text.index("# to do:", text.index(f"def {function}("))
-    begin, end = text.rindex("\n", 0, begin) + 1, text.index("# done\n", begin)
-    return {file: f"{text[:begin]}{body}\n{text[text.rindex(chr(10), 0, end) + 1 :]}"}
+    for function, body in bodies.items():
+        begin = text.index("# to do:", text.index(f"def {function}("))
+        begin, end = text.rindex("\n", 0, begin) + 1, text.index("# done\n", begin)
+        text = f"{text[:begin]}{body}\n{text[text.rindex(chr(10), 0, end) + 1 :]}"
+    return {file: text}
 
 
 def test_the_lessons_name_the_checks_that_there_are(framework: str) -> None:
@@ -199,6 +206,49 @@ ROUNDS = """    written = []
             if cache.offset > longest:
                 cache.rewind(cache.offset - longest)
 """
+ROOM = """        end = self.offset + key.shape[2]
+        if self.key is None or end > self.key.shape[2]:
+            room = ZEROS((*key.shape[:2], end + 16, key.shape[3]))
+            grown = [CONCATENATE([part, room], 2) for part in (key[:, :, :0], value[:, :, :0])]
+            if self.key is not None:
+                for part, old in zip(grown, (self.key, self.value)):
+                    part[:, :, : self.offset] = old[:, :, : self.offset]
+            self.key, self.value = grown
+        self.key[:, :, self.offset : end], self.value[:, :, self.offset : end] = key, value
+        self.offset = end
+        return self.key[:, :, :end], self.value[:, :, :end], "causal"
+"""
+PAIRS = {
+    "match": """        found, before = [], None
+        size = self.pool.page_size
+        for start in range(0, len(tokens) - size, size):
+            key = (before, tuple(tokens[start : start + size]))
+            if key not in self.pages:
+                break
+            before = self.pages[key]
+            found.append(key)
+        pages = [self.pages[key] for key in found]
+        for key in reversed(found):
+            self.pages[key] = self.pages.pop(key)
+            self.pool.hold(self.pages[key])
+        return pages
+""",
+    "insert": """        new, before, size = [], None, self.pool.page_size
+        for number in range(len(tokens) // size):
+            key = (before, tuple(tokens[number * size : (number + 1) * size]))
+            if key not in self.pages:
+                new.append((key, pages[number]))
+            before = self.pages.get(key, pages[number])
+        for key, page in reversed(new):
+            self.pages[key] = page
+            self.pool.hold(page)
+""",
+    "evict": """        gone = [key for key, page in self.pages.items() if self.pool.holders[page] == 1][:count]
+        for key in gone:
+            self.pool.release(self.pages.pop(key))
+        return len(gone)
+""",
+}
 MLX_ATTENTION = """    scale = query.shape[-1] ** -0.5 if scale is None else scale
     S = key.shape[-2]
     flat = [x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)]
@@ -215,6 +265,46 @@ MLX_NIBBLES = """    q = w.weight
     scales, biases = (mx.repeat(x, w.group_size, axis=1) for x in (w.scales, w.biases))
     return q * scales + biases
 """
+
+
+@pytest.mark.parametrize("check", ["KvCache.update_and_fetch", "KvCache.rewind"])
+def test_a_cache_with_room_to_spare_passes(framework: str, check: str, tmp_path: Path) -> None:
+    names = {"torch": ("torch.zeros", "torch.cat"), "mlx": ("mx.zeros", "mx.concatenate")}[framework]
+    room = ROOM.replace("ZEROS", names[0]).replace("CONCATENATE", names[1])
+    files = rewritten_all(framework, "kv_cache.py", {"update_and_fetch": room, "rewind": "        self.offset -= n"})
+    assert judged(framework, tmp_path, check, files) == {"state": "passed"}
+    wrong = {"update_and_fetch": room, "rewind": "        self.offset -= 2 * (n // 2)"}
+    if check == "KvCache.rewind":
+        assert judged(framework, tmp_path, check, rewritten_all(framework, "kv_cache.py", wrong))["state"] == "wrong"
+
+
+METHODS = ("match", "insert", "evict")
+CARELESS = [
+    ("match", "            self.pool.hold(self.pages[key])\n", ""),
+    ("match", "reversed(found)", "found"),
+    ("match", "len(tokens) - size, size", "len(tokens) - size + 1, size"),
+    ("match", "key = (before,", "key = (None,"),
+    ("insert", "            self.pool.hold(page)\n", ""),
+    ("insert", "reversed(new)", "new"),
+    ("insert", "before = self.pages.get(key, pages[number])", "before = pages[number]"),
+    ("evict", "[:count]", "[: count + 1]"),
+    ("evict", "if self.pool.holders[page] == 1", ""),
+    ("evict", "return len(gone)", "return count"),
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_prefix_cache_is_judged_by_what_it_does_where_its_keys_are_others(
+    framework: str, method: str, tmp_path: Path
+) -> None:
+    files = rewritten_all(framework, "prefix_cache.py", PAIRS)
+    assert judged(framework, tmp_path, f"PrefixCache.{method}", files) == {"state": "passed"}
+    for where, old, new in CARELESS:
+        if where == method:
+            assert old in PAIRS[method]
+            changed = {**PAIRS, method: PAIRS[method].replace(old, new)}
+            files = rewritten_all(framework, "prefix_cache.py", changed)
+            assert judged(framework, tmp_path, f"PrefixCache.{method}", files)["state"] == "wrong", (old, new)
 
 
 def with_f(files: dict[str, str]) -> dict[str, str]:
@@ -255,13 +345,27 @@ def attention_file(body: str) -> dict[str, str]:
             ["a guess is accepted after a mismatch"],
         ),
         (
+            "speculative_generate",
+            rewritten("torch", "speculative.py", "speculative_generate",
+                      ROUNDS.replace("(*caches, *draft_caches)", "caches")),
+            ["the small model's caches do not forget what was refused"],
+        ),
+        (
+            "merge_block",
+            rewritten("torch", "flash_attention.py", "merge_block",
+                      "    new = torch.maximum(maximum, scores.max(-1, keepdim=True).values)\n"
+                      "    old, weights = (maximum - new).exp(), (scores - new).exp()\n"
+                      "    return new, total / old + weights.sum(-1, keepdim=True), output / old + weights @ value"),
+            ["the factor for the sums so far is inverted"],
+        ),
+        (
             SIMPLE,
             replaced("torch", "attention.py", (" * scale\n    if mask", "\n    if mask"),
                      ("softmax(scores, -1) @", "softmax(scores, -2) @")),
             ["the scale is left out", "the softmax is over the queries, not over the keys"],
         ),
     ],
-    ids=["tiled", "first key", "padding", "nibbles", "L and S", "mismatch", "two at once"],
+    ids=["tiled", "first key", "padding", "nibbles", "L and S", "mismatch", "no rewind", "inverted", "two at once"],
 )  # fmt: skip
 def test_a_mistake_is_named_however_it_is_written(
     check: str, files: dict[str, str], names: list[str], tmp_path: Path

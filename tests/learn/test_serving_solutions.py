@@ -147,6 +147,27 @@ def test_draws_have_the_shares_of_the_distribution(course: Any) -> None:
     assert list(course.tensors.array(sampler(course.tensors.tensor(drawn(1, 3, 9))))) == list(drawn(1, 3, 9).argmax(-1))
 
 
+def test_a_sampler_gives_a_token_of_the_vocabulary_for_the_greatest_number_too(
+    course: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Greatest:
+        def __init__(self, seed: int) -> None:
+            pass
+
+        def random(self) -> float:
+            return 1 - 2.0**-53
+
+        def getrandbits(self, bits: int) -> int:
+            return 2**bits - 1
+
+    monkeypatch.setattr(course.sampler.random, "Random", Greatest)
+    for seed in range(20):
+        logits = drawn(seed, 50, 7)
+        logits[:, -2:] = -200.0  # their probabilities are 0
+        tokens = course.tensors.array(course.sampler.make_sampler(1.0)(course.tensors.tensor(logits)))
+        np.testing.assert_array_equal(tokens, np.full(50, 4))
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_weights_are_mlxs_own_format(course: Any, bits: int) -> None:
     mx = pytest.importorskip("mlx.core")

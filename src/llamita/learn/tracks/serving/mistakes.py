@@ -108,9 +108,7 @@ SETTLED = "return [*draft[:accepted], target[accepted]]"
 REFUSED = "if uniform[i] * q[draft[i]] >= p[draft[i]]:"
 BONUS = "draw(target_probabilities[K:], uniform[K:])"
 FORGET = "for cache in [*caches, *draft_caches]:"
-DRAFT_UNREAD, UNREAD = "(text + draft)[draft_caches[0].offset :]", "(text + draft)[caches[0].offset :]"
-DRAFT_UNREAD_OR_LAST = "(text + draft)[min(draft_caches[0].offset, len(text + draft) - 1) :]"
-UNREAD_OR_LAST = "(text + draft)[min(caches[0].offset, len(text) - 1) :]"
+BACK = "cache.rewind(max(0, cache.offset - (len(text) - 1)))"
 
 MISTAKES = [
     # Attention and what it stands on
@@ -123,6 +121,7 @@ MISTAKES = [
         ("the exponentials are not divided by their sum", (f"(exponentials / {SUM})", "exponentials")),
         ("the result is the logarithm of the shares", (f"(exponentials / {SUM})", f"{LIB}.log(exponentials / {SUM})")),
         ("the dtype becomes float32", (f".{TO}(x.dtype)", "")),
+        ("the sum is taken in x's dtype, where float16 overflows", (f"wide = {wide('x')}", "wide = x")),
     ),
     *at(
         "linear", "basics", "the docstring: x times the transpose of w, plus the bias",
@@ -136,6 +135,7 @@ MISTAKES = [
         ("tanh stands in the place of the sigmoid", (f"x / (1 + {LIB}.exp(-x))", f"x * {LIB}.tanh(x)")),
         ("the sigmoid is that of 1.702 x, an approximation of GELU", ("exp(-x)", "exp(-1.702 * x)")),
         ("this is ReLU", (f"x / (1 + {LIB}.exp(-x))", f"{LIB}.where(x > 0, x, 0.0)")),
+        ("the dtype becomes float32", ("return x / (", f"x = {wide('x')}\n    return x / (")),
     ),
     *at(
         "scaled_dot_product_attention_simple", "attention", ATTENTION,
@@ -177,6 +177,10 @@ MISTAKES = [
         ("the two layouts are exchanged", ("self.traditional = traditional", "self.traditional = not traditional")),
         ("pairs of neighbours are put together as halves", (STACKED, f"{CAT}(turned, {AXIS}=-1)")),
         ("halves are put together as neighbours", (STACKED, f"{LIB}.stack(turned, {AXIS}=-1).flatten(-2)")),
+        ("the pairs are neighbours, whatever `traditional` says", ("if self.traditional:\n", "if True:\n"), (STACKED, f"{LIB}.stack(turned, {AXIS}=-1).flatten(-2)")),
+        ("the pairs are halves, whatever `traditional` says", ("if self.traditional:\n", "if False:\n"), (STACKED, f"{CAT}(turned, {AXIS}=-1)")),
+        ("the layouts are exchanged where pairs are taken, not where they are put together", ("if self.traditional:\n", "if not self.traditional:\n")),
+        ("the layouts are exchanged where pairs are put together, not where they are taken", (STACKED, STACKED.replace("if self", "if not self"))),
         ("the rotation goes the other way", (TURNED, "(a * cos + b * sin, b * cos - a * sin)")),
         ("sine and cosine are exchanged", (texts.TURNS, texts.EXCHANGED_TURNS)),
         ("the first position counts as 1, not as 0", (texts.ANGLES, f"(1 + {texts.ANGLES})")),
@@ -290,7 +294,8 @@ MISTAKES = [
     ),
     *at(
         "Attention", "model", QWEN2,
-        ("the biases are left out", ("self.wq, self.bq)", "self.wq)"), ("self.wk, self.bk)", "self.wk)"), ("self.wv, self.bv)", "self.wv)")),
+        ("the biases are left out", ("self.wq, self.bq)", "self.wq)"), ("self.wk, self.bk)", "self.wk)"), ("self.wv, self.bv)", "self.wv)"), ("self.wo, self.bo)", "self.wo)")),
+        ("the last projection has no bias", ("self.wo, self.bo)", "self.wo)")),
         ("the queries have no bias", ("self.wq, self.bq)", "self.wq)")),
         ("the keys have no bias", ("self.wk, self.bk)", "self.wk)")),
         ("the values have no bias", ("self.wv, self.bv)", "self.wv)")),
@@ -354,6 +359,7 @@ MISTAKES = [
     *at(
         "distribution", "sampler", TOP_P,
         ("the token that reaches top_p is cut off too", (texts.BEFORE, texts.UPTO), (CUT_P, CUT_P.replace("before < top_p", "(before < top_p) | (places == 0)"))),
+        ("the token that reaches top_p is cut off too, so that nothing may be left", (texts.BEFORE, texts.UPTO)),
         ("top_p takes tokens in the order of the vocabulary, not from the most likely down", (texts.BEFORE, texts.UNORDERED)),
         ("top_p is ignored", (CUT_P, "")),
         ("top_p keeps the tail, not the most likely", (CUT_P, CUT_P.replace("before < top_p", "before >= top_p"))),
@@ -365,6 +371,7 @@ MISTAKES = [
         ("min_p is ignored", (CUT_MIN, "p")),
         ("min_p keeps the tail", (CUT_MIN, CUT_MIN.replace(">=", "<="))),
         ("what is left is not divided by its sum at the end", (RENORMALISED_LAST, "return p")),
+        ("what is left is never divided by its sum", (CUT_K + RENORMALISED, CUT_K), (CUT_P + RENORMALISED, CUT_P), (RENORMALISED_LAST, "return p")),
     ),
     *at(
         "draw", "sampler", INVERSION,
@@ -429,6 +436,7 @@ MISTAKES = [
         "quantize_weights", "quantize", AFFINE,
         ("the scale divides the range into 2**bits steps, where there are 2**bits - 1", ("/ (2**bits - 1)", "/ 2**bits"), (NUMBERS, f"{LIB}.clip({NUMBERS}, 0, 2**bits - 1)")),
         ("numbers are rounded down, not to the nearest", (".round()", "")),
+        ("halves are rounded up, where they go to the even neighbour", (NUMBERS, f"{LIB}.floor((groups - biases) / scales + 0.5)")),
         ("the scale is always that of 4 bits", ("/ (2**bits - 1)", "/ 15")),
         ("the bias is the greatest weight, not the least", (f"biases = groups.{MIN}(", f"biases = groups.{MAX}("), (f"groups.{MAX}({AXIS}=-1, {KEEP}) - biases", f"biases - groups.{MIN}({AXIS}=-1, {KEEP})"), ("(groups - biases)", "(biases - groups)")),
         ("the bias is left out: zero becomes 0", (f"groups.{MIN}({AXIS}=-1, {KEEP})", f"groups.{MIN}({AXIS}=-1, {KEEP}) * 0.0"), (NUMBERS, f"{LIB}.clip({NUMBERS}, 0, 2**bits - 1)")),
@@ -476,6 +484,7 @@ MISTAKES = [
         ("the output so far is not rescaled to the new maximum", (MERGED_OUTPUT, "output = output + weights @ value")),
         ("the total so far is not rescaled to the new maximum", (MERGED_TOTAL, MERGED_TOTAL.replace("total * correction", "total"))),
         ("neither total nor output are rescaled to the new maximum", (f"correction = {LIB}.exp(maximum - greatest)", "correction = 1.0")),
+        ("the factor for the sums so far is inverted", ("exp(maximum - greatest)", "exp(greatest - maximum)")),
         ("the maximum is that of this block, not of all so far", (f"{LIB}.maximum(maximum, scores.{MAX}({AXIS}=-1, {KEEP}))", f"{LIB}.maximum(scores.{MAX}({AXIS}=-1, {KEEP}), {TENSOR}(-1e30))")),
         ("this block is rescaled too", ("weights @ value", "correction * (weights @ value)"), (f"weights.sum({AXIS}=-1, {KEEP})", f"correction * weights.sum({AXIS}=-1, {KEEP})")),
         ("the output is divided by the total in every block", ("return greatest, total, output", "return greatest, total, output / total")),
@@ -509,6 +518,7 @@ MISTAKES = [
         ("nothing is hidden: queries see the zeros of shorter requests", (texts.WHERE_SEEN.format("key"), texts.NOTHING_HIDDEN.format("key"))),
         ("a position does not see itself", (f"{LIB}.arange(S) <= positions", f"{LIB}.arange(S) < positions")),
         ("a position sees the one after it", (f"{LIB}.arange(S) <= positions", f"{LIB}.arange(S) <= 1 + positions")),
+        ("positions are counted L too far: those that come next, in the place of the new ones", (NEW_POSITIONS, NEW_POSITIONS.replace(" - L +", " +"))),
         ("all requests have the length of the longest", (NEW_POSITIONS, f"S - L + {LIB}.arange(L) + 0 * {TENSOR}(self.offset)[:, None]")),
         ("all requests have the length of the first", (NEW_POSITIONS, f"{TENSOR}(self.offset[:1] * len(self.caches))[:, None] - L + {LIB}.arange(L)")),
         ("the new positions see each other, later ones too", (NEW_POSITIONS, f"{TENSOR}(self.offset)[:, None] - 1 + 0 * {LIB}.arange(L)")),
@@ -605,6 +615,7 @@ MISTAKES = [
         ("the prefix cache does not hold what it keeps", ("                self.pool.hold(pages[number])\n", "")),
         ("all pages are held, those that were known too", ("            if key not in self.pages:\n                self.pages[key] = pages[number]\n                self.pool.hold(pages[number])\n", "            self.pool.hold(pages[number])\n            if key not in self.pages:\n                self.pages[key] = pages[number]\n")),
         ("a page is kept by its own tokens alone", ("            key = tuple(tokens[: (number + 1) * size])\n            if", "            key = tuple(tokens[number * size : (number + 1) * size])\n            if")),
+        ("a known page becomes the most recently used", ("                self.pool.hold(pages[number])\n", "                self.pool.hold(pages[number])\n            else:\n                self.pages[key] = self.pages.pop(key)\n")),
         ("the first page alone is kept", (FULL, "range(len(tokens) // size)[:1]")),
         ("the last full page is left out", (FULL, "reversed(range((len(tokens) - 1) // size))")),
     ),
@@ -653,10 +664,13 @@ MISTAKES = [
     ),
     *at(
         "speculative_generate", "speculative", LOOKAHEAD,
-        ("no cache forgets what was refused", (FORGET, "for cache in ():"), (DRAFT_UNREAD, DRAFT_UNREAD_OR_LAST), (UNREAD, UNREAD_OR_LAST)),
-        ("the small model's caches do not forget what was refused", (FORGET, "for cache in caches:"), (DRAFT_UNREAD, DRAFT_UNREAD_OR_LAST)),
-        ("the large model's caches do not forget what was refused", (FORGET, "for cache in draft_caches:"), (UNREAD, UNREAD_OR_LAST)),
-        ("the caches forget one position too many, whose token is run again", ("(len(text) - 1)))", "(len(text) - 2)))")),
+        ("no cache forgets what was refused", (FORGET, "for cache in ():")),
+        ("the small model's caches do not forget what was refused", (FORGET, "for cache in caches:")),
+        ("the large model's caches do not forget what was refused", (FORGET, "for cache in draft_caches:")),
+        ("all caches forget one position too few", (BACK, BACK.replace("(len(text) - 1)", "len(text)"))),
+        ("the small model's caches forget one position too few", (BACK, BACK.replace("- 1)", "- (cache in caches))"))),
+        ("the large model's caches forget one position too few", (BACK, BACK.replace("- 1)", "- (cache in draft_caches))"))),
+        ("the caches forget one position too many, whose token is run again", (BACK, BACK.replace("- 1)", "- 2)"))),
         ("eos_ids is ignored", ("            if token in eos_ids:\n                return tokens\n", "")),
         ("the token that ends the text is part of the result", ("            if token in eos_ids:\n                return tokens\n", "            if token in eos_ids:\n                return [*tokens, token]\n")),
         ("a round's tokens are not cut at max_tokens", ("            if len(tokens) == max_tokens:\n                return tokens\n        for", "        if len(tokens) >= max_tokens:\n            return tokens\n        for")),

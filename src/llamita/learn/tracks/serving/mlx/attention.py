@@ -85,12 +85,12 @@ def scaled_dot_product_attention_grouped(
     share key and value head 0, the next G share head 1, and so on.
     scale: as in `scaled_dot_product_attention_simple`.
     mask: "causal" for `causal_mask`, None, or what is added to the scaled products; it broadcasts to
-    (N.., G * H, L, S).
+    (N.., G * H, L, S), so its axis of heads, if it has one, has G * H entries or 1.
 
     Source: Ainslie et al. 2023 (https://arxiv.org/abs/2305.13245), section 2.2.
     """
     # to do: give the queries a shape in which a head of keys meets its G query heads by broadcasting, nothing copied;
-    #        `scaled_dot_product_attention_simple`; back to the queries' shape. The mask takes the same way.
+    #        `scaled_dot_product_attention_simple`; back to the queries' shape. A mask with heads takes the same way.
     *batch, heads, L, E = query.shape
     H, S = key.shape[-3:-1]
     grouped = query.reshape(*batch, H, heads // H, L, E)

@@ -20,7 +20,7 @@ def linear(x: mx.array, w: mx.array, bias: mx.array | None = None) -> mx.array:
     """Returns x times the transpose of w, plus the bias where there is one.
 
     x: (N.., I), any number of axes before the last. w: (O, I), a row for each output, as checkpoints have it.
-    bias: (O). The result: (N.., O).
+    bias: (O). The result: (N.., O). All have one dtype.
     """
     # to do: one line or two, without mlx.nn.
     y = x @ w.T
@@ -29,7 +29,7 @@ def linear(x: mx.array, w: mx.array, bias: mx.array | None = None) -> mx.array:
 
 
 def silu(x: mx.array) -> mx.array:
-    """Returns x times the logistic sigmoid of x, element by element.
+    """Returns x times the logistic sigmoid of x, element by element. The dtype stays.
 
     Source: Elfwing et al. 2017 (https://arxiv.org/abs/1702.03118); also called Swish.
     """

@@ -50,8 +50,8 @@ def generate(
 ) -> list[int]:
     """Returns the tokens that follow a prompt: max_tokens, or those before the first that is in eos_ids.
 
-    caches: one for each layer, empty. The prompt is read by `prefill`; then each new token alone is run, and never
-    twice. The last token of all need not be run.
+    caches: one for each layer, empty or with what stands before the prompt. The prompt is read by `prefill`; then each
+    new token alone is run, and never twice. The last token of all need not be run.
     """
     # to do: `prefill` for the prompt and for each new token; `sampler` takes the logits that it gives, (1, V).
     tokens: list[int] = []

@@ -29,7 +29,10 @@ class KvCache:
         # done
 
     def rewind(self, n: int) -> None:
-        """Forgets the last n positions, as if they had never been given. n is at most `offset`, and may be 0."""
+        """Forgets the last n positions, as if they had never been given. n is at most `offset`, and may be 0.
+
+        It is called after `update_and_fetch` only. Where nothing is left, the arrays may have S = 0 or be None.
+        """
         # to do: three lines; mind n = 0.
         self.offset -= n
         if self.key is not None and self.value is not None:

@@ -60,7 +60,8 @@ class Attention:
 
         The first of the L positions is `cache.offset`; read it before the cache takes the new keys. Where it is a list,
         row n begins at position offset[n]. Norms, where the model has them, go over each head of queries and of keys,
-        before the rotation. A bias that the model does not have is None.
+        before the rotation. Each of the four projections has its bias, `self.bq` to `self.bo`; one that the model does
+        not have is None. H * E need not be D.
         """
         # to do: `project` to queries, keys and values, each (N, L, H, E); the norms; `self.rope` for queries and keys,
         #        with the slice of positions, or a list of slices; heads before positions; `cache.update_and_fetch`;
@@ -120,8 +121,8 @@ class Model:
     def __call__(self, tokens: mx.array, caches: Sequence[Cache] | None = None) -> mx.array:
         """Returns the logits of the token after each position: (N, L, V).
 
-        tokens: (N, L), integers. caches: one for each layer, in order; None for a `NoCache` for each. Where
-        `self.lm_head` is None, the embeddings' own matrix gives the logits.
+        tokens: (N, L), integers. caches: one for each layer, in order; None for a `NoCache` for each. The logits come
+        from `project` with `self.lm_head`, or from `self.embedding.as_linear` where that is None.
         """
         # to do: embeddings, blocks, `self.norm`, logits.
         caches = [NoCache() for _ in self.blocks] if caches is None else caches

@@ -32,7 +32,8 @@ def quantize_weights(w: mx.array, group_size: int = 64, bits: int = 4) -> Quanti
 
     Weights 0 to group_size - 1 of a row are its first group, and so on. In each group the least weight becomes 0 and
     the greatest 2**bits - 1: the bias is the least weight, the scale the difference of the two over 2**bits - 1, and
-    q = round((w - bias) / scale). Where all weights of a group are equal, the scale is 1.
+    q = round((w - bias) / scale), where a half goes to the even neighbour. Where all weights of a group are equal, the
+    scale is 1.
     """
     outputs, inputs = w.shape
     # to do: the groups, (O, G, group_size), in float32; biases and scales; the whole numbers; the bytes.
@@ -59,7 +60,7 @@ def dequantize_weights(w: QuantizedWeights) -> mx.array:
 
 
 def quantized_linear(x: mx.array, w: QuantizedWeights, bias: mx.array | None = None) -> mx.array:
-    """Returns `linear` over what the weights stand for. x: (N.., I). bias: (O). The result: (N.., O), of x's dtype."""
+    """Returns `linear` over what the weights stand for, in x's dtype. x: (N.., I). bias: (O). The result: (N.., O)."""
     # to do: one line.
     return linear(x, dequantize_weights(w).astype(x.dtype), bias)
     # done

@@ -79,7 +79,10 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--paged", action="store_true", help="keep the caches in pages")
     parser.add_argument("--prefix", action="store_true", help="share pages of common beginnings; one prompt at a time")
     parser.add_argument("--draft", type=Path, help="a smaller model with the same tokenizer, which guesses ahead")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.draft and options.temperature > 0:
+        raise SystemExit("run.py: --draft writes at temperature 0 only: leave out --temperature, or leave out --draft")
+    return options
 
 
 def written(loaded: Loaded, prompts: list[list[int]], options: argparse.Namespace) -> list[list[int]]:

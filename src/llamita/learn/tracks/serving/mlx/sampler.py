@@ -17,10 +17,11 @@ def distribution(logits: mx.array, temp: float, top_k: int = 0, top_p: float = 1
     """Returns the probabilities with which tokens are drawn. logits: (N, V). The result: (N, V), float32.
 
     In this order, and what is left of a row is divided by its sum after each step:
-    1. the softmax of logits / temp; at temp 0 the greatest logit has 1 and the others 0, and no other step is taken;
+    1. the softmax of logits / temp, in float32; at temp 0 the greatest logit has 1 and the others 0, and no other step
+       is taken;
     2. top_k: the top_k most likely tokens stay; 0 keeps all;
     3. top_p: taken from the most likely down, a token stays where those before it have less than top_p together
-       (Holtzman et al. 2019, https://arxiv.org/abs/1904.09751, section 3.1); 1 keeps all;
+       (Holtzman et al. 2019, https://arxiv.org/abs/1904.09751, section 3.1); 1 keeps all, and 0 is not allowed;
     4. min_p: a token stays where it has at least min_p times the probability of the most likely one
        (Nguyen et al. 2024, https://arxiv.org/abs/2407.01082, section 3); 0 keeps all.
     No two logits of a row are equal.
@@ -28,7 +29,8 @@ def distribution(logits: mx.array, temp: float, top_k: int = 0, top_p: float = 1
     V = logits.shape[-1]
     if temp == 0:
         return (mx.arange(V) == logits.argmax(axis=-1, keepdims=True)).astype(mx.float32)
-    # to do: the four steps. The place of each token in the order of probabilities is the argsort of an argsort.
+    # to do: the four steps. The place of each token in the order of probabilities is the argsort of an argsort;
+    #        an argsort puts the least number first.
     p = softmax(logits.astype(mx.float32) / temp, -1)
     order = mx.argsort(-p, axis=-1)
     places = mx.argsort(order, axis=-1)
@@ -62,8 +64,9 @@ def make_sampler(temp: float, top_k: int = 0, top_p: float = 1.0, min_p: float =
     """Returns a sampler that draws by `distribution`; the same seed gives the same draws."""
     generator = random.Random(seed)
 
+    # 24 bits, since float32 has no more: a number that is nearer to 1 would become 1, beyond the last token's end.
     def sample(logits: mx.array) -> mx.array:
-        uniform = mx.array([generator.random() for _ in range(logits.shape[0])])
+        uniform = mx.array([generator.getrandbits(24) / 2**24 for _ in range(logits.shape[0])])
         return draw(distribution(logits, temp, top_k, top_p, min_p), uniform)
 
     return sample

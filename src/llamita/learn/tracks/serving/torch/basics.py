@@ -21,7 +21,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """Returns x times the transpose of w, plus the bias where there is one.
 
     x: (N.., I), any number of axes before the last. w: (O, I), a row for each output, as checkpoints have it.
-    bias: (O). The result: (N.., O).
+    bias: (O). The result: (N.., O). All have one dtype.
     """
     # to do: one line or two, without torch.nn.functional.linear.
     y = x @ w.T
@@ -30,7 +30,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def silu(x: Tensor) -> Tensor:
-    """Returns x times the logistic sigmoid of x, element by element.
+    """Returns x times the logistic sigmoid of x, element by element. The dtype stays.
 
     Source: Elfwing et al. 2017 (https://arxiv.org/abs/1702.03118); also called Swish.
     """

@@ -33,7 +33,8 @@ class BatchKvCache:
         Row n goes into the cache of request n. Keys and values come back as (N, H, S, E), where S is the most positions
         that any request has now: those of a request begin at 0, and zeros fill up what it has fewer. The mask is
         (N, 1, L, S), of the dtype of key: 0 where a new position sees a key, minus infinity elsewhere. A request with s
-        positions now has its new ones at s - L to s - 1; each sees itself and those before it.
+        positions now has its new ones at s - L to s - 1; each sees itself and those before it. The masks that the
+        requests' caches return are not needed.
         """
         # to do: each request's own cache; `filled`, below, for the zeros; the mask from the positions.
         L = key.shape[2]
@@ -81,7 +82,7 @@ class Batcher:
         self.running: list[Request] = []
 
     def add(self, prompt: Sequence[int], max_tokens: int) -> Request:
-        """Returns a new request, which waits for a place."""
+        """Returns a new request, which waits for a place. prompt: at least one token. max_tokens: at least 1."""
         self.waiting.append(Request(list(prompt), max_tokens, self.new_caches()))
         return self.waiting[-1]
 
@@ -95,13 +96,14 @@ class Batcher:
 
         1. While there is a place, the request that has waited longest begins to run, behind those that run already.
         2. All running requests whose prompt was read in earlier steps get a token each, by one call of the model over
-           their last tokens, (N, 1), with a `BatchKvCache` for each layer.
+           their last tokens, (N, 1), with a `BatchKvCache` for each layer. With none, it is not called.
         3. The first running request whose prompt is not yet read reads at most `self.chunk` tokens more of it, in a
            call of its own, (1, L), with its own caches. Where that was the last of the prompt, it gets its first token.
         4. A request is finished when its newest token is in `self.eos_ids`, which is then taken off its tokens again,
            or when it has max_tokens tokens. It stops running, and its place is free in the next step.
         """
-        # to do: the four parts. `self.sampler` takes logits (N, V) and gives a token for each row.
+        # to do: the four parts. `self.sampler` takes logits (N, V) and gives a token for each row; part 2 calls it once
+        #        for all rows, part 3 once for its own.
         while self.waiting and len(self.running) < self.batch_size:
             self.running.append(self.waiting.pop(0))
         reading = [request for request in self.running if request.read < len(request.prompt)]

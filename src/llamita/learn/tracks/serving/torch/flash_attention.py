@@ -1,7 +1,8 @@
 """Attention block by block: the softmax is summed up on the way, so that the whole table of scores never exists.
 
 Source: Dao et al. 2022, FlashAttention (https://arxiv.org/abs/2205.14135), section 3.1 and algorithm 1.
-Letters: N.. any number of batch axes, L query positions, S key positions, B positions of a block, E size of a head.
+Letters: N.. any number of batch axes, heads among them, L query positions, S key positions, B positions of a block,
+E size of a head.
 """
 
 import torch
@@ -18,7 +19,7 @@ def merge_block(
     output: (N.., L, E), the sum of exp(score - maximum) * value over all keys so far, not yet divided by the total.
     scores: (N.., L, B), of this block, scaled and masked; some may be minus infinity. value: (N.., B, E).
 
-    In each row of the first block, one score at least is not minus infinity.
+    All are float32. In each row of the first block, one score at least is not minus infinity.
     """
     # to do: the new maximum; what total and output so far are multiplied by, since their maximum was another;
     #        the exponentials of this block; the three results.

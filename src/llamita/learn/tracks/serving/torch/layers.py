@@ -10,7 +10,7 @@ class RMSNorm:
     """Root mean square normalisation (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
 
     def __init__(self, dim: int, weight: Tensor, eps: float = 1e-5) -> None:
-        """weight: (dim)."""
+        """weight: (dim), of the dtype of x."""
         self.dim, self.weight, self.eps = dim, weight, eps
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -60,7 +60,10 @@ class Embedding:
         # done
 
     def as_linear(self, x: Tensor) -> Tensor:
-        """Returns logits: the products of x with all rows. x: (N.., embedding_dim). The result: (N.., vocab_size)."""
+        """Returns logits, by `project`: the products of x with all rows.
+
+        x: (N.., embedding_dim). The result: (N.., vocab_size).
+        """
         # to do: one line.
         return project(x, self.weight)
         # done

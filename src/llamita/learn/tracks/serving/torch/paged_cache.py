@@ -123,7 +123,7 @@ def paged_attention(
 
     A position sees itself and those before it in its own text, and nothing else.
     """
-    # to do: the pages of each text as (N, H, M * p, E); a mask (N, 1, L, M * p) from the lengths;
+    # to do: the pages of each text as (N, H, M * p, E); a mask (N, 1, L, M * p) from the lengths, of the query's dtype;
     #        `scaled_dot_product_attention_grouped`.
     N, M = block_table.shape
     L, H, E = query.shape[2], key_pages.shape[1], query.shape[3]

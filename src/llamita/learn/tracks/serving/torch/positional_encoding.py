@@ -27,8 +27,8 @@ class RoPE:
         """Returns x with its positions turned into it; the shape and the dtype stay.
 
         x: (N, L, H, dims), heads after positions. offset: the positions of x, as a slice of length L; a list has a
-        slice for each of the N rows; None stands for slice(0, L). A point (a, b) that is turned by the angle w becomes
-        (a cos w - b sin w, a sin w + b cos w).
+        slice for each of the N rows; None stands for slice(0, L). No slice ends beyond seq_len. A point (a, b) that is
+        turned by the angle w becomes (a cos w - b sin w, a sin w + b cos w).
         """
         L = x.shape[1]
         # to do: the rows of self.cos and self.sin at these positions, in a shape that broadcasts over N and H; the two

@@ -26,8 +26,8 @@ class PrefixCache:
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self.pages: dict[tuple[int, ...], int] = {}
-        """A page by the tokens up to its end; the least recently used first. (A dict keeps the order of insertion: a
-        key that is deleted and set again is the last.)"""
+        """A page by the tokens up to its end, a tuple; the least recently used first. (A dict keeps the order of
+        insertion: a key that is deleted and set again is the last.)"""
 
     def match(self, tokens: Sequence[int]) -> list[int]:
         """Returns the pages that hold the longest known beginning of `tokens`, in order.
@@ -54,8 +54,9 @@ class PrefixCache:
         """Remembers the full pages of a text that has been computed. pages: those of all its tokens, in order.
 
         A page that the tokens do not fill is not kept. Where the tokens up to a page's end are known already, the page
-        that was there first stays. The prefix cache holds each page that it takes (`self.pool.hold`). Pages that it
-        takes become the most recently used, the last page first, the first page last.
+        that was there first stays, and keeps its place in the order of use. The prefix cache holds each page that it
+        takes (`self.pool.hold`). Pages that it takes become the most recently used, the last page first, the first page
+        last.
         """
         # to do: a loop over the full pages, from the last to the first.
         size = self.pool.page_size
@@ -71,7 +72,7 @@ class PrefixCache:
 
         A page is released (`self.pool.release`) and is not found any more. One that others hold is passed over.
         """
-        # to do: a loop over the pages in their order.
+        # to do: a loop over the pages in their order; over a copy, since a dict must not change during a loop over it.
         evicted = 0
         for key, page in list(self.pages.items()):
             if evicted < count and self.pool.holders[page] == 1:

@@ -33,7 +33,8 @@ def quantize_weights(w: Tensor, group_size: int = 64, bits: int = 4) -> Quantize
 
     Weights 0 to group_size - 1 of a row are its first group, and so on. In each group the least weight becomes 0 and
     the greatest 2**bits - 1: the bias is the least weight, the scale the difference of the two over 2**bits - 1, and
-    q = round((w - bias) / scale). Where all weights of a group are equal, the scale is 1.
+    q = round((w - bias) / scale), where a half goes to the even neighbour. Where all weights of a group are equal, the
+    scale is 1.
     """
     outputs, inputs = w.shape
     # to do: the groups, (O, G, group_size), in float32; biases and scales; the whole numbers; the bytes.
@@ -60,7 +61,7 @@ def dequantize_weights(w: QuantizedWeights) -> Tensor:
 
 
 def quantized_linear(x: Tensor, w: QuantizedWeights, bias: Tensor | None = None) -> Tensor:
-    """Returns `linear` over what the weights stand for. x: (N.., I). bias: (O). The result: (N.., O), of x's dtype."""
+    """Returns `linear` over what the weights stand for, in x's dtype. x: (N.., I). bias: (O). The result: (N.., O)."""
     # to do: one line.
     return linear(x, dequantize_weights(w).to(x.dtype), bias)
     # done

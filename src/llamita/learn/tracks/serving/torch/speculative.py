@@ -63,13 +63,14 @@ def speculative_generate(
 ) -> list[int]:
     """Returns the tokens that follow a prompt at temperature 0: exactly those of `generate`, in fewer steps.
 
-    caches, draft_caches: one for each layer of each model, empty. In each round the small model guesses `count` tokens,
-    one after the other, and the large model runs once, over what of the text its caches do not hold yet, followed by
-    the guesses. (In the first round that is the whole prompt and the guesses.) `accept_greedy` says what is settled.
-    Then all caches forget what is not part of the text, and its last token, so that there is something to run next.
+    caches, draft_caches: one for each layer of each model, empty. In each round, those near max_tokens too, the small
+    model guesses `count` tokens, one after the other, and the large model runs once, over what of the text its caches
+    do not hold yet, followed by the guesses. (In the first round that is the whole prompt and the guesses.)
+    Both models choose the token of the greatest logit; `accept_greedy` says what is settled. Then all caches forget
+    what is not part of the text, and its last token, so that there is something to run next.
     The result ends at max_tokens, or before the first token that is in eos_ids.
     """
-    # to do: rounds. `prefill` runs the small model over what its caches do not hold yet.
+    # to do: rounds. `prefill` runs the small model over what its caches do not hold yet, in one chunk.
     text, tokens = list(prompt), list[int]()
     while True:
         draft: list[int] = []

@@ -28,9 +28,9 @@ def array(x: Any) -> np.ndarray:
     return np.array(x.astype(mx.float32) if x.dtype in (mx.float16, mx.bfloat16) else x).astype(np.float64)
 
 
-def dtype_of(x: Any) -> np.ndarray:
-    """Returns the dtype as a number that differs between dtypes: the bits of a number and of its mantissa."""
+def dtype_of(x: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what tells the dtype: the bits of a number, and those of its mantissa."""
     if not isinstance(x, mx.array):
         raise TypeError(f"expected an array, got {'None' if x is None else type(x).__name__}")
     info = mx.finfo(x.dtype)
-    return np.array([8 * x.dtype.size, round(-np.log2(info.eps))])
+    return np.array(8 * x.dtype.size), np.array(round(-np.log2(info.eps)))

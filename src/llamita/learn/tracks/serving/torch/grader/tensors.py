@@ -28,9 +28,9 @@ def array(x: Any) -> np.ndarray:
     return x.detach().double().numpy()
 
 
-def dtype_of(x: Any) -> np.ndarray:
-    """Returns the dtype as a number that differs between dtypes: the bits of a number and of its mantissa."""
+def dtype_of(x: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what tells the dtype: the bits of a number, and those of its mantissa."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"expected a tensor, got {'None' if x is None else type(x).__name__}")
     info = torch.finfo(x.dtype)
-    return np.array([info.bits, round(-np.log2(info.eps))])
+    return np.array(info.bits), np.array(round(-np.log2(info.eps)))
