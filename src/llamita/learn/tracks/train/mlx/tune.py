@@ -2,7 +2,7 @@
 
     python tune.py [--steps 200] [--preference-steps 100] [--rank 8] [--seed 0]
 
-It needs trained.npz and merges.json, and all lessons up to preferences; about as long as train.py.
+It needs trained.npz and merges.json, and lessons 1 to 11 (up to dpo); about as long as train.py.
 """
 
 import argparse
