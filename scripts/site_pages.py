@@ -7,6 +7,8 @@ The pages in docs/ stay as they are, so that their links work where files are vi
 Two more things are not as MkDocs reads them. A fence may have words behind its language ("sh no-run", for
 tests/test_readme.py), which would make it text; they are left out. And in a table a bar inside code is written `\\|`,
 of which MkDocs would show the stroke too.
+
+The figures of a course's lessons, which no file of the repository holds, are drawn beside the pages of the lessons.
 """
 
 import posixpath
@@ -17,6 +19,9 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+from llamita.learn import track
+from llamita.learn.figures import drawn
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = "docs"
@@ -33,7 +38,7 @@ LANGUAGES = {".py": "python", ".html": "html", ".js": "javascript", ".css": "css
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds a page for each file of the repository that a page links to, and for those that such pages link to."""
+    """Adds figures, and a page for each file of the repository that a page links to, and for those that it links to."""
     waiting = [f"{DOCS}/{file.src_uri}" for file in files.documentation_pages()]
     waiting += [posixpath.relpath(uri, FILES) for uri in named_in(config.nav) if uri.startswith(f"{FILES}/")]
     seen = set(waiting)
@@ -45,6 +50,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             if target not in seen and not target.startswith(f"{DOCS}/"):
                 seen.add(target)
                 waiting.append(target)
+    for course in map(track.find, track.names()):
+        folder = f"{FILES}/src/llamita/learn/tracks/{course.directory.name}/lessons"
+        for name, figure in drawn(course).items():
+            files.append(File.generated(config, f"{folder}/{name}.svg", content=figure))
     return files
 
 

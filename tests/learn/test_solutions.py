@@ -193,8 +193,20 @@ def test_the_finished_program_writes_asks_and_learns(
     assert "temperature 1.0:" in run("--prefix", "a good", "--max_new_tokens", "3")
     assert Path("generated-sentence-temp-0.txt").read_text("utf-8").startswith("a good")
     assert "test accuracy: " in run("--option", "prompt", *data, "--label-names", "names.json")
-    assert "very bad Is this movie bad or good? This movie is" in Path("dev-output.txt").read_text("utf-8")
-    assert "dev accuracy: 1.000" in run(
-        "--option", "finetune", *data, "--epochs", "12", "--lr", "1e-2", "--hidden_dropout_prob", "0"
+    assert "very bad Is this movie bad or good? This movie is" in Path("cfimdb-dev-prompting-output.txt").read_text(
+        "utf-8"
     )
-    assert Path("test-output.txt").read_text("utf-8") == "".join(lines)
+    assert "dev accuracy: 1.000" in run(
+        "--option",
+        "finetune",
+        *data,
+        "--epochs",
+        "12",
+        "--lr",
+        "1e-2",
+        "--hidden_dropout_prob",
+        "0",
+        "--test_out",
+        "test.txt",
+    )
+    assert Path("test.txt").read_text("utf-8") == "".join(lines)

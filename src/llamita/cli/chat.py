@@ -46,7 +46,7 @@ class ChatConfig:
     """Talk with a trained model in the terminal; /help lists the commands there."""
 
     model: tyro.conf.Positional[Path]
-    """A model directory, or the directory of a training run (then its best checkpoint)."""
+    """A model directory, a training run (then its best checkpoint), a GGUF file, or a name on the hub (owner/name)."""
     template: str | None = None
     """The chat template, instead of the model's own or where it has none: chatml, r0, plain, plain-eos, or a file of
     Jinja."""

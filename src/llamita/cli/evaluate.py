@@ -26,7 +26,7 @@ class EvaluateConfig:
     """
 
     model: tyro.conf.Positional[Path]
-    """A model directory, or the directory of a training run (then its best checkpoint)."""
+    """A model directory, a training run (then its best checkpoint), a GGUF file, or a name on the hub (owner/name)."""
     data: Path | None = None
     """The data to measure on; see the tasks."""
     task: str = "perplexity"

@@ -37,7 +37,7 @@ class GenerateConfig:
     """
 
     model: tyro.conf.Positional[Path]
-    """A model directory, or the directory of a training run (then its best checkpoint)."""
+    """A model directory, a training run (then its best checkpoint), a GGUF file, or a name on the hub (owner/name)."""
     prompt: tyro.conf.Positional[str | None] = None
     """The text to continue; - reads it from standard input, and so does a pipe. Left out: a new text is begun."""
     prompt_tokens: tuple[int, ...] = ()

@@ -134,9 +134,11 @@ def list_lessons(config: ListConfig) -> None:
 
     opened = course.opened(config.directory)
     results = list(grade(opened.track, opened.framework, opened.directory))
+    names = max(len(lesson.name) for lesson in opened.track.lessons)
+    files = max(len(lesson.file) for lesson in opened.track.lessons)
     for number, lesson in enumerate(opened.track.lessons, 1):
         state = _state_of(result for result in results if result.lesson == lesson.name)
-        print(f"{number}  {lesson.name:<12} {lesson.file:<14} {state:<6} {lesson.title}")
+        print(f"{number:>2}  {lesson.name:<{names}} {lesson.file:<{files}} {state:<6} {lesson.title}")
 
 
 def show_next(config: NextConfig) -> None:
@@ -146,7 +148,7 @@ def show_next(config: NextConfig) -> None:
     opened = course.opened(config.directory)
     for result in grade(opened.track, opened.framework, opened.directory):
         if result.state != "passed":
-            print(opened.track.lesson(result.lesson).text)
+            print(course.as_printed(opened, opened.track.lesson(result.lesson)))
             print("\n".join(lines_of(result)))
             return
     print(f"all checks pass; {opened.track.end}")
@@ -157,7 +159,10 @@ def show(config: ShowConfig) -> None:
 
     opened = course.opened(config.directory)
     lesson = opened.track.lesson(config.lesson)
-    print(opened.track.solutions(opened.framework)[lesson.file] if config.solution else lesson.text)
+    if config.solution:
+        print(opened.track.solutions(opened.framework)[lesson.file])
+    else:
+        print(course.as_printed(opened, lesson))
 
 
 def write_page(config: PageConfig) -> None:
@@ -168,7 +173,8 @@ def write_page(config: PageConfig) -> None:
 
     opened = course.opened(config.directory)
     path = config.output or config.directory / "course.html"
-    atomic_write(path, page(opened.track, list(grade(opened.track, opened.framework, opened.directory))))
+    results = list(grade(opened.track, opened.framework, opened.directory))
+    atomic_write(path, page(opened.track, results, course.figures(opened)))
     print(f"{path}: written")
 
 

@@ -3,8 +3,10 @@
 import contextlib
 import io
 import json
+import re
 import tempfile
-from dataclasses import dataclass
+import textwrap
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,8 @@ import numpy as np
 from llamita.data import meadow
 from llamita.data.prepare import PrepareConfig, prepare
 from llamita.learn import track as tracks
-from llamita.learn.track import Track
+from llamita.learn.figures import LINE, divided, drawn
+from llamita.learn.track import Lesson, Track
 from llamita.storage.files import atomic_directory
 from llamita.storage.formats.checkpoints import to_training_checkpoint
 from llamita.text.bpe import train_bpe_from_iterator
@@ -25,6 +28,7 @@ COURSE_FILE = "course.json"
 MODEL_FILE = "stories.pt"
 MODEL_DIRECTORY = "model"
 SANITY_FILE = "sanity_check.npz"
+LESSONS = "lessons"
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,11 @@ def start(directory: Path, track: Track, framework: str, model: Path | None, ste
     with atomic_directory(directory) as folder:
         for name, text in files.items():
             (folder / name).write_text(text, "utf-8")
-        (folder / "lessons").mkdir()
+        (folder / LESSONS).mkdir()
         for number, lesson in enumerate(track.lessons, 1):
-            (folder / "lessons" / f"{number}-{lesson.name}.md").write_text(lesson.text, "utf-8")
+            (folder / LESSONS / f"{number}-{lesson.name}.md").write_text(lesson.text, "utf-8")
+        for name, figure in drawn(track).items():
+            (folder / LESSONS / f"{name}.svg").write_text(figure, "utf-8")
         (folder / COURSE_FILE).write_text(json.dumps({"track": track.name, "framework": framework}) + "\n", "utf-8")
         if model is not None:
             _write_model(folder, model, track, tools)
@@ -77,6 +83,26 @@ def opened(directory: Path) -> Course:
     return Course(directory, track, framework)
 
 
+def as_printed(course: Course, lesson: Lesson) -> str:
+    """Returns a lesson's text for a terminal: a figure is its caption and the path of its file, where that is there."""
+
+    def said(line: re.Match[str]) -> str:
+        path = course.directory / LESSONS / f"{line['name']}.svg"
+        caption = textwrap.fill(f"[Figure: {line['caption']}", 120)
+        return caption + (f"\n {path}]" if path.is_file() else "]")
+
+    return LINE.sub(said, lesson.text)
+
+
+def figures(course: Course) -> dict[str, str]:
+    """Returns the SVG of each figure by its name: as it lies in the folder, drawn where one is missing."""
+    names = [name for lesson in course.track.lessons for _, _, name in divided(lesson.text) if name]
+    paths = {name: course.directory / LESSONS / f"{name}.svg" for name in names}
+    if all(path.is_file() for path in paths.values()):
+        return {name: path.read_text("utf-8") for name, path in paths.items()}
+    return drawn(course.track)
+
+
 def _trained(directory: Path, steps: int, tools: Tools) -> Path:
     """Trains quickstart's small model on Meadow for a few steps and returns its directory; seconds to a minute."""
     tokenizer, data, run = directory / "tokenizer", directory / "data", directory / "run"
@@ -97,7 +123,13 @@ def _write_model(folder: Path, source: Path, track: Track, tools: Tools) -> None
         convert(source, folder / MODEL_DIRECTORY, ConvertConfig(), tools)
         return
     _, model = read_model(source, ConvertConfig(), tools)
-    tools.write_pickle(folder / MODEL_FILE, to_training_checkpoint(model, "course"))
+    plain = replace(
+        model, config=replace(model.config, rope_theta=10000.0)
+    )  # all that the original course's form holds
+    checkpoint = to_training_checkpoint(plain, "course")
+    if model.config.rope_theta != plain.config.rope_theta:
+        checkpoint["model_args"]["rope_theta"] = model.config.rope_theta  # the LlamaConfig of this folder has it
+    tools.write_pickle(folder / MODEL_FILE, checkpoint)
     if model.tokenizer is not None:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             model.tokenizer.save(temporary)

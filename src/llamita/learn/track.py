@@ -4,13 +4,16 @@ A track is a folder under tracks/ and needs no other file to be changed:
 
     track.toml          title, frameworks, the model that a folder is begun with, what to do at the end, and the lessons
                         in order: name, title, file, names of checks
-    lessons/NAME.md     the text of each lesson; links to PACKAGE/... lead to the installed library's files
+    lessons/NAME.md     the text of each lesson; links to PACKAGE/... lead to the installed library's files, and a line
+                        ![what one sees](NAME.svg) shows a figure
+    figures.py          FIGURES: by name, a function that draws into the matplotlib figure it is given; may be missing
     FRAMEWORK/          the reader's files with solutions in them, between "# to do: ..." and "# done"
     FRAMEWORK/grader/   modules that the two below import by their names, where frameworks differ
     checks.py           CHECKS: what each lesson runs (checking.py says what a check is)
     mistakes.py         MISTAKES: changes to the solutions, and what they are called
 
-These files are data of the package: they run in the reader's process, never in the library's.
+These files are data of the package: they run in the reader's process, never in the library's, save for figures.py
+(figures.py of this folder says why).
 """
 
 import re

@@ -57,6 +57,8 @@ def test_a_training_checkpoint_is_read(prefix, course, tied):
     state = {prefix + name: array for name, array in meta_state(ours, course).items()}
     content = {"model_args": ARGUMENTS | {"dropout": 0.0}, "model": state, "iter_num": 5}
     assert equal(checkpoints.from_training_checkpoint(SOURCE, content), ours)
+    content["model_args"] = ARGUMENTS | {"rope_theta": 500.0}
+    assert checkpoints.from_training_checkpoint(SOURCE, content).config.rope_theta == 500.0
 
 
 @pytest.mark.parametrize("names", ["meta", "course"])

@@ -70,6 +70,7 @@ def from_training_checkpoint(source: Path, content: Any) -> ForeignModel:
         num_key_value_heads=arguments.get("n_kv_heads") or heads,
         max_position_embeddings=_number(source, arguments, "max_seq_len"),
         rms_norm_eps=arguments.get("norm_eps") or arguments.get("layer_norm_eps") or 1e-5,
+        rope_theta=arguments.get("rope_theta") or 10000.0,
         dropout=arguments.get("dropout") or 0.0,
     )
     named = from_meta_names(arrays, config.head_dim, source)

@@ -16,6 +16,8 @@ class LlamaConfig:
     n_kv_heads: int | None = None
     """Key and value heads; None for as many as query heads."""
     max_seq_len: int = 1024
+    rope_theta: float = 10000.0
+    """The base of the speeds at which positions turn; the original course knows no other."""
     dropout: float = 0.0
     layer_norm_eps: float = 1e-5
     multiple_of: int = 32

@@ -50,6 +50,7 @@ class Attention(nn.Module):
         self.n_rep = self.n_local_heads // self.n_local_kv_heads
         self.head_dim = config.dim // config.n_heads
         self.max_seq_len = config.max_seq_len
+        self.rope_theta = config.rope_theta
         self.compute_query = nn.Linear(config.dim, self.n_local_heads * self.head_dim, bias=False)
         self.compute_key = nn.Linear(config.dim, self.n_local_kv_heads * self.head_dim, bias=False)
         self.compute_value = nn.Linear(config.dim, self.n_local_kv_heads * self.head_dim, bias=False)
@@ -82,14 +83,14 @@ class Attention(nn.Module):
         With grouped queries, query heads 0 to n_rep - 1 share key and value head 0, the next n_rep share head 1, and
         so on. Positions are turned into queries and keys, not into values.
         """
-        # to do: the three projections, divided into heads; `apply_rotary_emb`; each key and value head n_rep times;
-        #        heads before positions; `compute_query_key_value_scores`; heads side by side again; the projection
-        #        `compute_output` and `resid_dropout`.
+        # to do: the three projections, divided into heads; `apply_rotary_emb` at theta=self.rope_theta; each key and
+        #        value head n_rep times; heads before positions; `compute_query_key_value_scores`; heads side by side
+        #        again; the projection `compute_output` and `resid_dropout`.
         batch, seqlen, _ = x.shape
         query = self.compute_query(x).view(batch, seqlen, self.n_local_heads, self.head_dim)
         key = self.compute_key(x).view(batch, seqlen, self.n_local_kv_heads, self.head_dim)
         value = self.compute_value(x).view(batch, seqlen, self.n_local_kv_heads, self.head_dim)
-        query, key = apply_rotary_emb(query, key, self.head_dim, self.max_seq_len)
+        query, key = apply_rotary_emb(query, key, self.head_dim, self.max_seq_len, self.rope_theta)
         key = key.repeat_interleave(self.n_rep, dim=2)
         value = value.repeat_interleave(self.n_rep, dim=2)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

@@ -38,13 +38,16 @@ class AdamW(Optimizer):
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
         """Updates every parameter that has a gradient, in place. There is no schedule: lr is the learning rate.
 
-        With m and v the running means of the gradient and of its square, and t the number of this step from 1:
+        With g the gradient, m and v the running means of it and of its square, which begin as zeros, and t the number
+        of this step, which for each parameter begins at 1:
 
+            m = beta1 * m + (1 - beta1) * g
+            v = beta2 * v + (1 - beta2) * g * g
             alpha = lr * sqrt(1 - beta2 ** t) / (1 - beta1 ** t)     (lr alone without correct_bias)
             parameter = parameter - alpha * m / (sqrt(v) + eps)
             parameter = parameter - lr * weight_decay * parameter    (of the parameter just updated)
 
-        The first line is the efficient form of the bias correction (Kingma and Ba, end of section 2). The state of a
+        The third line is the efficient form of the bias correction (Kingma and Ba, end of section 2). The state of a
         parameter is `self.state[parameter]`, a dictionary, empty at first.
         """
         loss = None

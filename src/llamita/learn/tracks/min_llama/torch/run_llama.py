@@ -16,7 +16,10 @@ from utils import seed_everything
 
 from optimizer import AdamW
 
-PREFIX = "I have wanted to see this thriller for a while, and it didn't disappoint. Keanu Reeves, playing John Wick, is"
+PREFIX = (
+    "I have wanted to see this thriller for a while, and it didn't disappoint. "
+    "Keanu Reeves, playing the hero John Wick, is"
+)
 Example = tuple[str, int]  # a text and the number of its label
 
 
@@ -160,17 +163,17 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--pretrained-model-path", default=model)
     parser.add_argument("--max_sentence_len", type=int, default=None, help="the most tokens of a text")
     parser.add_argument("--seed", type=int, default=1337)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--hidden_dropout_prob", type=float, default=0.3)
-    parser.add_argument("--lr", type=float, default=1e-5)
+    parser.add_argument("--lr", type=float, default=2e-5)
     parser.add_argument("--use_gpu", action="store_true")
     parser.add_argument("--prefix", default=PREFIX, help="the beginning that generate continues")
     parser.add_argument("--max_new_tokens", type=int, default=75)
     parser.add_argument("--generated_sentence_low_temp_out", default="generated-sentence-temp-0.txt")
     parser.add_argument("--generated_sentence_high_temp_out", default="generated-sentence-temp-1.txt")
-    parser.add_argument("--dev_out", default="dev-output.txt")
-    parser.add_argument("--test_out", default="test-output.txt")
+    parser.add_argument("--dev_out", default="cfimdb-dev-prompting-output.txt")
+    parser.add_argument("--test_out", default="cfimdb-test-prompting-output.txt")
     return parser.parse_args()
 
 
