@@ -140,8 +140,86 @@ def test_every_planted_mistake_is_named(framework: str) -> None:
     return error
 """, "a confidence on the edge of two bins is in the upper one",
         ),
+        (
+            "document_mask", "packing.py", "the same number", """
+    columns = range(numbers.shape[1])
+    same = numbers[:, :, None] == numbers[:, None, :]
+    for query in columns:
+        same[:, query, query + 1 :] = False
+    return same * 1
+""", "the mask holds numbers, not booleans",
+        ),
+        (
+            "adamw_update", "adamw.py", "the lines above", """
+    parameter = parameter - learning_rate * weight_decay * parameter
+    m -= (1 - beta1) * (m - gradient)
+    v -= (1 - beta2) * (v - gradient**2)
+    return parameter - learning_rate * m / (1 - beta1**t) / ((v / (1 - beta2**t)) ** 0.5 + epsilon), m, v
+""", "the m and v that were passed in are changed",
+        ),
+        (
+            "merged_weight", "lora.py", "one line", """
+    weight += alpha / len(a) * (b @ a)
+    return weight
+""", "the weight that was passed in is changed",
+        ),
+        (
+            "fitted_temperature", "calibration.py", "the slope", """
+    low, high = 0.01, 100.0
+    for _ in range(60):
+        b = (low * high) ** 0.5
+        p = np.exp(b * logits)
+        p /= p.sum(1, keepdims=True)
+        slope = (p * logits).sum(1).mean() - logits[range(len(labels)), labels].mean()
+        low, high = (low, b) if slope > 0 else (b, high)
+    return 1 / b
+""", "the exponentials overflow: the largest logit is not taken out",
+        ),
+        (
+            "clipped", "clipping.py", "the norm", """
+    norm = global_norm(gradients)
+    return {name: each * (limit / norm) if norm > limit else each for name, each in gradients.items()}, norm
+""", "1e-6 is not added to the norm",
+        ),
+        (
+            "decays", "adamw.py", "one line", "    return not len(parameter.shape) == 1\n",
+            "a number without an axis decays too",
+        ),
+        (
+            "words_of", "bpe.py", "one regular", r"""
+    return [found.group() for found in re.finditer(r"\s?\w+|\s?[^\w\s]+|\s+(?!\S)|\s+", text)]
+""", "any white space begins the word after it, not only a space",
+        ),
+        (
+            "learning_rate", "schedule.py", "the warm-up", """
+    if step < warmup_steps:
+        return peak / warmup_steps * (step + 1)
+    share = min(step - warmup_steps, steps - warmup_steps - 1) / (steps - warmup_steps - 1)
+    return minimum + (peak - minimum) * math.cos(share * math.pi / 2) ** 2
+""", "the fall is one step late, though it ends in time: step warmup_steps is still at the peak",
+        ),
+        (
+            "learning_rate", "schedule.py", "the warm-up", """
+    if step < warmup_steps:
+        return peak / warmup_steps * (step + 1)
+    share = (step + 1 - warmup_steps) / (steps - warmup_steps) if warmup_steps else step / (steps - 1)
+    return minimum + (peak - minimum) * (1 + math.cos(min(1, share) * math.pi)) / 2
+""", "without a warm-up, step 0 is at the peak",
+        ),
+        (
+            "train_step", "loop.py", "gradients, clipping", """
+    loss, gradients = mean_gradients(summed_loss, parameters, batches)
+    gradients, norm = clipped(gradients, settings.clip)
+    rate = learning_rate(step, settings.peak, settings.minimum, settings.steps, settings.warmup_steps)
+    return optimizer.update(parameters, gradients, rate), loss, norm
+""", "steps and warmup_steps are exchanged",
+        ),
     ],
-    ids=["merges over the text", "all positions", "the efficient form", "mean of means", "owners", "half-open"],
+    ids=[
+        "merges over the text", "all positions", "the efficient form", "mean of means", "owners", "half-open",
+        "ones and zeros", "means in place", "weight in place", "large logits", "quotient", "scalars", "white space",
+        "late fall", "no warm-up", "steps exchanged",
+    ],
 )  # fmt: skip
 def test_a_mistake_is_named_however_it_is_written(
     check: str, file: str, to_do: str, new: str, name: str, framework: str
@@ -149,6 +227,65 @@ def test_a_mistake_is_named_however_it_is_written(
     found = judged(framework, check, body(framework, file, to_do, new))
     assert found["state"] == "wrong"
     assert [each[0] for each in found["mistakes"]] == [name]
+
+
+@pytest.mark.parametrize(
+    ("check", "file", "to_do", "new"),
+    [
+        ("summed_cross_entropy", "loss.py", "the logarithm of", """
+    logits = FLOAT32
+    scored = labels != IGNORE_INDEX
+    chosen = TAKE(LOG, WHERE(scored, labels, 0)[..., None], -1)[..., 0]
+    return -WHERE(scored, chosen, 0.0).sum()
+"""),
+        ("answer_log_probs", "dpo.py", "log-softmax", """
+    scored = labels != IGNORE_INDEX
+    chosen = TAKE(LOG, WHERE(scored, labels, 0)[..., None], -1)[..., 0]
+    return WHERE(scored, chosen, 0.0).sum(-1)
+"""),
+        ("class_log_probs", "classifier.py", "the linear layer", """
+    logits = last_states(hidden, real) @ weight.T + bias
+    return LOG
+"""),
+    ],
+    ids=["summed_cross_entropy", "answer_log_probs", "class_log_probs"],
+)  # fmt: skip
+def test_the_logarithm_of_a_softmax_is_named(check: str, file: str, to_do: str, new: str, framework: str) -> None:
+    words = {
+        "torch": ("logits.float()", "torch.take_along_dim", "torch.where", "logits.softmax(-1).log()"),
+        "mlx": ("logits.astype(mx.float32)", "mx.take_along_axis", "mx.where", "mx.softmax(logits, axis=-1).log()"),
+    }
+    for old, word in zip(("FLOAT32", "TAKE", "WHERE", "LOG"), words[framework], strict=True):
+        new = new.replace(old, word)
+    found = judged(framework, check, body(framework, file, to_do, new))
+    assert found["state"] == "wrong"
+    assert [each[0] for each in found["mistakes"]] == ["the logarithm is taken of a softmax, which may be 0"]
+
+
+def test_labels_written_into_a_view_are_named_with_a_source_of_the_framework(framework: str) -> None:
+    new = {
+        "torch": "    rows[:, 1:][rows[:, 1:] == padding] = IGNORE_INDEX\n",
+        "mlx": "    rows[:, 1:] = mx.where(rows[:, 1:] == padding, IGNORE_INDEX, rows[:, 1:])\n",
+    }[framework] + "    return rows[:, :-1], rows[:, 1:]\n"
+    found = judged(framework, "shifted", body(framework, "loss.py", "two slices", new))
+    ((name, source),) = found["mistakes"]
+    assert name == "IGNORE_INDEX is written into the rows that were passed in, and so into the inputs too"
+    assert source.startswith({"torch": "PyTorch, ", "mlx": "MLX, "}[framework])
+
+
+def test_learning_that_fails_where_no_pair_is_left_is_an_error(framework: str) -> None:
+    files = replaced(framework, "bpe.py", ("if not pairs or max(pairs.values()) < 2:", "if max(pairs.values()) < 2:"))
+    found = judged(framework, "train", files)
+    assert found["state"] == "error"
+    assert found["text"].startswith("ValueError: max()")
+    assert "bpe.py, line" in found["text"]
+
+
+def test_the_first_word_that_differs_is_shown(framework: str) -> None:
+    files = replaced(framework, "bpe.py", (r'" ?\w+| ?[^\w\s]+|\s+(?!\S)|\s+"', r'" ?\w+| ?[^\w\s]+|\s+"'))
+    text = judged(framework, "words_of", files)["text"]
+    assert text.startswith("the length of words_of(")
+    assert text.endswith("[3], which should be ' ', is 2, expected 1 (shape ())")
 
 
 @IN_BOTH

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from tensors import array, half, tensor
+from tensors import array, boolean, half, tensor
 
 from llamita.learn.checking import Check, Outputs
 
@@ -42,7 +42,10 @@ def split(mine: Any, right: Any) -> Outputs:
     found = {}
     for text in (*TEXTS, "  two\tspaces \n", "don't_stop 2x", " ", "a-b -c - d"):
         words = listed(mine.bpe.words_of(text), str)
-        found[f"lengths of the words of {text!r}"] = np.array([len(word) for word in words])
+        for place, word in enumerate(right.bpe.words_of(text)):
+            length = len(words[place]) if place < len(words) else 0
+            found[f"the length of words_of({text!r})[{place}], which should be {word!r},"] = np.array(length)
+        found[f"the number of words of {text!r}"] = np.array(len(words))
         found[f"characters of the words of {text!r}"] = np.array([ord(letter) for word in words for letter in word])
     return found
 
@@ -78,9 +81,10 @@ def learned(mine: Any, right: Any) -> Outputs:
     for name in ("words_of", "count_pairs", "most_frequent", "merged"):
         setattr(mine.bpe, name, getattr(right.bpe, name))
     found = {}
-    for size, texts in ((256, TEXTS), (259, TEXTS), (290, (LONGER,)), (400, TEXTS), (400, ("abc def", "ghi"))):
+    short = (("abc def", "ghi"), ("ab", "ab"), ("a",))
+    for size, texts in ((256, TEXTS), (259, TEXTS), (290, (LONGER,)), (400, TEXTS), *((400, each) for each in short)):
         merges = listed(mine.bpe.train(list(texts), size), tuple)
-        of = f"{len(texts)} texts of {sum(map(len, texts))} characters"
+        of = str(list(texts)) if texts in short else f"{len(texts)} texts of {sum(map(len, texts))} characters"
         found[f"merges of train({of}, {size})"] = np.array(merges, dtype=int).reshape(-1, 2)
     return found
 
@@ -110,13 +114,19 @@ def decoded(mine: Any, right: Any) -> Outputs:
 
 def shifting(mine: Any, right: Any) -> Outputs:
     rows = tensor(np.array([[5, 3, 8, 2, 9, 9], [4, 4, 7, 6, 1, 2], [1, 9, 9, 9, 9, 9]]))
+    before = array(rows)
     inputs, labels = mine.loss.shifted(rows, 9)
-    return {"inputs": array(inputs), "labels": array(labels)}
+    return {"inputs": array(inputs), "labels": array(labels), "change of the rows passed in": array(rows) - before}
 
 
 def logits_and_labels() -> tuple[np.ndarray, np.ndarray]:
     labels = np.array([[2, IGNORE, 0, 6, IGNORE], [IGNORE, IGNORE, 3, IGNORE, IGNORE], [1, 1, 5, 4, 0]])
     return 2 * numbers(1, 3, 5, 7) + 1.5, labels
+
+
+def unlikely() -> tuple[np.ndarray, np.ndarray]:
+    """Logits of 200 for token 0 and of 0 for the others, whose probability is too small for float32; labels."""
+    return np.array([[[200.0, 0, 0]] * 3] * 2), np.array([[1, 0, IGNORE], [0, IGNORE, 2]])
 
 
 def summed(mine: Any, right: Any) -> Outputs:
@@ -126,6 +136,7 @@ def summed(mine: Any, right: Any) -> Outputs:
     found["sum of logits of about 1000"] = array(run(tensor(logits + 1000), tensor(labels)))
     found["sum of logits of about -1000"] = array(run(tensor(logits - 1000), tensor(labels)))
     found["sum of bfloat16 logits"] = array(run(half(logits), tensor(labels)))
+    found["sum where probabilities are too small for float32"] = array(run(*map(tensor, unlikely())))
     none = np.full_like(labels, IGNORE)
     found["sum where no label is scored"] = array(run(tensor(logits), tensor(none)))
     return found
@@ -145,19 +156,20 @@ def update(mine: Any, right: Any) -> Outputs:
         parameter, m, v = tensor(numbers(1, 3, 4)), tensor(np.zeros((3, 4))), tensor(np.zeros((3, 4)))
         for t in range(1, 7):
             gradient = tensor(numbers(10 + t, 3, 4))
-            before = array(parameter)
-            given = parameter
-            parameter, m, v = mine.adamw.adamw_update(given, gradient, m, v, t, 0.05, 0.8, 0.95, epsilon, decay)
+            given = {"parameter": parameter, "gradient": gradient, "m": m, "v": v}
+            before = {name: array(each) for name, each in given.items()}
+            parameter, m, v = mine.adamw.adamw_update(parameter, gradient, m, v, t, 0.05, 0.8, 0.95, epsilon, decay)
             if t in (1, 2, 6):
                 names = zip(("parameter", "m", "v"), (parameter, m, v), strict=True)
                 found |= {f"{name} after update {t}{label}": array(each) for name, each in names}
             if t == 1:
-                found[f"change of the parameter that was passed in{label}"] = array(given) - before
+                for name, each in given.items():
+                    found[f"change of the {name} that was passed in{label}"] = array(each) - before[name]
     return found
 
 
 def decay(mine: Any, right: Any) -> Outputs:
-    shapes = ((3, 4), (4,), (1,), (1, 4), (4, 1), (2, 3, 4))
+    shapes = ((3, 4), (4,), (1,), (1, 4), (4, 1), (2, 3, 4), ())
     decays = [mine.adamw.decays(tensor(np.ones(shape))) for shape in shapes]
     return {f"decays of the shapes {shapes}": np.array([bool(each) for each in decays], dtype=float)}
 
@@ -194,6 +206,9 @@ def clip(mine: Any, right: Any) -> Outputs:
     nothing = {name: 0 * tensor(value) for name, value in gradients().items()}
     clipped, _ = mine.clipping.clipped(nothing, 1.0)
     found["matrix of zeros"] = array(clipped["matrix"])
+    small = {"matrix": tensor(np.array([[1.2e-6, -1.6e-6]]))}
+    clipped, _ = mine.clipping.clipped(small, 1e-6)
+    found["a million times the matrix of a norm of 2e-6 at a limit of 1e-6"] = 1e6 * array(clipped["matrix"])
     return found
 
 
@@ -266,7 +281,9 @@ def packed_labels(mine: Any, right: Any) -> Outputs:
 
 
 def mask(mine: Any, right: Any) -> Outputs:
-    return {"mask": array(mine.packing.document_mask(tensor(packed_rows(right)[1])))}
+    found = mine.packing.document_mask(tensor(packed_rows(right)[1]))
+    values = array(found)
+    return {"whether the mask holds booleans": np.array(float(boolean(found))), "mask": values}
 
 
 def positions(mine: Any, right: Any) -> Outputs:
@@ -310,14 +327,20 @@ def adapted(mine: Any, right: Any) -> Outputs:
 
 
 def merged_weight(mine: Any, right: Any) -> Outputs:
-    _, weight, a, b = adapter(True)
-    return {"weight": array(mine.lora.merged_weight(weight, a, b, 6.0))}
+    _, *given = adapter(True)
+    before = [array(each) for each in given]
+    found = {"weight": array(mine.lora.merged_weight(*given, 6.0))}
+    for name, each, old in zip(("weight", "A", "B"), given, before, strict=True):
+        found[f"change of the {name} that was passed in"] = array(each) - old
+    return found
 
 
 def log_probs(mine: Any, right: Any) -> Outputs:
     logits, labels = logits_and_labels()
     found = {"sums": array(mine.dpo.answer_log_probs(tensor(logits), tensor(labels)))}
     found["sums of logits of about 1000"] = array(mine.dpo.answer_log_probs(tensor(logits + 1000), tensor(labels)))
+    few = array(mine.dpo.answer_log_probs(*map(tensor, unlikely())))
+    found["sums where probabilities are too small for float32"] = few
     return found
 
 
@@ -347,8 +370,9 @@ def classes(mine: Any, right: Any) -> Outputs:
     weight, bias = numbers(41, 3, 3), numbers(42, 3)
     given = [tensor(each) for each in (hidden, real, weight, bias)]
     found = {"log-probabilities": array(mine.classifier.class_log_probs(*given))}
-    given[3] = given[3] + 500
-    found["log-probabilities with a bias of about 500"] = array(mine.classifier.class_log_probs(*given))
+    for name, more in (("a bias of about 500", np.full(3, 500)), ("one bias of about 200", np.array([200, 0, 0]))):
+        given[3] = tensor(bias + more)
+        found[f"log-probabilities with {name}"] = array(mine.classifier.class_log_probs(*given))
     return found
 
 
@@ -381,10 +405,12 @@ def calibration_error(mine: Any, right: Any) -> Outputs:
 
 def temperature(mine: Any, right: Any) -> Outputs:
     found = {}
-    for scale in (3.0, 0.4, 20.0):
+    for more, scale in ((0, 3.0), (0, 0.4), (0, 20.0), (1000, 0.4)):
         logits, labels = sure_logits(51, 150, scale)
-        fitted = float(mine.calibration.fitted_temperature(logits, labels))
-        found[f"temperature of logits that are {scale} times too large"] = np.array(fitted)
+        with np.errstate(all="ignore"):
+            fitted = float(mine.calibration.fitted_temperature(logits + more, labels))
+        name = f"temperature of logits that are {scale} times too large"
+        found[f"{name}, plus {more}" if more else name] = np.array(fitted)
     return found
 
 

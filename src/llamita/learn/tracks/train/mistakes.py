@@ -30,6 +30,7 @@ LIKELIHOOD = "Rafailov et al. 2023, https://arxiv.org/abs/2305.18290: log pi(y|x
 LAST_TOKEN = "Radford et al. 2018, Improving language understanding, section 3.2: the last token's state"
 SOFTMAX = "Radford et al. 2018, Improving language understanding, equation 3"
 CALIBRATION = "Guo et al. 2017, https://arxiv.org/abs/1706.04599, equation 3"
+SMALL = f"{STABLE}; the logarithm of a softmax that is 0 in float32 is infinite"
 TEMPERATURE = "Guo et al. 2017, https://arxiv.org/abs/1706.04599, section 4.2, temperature scaling"
 
 SPLIT = r're.findall(r" ?\w+| ?[^\w\s]+|\s+(?!\S)|\s+", text)'
@@ -177,8 +178,8 @@ def merged(name: str, new: str) -> Mistake:
     return of("lora", "merged_weight", LORA, name, (MERGED, new))
 
 
-def likelihood(name: str, old: str, new: str) -> Mistake:
-    return of("dpo", "answer_log_probs", LIKELIHOOD, name, (old, new))
+def likelihood(name: str, old: str, new: str, source: str = LIKELIHOOD) -> Mistake:
+    return of("dpo", "answer_log_probs", source, name, (old, new))
 
 
 def dpo(name: str, *changes: tuple[str, str]) -> Mistake:
@@ -189,8 +190,8 @@ def pooling(name: str, old: str, new: str) -> Mistake:
     return of("classifier", "last_states", LAST_TOKEN, name, (old, new))
 
 
-def classes(name: str, old: str, new: str) -> Mistake:
-    return of("classifier", "class_log_probs", SOFTMAX, name, (old, new))
+def classes(name: str, old: str, new: str, source: str = SOFTMAX) -> Mistake:
+    return of("classifier", "class_log_probs", source, name, (old, new))
 
 
 def class_loss(name: str, new: str) -> Mistake:
@@ -224,6 +225,7 @@ MISTAKES = (
     split(
         "a word begins with all spaces before it, not with one", r're.findall(r" *\w+| *[^\w\s]+|\s+(?!\S)|\s+", text)'
     ),
+    split("any white space begins the word after it, not only a space", SPLIT.replace(r" ?", r"\s?")),
     split("rules 3 and 4 are left out: white space between words is lost", r're.findall(r" ?\w+| ?[^\w\s]+", text)'),
     pairs("a word counts once, however often it occurs", "counts.get(pair, 0) + count", "counts.get(pair, 0) + 1"),
     pairs(
@@ -330,10 +332,13 @@ MISTAKES = (
     shift("padding is scored", "labels == padding", "labels != labels"),
     shift("where the input is padding is left out, not where the label is", "labels == padding", "inputs == padding"),
     shift("the label of padding is 0, a token, not IGNORE_INDEX", "IGNORE_INDEX, labels)", "0, labels)"),
-    shift(
-        "the inputs are changed along with the labels: a slice is a view of the same numbers",
-        "return inputs,",
-        f"return {texts.CHANGED_INPUTS},",
+    shift("the inputs have IGNORE_INDEX for padding too", "return inputs,", f"return {texts.CHANGED_INPUTS},"),
+    of(
+        "loss",
+        "shifted",
+        texts.VIEW,
+        "IGNORE_INDEX is written into the rows that were passed in, and so into the inputs too",
+        (SHIFTED, f"rows[:, 1:] = {texts.CHANGED_LABELS}\n    {SHIFTED}"),
     ),
     summed(
         "positions that are IGNORE_INDEX are scored, as token 0",
@@ -345,6 +350,11 @@ MISTAKES = (
         ("(logits - largest).exp()", "logits.exp()"),
         (".log() + largest[..., 0]", ".log()"),
         source=STABLE,
+    ),
+    summed(
+        "the logarithm is taken of a softmax, which may be 0",
+        (SCORED, "(scored, -(chosen - normalizer).exp().log(), 0.0)"),
+        source=SMALL,
     ),
     summed("the sign is wrong: log p, not -log p", (SCORED, "(scored, chosen - normalizer, 0.0)")),
     summed("the mean over all positions, not the sum", (f"{SCORED}.sum()", f"{SCORED}.mean()")),
@@ -438,9 +448,17 @@ MISTAKES = (
         (STEP, STEP.replace("= parameter - ", "-= ")),
         source=DOCSTRING,
     ),
+    adamw(
+        "the m and v that were passed in are changed",
+        (M, "m *= beta1\n    m += (1 - beta1) * gradient\n"),
+        (V, "v *= beta2\n    v += (1 - beta2) * gradient * gradient\n"),
+        source=DOCSTRING,
+    ),
     decay("every parameter decays", "True"),
     decay("none decays", "False"),
     decay("vectors decay, and matrices do not", "parameter.ndim < 2"),
+    decay("only vectors decay", "parameter.ndim == 1"),
+    decay("a number without an axis decays too", "parameter.ndim != 1"),
     decay("only what has two axes decays, not more", "parameter.ndim == 2"),
     decay("only what has more than two axes decays", "parameter.ndim > 2"),
     rate("the first step has a learning rate of 0", (RISE, "peak * step / warmup_steps")),
@@ -453,6 +471,14 @@ MISTAKES = (
     rate(
         "the fall is one step late: the last step is not at the minimum",
         (PROGRESS, "min(1.0, (step - warmup_steps) / (steps - warmup_steps))"),
+    ),
+    rate(
+        "the fall is one step late, though it ends in time: step warmup_steps is still at the peak",
+        (PROGRESS, "min(1.0, (step - warmup_steps) / (steps - 1 - warmup_steps))"),
+    ),
+    rate(
+        "without a warm-up, step 0 is at the peak",
+        (PROGRESS, PROGRESS.replace("warmup_steps", "max(1, warmup_steps)")),
     ),
     rate("after the last step it rises again", (PROGRESS, "(step + 1 - warmup_steps) / (steps - warmup_steps)")),
     rate("it falls to 0, not to the minimum", (FALL, "peak * (1 + math.cos(math.pi * progress)) / 2")),
@@ -495,6 +521,7 @@ MISTAKES = (
         texts.CLIP_SCALE,
         texts.CLIP_SCALE.replace("(norm + 1e-6)", "(norm * norm + 1e-6)"),
     ),
+    clip("1e-6 is not added to the norm", texts.CLIP_SCALE, texts.CLIP_SCALE.replace("(norm + 1e-6)", "norm")),
     clip("nothing is clipped", CLIPPED, CLIPPED.replace("gradient * scale", "gradient")),
     clip(
         "the gradients that were passed in are changed",
@@ -530,6 +557,12 @@ MISTAKES = (
     step("the norm is the one after clipping", CLIP, f"{CLIP}\n    norm = clipped(gradients, settings.clip)[1]"),
     step("the learning rate is the next step's", RATE, RATE.replace("(step,", "(step + 1,"), COSINE),
     step("the learning rate is the last step's", RATE, RATE.replace("(step,", "(step - 1,"), COSINE),
+    step(
+        "steps and warmup_steps are exchanged",
+        RATE,
+        RATE.replace("settings.warmup_steps, settings.steps", "settings.steps, settings.warmup_steps"),
+        COSINE,
+    ),
     step("the learning rate is always the peak", RATE, "rate = settings.peak", COSINE),
     step(
         "the old parameters are returned",
@@ -601,6 +634,7 @@ MISTAKES = (
         (SEES, SEES.replace(">= place", "<= place")),
     ),
     packing("document_mask", "True and False are exchanged", (SEES, f"(({SEES}) == False)")),
+    packing("document_mask", "the mask holds numbers, not booleans", (SEES, f"1.0 * ({SEES})")),
     packing("document_mask", "padding sees nothing, not even itself", (SEES, f"{SEES} & (numbers[:, :, None] != 0)")),
     packing("positions_of", "positions do not begin again", ("return place - ", "return place + 0 * ")),
     packing("positions_of", "the first position is 1, not 0", ("return place - ", "return 1 + place - ")),
@@ -661,6 +695,7 @@ MISTAKES = (
     fresh("A reaches to 1 / sqrt(R), not to 1 / sqrt(I)", BOUND, "1 / math.sqrt(uniform.shape[0])"),
     fresh("A reaches to 1 / sqrt(O), not to 1 / sqrt(I)", BOUND, "1 / math.sqrt(width)"),
     fresh("the root is left out: A reaches to 1 / I", BOUND, "1 / uniform.shape[1]"),
+    fresh("A reaches to sqrt(3 / I): that gives a variance of 1 / I", BOUND, "math.sqrt(3 / uniform.shape[1])"),
     fresh("A reaches from -1 to 1", BOUND, "1"),
     fresh("A is turned round: 0 gives its upper end", UNIFORM, "(1 - 2 * uniform) * bound"),
     adapted("the scale is alpha alone, not alpha / R", SCALE, "scale = alpha"),
@@ -680,11 +715,18 @@ MISTAKES = (
     merged("the scale is alpha / sqrt(R), as in rank-stabilised LoRA", "weight + alpha / a.shape[0] ** 0.5 * (b @ a)"),
     merged("the scale is R / alpha", "weight + a.shape[0] / alpha * (b @ a)"),
     merged("the product is transposed: A and B are exchanged", "weight + alpha / a.shape[0] * (b @ a).T"),
+    merged("the weight that was passed in is changed", f"weight.__iadd__({MERGED.removeprefix('weight + ')})"),
     merged("the weight itself is left out", "alpha / a.shape[0] * (b @ a)"),
     merged("the adapter is subtracted", "weight - alpha / a.shape[0] * (b @ a)"),
     likelihood("the mean over an answer's tokens, not the sum", ANSWER, f"{ANSWER} / scored.sum(-1)"),
     likelihood("positions that are IGNORE_INDEX count, as token 0", ANSWER, "(scored == scored, chosen, 0.0).sum(-1)"),
     likelihood("the logits are not normalised", "log_probs = logits - ", "log_probs = logits - 0 * "),
+    likelihood(
+        "the logarithm is taken of a softmax, which may be 0",
+        ANSWER,
+        "(scored, chosen.exp().log(), 0.0).sum(-1)",
+        source=SMALL,
+    ),
     likelihood("the sum is over the whole batch", ANSWER, "(scored, chosen, 0.0).sum()"),
     likelihood("the sign is wrong: -log p", ANSWER, "(scored, -chosen, 0.0).sum(-1)"),
     likelihood("probabilities are added, not their logarithms", ANSWER, "(scored, chosen.exp(), 0.0).sum(-1)"),
@@ -734,6 +776,12 @@ MISTAKES = (
     classes(
         "the softmax is over the texts, not over the classes", texts.LOG_SOFTMAX, texts.LOG_SOFTMAX.replace("(-1", "(0")
     ),
+    classes(
+        "the logarithm is taken of a softmax, which may be 0",
+        texts.LOG_SOFTMAX,
+        f"({texts.LOG_SOFTMAX}).exp().log()",
+        SMALL,
+    ),
     classes("the exponentials overflow", texts.LOG_SOFTMAX, texts.OVERFLOWING),
     class_loss("the sum, not the mean", f"-{texts.OF_LABELS}.sum()"),
     class_loss("the sign is wrong", f"{texts.OF_LABELS}.mean()"),
@@ -777,6 +825,11 @@ MISTAKES = (
     calibration("the distances are summed, not averaged", (BIN_ERROR, BIN_ERROR.replace("here.mean() * ", ""))),
     temperature(
         "the result is 1 / T: the logits are multiplied by it", "np.exp(-(low + high) / 2)", "np.exp((low + high) / 2)"
+    ),
+    temperature(
+        "the exponentials overflow: the largest logit is not taken out",
+        "logits = logits - logits.max(axis=1, keepdims=True)",
+        "pass",
     ),
     temperature("the wrong half is kept", "if slope(np.exp(middle)) > 0:", "if slope(np.exp(middle)) < 0:"),
     temperature(

@@ -43,7 +43,7 @@ def adamw_update(
 
 
 def decays(parameter: mx.array) -> bool:
-    """Returns whether weight decay is for this parameter: for matrices and embeddings, not for vectors.
+    """Returns whether weight decay is for this parameter: for two axes or more (matrices, embeddings), not for fewer.
 
     A vector is a norm's weight or a bias: it sets a size, and there are few of them.
     """

@@ -18,9 +18,10 @@ def words_of(text: str) -> list[str]:
 
     From the beginning of the text to its end, at each place the first of these rules that fits takes as much as it can:
 
-        1. one space or none, then letters, digits and underscores (one or more; Python's `\\w`)
+        1. one space or none (" ", no other), then letters, digits and underscores (one or more; Python's `\\w`)
         2. one space or none, then characters that are neither those nor white space (one or more)
-        3. white space (one or more), but not its last character where something else follows
+        3. white space (one or more), but not its last character where something else follows (where it is the
+           only one, rule 4 takes it)
         4. white space (one or more)
 
     So "Max's  cap!" is "Max", "'", "s", " ", " cap", "!".
@@ -74,8 +75,9 @@ def merged(tokens: Sequence[int], pair: Pair, new: int) -> tuple[int, ...]:
 def train(texts: Iterable[str], vocab_size: int) -> list[Pair]:
     """Returns the merges, in the order in which they are learned, that make a vocabulary of so many tokens.
 
-    Again and again the most frequent pair becomes a token. Learning ends early where the most frequent pair occurs
-    once, or no pair is left: such a merge would say nothing of other texts.
+    Again and again the most frequent pair of all words of all texts becomes a token. vocab_size: 256 or more, the bytes
+    among them. Learning ends early where no pair is left, or where the most frequent one occurs once: such a merge
+    would say nothing of other texts.
     """
     # to do: all words, each as a tuple of the bytes of its UTF-8, and how often it occurs; then, until there are
     #        vocab_size - 256 merges, count the pairs, choose one, and merge it in all words.

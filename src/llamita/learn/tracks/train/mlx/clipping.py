@@ -7,7 +7,7 @@ import mlx.core as mx
 
 
 def global_norm(gradients: dict[str, mx.array]) -> mx.array:
-    """Returns the length of all gradients laid end to end as one vector: a scalar.
+    """Returns the length of all gradients laid end to end as one vector: a scalar array of the framework.
 
     gradients: by the parameter's name, of any shapes.
     """

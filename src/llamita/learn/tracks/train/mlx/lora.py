@@ -12,7 +12,7 @@ def fresh_factors(uniform: mx.array, width: int) -> tuple[mx.array, mx.array]:
     """Returns A (R, I) and B (O, R) of an adapter that changes nothing yet.
 
     uniform: (R, I) numbers drawn from 0 to 1. A is to be uniform between -1 / sqrt(I) and 1 / sqrt(I), made from these
-    in their order: 0 gives the lower end, 1 the upper one. B is zeros. width: O.
+    in their order: 0 gives the lower end, 1 the upper one. B is zeros, of the same dtype. width: O.
     """
     # to do: stretch and shift the numbers that are given; zeros of the right shape.
     bound = 1 / math.sqrt(uniform.shape[1])
@@ -33,7 +33,7 @@ def adapted(x: mx.array, weight: mx.array, a: mx.array, b: mx.array, alpha: floa
 
 
 def merged_weight(weight: mx.array, a: mx.array, b: mx.array, alpha: float) -> mx.array:
-    """Returns the weight (O, I) that alone gives what `adapted` gives."""
+    """Returns a new weight (O, I) that alone gives what `adapted` gives; what is passed in stays as it is."""
     # to do: one line.
     return weight + alpha / a.shape[0] * (b @ a)
     # done

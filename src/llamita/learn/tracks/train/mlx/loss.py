@@ -13,7 +13,8 @@ def shifted(rows: mx.array, padding: int) -> tuple[mx.array, mx.array]:
     """Returns what the model reads and what it should say: (inputs, labels), both (B, T).
 
     rows: (B, T + 1) tokens, with `padding` behind the shorter texts. inputs are all but the last column; labels[b, t]
-    is the token that follows inputs[b, t], or IGNORE_INDEX where that is `padding`.
+    is the token that follows inputs[b, t], or IGNORE_INDEX where that is `padding`. Inputs keep their padding, and rows
+    stay as they are.
     """
     # to do: two slices; then the labels that are padding.
     inputs, labels = rows[:, :-1], rows[:, 1:]
@@ -25,7 +26,8 @@ def summed_cross_entropy(logits: mx.array, labels: mx.array) -> mx.array:
     """Returns the sum over scored positions of -log softmax(logits)[label], in nats, as a float32 scalar.
 
     logits: (B, T, V), float32 or bfloat16, of any size: computed in float32, and no exponential overflows. labels:
-    (B, T) tokens, or IGNORE_INDEX, where logits count for nothing. No framework's own loss, please.
+    (B, T) tokens, or IGNORE_INDEX, where logits count for nothing. No framework's own loss, please; its logsumexp will
+    do.
     """
     # to do: the logarithm of the sum of exponentials, with the largest logit taken out of it; less the label's logit.
     logits = logits.astype(mx.float32)
@@ -39,7 +41,10 @@ def summed_cross_entropy(logits: mx.array, labels: mx.array) -> mx.array:
 
 
 def cross_entropy(logits: mx.array, labels: mx.array) -> mx.array:
-    """Returns the mean over the scored positions of the whole batch; 0 where none is scored."""
+    """Returns the mean over the scored positions of the whole batch, a float32 scalar; 0 where none is scored.
+
+    logits, labels: as in `summed_cross_entropy`.
+    """
     # to do: the sum, and how many labels are scored.
     count = (labels != IGNORE_INDEX).sum()
     return summed_cross_entropy(logits, labels) / mx.maximum(count, 1)

@@ -14,8 +14,8 @@ def packed(documents: Sequence[Sequence[int]], length: int, padding: int) -> tup
 
     The documents are laid end to end in one stream. Row i holds the tokens of the stream from place i * length on, so
     its last token is the first one of the row after it, and each token but the stream's first follows another one in
-    exactly one row. There are as many rows as that takes; the last is filled up with `padding`. The stream has two
-    tokens or more.
+    exactly one row. There are as many rows as that takes; the last is filled up with `padding`. No document is
+    empty, and the stream has two tokens or more.
 
     numbers: which document of its row each token is of. The first document in a row is 1 (also where it began in the
     row before), the next is 2, and so on; padding is 0.
@@ -52,7 +52,8 @@ def document_mask(numbers: mx.array) -> mx.array:
     """Returns who sees whom: booleans (B, T, T), [b, q, k] being whether position q of row b sees position k.
 
     numbers: (B, T). A position sees itself and those before it that are of the same document. Padding, 0, counts as
-    a document: a row of the mask without any True would make a softmax of nothing.
+    a document: a row of the mask without any True would make a softmax of nothing. No zeros and ones: those would be
+    added to the attention's scores.
     """
     # to do: the same number, and not later.
     place = mx.arange(numbers.shape[1])

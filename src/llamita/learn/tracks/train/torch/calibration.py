@@ -38,7 +38,8 @@ def fitted_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         sum over classes c of p(c) * logit(c)   -   logit(label),        p = softmax(b * logits)
 
     which is negative below the best b and positive above it. So halve an interval of log b again and again, and keep
-    the half in which the sign changes.
+    the half in which the sign changes; T is 1 / b. A slope of 0 counts as negative: T is 0.01 where no slope is
+    positive, and 100 where all are.
     """
     # to do: the slope as a function of b; 60 halvings of the interval from log(1 / 100) to log(1 / 0.01).
     logits = np.asarray(logits, dtype=np.float64)

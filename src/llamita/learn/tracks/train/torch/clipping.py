@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def global_norm(gradients: dict[str, Tensor]) -> Tensor:
-    """Returns the length of all gradients laid end to end as one vector: a scalar.
+    """Returns the length of all gradients laid end to end as one vector: a scalar array of the framework.
 
     gradients: by the parameter's name, of any shapes.
     """

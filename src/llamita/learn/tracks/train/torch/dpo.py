@@ -11,7 +11,8 @@ from torch import Tensor
 def answer_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
     """Returns the log-probability of each row's answer, (B,): the sum over its tokens.
 
-    logits: (B, T, V); labels: (B, T), shifted, IGNORE_INDEX where a token is not of the answer.
+    logits: (B, T, V), float32; labels: (B, T), shifted as in lesson 3, IGNORE_INDEX where a token is not of the answer.
+    Finite also where a token's probability is too small for float32.
     """
     # to do: log-softmax, the label's entry, nothing where the label is IGNORE_INDEX, the sum over a row.
     scored = labels != IGNORE_INDEX

@@ -11,7 +11,8 @@ def learning_rate(step: int, peak: float, minimum: float, warmup_steps: int, ste
 
     Over the first `warmup_steps` updates it rises by equal amounts, from peak / warmup_steps in the first of them to
     `peak` in the last of them. From there it falls along half a cosine to `minimum`, which update steps - 1 has, and
-    each after it. warmup_steps may be 0 and is less than steps.
+    each after it. warmup_steps may be 0 and is less than steps. With 0, update 0 is not at the peak: 1 / steps of the
+    fall is over.
     """
     # to do: the warm-up; else the share of the fall that this update ends, from 0 to 1; the cosine of it.
     if step < warmup_steps:

@@ -1,8 +1,8 @@
 """Teaches the model of train.py to answer questions about a story by adapters, then to prefer right answers.
 
-    python tune.py [--steps 200] [--preference-steps 100] [--rank 8] [--seed 0]
+    python tune.py [--steps 200] [--preference-steps 200] [--rank 8] [--seed 0]
 
-It needs trained.npz and merges.json, and all lessons up to preferences; about as long as train.py.
+It needs trained.npz and merges.json, and lessons 1 to 11 (up to dpo); about as long as train.py.
 """
 
 import argparse
@@ -28,14 +28,14 @@ from schedule import learning_rate
 from llamita.data import meadow_tasks
 
 MARKERS = {"user": USER, "assistant": ASSISTANT}
-ROWS, PAIRS, BETA = 16, 8, 0.5
+ROWS, PAIRS, BETA = 16, 16, 2.0
 STORIES, HELD_OUT = 2000, 128
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--preference-steps", type=int, default=100)
+    parser.add_argument("--preference-steps", type=int, default=200)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -107,7 +107,7 @@ def main() -> None:
 
         loss, gradients = value_and_gradients(loss_of, adapter)
         gradients, _ = clipped(gradients, 1.0)
-        adapter = optimizer.update(adapter, gradients, learning_rate(step, 7e-4, 7e-5, min(5, steps - 1), steps))
+        adapter = optimizer.update(adapter, gradients, learning_rate(step, 1e-3, 1e-4, min(5, steps - 1), steps))
         computed(adapter, loss)
         if step % 20 == 0 or step == steps - 1:
             print(f"step {step:4d}  loss {float(loss):.3f}  {time.monotonic() - began:.0f} s", flush=True)

@@ -24,3 +24,8 @@ def array(result: Any) -> np.ndarray:
         raise TypeError(f"expected an mx.array, got {'None' if result is None else type(result).__name__}")
     kind = mx.int32 if result.dtype in (mx.bool_, mx.int32, mx.int64, mx.uint32) else mx.float32
     return np.array(result.astype(kind)).astype(np.float64)
+
+
+def boolean(result: Any) -> bool:
+    """Returns whether an array holds booleans."""
+    return bool(result.dtype == mx.bool_)

@@ -1,6 +1,10 @@
 """Lines of the solutions in MLX, where they differ from PyTorch's, and what stands there with a mistake."""
 
 CHANGED_INPUTS = "mx.where(inputs == padding, IGNORE_INDEX, inputs)"
+CHANGED_LABELS = "mx.where(rows[:, 1:] == padding, IGNORE_INDEX, rows[:, 1:])"
+VIEW = (
+    "MLX, https://ml-explore.github.io/mlx/build/html/usage/indexing.html: an assignment to a slice changes the array"
+)
 FLOAT32 = "logits = logits.astype(mx.float32)"
 AT_LEAST_ONE = "mx.maximum(count, 1)"
 CLIP_SCALE = "mx.minimum(limit / (norm + 1e-6), 1.0)"

@@ -23,3 +23,8 @@ def array(result: Any) -> np.ndarray:
     if not isinstance(result, torch.Tensor):
         raise TypeError(f"expected a tensor, got {'None' if result is None else type(result).__name__}")
     return result.detach().double().numpy()
+
+
+def boolean(result: Any) -> bool:
+    """Returns whether an array holds booleans."""
+    return bool(result.dtype == torch.bool)

@@ -1,6 +1,8 @@
 """Lines of the solutions in PyTorch, where they differ from MLX's, and what stands there with a mistake."""
 
 CHANGED_INPUTS = "torch.where(inputs == padding, IGNORE_INDEX, inputs)"
+CHANGED_LABELS = "torch.where(rows[:, 1:] == padding, IGNORE_INDEX, rows[:, 1:])"
+VIEW = "PyTorch, https://docs.pytorch.org/docs/stable/tensor_view.html: a slice is a view of the same numbers"
 FLOAT32 = "logits = logits.float()"
 AT_LEAST_ONE = "count.clamp(min=1)"
 CLIP_SCALE = "(limit / (norm + 1e-6)).clamp(max=1.0)"
