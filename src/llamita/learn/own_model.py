@@ -50,6 +50,14 @@ TRACKS: Mapping[str, TrackUses] = {
 }
 USUAL_THETA = 10000.0
 """The theta of the course's `apply_rotary_emb` where its caller names none."""
+ANOTHER_DEFAULT = """
+
+def _with_default(apply):
+    return lambda query, key, head_dim, max_seq_len, theta={theta!r}: apply(query, key, head_dim, max_seq_len, theta)
+
+
+apply_rotary_emb = _with_default(apply_rotary_emb)
+"""
 
 
 @dataclass(frozen=True)
@@ -64,13 +72,12 @@ class ReadersProgram:
     def modules(self, rope_theta: float) -> SimpleNamespace:
         """Returns the modules, executed anew; where it is not the usual one, `rope_theta` is given to theirs.
 
-        The course's attention names no theta, so that its rope.py gets a line more, in memory: another default.
+        An attention need not name a theta, so that rope.py gets a function more, in memory: one of another default.
         """
         sources = dict(self.sources)
         if rope_theta != USUAL_THETA:
             path, text = sources["rope"]
-            default = f"_functools.partial(apply_rotary_emb, theta={rope_theta!r})"
-            sources["rope"] = (path, f"{text}\n\nimport functools as _functools\napply_rotary_emb = {default}\n")
+            sources["rope"] = (path, text + ANOTHER_DEFAULT.format(theta=rope_theta))
         return assembled(sources, self.names)
 
     def is_own(self, path: Path) -> bool:

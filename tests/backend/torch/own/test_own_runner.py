@@ -84,6 +84,17 @@ def test_an_engine_gives_the_librarys_tokens_for_texts_of_any_length(engine: Eng
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
+def test_an_attention_that_names_no_theta_turns_by_the_models() -> None:
+    config = models.small(rope_theta=300.0)
+    arrays = models.perturbed(config)
+    named = "self.head_dim, self.max_seq_len, self.rope_theta)"
+    unnamed = OwnBackend(solved(("llama", named, "self.head_dim, self.max_seq_len)")))
+    tokens = np.random.default_rng(4).integers(0, 97, (2, 12))
+    expected = runner_over(config, arrays).forward(tokens)["logits"]
+    for backend in (OWN, unnamed):
+        np.testing.assert_allclose(backend.runner_over(config, arrays).forward(tokens)["logits"], expected, atol=1e-4)
+
+
 def test_several_continuations_of_a_prompt_share_its_blocks_and_part() -> None:
     config = models.small()
     arrays = models.perturbed(config)

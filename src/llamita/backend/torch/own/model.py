@@ -207,7 +207,7 @@ def refuse(config: ModelConfig) -> None:
 
 def _instance(modules: SimpleNamespace, config: ModelConfig, head_dropout: float) -> Any:
     """Returns their model of the config's sizes, with values of its own."""
-    arguments = training_arguments(config, "course")
+    arguments = training_arguments(config, "course") | {"rope_theta": config.rope_theta}
     if config.num_labels:
         arguments["vocab_size"] += 1  # for the id that pads
     llama = modules.llama.Llama(modules.config.LlamaConfig.from_arguments(arguments))
