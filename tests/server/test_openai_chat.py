@@ -455,6 +455,7 @@ def test_an_unknown_model_is_not_found(tiny: str) -> None:
 def test_a_key_is_asked_for() -> None:
     with serve(random_model(), api_keys=["secret"]) as address:
         asked: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 2}
+        asked["extra_body"] = {"ignore_eos": True}
         with pytest.raises(openai.AuthenticationError) as refused:
             client(address, "wrong").chat.completions.create(**asked)
         assert refused.value.code == "invalid_api_key"

@@ -88,9 +88,8 @@ def test_logits_are_the_same_bits_however_a_text_came_there(name):
     check_all(TorchRunner(model_of(**MODELS[name]), exact=True))
 
 
-@pytest.mark.parametrize(
-    "threads", [pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.medium)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [2, 3])
 def test_logits_are_the_same_bits_with_several_threads(threads):
     """In a process of its own, which starts with so many; "wide" is split among them."""
     code = (
