@@ -1,11 +1,23 @@
 """A track's grader over files that are the solutions but for what a test changes."""
 
+import functools
 import textwrap
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from llamita.learn import track
-from llamita.learn.harness import Grader, Sources, assembled
+from llamita.learn.harness import Grader, assembled
+from llamita.learn.track import Sources, solutions_of, sources_of
+
+
+@functools.cache
+def graded(name: str, framework: str) -> "Graded":
+    """The one of this track and framework; the test is skipped where the framework is not there."""
+    if framework == "mlx":
+        pytest.importorskip("mlx.core")
+    return Graded(name, framework)
 
 
 class Graded:
@@ -21,6 +33,7 @@ class Graded:
 
     def judged(self, directory: Path, check: str, files: dict[str, str]) -> dict[str, Any]:
         """The judgement of a check, where these of the reader's files are other than the solutions."""
+        directory.mkdir(exist_ok=True)
         texts = {**self.solutions, **files}
         written = self.last if self.grader.directory == directory else {}
         for name, text in texts.items():
@@ -39,13 +52,11 @@ class Graded:
 
     def files(self) -> Sources:
         """The solutions as modules."""
-        directory = self.track.directory / self.framework
-        return {Path(name).stem: (directory / name, text) for name, text in self.solutions.items()}
+        return solutions_of(self.track.directory, self.framework)
 
     def module(self, name: str) -> Any:
         """A module of the grader's own, such as its checks."""
-        path = self.track.directory / f"{name}.py"
-        return getattr(assembled({name: (path, path.read_text("utf-8"))}, [name]), name)
+        return getattr(assembled(sources_of([self.track.directory / f"{name}.py"]), [name]), name)
 
     def written(self, function: str, body: str, number: int = 0) -> dict[str, str]:
         """A solution's file with other lines for one to-do of a function, the first where no number is given."""

@@ -16,7 +16,7 @@ from llamita.learn.figures import DARK_INK, INK, divided, drawings, drawn, svg
 from llamita.learn.grading import Result
 from llamita.learn.harness import assembled
 from llamita.learn.page import page
-from llamita.learn.track import Lesson, Track
+from llamita.learn.track import Lesson, Track, sources_of
 
 TRACKS = track.names()
 TRACK = track.find("min-llama")
@@ -155,8 +155,7 @@ def test_a_track_needs_no_figures(tmp_path: Path) -> None:
 def test_what_the_figures_compute() -> None:
     """The numbers in them are those of the lessons: PyTorch's Adam, and a rotation that knows distances alone."""
     torch = pytest.importorskip("torch")
-    path = TRACK.directory / "figures.py"
-    module = assembled({"figures": (path, path.read_text("utf-8"))}, ["figures"]).figures
+    module = assembled(sources_of([TRACK.directory / "figures.py"]), ["figures"]).figures
     stretch, start, zero = np.array([1.0, 30.0]), np.array([-4.3, 0.95]), np.zeros(2)
     weight = torch.nn.Parameter(torch.tensor(start))
     optimizer = torch.optim.Adam([weight], lr=0.15, eps=1e-12)

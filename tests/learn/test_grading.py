@@ -16,6 +16,7 @@ from llamita.learn import course, track
 from llamita.learn.grading import Limits, Mistaken, Result, grade
 from llamita.learn.harness import assembled
 from llamita.learn.page import page
+from llamita.learn.track import solutions_of
 from llamita.model.config import ModelConfig
 from llamita.storage.formats.checkpoints import to_training_checkpoint
 from llamita.storage.formats.foreign import ForeignModel
@@ -80,7 +81,7 @@ def test_a_started_course_has_no_solution_in_it(started: Path) -> None:
 
 def test_the_sanity_check_has_the_numbers_that_the_solution_gives(started: Path) -> None:
     """The library's own model computed them; the solution is another program over the same file."""
-    files = {path.stem: (path, path.read_text("utf-8")) for path in (TRACK.directory / "torch").glob("*.py")}
+    files = solutions_of(TRACK.directory, "torch")
     llama = assembled(files, ["llama"]).llama.load_pretrained(str(started / "stories.pt")).eval()
     expected = np.load(started / "sanity_check.npz")
     with torch.no_grad():
@@ -101,7 +102,7 @@ def test_a_model_with_another_theta_is_held_too(tools: Tools, tmp_path: Path) ->
     save_tensors(tmp_path / "hf", arrays)
     course.start(tmp_path / "course", TRACK, "torch", tmp_path / "hf", 1, tools)
     expected = np.load(tmp_path / "course" / "sanity_check.npz")
-    files = {path.stem: (path, path.read_text("utf-8")) for path in (TRACK.directory / "torch").glob("*.py")}
+    files = solutions_of(TRACK.directory, "torch")
     path, text = files["llama"]
     files_without = {
         **files,

@@ -1,33 +1,14 @@
 """The grader names each planted mistake, however it is written, and gives no wrong name to any other."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from llamita.learn import track
-from llamita.learn.harness import Grader
+from tests.learn.graded import Graded
 
-TRACK = track.find("min-llama")
-SOLUTIONS = TRACK.solutions("torch")
-GRADER = Grader(TRACK.directory, "torch", TRACK.directory)
-
-
-def judged(directory: Path, check: str, files: dict[str, str]) -> dict[str, Any]:
-    """The grader's judgement of a check, where these of the reader's files are other than the solutions."""
-    directory.mkdir(exist_ok=True)
-    for name, text in {**SOLUTIONS, **files}.items():
-        (directory / name).write_text(text, "utf-8")
-    GRADER.directory = directory
-    return GRADER.judge(check)
-
-
-def replaced(file: str, *changes: tuple[str, str]) -> dict[str, str]:
-    text = SOLUTIONS[file]
-    for old, new in changes:
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    return {file: text}
+LLAMA = Graded("min-llama", "torch")
+TRACK, SOLUTIONS, GRADER = LLAMA.track, LLAMA.solutions, LLAMA.grader
+judged, replaced = LLAMA.judged, LLAMA.replaced
 
 
 def test_the_solutions_pass_every_check(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from llamita.data import meadow
 from llamita.data.prepare import PrepareConfig, prepare
 from llamita.learn import course, own_model, track
 from llamita.learn.own_model import TRACKS, ReadersProgram, checked_program
+from llamita.learn.track import sources_of
 from llamita.model.config import ModelConfig
 from llamita.server.app import create_app
 from llamita.server.model import open_model
@@ -62,8 +63,7 @@ def own(world: Path, tmp_path: Path) -> Path:
 def backend(world: Path) -> OwnBackend:
     """The code of the solved folder, which was not graded."""
     directory = (world / "own").resolve()
-    sources = {path.stem: (path, path.read_text("utf-8")) for path in directory.glob("*.py")}
-    return OwnBackend(ReadersProgram(directory, TRACKS["min-llama"].modules, sources))
+    return OwnBackend(ReadersProgram(directory, TRACKS["min-llama"].modules, sources_of(directory.glob("*.py"))))
 
 
 @pytest.fixture

@@ -14,16 +14,16 @@ from llamita.backend.torch.pickles import read_pickle, write_pickle
 from llamita.cli.main import main
 from llamita.data import meadow
 from llamita.learn import course
+from llamita.learn.figures import drawings
 from llamita.learn.harness import assembled
+from llamita.learn.track import solutions_of
 from llamita.model.config import ModelConfig
 from llamita.storage.model_directory import save_config, save_tensors
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.workflows.convert import Tools
 from tests.learn.serving import FRAMEWORKS, GIVEN, TRACK, importable, solutions
 
-FIGURES = assembled(
-    {"figures": (TRACK.directory / "figures.py", (TRACK.directory / "figures.py").read_text("utf-8"))}, ["figures"]
-).figures.FIGURES
+FIGURES = drawings(TRACK.directory)
 
 
 @pytest.mark.parametrize("lesson", TRACK.lessons, ids=lambda lesson: lesson.name)
@@ -113,10 +113,8 @@ def started(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytes
 
 def test_run_writes_the_same_by_every_way(started: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with importable(started.name):
-        run = assembled(
-            {path.stem: (started / path.name, path.read_text("utf-8")) for path in
-             (TRACK.directory / started.name).glob("*.py")}, ["run"],
-        ).run  # fmt: skip
+        sources = solutions_of(TRACK.directory, started.name)
+        run = assembled({name: (started / path.name, text) for name, (path, text) in sources.items()}, ["run"]).run
         options = ["--prompt", "a fox and a crow and a fox", "--max-tokens", "7", "--model", str(started / "model")]
         expected = run.main(options)
         assert len(expected) == 1
@@ -135,10 +133,7 @@ def test_run_writes_the_same_by_every_way(started: Path, capsys: pytest.CaptureF
 
 def test_run_refuses_a_draft_at_a_temperature(started: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with importable(started.name):
-        run = assembled(
-            {path.stem: (path, path.read_text("utf-8")) for path in (TRACK.directory / started.name).glob("*.py")},
-            ["run"],
-        ).run
+        run = assembled(solutions_of(TRACK.directory, started.name), ["run"]).run
         with pytest.raises(SystemExit) as stop:
             run.main(["--prompt", "a fox", "--draft", str(started / "model"), "--temperature", "0.5"])
     assert str(stop.value) == (

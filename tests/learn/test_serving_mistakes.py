@@ -1,14 +1,13 @@
 """The serving track's grader names each planted mistake, however it is written, and gives no other a wrong name."""
 
-import functools
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llamita.learn.harness import Grader
-from tests.learn.serving import FRAMEWORKS, TRACK, grader
+from tests.learn.graded import graded
+from tests.learn.serving import FRAMEWORKS, TRACK
 
 QUICK = {
     "torch": ("softmax", "causal_mask", "scaled_dot_product_attention_grouped", "RMSNorm", "dequantize_weights",
@@ -20,30 +19,20 @@ WHOLE = "Model, with all parts your own"
 CHECKS = [check for lesson in TRACK.lessons for check in lesson.checks]
 GROUPED, SIMPLE = "scaled_dot_product_attention_grouped", "scaled_dot_product_attention_simple"
 
-cached_grader = functools.cache(grader)
-
 
 @pytest.fixture(params=FRAMEWORKS)
 def framework(request: pytest.FixtureRequest) -> str:
-    cached_grader(request.param)  # skips the test where the framework is not there
+    graded("serving", request.param)  # skips the test where the framework is not there
     return str(request.param)
 
 
 def judged(framework: str, directory: Path, check: str, files: dict[str, str]) -> dict[str, Any]:
     """The grader's judgement of a check, where these of the reader's files are other than the solutions."""
-    for name, text in {**TRACK.solutions(framework), **files}.items():
-        (directory / name).write_text(text, "utf-8")
-    found: Grader = cached_grader(framework)
-    found.directory = directory
-    return found.judge(check)
+    return graded("serving", framework).judged(directory, check, files)
 
 
 def replaced(framework: str, file: str, *changes: tuple[str, str]) -> dict[str, str]:
-    text = TRACK.solutions(framework)[file]
-    for old, new in changes:
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    return {file: text}
+    return graded("serving", framework).replaced(file, *changes)
 
 
 def rewritten(framework: str, file: str, function: str, body: str) -> dict[str, str]:
@@ -62,7 +51,7 @@ def rewritten_all(framework: str, file: str, bodies: dict[str, str]) -> dict[str
 
 
 def test_the_lessons_name_the_checks_that_there_are(framework: str) -> None:
-    assert list(cached_grader(framework).checks) == CHECKS
+    assert list(graded("serving", framework).grader.checks) == CHECKS
 
 
 def test_the_solutions_pass_and_the_skeletons_are_not_yet_written(framework: str, tmp_path: Path) -> None:
@@ -72,7 +61,9 @@ def test_the_solutions_pass_and_the_skeletons_are_not_yet_written(framework: str
 
 
 def test_there_are_many_mistakes_and_both_frameworks_have_the_same() -> None:
-    lists = [[(m.check, m.name, m.source) for m in cached_grader(framework).mistakes] for framework in FRAMEWORKS]
+    lists = [
+        [(m.check, m.name, m.source) for m in graded("serving", framework).grader.mistakes] for framework in FRAMEWORKS
+    ]
     assert lists[0] == lists[1]
     assert len(set(lists[0])) == len(lists[0]) >= 350
     assert {check for check, _, _ in lists[0]} == set(CHECKS) - {WHOLE}
@@ -88,7 +79,7 @@ def test_there_are_many_mistakes_and_both_frameworks_have_the_same() -> None:
     ],
 )
 def test_every_planted_mistake_is_named(framework: str, check: str, tmp_path: Path) -> None:
-    for mistake in cached_grader(framework).mistakes:
+    for mistake in graded("serving", framework).grader.mistakes:
         if mistake.check != check:
             continue
         file = f"{mistake.file}.py"
@@ -443,7 +434,6 @@ def test_another_mistake_is_wrong_and_has_no_name(
 def test_what_is_right_passes_however_it_is_written(
     framework: str, check: str, files: dict[str, str], tmp_path: Path
 ) -> None:
-    cached_grader(framework)
     assert judged(framework, tmp_path, check, files) == {"state": "passed"}
 
 

@@ -14,11 +14,12 @@ from llamita.backend.choice import load_backend
 from llamita.backend.torch.pickles import read_pickle, write_pickle
 from llamita.learn import track
 from llamita.learn.harness import assembled, installed
+from llamita.learn.track import solutions_of, sources_of
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.workflows.convert import ConvertConfig, Tools, convert
 
 TRACK = track.find("min-llama")
-FILES = {path.stem: (path, path.read_text("utf-8")) for path in (TRACK.directory / "torch").glob("*.py")}
+FILES = solutions_of(TRACK.directory, "torch")
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +29,7 @@ def solutions() -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def checks() -> SimpleNamespace:
-    path = TRACK.directory / "checks.py"
-    return assembled({"checks": (path, path.read_text("utf-8"))}, ["checks"]).checks
+    return assembled(sources_of([TRACK.directory / "checks.py"]), ["checks"]).checks
 
 
 @contextmanager

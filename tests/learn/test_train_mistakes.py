@@ -1,50 +1,38 @@
 """The training track's grader names each planted mistake in both frameworks, and gives no wrong name to any other."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llamita.learn import track
-from llamita.learn.harness import Grader
+from tests.learn.graded import graded
 
 TRACK = track.find("train")
 SOLUTIONS = {framework: TRACK.solutions(framework) for framework in TRACK.frameworks}
-GRADERS: dict[str, Grader] = {}
+DIRECTORIES: dict[str, Path] = {}
+"""Where each framework's files are judged."""
 IN_BOTH = pytest.mark.parametrize("framework", ["torch", pytest.param("mlx", marks=pytest.mark.medium)], indirect=True)
 """For tests that take several seconds in each framework."""
 
 
 @pytest.fixture(params=TRACK.frameworks)
 def framework(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A framework that is installed; its grader grades a directory of solutions."""
+    """A framework that is installed; `judged` judges files in a directory of its own."""
     name: str = request.param
-    pytest.importorskip({"mlx": "mlx.core"}.get(name, name))
-    if name not in GRADERS:
-        directory = tmp_path_factory.mktemp(name)
-        for file, text in SOLUTIONS[name].items():
-            (directory / file).write_text(text, "utf-8")
-        GRADERS[name] = Grader(TRACK.directory, name, directory)
+    graded("train", name)  # skips the test where the framework is not there
+    if name not in DIRECTORIES:
+        DIRECTORIES[name] = tmp_path_factory.mktemp(name)
     return name
 
 
 def judged(framework: str, check: str, files: dict[str, str]) -> dict[str, Any]:
     """The grader's judgement of a check, where these of the reader's files are other than the solutions."""
-    grader = GRADERS[framework]
-    try:
-        for name, text in files.items():
-            (grader.directory / name).write_text(text, "utf-8")
-        return grader.judge(check)
-    finally:
-        for name in files:
-            (grader.directory / name).write_text(SOLUTIONS[framework][name], "utf-8")
+    return graded("train", framework).judged(DIRECTORIES[framework], check, files)
 
 
 def replaced(framework: str, file: str, *changes: tuple[str, str]) -> dict[str, str]:
-    text = SOLUTIONS[framework][file]
-    for old, new in changes:
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    return {file: text}
+    return graded("train", framework).replaced(file, *changes)
 
 
 def body(framework: str, file: str, to_do: str, new: str) -> dict[str, str]:
@@ -56,26 +44,26 @@ def body(framework: str, file: str, to_do: str, new: str) -> dict[str, str]:
 
 
 def test_the_solutions_pass_every_check(framework: str) -> None:
-    for check in GRADERS[framework].checks:
+    for check in graded("train", framework).grader.checks:
         assert judged(framework, check, {}) == {"state": "passed"}, check
 
 
 def test_skeletons_are_not_yet_written(framework: str) -> None:
     skeletons = TRACK.skeletons(framework)
-    for check in GRADERS[framework].checks.values():
+    for check in graded("train", framework).grader.checks.values():
         file = f"{check.file}.py"
         assert judged(framework, check.name, {file: skeletons[file]}) == {"state": "not written"}, check.name
 
 
 def test_there_are_many_mistakes(framework: str) -> None:
-    mistakes = GRADERS[framework].mistakes
+    mistakes = graded("train", framework).grader.mistakes
     assert len({(mistake.check, mistake.name) for mistake in mistakes}) == len(mistakes) >= 250
-    assert {mistake.check for mistake in mistakes} == set(GRADERS[framework].checks)
+    assert {mistake.check for mistake in mistakes} == set(graded("train", framework).grader.checks)
 
 
 @IN_BOTH
 def test_every_planted_mistake_is_named(framework: str) -> None:
-    for mistake in GRADERS[framework].mistakes:
+    for mistake in graded("train", framework).grader.mistakes:
         file = f"{mistake.file}.py"
         found = judged(framework, mistake.check, {file: mistake.planted_in(SOLUTIONS[framework][file])})
         assert found["state"] == "wrong", mistake.name

@@ -18,7 +18,9 @@ from llamita.data import meadow
 from llamita.data.packing import InMemoryDocuments, Rows, RowsConfig
 from llamita.evaluation.calibration import fit_temperature
 from llamita.learn import track
+from llamita.learn.figures import drawings
 from llamita.learn.harness import assembled, installed
+from llamita.learn.track import Sources, solutions_of, sources_of
 
 TRACK = track.find("train")
 EXERCISES = sorted({lesson.file.removesuffix(".py") for lesson in TRACK.lessons})
@@ -34,9 +36,9 @@ TEXT = (
 )
 
 
-def files(framework: str) -> dict[str, tuple[Path, str]]:
-    found = [*(TRACK.directory / framework).glob("*.py"), *(TRACK.directory / framework / "grader").glob("*.py")]
-    return {path.stem: (path, path.read_text("utf-8")) for path in found}
+def files(framework: str) -> Sources:
+    own = sources_of((TRACK.directory / framework / "grader").glob("*.py"))
+    return {**solutions_of(TRACK.directory, framework), **own}
 
 
 def as_characters(word: str) -> str:
@@ -62,15 +64,14 @@ def numbers(seed: int, *shape: int) -> np.ndarray:
 
 
 def test_the_lessons_name_the_checks_that_there_are(solved: Any) -> None:
-    own = {path.stem: (path, path.read_text("utf-8")) for path in TRACK.directory.glob("*.py")}
+    own = sources_of(TRACK.directory.glob("*.py"))
     checks = assembled({**files(solved.name), **own}, ["checks"]).checks.CHECKS
     named = [(lesson.file, name) for lesson in TRACK.lessons for name in lesson.checks]
     assert named == [(f"{check.file}.py", check.name) for check in checks]
 
 
 def test_lessons_have_links_that_lead_to_files_a_check_and_a_figure() -> None:
-    path = TRACK.directory / "figures.py"
-    drawings = assembled({"figures": (path, path.read_text("utf-8"))}, ["figures"]).figures.FIGURES
+    drawn = drawings(TRACK.directory)
     for lesson in TRACK.lessons:
         targets = re.findall(r"\]\((file://[^)]*)\)", lesson.text)
         assert targets
@@ -80,7 +81,7 @@ def test_lessons_have_links_that_lead_to_files_a_check_and_a_figure() -> None:
         assert f"llamita learn check {lesson.name}" in lesson.text
         assert f"`{lesson.file}`" in lesson.text
         assert f"]({lesson.name}.svg)" in lesson.text
-        assert lesson.name in drawings
+        assert lesson.name in drawn
 
 
 @pytest.mark.medium
@@ -88,8 +89,7 @@ def test_figures_are_drawn() -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    path = TRACK.directory / "figures.py"
-    for name, draw in assembled({"figures": (path, path.read_text("utf-8"))}, ["figures"]).figures.FIGURES.items():
+    for name, draw in drawings(TRACK.directory).items():
         figure = Figure(figsize=(7, 3), layout="constrained")
         canvas = FigureCanvasAgg(figure)
         draw(figure)

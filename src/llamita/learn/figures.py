@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamita.learn.harness import assembled
-from llamita.learn.track import Track
+from llamita.learn.track import Track, sources_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,9 +72,7 @@ def drawings(directory: Path) -> Mapping[str, "Callable[[Figure], None]"]:
     path = directory / "figures.py"
     if not path.is_file():
         return {}
-    figures: Mapping[str, Callable[[Figure], None]] = assembled(
-        {"figures": (path, path.read_text("utf-8"))}, ["figures"]
-    ).figures.FIGURES
+    figures: Mapping[str, Callable[[Figure], None]] = assembled(sources_of([path]), ["figures"]).figures.FIGURES
     return figures
 
 

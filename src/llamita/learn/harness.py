@@ -24,9 +24,7 @@ from types import CodeType, ModuleType, SimpleNamespace
 from typing import Any
 
 from llamita.learn.checking import Check, Mistake, Outputs, difference, named
-
-Sources = Mapping[str, tuple[Path, str]]
-"""The modules of a program by name: their files and their texts."""
+from llamita.learn.track import Sources, solutions_of, sources_of
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -54,11 +52,8 @@ class Grader:
         self.directory = place.parent if place.is_file() else place
         self.module: ModuleType | BaseException | None = None
         """That of the one file, or why it cannot be imported."""
-        self.solutions: Sources = {
-            path.stem: (path, path.read_text("utf-8")) for path in sorted((track / framework).glob("*.py"))
-        }
-        files = [*track.glob("*.py"), *(track / framework / "grader").glob("*.py")]
-        own = {path.stem: (path, path.read_text("utf-8")) for path in sorted(files)}
+        self.solutions = solutions_of(track, framework)
+        own = sources_of([*track.glob("*.py"), *(track / framework / "grader").glob("*.py")])
         tables = assembled(own, ["checks", "mistakes"])
         self.checks: dict[str, Check] = {check.name: check for check in tables.checks.CHECKS}
         self.mistakes: Sequence[Mistake] = tables.mistakes.MISTAKES
@@ -124,11 +119,8 @@ class Grader:
     def readers(self, check: Check) -> Sources:
         """The modules of a check: the reader's, save that other exercises are the solutions'."""
         kept = self.exercises - {check.file, *check.together}
-        found = dict(self.solutions)
-        for path in sorted(self.directory.glob("*.py")):
-            if path.stem not in kept:
-                found[path.stem] = (path, path.read_text("utf-8"))
-        return found
+        own = sources_of(path for path in self.directory.glob("*.py") if path.stem not in kept)
+        return {**self.solutions, **own}
 
     def with_mistakes(self, check: Check, mistakes: Sequence[Mistake]) -> Outputs | None:
         """The results of the solutions with mistakes planted; None where they exclude each other or cannot run."""

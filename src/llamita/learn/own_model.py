@@ -19,7 +19,8 @@ from typing import Literal
 from llamita.learn import course
 from llamita.learn.course import Course
 from llamita.learn.grading import Result, grade
-from llamita.learn.harness import Sources, assembled, own_frames, told
+from llamita.learn.harness import assembled, own_frames, told
+from llamita.learn.track import Sources, sources_of
 
 Use = Literal["generate", "train", "classify train", "classify"]
 """What the modules are to do: "classify" labels texts with a trained model."""
@@ -113,8 +114,7 @@ def checked_program(directory: Path, use: Use) -> ReadersProgram:
         if result.state != "passed":
             raise ValueError(_refusal(opened, result))
     own = directory.resolve()
-    sources = {path.stem: (path, path.read_text("utf-8")) for path in sorted(own.glob("*.py"))}
-    return ReadersProgram(own, uses.modules, sources)
+    return ReadersProgram(own, uses.modules, sources_of(own.glob("*.py")))
 
 
 def _refusal(opened: Course, result: Result) -> str:

@@ -8,6 +8,7 @@ A track is a folder under tracks/ and needs no other file to be changed:
                         ![what one sees](NAME.svg) shows a figure
     figures.py          FIGURES: by name, a function that draws into the matplotlib figure it is given; may be missing
     FRAMEWORK/          the reader's files with solutions in them, between "# to do: ..." and "# done"
+    shared/             those of them that are the same in all frameworks
     FRAMEWORK/grader/   modules that the two below import by their names, where frameworks differ
     checks.py           CHECKS: what each lesson runs (checking.py says what a check is)
     mistakes.py         MISTAKES: changes to the solutions, and what they are called
@@ -18,10 +19,13 @@ These files are data of the package: they run in the reader's process, never in 
 
 import re
 import tomllib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+Sources = Mapping[str, tuple[Path, str]]
+"""The modules of a program by name: their files and their texts."""
 PACKAGE = Path(__file__).resolve().parents[1]
 TRACKS = PACKAGE / "learn" / "tracks"
 TO_DO = re.compile(r"^(?P<indent> *)# to do:.*\n(?:(?P=indent)# {4,}.*\n)*", re.MULTILINE)
@@ -68,8 +72,7 @@ class Track:
         """Returns the texts of all of the reader's files, by file name, with the solutions in them."""
         if framework not in self.frameworks:
             raise ValueError(f"{self.name} is there for {', '.join(self.frameworks)}, not for {framework!r}")
-        files = sorted((self.directory / framework).glob("*.py"))
-        return {path.name: path.read_text("utf-8") for path in files}
+        return {path.name: text for path, text in solutions_of(self.directory, framework).values()}
 
     def skeletons(self, framework: str) -> dict[str, str]:
         """Returns the same files with nothing solved: each solution is a to-do."""
@@ -99,6 +102,16 @@ def find(name: str) -> Track:
 def names() -> list[str]:
     """Returns the names of all tracks."""
     return sorted(path.parent.name.replace("_", "-") for path in TRACKS.glob("*/track.toml"))
+
+
+def solutions_of(directory: Path, framework: str) -> Sources:
+    """Returns the reader's modules of a track's folder with the solutions in them, in the order of their names."""
+    return sources_of([*(directory / framework).glob("*.py"), *(directory / "shared").glob("*.py")])
+
+
+def sources_of(paths: Iterable[Path]) -> Sources:
+    """Returns files as modules, in the order of their names."""
+    return {path.stem: (path, path.read_text("utf-8")) for path in sorted(paths, key=lambda path: path.name)}
 
 
 def skeleton(text: str) -> str:

@@ -8,10 +8,9 @@ TRACK = track.find("min-llama")
 
 def solved(*changes: tuple[str, str, str]) -> ReadersProgram:
     """The solutions, each of `changes` being a file and a text in it, which occurs once, with what stands there."""
-    directory = TRACK.directory / "torch"
-    sources = {path.stem: (path, path.read_text("utf-8")) for path in directory.glob("*.py")}
+    sources = dict(track.solutions_of(TRACK.directory, "torch"))
     for file, old, new in changes:
         path, text = sources[file]
         assert text.count(old) == 1, old
         sources[file] = (path, text.replace(old, new))
-    return ReadersProgram(directory, TRACKS["min-llama"].modules, sources)
+    return ReadersProgram(TRACK.directory / "torch", TRACKS["min-llama"].modules, sources)
