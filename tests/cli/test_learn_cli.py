@@ -18,7 +18,7 @@ def test_the_page_is_opened_where_it_can_be_seen(
     for name, text in track.find("min-llama").skeletons("torch").items():
         (tmp_path / name).write_text(text, "utf-8")
     opened: list[str] = []
-    monkeypatch.setattr(learn.webbrowser, "open", opened.append)
+    monkeypatch.setattr("webbrowser.open", opened.append)
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
     monkeypatch.setattr("llamita.learn.grading.grade", lambda *arguments: iter(()))
     monkeypatch.setattr("llamita.learn.course.figures", lambda opened: {})

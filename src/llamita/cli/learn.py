@@ -4,7 +4,6 @@ The course is learn/'s; here its state becomes lines.
 """
 
 import sys
-import webbrowser
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,6 +169,8 @@ def show(config: ShowConfig) -> None:
 
 
 def write_page(config: PageConfig) -> None:
+    import webbrowser
+
     from llamita.learn import course
     from llamita.learn.grading import grade
     from llamita.learn.page import page

@@ -52,6 +52,14 @@ class Batch:
         )
 
 
+class Batches(Protocol):
+    """An endless, resumable order of training batches, such as BatchIterator."""
+
+    def next(self) -> Batch: ...
+    def state(self) -> dict[str, Any]: ...
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
 class BatchSource(Protocol):
     """Rows by number, and batches of them: `packing.Rows`, `examples.ConversationRows`, labelled texts, pairs."""
 

@@ -1,26 +1,19 @@
 """Reads the next batch while the one before it is computed with."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
-from llamita.data.batches import Batch
-
-
-class Order(Protocol):
-    """An endless order of batches that depends on nothing but the data: BatchIterator, MixtureIterator."""
-
-    def next(self) -> Batch: ...
-    def state(self) -> dict[str, Any]: ...
-    def load_state(self, state: dict[str, Any]) -> None: ...
+from llamita.data.batches import Batch, Batches
 
 
 class ReadAhead:
     """The same batches in the same order, each read by a thread while the caller computes with the one before.
 
+    `order` depends on nothing but the data: a BatchIterator, a MixtureIterator.
     `state` is that of the batches that were handed out. An error in reading is raised where its batch is asked for.
     """
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: Batches) -> None:
         self.order = order
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._coming: Future[Batch] | None = None

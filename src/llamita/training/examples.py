@@ -5,19 +5,10 @@ Only types; knows nothing of where batches come from.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 
-from llamita.data.batches import Batch
-
-
-class Batches(Protocol):
-    """An endless, resumable order of training batches, such as data.batches.BatchIterator."""
-
-    def next(self) -> Batch: ...
-    def state(self) -> dict[str, Any]: ...
-    def load_state(self, state: dict[str, Any]) -> None: ...
+from llamita.data.batches import Batch, Batches
 
 
 @dataclass(frozen=True)

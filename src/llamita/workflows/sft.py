@@ -18,7 +18,7 @@ from llamita.backend.adamw import AdamWSettings
 from llamita.backend.interface import Backend, Scorer
 from llamita.backend.objectives import Distillation, NextToken
 from llamita.data import conversations as talks
-from llamita.data.batches import IGNORE_INDEX, Batch, BatchIterator, evaluation_batches
+from llamita.data.batches import IGNORE_INDEX, Batch, Batches, BatchIterator, evaluation_batches
 from llamita.data.conversations import BadRecords, Conversation, ConversationSource
 from llamita.data.examples import ConversationRows, EncodedConversations, TooLong, encode
 from llamita.data.packing import RowsConfig
@@ -26,7 +26,7 @@ from llamita.model.config import ModelConfig
 from llamita.text.chat import Chat
 from llamita.training.config import MachineConfig, RunConfig, TrainingConfig
 from llamita.training.display import Display
-from llamita.training.examples import Batches, Examples
+from llamita.training.examples import Examples
 from llamita.training.trainer import TrainingResult
 from llamita.workflows import answers
 from llamita.workflows.finetune import Base, FinetuneConfig, finetune, load_base, make_step
