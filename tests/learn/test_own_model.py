@@ -63,7 +63,8 @@ def own(world: Path, tmp_path: Path) -> Path:
 def backend(world: Path) -> OwnBackend:
     """The code of the solved folder, which was not graded."""
     directory = (world / "own").resolve()
-    return OwnBackend(ReadersProgram(directory, TRACKS["min-llama"].modules, sources_of(directory.glob("*.py"))))
+    names = TRACKS["min-llama"].modules
+    return OwnBackend(ReadersProgram(directory, "min-llama", names, sources_of(directory.glob("*.py"))))
 
 
 @pytest.fixture

@@ -15,8 +15,10 @@ from llamita.backend.opening import open_model
 from llamita.backend.torch.devices import choose_device
 from llamita.backend.torch.model.lora import merged_arrays
 from llamita.backend.torch.model.weights import quantize_arrays
-from llamita.backend.torch.own.model import FORM, OwnModel, Program
-from llamita.backend.torch.own.runner import OwnRunner
+from llamita.backend.torch.own.min_llama import MinLlamaModel
+from llamita.backend.torch.own.program import Program
+from llamita.backend.torch.own.runner import OwnRunner, llama_runner
+from llamita.backend.torch.own.serving import ServingModel
 from llamita.backend.torch.own.step import OwnTrainStep
 from llamita.backend.torch.train.scorer import choose
 from llamita.backend.torch.train.step import read_shards
@@ -27,9 +29,9 @@ from llamita.model.parameters import InitializationName, initialize_parameters
 
 
 class OwnBackend:
-    """Opens and trains models with the modules of `program`; what needs none of them is the library's.
+    """Opens models with the modules of `program`, and trains them with its AdamW; what needs none is the library's.
 
-    Models are held in float32. ValueError, in one line, for options that the course's code has no part for.
+    Models are held in float32. ValueError, in one line, for what the course's code has no part for.
     """
 
     name: Literal["torch"] = "torch"
@@ -43,7 +45,7 @@ class OwnBackend:
     @property
     def device(self) -> str:
         """The device that it computes on by default: "cpu" or "cuda"."""
-        return choose_device("auto")
+        return self._chosen("auto")
 
     def build_train_step(
         self,
@@ -67,6 +69,8 @@ class OwnBackend:
         parallel: ParallelSettings | None = None,
     ) -> OwnTrainStep:
         """Returns their model with their AdamW; precision "auto" is fp32."""
+        if self.program.track != "min-llama":
+            raise ValueError(f"the course {self.program.track} has no optimiser, so --with cannot train; leave it out")
         _refuse_options(
             {
                 "--tuning lora": adapter is not None,
@@ -85,7 +89,7 @@ class OwnBackend:
             fresh = initialize_parameters(config, seed, initialization)
             arrays = {name: HostArray.from_numpy(array) for name, array in fresh}
         dropout = objective.dropout if isinstance(objective, Classification) else 0.0
-        model = OwnModel(self.program, config, arrays, device, head_dropout=dropout, trains=True)
+        model = MinLlamaModel(self.program, config, arrays, device, head_dropout=dropout, trains=True)
         return OwnTrainStep(
             model,
             optimizer,
@@ -98,7 +102,7 @@ class OwnBackend:
 
     def build_scorer(self, config: ModelConfig, arrays: Mapping[str, HostArray], **options: Any) -> Scorer:
         """Refuses: what has a reference or a teacher is not trained with the course's code."""
-        raise ValueError(f"{FORM} is no reference and no teacher; leave --with out")
+        raise ValueError("the course's code is no reference and no teacher; leave --with out")
 
     def load_runner(
         self,
@@ -121,13 +125,25 @@ class OwnBackend:
             torch.set_num_threads(threads)
         opened = open_model(model, "float32", on_cpu=True)
         if opened.default is not None:
-            raise ValueError(f"{model} is an adapter, which {FORM} cannot hold; make one model of it by llamita merge")
-        return OwnRunner(OwnModel(self.program, opened.config, opened.arrays, choose_device(device)))
+            raise ValueError(f"--with cannot run {model}, an adapter; make one model of it by llamita merge")
+        return self._runner(opened.config, opened.arrays, self._chosen(device))
 
     def runner_over(self, config: ModelConfig, arrays: Mapping[str, HostArray], dtype: str = "float32") -> OwnRunner:
         """Returns a runner over host arrays, on the CPU."""
         _refuse_options({f"--dtype {dtype}": dtype != "float32"})
-        return OwnRunner(OwnModel(self.program, config, arrays))
+        return self._runner(config, arrays, "cpu")
+
+    def _chosen(self, device: str) -> str:
+        """Returns a device by name; the track `serving` makes its masks on the CPU."""
+        if self.program.track == "serving":
+            _refuse_options({f"--device {device}": device not in ("auto", "cpu")})
+            return "cpu"
+        return choose_device(device)
+
+    def _runner(self, config: ModelConfig, arrays: Mapping[str, HostArray], device: str) -> OwnRunner:
+        if self.program.track == "serving":
+            return OwnRunner(ServingModel(self.program, config, arrays))
+        return llama_runner(MinLlamaModel(self.program, config, arrays, device))
 
 
 def _refuse_options(given: Mapping[str, bool]) -> None:
