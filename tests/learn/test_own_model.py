@@ -25,15 +25,15 @@ from llamita.storage import model_directory
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.workflows.convert import Tools
 
-TRACK, SERVING = track.find("min-llama"), track.find("serving")
+TRACK, SERVING, NUMPY = (track.find(name) for name in ("min-llama", "serving", "numpy"))
 CONFIG = ModelConfig(300, 32, 48, 2, 4, 2, 64, rope_theta=700.0, eos_token_id=None)
 TRAIN = ["--steps", "4", "--batch-size", "4", "--evaluate-every", "2", "--evaluation-rows", "8", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with its tokenizer, prepared data, and two courses' folders: one with everything solved, and one of the
-    track `serving` with the lessons up to the cache solved."""
+    """A model with its tokenizer, prepared data, labelled texts, and folders of courses: one with everything solved, and
+    those of the tracks `serving` and `numpy` with the lessons up to the cache solved."""
     directory = tmp_path_factory.mktemp("world")
     base = directory / "base"
     base.mkdir()
@@ -55,6 +55,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     course.start(server, SERVING, "torch", plain, 1, Tools(backend, read_pickle, write_pickle))
     for name in ("basics", "attention", "positional_encoding", "layers", "model", "kv_cache"):
         (server / f"{name}.py").write_text(SERVING.solutions("torch")[f"{name}.py"], "utf-8")
+    course.start(directory / "numpy", NUMPY, "numpy", plain, 1, Tools(backend, read_pickle, write_pickle))
+    for name in ("functions", "rope", "attention", "llama", "cache", "generate"):
+        (directory / "numpy" / f"{name}.py").write_text(NUMPY.solutions("numpy")[f"{name}.py"], "utf-8")
     return directory
 
 
@@ -70,10 +73,10 @@ def server(world: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(world / "server", tmp_path / "server"))
 
 
-@pytest.fixture(scope="module", params=["min-llama", "serving"])
+@pytest.fixture(scope="module", params=["min-llama", "serving", "numpy"])
 def backend(request: pytest.FixtureRequest, world: Path) -> OwnBackend:
     """The code of a solved folder, which was not graded."""
-    directory = (world / {"min-llama": "own", "serving": "server"}[request.param]).resolve()
+    directory = (world / {"min-llama": "own", "serving": "server", "numpy": "numpy"}[request.param]).resolve()
     names = TRACKS[request.param].modules
     return OwnBackend(ReadersProgram(directory, request.param, names, sources_of(directory.glob("*.py"))))
 
@@ -150,6 +153,17 @@ def test_a_model_with_a_cache_writes_the_same_story(
     assert "a position does not see itself (see Yu et al. 2022, Orca" in line
 
 
+@pytest.mark.medium
+def test_a_model_in_numpy_writes_the_same_story(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", str(world / "base"), "Once", "--temperature", "0", "--max-tokens", "40", "--device", "cpu"]
+    assert main(command) == 0
+    expected = capsys.readouterr().out
+    assert main([*command, "--with", str(world / "numpy"), "--statistics"]) == 0
+    found = capsys.readouterr()
+    assert found.out == expected
+    assert "its cache, sequences one after the other;" in found.err
+
+
 def test_a_wrong_cache_is_refused_with_its_mistakes_name(server: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(server, "kv_cache.py", "self.offset += key.shape[2]", "self.offset += 1")
     assert main(["generate", str(server / "model"), "--with", str(server)]) == 2
@@ -159,24 +173,21 @@ def test_a_wrong_cache_is_refused_with_its_mistakes_name(server: Path, capsys: p
 
 
 def test_what_a_track_has_no_part_for_is_refused(server: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for verb, lacks in (
-        (["train", "--data", "none", "--preset", "tiny", "--output", "run"], "no optimiser"),
-        (
-            ["classify", "train", "--data", "none", "--model", "none", "--output", "run"],
-            "no classifier and no optimiser",
-        ),
-        (["classify", "predict", "none", "--text", "Hm."], "no classifier"),
+    for verb, does in (
+        (["train", "--data", "none", "--preset", "tiny", "--output", "run"], "train"),
+        (["classify", "train", "--data", "none", "--model", "none", "--output", "run"], "train a classifier"),
+        (["classify", "predict", "none", "--text", "Hm."], "label texts"),
     ):
         assert main([*verb, "--with", str(server)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        end = "give the folder of min-llama, or leave --with out"
-        assert line == f"error: {server} is the course serving, which has {lacks}; {end}"
+        why, end = "it has no optimiser and no classifier", "give the folder of min-llama, or leave --with out"
+        assert line == f"error: {server} is the course serving, which cannot {does}: {why}; {end}"
     (server / "course.json").write_text('{"track": "serving", "framework": "mlx"}')
     assert main(["generate", str(server / "model"), "--with", str(server)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(
         "is the course serving in mlx, whose code is no model that --with can run; give the folder of "
-        "min-llama in torch, serving in torch"
+        "min-llama (torch), serving (torch), numpy (numpy)"
     )
 
 

@@ -19,7 +19,7 @@ DIFFERENCE = 2e-4
 """Of logits between the two programs, measured in the tests."""
 
 
-def assert_the_librarys(model: Path, prompts: list[str], tokens: int, beginning: str = "") -> None:
+def assert_the_librarys(track: str, model: Path, prompts: list[str], tokens: int, beginning: str) -> None:
     """Texts that are served together in little memory, so that some are put off, and again alone."""
     library = LLM.load(model, backend="torch", device="cpu", dtype="float32")
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
@@ -27,7 +27,7 @@ def assert_the_librarys(model: Path, prompts: list[str], tokens: int, beginning:
     expected = library.generate(asked, params)
     longest = max(len(library.encode(prompt)) for prompt in asked) + tokens
     little = EngineConfig(blocks=2 * -(-longest // 16))
-    own = LLM.load(model, backend=OwnBackend(solved(of="serving")), engine=little)
+    own = LLM.load(model, backend=OwnBackend(solved(of=track)), engine=little)
     together = own.generate(asked, params)
     assert sum(found.statistics.preemptions for found in together) > 0
     again = own.generate(asked[0], params)
@@ -45,7 +45,8 @@ def assert_the_librarys(model: Path, prompts: list[str], tokens: int, beginning:
 
 @pytest.mark.medium
 def test_smollm2_writes_the_same_by_the_readers_model() -> None:
-    assert_the_librarys(smollm2.needed(), smollm2.PROMPTS, 48, "You answer in one short sentence, and in English.\n")
+    beginning = "You answer in one short sentence, and in English.\n"
+    assert_the_librarys("serving", smollm2.needed(), smollm2.PROMPTS, 48, beginning)
 
 
 @pytest.mark.medium
@@ -53,4 +54,6 @@ def test_a_model_of_meadow_writes_the_same_by_the_readers_model(tmp_path: Path) 
     tools = Tools(load_backend("torch", device="cpu"), read_pickle, write_pickle)
     course.start(tmp_path / "course", track.find("serving"), "torch", None, 60, tools)
     prompts = ["One day", "Once upon a time", "In the garden", "The fox"]
-    assert_the_librarys(tmp_path / "course" / "model", prompts, 60, "It was spring. The sun shone on the meadow. ")
+    for name in ("serving", "numpy"):
+        beginning = "It was spring. The sun shone on the meadow. "
+        assert_the_librarys(name, tmp_path / "course" / "model", prompts, 60, beginning)

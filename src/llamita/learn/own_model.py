@@ -32,7 +32,9 @@ class TrackUses:
     framework: str
     modules: tuple[str, ...]
     lessons: Mapping[Use, tuple[str, ...]]
-    """The lessons whose code each use runs; the others need not be written. A use that is missing has no part in it."""
+    """The lessons whose code each use runs; the others need not be written."""
+    lacks: str = ""
+    """Why it has no other uses."""
     further: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Modules that are run too where they are written: the lesson of each, and the check that it must pass then."""
 
@@ -53,16 +55,22 @@ TRACKS: Mapping[str, TrackUses] = {
         "torch",
         ("config", "projection", "model", "kv_cache"),
         {"generate": ("basics", "attention", "rope", "grouped", "layers", "model", "cache")},
+        "it has no optimiser and no classifier",
         {"batch": ("batching", "BatchKvCache.update_and_fetch")},
     ),
+    "numpy": TrackUses(
+        "numpy",
+        ("config", "functions", "llama", "cache"),
+        {"generate": ("functions", "norm", "rotary", "attention", "layer", "model", "cache")},
+        "it has no gradient of a whole model and no classifier",
+    ),
 }
-PARTS: Mapping[Use, str] = {
-    "generate": "no model",
-    "train": "no optimiser",
-    "classify train": "no classifier and no optimiser",
-    "classify": "no classifier",
+VERBS: Mapping[Use, str] = {
+    "generate": "write",
+    "train": "train",
+    "classify train": "train a classifier",
+    "classify": "label texts",
 }
-"""What a track lacks that is not there for a use."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,7 @@ def checked_program(directory: Path, use: Use) -> ReadersProgram:
     opened = course.opened(directory)
     track, uses = opened.track, TRACKS.get(opened.track.name)
     if uses is None or opened.framework != uses.framework:
-        known = ", ".join(f"{name} in {found.framework}" for name, found in TRACKS.items())
+        known = ", ".join(f"{name} ({found.framework})" for name, found in TRACKS.items())
         raise ValueError(
             f"{directory} is the course {track.name} in {opened.framework}, whose code is no model that --with "
             f"can run; give the folder of {known}"
@@ -111,8 +119,8 @@ def checked_program(directory: Path, use: Use) -> ReadersProgram:
     if use not in uses.lessons:
         known = ", ".join(name for name, found in TRACKS.items() if use in found.lessons)
         raise ValueError(
-            f"{directory} is the course {track.name}, which has {PARTS[use]}; give the folder of {known}, or leave "
-            "--with out"
+            f"{directory} is the course {track.name}, which cannot {VERBS[use]}: {uses.lacks}; give the folder of "
+            f"{known}, or leave --with out"
         )
     lessons = [track.lesson(name) for name in uses.lessons[use]]
     optional = {check: module for module, (_, check) in uses.further.items()}

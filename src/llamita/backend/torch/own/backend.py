@@ -15,10 +15,12 @@ from llamita.backend.opening import open_model
 from llamita.backend.torch.devices import choose_device
 from llamita.backend.torch.model.lora import merged_arrays
 from llamita.backend.torch.model.weights import quantize_arrays
+from llamita.backend.torch.own.cached import CachedModel, Written
 from llamita.backend.torch.own.min_llama import MinLlamaModel
+from llamita.backend.torch.own.numpy_llama import NumpyLlama
 from llamita.backend.torch.own.program import Program
 from llamita.backend.torch.own.runner import OwnRunner, llama_runner
-from llamita.backend.torch.own.serving import ServingModel
+from llamita.backend.torch.own.serving import Serving
 from llamita.backend.torch.own.step import OwnTrainStep
 from llamita.backend.torch.train.scorer import choose
 from llamita.backend.torch.train.step import read_shards
@@ -26,6 +28,9 @@ from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.lora import LoraSettings
 from llamita.model.parameters import InitializationName, initialize_parameters
+
+CACHED: Mapping[str, type[Written]] = {"serving": Serving, "numpy": NumpyLlama}
+"""The tracks whose model has a cache of keys and values; that of min-llama has none, but is trained."""
 
 
 class OwnBackend:
@@ -69,8 +74,8 @@ class OwnBackend:
         parallel: ParallelSettings | None = None,
     ) -> OwnTrainStep:
         """Returns their model with their AdamW; precision "auto" is fp32."""
-        if self.program.track != "min-llama":
-            raise ValueError(f"the course {self.program.track} has no optimiser, so --with cannot train; leave it out")
+        if self.program.track in CACHED:
+            raise ValueError(f"--with cannot train with the course {self.program.track}; leave it out")
         _refuse_options(
             {
                 "--tuning lora": adapter is not None,
@@ -134,15 +139,16 @@ class OwnBackend:
         return self._runner(config, arrays, "cpu")
 
     def _chosen(self, device: str) -> str:
-        """Returns a device by name; the track `serving` makes its masks on the CPU."""
-        if self.program.track == "serving":
+        """Returns a device by name; models with a cache make their masks on the CPU."""
+        if self.program.track in CACHED:
             _refuse_options({f"--device {device}": device not in ("auto", "cpu")})
             return "cpu"
         return choose_device(device)
 
     def _runner(self, config: ModelConfig, arrays: Mapping[str, HostArray], device: str) -> OwnRunner:
-        if self.program.track == "serving":
-            return OwnRunner(ServingModel(self.program, config, arrays))
+        track = CACHED.get(self.program.track)
+        if track is not None:
+            return OwnRunner(CachedModel(self.program, track, config, arrays))
         return llama_runner(MinLlamaModel(self.program, config, arrays, device))
 
 
