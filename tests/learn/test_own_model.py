@@ -32,8 +32,8 @@ TRAIN = ["--steps", "4", "--batch-size", "4", "--evaluate-every", "2", "--evalua
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with its tokenizer, prepared data, labelled texts, and folders of courses: one with everything solved, and
-    those of the tracks `serving` and `numpy` with the lessons up to the cache solved."""
+    """A model with its tokenizer, prepared data, and folders of courses: one with everything solved, and those of the
+    tracks `serving` and `numpy` with the lessons up to the cache solved."""
     directory = tmp_path_factory.mktemp("world")
     base = directory / "base"
     base.mkdir()
@@ -56,7 +56,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("basics", "attention", "positional_encoding", "layers", "model", "kv_cache"):
         (server / f"{name}.py").write_text(SERVING.solutions("torch")[f"{name}.py"], "utf-8")
     course.start(directory / "numpy", NUMPY, "numpy", plain, 1, Tools(backend, read_pickle, write_pickle))
-    for name in ("functions", "rope", "attention", "llama", "cache", "generate"):
+    for name in ("functions", "rope", "attention", "weights", "llama", "cache", "generate"):
         (directory / "numpy" / f"{name}.py").write_text(NUMPY.solutions("numpy")[f"{name}.py"], "utf-8")
     return directory
 

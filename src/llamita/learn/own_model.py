@@ -61,7 +61,7 @@ TRACKS: Mapping[str, TrackUses] = {
     "numpy": TrackUses(
         "numpy",
         ("config", "functions", "llama", "cache"),
-        {"generate": ("functions", "norm", "rotary", "attention", "layer", "model", "cache")},
+        {"generate": ("functions", "norm", "rotary", "attention", "weights", "layer", "model", "cache")},
         "it has no gradient of a whole model and no classifier",
     ),
 }
