@@ -40,6 +40,8 @@ def test_lessons_show_the_figures_that_there_are(name: str) -> None:
     for lesson in found.lessons:
         lines = [line for line in lesson.text.splitlines() if "![" in line]
         assert len(lines) == len(shown_in(lesson)), "a line that shows a figure holds nothing else"
+        for _, caption, _ in divided(lesson.text):
+            assert not caption[:1].islower(), caption
 
 
 def test_each_lesson_of_min_llama_has_its_figure() -> None:

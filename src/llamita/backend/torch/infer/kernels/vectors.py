@@ -135,6 +135,26 @@ def save(typing_context: Any, code: Any, kind: Any, memory: Any, at: Any, x: Any
 
 
 @intrinsic
+def round_numbers(typing_context: Any, code: Any, kind: Any, x: Any, size: Any) -> Any:
+    """Rounds the first `size` numbers of x, float32, to the nearest of a type, in place."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        writer = Code(builder, code.value)
+        (x_p,) = pointers(context, builder, signature, values, 2)
+        with writer.loop(builder.lshr(values[3], LONG(4))) as turn:
+            place = writer.after(x_p, builder.mul(turn.index, LONG(LANES)))
+            numbers = writer.load(place, FLOATS)
+            if kind.value == "bfloat16":
+                numbers = writer.from_bfloat16(writer.to_bfloat16(numbers))
+            elif kind.value == "float16":
+                numbers = builder.fpext(builder.fptrunc(numbers, FLOAT16S), FLOATS)
+            writer.store(numbers, place)
+        return context.get_dummy_value()
+
+    return types.void(code, kind, x, types.intp), generate
+
+
+@intrinsic
 def largest(typing_context: Any, code: Any, x: Any, at: Any, count: Any) -> Any:
     """Returns the largest of `count` numbers, a multiple of 16, from `at` on; NaN where one of them is."""
 
