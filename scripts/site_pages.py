@@ -70,7 +70,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Leads a link that names a test, as `test_config.py::test_a_head`, to its line; says which lines there are."""
+    """Leads a link that names a test, as `test_config.py::test_a_head`, to its line; tells MkDocs a file's lines."""
 
     def to_line(link: re.Match[str]) -> str:
         uri = posixpath.normpath(posixpath.join(posixpath.dirname(page.file.dest_uri), link["page"]))

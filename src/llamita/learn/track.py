@@ -42,7 +42,7 @@ class Lesson:
     checks: tuple[str, ...]
     """Names of its checks in checks.py."""
     text: str
-    """Markdown as it is in the track's folder; links.py leads its links."""
+    """Markdown; its links to the library name definitions, which links.py finds."""
 
 
 @dataclass(frozen=True)
