@@ -1,11 +1,9 @@
 """The serving track as a folder: lessons, figures, skeletons, the two frameworks side by side, and run.py."""
 
 import ast
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.request import url2pathname
 
 import pytest
 import torch
@@ -32,17 +30,13 @@ FIGURES = drawings(TRACK.directory)
 
 
 @pytest.mark.parametrize("lesson", TRACK.lessons, ids=lambda lesson: lesson.name)
-def test_a_lesson_has_its_parts_and_links_that_lead_somewhere(lesson: Any) -> None:
+def test_a_lesson_has_its_parts(lesson: Any) -> None:
     for part in ("**The idea.**", "**The exercise.**", "**The check.**", "**In Llamita.**", "**Try.**"):
         assert lesson.text.count(part) == 1, part
     assert f"llamita learn check {lesson.name}\n" in lesson.text
     assert f"`{lesson.file}`" in lesson.text
     number = TRACK.lessons.index(lesson) + 1
     assert lesson.text.startswith(f"# {number}. {lesson.title}\n")
-    targets = re.findall(r"\]\((file://[^)]*)\)", lesson.text)
-    assert targets
-    for target in targets:
-        assert Path(url2pathname(target.removeprefix("file://"))).is_file(), target
     assert f"]({lesson.name}.svg)" in lesson.text
     for check in lesson.checks:
         assert check == "Model, with all parts your own" or check.split(".")[-1] in lesson.text, check

@@ -24,7 +24,15 @@ from llamita.backend.torch.infer.kernels.blocked import BlockedWeight
 from llamita.backend.torch.infer.kernels.products import COMPILED, FOUR, ONE, call, linear
 from llamita.backend.torch.infer.kernels.simd import LANES, Static, target
 from llamita.backend.torch.infer.kernels.threads import parallel
-from llamita.backend.torch.infer.kernels.vectors import exponentials, gate, mix, round_numbers, save, score
+from llamita.backend.torch.infer.kernels.vectors import (
+    exponentials,
+    gate,
+    mix,
+    round_numbers,
+    save,
+    score,
+    sum_of_squares,
+)
 from llamita.backend.torch.infer.kv_cache import PagedKVCache
 from llamita.backend.torch.model.attention import factor
 from llamita.backend.torch.model.llama import Block, Linear, Llama
@@ -90,22 +98,27 @@ def _weight_at(form, record):
 
 
 @njit(**COMPILED)
-def norm(x, at, weight, eps, y):
+def norm(code, x, at, weight, eps, y):
     """Puts the numbers of x from `at` on, divided by their root mean square and scaled, into their places in y."""
-    size, total = weight.size, np.float32(0.0)
-    for i in range(at, at + size):
-        total += x[i] * x[i]
-    factor = np.float32(1.0) / np.sqrt(total / np.float32(size) + eps)
+    size = weight.size
+    mean = sum_of_squares(code, x, at, size) / np.float32(size)
+    factor = np.float32(1.0) / np.sqrt(mean + eps)
     for i in range(size):
         y[at + i] = x[at + i] * factor * weight[i]
 
 
 @njit(**COMPILED)
-def normed(x, weight, eps, rows):
+def norm_rows(first, last, code, x, weight, eps, y):
+    """Puts rows `first` to `last` - 1 through a norm."""
+    for row in range(first, last):
+        norm(code, x, row * weight.size, weight, eps, y)
+
+
+@njit(**COMPILED)
+def normed(threads, code, x, weight, eps, rows):
     """Returns rows (R, D) through a norm; flat."""
     y = np.empty(x.size, np.float32)
-    for row in range(rows):
-        norm(x, row * weight.size, weight, eps, y)
+    parallel(norm_rows, threads, rows, (code, x, weight, eps, y))
     return y
 
 
@@ -134,7 +147,7 @@ def place_heads(first, last, code, kind, heads, bias, turned, sizes, keys, value
         for head in range(N + K):
             at = begin + head * H
             if q_norm.size:
-                norm(heads, at, q_norm if head < N else k_norm, eps, heads)
+                norm(code, heads, at, q_norm if head < N else k_norm, eps, heads)
             if E:
                 rotate(heads, at, cos, sin, places[row], E)
         save(code, kind, keys, slots[row] * K * H, heads, begin + N * H, K * H)
@@ -148,47 +161,62 @@ def attend(first, last, code, kind, heads, sizes, scale, keys, values, table, mi
     `table` has the blocks of all sequences; for each row where those of its sequence begin among them, the first
     position that it sees, and the end; then the size of a block.
     """
+    N = sizes[0]
+    query = first
+    while query < last:
+        row, head = query // N, query % N
+        end = min(N, head + last - query)
+        attend_row(row, head, end, code, kind, heads, sizes, scale, keys, values, table, mixed)
+        query += end - head
+
+
+@njit(**COMPILED)
+def attend_row(row, first, last, code, kind, heads, sizes, scale, keys, values, table, mixed):
+    """Mixes the values that query heads `first` to `last` - 1 of a row see.
+
+    They go over the positions together, four at a time, so that keys and values are read in the order in which they
+    lie in memory.
+    """
     N, K, H = sizes
     blocks, begins, seen, stops, size = table
-    longest = 0
-    for row in range(stops.size):
-        longest = max(longest, stops[row] - seen[row])
-    scores = np.empty(longest + LANES, np.float32)
-    for query in range(first, last):
-        row, head = query // N, query % N
-        at, out = (row * (N + 2 * K) + head) * H, query * H
-        kept = head // (N // K) * H
-        largest, count = np.float32(-np.inf), stops[row] - seen[row]
-        position = seen[row]
-        while position < stops[row]:
-            end, slot = run(blocks, begins[row], position, stops[row], size)
-            while position + 4 <= end:
-                place = position - seen[row]
-                found = score(code, kind, FOUR, heads, at, keys, slot * K * H + kept, K * H, H, scale, scores, place)
-                largest = max(largest, found)
-                position, slot = position + 4, slot + 4
-            while position < end:
-                place = position - seen[row]
-                found = score(code, kind, ONE, heads, at, keys, slot * K * H + kept, K * H, H, scale, scores, place)
-                largest = max(largest, found)
-                position, slot = position + 1, slot + 1
-        padded = (count + LANES - 1) // LANES * LANES
-        for place in range(count, padded):
+    begin, start, stop = begins[row], seen[row], stops[row]
+    width = (stop - start + LANES - 1) // LANES * LANES
+    scores, largest = np.empty((last - first) * width, np.float32), np.full(last - first, -np.inf, np.float32)
+    query, out = (row * (N + 2 * K) + first) * H, (row * N + first) * H
+    position = start
+    while position < stop:
+        end, slot = run(blocks, begin, position, stop, size)
+        while position + 4 <= end:
+            for head in range(last - first):
+                at, place = (slot * K + (first + head) // (N // K)) * H, head * width + position - start
+                found = score(code, kind, FOUR, heads, query + head * H, keys, at, K * H, H, scale, scores, place)
+                largest[head] = max(largest[head], found)
+            position, slot = position + 4, slot + 4
+        while position < end:
+            for head in range(last - first):
+                at, place = (slot * K + (first + head) // (N // K)) * H, head * width + position - start
+                found = score(code, kind, ONE, heads, query + head * H, keys, at, K * H, H, scale, scores, place)
+                largest[head] = max(largest[head], found)
+            position, slot = position + 1, slot + 1
+    shares = largest
+    for head in range(last - first):
+        for place in range(head * width + stop - start, (head + 1) * width):
             scores[place] = -np.inf
-        share = np.float32(1.0) / exponentials(code, scores, 0, largest, padded)
-        for i in range(out, out + H):
-            mixed[i] = 0.0
-        position = seen[row]
-        while position < stops[row]:
-            end, slot = run(blocks, begins[row], position, stops[row], size)
-            while position + 4 <= end:
-                place = position - seen[row]
-                mix(code, kind, FOUR, mixed, out, values, slot * K * H + kept, K * H, H, share, scores, place)
-                position, slot = position + 4, slot + 4
-            while position < end:
-                place = position - seen[row]
-                mix(code, kind, ONE, mixed, out, values, slot * K * H + kept, K * H, H, share, scores, place)
-                position, slot = position + 1, slot + 1
+        shares[head] = np.float32(1.0) / exponentials(code, scores, head * width, largest[head], width)
+    mixed[out : out + (last - first) * H] = 0.0
+    position = start
+    while position < stop:
+        end, slot = run(blocks, begin, position, stop, size)
+        while position + 4 <= end:
+            for head in range(last - first):
+                at, place = (slot * K + (first + head) // (N // K)) * H, head * width + position - start
+                mix(code, kind, FOUR, mixed, out + head * H, values, at, K * H, H, shares[head], scores, place)
+            position, slot = position + 4, slot + 4
+        while position < end:
+            for head in range(last - first):
+                at, place = (slot * K + (first + head) // (N // K)) * H, head * width + position - start
+                mix(code, kind, ONE, mixed, out + head * H, values, at, K * H, H, shares[head], scores, place)
+            position, slot = position + 1, slot + 1
 
 
 @njit(**COMPILED)
@@ -265,7 +293,7 @@ def decode_layers(
         q_norm, k_norm = floats_at(layer.q_norm, H), floats_at(layer.k_norm, H)
         cos, sin = floats_at(turn.cos, 1), floats_at(turn.sin, 1)
 
-        y = normed(x, floats_at(layer.attention_norm, D), eps, rows)
+        y = normed(few, code, x, floats_at(layer.attention_norm, D), eps, rows)
         heads = linear(threads, code, y, rows, weight_at(forms[0], layer.qkv))
         turned = (q_norm, k_norm, eps, cos, sin, turn.size, places)
         parallel(place_heads, few, rows, (code, kind, heads, bias, turned, sizes, keys, values, slots))
@@ -274,7 +302,7 @@ def decode_layers(
         parallel(attend, threads, rows * N, (code, kind, heads, sizes, scale, keys, values, table, mixed))
         x += linear(threads, code, mixed, rows, weight_at(forms[1], layer.output))
 
-        y = normed(x, floats_at(layer.feed_norm, D), eps, rows)
+        y = normed(few, code, x, floats_at(layer.feed_norm, D), eps, rows)
         both = linear(threads, code, y, rows, weight_at(forms[2], layer.gate_up))
         C = both.size // rows // 2
         gated = np.empty(rows * C, np.float32)
@@ -282,7 +310,7 @@ def decode_layers(
         x += linear(threads, code, gated, rows, weight_at(forms[3], layer.down))
     if last < layers.size:
         return x
-    y = normed(x, last_norm, eps, rows)
+    y = normed(few, code, x, last_norm, eps, rows)
     round_numbers(code, kind, y, y.size)
     return y
 

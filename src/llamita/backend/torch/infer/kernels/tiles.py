@@ -42,6 +42,9 @@ SHARED = 256
 SMALLEST = 1e-30
 """Groups of smaller numbers are rounded to zeros."""
 BYTES_A_CHUNK = 4 * LANES
+AHEAD = 8192
+"""Bytes from the weights that are multiplied to those that are fetched meanwhile: with several rows of activations
+arithmetic takes so long that the processor does not read ahead by itself."""
 
 
 class Form(NamedTuple):
@@ -272,12 +275,13 @@ class Tile:
         together = self.form.together
         with code.loop(builder.udiv(self.inputs, LONG(together))) as turn:
             at = builder.mul(turn.index, LONG(LANES * together))
+            place = code.after(start, at)
             if together == 2:
-                numbers = code.split_bfloat16(code.load(code.after(start, at), WORDS))
+                numbers = list(code.split_bfloat16(code.load(place, WORDS)))
             else:
-                numbers = (code.load_floats(code.after(start, at), self.form.numbers),)
-            for place, number in enumerate(numbers):
-                code.store(number, code.after(found, builder.add(at, LONG(place * LANES))))
+                numbers = [code.load_floats(place, self.form.numbers)]
+            for which, number in enumerate(numbers):
+                code.store(number, code.after(found, builder.add(at, LONG(which * LANES))))
 
     def _unpack_group(self, found: ir.Value, group: ir.Value, part: int) -> None:
         code, builder, form = self.code, self.builder, self.form
@@ -363,7 +367,10 @@ class Tile:
         in_group = builder.mul(group, LONG(GROUP * LANES * bits // 8))
 
         def load(at: int) -> ir.Value:
-            return self.code.load(self.code.after(start, builder.add(in_group, LONG(at * BYTES_A_CHUNK))), BYTES)
+            place = self.code.after(start, builder.add(in_group, LONG(at * BYTES_A_CHUNK)))
+            if self.rows > 1:
+                self.code.fetch(self.code.after(place, AHEAD))
+            return self.code.load(place, BYTES)
 
         if bits == 8:
             return [load(chunk), load(chunk + 1)]
