@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llamita.backend.interface import ScheduledChunk
 from llamita.backend.torch.infer.kernels.blocked import BlockedWeight
-from llamita.backend.torch.infer.kernels.products import COMPILED, FOUR, ONE, call, linear
+from llamita.backend.torch.infer.kernels.products import COMPILED, FOUR, INSIDE, ONE, call, linear
 from llamita.backend.torch.infer.kernels.simd import LANES, Static, target
 from llamita.backend.torch.infer.kernels.threads import parallel
 from llamita.backend.torch.infer.kernels.vectors import (
@@ -60,7 +60,7 @@ def pointer(typing_context: Any, address: Any) -> Any:
     return types.voidptr(types.int64), generate
 
 
-@njit(**COMPILED)
+@njit(**INSIDE)
 def floats_at(address, size):
     """Returns the float32 array of so many numbers at an address; an empty one at 0."""
     return carray(pointer(address), (size if address else 0,), np.float32)
@@ -97,7 +97,7 @@ def _weight_at(form, record):
     return found
 
 
-@njit(**COMPILED)
+@njit(**INSIDE)
 def norm(code, x, at, weight, eps, y):
     """Puts the numbers of x from `at` on, divided by their root mean square and scaled, into their places in y."""
     size = weight.size
@@ -107,14 +107,14 @@ def norm(code, x, at, weight, eps, y):
         y[at + i] = x[at + i] * factor * weight[i]
 
 
-@njit(**COMPILED)
+@njit(**INSIDE)
 def norm_rows(first, last, code, x, weight, eps, y):
     """Puts rows `first` to `last` - 1 through a norm."""
     for row in range(first, last):
         norm(code, x, row * weight.size, weight, eps, y)
 
 
-@njit(**COMPILED)
+@njit(**INSIDE)
 def normed(threads, code, x, weight, eps, rows):
     """Returns rows (R, D) through a norm; flat."""
     y = np.empty(x.size, np.float32)
@@ -122,7 +122,7 @@ def normed(threads, code, x, weight, eps, rows):
     return y
 
 
-@njit(**COMPILED)
+@njit(**INSIDE)
 def rotate(x, at, cos, sin, turn, E):
     """Turns the pairs (i, i + E) of one head in place."""
     for i in range(E):
@@ -132,7 +132,7 @@ def rotate(x, at, cos, sin, turn, E):
         x[at + E + i] = second * c + first * s
 
 
-@njit(**COMPILED)
+@njit(**INSIDE)
 def place_heads(first, last, code, kind, heads, bias, turned, sizes, keys, values, slots):
     """Adds biases to the heads of rows `first` to `last` - 1, norms and rotates queries and keys, and puts keys and
     values into the cache."""
@@ -154,7 +154,7 @@ def place_heads(first, last, code, kind, heads, bias, turned, sizes, keys, value
         save(code, kind, values, slots[row] * K * H, heads, begin + (N + K) * H, K * H)
 
 
-@njit(**COMPILED)
+@njit(**INSIDE)
 def attend(first, last, code, kind, heads, sizes, scale, keys, values, table, mixed):
     """Mixes the values that a query sees, for queries `first` to `last` - 1 of all rows' heads.
 
@@ -170,7 +170,7 @@ def attend(first, last, code, kind, heads, sizes, scale, keys, values, table, mi
         query += end - head
 
 
-@njit(**COMPILED)
+@njit(**INSIDE)
 def attend_row(row, first, last, code, kind, heads, sizes, scale, keys, values, table, mixed):
     """Mixes the values that query heads `first` to `last` - 1 of a row see.
 
@@ -219,13 +219,13 @@ def attend_row(row, first, last, code, kind, heads, sizes, scale, keys, values, 
             position, slot = position + 1, slot + 1
 
 
-@njit(**COMPILED)
+@njit(**INSIDE)
 def run(blocks, begin, position, stop, size):
     """Returns the end of the positions that lie side by side from one on, and the slot of that one."""
     return min(stop, position - position % size + size), blocks[begin + position // size] * size + position % size
 
 
-@njit(**COMPILED)
+@njit(**INSIDE)
 def row_places(chunks, blocks, windows, size, rows):
     """Returns the position of each row; and for each group and row its slot, where the blocks of its sequence begin,
     and the first position that it sees (G, 3, R)."""
@@ -243,7 +243,7 @@ def row_places(chunks, blocks, windows, size, rows):
     return places, of_groups
 
 
-@njit(**COMPILED)
+@njit(**INSIDE)
 def empty_begun(chunks, blocks, group, size, items, keys, values):
     """Puts zeros into the blocks of a layer that the chunks begin and do not fill; a position has so many numbers.
 
@@ -258,7 +258,7 @@ def empty_begun(chunks, blocks, group, size, items, keys, values):
                 values[place] = 0
 
 
-@njit(**COMPILED)
+@njit(**INSIDE)
 def gate_rows(first, last, code, gate_up, C, gated):
     """Gates vectors `first` to `last` - 1 of all rows."""
     in_row = C // LANES

@@ -15,7 +15,7 @@ from numba import njit
 from torch import Tensor
 
 from llamita.backend.torch.infer.kernels.instructions import Instructions
-from llamita.backend.torch.infer.kernels.products import COMPILED, call
+from llamita.backend.torch.infer.kernels.products import COMPILED, INSIDE, call
 from llamita.backend.torch.infer.kernels.simd import LANES, target
 from llamita.backend.torch.infer.kernels.threads import parallel
 from llamita.backend.torch.infer.kernels.vectors import exponentials
@@ -31,26 +31,26 @@ MARGIN = 1.001
 """By what float32's rounding of e^(score - largest), for exponents down to -87, is more than made up for."""
 
 
-@njit(**COMPILED)
+@njit(**INSIDE)
 def random_bits(code_of_id, first_key, second_key):
     """Returns the 52 random bits of an id, as `GumbelNoise` has them."""
     bits = (code_of_id ^ first_key) * second_key
     return ((bits ^ ((bits >> 32) & LOW_32)) * MULTIPLIER >> 12) + HALF
 
 
-@njit(**COMPILED)
+@njit(**INSIDE)
 def noise(bits):
     """Returns -ln(-ln(u)) for u halfway between two of 2^52 steps."""
     return -math.log(-math.log((bits + 0.5) * 2.0**-52))
 
 
-@njit(**COMPILED)
+@njit(**INSIDE)
 def rest(bits):
     """Returns 1 - u in steps of 2^-31, rounded down."""
     return np.float32(np.int32(LOW_31 - (bits >> 21)))
 
 
-@njit(**COMPILED)
+@njit(**INSIDE)
 def draw_parts(first, last, code, scores, width, codes, keys, values, ids):
     """Finds the largest score + noise, and its id, of each of parts `first` to `last` - 1 of rows of `width` scores."""
     parts = values.size // (scores.size // width)

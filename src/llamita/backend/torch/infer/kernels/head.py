@@ -9,7 +9,7 @@ from numba import njit
 from torch import Tensor
 
 from llamita.backend.torch.infer.kernels.blocked import BlockedWeight
-from llamita.backend.torch.infer.kernels.products import COMPILED, call, linear
+from llamita.backend.torch.infer.kernels.products import COMPILED, INSIDE, call, linear
 from llamita.backend.torch.infer.kernels.simd import LANES, target
 from llamita.backend.torch.infer.kernels.threads import parallel
 from llamita.backend.torch.infer.kernels.vectors import exponentials, largest
@@ -18,7 +18,7 @@ PART = 1024
 """Logits that are looked through at a time: a multiple of a vector."""
 
 
-@njit(**COMPILED)
+@njit(**INSIDE)
 def look_through(first, last, code, y, width, n_out, best, places, totals):
     """Finds the largest of each of parts `first` to `last` - 1, its place in its row, and the sum of e^(y - largest),
     which takes the place of the logits."""

@@ -34,6 +34,8 @@ def _can_keep() -> bool:
 
 
 COMPILED: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False, "cache": _can_keep()}
+INSIDE: dict[str, Any] = {**COMPILED, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+"""For functions that compiled ones alone call: there is less to compile."""
 
 ONE, TWO, FOUR, SIX, EIGHT = Static(1), Static(2), Static(4), Static(6), Static(8)
 GROUPS_ALONE = 512
@@ -83,7 +85,7 @@ def _tile_of_many(code, form):
     return lambda code, form: (ONE, 1, SIX, 6)
 
 
-@njit(**COMPILED)
+@njit(**INSIDE)
 def multiply_row(first, last, code, form, y, width, w, s, m, x, xs, sums, n_in):
     """Multiplies one row by blocks `first` to `last` - 1."""
     blocks, step = tile_alone(form)
@@ -96,7 +98,7 @@ def multiply_row(first, last, code, form, y, width, w, s, m, x, xs, sums, n_in):
         block += 1
 
 
-@njit(**COMPILED)
+@njit(**INSIDE)
 def multiply_rows(first, last, code, form, y, width, w, s, m, x, xs, sums, rows, n_in):
     """Multiplies all rows by blocks `first` to `last` - 1."""
     blocks, step, most, at_once = tile_of_many(code, form)
@@ -109,7 +111,7 @@ def multiply_rows(first, last, code, form, y, width, w, s, m, x, xs, sums, rows,
         block += 1
 
 
-@njit(**COMPILED)
+@njit(**INSIDE)
 def move_past(code, form, blocks, most, at_once, y, width, w, s, m, block, x, xs, sums, rows, n_in):
     """Multiplies all rows by the blocks of one tile."""
     row = 0
@@ -135,21 +137,23 @@ def prepared(threads: int, code: Static, form: Static, x: np.ndarray) -> Any:
 @overload(prepared)
 def _prepared(threads, code, form, x):
     if form.value.in_bytes:
-        return _in_bytes
-    return _in_bfloat16 if rounds_activations(form.value, code.value.instructions) else _as_they_are
+        return lambda threads, code, form, x: in_bytes(threads, code, x)
+    if rounds_activations(form.value, code.value.instructions):
+        return lambda threads, code, form, x: in_bfloat16(threads, x)
+    return lambda threads, code, form, x: (x, np.empty(0, np.float32), np.empty(0, np.int32))
 
 
-def _as_they_are(threads, code, form, x):
-    return x, np.empty(0, np.float32), np.empty(0, np.int32)
-
-
-def _in_bfloat16(threads, code, form, x):
+@njit(**INSIDE)
+def in_bfloat16(threads, x):
+    """Returns activations as the bits of bfloat16; no scales and no sums."""
     bits, halves = x.view(np.uint32), np.empty(x.size, np.uint16)
     parallel(round_to_bfloat16, threads if x.size > GROUPS_ALONE * GROUP else 1, x.size, (bits, halves))
     return halves, np.empty(0, np.float32), np.empty(0, np.int32)
 
 
-def _in_bytes(threads, code, form, x):
+@njit(**INSIDE)
+def in_bytes(threads, code, x):
+    """Returns activations as bytes, with their scales and their sums."""
     groups = x.size // GROUP
     rounded, scales = np.empty(x.size, np.int8), np.empty(groups, np.float32)
     sums = np.empty(x.size // SUMMED, np.int32)
@@ -157,7 +161,7 @@ def _in_bytes(threads, code, form, x):
     return rounded, scales, sums
 
 
-@njit(**COMPILED)
+@njit(**INSIDE)
 def round_to_bfloat16(first, last, bits, halves):
     """Rounds float32, given as its bits, to the nearest bfloat16, to the even one where two are as near."""
     for place in range(first, last):
@@ -166,7 +170,7 @@ def round_to_bfloat16(first, last, bits, halves):
         halves[place] = np.uint16((word + up) >> np.uint32(16))
 
 
-@njit(**COMPILED)
+@njit(**INSIDE)
 def round_groups(first, last, code, x, rounded, scales, sums):
     """Rounds groups `first` to `last` - 1 of the activations."""
     for group in range(first, last):
@@ -188,7 +192,7 @@ def linear(threads, code, x, rows, weight):
     return y
 
 
-@njit(**COMPILED)
+@njit(**INSIDE)
 def look_up(first, last, code, form, w, s, m, rows, n_in, found):
     """Puts rows `first` to `last` - 1 of those wanted of a weight into `found`, float32 (R, I), flat."""
     block = np.empty(n_in * LANES, np.float32)
