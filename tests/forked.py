@@ -1,17 +1,25 @@
-"""`llamita` and `python -c` as programs that need not import: each call is a process, without the seconds for imports.
+"""`llamita`, `python` and `torchrun` as programs that need not import: each call is a process, without the seconds for
+imports.
 
 A server imports what the verbs need, and so the framework, once; for each call it forks. The new process has the
-arguments, the working directory and the very stdin, stdout and stderr of its caller, nothing of another call, and ends
-as Python ends. `programs` writes a `llamita` and a `python` that ask the server; put in front of the PATH, a shell
-finds them. They run the real ones where a call's environment is another than the server's, which imports have read.
+arguments, the working directory and the very stdin, stdout and stderr of its caller, and nothing of another call.
+It ends as Python ends, save that its objects are left to the system: taking them apart one by one would write to, and
+so copy, every page of memory that the process shares with the server.
+`programs` writes the programs, which ask the server; put in front of the PATH, a shell finds them. They run the real
+ones where a call's environment is another than the server's, which imports have read. A Python that a call starts as
+`sys.executable` is such a program too.
 """
 
 import ast
+import atexit
 import contextlib
 import gc
 import importlib
+import itertools
 import json
 import os
+import re
+import runpy
 import select
 import shlex
 import signal
@@ -19,18 +27,22 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 LEFT_OUT = ("lm_eval_adapter", "peers")
 """Modules that import another package with threads of its own; few calls need them."""
-VARYING = ("PWD", "OLDPWD", "SHLVL", "_", "PATH")
-"""Variables of a shell, which no import reads; they may differ from the server's."""
+VARYING = re.compile(
+    "PWD|OLDPWD|SHLVL|_|PATH|PYTHONDONTWRITEBYTECODE"
+    "|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|TORCH_NCCL_.*"
+)
+"""Variables of a shell and of torchrun, which no import reads; they may differ from the server's."""
 CHOSEN_LATER = (
     *("llamita.backend.torch.backend", "torch.fx.experimental.symbolic_shapes", "torch.utils._device"),
     *("tyro", "typeguard", "rich.table", "matplotlib.backends.backend_agg", "matplotlib.figure", "PIL.Image"),
-    *("numba.typed", "scipy.linalg"),
+    *("numba.typed", "scipy.linalg", "torch.distributed.run"),
     *(f"llamita.backend.torch.infer.kernels.{name}" for name in ("products", "head", "decode")),
 )
 """What verbs import beside what their own files name, where it is installed."""
@@ -63,11 +75,12 @@ def programs(directory: Path, environment: Mapping[str, str]) -> Iterator[Path]:
     if sys.platform != "linux":  # elsewhere frameworks do not outlive a fork
         yield made
         return
-    for name, real in (("llamita", str(Path(sys.executable).with_name("llamita"))), ("python", sys.executable)):
+    for name in ("llamita", "torchrun", "python"):
+        real = sys.executable if name == "python" else str(Path(sys.executable).with_name(name))
         (made / name).write_text(PROGRAM.format(python=sys.executable, real=real, address=address))
         (made / name).chmod(0o755)
     server = subprocess.Popen(
-        [sys.executable, "-P", __file__, address],
+        [sys.executable, "-P", __file__, address, str(made / "python")],
         env=dict(environment),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -85,7 +98,7 @@ def programs(directory: Path, environment: Mapping[str, str]) -> Iterator[Path]:
         server.communicate()
 
 
-def main(address: str) -> int:
+def main(address: str, python: str) -> int:
     """Serves calls, and never returns in the server; in the process of a call, returns its exit status."""
     import_what_verbs_import()
     for name in CHOSEN_LATER:
@@ -124,23 +137,47 @@ def main(address: str) -> int:
         os.close(file)
     sys.stdout.reconfigure(line_buffering=os.isatty(1))
     os.chdir(directory)
-    os.environ.update({name: environment[name] for name in VARYING if name in environment})
+    os.environ.update({name: value for name, value in environment.items() if VARYING.fullmatch(name)})
+    sys.dont_write_bytecode = bool(environment.get("PYTHONDONTWRITEBYTECODE"))
+    sys.executable = python
     return call(program, arguments)
 
 
 def call(program: str, arguments: list[str]) -> int:
-    """Does what a program does in a process of its own; returns its exit status."""
-    if program == "python":
-        option, code, *rest = arguments
-        assert option == "-c", f"expected python -c, got: python {shlex.join(arguments)}"
-        sys.argv, sys.path = ["-c", *rest], ["", *sys.path]
-        module = sys.modules["__main__"] = types.ModuleType("__main__")
-        exec(compile(code, "<string>", "exec"), vars(module))
-        return 0
-    from llamita.cli.main import main as llamita
-
+    """Does what a program does in a process of its own; returns its exit status, or raises SystemExit with it."""
     sys.argv = [program, *arguments]
-    return llamita()
+    if program == "llamita":
+        from llamita.cli.main import main as llamita
+
+        return llamita()
+    if program == "torchrun":
+        from torch.distributed.run import main as torchrun
+
+        torchrun()
+        return 0
+    options = list(itertools.takewhile(("-P", "-u").__contains__, arguments))
+    kind, what, *rest = arguments[len(options) :]
+    assert kind in ("-c", "-m"), f"expected python -c or -m, got: python {shlex.join(arguments)}"
+    if "-P" not in options:
+        sys.path.insert(0, "" if kind == "-c" else os.getcwd())
+    if "-u" in options:
+        sys.stdout.reconfigure(write_through=True)
+    sys.argv = [kind, *rest]
+    if kind == "-m":
+        sys.modules.pop(what, None)
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        module = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(what, "<string>", "exec"), vars(module))
+    return 0
+
+
+def end(status: int) -> None:
+    """Ends a process as Python does, but for taking its objects apart."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def received(caller: socket.socket) -> tuple[str, list[str], str, dict[str, str], list[int]]:
@@ -154,7 +191,7 @@ def received(caller: socket.socket) -> tuple[str, list[str], str, dict[str, str]
 
 
 def same(environment: Mapping[str, str], own: Mapping[str, str]) -> bool:
-    first, second = ({k: v for k, v in given.items() if k not in VARYING} for given in (environment, own))
+    first, second = ({k: v for k, v in given.items() if not VARYING.fullmatch(k)} for given in (environment, own))
     return first == second
 
 
@@ -181,4 +218,10 @@ def _import(module: str, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    try:
+        status = main(*sys.argv[1:])
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            raise
+        status = stop.code or 0
+    end(status)
