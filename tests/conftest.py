@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -22,6 +23,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # No timing decides a test.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+# Modules and tests stay to the end; see pytest_collection_finish.
+gc.disable()
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -47,3 +51,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if processes:
         long = {item for item in items if any(map(item.get_closest_marker, ("medium", "slow")))}
         items[:] = long_first(items, processes, lambda item: item.path, long.__contains__)
+
+
+def pytest_collection_finish() -> None:
+    """Spares the collector of garbage all that is there when the tests begin; it takes seconds to look through that."""
+    gc.freeze()
+    gc.enable()
