@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests import peak
 from tests.backend import frameworks
 from tests.ordering import long_first
 
@@ -19,6 +20,8 @@ if not torch.cuda.is_available():
 # A shell that starts the tests in the background has Ctrl-C ignored, which every program below would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+peak.measure_briefly()
 
 # No timing decides a test.
 settings.register_profile("untimed", deadline=None)
