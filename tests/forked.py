@@ -57,10 +57,10 @@ with socket.socket(socket.AF_UNIX) as server:
     files = array.array("i", [0, 1, 2])
     server.sendmsg([struct.pack("!I", len(call))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
     server.sendall(call)
-    status = server.recv(4)
-if not status:
-    os.execv(real, [real, *sys.argv[1:]])
-os._exit(struct.unpack("!i", status)[0])
+    if not server.recv(4):
+        os.execv(real, [real, *sys.argv[1:]])
+    status, = struct.unpack("!i", server.recv(4))
+os._exit(status if status >= 0 else 128 - status)  # as a shell tells it
 """
 
 
@@ -99,6 +99,49 @@ def programs(directory: Path, environment: Mapping[str, str]) -> Iterator[Path]:
         server.communicate()
 
 
+class Call:
+    """A call without a program that asks for it, as `subprocess.Popen` gives it: `pid` is that of the process itself.
+
+    What it writes to stdout and stderr comes together, in `communicate`; to stdin it has nothing.
+    """
+
+    def __init__(self, programs: Path, environment: Mapping[str, str], program: str, arguments: list[str]) -> None:
+        self.returncode: int | None = None
+        self._server = socket.socket(socket.AF_UNIX)
+        self._server.connect(str(programs.with_name("socket")))
+        call = json.dumps([program, arguments, os.getcwd(), dict(environment)]).encode()
+        output, written = os.pipe()
+        with open(os.devnull) as nothing, open(written, "wb") as file:
+            files = [nothing.fileno(), file.fileno(), file.fileno()]
+            socket.send_fds(self._server, [struct.pack("!I", len(call))], files)
+            self._server.sendall(call)
+            (self.pid,) = struct.unpack("!i", self._server.recv(4))
+        self._output = open(output, encoding="utf-8")  # noqa: SIM115 (it is read to its end later)
+
+    def poll(self, timeout: float | None = 0.0) -> int | None:
+        """Returns its exit status, minus the number of a signal that ended it, or None where it runs on."""
+        if self.returncode is None and select.select([self._server], [], [], timeout)[0]:
+            with self._server:
+                (self.returncode,) = struct.unpack("!i", self._server.recv(4))
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        """Returns what it wrote, once it has ended. TimeoutError where it has not after so many seconds."""
+        text: list[str] = []
+        reader = threading.Thread(target=lambda: text.append(self._output.read()), daemon=True)
+        reader.start()
+        if self.poll(timeout) is None:
+            self.send_signal(signal.SIGKILL)
+            raise TimeoutError(f"process {self.pid} has not ended after {timeout} seconds")
+        reader.join()
+        self._output.close()
+        return text[0], None
+
+
 def main(address: str, python: str) -> int:
     """Serves calls, and never returns in the server; in the process of a call, returns its exit status."""
     import_what_verbs_import()
@@ -122,6 +165,8 @@ def main(address: str, python: str) -> int:
                     caller.close()
                 elif child := os.fork():
                     callers[child] = caller
+                    with contextlib.suppress(BrokenPipeError):
+                        caller.sendall(struct.pack("!i", child))
                 else:
                     break
                 for file in files:
@@ -130,8 +175,7 @@ def main(address: str, python: str) -> int:
                 found, status = os.waitpid(child, os.WNOHANG)
                 if found:
                     with callers.pop(child) as caller, contextlib.suppress(BrokenPipeError):
-                        code = os.waitstatus_to_exitcode(status)
-                        caller.sendall(struct.pack("!i", code if code >= 0 else 128 - code))  # as a shell tells it
+                        caller.sendall(struct.pack("!i", os.waitstatus_to_exitcode(status)))
     for other in (caller, *callers.values()):
         other.close()
     for number, file in enumerate(files):

@@ -88,3 +88,25 @@ def test_a_process_that_a_signal_ends_has_its_status(programs: Path, environment
     code = "import os; os.kill(os.getpid(), 9)"
     done = subprocess.run(["bash", "-c", f"{programs}/python -c '{code}'"], env=environment)
     assert done.returncode == 137
+
+
+def test_a_call_without_a_program_is_a_process_that_can_be_asked_signalled_and_read(
+    programs: Path, environment: dict[str, str]
+) -> None:
+    code = "import os, sys, time\nprint(os.getpid(), flush=True)\nprint('to stderr', file=sys.stderr)\n"
+    call = forked.Call(programs, environment, "python", ["-c", f"{code}sys.exit(7)"])
+    assert call.communicate(60) == (f"{call.pid}\nto stderr\n", None)
+    assert call.poll() == call.returncode == 7
+    call.send_signal(9)  # it has ended: nobody is killed
+
+    call = forked.Call(programs, environment, "python", ["-c", f"{code}time.sleep(600)"])
+    assert call.poll() is None
+    call.send_signal(9)
+    assert call.poll(60) == -9
+    with pytest.raises(ProcessLookupError):
+        os.kill(call.pid, 0)
+
+    call = forked.Call(programs, environment, "python", ["-c", "import time; time.sleep(600)"])
+    with pytest.raises(TimeoutError, match=r"has not ended after 0\.1 seconds"):
+        call.communicate(0.1)
+    assert call.poll(60) == -9
