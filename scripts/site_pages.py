@@ -2,7 +2,8 @@
 
 A page of docs/ may link to any file of the repository, as `../src/llamita/cli/main.py`. For the site each such file
 becomes a page below files/: Markdown as it reads, anything else as numbered lines; a folder becomes a list of files.
-The pages in docs/ stay as they are, so that their links work where files are viewed too.
+The pages in docs/ stay as they are, so that their links work where files are viewed too. A lesson of a course links to
+definitions of the library (learn/links.py): on the site, to their first lines.
 
 Two more things are not as MkDocs reads them. A fence may have words behind its language ("sh no-run", for
 tests/test_readme.py), which would make it text; they are left out. And in a table a bar inside code is written `\\|`,
@@ -20,7 +21,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from llamita.learn import track
+from llamita.learn import links, track
 from llamita.learn.figures import drawn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +35,7 @@ CODE = re.compile(r"`[^`]+`")
 NAMED_TEST = re.compile(
     r'<a href="(?P<page>[^"#]*\.html)">(?P<text>(?:<code>)?[^<]*::(?P<function>\w+)(?:</code>)?)</a>'
 )
+LINE = re.compile(r'<a id="(line-0-\d+)"')
 LANGUAGES = {".py": "python", ".html": "html", ".js": "javascript", ".css": "css", ".toml": "toml", ".json": "json"}
 
 
@@ -68,7 +70,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Leads a link that names a test, as `test_config.py::test_a_head`, to its line."""
+    """Leads a link that names a test, as `test_config.py::test_a_head`, to its line; tells MkDocs a file's lines."""
 
     def to_line(link: re.Match[str]) -> str:
         uri = posixpath.normpath(posixpath.join(posixpath.dirname(page.file.dest_uri), link["page"]))
@@ -76,6 +78,8 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
         line = definition(name, link["function"]) if uri.startswith(f"{FILES}/") else None
         return link[0] if line is None else f'<a href="{link["page"]}#line-0-{line}">{link["text"]}</a>'
 
+    assert page.present_anchor_ids is not None
+    page.present_anchor_ids |= set(LINE.findall(html))  # the highlighter's, which MkDocs does not look for
     return NAMED_TEST.sub(to_line, html)
 
 
@@ -83,10 +87,13 @@ def rewritten(markdown: str, name: str, uri: str) -> Iterator[tuple[bool, str]]:
     """Yields each line of the repository's file `name` as the page `uri` has it, and whether it is inside a fence."""
 
     def led(link: re.Match[str]) -> str:
-        target = target_of(name, link[2])
+        target, place = target_of(name, link[2]), link[3]
         if target is None:
             return link[0]
-        return f"{link[1]}{posixpath.relpath(page_uri(target), posixpath.dirname(uri) or '.')}{link[3]}"
+        if link[2].startswith("PACKAGE/"):
+            found = links.definition(link[2].removeprefix("PACKAGE/"), place.strip("#)"))
+            place = f"#line-0-{found.lines[0]})"
+        return f"{link[1]}{posixpath.relpath(page_uri(target), posixpath.dirname(uri) or '.')}{place}"
 
     for fenced, line in lines_of(markdown):
         if fenced:

@@ -12,6 +12,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from llamita.learn import track
+from llamita.learn.links import LINK
 from tests.test_readme import blocks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,6 +94,22 @@ def test_the_source_that_a_page_names_is_on_the_site(site: Path) -> None:
     assert len(named) > 100
     for name, line, function in named:
         assert f"def {function}(" in (ROOT / name).read_text("utf-8").splitlines()[int(line) - 1]
+
+
+@pytest.mark.medium
+def test_links_of_lessons_lead_to_the_lines_of_definitions(site: Path) -> None:
+    for name in track.names():
+        found = track.find(name)
+        for lesson in found.lessons:
+            page = site / f"files/src/llamita/learn/tracks/{found.directory.name}/lessons/{lesson.name}.html"
+            links = re.findall(r'href="([^"#]+)\.html#line-0-(\d+)">', page.read_text("utf-8"))
+            named = [link["name"].split(".")[-1] for link in LINK.finditer(lesson.text)]
+            assert len(links) == len(named) > 0, lesson.name
+            for (file, line), word in zip(links, named, strict=True):
+                source = (page.parent / file).resolve().relative_to((site / "files").resolve())
+                lines = (ROOT / source).read_text("utf-8").splitlines()[int(line) - 1 :]
+                statement = next(text for text in lines if not text.strip().startswith("@"))
+                assert re.match(rf"\s*(?:(?:async )?def |class )?{word}\b", statement), (lesson.name, word)
 
 
 @pytest.mark.medium

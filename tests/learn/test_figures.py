@@ -40,6 +40,8 @@ def test_lessons_show_the_figures_that_there_are(name: str) -> None:
     for lesson in found.lessons:
         lines = [line for line in lesson.text.splitlines() if "![" in line]
         assert len(lines) == len(shown_in(lesson)), "a line that shows a figure holds nothing else"
+        for _, caption, _ in divided(lesson.text):
+            assert not caption[:1].islower(), caption
 
 
 def test_each_lesson_of_min_llama_has_its_figure() -> None:
@@ -104,7 +106,7 @@ def test_a_page_holds_the_figures(figures: dict[str, str]) -> None:
     assert page(TRACK, results, {}).count("<figure><figcaption>") == 8
     assert "<script" not in text
     assert "img-src data:" in text
-    for lesson, entry in zip(TRACK.lessons, text.split("<details")[1:], strict=True):
+    for lesson, entry in zip(TRACK.lessons, re.split(r"<details(?: open)?>", text)[1:], strict=True):
         assert entry.index("<strong>The idea.</strong>") < entry.index("<figure>")
         assert entry.index("</figure>") < entry.index("<strong>The exercise.</strong>"), lesson.name
 

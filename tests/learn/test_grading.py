@@ -1,5 +1,6 @@
 """Grading in a process of its own: what a reader's code does to it, the limits, and the commands of `llamita learn`."""
 
+import re
 import shutil
 import time
 from pathlib import Path
@@ -118,17 +119,20 @@ def test_a_model_with_another_theta_is_held_too(tools: Tools, tmp_path: Path) ->
     assert differences[1] > 1e-3
 
 
-def test_links_of_lessons_lead_to_files() -> None:
-    for lesson in TRACK.lessons:
-        targets = [part.split(")")[0] for part in lesson.text.split("](")[1:]]
+def test_a_lesson_of_a_started_course_names_its_check_and_its_file(started: Path) -> None:
+    for number, lesson in enumerate(TRACK.lessons, 1):
+        text = (started / "lessons" / f"{number}-{lesson.name}.md").read_text("utf-8")
+        targets = [part.split(")")[0] for part in text.split("](")[1:]]
         targets = [target for target in targets if not target.endswith(".svg")]
         assert targets
         for target in targets:
             assert target.startswith("file://")
-            assert Path(url2pathname(target.removeprefix("file://"))).is_file(), target
-        assert "**Try.**" in lesson.text
-        assert f"llamita learn check {lesson.name}" in lesson.text
-        assert f"`{lesson.file}`" in lesson.text or lesson.name == "model"
+            path, lines = target.removeprefix("file://").split("#")
+            assert Path(url2pathname(path)).is_file(), target
+            assert re.fullmatch(r"L\d+-L\d+", lines)
+        assert "**Try.**" in text
+        assert f"llamita learn check {lesson.name}" in text
+        assert f"`{lesson.file}`" in text or lesson.name == "model"
 
 
 def test_code_that_ends_its_process_or_never_ends_is_an_error_and_the_rest_is_graded(directory: Path) -> None:
@@ -179,7 +183,7 @@ def test_a_page_has_the_lessons_and_what_was_found() -> None:
     assert "<strong>the weight is left out</strong>; see equation 4" in text
     assert text.count('<li class="passed">') == 10
     assert "<script" not in text
-    assert text.count('<a href="file://') == sum(lesson.text.count("](file://") for lesson in TRACK.lessons)
+    assert text.count('<a href="file://') == sum(lesson.text.count("](PACKAGE/") for lesson in TRACK.lessons)
 
 
 @pytest.mark.medium

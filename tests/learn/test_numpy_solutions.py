@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.request import url2pathname
 
 import numpy as np
 import pytest
@@ -276,16 +275,12 @@ def test_no_framework_is_imported_where_the_numpy_track_is_graded(tmp_path: Path
 
 
 @pytest.mark.parametrize("graded", [NUMPY, Graded("adapters", "torch")], ids=["numpy", "adapters"])
-def test_lessons_have_checks_links_and_figures(graded: Graded) -> None:
+def test_lessons_have_checks_and_figures(graded: Graded) -> None:
     named = [name for lesson in graded.track.lessons for name in lesson.checks]
     assert named == list(graded.grader.checks)
     figures = graded.module("figures").FIGURES
     shown = set()
     for lesson in graded.track.lessons:
-        targets = [part.split(")")[0] for part in lesson.text.replace("![", "").split("](file:")[1:]]
-        assert targets
-        for target in targets:
-            assert Path(url2pathname(target.removeprefix("//"))).exists(), target
         for part in ("**The idea.**", "**The exercise.**", "**The check.**", "**In Llamita.**", "**Try.**"):
             assert part in lesson.text, (lesson.name, part)
         assert f"llamita learn check {lesson.name}" in lesson.text

@@ -7,7 +7,7 @@ Letters beyond the usual: R rows, E entries (a row and an id), W words of 32 bit
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,8 +19,7 @@ NONE_LEFT = "no token may come next: the banned tokens and the grammar leave non
 NOT_FINITE = "the model's logits are not finite; its weights hold NaN or infinity, or overflow this dtype"
 
 
-@dataclass(frozen=True)
-class Steps:
+class Steps(NamedTuple):
     """The steps of sampling that some rows have in common. `changed`: logits are biased or ids excluded."""
 
     greedy: bool

@@ -8,7 +8,7 @@ Deliberately knows no tensor and no framework: runner and drafter are passed in.
 import secrets
 import time
 import warnings
-from collections import abc
+from collections import Counter, abc
 from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
@@ -47,7 +47,9 @@ class Engine:
         self._runner, self._tokenizer, self._drafter = runner, tokenizer, drafter
         self.adapters = frozenset(adapters)
         self._eos = frozenset(runner.config.eos_token_ids if eos_token_ids is None else eos_token_ids)
-        self._windows = [runner.config.window(layer) for layer in range(runner.config.num_hidden_layers)]
+        windows = Counter(map(runner.config.window, range(runner.config.num_hidden_layers)))
+        self._shares = [(window, count / windows.total()) for window, count in windows.items()]
+        """Each window, 0 for none, with the share of layers that have it."""
         layout = cache_layout(runner, self.config)
         begun = time.perf_counter()
         self._memory = runner.allocate(layout, self.config.max_sequences if self.config.warm_up else 0)
@@ -284,7 +286,7 @@ class Engine:
             statistics.prefill_seconds += seconds
             return
         statistics.decode_seconds += seconds
-        held = sum(min(chunk.end, window or chunk.end) for window in self._windows) / len(self._windows)
+        held = sum(share * min(chunk.end, window or chunk.end) for window, share in self._shares)
         statistics.decode_bytes += self._runner.weight_bytes + round(self._runner.kv_bytes_per_token * held)
 
     def _grammars_of_tokenizer(self) -> Grammars:

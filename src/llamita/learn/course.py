@@ -13,6 +13,7 @@ import numpy as np
 
 from llamita.data import meadow
 from llamita.data.prepare import PrepareConfig, prepare
+from llamita.learn import links
 from llamita.learn import track as tracks
 from llamita.learn.figures import LINE, divided, drawn
 from llamita.learn.track import Lesson, Track
@@ -57,7 +58,8 @@ def start(directory: Path, track: Track, framework: str, model: Path | None, ste
             (folder / name).write_text(text, "utf-8")
         (folder / LESSONS).mkdir()
         for number, lesson in enumerate(track.lessons, 1):
-            (folder / LESSONS / f"{number}-{lesson.name}.md").write_text(lesson.text, "utf-8")
+            text = links.led(lesson.text, lambda found: found.uri)
+            (folder / LESSONS / f"{number}-{lesson.name}.md").write_text(text, "utf-8")
         for name, figure in drawn(track).items():
             (folder / LESSONS / f"{name}.svg").write_text(figure, "utf-8")
         (folder / COURSE_FILE).write_text(json.dumps({"track": track.name, "framework": framework}) + "\n", "utf-8")
@@ -84,14 +86,28 @@ def opened(directory: Path) -> Course:
 
 
 def as_printed(course: Course, lesson: Lesson) -> str:
-    """Returns a lesson's text for a terminal: a figure is its caption and the path of its file, where that is there."""
+    """Returns a lesson's text for a terminal.
+
+    A figure is its caption and the path of its file, where that is there. Links are their words; files and lines of
+    what they lead to stand below their paragraph.
+    """
 
     def said(line: re.Match[str]) -> str:
         path = course.directory / LESSONS / f"{line['name']}.svg"
         caption = textwrap.fill(f"[Figure: {line['caption']}", 120)
         return caption + (f"\n {path}]" if path.is_file() else "]")
 
-    return LINE.sub(said, lesson.text)
+    parts = []
+    for text, definitions in links.divided(LINE.sub(said, lesson.text)):
+        if not definitions:
+            parts.append(text)
+            continue
+        before, gap, paragraph = text.rpartition("\n\n")
+        words = links.LINK.sub(r"\g<text>", paragraph)
+        parts += [before, gap, textwrap.fill(words, 120, break_long_words=False, break_on_hyphens=False), "\n"]
+        width = max(len(found.name) for found in definitions)
+        parts += [f"  {found.name:<{width}}  {found.path}:{found.lines[0]}\n" for found in definitions]
+    return "".join(parts)
 
 
 def figures(course: Course) -> dict[str, str]:

@@ -4,8 +4,8 @@ A track is a folder under tracks/ and needs no other file to be changed:
 
     track.toml          title, frameworks, the model that a folder is begun with, what to do at the end, and the lessons
                         in order: name, title, file, names of checks
-    lessons/NAME.md     the text of each lesson; links to PACKAGE/... lead to the installed library's files, and a line
-                        ![what one sees](NAME.svg) shows a figure
+    lessons/NAME.md     the text of each lesson; links to PACKAGE/FILE#NAME lead to definitions in the library's files
+                        (links.py), and a line ![what one sees](NAME.svg) shows a figure
     figures.py          FIGURES: by name, a function that draws into the matplotlib figure it is given; may be missing
     FRAMEWORK/          the reader's files with solutions in them, between "# to do: ..." and "# done"
     shared/             those of them that are the same in all frameworks
@@ -42,7 +42,7 @@ class Lesson:
     checks: tuple[str, ...]
     """Names of its checks in checks.py."""
     text: str
-    """Markdown."""
+    """Markdown; its links to the library name definitions, which links.py finds."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def find(name: str) -> Track:
             title=entry["title"],
             file=entry["file"],
             checks=tuple(entry["checks"]),
-            text=_with_links((directory / "lessons" / f"{entry['name']}.md").read_text("utf-8")),
+            text=(directory / "lessons" / f"{entry['name']}.md").read_text("utf-8"),
         )
         for entry in content["lessons"]
     )
@@ -128,8 +128,3 @@ def skeleton(text: str) -> str:
         parts += [text[position : begin.end()], f'{indent}raise NotImplementedError("not yet written")\n']
         position = end + len(f"\n{indent}# done\n")
     return "".join([*parts, text[position:]])
-
-
-def _with_links(text: str) -> str:
-    """Returns a lesson whose links to the library's files lead to where it is installed."""
-    return text.replace("](PACKAGE/", f"]({PACKAGE.as_uri()}/")

@@ -80,14 +80,6 @@ class PagedKVCache:
         pairs = zip(self.keys, self.values, strict=True)
         return np.array([(keys.data_ptr(), values.data_ptr()) for keys, values in pairs], dtype=np.int64)
 
-    def begin(self, chunks: Sequence[ScheduledChunk]) -> None:
-        """Empties the blocks that the chunks begin, in every layer."""
-        size, device = self.layout.block_size, self.keys[0].device
-        groups = range(len(self.specs))
-        begun = [_begun(chunks, [chunk.tables[group] for chunk in chunks], size, device) for group in groups]
-        for layer, group in enumerate(self.group_of_layer):
-            self.empty(layer, begun[group])
-
     def empty(self, layer: int, blocks_M: Tensor | None) -> None:
         """Puts zeros into blocks of a layer; None: into none."""
         if blocks_M is not None:

@@ -171,6 +171,7 @@ class TorchRunner:
         one_of_each = {weight.form: weight for weight in weights_held_in_blocks(self.model)}
         for weight in one_of_each.values():
             weight.multiply(torch.zeros(1, weight.n_in))
+        self.model.embedded(torch.zeros(1, 1, dtype=torch.int64))
         if self._decoder is not None:
             self._decoder.warm_up(cache)
         if self._greedy_head is not None:
@@ -254,7 +255,7 @@ class TorchRunner:
 
     def _logits(self, states: States[Tensor], rows: Sequence[int]) -> Tensor:
         """Returns logits (R, V) of some rows of the step."""
-        hidden_RD = self._hidden(states, rows)
+        hidden_RD = self._hidden(states, rows).to(self.dtype)
         if self.exact:
             hidden_RD = F.pad(hidden_RD, (0, 0, 0, -len(rows) % EXACT_ROWS))
         names = [states.adapters[row] for row in rows] + [None] * (len(hidden_RD) - len(rows))

@@ -90,12 +90,6 @@ def can_reorder(dtype: torch.dtype) -> bool:
         return False
 
 
-def looked_up(rows: HostArray, tokens_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the rows of some tokens, (B, T, D), out of an array or a file."""
-    x_XD = tensor_from_host(rows.rows(tokens_BT.reshape(-1).numpy())).to(dtype)
-    return x_XD.view(*tokens_BT.shape, -1)
-
-
 class ReorderedEmbedding(Embedding):
     """A table (V, D) that is the output head too: reordered, so that memory holds it once. `rows` is the array or the
     file in which tokens are looked up."""
@@ -111,26 +105,24 @@ class ReorderedEmbedding(Embedding):
         self.rows.forget(0, math.prod(self.rows.shape) * ITEM_BYTES[self.rows.dtype])
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        x_BTD = looked_up(self.rows, tokens_BT, self.dtype)
+        x_XD = tensor_from_host(self.rows.rows(tokens_BT.reshape(-1).numpy())).to(self.dtype)
         self._forget()
-        return x_BTD
+        return x_XD.view(*tokens_BT.shape, -1)
 
     def multiply(self, hidden_BTD: Tensor) -> Tensor:
         return linear(hidden_BTD, self.weight)
 
 
 class BlockedEmbedding(Embedding):
-    """A table (V, D) that is the output head too, in blocks. Tokens are looked up there or, with `rows`, in a file."""
+    """A table (V, D) that is the output head too, in blocks, where tokens are looked up as well."""
 
-    def __init__(self, kernel: KernelWeight, dtype: torch.dtype, rows: HostArray | None = None) -> None:
+    def __init__(self, kernel: KernelWeight, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
-        self.weight, self.kernel, self.dtype, self.rows = without_memory(kernel), kernel, dtype, rows
+        self.weight, self.kernel, self.dtype = without_memory(kernel), kernel, dtype
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         assert self.kernel is not None
-        if self.rows is None:
-            return self.kernel.rows(tokens_BT).to(self.dtype)
-        return looked_up(self.rows, tokens_BT, self.dtype)
+        return self.kernel.rows(tokens_BT).to(self.dtype)
 
     def multiply(self, hidden_BTD: Tensor) -> Tensor:
         assert self.kernel is not None
@@ -216,8 +208,7 @@ def _build_blocked(
         if isinstance(owner, Linear):
             owner.weight, owner.kernel, owner.product = without_memory(kernel), kernel, kernel.product
         else:
-            file = arrays[fused.name]
-            model.model.embed_tokens = BlockedEmbedding(kernel, dtype, file if kernel.form.in_bytes else None)
+            model.model.embed_tokens = BlockedEmbedding(kernel, dtype)
     return model
 
 

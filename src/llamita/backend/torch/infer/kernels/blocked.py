@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llamita.backend.torch.infer.kernels.gguf_blocks import SharedScales, unpacked
 from llamita.backend.torch.infer.kernels.instructions import Instructions
-from llamita.backend.torch.infer.kernels.products import call, linear
+from llamita.backend.torch.infer.kernels.products import call, linear, rows_of
 from llamita.backend.torch.infer.kernels.simd import LANES, Static, target
 from llamita.backend.torch.infer.kernels.tiles import GROUP, SHARED, Form, bias
 from llamita.backend.torch.memory import laid_out
@@ -138,18 +138,18 @@ class BlockedWeight:
         return values_OI
 
     def rows(self, wanted: Tensor) -> Tensor:
-        """Returns some rows (..., I) of a weight of floating-point numbers, or of int8 with a scale for each."""
-        assert not self.form.in_bytes or self.form.by_row, "rows of groups are not taken apart"
+        """Returns some rows (..., I) of `plain()`, as float32."""
         rows_R = wanted.numpy().reshape(-1)
         if rows_R.size and not 0 <= rows_R.min() <= rows_R.max() < self.n_out:
             raise IndexError(f"rows {wanted.tolist()} of {self.n_out}")
-        together = self.form.together
-        in_blocks = self.numbers.reshape(-1, self.n_in // together, LANES, together)
-        found = torch.from_numpy(in_blocks[rows_R // LANES, :, rows_R % LANES]).view(*wanted.shape, self.n_in)
-        if not self.form.in_bytes:
-            return found.view(FLOATS[self.form.numbers])
-        values = (found ^ bias(self.form, self.instructions)).view(torch.int8)
-        return values * self._floats(self.scales)[wanted][..., None].float()
+        found = self.look_up(np.ascontiguousarray(rows_R, dtype=np.int64), Static("float32"))
+        return torch.from_numpy(found).view(*wanted.shape, self.n_in)
+
+    def look_up(self, rows_R: np.ndarray, kind: Static) -> np.ndarray:
+        """Returns rows of int64 numbers, float32 (R, I), flat, rounded to a type of numbers; none is looked at whether
+        it is there. For a type but float32, I must be a multiple of 16."""
+        statics, code = (self.form, self.instructions, kind), target(self.instructions)
+        return call(rows_of, statics, torch.get_num_threads(), code, kind, rows_R, self.n_in, self.of_kernel)
 
 
 def blocked_floats(weight_OI: Tensor, instructions: Instructions, rounded: bool = False) -> BlockedWeight:

@@ -7,6 +7,8 @@ other operations than Llama's, Qwen's and Mistral's go the way of the modules.
 Letters beyond the usual: R rows of a step, each of them one token.
 """
 
+import itertools
+import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -18,12 +20,19 @@ from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from llamita.backend.interface import ScheduledChunk
-from llamita.backend.step_layout import BlockSpan
 from llamita.backend.torch.infer.kernels.blocked import BlockedWeight
 from llamita.backend.torch.infer.kernels.products import COMPILED, FOUR, ONE, call, linear
 from llamita.backend.torch.infer.kernels.simd import LANES, Static, target
 from llamita.backend.torch.infer.kernels.threads import parallel
-from llamita.backend.torch.infer.kernels.vectors import exponentials, gate, mix, save, score
+from llamita.backend.torch.infer.kernels.vectors import (
+    exponentials,
+    gate,
+    mix,
+    round_numbers,
+    save,
+    score,
+    sum_of_squares,
+)
 from llamita.backend.torch.infer.kv_cache import PagedKVCache
 from llamita.backend.torch.model.attention import factor
 from llamita.backend.torch.model.llama import Block, Linear, Llama
@@ -89,22 +98,27 @@ def _weight_at(form, record):
 
 
 @njit(**COMPILED)
-def norm(x, at, weight, eps, y):
+def norm(code, x, at, weight, eps, y):
     """Puts the numbers of x from `at` on, divided by their root mean square and scaled, into their places in y."""
-    size, total = weight.size, np.float32(0.0)
-    for i in range(at, at + size):
-        total += x[i] * x[i]
-    factor = np.float32(1.0) / np.sqrt(total / np.float32(size) + eps)
+    size = weight.size
+    mean = sum_of_squares(code, x, at, size) / np.float32(size)
+    factor = np.float32(1.0) / np.sqrt(mean + eps)
     for i in range(size):
         y[at + i] = x[at + i] * factor * weight[i]
 
 
 @njit(**COMPILED)
-def normed(x, weight, eps, rows):
+def norm_rows(first, last, code, x, weight, eps, y):
+    """Puts rows `first` to `last` - 1 through a norm."""
+    for row in range(first, last):
+        norm(code, x, row * weight.size, weight, eps, y)
+
+
+@njit(**COMPILED)
+def normed(threads, code, x, weight, eps, rows):
     """Returns rows (R, D) through a norm; flat."""
     y = np.empty(x.size, np.float32)
-    for row in range(rows):
-        norm(x, row * weight.size, weight, eps, y)
+    parallel(norm_rows, threads, rows, (code, x, weight, eps, y))
     return y
 
 
@@ -133,7 +147,7 @@ def place_heads(first, last, code, kind, heads, bias, turned, sizes, keys, value
         for head in range(N + K):
             at = begin + head * H
             if q_norm.size:
-                norm(heads, at, q_norm if head < N else k_norm, eps, heads)
+                norm(code, heads, at, q_norm if head < N else k_norm, eps, heads)
             if E:
                 rotate(heads, at, cos, sin, places[row], E)
         save(code, kind, keys, slots[row] * K * H, heads, begin + N * H, K * H)
@@ -144,57 +158,104 @@ def place_heads(first, last, code, kind, heads, bias, turned, sizes, keys, value
 def attend(first, last, code, kind, heads, sizes, scale, keys, values, table, mixed):
     """Mixes the values that a query sees, for queries `first` to `last` - 1 of all rows' heads.
 
-    `table` has the blocks of all sequences; for each row where those of its sequence begin among them, the position
-    that they begin at, the first that the row sees, and the end; then the size of a block.
+    `table` has the blocks of all sequences; for each row where those of its sequence begin among them, the first
+    position that it sees, and the end; then the size of a block.
     """
-    N, K, H = sizes
-    blocks, begins, held, seen, stops, size = table
-    longest = 0
-    for row in range(stops.size):
-        longest = max(longest, stops[row] - seen[row])
-    scores = np.empty(longest + LANES, np.float32)
-    for query in range(first, last):
+    N = sizes[0]
+    query = first
+    while query < last:
         row, head = query // N, query % N
-        at, out = (row * (N + 2 * K) + head) * H, query * H
-        kept = head // (N // K) * H
-        largest, count = np.float32(-np.inf), stops[row] - seen[row]
-        position = seen[row]
-        while position < stops[row]:
-            end, slot = run(blocks, begins[row], held[row], position, stops[row], size)
-            while position + 4 <= end:
-                place = position - seen[row]
-                found = score(code, kind, FOUR, heads, at, keys, slot * K * H + kept, K * H, H, scale, scores, place)
-                largest = max(largest, found)
-                position, slot = position + 4, slot + 4
-            while position < end:
-                place = position - seen[row]
-                found = score(code, kind, ONE, heads, at, keys, slot * K * H + kept, K * H, H, scale, scores, place)
-                largest = max(largest, found)
-                position, slot = position + 1, slot + 1
-        padded = (count + LANES - 1) // LANES * LANES
-        for place in range(count, padded):
-            scores[place] = -np.inf
-        share = np.float32(1.0) / exponentials(code, scores, 0, largest, padded)
-        for i in range(out, out + H):
-            mixed[i] = 0.0
-        position = seen[row]
-        while position < stops[row]:
-            end, slot = run(blocks, begins[row], held[row], position, stops[row], size)
-            while position + 4 <= end:
-                place = position - seen[row]
-                mix(code, kind, FOUR, mixed, out, values, slot * K * H + kept, K * H, H, share, scores, place)
-                position, slot = position + 4, slot + 4
-            while position < end:
-                place = position - seen[row]
-                mix(code, kind, ONE, mixed, out, values, slot * K * H + kept, K * H, H, share, scores, place)
-                position, slot = position + 1, slot + 1
+        end = min(N, head + last - query)
+        attend_row(row, head, end, code, kind, heads, sizes, scale, keys, values, table, mixed)
+        query += end - head
 
 
 @njit(**COMPILED)
-def run(blocks, begin, held, position, stop, size):
+def attend_row(row, first, last, code, kind, heads, sizes, scale, keys, values, table, mixed):
+    """Mixes the values that query heads `first` to `last` - 1 of a row see.
+
+    They go over the positions together, four at a time, so that keys and values are read in the order in which they
+    lie in memory.
+    """
+    N, K, H = sizes
+    blocks, begins, seen, stops, size = table
+    begin, start, stop = begins[row], seen[row], stops[row]
+    width = (stop - start + LANES - 1) // LANES * LANES
+    scores, largest = np.empty((last - first) * width, np.float32), np.full(last - first, -np.inf, np.float32)
+    query, out = (row * (N + 2 * K) + first) * H, (row * N + first) * H
+    position = start
+    while position < stop:
+        end, slot = run(blocks, begin, position, stop, size)
+        while position + 4 <= end:
+            for head in range(last - first):
+                at, place = (slot * K + (first + head) // (N // K)) * H, head * width + position - start
+                found = score(code, kind, FOUR, heads, query + head * H, keys, at, K * H, H, scale, scores, place)
+                largest[head] = max(largest[head], found)
+            position, slot = position + 4, slot + 4
+        while position < end:
+            for head in range(last - first):
+                at, place = (slot * K + (first + head) // (N // K)) * H, head * width + position - start
+                found = score(code, kind, ONE, heads, query + head * H, keys, at, K * H, H, scale, scores, place)
+                largest[head] = max(largest[head], found)
+            position, slot = position + 1, slot + 1
+    shares = largest
+    for head in range(last - first):
+        for place in range(head * width + stop - start, (head + 1) * width):
+            scores[place] = -np.inf
+        shares[head] = np.float32(1.0) / exponentials(code, scores, head * width, largest[head], width)
+    mixed[out : out + (last - first) * H] = 0.0
+    position = start
+    while position < stop:
+        end, slot = run(blocks, begin, position, stop, size)
+        while position + 4 <= end:
+            for head in range(last - first):
+                at, place = (slot * K + (first + head) // (N // K)) * H, head * width + position - start
+                mix(code, kind, FOUR, mixed, out + head * H, values, at, K * H, H, shares[head], scores, place)
+            position, slot = position + 4, slot + 4
+        while position < end:
+            for head in range(last - first):
+                at, place = (slot * K + (first + head) // (N // K)) * H, head * width + position - start
+                mix(code, kind, ONE, mixed, out + head * H, values, at, K * H, H, shares[head], scores, place)
+            position, slot = position + 1, slot + 1
+
+
+@njit(**COMPILED)
+def run(blocks, begin, position, stop, size):
     """Returns the end of the positions that lie side by side from one on, and the slot of that one."""
-    back = position - held
-    return min(stop, position - back % size + size), blocks[begin + back // size] * size + back % size
+    return min(stop, position - position % size + size), blocks[begin + position // size] * size + position % size
+
+
+@njit(**COMPILED)
+def row_places(chunks, blocks, windows, size, rows):
+    """Returns the position of each row; and for each group and row its slot, where the blocks of its sequence begin,
+    and the first position that it sees (G, 3, R)."""
+    places, of_groups = np.empty(rows, np.int64), np.empty((windows.size, 3, rows), np.int64)
+    row = 0
+    for chunk in range(chunks.shape[1]):
+        for position in range(chunks[0, chunk], chunks[1, chunk]):
+            places[row] = position
+            for group in range(windows.size):
+                begin = chunks[2 + group, chunk]
+                of_groups[group, 0, row] = blocks[begin + position // size] * size + position % size
+                of_groups[group, 1, row] = begin
+                of_groups[group, 2, row] = max(0, position - windows[group] + 1) if windows[group] else 0
+            row += 1
+    return places, of_groups
+
+
+@njit(**COMPILED)
+def empty_begun(chunks, blocks, group, size, items, keys, values):
+    """Puts zeros into the blocks of a layer that the chunks begin and do not fill; a position has so many numbers.
+
+    A later step reads the rest of them as well, to no effect unless an earlier sequence left NaN.
+    """
+    for chunk in range(chunks.shape[1]):
+        start, end = chunks[0, chunk], chunks[1, chunk]
+        if end % size and start <= end // size * size:
+            first = blocks[chunks[2 + group, chunk] + end // size] * size * items
+            for place in range(first, first + size * items):
+                keys[place] = 0
+                values[place] = 0
 
 
 @njit(**COMPILED)
@@ -207,38 +268,51 @@ def gate_rows(first, last, code, gate_up, C, gated):
 
 
 @njit(**COMPILED)
-def decode_layers(threads, code, kind, forms, x, rows, layers, caches, first, last, sizes, eps, scale, positions):
-    """Runs layers `first` to `last` - 1 over rows (R, D) of the residual stream, which they change; flat.
+def decode_layers(
+    threads, code, kind, forms, x, rows, layers, caches, first, last, last_norm, sizes, eps, scale, step, rotations
+):
+    """Runs layers `first` to `last` - 1 over rows (R, D) of the residual stream, flat, and returns it; after the last
+    layer, which `last_norm` follows, the normed rows, of which the numbers are of the type of the cache.
 
-    `forms` are those of the four weights of each of these layers, `kind` is the type of the cache.
+    `forms` are those of the four weights of each of these layers, `kind` is the type of the cache. `step` has of each
+    chunk its first position, its end, and where the blocks of its sequence begin in each group of layers (2 + G, X);
+    those blocks; the window of each group, 0 for none; and the size of a block.
     """
-    places, tables, blocks, size, rotations = positions
+    chunks, blocks, windows, size = step
     N, K, H = sizes
     D = x.size // rows
     few = 1 if rows <= ROWS_ALONE else threads
+    places, of_groups = row_places(chunks, blocks, windows, size, rows)
+    stops = places + 1
     for number in range(first, last):
         layer = layers[number]
         keys, values = memory_at(kind, caches[number, 0]), memory_at(kind, caches[number, 1])
-        slots, begins, held, seen, stops = tables[layer.group]
+        empty_begun(chunks, blocks, layer.group, size, K * H, keys, values)
+        slots, begins, seen = of_groups[layer.group]
         turn, bias = rotations[layer.rotation], floats_at(layer.bias, (N + 2 * K) * H)
         q_norm, k_norm = floats_at(layer.q_norm, H), floats_at(layer.k_norm, H)
         cos, sin = floats_at(turn.cos, 1), floats_at(turn.sin, 1)
 
-        y = normed(x, floats_at(layer.attention_norm, D), eps, rows)
+        y = normed(few, code, x, floats_at(layer.attention_norm, D), eps, rows)
         heads = linear(threads, code, y, rows, weight_at(forms[0], layer.qkv))
         turned = (q_norm, k_norm, eps, cos, sin, turn.size, places)
         parallel(place_heads, few, rows, (code, kind, heads, bias, turned, sizes, keys, values, slots))
         mixed = np.empty(rows * N * H, np.float32)
-        table = (blocks, begins, held, seen, stops, size)
+        table = (blocks, begins, seen, stops, size)
         parallel(attend, threads, rows * N, (code, kind, heads, sizes, scale, keys, values, table, mixed))
         x += linear(threads, code, mixed, rows, weight_at(forms[1], layer.output))
 
-        y = normed(x, floats_at(layer.feed_norm, D), eps, rows)
+        y = normed(few, code, x, floats_at(layer.feed_norm, D), eps, rows)
         both = linear(threads, code, y, rows, weight_at(forms[2], layer.gate_up))
         C = both.size // rows // 2
         gated = np.empty(rows * C, np.float32)
         parallel(gate_rows, few, rows * (C // LANES), (code, both, C, gated))
         x += linear(threads, code, gated, rows, weight_at(forms[3], layer.down))
+    if last < layers.size:
+        return x
+    y = normed(few, code, x, last_norm, eps, rows)
+    round_numbers(code, kind, y, y.size)
+    return y
 
 
 class Decoder:
@@ -254,6 +328,9 @@ class Decoder:
         self.eps = np.float32(self.config.rms_norm_eps)
         self.scale = np.float32(factor(self.config.head_dim, blocks[0].self_attn.spec))
         self.norm = _floats(model.model.norm.weight)
+        self.windows = np.array(self.config.attention_windows, dtype=np.int64)
+        self.embedding = held_in_blocks(model.model.embed_tokens) if self.config.embedding_multiplier == 1.0 else None
+        self._turns: tuple[int, list[tuple[Tensor, Tensor]], np.ndarray] = (0, [], np.empty(0, ROTATION))
         self._arrays: list[np.ndarray] = []  # what `layers` has the addresses of
         self.layers = np.array([self._layer(number, block) for number, block in enumerate(blocks)], LAYER)
         forms = [tuple(Static(_held(module).form) for module in _maps(block)) for block in blocks]
@@ -301,55 +378,46 @@ class Decoder:
 
     def warm_up(self, cache: PagedKVCache) -> None:
         """Compiles what a step needs, or reads it from disk; what the first slot of a cache holds is lost."""
-        tables = tuple(np.zeros(1, dtype=np.int64) for _ in cache.specs)
+        tables = tuple(np.zeros(1, dtype=np.int32) for _ in cache.specs)
         self.hidden([0], [ScheduledChunk(0, (0,), 0, tables)], cache)
 
     def hidden(self, tokens: list[int], chunks: Sequence[ScheduledChunk], cache: PagedKVCache) -> Tensor:
-        """Returns the states (R, D) after the final norm of the chunks' tokens; keys and values go into the cache."""
+        """Returns the states (R, D) after the final norm of the chunks' tokens; keys and values go into the cache.
+
+        They are float32, holding numbers of the model's type.
+        """
         rows, threads = len(tokens), torch.get_num_threads()
-        x_RD = self.model.embedded(torch.tensor([tokens]))[0]
-        x = x_RD.to(torch.float32, copy=True).numpy().reshape(-1)
-        cache.begin(chunks)
-        # Held here, since another thread may put longer tables into their place meanwhile.
-        turns = [rope.up_to(max(chunk.end for chunk in chunks)) for rope in self.model.ropes]
-        positions = (*_positions(chunks, cache), _rotations(turns))
+        x = self._embedded(tokens)
+        tables = [chunk.tables[group] for group in range(len(cache.specs)) for chunk in chunks]
+        begins = [0, *itertools.accumulate(map(len, tables))]
+        of_chunks = [[chunk.start for chunk in chunks], [chunk.end for chunk in chunks]]
+        of_chunks += [begins[first : first + len(chunks)] for first in range(0, len(tables), len(chunks))]
+        blocks = np.concatenate(tables, dtype=np.int64)
+        step = (np.array(of_chunks, np.int64), blocks, self.windows, cache.layout.block_size)
+        turns, rotations = self._rotations(max(of_chunks[1]))
         for forms, first, last in self.runs:
             statics = (self.code, self.kind, forms)
-            of_step = (x, rows, self.layers, cache.addresses, first, last, self.sizes, self.eps, self.scale, positions)
-            call(decode_layers, statics, threads, *statics, *of_step)
-        y = call(normed, None, x, self.norm, self.eps, rows)
-        return torch.from_numpy(y).view(rows, -1).to(x_RD.dtype)
+            of_model = (self.layers, cache.addresses, first, last, self.norm, self.sizes, self.eps, self.scale)
+            x = call(decode_layers, statics, threads, *statics, x, rows, *of_model, step, rotations)
+        del turns  # of which the kernels had the addresses
+        return torch.from_numpy(x).view(rows, -1)
 
+    def _embedded(self, tokens: list[int]) -> np.ndarray:
+        """Returns what enters the first layer, float32 (R, D), flat."""
+        if self.embedding is not None:
+            return self.embedding.look_up(np.array(tokens, dtype=np.int64), self.kind)
+        return self.model.embedded(torch.tensor([tokens])).to(torch.float32, copy=True).numpy().reshape(-1)
 
-def _positions(chunks: Sequence[ScheduledChunk], cache: PagedKVCache) -> tuple[Any, ...]:
-    """Returns where each row is in its text and what it sees of the cache; the blocks of all sequences, and their size.
-
-    For each group of layers and row: the slot of its token, where the blocks of its sequence begin among all, the
-    position that these begin at, the first that the row sees, and the end.
-    """
-    size = cache.layout.block_size
-    tables: list[list[tuple[int, ...]]] = []
-    blocks: list[np.ndarray] = []
-    begin = 0
-    for group, spec in enumerate(cache.specs):
-        tables.append([])
-        for chunk in chunks:
-            table = chunk.tables[group]
-            span = BlockSpan.of(chunk, table, size, spec.window)
-            for position in range(chunk.start, chunk.end):
-                seen = max(0, position - spec.window + 1) if spec.window else 0
-                slot = int(table[position // size]) * size + position % size
-                tables[-1].append((slot, begin, span.first, seen, position + 1))
-            blocks.append(span.blocks)
-            begin += len(span.blocks)
-    tables_GXR = np.ascontiguousarray(np.array(tables, dtype=np.int64).transpose(0, 2, 1))
-    return tables_GXR[0, 4] - 1, tables_GXR, np.concatenate(blocks, dtype=np.int64), size
-
-
-def _rotations(turns: Sequence[tuple[Tensor, Tensor]]) -> np.ndarray:
-    """Returns the addresses of each rotation's cosines and sines (S, E), and E; then those of none."""
-    records = [(cos_SE.data_ptr(), sin_SE.data_ptr(), cos_SE.shape[1]) for cos_SE, sin_SE in turns]
-    return np.array([*records, (0, 0, 0)], ROTATION)
+    def _rotations(self, longest: int) -> tuple[list[tuple[Tensor, Tensor]], np.ndarray]:
+        """Returns cosines and sines (S, E) of each rotation for all positions below `longest`; and their addresses,
+        then those of no rotation."""
+        held, turns, records = self._turns
+        if not len(records) or held < longest:
+            turns = [rope.up_to(longest) for rope in self.model.ropes]
+            rows = [(cos_SE.data_ptr(), sin_SE.data_ptr(), cos_SE.shape[1]) for cos_SE, sin_SE in turns]
+            records = np.array([*rows, (0, 0, 0)], ROTATION)
+            self._turns = (min((len(cos_SE) for cos_SE, _ in turns), default=sys.maxsize), turns, records)
+        return turns, records
 
 
 def _blocks_of(model: Llama) -> list[Block]:

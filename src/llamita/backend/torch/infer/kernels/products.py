@@ -12,9 +12,17 @@ import numpy as np
 from numba import njit, typeof
 from numba.extending import overload
 
-from llamita.backend.torch.infer.kernels.simd import Static
+from llamita.backend.torch.infer.kernels.simd import LANES, Static
 from llamita.backend.torch.infer.kernels.threads import parallel
-from llamita.backend.torch.infer.kernels.tiles import GROUP, SUMMED, multiply_tile, round_group, rounds_activations
+from llamita.backend.torch.infer.kernels.tiles import (
+    GROUP,
+    SUMMED,
+    multiply_tile,
+    round_group,
+    rounds_activations,
+    unpack_block,
+)
+from llamita.backend.torch.infer.kernels.vectors import round_numbers
 
 
 def _can_keep() -> bool:
@@ -179,3 +187,23 @@ def linear(threads, code, x, rows, weight):
     else:
         parallel(multiply_rows, threads, width // 16, (code, form, y, width, w, s, m, x, xs, sums, rows, n_in))
     return y
+
+
+@njit(**COMPILED)
+def look_up(first, last, code, form, w, s, m, rows, n_in, found):
+    """Puts rows `first` to `last` - 1 of those wanted of a weight into `found`, float32 (R, I), flat."""
+    block = np.empty(n_in * LANES, np.float32)
+    for place in range(first, last):
+        unpack_block(code, form, w, s, m, rows[place] // LANES, n_in, block)
+        for i in range(n_in):
+            found[place * n_in + i] = block[i * LANES + rows[place] % LANES]
+
+
+@njit(**COMPILED)
+def rows_of(threads, code, kind, rows, n_in, weight):
+    """Returns some rows of a weight, float32 (R, I), flat, rounded to a type."""
+    form, (w, s, m), _ = weight
+    found = np.empty(rows.size * n_in, np.float32)
+    parallel(look_up, threads if rows.size > 1 else 1, rows.size, (code, form, w, s, m, rows, n_in, found))
+    round_numbers(code, kind, found, found.size)
+    return found

@@ -130,6 +130,12 @@ class Code:
         value.align = 1
         return value
 
+    def fetch(self, pointer: ir.Value) -> None:
+        """Asks for the line of an address to be brought into the second cache; an address beyond memory is no error."""
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, WORD, WORD, WORD])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
+        self.builder.call(function, [pointer, WORD(0), WORD(2), WORD(1)])  # for reading, of data
+
     def store(self, value: ir.Value, pointer: ir.Value) -> None:
         self.builder.store(value, self.builder.bitcast(pointer, value.type.as_pointer())).align = 1
 

@@ -69,7 +69,12 @@ def parallel(typing_context: Any, body: Any, threads: Any, count: Any, arguments
         kind = ir.FunctionType(ir.VoidType(), [thread.type, POINTER, WORD, WORD])
         enter = cgutils.get_or_insert_function(builder.module, kind, ENTER)
         data = builder.bitcast(room, POINTER)
-        builder.call(enter, [thread, data, builder.trunc(threads_value, WORD), WORD(0)])
+        alone = builder.icmp_signed("==", threads_value, LONG(1))
+        with builder.if_else(alone) as (here, in_region):
+            with here:
+                builder.call(thread, [data])
+            with in_region:
+                builder.call(enter, [thread, data, builder.trunc(threads_value, WORD), WORD(0)])
         return context.get_dummy_value()
 
     return types.void(body, types.intp, types.intp, arguments), generate

@@ -42,6 +42,9 @@ SHARED = 256
 SMALLEST = 1e-30
 """Groups of smaller numbers are rounded to zeros."""
 BYTES_A_CHUNK = 4 * LANES
+AHEAD = 8192
+"""Bytes from the weights that are multiplied to those that are fetched meanwhile: with several rows of activations
+arithmetic takes so long that the processor does not read ahead by itself."""
 
 
 class Form(NamedTuple):
@@ -153,6 +156,34 @@ def multiply_tile(
     return types.void(*arguments, x, x_scales, x_sums, types.intp, types.intp), generate
 
 
+@intrinsic
+def unpack_block(
+    typing_context: Any,
+    target: Any,
+    form: Any,
+    weights: Any,
+    scales: Any,
+    minimums: Any,
+    block: Any,
+    n_in: Any,
+    found: Any,
+) -> Any:
+    """Puts the weights of a block into `found`, float32 (I, 16): of bytes, numbers times scales, plus minimums.
+
+    All arrays are flat.
+    """
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> Any:
+        code = Code(builder, target.value)
+        weights_at, scales_at, minimums_at, found_at = pointers(context, builder, signature, values, 2, 3, 4, 7)
+        tile = Tile(code, form.value, 0, 1, values[6])
+        tile.begin(weights_at, scales_at, minimums_at, values[5])
+        tile.unpack(found_at)
+        return context.get_dummy_value()
+
+    return types.void(target, form, weights, scales, minimums, types.intp, types.intp, found), generate
+
+
 class Tile:
     """The sums of one tile: `rows` rows of activations by `blocks` blocks of weights."""
 
@@ -230,6 +261,58 @@ class Tile:
             found = [[builder.fmul(*pair) for pair in zip(of_row, scales, strict=True)] for of_row in found]
         return found
 
+    def unpack(self, found: ir.Value) -> None:
+        """Stores the weights of the tile's only block as float32."""
+        if not self.form.in_bytes:
+            self._unpack_floats(found)
+            return
+        with self.code.loop(self.groups) as group:
+            for part in range(GROUP // self.form.group):
+                self._unpack_group(found, group.index, part)
+
+    def _unpack_floats(self, found: ir.Value) -> None:
+        code, builder, (start,) = self.code, self.builder, self.weights
+        together = self.form.together
+        with code.loop(builder.udiv(self.inputs, LONG(together))) as turn:
+            at = builder.mul(turn.index, LONG(LANES * together))
+            place = code.after(start, at)
+            if together == 2:
+                numbers = list(code.split_bfloat16(code.load(place, WORDS)))
+            else:
+                numbers = [code.load_floats(place, self.form.numbers)]
+            for which, number in enumerate(numbers):
+                code.store(number, code.after(found, builder.add(at, LONG(which * LANES))))
+
+    def _unpack_group(self, found: ir.Value, group: ir.Value, part: int) -> None:
+        code, builder, form = self.code, self.builder, self.form
+        if form.by_row:
+            scale = code.load_floats(self.scales[0], form.scale)
+        else:
+            scale = self._scales(self.scales[0], group, part)
+        lowest = self._scales(self.minimums[0], group, part) if form.minimum else None
+        chunks = form.group // 4
+        for chunk in range(part * chunks, (part + 1) * chunks):
+            if chunk // form.apart % 2:  # came with an earlier one
+                continue
+            for which, four in enumerate(self._chunks(self.weights[0], group, chunk)):
+                first = builder.add(builder.mul(group, LONG(GROUP)), LONG(4 * (chunk + form.apart * which)))
+                for place, number in enumerate(self._numbers(four)):
+                    value = builder.fmul(number, scale)
+                    at = builder.mul(builder.add(first, LONG(place)), LONG(LANES))
+                    code.store(builder.fadd(value, lowest) if lowest else value, code.after(found, at))
+
+    def _numbers(self, four: ir.Value) -> list[ir.Value]:
+        """Returns the numbers of four inputs, each of which is a byte of every lane, as FLOATS."""
+        code, builder = self.code, self.builder
+        words, less = builder.bitcast(four, WORDS), bias(self.form, code.instructions)
+        found = []
+        for byte in range(4):
+            raised = builder.shl(words, code.filled(WORDS, 24 - 8 * byte))
+            signed = self.form.numbers == "int8" and not less
+            number = (builder.ashr if signed else builder.lshr)(raised, code.filled(WORDS, 24))
+            found.append(builder.sitofp(builder.sub(number, code.filled(WORDS, less)), FLOATS))
+        return found
+
     def _add_group(self, totals: list[list[Variable]], group: ir.Value, part: int) -> None:
         """Adds the products of one group of the weight: a part of a group of activations, or all of it."""
         code, builder, form = self.code, self.builder, self.form
@@ -284,7 +367,10 @@ class Tile:
         in_group = builder.mul(group, LONG(GROUP * LANES * bits // 8))
 
         def load(at: int) -> ir.Value:
-            return self.code.load(self.code.after(start, builder.add(in_group, LONG(at * BYTES_A_CHUNK))), BYTES)
+            place = self.code.after(start, builder.add(in_group, LONG(at * BYTES_A_CHUNK)))
+            if self.rows > 1:
+                self.code.fetch(self.code.after(place, AHEAD))
+            return self.code.load(place, BYTES)
 
         if bits == 8:
             return [load(chunk), load(chunk + 1)]

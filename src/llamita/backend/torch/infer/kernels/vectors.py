@@ -15,6 +15,8 @@ from numba.extending import intrinsic
 
 from llamita.backend.torch.infer.kernels.simd import FLOAT, FLOAT16S, FLOATS, LANES, LONG, WORDS, Code, pointers
 
+ROWS_AHEAD = 8
+"""Rows of keys or values from those that are read to those that are fetched meanwhile."""
 LOWEST, HIGHEST = -87.3, 88.3
 """Exponents beyond which the exponential is no ordinary float32."""
 LOG2_E, LN2_HIGH, LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
@@ -56,11 +58,13 @@ def score(
         query_p, keys_p, scores_p = pointers(context, builder, signature, values, 3, 5, 10)
         query_p, keys_p = writer.after(query_p, values[4]), writer.after(keys_p, values[6])
         rows = [writer.after(keys_p, builder.mul(values[7], LONG(row))) for row in range(count.value)]
+        ahead = builder.mul(values[7], LONG(ROWS_AHEAD))
         totals = [writer.variable(writer.filled(FLOATS, 0.0)) for _ in rows]
         with writer.loop(builder.lshr(values[8], LONG(4))) as turn:
             first = builder.mul(turn.index, LONG(LANES))
             part = writer.load(writer.after(query_p, first), FLOATS)
             for row, total in zip(rows, totals, strict=True):
+                writer.fetch(writer.after(row, builder.add(first, ahead)))
                 key = writer.load_floats(writer.after(row, first), kind.value)
                 total.set(writer.multiply_add(part, key, total.get()))
         largest = None
@@ -95,7 +99,7 @@ def mix(
         out_p, memory_p, weights_p = pointers(context, builder, signature, values, 3, 5, 10)
         out_p, memory_p = writer.after(out_p, values[4]), writer.after(memory_p, values[6])
         rows = [writer.after(memory_p, builder.mul(values[7], LONG(row))) for row in range(count.value)]
-        shares = []
+        shares, ahead = [], builder.mul(values[7], LONG(ROWS_AHEAD))
         for number in range(count.value):
             weight = writer.load(writer.after(weights_p, builder.add(values[11], LONG(number))), FLOAT)
             shares.append(writer.splat(builder.fmul(weight, values[9])))
@@ -104,6 +108,7 @@ def mix(
             at_place = writer.after(out_p, first)
             total = writer.load(at_place, FLOATS)
             for row, share in zip(rows, shares, strict=True):
+                writer.fetch(writer.after(row, builder.add(first, ahead)))
                 total = writer.multiply_add(writer.load_floats(writer.after(row, first), kind.value), share, total)
             writer.store(total, at_place)
         return context.get_dummy_value()
@@ -132,6 +137,43 @@ def save(typing_context: Any, code: Any, kind: Any, memory: Any, at: Any, x: Any
         return context.get_dummy_value()
 
     return types.void(code, kind, memory, types.intp, x, types.intp, types.intp), generate
+
+
+@intrinsic
+def sum_of_squares(typing_context: Any, code: Any, x: Any, at: Any, size: Any) -> Any:
+    """Returns the sum of the squares of `size` numbers, a multiple of 16, from `at` on."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        writer = Code(builder, code.value)
+        (x_p,) = pointers(context, builder, signature, values, 1)
+        x_p = writer.after(x_p, values[2])
+        total = writer.variable(writer.filled(FLOATS, 0.0))
+        with writer.loop(builder.lshr(values[3], LONG(4))) as turn:
+            numbers = writer.load(writer.after(x_p, builder.mul(turn.index, LONG(LANES))), FLOATS)
+            total.set(writer.multiply_add(numbers, numbers, total.get()))
+        return sum_of_lanes(writer, total.get())
+
+    return types.float32(code, x, types.intp, types.intp), generate
+
+
+@intrinsic
+def round_numbers(typing_context: Any, code: Any, kind: Any, x: Any, size: Any) -> Any:
+    """Rounds the first `size` numbers of x, float32, to the nearest of a type, in place."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        writer = Code(builder, code.value)
+        (x_p,) = pointers(context, builder, signature, values, 2)
+        with writer.loop(builder.lshr(values[3], LONG(4))) as turn:
+            place = writer.after(x_p, builder.mul(turn.index, LONG(LANES)))
+            numbers = writer.load(place, FLOATS)
+            if kind.value == "bfloat16":
+                numbers = writer.from_bfloat16(writer.to_bfloat16(numbers))
+            elif kind.value == "float16":
+                numbers = builder.fpext(builder.fptrunc(numbers, FLOAT16S), FLOATS)
+            writer.store(numbers, place)
+        return context.get_dummy_value()
+
+    return types.void(code, kind, x, types.intp), generate
 
 
 @intrinsic
