@@ -60,3 +60,8 @@ def pytest_collection_finish() -> None:
     """Spares the collector of garbage all that is there when the tests begin; it takes seconds to look through that."""
     gc.freeze()
     gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Lets the collector see all again, so that libraries that count what is left at the end find nothing."""
+    gc.unfreeze()

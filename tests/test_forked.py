@@ -74,6 +74,24 @@ def test_the_command_line_says_the_same(programs: Path, environment: dict[str, s
     assert ours.stdout + ours.stderr
 
 
+@pytest.mark.parametrize("arguments", [["-m", "llamita", "info", "tiny"], ["-P", "-u", "-m", "llamita", "infos"]])
+def test_a_module_is_run_as_python_runs_it(
+    programs: Path, environment: dict[str, str], arguments: list[str], tmp_path: Path
+) -> None:
+    ours, theirs = (
+        subprocess.run([program, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True)
+        for program in (programs / "python", sys.executable)
+    )
+    assert (ours.stdout, ours.stderr, ours.returncode) == (theirs.stdout, theirs.stderr, theirs.returncode)
+    assert ours.stdout + ours.stderr
+
+
+def test_the_python_that_a_call_starts_is_forked_too(programs: Path, environment: dict[str, str]) -> None:
+    asked = "import sys; print('torch' in sys.modules)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {asked!r}], check=True)"
+    assert subprocess.check_output([programs / "python", "-c", code], env=environment, text=True) == "True\n"
+
+
 def test_the_programs_of_a_pipe_run_together(programs: Path, environment: dict[str, str], tmp_path: Path) -> None:
     """The first waits for a word that the second writes when it has read what the first says."""
     first = "import os, time; print('said', flush=True)\nwhile not os.path.exists('heard'): time.sleep(0.01)"

@@ -247,7 +247,7 @@ def serves(step: Step) -> bool:
 
 
 def beginning(steps: list[Step]) -> list[str]:
-    """The lines before the first step that is Python, a server or a question to one."""
+    """The lines before the first step that is Python or starts a server."""
     plain = itertools.takewhile(lambda step: step.language == "sh" and not serves(step), steps)
     return [step.text for step in plain]
 
@@ -261,8 +261,8 @@ class Beginnings:
     known: dict[tuple[str, ...], Path] = field(default_factory=dict)
 
     def begin(self, lines: list[str]) -> int:
-        """Empties the place and puts there FILES, or what the longest known beginning of these lines has left; returns
-        of how many lines that is."""
+        """Empties the place, puts there FILES or what the longest known beginning of these lines has left, and returns
+        how many lines that beginning has."""
         shutil.rmtree(self.place, ignore_errors=True)
         for count in range(len(lines), 0, -1):
             if tuple(lines[:count]) in self.known:
