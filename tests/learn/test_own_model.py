@@ -25,14 +25,15 @@ from llamita.storage import model_directory
 from llamita.text.bpe import train_bpe_from_iterator
 from llamita.workflows.convert import Tools
 
-TRACK = track.find("min-llama")
+TRACK, SERVING, NUMPY = (track.find(name) for name in ("min-llama", "serving", "numpy"))
 CONFIG = ModelConfig(300, 32, 48, 2, 4, 2, 64, rope_theta=700.0, eos_token_id=None)
 TRAIN = ["--steps", "4", "--batch-size", "4", "--evaluate-every", "2", "--evaluation-rows", "8", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with its tokenizer, prepared data, labelled texts, and a course's folder with everything solved."""
+    """A model with its tokenizer, prepared data, and folders of courses: one with everything solved, and those of the
+    tracks `serving` and `numpy` with the lessons up to the cache solved."""
     directory = tmp_path_factory.mktemp("world")
     base = directory / "base"
     base.mkdir()
@@ -50,6 +51,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     course.start(directory / "own", TRACK, "torch", plain, 1, Tools(backend, read_pickle, write_pickle))
     for name, text in TRACK.solutions("torch").items():
         (directory / "own" / name).write_text(text, "utf-8")
+    server = directory / "server"
+    course.start(server, SERVING, "torch", plain, 1, Tools(backend, read_pickle, write_pickle))
+    for name in ("basics", "attention", "positional_encoding", "layers", "model", "kv_cache"):
+        (server / f"{name}.py").write_text(SERVING.solutions("torch")[f"{name}.py"], "utf-8")
+    course.start(directory / "numpy", NUMPY, "numpy", plain, 1, Tools(backend, read_pickle, write_pickle))
+    for name in ("functions", "rope", "attention", "weights", "llama", "cache", "generate"):
+        (directory / "numpy" / f"{name}.py").write_text(NUMPY.solutions("numpy")[f"{name}.py"], "utf-8")
     return directory
 
 
@@ -59,11 +67,18 @@ def own(world: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(world / "own", tmp_path / "own"))
 
 
-@pytest.fixture(scope="module")
-def backend(world: Path) -> OwnBackend:
-    """The code of the solved folder, which was not graded."""
-    directory = (world / "own").resolve()
-    return OwnBackend(ReadersProgram(directory, TRACKS["min-llama"].modules, sources_of(directory.glob("*.py"))))
+@pytest.fixture
+def server(world: Path, tmp_path: Path) -> Path:
+    """A folder of the track `serving` of this test's own."""
+    return Path(shutil.copytree(world / "server", tmp_path / "server"))
+
+
+@pytest.fixture(scope="module", params=["min-llama", "serving", "numpy"])
+def backend(request: pytest.FixtureRequest, world: Path) -> OwnBackend:
+    """The code of a solved folder, which was not graded."""
+    directory = (world / {"min-llama": "own", "serving": "server", "numpy": "numpy"}[request.param]).resolve()
+    names = TRACKS[request.param].modules
+    return OwnBackend(ReadersProgram(directory, request.param, names, sources_of(directory.glob("*.py"))))
 
 
 @pytest.fixture
@@ -110,6 +125,70 @@ def test_a_wrong_line_is_refused_with_its_mistakes_name(own: Path, capsys: pytes
         f"error: {own}: lesson attention: Attention.compute_query_key_value_scores is wrong: result[0, 0, 1, 0] is "
     )
     assert "; the scale is left out (see Vaswani et al. 2017, " in line
+
+
+@pytest.mark.medium
+def test_a_model_with_a_cache_writes_the_same_story(
+    server: Path, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The lesson batching may be missing, and is used where it is written, if it is right."""
+    command = ["generate", str(world / "base"), "Once", "--temperature", "0", "--max-tokens", "40", "--device", "cpu"]
+    assert main(command) == 0
+    expected = capsys.readouterr().out
+    ways = []
+    for more in ([], ["--draft", "lookup"]):
+        assert main([*command, "--with", str(server), "--statistics", *more]) == 0
+        found = capsys.readouterr()
+        assert found.out == expected
+        ways.append(found.err)
+        (server / "batch.py").write_text(SERVING.solutions("torch")["batch.py"], "utf-8")
+    assert "its cache, sequences one after the other (the lesson batching is not written);" in ways[0]
+    assert "its cache, sequences together;" in ways[1]
+    assert main([*command, "--with", str(server), "--draft", str(world / "base")]) == 0
+    assert capsys.readouterr().out == expected
+    change(server, "batch.py", "torch.arange(S) <= positions", "torch.arange(S) < positions")
+    assert main([*command, "--with", str(server)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {server}: lesson batching: BatchKvCache.update_and_fetch is wrong: ")
+    assert "a position does not see itself (see Yu et al. 2022, Orca" in line
+
+
+@pytest.mark.medium
+def test_a_model_in_numpy_writes_the_same_story(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", str(world / "base"), "Once", "--temperature", "0", "--max-tokens", "40", "--device", "cpu"]
+    assert main(command) == 0
+    expected = capsys.readouterr().out
+    assert main([*command, "--with", str(world / "numpy"), "--statistics"]) == 0
+    found = capsys.readouterr()
+    assert found.out == expected
+    assert "its cache, sequences one after the other;" in found.err
+
+
+def test_a_wrong_cache_is_refused_with_its_mistakes_name(server: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(server, "kv_cache.py", "self.offset += key.shape[2]", "self.offset += 1")
+    assert main(["generate", str(server / "model"), "--with", str(server)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {server}: lesson cache: KvCache.update_and_fetch is wrong: ")
+    assert "the offset counts calls, not positions (see Shazeer 2019" in line
+
+
+def test_what_a_track_has_no_part_for_is_refused(server: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, does in (
+        (["train", "--data", "none", "--preset", "tiny", "--output", "run"], "train"),
+        (["classify", "train", "--data", "none", "--model", "none", "--output", "run"], "train a classifier"),
+        (["classify", "predict", "none", "--text", "Hm."], "label texts"),
+    ):
+        assert main([*verb, "--with", str(server)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        why, end = "it has no optimiser and no classifier", "give the folder of min-llama, or leave --with out"
+        assert line == f"error: {server} is the course serving, which cannot {does}: {why}; {end}"
+    (server / "course.json").write_text('{"track": "serving", "framework": "mlx"}')
+    assert main(["generate", str(server / "model"), "--with", str(server)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        "is the course serving in mlx, whose code is no model that --with can run; give the folder of "
+        "min-llama (torch), serving (torch), numpy (numpy)"
+    )
 
 
 @pytest.mark.medium

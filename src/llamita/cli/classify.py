@@ -78,7 +78,8 @@ class TextConfig:
     device: str = "auto"
     """cpu or cuda with PyTorch, cpu or gpu with MLX; auto: a GPU where there is one."""
     own_code: Annotated[Path | None, tyro.conf.arg(name="with")] = None
-    """The folder of a course, whose code labels the texts in the place of the library's (PyTorch, float32)."""
+    """The folder of the course min-llama, whose code labels the texts in the place of the library's (PyTorch,
+    float32)."""
 
     def loaded_backend(self, use: Use) -> Backend:
         """Returns the backend that computes; ValueError where a check of the code for this use does not pass."""

@@ -33,7 +33,8 @@ class LoadConfig:
     """Guess tokens ahead (speculative decoding), which changes the speed but no token: lookup, or a smaller model of
     the same vocabulary."""
     own_code: Annotated[Path | None, tyro.conf.arg(name="with")] = None
-    """The folder of a course, whose code runs the model in the place of the library's (PyTorch, float32, slower)."""
+    """The folder of a course (min-llama, serving or numpy), whose code runs the model in the place of the library's
+    (float32, slower)."""
     engine: EngineConfig = EngineConfig()
 
     def arguments(self, use: "Use" = "generate") -> dict[str, Any]:

@@ -21,7 +21,7 @@ def backend_with(directory: Path | None, use: Use, name: BackendName, device: st
     if directory is None:
         return load_backend(name, device=device, threads=threads)
     if name == "mlx" or device == "gpu":
-        raise ValueError("--with runs a course's code in PyTorch; leave --backend mlx and --device gpu out")
+        raise ValueError("--with runs a course's code in PyTorch or numpy; leave --backend mlx and --device gpu out")
     from llamita.learn.own_model import checked_program
     from llamita.progress import ProgressBar
 

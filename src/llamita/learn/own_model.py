@@ -1,17 +1,16 @@
 """A reader's finished modules, to be run in the place of the library's own: `--with DIRECTORY`.
 
 The grader judges them first, in a process of its own; what passes is executed in this one. The part in PyTorch, which
-puts a model around them, is backend/torch/own/; it takes a `ReadersProgram` as it takes anything with the same two
-methods, so this file knows no tensor.
+puts a model around them, is backend/torch/own/; it takes a `ReadersProgram` as it takes anything that is its `Program`,
+so this file knows no tensor.
 
-A further track whose folder holds a model (`serving`, say) gets an entry in `TRACKS`: the lessons that each use needs,
-and the modules that are executed. Where its modules are not a Llama, an AdamW and a classifier of these names, they get
-an adapter beside backend/torch/own/, made from the same two methods; cli/own_code.py then chooses between the two.
+A further track whose folder holds a model gets an entry in `TRACKS`: the lessons that each use needs, and the modules
+that are executed. An adapter of the track's name in backend/torch/own/ makes its `OwnModel` of them.
 """
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -34,51 +33,59 @@ class TrackUses:
     modules: tuple[str, ...]
     lessons: Mapping[Use, tuple[str, ...]]
     """The lessons whose code each use runs; the others need not be written."""
+    lacks: str = ""
+    """Why it has no other uses."""
+    further: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Modules that are run too where they are written: the lesson of each, and the check that it must pass then."""
 
 
-MODEL = ("rotary", "norm", "attention", "layer", "model")
+LLAMA = ("rotary", "norm", "attention", "layer", "model")
 TRACKS: Mapping[str, TrackUses] = {
     "min-llama": TrackUses(
         "torch",
         ("config", "llama", "optimizer", "classifier"),
         {
-            "generate": MODEL,
-            "train": (*MODEL, "optimizer"),
-            "classify train": (*MODEL, "optimizer", "classifier"),
-            "classify": (*MODEL, "classifier"),
+            "generate": LLAMA,
+            "train": (*LLAMA, "optimizer"),
+            "classify train": (*LLAMA, "optimizer", "classifier"),
+            "classify": (*LLAMA, "classifier"),
         },
-    )
+    ),
+    "serving": TrackUses(
+        "torch",
+        ("config", "projection", "model", "kv_cache"),
+        {"generate": ("basics", "attention", "rope", "grouped", "layers", "model", "cache")},
+        "it has no optimiser and no classifier",
+        {"batch": ("batching", "BatchKvCache.update_and_fetch")},
+    ),
+    "numpy": TrackUses(
+        "numpy",
+        ("config", "functions", "llama", "cache"),
+        {"generate": ("functions", "norm", "rotary", "attention", "weights", "layer", "model", "cache")},
+        "it has no gradient of a whole model and no classifier",
+    ),
 }
-USUAL_THETA = 10000.0
-"""The theta of the course's `apply_rotary_emb` where its caller names none."""
-ANOTHER_DEFAULT = """
-
-def _with_default(apply):
-    return lambda query, key, head_dim, max_seq_len, theta={theta!r}: apply(query, key, head_dim, max_seq_len, theta)
-
-
-apply_rotary_emb = _with_default(apply_rotary_emb)
-"""
+VERBS: Mapping[Use, str] = {
+    "generate": "write",
+    "train": "train",
+    "classify train": "train a classifier",
+    "classify": "label texts",
+}
 
 
 @dataclass(frozen=True)
 class ReadersProgram:
-    """The modules of a course's folder: `backend.torch.own.model.Program`."""
+    """The modules of a course's folder: `backend.torch.own.program.Program`."""
 
     directory: Path
     """Its absolute path, by which its code is told from others'."""
+    track: str
     names: tuple[str, ...]
     sources: Sources
 
-    def modules(self, rope_theta: float) -> SimpleNamespace:
-        """Returns the modules, executed anew; where it is not the usual one, `rope_theta` is given to theirs.
-
-        An attention need not name a theta, so that rope.py gets a function more, in memory: one of another default.
-        """
-        sources = dict(self.sources)
-        if rope_theta != USUAL_THETA:
-            path, text = sources["rope"]
-            sources["rope"] = (path, text + ANOTHER_DEFAULT.format(theta=rope_theta))
+    def modules(self, more: Mapping[str, str]) -> SimpleNamespace:
+        """Returns the modules, executed anew, with the lines that `more` has for some behind their texts."""
+        sources = {name: (path, text + more.get(name, "")) for name, (path, text) in self.sources.items()}
         return assembled(sources, self.names)
 
     def is_own(self, path: Path) -> bool:
@@ -98,23 +105,34 @@ class ReadersProgram:
 def checked_program(directory: Path, use: Use) -> ReadersProgram:
     """Returns the modules in a course's folder once the checks of all that is needed of them pass.
 
-    ValueError, in one line, where there is no such course, its track has no model to run, or a check does not pass:
+    ValueError, in one line, where there is no such course, its track has no part for the use, or a check does not pass:
     the lesson, the check, what differs, and the mistake by its name.
     """
     opened = course.opened(directory)
-    uses = TRACKS.get(opened.track.name)
+    track, uses = opened.track, TRACKS.get(opened.track.name)
     if uses is None or opened.framework != uses.framework:
-        known = ", ".join(f"{name} in {found.framework}" for name, found in TRACKS.items())
+        known = ", ".join(f"{name} ({found.framework})" for name, found in TRACKS.items())
         raise ValueError(
-            f"{directory} is the course {opened.track.name} in {opened.framework}, whose code is no model that --with "
+            f"{directory} is the course {track.name} in {opened.framework}, whose code is no model that --with "
             f"can run; give the folder of {known}"
         )
-    needed = tuple(opened.track.lesson(name) for name in uses.lessons[use])
-    for result in grade(replace(opened.track, lessons=needed), opened.framework, directory):
-        if result.state != "passed":
+    if use not in uses.lessons:
+        known = ", ".join(name for name, found in TRACKS.items() if use in found.lessons)
+        raise ValueError(
+            f"{directory} is the course {track.name}, which cannot {VERBS[use]}: {uses.lacks}; give the folder of "
+            f"{known}, or leave --with out"
+        )
+    lessons = [track.lesson(name) for name in uses.lessons[use]]
+    optional = {check: module for module, (_, check) in uses.further.items()}
+    lessons += [replace(track.lesson(name), checks=(check,)) for name, check in uses.further.values()]
+    names = uses.modules + tuple(uses.further)
+    for result in grade(replace(track, lessons=tuple(lessons)), opened.framework, directory):
+        if result.state == "not written" and result.check in optional:
+            names = tuple(name for name in names if name != optional[result.check])
+        elif result.state != "passed":
             raise ValueError(_refusal(opened, result))
     own = directory.resolve()
-    return ReadersProgram(own, uses.modules, sources_of(own.glob("*.py")))
+    return ReadersProgram(own, track.name, names, sources_of(own.glob("*.py")))
 
 
 def _refusal(opened: Course, result: Result) -> str:

@@ -75,7 +75,7 @@ class ClassifyConfig:
     seeds: tuple[int, ...] = ()
     """Train once with each seed, in OUTPUT/seed-N, and report mean and standard deviation."""
     own_code: Annotated[Path | None, tyro.conf.arg(name="with")] = None
-    """The folder of a course, whose classifier and AdamW are trained in the place of the library's
+    """The folder of the course min-llama, whose classifier and AdamW are trained in the place of the library's
     (PyTorch, one process)."""
     training: TrainingConfig = TrainingConfig(learning_rate=3e-4, evaluation_rows=0)
     machine: MachineConfig = MachineConfig()

@@ -75,7 +75,7 @@ class PretrainConfig:
     sample_prompt: str = ""
     """The text that the sample continues; empty: a new text."""
     own_code: Annotated[Path | None, tyro.conf.arg(name="with")] = None
-    """The folder of a course, whose model and AdamW are trained in the place of the library's (PyTorch,
+    """The folder of the course min-llama, whose model and AdamW are trained in the place of the library's (PyTorch,
     one process)."""
     training: TrainingConfig = TrainingConfig()
     machine: MachineConfig = MachineConfig()

@@ -4,7 +4,7 @@ Holds the names that Meta's code gave its parameters, and what other people's co
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -99,13 +99,18 @@ def to_meta_names(model: ForeignModel, layer_names: Mapping[str, str] = META_LAY
     return result
 
 
-def refuse_switches(config: ModelConfig, form: str, fixed: Mapping[str, Any]) -> None:
-    """Raise ValueError where a model has what a form of plain Llamas cannot hold; `fixed` names more that it fixes."""
+def refuse_switches(
+    config: ModelConfig, form: str, fixed: Mapping[str, Any] | None = None, held: Collection[str] = ()
+) -> None:
+    """Raise ValueError where a model has what a form of plain Llamas cannot hold.
+
+    `fixed` names more that it fixes, `held` what it can hold all the same.
+    """
     usual = {field.name: field.default for field in fields(config)}
     plain = {name: usual[name] for name in (*SWITCHES, "rope_scaling", "num_labels")}
     plain["head_dim"] = config.hidden_size // config.num_attention_heads
-    for name, value in {**plain, **fixed}.items():
-        if getattr(config, name) != value:
+    for name, value in {**plain, **(fixed or {})}.items():
+        if name not in held and getattr(config, name) != value:
             raise ValueError(f"{form} cannot hold a model with {name}={getattr(config, name)!r}; there it is {value!r}")
 
 

@@ -9,7 +9,7 @@ import pytest
 from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.runner import runner_over
 from llamita.backend.torch.own.backend import OwnBackend
-from llamita.backend.torch.own.model import refuse
+from llamita.backend.torch.own.min_llama import refuse
 from llamita.evaluation.classification import label_log_probabilities
 from llamita.inference.config import EngineConfig
 from llamita.inference.drafting import PromptLookup

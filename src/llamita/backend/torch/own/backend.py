@@ -15,8 +15,12 @@ from llamita.backend.opening import open_model
 from llamita.backend.torch.devices import choose_device
 from llamita.backend.torch.model.lora import merged_arrays
 from llamita.backend.torch.model.weights import quantize_arrays
-from llamita.backend.torch.own.model import FORM, OwnModel, Program
-from llamita.backend.torch.own.runner import OwnRunner
+from llamita.backend.torch.own.cached import CachedModel, Written
+from llamita.backend.torch.own.min_llama import MinLlamaModel
+from llamita.backend.torch.own.numpy_llama import NumpyLlama
+from llamita.backend.torch.own.program import Program
+from llamita.backend.torch.own.runner import OwnRunner, llama_runner
+from llamita.backend.torch.own.serving import Serving
 from llamita.backend.torch.own.step import OwnTrainStep
 from llamita.backend.torch.train.scorer import choose
 from llamita.backend.torch.train.step import read_shards
@@ -25,11 +29,14 @@ from llamita.model.host_array import HostArray
 from llamita.model.lora import LoraSettings
 from llamita.model.parameters import InitializationName, initialize_parameters
 
+CACHED: Mapping[str, type[Written]] = {"serving": Serving, "numpy": NumpyLlama}
+"""The tracks whose model has a cache of keys and values; that of min-llama has none, but is trained."""
+
 
 class OwnBackend:
-    """Opens and trains models with the modules of `program`; what needs none of them is the library's.
+    """Opens models with the modules of `program`, and trains them with its AdamW; what needs none is the library's.
 
-    Models are held in float32. ValueError, in one line, for options that the course's code has no part for.
+    Models are held in float32. ValueError, in one line, for what the course's code has no part for.
     """
 
     name: Literal["torch"] = "torch"
@@ -43,7 +50,7 @@ class OwnBackend:
     @property
     def device(self) -> str:
         """The device that it computes on by default: "cpu" or "cuda"."""
-        return choose_device("auto")
+        return self._chosen("auto")
 
     def build_train_step(
         self,
@@ -67,6 +74,8 @@ class OwnBackend:
         parallel: ParallelSettings | None = None,
     ) -> OwnTrainStep:
         """Returns their model with their AdamW; precision "auto" is fp32."""
+        if self.program.track in CACHED:
+            raise ValueError(f"--with cannot train with the course {self.program.track}; leave it out")
         _refuse_options(
             {
                 "--tuning lora": adapter is not None,
@@ -85,7 +94,7 @@ class OwnBackend:
             fresh = initialize_parameters(config, seed, initialization)
             arrays = {name: HostArray.from_numpy(array) for name, array in fresh}
         dropout = objective.dropout if isinstance(objective, Classification) else 0.0
-        model = OwnModel(self.program, config, arrays, device, head_dropout=dropout, trains=True)
+        model = MinLlamaModel(self.program, config, arrays, device, head_dropout=dropout, trains=True)
         return OwnTrainStep(
             model,
             optimizer,
@@ -98,7 +107,7 @@ class OwnBackend:
 
     def build_scorer(self, config: ModelConfig, arrays: Mapping[str, HostArray], **options: Any) -> Scorer:
         """Refuses: what has a reference or a teacher is not trained with the course's code."""
-        raise ValueError(f"{FORM} is no reference and no teacher; leave --with out")
+        raise ValueError("the course's code is no reference and no teacher; leave --with out")
 
     def load_runner(
         self,
@@ -121,13 +130,26 @@ class OwnBackend:
             torch.set_num_threads(threads)
         opened = open_model(model, "float32", on_cpu=True)
         if opened.default is not None:
-            raise ValueError(f"{model} is an adapter, which {FORM} cannot hold; make one model of it by llamita merge")
-        return OwnRunner(OwnModel(self.program, opened.config, opened.arrays, choose_device(device)))
+            raise ValueError(f"--with cannot run {model}, an adapter; make one model of it by llamita merge")
+        return self._runner(opened.config, opened.arrays, self._chosen(device))
 
     def runner_over(self, config: ModelConfig, arrays: Mapping[str, HostArray], dtype: str = "float32") -> OwnRunner:
         """Returns a runner over host arrays, on the CPU."""
         _refuse_options({f"--dtype {dtype}": dtype != "float32"})
-        return OwnRunner(OwnModel(self.program, config, arrays))
+        return self._runner(config, arrays, "cpu")
+
+    def _chosen(self, device: str) -> str:
+        """Returns a device by name; models with a cache make their masks on the CPU."""
+        if self.program.track in CACHED:
+            _refuse_options({f"--device {device}": device not in ("auto", "cpu")})
+            return "cpu"
+        return choose_device(device)
+
+    def _runner(self, config: ModelConfig, arrays: Mapping[str, HostArray], device: str) -> OwnRunner:
+        track = CACHED.get(self.program.track)
+        if track is not None:
+            return OwnRunner(CachedModel(self.program, track, config, arrays))
+        return llama_runner(MinLlamaModel(self.program, config, arrays, device))
 
 
 def _refuse_options(given: Mapping[str, bool]) -> None:

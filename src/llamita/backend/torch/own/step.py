@@ -17,8 +17,8 @@ from llamita.backend.adamw import AdamWSettings
 from llamita.backend.objectives import Classification, NextToken, Objective
 from llamita.backend.torch.model.fused import FusedParameter
 from llamita.backend.torch.model.head import OutputHead
-from llamita.backend.torch.own.model import OwnModel
-from llamita.backend.torch.own.runner import OwnRunner
+from llamita.backend.torch.own.min_llama import MinLlamaModel
+from llamita.backend.torch.own.runner import OwnRunner, llama_runner
 from llamita.backend.torch.train.objectives import Hidden, LossFunction, LossOutput, TensorBatch
 from llamita.backend.torch.train.scorer import ChosenPrecision
 from llamita.backend.torch.train.step import TorchTrainStep
@@ -33,11 +33,11 @@ Number = int | float
 class OwnTrainStep(TorchTrainStep):
     """Their model with their AdamW, in one process."""
 
-    model: OwnModel  # type: ignore[assignment] # what is asked of it here, it has
+    model: MinLlamaModel  # type: ignore[assignment] # what is asked of it here, it has
 
     def __init__(
         self,
-        model: OwnModel,
+        model: MinLlamaModel,
         settings: AdamWSettings | None = None,
         *,
         objective: Objective = NextToken(),  # noqa: B008 - it is frozen
@@ -83,7 +83,7 @@ class OwnTrainStep(TorchTrainStep):
 
     def runner(self) -> OwnRunner:  # type: ignore[override] # both are runners of the contract
         """Returns a runner over the weights as they are now."""
-        return OwnRunner(self.model)
+        return llama_runner(self.model)
 
     def conditions(self) -> dict[str, Any]:
         """Returns all that the last bits of a result depend on besides the configuration, the data and their code."""
@@ -117,7 +117,7 @@ class OwnAdamW:
     forms are the same number (end of section 2 of Kingma & Ba 2015, arXiv:1412.6980).
     """
 
-    def __init__(self, model: OwnModel, parameters: Sequence[FusedParameter], settings: AdamWSettings) -> None:
+    def __init__(self, model: MinLlamaModel, parameters: Sequence[FusedParameter], settings: AdamWSettings) -> None:
         self.model, self.settings = model, settings
         self.parameters = list(parameters)
         self.t = 0

@@ -1,21 +1,28 @@
-"""A model whose modules somebody has written in the course, in the place of llama.py's `Llama`.
+"""The track `min-llama`: a Llama that somebody has written, their classifier over it, and their AdamW.
 
 It has what a runner and a training step ask of a model: hidden states, an output head, and its parameters under
-canonical names. The computation is theirs. Knows nothing of where their files are; `Program` is passed in.
+canonical names. The computation is theirs.
+
+Their attention keeps no keys and values, so the memory holds the token itself at each position, and a sequence is
+computed from its first token again wherever logits are wanted. Of a prompt that is read in chunks, only the last costs
+anything; guesses (`--draft lookup`) read a text once for several tokens.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llamita.backend.interface import CacheLayout
+from llamita.backend.step_layout import LEAST_ALIKE
 from llamita.backend.torch.model.fused import FusedParameter
 from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.model.weights import copy_values, host_from_tensor
+from llamita.backend.torch.own.program import Memory, Program, Trace, Wanted
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.parameters import CLASSIFIER, EMBEDDING, OUTPUT_HEAD, check_arrays, stored_arrays
@@ -23,26 +30,35 @@ from llamita.storage.formats.checkpoints import training_arguments
 from llamita.storage.formats.foreign import canonical_name, refuse_switches
 from llamita.storage.rotation import ROTATED, to_halves, to_pairs
 
-Trace = Callable[[str, Tensor], None]
 FORM = "the course's Llama"
+MEMORY_BYTES = 1 << 19
+"""For the tokens of an engine's sequences. A draft model beside it takes keys and values for as many positions."""
+MOST_SCORES = 1 << 22
+"""Most scores of a head's queries over keys in one pass over several sequences: it bounds the memory that one takes."""
+USUAL_THETA = 10000.0
+"""The theta of the course's `apply_rotary_emb` where its caller names none."""
+ANOTHER_DEFAULT = """
+
+def _with_default(apply):
+    return lambda query, key, head_dim, max_seq_len, theta={theta!r}: apply(query, key, head_dim, max_seq_len, theta)
 
 
-class Program(Protocol):
-    """Somebody's modules. A track of the course that brings others of these names needs no change here."""
-
-    def modules(self, rope_theta: float) -> SimpleNamespace:
-        """Returns `config`, `llama`, `optimizer` and `classifier`, executed anew; positions turn by `rope_theta`."""
-
-    def guard(self) -> AbstractContextManager[None]:
-        """Inside, an error of their code becomes a ValueError of one line that names their file."""
+apply_rotary_emb = _with_default(apply_rotary_emb)
+"""
+"""A model's theta reaches rope.py as the default of their function, since their attention need not name one."""
 
 
-class OwnModel(nn.Module):
+class MinLlamaModel(nn.Module):
     """Their Llama with the values of `arrays` (canonical names), or with `num_labels` their classifier over it.
 
     There is an instance that is being trained, where `trains`, and one that is evaluated; they share their parameters,
     and differ in dropout. All is float32. ValueError where the model has what the course's Llama cannot hold.
     """
+
+    form = FORM
+    kernels = "the course's code, which reads the whole text again for each token"
+    kept_bytes_per_token = np.dtype(np.int64).itemsize
+    cache_budget = MEMORY_BYTES
 
     def __init__(
         self,
@@ -57,9 +73,11 @@ class OwnModel(nn.Module):
         super().__init__()
         refuse(config)
         check_arrays(config, arrays)
-        self.config, self.program = config, program
+        self.config, self.program, self.device = config, program, torch.device(device)
         with program.guard():
-            self._modules_of_program = modules = program.modules(config.rope_theta)
+            another = config.rope_theta != USUAL_THETA
+            more = {"rope": ANOTHER_DEFAULT.format(theta=config.rope_theta)} if another else {}
+            self._modules_of_program = modules = program.modules(more)
             evaluated = _instance(modules, config, head_dropout)
             _fill(evaluated, self._values(evaluated, arrays))
             self.evaluated = evaluated.to(device).eval()
@@ -120,10 +138,38 @@ class OwnModel(nn.Module):
             trace("norm", h)
             return h
 
+    def norm(self, stream_BTD: Tensor) -> Tensor:
+        """Returns states of the residual stream through their last norm."""
+        with self.program.guard():
+            found: Tensor = self.model.norm(stream_BTD)
+        return found
+
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Returns the logits (..., V) of a language model's hidden states (..., D)."""
         with self.program.guard():
             found: Tensor = self.model.output(hidden_BTD)
+        return found
+
+    def allocate(self, layout: CacheLayout) -> Memory:
+        """Returns memory for the tokens of an engine's sequences."""
+        return Memory(layout.block_size, [np.zeros(layout.blocks * layout.block_size, dtype=np.int64)])
+
+    def read(self, wanted: Sequence[Wanted], memory: Memory) -> list[Tensor]:
+        """Keeps the tokens of chunks, and returns the logits (R, V) at the wanted offsets of each."""
+        (tokens,) = memory.arrays
+        for chunk, _ in wanted:
+            tokens[memory.rows(chunk, chunk.start, chunk.end)] = chunk.tokens
+        found = [torch.empty(0, self.config.vocab_size, device=self.device)] * len(wanted)
+        for places in _alike(wanted):
+            longest = wanted[places[-1]][0].end
+            tokens_BT = np.zeros((len(places), longest), dtype=np.int64)  # what follows a text changes nothing in it
+            for row, place in zip(tokens_BT, places, strict=True):
+                chunk, _ = wanted[place]
+                row[: chunk.end] = tokens[memory.rows(chunk, 0, chunk.end)]
+            hidden_BTD = self.hidden(torch.from_numpy(tokens_BT).to(self.device))
+            for hidden_TD, place in zip(hidden_BTD, places, strict=True):
+                chunk, offsets = wanted[place]
+                found[place] = self.logits(hidden_TD[[chunk.start + offset for offset in offsets]])
         return found
 
     def label_log_probs(self, tokens_BT: Tensor, training: bool = False) -> Tensor:
@@ -138,6 +184,10 @@ class OwnModel(nn.Module):
         """Returns their AdamW over groups of parameters."""
         with self.program.guard():
             return self._modules_of_program.optimizer.AdamW(groups, **settings)
+
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        """Yields the bytes of each parameter by its canonical name."""
+        return ((fused.name, fused.parameter.nbytes) for fused in self.fused_parameters())
 
     def fused_parameters(self) -> Iterator[FusedParameter]:
         """Yields every parameter with its canonical name, in the order of the table; theirs fuse nothing."""
@@ -202,7 +252,7 @@ def refuse(config: ModelConfig) -> None:
     if config.quantization:
         raise ValueError(f"{FORM} cannot hold {config.quantization} weights; give the model that they were made from")
     headless = replace(config, num_labels=0, label_names=(), problem_type="") if config.num_labels else config
-    refuse_switches(headless, FORM, {})
+    refuse_switches(headless, FORM)
 
 
 def _instance(modules: SimpleNamespace, config: ModelConfig, head_dropout: float) -> Any:
@@ -241,3 +291,17 @@ def _is_one_document(segments_BT: Tensor) -> bool:
     """Returns whether each row is one document, perhaps with padding after it, which nothing before it sees."""
     plain_BT = (segments_BT == segments_BT[:, :1]) | (segments_BT == 0)
     return bool(plain_BT.all() and (segments_BT.diff(dim=1) <= 0).all())
+
+
+def _alike(wanted: Sequence[Wanted]) -> Iterator[list[int]]:
+    """Yields the places of chunks that want logits, to be read together, shorter texts first: of like length, so that
+    little is padding."""
+    group: list[int] = []
+    for place in sorted((n for n, (_, offsets) in enumerate(wanted) if offsets), key=lambda n: wanted[n][0].end):
+        end = wanted[place][0].end
+        if group and (wanted[group[0]][0].end < LEAST_ALIKE * end or (len(group) + 1) * end * end > MOST_SCORES):
+            yield group
+            group = []
+        group.append(place)
+    if group:
+        yield group
