@@ -93,17 +93,23 @@ def change(own: Path, file: str, old: str, new: str) -> None:
     (own / file).write_text(text.replace(old, new), "utf-8")
 
 
-@pytest.mark.medium
-def test_the_same_greedy_story_comes_from_the_readers_code(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def told_of_the_same_story(world: Path, folder: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command says beside a greedy story that is the same with a folder's code and without."""
     command = ["generate", str(world / "base"), "Once", "--temperature", "0", "--max-tokens", "40", "--device", "cpu"]
     assert main(command) == 0
     expected = capsys.readouterr().out
-    assert main([*command, "--with", str(world / "own"), "--statistics"]) == 0
+    assert main([*command, "--with", str(world / folder), "--statistics"]) == 0
     found = capsys.readouterr()
     assert found.out == expected
     assert len(expected) > 40
-    assert f"the checks pass: running the code in {world / 'own'}" in found.err
-    assert "the course's code, which reads the whole text again for each token" in found.err
+    return found.err
+
+
+@pytest.mark.medium
+def test_the_same_greedy_story_comes_from_the_readers_code(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = told_of_the_same_story(world, "own", capsys)
+    assert f"the checks pass: running the code in {world / 'own'}" in told
+    assert "the course's code, which reads the whole text again for each token" in told
 
 
 def test_the_library_may_guess_for_the_readers_code(
@@ -155,13 +161,7 @@ def test_a_model_with_a_cache_writes_the_same_story(
 
 @pytest.mark.medium
 def test_a_model_in_numpy_writes_the_same_story(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["generate", str(world / "base"), "Once", "--temperature", "0", "--max-tokens", "40", "--device", "cpu"]
-    assert main(command) == 0
-    expected = capsys.readouterr().out
-    assert main([*command, "--with", str(world / "numpy"), "--statistics"]) == 0
-    found = capsys.readouterr()
-    assert found.out == expected
-    assert "its cache, sequences one after the other;" in found.err
+    assert "its cache, sequences one after the other;" in told_of_the_same_story(world, "numpy", capsys)
 
 
 def test_a_wrong_cache_is_refused_with_its_mistakes_name(server: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,8 +14,9 @@ import torch
 from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.runner import runner_over
 from llamita.backend.torch.own.backend import OwnBackend
-from llamita.backend.torch.own.cached import MOST_TOGETHER, refuse
+from llamita.backend.torch.own.cached import FORM, MOST_TOGETHER
 from llamita.backend.torch.own.numpy_llama import NumpyLlama
+from llamita.backend.torch.own.program import refuse
 from llamita.backend.torch.own.runner import OwnRunner
 from llamita.backend.torch.own.serving import Serving
 from llamita.inference.config import EngineConfig
@@ -25,10 +26,9 @@ from llamita.inference.llm import LLM
 from llamita.inference.request import Request
 from llamita.model.config import ModelConfig
 from llamita.model.rope import RopeScaling
-from tests import reference
 from tests.backend import models
 from tests.backend.sessions import CONFIG, Session, check_targets
-from tests.backend.torch.own.programs import solved
+from tests.backend.torch.own.programs import held_to_the_oracle, solved
 
 OWN = OwnBackend(solved(of="serving"))
 ONE_BY_ONE = OwnBackend(solved(of="serving", without=["batch"]))
@@ -55,15 +55,7 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKEN
 
 @pytest.mark.parametrize(("backend", "config"), HELD)
 def test_logits_and_streams_are_those_of_the_oracle_in_numpy(backend: OwnBackend, config: ModelConfig) -> None:
-    arrays = models.perturbed(config)
-    tokens = models.random_tokens(config, 2, 17)
-    places = ("embedding", "layers.0", "layers.1", "norm")
-    runner = backend.runner_over(config, arrays)
-    found = runner.forward(tokens, places)
-    for row, ids in enumerate(tokens):
-        expected = reference.forward(config, {name: array.to_numpy() for name, array in arrays.items()}, ids)
-        for place in (*places, "logits"):
-            np.testing.assert_allclose(found[place][row], expected[place], atol=2e-5, rtol=1e-4, err_msg=place)
+    runner, tokens, found = held_to_the_oracle(backend, config)
     np.testing.assert_allclose(runner.forward(tokens, logits="last")["logits"], found["logits"][:, -1:], atol=1e-6)
     assert runner.forward(tokens, logits="none") == {}
     np.testing.assert_allclose(runner.logit_lens(found["layers.1"]), found["logits"], atol=1e-6)
@@ -313,12 +305,12 @@ def test_what_the_courses_model_has_no_part_for_is_named(name: str, track: Any) 
 @pytest.mark.parametrize("name", ["attention_bias", "query_key_value_bias", "query_key_norm"])
 def test_the_numpy_tracks_model_is_a_plain_llama(name: str) -> None:
     check_refusal(name, {name: True}, NumpyLlama.held)
-    refuse(models.small(**{name: True}), Serving.held)
+    refuse(models.small(**{name: True}), FORM, Serving.held)
 
 
 def check_refusal(name: str, switches: dict[str, Any], held: Sequence[str]) -> None:
     with pytest.raises(ValueError, match=r"^the course's model cannot hold a model with ") as refusal:
-        refuse(models.small(**switches), held)
+        refuse(models.small(**switches), FORM, held)
     switch = re.search(r"with (\w+)=", str(refusal.value))
     assert switch is not None
     assert switch[1] in (name, *switches)
@@ -337,7 +329,7 @@ def test_options_that_the_course_has_no_part_for_are_refused(backend: OwnBackend
         with pytest.raises(ValueError, match=f"{name} does not go with --with"):
             backend.load_runner(place, **options)
     with pytest.raises(ValueError, match="cannot hold int8 weights"):
-        refuse(dataclasses.replace(config, quantization="int8"), ())
+        refuse(dataclasses.replace(config, quantization="int8"), FORM)
     with pytest.raises(ValueError, match="--with cannot train with the course"):
         backend.build_train_step(config)
     runner = backend.load_runner(place)

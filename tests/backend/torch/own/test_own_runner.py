@@ -9,7 +9,8 @@ import pytest
 from llamita.backend.sampling_params import SamplingParams
 from llamita.backend.torch.infer.runner import runner_over
 from llamita.backend.torch.own.backend import OwnBackend
-from llamita.backend.torch.own.min_llama import refuse
+from llamita.backend.torch.own.min_llama import FORM
+from llamita.backend.torch.own.program import refuse
 from llamita.evaluation.classification import label_log_probabilities
 from llamita.inference.config import EngineConfig
 from llamita.inference.drafting import PromptLookup
@@ -19,7 +20,7 @@ from llamita.model.rope import RopeScaling
 from tests import reference
 from tests.backend import models
 from tests.backend.sessions import check_targets
-from tests.backend.torch.own.programs import solved
+from tests.backend.torch.own.programs import held_to_the_oracle, solved
 
 OWN = OwnBackend(solved())
 CONFIGS = {
@@ -32,15 +33,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_logits_and_streams_are_those_of_the_oracle_in_numpy(config: ModelConfig) -> None:
-    arrays = models.perturbed(config)
-    tokens = models.random_tokens(config, 2, 17)
-    places = ("embedding", "layers.0", "layers.1", "norm")
-    runner = OWN.runner_over(config, arrays)
-    found = runner.forward(tokens, places)
-    for row, ids in enumerate(tokens):
-        expected = reference.forward(config, {name: array.to_numpy() for name, array in arrays.items()}, ids)
-        for place in (*places, "logits"):
-            np.testing.assert_allclose(found[place][row], expected[place], atol=2e-5, rtol=1e-4, err_msg=place)
+    runner, tokens, found = held_to_the_oracle(OWN, config)
     np.testing.assert_allclose(runner.forward(tokens)["logits"], found["logits"], atol=1e-6)
     np.testing.assert_allclose(runner.forward(tokens, logits="last")["logits"], found["logits"][:, -1:], atol=1e-6)
     assert runner.forward(tokens, logits="none") == {}
@@ -154,7 +147,7 @@ REFUSED = {
 def test_what_the_courses_llama_cannot_hold_is_named(name: str) -> None:
     config = models.small(**REFUSED[name])
     with pytest.raises(ValueError, match=r"^the course's Llama cannot hold a model with ") as refusal:
-        refuse(config)
+        refuse(config, FORM)
     switch = re.search(r"with (\w+)=", str(refusal.value))
     assert switch is not None
     assert switch[1] in (name, *REFUSED[name])
@@ -168,7 +161,7 @@ def test_what_the_course_has_no_part_for_is_refused(tmp_path) -> None:
         with pytest.raises(ValueError, match=f"{name} does not go with --with"):
             OWN.load_runner(place, **options)
     with pytest.raises(ValueError, match="cannot hold int8 weights"):
-        refuse(dataclasses.replace(config, quantization="int8"))
+        refuse(dataclasses.replace(config, quantization="int8"), FORM)
     runner = OWN.load_runner(place)
     with pytest.raises(ValueError, match="does not show its attention"):
         runner.forward([[1, 2]], ("layers.0.attention",))

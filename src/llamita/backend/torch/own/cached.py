@@ -20,12 +20,11 @@ from torch import Tensor
 
 from llamita.backend.interface import CacheLayout, ScheduledChunk
 from llamita.backend.torch.model.weights import copy_values, host_from_tensor
-from llamita.backend.torch.own.program import Memory, Program, Trace, Wanted
+from llamita.backend.torch.own.program import Memory, Program, Trace, Wanted, refuse
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.parameters import check_arrays, stored_arrays
 from llamita.model.sizes import kv_bytes_per_token
-from llamita.storage.formats.foreign import refuse_switches
 
 FORM = "the course's model"
 CACHE_SHARE = 0.25
@@ -101,7 +100,7 @@ class CachedModel:
     def __init__(
         self, program: Program, track: type[Written], config: ModelConfig, arrays: Mapping[str, HostArray]
     ) -> None:
-        refuse(config, track.held)
+        refuse(config, FORM, track.held)
         check_arrays(config, arrays)
         self.config, self.program = config, program
         self.kept_bytes_per_token = kv_bytes_per_token(config, torch.float32.itemsize)
@@ -185,10 +184,3 @@ def same_sizes(their_config: type, config: ModelConfig) -> Any:
     """Returns a config of the course's own, whose fields have the same names as here."""
     names = [field.name for field in fields(their_config) if hasattr(config, field.name)]
     return their_config(**{name: getattr(config, name) for name in names})
-
-
-def refuse(config: ModelConfig, held: Sequence[str]) -> None:
-    """ValueError, naming it, for what a model needs and the course's has no part for."""
-    if config.quantization:
-        raise ValueError(f"{FORM} cannot hold {config.quantization} weights; give the model that they were made from")
-    refuse_switches(config, FORM, held=held)

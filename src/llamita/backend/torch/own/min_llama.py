@@ -22,12 +22,12 @@ from llamita.backend.step_layout import LEAST_ALIKE
 from llamita.backend.torch.model.fused import FusedParameter
 from llamita.backend.torch.model.head import OutputHead
 from llamita.backend.torch.model.weights import copy_values, host_from_tensor
-from llamita.backend.torch.own.program import Memory, Program, Trace, Wanted
+from llamita.backend.torch.own.program import Memory, Program, Trace, Wanted, refuse
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.parameters import CLASSIFIER, EMBEDDING, OUTPUT_HEAD, check_arrays, stored_arrays
 from llamita.storage.formats.checkpoints import training_arguments
-from llamita.storage.formats.foreign import canonical_name, refuse_switches
+from llamita.storage.formats.foreign import canonical_name
 from llamita.storage.rotation import ROTATED, to_halves, to_pairs
 
 FORM = "the course's Llama"
@@ -71,7 +71,8 @@ class MinLlamaModel(nn.Module):
         trains: bool = False,
     ) -> None:
         super().__init__()
-        refuse(config)
+        headless = replace(config, num_labels=0, label_names=(), problem_type="") if config.num_labels else config
+        refuse(headless, FORM)
         check_arrays(config, arrays)
         self.config, self.program, self.device = config, program, torch.device(device)
         with program.guard():
@@ -245,14 +246,6 @@ class MinLlamaModel(nn.Module):
         if found is None:
             raise ValueError(f"the course's model has a parameter {name} that its skeleton has not; take it out")
         return found
-
-
-def refuse(config: ModelConfig) -> None:
-    """ValueError, naming it, for what a model needs and the course's Llama cannot do."""
-    if config.quantization:
-        raise ValueError(f"{FORM} cannot hold {config.quantization} weights; give the model that they were made from")
-    headless = replace(config, num_labels=0, label_names=(), problem_type="") if config.num_labels else config
-    refuse_switches(headless, FORM)
 
 
 def _instance(modules: SimpleNamespace, config: ModelConfig, head_dropout: float) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor
 from llamita.backend.interface import BlockCopy, CacheLayout, ScheduledChunk
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
+from llamita.storage.formats.foreign import refuse_switches
 
 Trace = Callable[[str, Tensor], None]
 Wanted = tuple[ScheduledChunk, list[int]]
@@ -59,6 +60,16 @@ class Memory:
         positions = np.arange(start, end)
         blocks = chunk.tables[0][positions // self.block_size].astype(np.int64)
         return blocks * self.block_size + positions % self.block_size
+
+
+def refuse(config: ModelConfig, form: str, held: Sequence[str] = ()) -> None:
+    """ValueError, naming it, for what a model needs and the course's, which messages call `form`, has no part for.
+
+    `held` are the switches of a config that it has a part for.
+    """
+    if config.quantization:
+        raise ValueError(f"{form} cannot hold {config.quantization} weights; give the model that they were made from")
+    refuse_switches(config, form, held=held)
 
 
 class OwnModel(Protocol):

@@ -26,7 +26,7 @@ from llamita.backend.interface import (
     token_array,
 )
 from llamita.backend.runner import adapter_named, bytes_read_per_token, layers_of_attention, positions_of_logits
-from llamita.backend.step_layout import StepLayout, begins, sample_chunks, score_chunks
+from llamita.backend.step_layout import StepLayout, rows_wanted, sample_chunks, score_chunks
 from llamita.backend.torch.infer.sampling import Sampler
 from llamita.backend.torch.own.min_llama import MinLlamaModel
 from llamita.backend.torch.own.program import Memory, OwnModel
@@ -80,8 +80,7 @@ class OwnRunner:
             adapter_named({}, chunk.adapter)  # refuses a name
         wanted = [(chunk, _offsets(chunk)) for chunk in layout.chunks]
         logits_RV = torch.cat(self.model.read(wanted, memory.kept)).float()
-        rows = [begin + offset for chunk, begin in begins(layout.chunks) for offset in _offsets(chunk)]
-        places = {row: place for place, row in enumerate(rows)}
+        places = {row: place for place, row in enumerate(rows_wanted(layout.chunks))}
 
         def logits_of(rows: Sequence[int]) -> Tensor:
             return logits_RV[[places[row] for row in rows]]

@@ -142,14 +142,13 @@ class BlockedWeight:
         rows_R = wanted.numpy().reshape(-1)
         if rows_R.size and not 0 <= rows_R.min() <= rows_R.max() < self.n_out:
             raise IndexError(f"rows {wanted.tolist()} of {self.n_out}")
-        found = self.look_up(np.ascontiguousarray(rows_R, dtype=np.int64), Static("float32"))
+        found = self.look_up(np.ascontiguousarray(rows_R, dtype=np.int64))
         return torch.from_numpy(found).view(*wanted.shape, self.n_in)
 
-    def look_up(self, rows_R: np.ndarray, kind: Static) -> np.ndarray:
-        """Returns rows of int64 numbers, float32 (R, I), flat, rounded to a type of numbers; none is looked at whether
-        it is there. For a type but float32, I must be a multiple of 16."""
-        statics, code = (self.form, self.instructions, kind), target(self.instructions)
-        return call(rows_of, statics, torch.get_num_threads(), code, kind, rows_R, self.n_in, self.of_kernel)
+    def look_up(self, rows_R: np.ndarray) -> np.ndarray:
+        """Returns the rows of some int64 numbers, float32 (R, I), flat. Whether a row is there is not looked at."""
+        statics, code = (self.form, self.instructions), target(self.instructions)
+        return call(rows_of, statics, torch.get_num_threads(), code, rows_R, self.n_in, self.of_kernel)
 
 
 def blocked_floats(weight_OI: Tensor, instructions: Instructions, rounded: bool = False) -> BlockedWeight:

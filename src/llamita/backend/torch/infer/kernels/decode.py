@@ -272,7 +272,8 @@ def decode_layers(
     threads, code, kind, forms, x, rows, layers, caches, first, last, last_norm, sizes, eps, scale, step, rotations
 ):
     """Runs layers `first` to `last` - 1 over rows (R, D) of the residual stream, flat, and returns it; after the last
-    layer, which `last_norm` follows, the normed rows, of which the numbers are of the type of the cache.
+    layer, which `last_norm` follows, the normed rows. What enters the first layer and what leaves the last norm is
+    rounded to the type of the cache.
 
     `forms` are those of the four weights of each of these layers, `kind` is the type of the cache. `step` has of each
     chunk its first position, its end, and where the blocks of its sequence begin in each group of layers (2 + G, X);
@@ -284,6 +285,8 @@ def decode_layers(
     few = 1 if rows <= ROWS_ALONE else threads
     places, of_groups = row_places(chunks, blocks, windows, size, rows)
     stops = places + 1
+    if first == 0:
+        round_numbers(code, kind, x, x.size)
     for number in range(first, last):
         layer = layers[number]
         keys, values = memory_at(kind, caches[number, 0]), memory_at(kind, caches[number, 1])
@@ -403,9 +406,9 @@ class Decoder:
         return torch.from_numpy(x).view(rows, -1)
 
     def _embedded(self, tokens: list[int]) -> np.ndarray:
-        """Returns what enters the first layer, float32 (R, D), flat."""
+        """Returns what enters the first layer once it is rounded to the model's type, float32 (R, D), flat."""
         if self.embedding is not None:
-            return self.embedding.look_up(np.array(tokens, dtype=np.int64), self.kind)
+            return self.embedding.look_up(np.array(tokens, dtype=np.int64))
         return self.model.embedded(torch.tensor([tokens])).to(torch.float32, copy=True).numpy().reshape(-1)
 
     def _rotations(self, longest: int) -> tuple[list[tuple[Tensor, Tensor]], np.ndarray]:

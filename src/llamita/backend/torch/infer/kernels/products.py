@@ -22,7 +22,6 @@ from llamita.backend.torch.infer.kernels.tiles import (
     rounds_activations,
     unpack_block,
 )
-from llamita.backend.torch.infer.kernels.vectors import round_numbers
 
 
 def _can_keep() -> bool:
@@ -200,10 +199,9 @@ def look_up(first, last, code, form, w, s, m, rows, n_in, found):
 
 
 @njit(**COMPILED)
-def rows_of(threads, code, kind, rows, n_in, weight):
-    """Returns some rows of a weight, float32 (R, I), flat, rounded to a type."""
+def rows_of(threads, code, rows, n_in, weight):
+    """Returns some rows of a weight, float32 (R, I), flat."""
     form, (w, s, m), _ = weight
     found = np.empty(rows.size * n_in, np.float32)
     parallel(look_up, threads if rows.size > 1 else 1, rows.size, (code, form, w, s, m, rows, n_in, found))
-    round_numbers(code, kind, found, found.size)
     return found

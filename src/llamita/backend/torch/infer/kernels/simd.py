@@ -215,6 +215,12 @@ class Code:
         rounded = self.builder.add(self.builder.add(words, self.filled(WORDS, 0x7FFF)), odd)
         return self.builder.trunc(self.builder.lshr(rounded, self.filled(WORDS, 16)), HALVES)
 
+    def narrowed(self, floats: ir.Value, kind: str) -> ir.Value:
+        """Returns the nearest numbers of a type: float16, the bits of bfloat16, or float32 as they are."""
+        if kind == "bfloat16":
+            return self.to_bfloat16(floats)
+        return self.builder.fptrunc(floats, FLOAT16S) if kind == "float16" else floats
+
     def dot_bfloat16(self, total: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
         """Adds the dot product of the two bfloat16 in each word. AVX-512 alone has it."""
         pairs = (self.builder.bitcast(words, BFLOAT16_PAIRS) for words in (x, y))

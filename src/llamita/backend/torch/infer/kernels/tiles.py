@@ -290,10 +290,7 @@ class Tile:
         else:
             scale = self._scales(self.scales[0], group, part)
         lowest = self._scales(self.minimums[0], group, part) if form.minimum else None
-        chunks = form.group // 4
-        for chunk in range(part * chunks, (part + 1) * chunks):
-            if chunk // form.apart % 2:  # came with an earlier one
-                continue
+        for chunk in self._firsts(part):
             for which, four in enumerate(self._chunks(self.weights[0], group, chunk)):
                 first = builder.add(builder.mul(group, LONG(GROUP)), LONG(4 * (chunk + form.apart * which)))
                 for place, number in enumerate(self._numbers(four)):
@@ -319,10 +316,8 @@ class Tile:
         sums = [self._sum(start, group, part) for start in self.x_sums]
         starts = [code.splat(builder.mul(total, WORD(-bias(form, code.instructions)))) for total in sums]
         dots = [[ByteDots(code, form.bits, start) for _ in self.weights] for start in starts]
-        first, chunks = builder.mul(group, LONG(GROUP)), form.group // 4
-        for chunk in range(part * chunks, (part + 1) * chunks):
-            if chunk // form.apart % 2:  # came with an earlier one
-                continue
+        first = builder.mul(group, LONG(GROUP))
+        for chunk in self._firsts(part):
             pairs = [self._chunks(start, group, chunk) for start in self.weights]
             for which in (0, 1):
                 for row, start in enumerate(self.x):
@@ -360,6 +355,12 @@ class Tile:
         whole = builder.mul(builder.urem(group, LONG(groups)), LONG(GROUP // form.group * LANES))
         place = builder.add(whole, LONG((2 + part) * LANES))  # two bytes in each lane are the float16
         return builder.fmul(code.load_floats(code.after(record, place), "int8"), code.load_floats(record, "float16"))
+
+    def _firsts(self, part: int) -> list[int]:
+        """Returns the fours of inputs of a part of a group, but those that are taken together with an earlier one."""
+        chunks = self.form.group // 4
+        whole = range(part * chunks, (part + 1) * chunks)
+        return [chunk for chunk in whole if chunk // self.form.apart % 2 == 0]
 
     def _chunks(self, start: ir.Value, group: ir.Value, chunk: int) -> list[ir.Value]:
         """Returns the weights of four inputs, and of those that are taken together with them: BYTES each."""

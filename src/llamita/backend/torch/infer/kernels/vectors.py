@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from llamita.backend.torch.infer.kernels.simd import FLOAT, FLOAT16S, FLOATS, LANES, LONG, WORDS, Code, pointers
+from llamita.backend.torch.infer.kernels.simd import FLOAT, FLOATS, LANES, LONG, WORDS, Code, pointers
 
 ROWS_AHEAD = 8
 """Rows of keys or values from those that are read to those that are fetched meanwhile."""
@@ -129,11 +129,7 @@ def save(typing_context: Any, code: Any, kind: Any, memory: Any, at: Any, x: Any
         with writer.loop(builder.lshr(values[6], LONG(4))) as turn:
             first = builder.mul(turn.index, LONG(LANES))
             numbers = writer.load(writer.after(x_p, first), FLOATS)
-            if kind.value == "bfloat16":
-                numbers = writer.to_bfloat16(numbers)
-            elif kind.value == "float16":
-                numbers = builder.fptrunc(numbers, FLOAT16S)
-            writer.store(numbers, writer.after(memory_p, first))
+            writer.store(writer.narrowed(numbers, kind.value), writer.after(memory_p, first))
         return context.get_dummy_value()
 
     return types.void(code, kind, memory, types.intp, x, types.intp, types.intp), generate
@@ -165,11 +161,11 @@ def round_numbers(typing_context: Any, code: Any, kind: Any, x: Any, size: Any) 
         (x_p,) = pointers(context, builder, signature, values, 2)
         with writer.loop(builder.lshr(values[3], LONG(4))) as turn:
             place = writer.after(x_p, builder.mul(turn.index, LONG(LANES)))
-            numbers = writer.load(place, FLOATS)
+            numbers = writer.narrowed(writer.load(place, FLOATS), kind.value)
             if kind.value == "bfloat16":
-                numbers = writer.from_bfloat16(writer.to_bfloat16(numbers))
+                numbers = writer.from_bfloat16(numbers)
             elif kind.value == "float16":
-                numbers = builder.fpext(builder.fptrunc(numbers, FLOAT16S), FLOATS)
+                numbers = writer.from_float16(numbers)
             writer.store(numbers, place)
         return context.get_dummy_value()
 
