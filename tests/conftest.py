@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests import peak
+from tests import shortcuts
 from tests.backend import frameworks
 from tests.ordering import long_first
 
@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-peak.measure_briefly()
+shortcuts.take()
 
 # No timing decides a test.
 settings.register_profile("untimed", deadline=None)

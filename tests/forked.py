@@ -3,7 +3,7 @@ imports.
 
 A server imports what the verbs need, and so the framework, once; for each call it forks. The new process has the
 arguments, the working directory and the very stdin, stdout and stderr of its caller, and nothing of another call.
-A run of training measures the machine's speed as briefly as peak.py says.
+A run of training takes the shortcuts of shortcuts.py; the picture of its losses is one that the server drew.
 It ends as Python ends, save that its objects are left to the system: taking them apart one by one would write to, and
 so copy, every page of memory that the process shares with the server.
 `programs` writes the programs, which ask the server; put in front of the PATH, a shell finds them. They run the real
@@ -148,7 +148,7 @@ def main(address: str, python: str) -> int:
     for name in CHOSEN_LATER:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
-    runpy.run_path(str(Path(__file__).with_name("peak.py")))["measure_briefly"]()
+    runpy.run_path(str(Path(__file__).with_name("shortcuts.py")))["take"](drawn=True)
     gc.freeze()  # pages that no collection writes to stay shared
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from tests import peak
+from tests import shortcuts
 
 IMPORTED = (
     *("tests.together", "llamita.backend.torch.backend", "llamita.backend.torch.train.distributed"),
@@ -67,7 +67,7 @@ def _work(rank: int, size: int, port: int, connection: Any, function: Callable[.
     known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in known.items()} | {"MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
-    peak.measure_briefly()
+    shortcuts.take()
     try:
         result: Any = (function(*given),)
     except BaseException as error:
