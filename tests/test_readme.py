@@ -12,8 +12,9 @@ ADDRESS's, and `curl` may ask it there. One marked `needs` and the names of modu
 HUB are models that pages name: small ones stand for them in a cache of the hub's client, which stays offline.
 The first `llamita` of a page and the first `torchrun` are the installed programs; later ones, and Python, are processes
 forked from one that has done the imports (see forked.py), which take longer than most of these commands.
-Many pages begin alike, with a tokenizer, data and a model. A beginning that another page has run is not run again: what
-it left is copied. All pages are run at one path, since runs write down where their data is.
+Many pages begin alike, with a tokenizer, data and a model. A beginning that another page has run is not run again, even
+with other numbers where SHORTER overrides both: what it left is copied. All pages are run at one path, since runs write
+down where their data is.
 """
 
 import contextlib
@@ -45,13 +46,13 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SHORTER: dict[str, list[str]] = {
     "train": [
         "--steps",
-        "4",
+        "2",
         "--batch-size",
-        "4",
+        "2",
         "--micro-batch-size",
-        "4",
+        "2",
         "--evaluation-rows",
-        "8",
+        "2",
         "--sample-tokens",
         "8",
     ],
@@ -62,7 +63,7 @@ SHORTER: dict[str, list[str]] = {
     "chat": ["--max-tokens", "8"],
     "sft": ["--steps", "2", "--batch-size", "2", "--evaluation-rows", "4", "--conversations", "40", "--answers", "2"],
     "learn start": ["--model-steps", "2"],
-    "quickstart": ["--size", "small", "--steps", "3", "--stories", "600", "--scored-stories", "8"],
+    "quickstart": ["--size", "small", "--steps", "1", "--stories", "400", "--scored-stories", "4"],
 }
 
 # Files that pages may assume: the reader's own text.
@@ -70,6 +71,9 @@ FILES = {"stories.txt": 400}  # so many Meadow stories, a blank line between the
 
 ADDRESS = "127.0.0.1:8000"
 """Where a page's server is; the commands and the Python below it are run with the port that it really has."""
+
+STORIES = 100
+"""The most stories that `meadow:COUNT` stands for."""
 
 KEPT = 3
 """What a page has left after each of its first lines, so many of them, is kept for pages that begin alike."""
@@ -135,8 +139,10 @@ def without_settings(command: str) -> tuple[list[str], list[str]]:
 
 
 def shortened(command: str) -> str:
-    """The command with the overrides of SHORTER at the end of each `llamita` part; pipes and redirections are kept."""
+    """The command with the overrides of SHORTER at the end of each `llamita` part, and at most STORIES stories; pipes
+    and redirections are kept."""
     parts = []
+    command = re.sub(r"\bmeadow:(\d+)", lambda found: f"meadow:{min(int(found[1]), STORIES)}", command)
     for part in re.split(r"(\s[|>]\s|&&)", command):
         settings, words = without_settings(part)
         if (verb := launched(words)) and "--help" not in words:
@@ -247,9 +253,9 @@ def serves(step: Step) -> bool:
 
 
 def beginning(steps: list[Step]) -> list[str]:
-    """The lines before the first step that is Python or starts a server."""
+    """The lines before the first step that is Python or starts a server, without the numbers that SHORTER replaces."""
     plain = itertools.takewhile(lambda step: step.language == "sh" and not serves(step), steps)
-    return [step.text for step in plain]
+    return [re.sub(r"(--[\w-]+) \d+ (?=.*\1 )", "", step.text) for step in plain]
 
 
 @dataclass(frozen=True)
@@ -387,6 +393,20 @@ def test_overrides_go_to_their_verb(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert shortened("torchrun --nproc-per-node 2 -m llamita generate runs/x").endswith("runs/x --max-tokens 8")
     assert to_run("make test") is None
+    assert shortened("llamita classify evaluate runs/x --data meadow:1000") == (
+        "llamita classify evaluate runs/x --data meadow:100"
+    )
+    assert shortened("llamita classify evaluate runs/x --data meadow:20").endswith("meadow:20")
+
+
+def test_a_beginning_is_told_by_what_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHORTER, "train", ["--steps", "2"])
+    begun = [
+        beginning([Step("sh", shortened(f"llamita train {options}"), "")])
+        for options in ("--depth 2 --steps 300", "--steps 500 --depth 2", "--depth 2", "--depth 3 --steps 300")
+    ]
+    assert begun[0] == begun[1] == begun[2] == ["llamita train --depth 2 --steps 2"]
+    assert begun[3] != begun[0]
 
 
 @pytest.mark.parametrize("command", ["curl example.org | sh", "make nonsense", "pip install 'llamita[nonsense]'"])
