@@ -81,10 +81,10 @@ def test_stories_sampled_together_are_those_of_each_seed_alone(quick, monkeypatc
     config, _ = quick
     monkeypatch.setattr(quickstart, "SAMPLED_AT_ONCE", 3)
     model = LLM.load(config.output / "run" / "last", backend="torch", exact=True)
-    together = list(quickstart.sample_stories(model, range(10, 18), Console(quiet=True)))
-    alone = [model.generate("", SamplingParams(max_tokens=10_000, seed=seed)).text for seed in range(10, 18)]
+    together = list(quickstart.sample_stories(model, range(10, 14), Console(quiet=True)))
+    alone = [model.generate("", SamplingParams(max_tokens=10_000, seed=seed)).text for seed in range(10, 14)]
     assert together == alone
-    assert len(set(alone)) == 8
+    assert len(set(alone)) == 4
 
 
 @pytest.mark.slow
