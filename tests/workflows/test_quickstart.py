@@ -39,7 +39,7 @@ class Knowing:
 def quick(tmp_path_factory):
     """A small quickstart that has been run: its options, and what it printed."""
     output = tmp_path_factory.mktemp("quickstart") / "quick"
-    config = QuickstartConfig(output=output, steps=6, stories=400, vocab_size=500, scored_stories=4)
+    config = QuickstartConfig(output=output, steps=2, stories=400, vocab_size=500, scored_stories=4)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert quickstart.quickstart(config, BACKEND) == 0
     return config, printed.getvalue()
