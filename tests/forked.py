@@ -36,10 +36,10 @@ from pathlib import Path
 LEFT_OUT = ("lm_eval_adapter", "peers")
 """Modules that import another package with threads of its own; few calls need them."""
 VARYING = re.compile(
-    "PWD|OLDPWD|SHLVL|_|PATH|PYTHONDONTWRITEBYTECODE"
+    "PWD|OLDPWD|SHLVL|_|PATH|PYTHONDONTWRITEBYTECODE|PYTEST_CURRENT_TEST"
     "|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|TORCH_NCCL_.*"
 )
-"""Variables of a shell and of torchrun, which no import reads; they may differ from the server's."""
+"""Variables of a shell, of torchrun and of pytest, which no import reads; they may differ from the server's."""
 CHOSEN_LATER = (
     *("llamita.backend.torch.backend", "torch.fx.experimental.symbolic_shapes", "torch.utils._device"),
     *("tyro", "typeguard", "rich.table", "matplotlib.backends.backend_agg", "matplotlib.figure", "PIL.Image"),
