@@ -27,8 +27,8 @@ from llamita.workflows.convert import Tools
 
 TRACK, SERVING, NUMPY = (track.find(name) for name in ("min-llama", "serving", "numpy"))
 CONFIG = ModelConfig(300, 32, 48, 2, 4, 2, 64, rope_theta=700.0, eos_token_id=None)
-pytestmark = pytest.mark.usefixtures("graded_at_once")
 TRAIN = ["--steps", "4", "--batch-size", "4", "--evaluate-every", "2", "--evaluation-rows", "8", "--device", "cpu"]
+pytestmark = pytest.mark.usefixtures("graded_at_once")
 
 
 @pytest.fixture(scope="module")
