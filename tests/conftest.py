@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests import shortcuts
 from tests.backend import frameworks
 from tests.ordering import long_first
 
@@ -19,9 +21,14 @@ if not torch.cuda.is_available():
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+shortcuts.take()
+
 # No timing decides a test.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+# Modules and tests stay to the end; see pytest_collection_finish.
+gc.disable()
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -47,3 +54,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if processes:
         long = {item for item in items if any(map(item.get_closest_marker, ("medium", "slow")))}
         items[:] = long_first(items, processes, lambda item: item.path, long.__contains__)
+
+
+def pytest_collection_finish() -> None:
+    """Spares the collector of garbage all that is there when the tests begin; it takes seconds to look through that."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Lets the collector see all again, so that libraries that count what is left at the end find nothing."""
+    gc.unfreeze()

@@ -1,17 +1,26 @@
-"""`llamita` and `python -c` as programs that need not import: each call is a process, without the seconds for imports.
+"""`llamita`, `python` and `torchrun` as programs that need not import: each call is a process, without the seconds for
+imports.
 
 A server imports what the verbs need, and so the framework, once; for each call it forks. The new process has the
-arguments, the working directory and the very stdin, stdout and stderr of its caller, nothing of another call, and ends
-as Python ends. `programs` writes a `llamita` and a `python` that ask the server; put in front of the PATH, a shell
-finds them. They run the real ones where a call's environment is another than the server's, which imports have read.
+arguments, the working directory and the very stdin, stdout and stderr of its caller, and nothing of another call.
+A run of training takes the shortcuts of shortcuts.py; the picture of its losses is one that the server drew.
+It ends as Python ends, save that its objects are left to the system: taking them apart one by one would write to, and
+so copy, every page of memory that the process shares with the server.
+`programs` writes the programs, which ask the server; put in front of the PATH, a shell finds them. They run the real
+ones where a call's environment is another than the server's, which imports have read. A Python that a call starts as
+`sys.executable` is such a program too.
 """
 
 import ast
+import atexit
 import contextlib
 import gc
 import importlib
+import itertools
 import json
 import os
+import re
+import runpy
 import select
 import shlex
 import signal
@@ -19,18 +28,22 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 LEFT_OUT = ("lm_eval_adapter", "peers")
 """Modules that import another package with threads of its own; few calls need them."""
-VARYING = ("PWD", "OLDPWD", "SHLVL", "_", "PATH")
-"""Variables of a shell, which no import reads; they may differ from the server's."""
+VARYING = re.compile(
+    "PWD|OLDPWD|SHLVL|_|PATH|PYTHONDONTWRITEBYTECODE|PYTEST_CURRENT_TEST"
+    "|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|TORCH_NCCL_.*"
+)
+"""Variables of a shell, of torchrun and of pytest, which no import reads; they may differ from the server's."""
 CHOSEN_LATER = (
     *("llamita.backend.torch.backend", "torch.fx.experimental.symbolic_shapes", "torch.utils._device"),
     *("tyro", "typeguard", "rich.table", "matplotlib.backends.backend_agg", "matplotlib.figure", "PIL.Image"),
-    *("numba.typed", "scipy.linalg"),
+    *("numba.typed", "scipy.linalg", "torch.distributed.run"),
     *(f"llamita.backend.torch.infer.kernels.{name}" for name in ("products", "head", "decode")),
 )
 """What verbs import beside what their own files name, where it is installed."""
@@ -44,10 +57,10 @@ with socket.socket(socket.AF_UNIX) as server:
     files = array.array("i", [0, 1, 2])
     server.sendmsg([struct.pack("!I", len(call))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
     server.sendall(call)
-    status = server.recv(4)
-if not status:
-    os.execv(real, [real, *sys.argv[1:]])
-os._exit(struct.unpack("!i", status)[0])
+    if not server.recv(4):
+        os.execv(real, [real, *sys.argv[1:]])
+    status, = struct.unpack("!i", server.recv(4))
+os._exit(status if status >= 0 else 128 - status)  # as a shell tells it
 """
 
 
@@ -63,11 +76,12 @@ def programs(directory: Path, environment: Mapping[str, str]) -> Iterator[Path]:
     if sys.platform != "linux":  # elsewhere frameworks do not outlive a fork
         yield made
         return
-    for name, real in (("llamita", str(Path(sys.executable).with_name("llamita"))), ("python", sys.executable)):
+    for name in ("llamita", "torchrun", "python"):
+        real = sys.executable if name == "python" else str(Path(sys.executable).with_name(name))
         (made / name).write_text(PROGRAM.format(python=sys.executable, real=real, address=address))
         (made / name).chmod(0o755)
     server = subprocess.Popen(
-        [sys.executable, "-P", __file__, address],
+        [sys.executable, "-P", __file__, address, str(made / "python")],
         env=dict(environment),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -85,12 +99,56 @@ def programs(directory: Path, environment: Mapping[str, str]) -> Iterator[Path]:
         server.communicate()
 
 
-def main(address: str) -> int:
+class Call:
+    """A call without a program that asks for it, as `subprocess.Popen` gives it: `pid` is that of the process itself.
+
+    What it writes to stdout and stderr comes together, in `communicate`; to stdin it has nothing.
+    """
+
+    def __init__(self, programs: Path, environment: Mapping[str, str], program: str, arguments: list[str]) -> None:
+        self.returncode: int | None = None
+        self._server = socket.socket(socket.AF_UNIX)
+        self._server.connect(str(programs.with_name("socket")))
+        call = json.dumps([program, arguments, os.getcwd(), dict(environment)]).encode()
+        output, written = os.pipe()
+        with open(os.devnull) as nothing, open(written, "wb") as file:
+            files = [nothing.fileno(), file.fileno(), file.fileno()]
+            socket.send_fds(self._server, [struct.pack("!I", len(call))], files)
+            self._server.sendall(call)
+            (self.pid,) = struct.unpack("!i", self._server.recv(4))
+        self._output = open(output, encoding="utf-8")  # noqa: SIM115 (it is read to its end later)
+
+    def poll(self, timeout: float | None = 0.0) -> int | None:
+        """Returns its exit status, minus the number of a signal that ended it, or None where it runs on."""
+        if self.returncode is None and select.select([self._server], [], [], timeout)[0]:
+            with self._server:
+                (self.returncode,) = struct.unpack("!i", self._server.recv(4))
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        """Returns what it wrote, once it has ended. TimeoutError where it has not after so many seconds."""
+        text: list[str] = []
+        reader = threading.Thread(target=lambda: text.append(self._output.read()), daemon=True)
+        reader.start()
+        if self.poll(timeout) is None:
+            self.send_signal(signal.SIGKILL)
+            raise TimeoutError(f"process {self.pid} has not ended after {timeout} seconds")
+        reader.join()
+        self._output.close()
+        return text[0], None
+
+
+def main(address: str, python: str) -> int:
     """Serves calls, and never returns in the server; in the process of a call, returns its exit status."""
     import_what_verbs_import()
     for name in CHOSEN_LATER:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
+    runpy.run_path(str(Path(__file__).with_name("shortcuts.py")))["take"](drawn=True)
     gc.freeze()  # pages that no collection writes to stay shared
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
@@ -107,6 +165,8 @@ def main(address: str) -> int:
                     caller.close()
                 elif child := os.fork():
                     callers[child] = caller
+                    with contextlib.suppress(BrokenPipeError):
+                        caller.sendall(struct.pack("!i", child))
                 else:
                     break
                 for file in files:
@@ -115,8 +175,7 @@ def main(address: str) -> int:
                 found, status = os.waitpid(child, os.WNOHANG)
                 if found:
                     with callers.pop(child) as caller, contextlib.suppress(BrokenPipeError):
-                        code = os.waitstatus_to_exitcode(status)
-                        caller.sendall(struct.pack("!i", code if code >= 0 else 128 - code))  # as a shell tells it
+                        caller.sendall(struct.pack("!i", os.waitstatus_to_exitcode(status)))
     for other in (caller, *callers.values()):
         other.close()
     for number, file in enumerate(files):
@@ -124,23 +183,47 @@ def main(address: str) -> int:
         os.close(file)
     sys.stdout.reconfigure(line_buffering=os.isatty(1))
     os.chdir(directory)
-    os.environ.update({name: environment[name] for name in VARYING if name in environment})
+    os.environ.update({name: value for name, value in environment.items() if VARYING.fullmatch(name)})
+    sys.dont_write_bytecode = bool(environment.get("PYTHONDONTWRITEBYTECODE"))
+    sys.executable = python
     return call(program, arguments)
 
 
 def call(program: str, arguments: list[str]) -> int:
-    """Does what a program does in a process of its own; returns its exit status."""
-    if program == "python":
-        option, code, *rest = arguments
-        assert option == "-c", f"expected python -c, got: python {shlex.join(arguments)}"
-        sys.argv, sys.path = ["-c", *rest], ["", *sys.path]
-        module = sys.modules["__main__"] = types.ModuleType("__main__")
-        exec(compile(code, "<string>", "exec"), vars(module))
-        return 0
-    from llamita.cli.main import main as llamita
-
+    """Does what a program does in a process of its own; returns its exit status, or raises SystemExit with it."""
     sys.argv = [program, *arguments]
-    return llamita()
+    if program == "llamita":
+        from llamita.cli.main import main as llamita
+
+        return llamita()
+    if program == "torchrun":
+        from torch.distributed.run import main as torchrun
+
+        torchrun()
+        return 0
+    options = list(itertools.takewhile(("-P", "-u").__contains__, arguments))
+    kind, what, *rest = arguments[len(options) :]
+    assert kind in ("-c", "-m"), f"expected python -c or -m, got: python {shlex.join(arguments)}"
+    if "-P" not in options:
+        sys.path.insert(0, "" if kind == "-c" else os.getcwd())
+    if "-u" in options:
+        sys.stdout.reconfigure(write_through=True)
+    sys.argv = [kind, *rest]
+    if kind == "-m":
+        sys.modules.pop(what, None)
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        module = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(what, "<string>", "exec"), vars(module))
+    return 0
+
+
+def end(status: int) -> None:
+    """Ends a process as Python does, but for taking its objects apart."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def received(caller: socket.socket) -> tuple[str, list[str], str, dict[str, str], list[int]]:
@@ -154,7 +237,7 @@ def received(caller: socket.socket) -> tuple[str, list[str], str, dict[str, str]
 
 
 def same(environment: Mapping[str, str], own: Mapping[str, str]) -> bool:
-    first, second = ({k: v for k, v in given.items() if k not in VARYING} for given in (environment, own))
+    first, second = ({k: v for k, v in given.items() if not VARYING.fullmatch(k)} for given in (environment, own))
     return first == second
 
 
@@ -181,4 +264,10 @@ def _import(module: str, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    try:
+        status = main(*sys.argv[1:])
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            raise
+        status = stop.code or 0
+    end(status)

@@ -74,6 +74,24 @@ def test_the_command_line_says_the_same(programs: Path, environment: dict[str, s
     assert ours.stdout + ours.stderr
 
 
+@pytest.mark.parametrize("arguments", [["-m", "llamita", "info", "tiny"], ["-P", "-u", "-m", "llamita", "infos"]])
+def test_a_module_is_run_as_python_runs_it(
+    programs: Path, environment: dict[str, str], arguments: list[str], tmp_path: Path
+) -> None:
+    ours, theirs = (
+        subprocess.run([program, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True)
+        for program in (programs / "python", sys.executable)
+    )
+    assert (ours.stdout, ours.stderr, ours.returncode) == (theirs.stdout, theirs.stderr, theirs.returncode)
+    assert ours.stdout + ours.stderr
+
+
+def test_the_python_that_a_call_starts_is_forked_too(programs: Path, environment: dict[str, str]) -> None:
+    asked = "import sys; print('torch' in sys.modules)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {asked!r}], check=True)"
+    assert subprocess.check_output([programs / "python", "-c", code], env=environment, text=True) == "True\n"
+
+
 def test_the_programs_of_a_pipe_run_together(programs: Path, environment: dict[str, str], tmp_path: Path) -> None:
     """The first waits for a word that the second writes when it has read what the first says."""
     first = "import os, time; print('said', flush=True)\nwhile not os.path.exists('heard'): time.sleep(0.01)"
@@ -88,3 +106,25 @@ def test_a_process_that_a_signal_ends_has_its_status(programs: Path, environment
     code = "import os; os.kill(os.getpid(), 9)"
     done = subprocess.run(["bash", "-c", f"{programs}/python -c '{code}'"], env=environment)
     assert done.returncode == 137
+
+
+def test_a_call_without_a_program_is_a_process_that_can_be_asked_signalled_and_read(
+    programs: Path, environment: dict[str, str]
+) -> None:
+    code = "import os, sys, time\nprint(os.getpid(), flush=True)\nprint('to stderr', file=sys.stderr)\n"
+    call = forked.Call(programs, environment, "python", ["-c", f"{code}sys.exit(7)"])
+    assert call.communicate(60) == (f"{call.pid}\nto stderr\n", None)
+    assert call.poll() == call.returncode == 7
+    call.send_signal(9)  # it has ended: nobody is killed
+
+    call = forked.Call(programs, environment, "python", ["-c", f"{code}time.sleep(600)"])
+    assert call.poll() is None
+    call.send_signal(9)
+    assert call.poll(60) == -9
+    with pytest.raises(ProcessLookupError):
+        os.kill(call.pid, 0)
+
+    call = forked.Call(programs, environment, "python", ["-c", "import time; time.sleep(600)"])
+    with pytest.raises(TimeoutError, match=r"has not ended after 0\.1 seconds"):
+        call.communicate(0.1)
+    assert call.poll(60) == -9

@@ -10,12 +10,16 @@ A block whose commands cannot run here (a GPU, a download) is marked `sh` with a
 "```sh no-run", and is only parsed. `llamita serve` runs beside the rest of its page, at a free port in the place of
 ADDRESS's, and `curl` may ask it there. One marked `needs` and the names of modules is run where those are installed.
 HUB are models that pages name: small ones stand for them in a cache of the hub's client, which stays offline.
-The first `llamita` of a page is the installed program; later ones, and Python, are processes forked from one that has
-done the imports (see forked.py), which take longer than most of these commands.
+The first `llamita` of a page and the first `torchrun` are the installed programs; later ones, and Python, are processes
+forked from one that has done the imports (see forked.py), which take longer than most of these commands.
+Many pages begin alike, with a tokenizer, data and a model. A beginning that another page has run is not run again, even
+with other numbers where SHORTER overrides both: what it left is copied. All pages are run at one path, since runs write
+down where their data is.
 """
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import re
 import shlex
@@ -25,7 +29,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -42,13 +46,13 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SHORTER: dict[str, list[str]] = {
     "train": [
         "--steps",
-        "4",
+        "2",
         "--batch-size",
-        "4",
+        "2",
         "--micro-batch-size",
-        "4",
+        "2",
         "--evaluation-rows",
-        "8",
+        "2",
         "--sample-tokens",
         "8",
     ],
@@ -59,7 +63,7 @@ SHORTER: dict[str, list[str]] = {
     "chat": ["--max-tokens", "8"],
     "sft": ["--steps", "2", "--batch-size", "2", "--evaluation-rows", "4", "--conversations", "40", "--answers", "2"],
     "learn start": ["--model-steps", "2"],
-    "quickstart": ["--size", "small", "--steps", "3", "--stories", "600", "--scored-stories", "8"],
+    "quickstart": ["--size", "small", "--steps", "1", "--stories", "400", "--scored-stories", "4"],
 }
 
 # Files that pages may assume: the reader's own text.
@@ -67,6 +71,12 @@ FILES = {"stories.txt": 400}  # so many Meadow stories, a blank line between the
 
 ADDRESS = "127.0.0.1:8000"
 """Where a page's server is; the commands and the Python below it are run with the port that it really has."""
+
+STORIES = 100
+"""The most stories that `meadow:COUNT` stands for."""
+
+KEPT = 3
+"""What a page has left after each of its first lines, so many of them, is kept for pages that begin alike."""
 
 HUB = ("HuggingFaceTB/SmolLM2-135M",)
 
@@ -129,8 +139,10 @@ def without_settings(command: str) -> tuple[list[str], list[str]]:
 
 
 def shortened(command: str) -> str:
-    """The command with the overrides of SHORTER at the end of each `llamita` part; pipes and redirections are kept."""
+    """The command with the overrides of SHORTER at the end of each `llamita` part, and at most STORIES stories; pipes
+    and redirections are kept."""
     parts = []
+    command = re.sub(r"\bmeadow:(\d+)", lambda found: f"meadow:{min(int(found[1]), STORIES)}", command)
     for part in re.split(r"(\s[|>]\s|&&)", command):
         settings, words = without_settings(part)
         if (verb := launched(words)) and "--help" not in words:
@@ -210,34 +222,102 @@ def with_programs(environment: dict[str, str], tmp_path_factory: pytest.TempPath
         yield environment | {"PATH": f"{directory}{os.pathsep}{environment['PATH']}"}
 
 
+@dataclass(frozen=True)
+class Step:
+    """What is run of a page: a line of a shell, or a block of Python."""
+
+    language: str
+    text: str
+    where: str
+
+
+def steps(page: Path) -> list[Step]:
+    """The steps of a page, all of whose commands are checked. AssertionError where one is of an unknown kind."""
+    found = []
+    for block in blocks(page.read_text()):
+        where = f"{page.name}, block at line {block.line}"
+        if block.language == "python" and runs_here(block):
+            found.append(Step("python", block.text, where))
+        if block.language not in ("sh", "bash", "shell", "console"):
+            continue
+        for command in commands(block):
+            assert (why := problem(command)) is None, f"{where}: {command}: {why}"
+            line = to_run(command)
+            if line is not None and runs_here(block):
+                found.append(Step("sh", line, f"{where}: {command}"))
+    return found
+
+
+def serves(step: Step) -> bool:
+    return step.text.startswith("llamita serve") and "--help" not in step.text
+
+
+def beginning(steps: list[Step]) -> list[str]:
+    """The lines before the first step that is Python or starts a server, without the numbers that SHORTER replaces."""
+    plain = itertools.takewhile(lambda step: step.language == "sh" and not serves(step), steps)
+    return [re.sub(r"(--[\w-]+) \d+ (?=.*\1 )", "", step.text) for step in plain]
+
+
+@dataclass(frozen=True)
+class Beginnings:
+    """The directory in which pages are run, and copies of it as the lines with which a page began had left it."""
+
+    place: Path
+    copies: Path
+    known: dict[tuple[str, ...], Path] = field(default_factory=dict)
+
+    def begin(self, lines: list[str]) -> int:
+        """Empties the place, puts there FILES or what the longest known beginning of these lines has left, and returns
+        how many lines that beginning has."""
+        shutil.rmtree(self.place, ignore_errors=True)
+        for count in range(len(lines), 0, -1):
+            if tuple(lines[:count]) in self.known:
+                shutil.copytree(self.known[tuple(lines[:count])], self.place, symlinks=True)
+                return count
+        self.place.mkdir()
+        for name, count in FILES.items():
+            (self.place / name).write_text("\n\n".join(meadow.story(7, index) for index in range(count)) + "\n")
+        return 0
+
+    def keep(self, lines: list[str]) -> None:
+        """Keeps what these lines have left, where another page may begin with them."""
+        if len(lines) <= KEPT and tuple(lines) not in self.known:
+            self.known[tuple(lines)] = self.copies / str(len(self.known))
+            shutil.copytree(self.place, self.known[tuple(lines)], symlinks=True)
+
+
+@pytest.fixture(scope="module")
+def beginnings(tmp_path_factory: pytest.TempPathFactory) -> Beginnings:
+    directory = tmp_path_factory.mktemp("pages")
+    return Beginnings(directory / "page", directory)
+
+
 @pytest.mark.medium
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_command_of_a_page_runs(
-    page: Path, tmp_path: Path, environment: dict[str, str], with_programs: dict[str, str]
+    page: Path, beginnings: Beginnings, environment: dict[str, str], with_programs: dict[str, str]
 ) -> None:
-    for name, count in FILES.items():
-        (tmp_path / name).write_text("\n\n".join(meadow.story(7, index) for index in range(count)) + "\n")
+    of_page = steps(page)
+    lines, place = beginning(of_page), beginnings.place
+    begun = beginnings.begin(lines)
+    installed = {"torchrun"} if begun else {"llamita", "torchrun"}
     with contextlib.ExitStack() as servers:
-        address, first = ADDRESS, True
-        for block in blocks(page.read_text()):
-            where = f"{page.name}, block at line {block.line}"
-            if block.language == "python" and runs_here(block):
-                run(["python", "-c", block.text.replace(ADDRESS, address)], tmp_path, with_programs, where)
-            if block.language not in ("sh", "bash", "shell", "console"):
+        address = ADDRESS
+        for number, step in enumerate(of_page[begun:], begun + 1):
+            if serves(step):
+                servers.close()  # the one before
+                address = servers.enter_context(serving(step.text.rstrip("& "), place, environment))
                 continue
-            for command in commands(block):
-                assert (found := problem(command)) is None, f"{where}: {command}: {found}"
-                line = to_run(command)
-                if line is None or not runs_here(block):
-                    continue
-                if line.startswith("llamita serve") and "--help" not in line:
-                    servers.close()  # the one before
-                    address = servers.enter_context(serving(line.rstrip("& "), tmp_path, environment))
-                    continue
-                line = line.replace(ADDRESS, address)
-                around, first = (environment if first else with_programs), False
-                run(["bash", "-o", "pipefail", "-c", line], tmp_path, around, f"{where}: {command}")
+            text = step.text.replace(ADDRESS, address)
+            if step.language == "python":
+                run(["python", "-c", text], place, with_programs, step.where)
+                continue
+            first = {program for program in installed if re.search(rf"\b{program} ", text)}
+            installed -= first
+            run(["bash", "-o", "pipefail", "-c", text], place, environment if first else with_programs, step.where)
+            if number <= len(lines):
+                beginnings.keep(lines[:number])
 
 
 @contextlib.contextmanager
@@ -313,6 +393,20 @@ def test_overrides_go_to_their_verb(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert shortened("torchrun --nproc-per-node 2 -m llamita generate runs/x").endswith("runs/x --max-tokens 8")
     assert to_run("make test") is None
+    assert shortened("llamita classify evaluate runs/x --data meadow:1000") == (
+        "llamita classify evaluate runs/x --data meadow:100"
+    )
+    assert shortened("llamita classify evaluate runs/x --data meadow:20").endswith("meadow:20")
+
+
+def test_a_beginning_is_told_by_what_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHORTER, "train", ["--steps", "2"])
+    begun = [
+        beginning([Step("sh", shortened(f"llamita train {options}"), "")])
+        for options in ("--depth 2 --steps 300", "--steps 500 --depth 2", "--depth 2", "--depth 3 --steps 300")
+    ]
+    assert begun[0] == begun[1] == begun[2] == ["llamita train --depth 2 --steps 2"]
+    assert begun[3] != begun[0]
 
 
 @pytest.mark.parametrize("command", ["curl example.org | sh", "make nonsense", "pip install 'llamita[nonsense]'"])

@@ -1,6 +1,6 @@
 """Runs a function in several processes that train together, as torchrun would start them.
 
-They are forked from a server that has imported PyTorch already, which takes most of the time of a start.
+They are forked from a server that has done the imports already, which take most of the time of a start.
 """
 
 import multiprocessing
@@ -11,6 +11,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from tests import shortcuts
+
+IMPORTED = (
+    *("tests.together", "llamita.backend.torch.backend", "llamita.backend.torch.train.distributed"),
+    *("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "matplotlib.backends.backend_agg"),
+    *("llamita.workflows.pretrain", "pytest"),
+)
+"""What the server imports: what the processes use, and what tests' files do."""
 SECONDS = 120  # after which processes that wait for each other are killed
 
 
@@ -21,7 +29,7 @@ def run_together(size: int, function: Callable[..., Any], *given: Any, until: Ca
     process's own error, or where they take too long.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.together", "llamita.backend.torch.train.distributed"])
+    context.set_forkserver_preload([*IMPORTED])
     ours, theirs = context.Pipe()
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -59,6 +67,7 @@ def _work(rank: int, size: int, port: int, connection: Any, function: Callable[.
     known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in known.items()} | {"MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(1)
+    shortcuts.take()
     try:
         result: Any = (function(*given),)
     except BaseException as error:

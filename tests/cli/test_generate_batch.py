@@ -2,12 +2,10 @@
 
 import gzip
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,22 +125,21 @@ def test_what_is_done_is_kept_and_a_torn_line_is_done_again(
 
 
 @pytest.mark.medium
-def test_a_killed_run_goes_on(model: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on(model: Path, tmp_path: Path, call: Callable[[str, list[str]], Any]) -> None:
     rows = [{"prompt": f"The fox {i}", "seed": i, "max_tokens": 10 + 9 * i} for i in range(40)]  # end one by one
     source, whole, output = write(tmp_path / "in.jsonl", rows), tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     options = ("--ignore-eos",)
     assert main(arguments(model, source, whole, *options)) == 0
-    command = [sys.executable, "-m", "llamita.cli.main", *arguments(model, source, output, *options)]
     kills = 0
     for moment in (0, 9):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        process = call("llamita", arguments(model, source, output, *options))
         deadline = time.monotonic() + 60
         while process.poll() is None and (not output.exists() or output.read_bytes().count(b"\n") <= moment):
             assert time.monotonic() < deadline
             time.sleep(0.001)
         kills += process.poll() is None
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
     assert kills == 2
     assert main(arguments(model, source, output, *options)) == 0
     assert read(output) == read(whole)

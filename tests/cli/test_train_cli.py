@@ -52,6 +52,12 @@ def start(arguments):
     )
 
 
+@pytest.fixture
+def fork(call):
+    """What `start` does, without the seconds for imports."""
+    return lambda arguments: call("llamita", ["train", *map(str, arguments)])
+
+
 def wait_for_lines(process, run, count, limit=120.0):
     """Return when metrics.jsonl has `count` lines, or the process has ended."""
     end = time.monotonic() + limit
@@ -68,7 +74,7 @@ def finish(process, limit=240.0):
     return process.returncode, output
 
 
-def kill_and_resume(data, tmp_path, kills, seed, steps=120, **options):
+def kill_and_resume(data, tmp_path, fork, kills, seed, steps=120, **options):
     """Run once undisturbed, once killed `kills` times at random moments; the two must be the same."""
     moments = random.Random(seed)
     code, output = finish(start(flags(data, tmp_path / "whole", steps, **options)))
@@ -76,14 +82,14 @@ def kill_and_resume(data, tmp_path, kills, seed, steps=120, **options):
     run = tmp_path / "killed"
     arguments = flags(data, run, steps, **options)
     for kill in range(kills):
-        process = start(arguments)
+        process = fork(arguments)
         wait_for_lines(process, run, int(steps * (kill + moments.random()) / (kills + 0.5)))
         time.sleep(moments.random() * 0.02)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         if (run / "run.json").exists():
             arguments = ["--output", run, "--resume"]
-    code, output = finish(start(arguments))
+    code, output = finish(fork(arguments))
     assert code == 0, output
     assert weights_of(tmp_path / "whole/last") == weights_of(run / "last")
     assert timeless(tmp_path / "whole") == timeless(run)
@@ -94,14 +100,14 @@ def kill_and_resume(data, tmp_path, kills, seed, steps=120, **options):
 
 
 @pytest.mark.medium
-def test_three_kills_leave_no_trace(data, tmp_path):
-    kill_and_resume(data, tmp_path, kills=3, seed=int(os.environ.get("LLAMITA_TEST_SEED", "1")))
+def test_three_kills_leave_no_trace(data, tmp_path, fork):
+    kill_and_resume(data, tmp_path, fork, kills=3, seed=int(os.environ.get("LLAMITA_TEST_SEED", "1")))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_twenty_kills_leave_no_trace(data, tmp_path, precision):
-    kill_and_resume(data, tmp_path, kills=20, seed=2, steps=400, precision=precision)
+def test_twenty_kills_leave_no_trace(data, tmp_path, fork, precision):
+    kill_and_resume(data, tmp_path, fork, kills=20, seed=2, steps=400, precision=precision)
 
 
 @pytest.mark.slow
@@ -125,11 +131,11 @@ def test_kills_of_a_compiled_run_leave_no_trace(data, tmp_path):
 
 
 @pytest.mark.medium
-def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path):
+def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path, fork):
     run = tmp_path / "run"
     process = start(flags(data, run, steps=100_000, **{"checkpoint-every": 0, "evaluate-every": 0}))
     wait_for_lines(process, run, 20)
-    second = start(["--output", run, "--resume"])
+    second = fork(["--output", run, "--resume"])
     code, output = finish(second)
     assert code == 2
     assert output.startswith("error: ")
@@ -146,10 +152,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path):
 
 @pytest.mark.medium
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_scheduler_s_signal_saves_and_ends_with_its_status(data, tmp_path, number):
+def test_a_scheduler_s_signal_saves_and_ends_with_its_status(data, tmp_path, fork, number):
     """What is saved is the uninterrupted run's, to be gone on with."""
     options = {"checkpoint-every": 0, "evaluate-every": 0, "schedule": "constant", "warmup-steps": 5}
-    process = start(flags(data, tmp_path / "run", steps=100_000, **options))
+    process = fork(flags(data, tmp_path / "run", steps=100_000, **options))
     wait_for_lines(process, tmp_path / "run", 20)
     process.send_signal(number)
     code, output = finish(process)
@@ -160,7 +166,7 @@ def test_a_scheduler_s_signal_saves_and_ends_with_its_status(data, tmp_path, num
     (step,) = RunDirectory(tmp_path / "run", {}).steps()
     assert (session["state"], session["signal"], session["last_step"]) == ("interrupted", number.name, step)
     assert main(["runs", "show", str(tmp_path / "run")]) == 0
-    code, output = finish(start(flags(data, tmp_path / "whole", steps=step, **options)))
+    code, output = finish(fork(flags(data, tmp_path / "whole", steps=step, **options)))
     assert code == 0, output
     assert weights_of(tmp_path / "run/last") == weights_of(tmp_path / "whole/last")
 
@@ -180,10 +186,9 @@ train(config(sys.argv[1]), display=Impatient())
 
 
 @pytest.mark.medium
-def test_a_second_signal_ends_at_once(tmp_path):
-    command = [sys.executable, "-c", IMPATIENT, str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == -signal.SIGTERM, done.stderr  # by the signal itself: 143 for a shell
+def test_a_second_signal_ends_at_once(tmp_path, call):
+    code, output = finish(call("python", ["-c", IMPATIENT, str(tmp_path / "run")]))
+    assert code == -signal.SIGTERM, output  # by the signal itself: 143 for a shell
     assert runs.open_run(tmp_path / "run").state == "killed"
     assert RunDirectory(tmp_path / "run", {}).newest(pytest.fail).step == 4
 

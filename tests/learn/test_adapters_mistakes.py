@@ -14,6 +14,7 @@ from tests.learn.graded import Graded
 
 ADAPTERS = Graded("adapters", "torch")
 CHECKS = sorted({mistake.check for mistake in ADAPTERS.grader.mistakes})
+pytestmark = pytest.mark.usefixtures("graded_at_once")
 
 
 def test_solutions_pass_and_skeletons_are_not_yet_written(tmp_path: Path) -> None:

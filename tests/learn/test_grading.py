@@ -187,6 +187,7 @@ def test_a_page_has_the_lessons_and_what_was_found() -> None:
 
 
 @pytest.mark.medium
+@pytest.mark.usefixtures("graded_at_once")
 def test_the_commands(
     directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: Path
 ) -> None:
@@ -216,6 +217,7 @@ def test_the_commands(
     assert "min-llama  A small Llama in PyTorch" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("graded_at_once")
 def test_a_lesson_that_passes(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     solve(directory, file="rope.py")
     assert main(["learn", "check", "rotary", "--directory", str(directory)]) == 0
@@ -232,6 +234,7 @@ def test_a_lesson_that_passes(directory: Path, capsys: pytest.CaptureFixture[str
         (["start", "."], "exists"),
     ],
 )
+@pytest.mark.usefixtures("graded_at_once")
 def test_mistakes_in_the_commands(
     arguments: list[str],
     message: str,

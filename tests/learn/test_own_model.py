@@ -28,12 +28,15 @@ from llamita.workflows.convert import Tools
 TRACK, SERVING, NUMPY = (track.find(name) for name in ("min-llama", "serving", "numpy"))
 CONFIG = ModelConfig(300, 32, 48, 2, 4, 2, 64, rope_theta=700.0, eos_token_id=None)
 TRAIN = ["--steps", "4", "--batch-size", "4", "--evaluate-every", "2", "--evaluation-rows", "8", "--device", "cpu"]
+pytestmark = pytest.mark.usefixtures("graded_at_once")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with its tokenizer, prepared data, and folders of courses: one with everything solved, and those of the
-    tracks `serving` and `numpy` with the lessons up to the cache solved."""
+    tracks `serving` and `numpy` with the lessons up to the cache solved; without figures, which take seconds."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(course, "drawn", lambda track: {})
     directory = tmp_path_factory.mktemp("world")
     base = directory / "base"
     base.mkdir()
@@ -58,6 +61,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     course.start(directory / "numpy", NUMPY, "numpy", plain, 1, Tools(backend, read_pickle, write_pickle))
     for name in ("functions", "rope", "attention", "weights", "llama", "cache", "generate"):
         (directory / "numpy" / f"{name}.py").write_text(NUMPY.solutions("numpy")[f"{name}.py"], "utf-8")
+    patch.undo()
     return directory
 
 

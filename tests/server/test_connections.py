@@ -5,6 +5,7 @@ import gc
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ import pytest
 from llamita.inference.config import EngineConfig
 from llamita.server.settings import ServerLimits
 from llamita.text.tokenizer import Tokenizer
+from tests import forked
 from tests.server.live import (
     GOOD,
     PATIENCE,
@@ -500,7 +502,7 @@ def test_metrics_are_the_sums_of_usage(serve: Serve) -> None:
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 PROGRAM = """
-import sys
+import os, sys
 sys.path.insert(0, {root!r})
 from llamita.server import run, serving
 from llamita.server.app import create_app
@@ -513,84 +515,116 @@ model = hash_model(train_bpe_from_iterator([TEXT], vocab_size=320), delay={delay
 if {hangs}:
     model.llm.runner.gate.clear()
     serving.CLOSE_SECONDS, run.GRACE_SECONDS = 0.5, 1  # less patience with it than is usual
-app = create_app(model, ServerLimits(drain_seconds={drain}))
+app = create_app(model, ServerLimits(drain_seconds={drain}, heartbeat_seconds=0.2))
 run.log_to_stderr("info")
-sys.exit(run.serve(app, run.bind("127.0.0.1", 0), lambda address: print(address, flush=True)))
+sys.exit(run.serve(app, run.bind("127.0.0.1", 0), lambda address: print(os.getpid(), address, flush=True)))
 """
 
 
-def started(delay: float = 0.0, drain: float = 30.0, hangs: bool = False) -> tuple[subprocess.Popen[str], str]:
-    """A server in a process of its own, with its address."""
-    code = PROGRAM.format(root=str(Path(__file__).parents[2]), delay=delay, drain=drain, hangs=hangs)
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
-    )
-    assert process.stdout is not None
-    return process, process.stdout.readline().strip()
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    try:
-        _, errors = process.communicate(timeout=3 * PATIENCE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        _, errors = process.communicate()
-        pytest.fail(f"the server did not end: {errors[-1000:]}")
-    return process.returncode, errors
+@pytest.fixture(scope="module")
+def program(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+    """Finds `python` and `llamita` as programs that need not import (see forked.py), where there are such."""
+    with forked.programs(tmp_path_factory.mktemp("forked"), environment) as directory:
+        path = os.pathsep.join(map(str, (directory, Path(sys.executable).parent)))
+        yield lambda name: shutil.which(name, path=path) or name
+
+
+class Started:
+    """A server in a process of its own, with its address, once it answers."""
+
+    def __init__(
+        self,
+        python: str,
+        environment: dict[str, str],
+        delay: float = 0.0,
+        drain: float = 30.0,
+        hangs: bool = False,
+    ) -> None:
+        code = PROGRAM.format(root=str(Path(__file__).parents[2]), delay=delay, drain=drain, hangs=hangs)
+        self.process = subprocess.Popen(
+            [python, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        assert self.process.stdout is not None
+        number, self.address = self.process.stdout.readline().split()
+        self.pid = int(number)
+
+    def ended(self) -> tuple[int, str]:
+        """Returns its exit status, and what it wrote to stderr."""
+        try:
+            _, errors = self.process.communicate(timeout=3 * PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.kill(self.pid, signal.SIGKILL)
+            _, errors = self.process.communicate()
+            pytest.fail(f"the server did not end: {errors[-1000:]}")
+        return self.process.returncode, errors
 
 
 @pytest.mark.medium
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_requests_end_and_takes_no_more(number: signal.Signals) -> None:
-    process, address = started(delay=0.02)
+def test_a_signal_lets_requests_end_and_takes_no_more(
+    number: signal.Signals, environment: dict[str, str], request: pytest.FixtureRequest
+) -> None:
+    python = sys.executable if number is signal.SIGTERM else request.getfixturevalue("program")("python")
+    server = Started(python, environment, delay=0.02)
     body = {**GOOD, "max_tokens": 40, "stream": True}
-    with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as answer:
+    with httpx.stream("POST", f"{server.address}/v1/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)
-        process.send_signal(number)
+        os.kill(server.pid, number)
         time.sleep(0.3)
         with pytest.raises(httpx.TransportError):
-            httpx.get(f"{address}/health")
+            httpx.get(f"{server.address}/health")
         text = "\n".join(lines)
     assert text.rstrip().endswith("data: [DONE]")
     assert text.count('"finish_reason":"length"') == 1
-    status, errors = ended(process)
+    status, errors = server.ended()
     assert status == 0, errors
     assert "Traceback" not in errors
 
 
 @pytest.mark.medium
-def test_a_request_that_outlasts_the_deadline_ends_with_an_error() -> None:
-    process, address = started(delay=0.05, drain=0.5)
+def test_a_request_that_outlasts_the_deadline_ends_with_an_error(
+    program: Callable[[str], str], environment: dict[str, str]
+) -> None:
+    server = Started(program("python"), environment, delay=0.05, drain=0.5)
     body = {**GOOD, "max_tokens": LONG, "stream": True}
-    with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as answer:
+    with httpx.stream("POST", f"{server.address}/v1/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)
-        process.send_signal(signal.SIGTERM)
+        os.kill(server.pid, signal.SIGTERM)
         last = [line for line in lines if line][-1]
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "ended"
-    status, errors = ended(process)
+    status, errors = server.ended()
     assert status == 1
     assert "1 requests had not ended 0.5 seconds after the signal" in errors
     assert "Traceback" not in errors
 
 
 @pytest.mark.medium
-def test_a_hung_engine_does_not_keep_the_server_from_ending() -> None:
-    process, address = started(drain=0.3, hangs=True)
+def test_a_hung_engine_does_not_keep_the_server_from_ending(
+    program: Callable[[str], str], environment: dict[str, str]
+) -> None:
+    server = Started(program("python"), environment, drain=0.3, hangs=True)
     with (
-        httpx.Client(base_url=address, timeout=60) as client,
+        httpx.Client(base_url=server.address, timeout=60) as client,
         client.stream("POST", "/v1/completions", json={**GOOD, "stream": True}) as answer,
     ):
-        process.send_signal(signal.SIGTERM)
+        os.kill(server.pid, signal.SIGTERM)
         assert '"ended"' in answer.read().decode()
-    status, errors = ended(process)
+    status, errors = server.ended()
     assert status == 1
     assert "a step of the engine hangs" in errors
 
 
 @pytest.mark.medium
-def test_a_port_in_use_and_a_missing_model_are_said_in_a_line(tmp_path: Path) -> None:
+def test_a_port_in_use_and_a_missing_model_are_said_in_a_line(
+    tmp_path: Path, program: Callable[[str], str], environment: dict[str, str]
+) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -599,8 +633,8 @@ def test_a_port_in_use_and_a_missing_model_are_said_in_a_line(tmp_path: Path) ->
             ([str(tmp_path / "nothing"), "--port", "0"], "nothing"),
             ([str(tmp_path), "--port", str(port)], f"127.0.0.1:{port} cannot be bound"),
         ):
-            command = [sys.executable, "-m", "llamita.cli.main", "serve", *arguments]
-            found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+            command = [program("llamita"), "serve", *arguments]
+            found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
             assert found.returncode == 2, found.stderr
             assert part in found.stderr
             assert len(found.stderr.strip().splitlines()) == 1, found.stderr

@@ -37,6 +37,14 @@ def given(tmp_path_factory):
     return SimpleNamespace(bare=student, teacher=teacher, data=data)
 
 
+@pytest.fixture(scope="module")
+def made(given, tmp_path_factory):
+    """A run that tuned the teacher to answer."""
+    run = tmp_path_factory.mktemp("made") / "run"
+    tune(config(given, run, model=given.teacher, mode="pad", steps=40, batch_size=8, evaluate_every=0, answers=0))
+    return run
+
+
 def taught(given, output, **changes):
     return config(given, output, **{"teacher": given.teacher, "mode": "pad", "answers": 0} | changes)
 
@@ -138,12 +146,10 @@ def test_a_run_cut_short_resumes_to_the_same_bytes(given, tmp_path, mode, monkey
 
 @pytest.mark.medium
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
-def test_a_student_learns_what_its_teacher_knows(given, tmp_path, backend, capsys):
+def test_a_student_learns_what_its_teacher_knows(given, made, tmp_path, backend, capsys):
     """Through the command line, from a teacher that a run made."""
     if backend == "mlx":
         pytest.importorskip("mlx.core", reason="mlx is not installed")
-    made = tmp_path / "made"
-    tune(config(given, made, model=given.teacher, mode="pad", steps=40, batch_size=8, evaluate_every=0, answers=0))
     before = bytes_of(made / "best")
     words = [
         *("sft", "--model", given.bare, "--data", given.data, "--validation-data", given.data, "--mode", "pad"),

@@ -1,5 +1,7 @@
 """The quickstart at a small scale, end to end: everything is written, and it goes on where it was."""
 
+import contextlib
+import io
 import json
 import math
 
@@ -33,6 +35,16 @@ class Knowing:
         return {"logits": logits_BTV}
 
 
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """A small quickstart that has been run: its options, and what it printed."""
+    output = tmp_path_factory.mktemp("quickstart") / "quick"
+    config = QuickstartConfig(output=output, steps=2, stories=400, vocab_size=500, scored_stories=4)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert quickstart.quickstart(config, BACKEND) == 0
+    return config, printed.getvalue()
+
+
 def test_prediction_adds_up_whole_stories_and_finds_the_determined_words():
     stories = list(meadow.corpus(0, 20, "validation"))
     tokenizer = train_bpe_from_iterator(meadow.corpus(0, 500, "train"), 400)
@@ -48,10 +60,8 @@ def test_prediction_adds_up_whole_stories_and_finds_the_determined_words():
 
 
 @pytest.mark.medium
-def test_a_small_quickstart_writes_everything_and_goes_on(tmp_path, capsys):
-    config = QuickstartConfig(output=tmp_path / "quick", steps=6, stories=400, vocab_size=500, scored_stories=4)
-    assert quickstart.quickstart(config, BACKEND) == 0
-    output = capsys.readouterr().out
+def test_a_small_quickstart_writes_everything_and_goes_on(quick, capsys):
+    config, output = quick
     assert "times the floor" in output
     assert output.count("; seed 100000") == quickstart.STORIES_SHOWN
     report = json.loads((config.output / "report.json").read_text())
@@ -67,15 +77,14 @@ def test_a_small_quickstart_writes_everything_and_goes_on(tmp_path, capsys):
     assert (config.output / "run" / "last" / "model.safetensors").read_bytes() == before
 
 
-def test_stories_sampled_together_are_those_of_each_seed_alone(tmp_path, monkeypatch):
-    config = QuickstartConfig(output=tmp_path / "quick", steps=3, stories=400, vocab_size=500, scored_stories=4)
-    quickstart.quickstart(config, BACKEND)
+def test_stories_sampled_together_are_those_of_each_seed_alone(quick, monkeypatch):
+    config, _ = quick
     monkeypatch.setattr(quickstart, "SAMPLED_AT_ONCE", 3)
     model = LLM.load(config.output / "run" / "last", backend="torch", exact=True)
-    together = list(quickstart.sample_stories(model, range(10, 18), Console(quiet=True)))
-    alone = [model.generate("", SamplingParams(max_tokens=10_000, seed=seed)).text for seed in range(10, 18)]
+    together = list(quickstart.sample_stories(model, range(10, 14), Console(quiet=True)))
+    alone = [model.generate("", SamplingParams(max_tokens=10_000, seed=seed)).text for seed in range(10, 14)]
     assert together == alone
-    assert len(set(alone)) == 8
+    assert len(set(alone)) == 4
 
 
 @pytest.mark.slow
@@ -98,9 +107,8 @@ def test_a_quick_look_bounds_the_runs_after_it():
 
 
 @pytest.mark.medium
-def test_after_pretraining_everything_is_tuned_reported_and_not_done_twice(tmp_path, capsys):
-    config = QuickstartConfig(output=tmp_path / "quick", steps=6, stories=400, vocab_size=500, scored_stories=4)
-    assert quickstart.quickstart(config, BACKEND) == 0
+def test_after_pretraining_everything_is_tuned_reported_and_not_done_twice(quick, capsys):
+    config, _ = quick
     amounts = Amounts(
         answer_steps=3, conversations=30, pair_steps=2, pairs=40, label_steps=4, texts=40, asked=2, labelled=10
     )
@@ -108,7 +116,6 @@ def test_after_pretraining_everything_is_tuned_reported_and_not_done_twice(tmp_p
     def tune():
         return tune_and_report(config, BACKEND, Console(highlight=False), amounts)
 
-    capsys.readouterr()
     assert tune() == 0
     output = capsys.readouterr().out
     for text in ("answers right to the letter", "right answers preferred", "happy or sad", "llamita chat"):
