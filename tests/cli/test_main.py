@@ -1,5 +1,6 @@
 """The command line itself: verbs, help, flags, and what a user sees when something is wrong."""
 
+import gc
 import os
 import re
 import subprocess
@@ -68,6 +69,17 @@ def verb(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     verbs = {"greet all": Verb("greeting_verb", "run", "Greets."), "fail": Verb("greeting_verb", "fail", "Fails.")}
     monkeypatch.setattr(command, "VERBS", {**VERBS, **verbs})
     return calls
+
+
+def test_garbage_is_looked_for_less_often_while_a_verb_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, during = gc.get_threshold(), []
+    module = ModuleType("looking_verb")
+    module.run = lambda: during.append(gc.get_threshold())  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "looking_verb", module)
+    monkeypatch.setattr(command, "VERBS", {"look": Verb("looking_verb", "run", "Looks.")})
+    assert main(["look"]) == 0
+    assert during == [(command.COLLECTED, *before[1:])]
+    assert gc.get_threshold() == before
 
 
 def test_help_names_every_verb_with_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:

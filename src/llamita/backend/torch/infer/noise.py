@@ -26,11 +26,11 @@ class GumbelNoise:
 
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
         ids = np.arange(1, size + 1, dtype=np.int64) * np.int64(GOLDEN)
-        self._codes_V = torch.from_numpy(mix(ids)).to(device)
+        self.codes_V = torch.from_numpy(mix(ids)).to(device)
 
     def rows(self, keys_R2: Tensor, ids_C: Tensor | None = None) -> Tensor:
         """Returns float64 noise [R, V] for the `stream_keys` of the rows, or [R, C] for some ids alone."""
-        codes_V = self._codes_V if ids_C is None else self._codes_V[ids_C]
+        codes_V = self.codes_V if ids_C is None else self.codes_V[ids_C]
         # A random multiple of a random code, mixed once more: all that differs from row to row is a full 64-bit key.
         bits_RV = (codes_V ^ keys_R2[:, :1]) * keys_R2[:, 1:]
         bits_RV ^= _shifted(bits_RV, 32)

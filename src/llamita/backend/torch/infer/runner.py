@@ -44,7 +44,14 @@ from llamita.backend.torch.devices import choose_device, table_kernel
 from llamita.backend.torch.infer.adapters import adapters_of_rows, exact_adapter
 from llamita.backend.torch.infer.exact import TEXT_PIECE, exact_model, exact_states
 from llamita.backend.torch.infer.graphs import DecodeGraphs, TableStep, cuda_recorder
-from llamita.backend.torch.infer.kernels.choice import NO_KERNELS, Choice, choose_kernels, decoder_of, greedy_head_of
+from llamita.backend.torch.infer.kernels.choice import (
+    NO_KERNELS,
+    Choice,
+    choose_kernels,
+    decoder_of,
+    drawer_for,
+    greedy_head_of,
+)
 from llamita.backend.torch.infer.kv_cache import EXACT_ROWS, PagedKVCache, PagedStep
 from llamita.backend.torch.infer.sampling import Sampler
 from llamita.backend.torch.model import lora
@@ -148,7 +155,7 @@ class TorchRunner:
         warning says so, and attention gathers what it reads as it does on a CPU. On a CPU kernels of our own are
         compiled, or read from disk.
         """
-        sampler = Sampler(self.config.vocab_size, self.device)
+        sampler = Sampler(self.config.vocab_size, self.device, drawer_for(self.model.instructions))
         cache = PagedKVCache(
             self.config, layout, self.dtype, self.device, table_kernel(self.device) if sequences else None
         )
@@ -162,11 +169,11 @@ class TorchRunner:
                 warnings.warn(f"decoding goes on without CUDA graphs: {reason}", stacklevel=2)
                 cache.kernel = None
         elif sequences:
-            self._compile(cache)
+            self._compile(cache, sampler)
         return TorchMemory(cache, sampler)
 
     @torch.inference_mode()
-    def _compile(self, cache: PagedKVCache) -> None:
+    def _compile(self, cache: PagedKVCache, sampler: Sampler) -> None:
         """Compiles kernels of our own, or reads them from disk, before the first request waits for them."""
         one_of_each = {weight.form: weight for weight in weights_held_in_blocks(self.model)}
         for weight in one_of_each.values():
@@ -176,6 +183,7 @@ class TorchRunner:
             self._decoder.warm_up(cache)
         if self._greedy_head is not None:
             self._greedy_head(torch.zeros(1, self.config.hidden_size))
+        sampler.warm_up()
 
     def _decode(self, tokens_1T: Tensor, step: TableStep) -> Tensor:
         """Returns the states after the final norm of one token each of several sequences."""

@@ -9,7 +9,7 @@ waits for the host before the results, which come over in one piece. Knows nothi
 Letters beyond the usual: R rows, E entries (a row and an id), W words of 32 bits, C some ids, K the largest scores.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,14 +18,15 @@ from torch import Tensor
 from llamita.backend.interface import SampledToken, SampleSpec
 from llamita.backend.sampling import DROPPED, Steps, allowed_words, banned, biases, rows_by_steps, sampled_token
 from llamita.backend.sampling_params import SamplingParams
+from llamita.backend.torch.infer.few import kept_ids
 from llamita.backend.torch.infer.noise import GumbelNoise, stream_keys
 from llamita.backend.torch.infer.token_counts import CountedRow, TokenCounts, to_device
 
-CPU_BLOCK = 1 << 16
+CPU_BLOCK = 1 << 18
 """Float64 scores taken at a time on a CPU, so that they stay in its cache. A device takes BLOCK of them."""
 BLOCK = 1 << 25
-LIKELIEST = 1024
-"""On a CPU, top-p looks for its nucleus among so many tokens before it sorts many more."""
+Drawer = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(scores [R, V], codes of the ids [V], keys of the rows [R, 2]) -> ids [R, 1], as `GumbelNoise` decides them."""
 
 
 class Columns:
@@ -45,12 +46,21 @@ class Columns:
 
 
 class Sampler:
-    """Samples for an engine, over a vocabulary of so many ids; keeps counts of the sequences it has penalties for."""
+    """Samples for an engine, over a vocabulary of so many ids; keeps counts of the sequences it has penalties for.
 
-    def __init__(self, vocab_size: int, device: torch.device | str = "cpu") -> None:
-        self.vocab_size, self.device = vocab_size, torch.device(device)
+    `drawer` draws from rows of which nothing is truncated; without it, noise is made for all ids.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device | str = "cpu", drawer: Drawer | None = None) -> None:
+        self.vocab_size, self.device, self._drawer = vocab_size, torch.device(device), drawer
         self._noise = GumbelNoise(vocab_size, device)
         self._counts = TokenCounts(vocab_size, self.device)
+
+    def warm_up(self) -> None:
+        """Compiles the drawer, or reads it from disk, before the first request waits for it."""
+        if self._drawer is not None:
+            scores_1V = torch.zeros(1, self.vocab_size, dtype=torch.float64)
+            self._drawer(scores_1V, self._noise.codes_V, torch.from_numpy(stream_keys([0], [0])))
 
     @torch.inference_mode()
     def sample(self, logits_RV: Tensor, specs: Sequence[SampleSpec], sequence_ids: Sequence[int]) -> list[SampledToken]:
@@ -100,14 +110,14 @@ class Sampler:
             scores_RV = logits_RV.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
             if steps.scored_anew:
                 scores_RV = self._score(scores_RV, specs, columns, counts)
-            best_R1, ids_R1 = scores_RV.max(dim=-1, keepdim=True)
-            if not steps.greedy:
+            if steps.greedy:
+                best_R1, ids_R1 = scores_RV.max(dim=-1, keepdim=True)
+            else:
+                best_R1 = scores_RV.amax(dim=-1, keepdim=True)
+                keys = stream_keys([spec.seed for spec in specs], [spec.position for spec in specs])
                 # Subtracting the largest changes no probability and keeps tiny temperatures from overflowing.
                 scores_RV = scores_RV.sub_(best_R1).div_(columns.temperature_R1)
-                if steps.truncated:
-                    scores_RV = truncate(scores_RV, columns)
-                keys = stream_keys([spec.seed for spec in specs], [spec.position for spec in specs])
-                ids_R1 = self._draw(scores_RV, self._to_device(keys), few=steps.truncated)
+                ids_R1 = self._drawn(scores_RV, specs, columns, self._to_device(keys), steps.truncated)
         parts = [ids_R1, logprobs_RV.gather(1, ids_R1), best_R1]
         wanted = min(max(spec.params.top_logprobs for spec in specs), self.vocab_size)
         if wanted:
@@ -115,15 +125,27 @@ class Sampler:
             parts.append(torch.stack([likeliest.indices.double(), likeliest.values.double()], dim=-1).flatten(1))
         return torch.cat([part.double() for part in parts], dim=1)
 
-    def _draw(self, scores_RV: Tensor, keys_R2: Tensor, few: bool) -> Tensor:
-        """Returns ids [R, 1] drawn from softmax(scores). `few`: many are dropped; on a CPU they get no noise."""
-        if few and self.device.type == "cpu":
-            ids_C = (scores_RV != DROPPED).any(dim=0).nonzero().squeeze(1)
-            if not len(ids_C):  # nothing may come: the caller says so
-                return torch.zeros(len(scores_RV), 1, dtype=torch.int64)
-            noise_RC = self._noise.rows(keys_R2, ids_C)
-            return ids_C[noise_RC.add_(scores_RV[:, ids_C]).argmax(dim=-1, keepdim=True)]
+    def _drawn(
+        self, scores_RV: Tensor, specs: Sequence[SampleSpec], columns: Columns, keys_R2: Tensor, truncated: bool
+    ) -> Tensor:
+        """Returns ids [R, 1] drawn from softmax(scores), of which the largest are 0."""
+        if truncated and self.device.type == "cpu":
+            return self._drawn_of_few(scores_RV, specs, keys_R2)
+        if truncated:
+            scores_RV = truncate(scores_RV, columns)
+        elif self._drawer is not None:
+            return self._drawer(scores_RV, self._noise.codes_V, keys_R2)
         return self._noise.rows(keys_R2).add_(scores_RV).argmax(dim=-1, keepdim=True)
+
+    def _drawn_of_few(self, scores_RV: Tensor, specs: Sequence[SampleSpec], keys_R2: Tensor) -> Tensor:
+        """Returns ids [R, 1] drawn, on a CPU, from what truncation keeps of the scores."""
+        ids_R1 = torch.zeros(len(scores_RV), 1, dtype=torch.int64)
+        for row, scores_V in enumerate(scores_RV):
+            ids_C = torch.from_numpy(kept_ids(scores_V.numpy(), specs[row].params))
+            if len(ids_C):  # else nothing may come: the caller says so
+                noise_C = self._noise.rows(keys_R2[row : row + 1], ids_C)[0]
+                ids_R1[row] = ids_C[noise_C.add_(scores_V[ids_C]).argmax()]
+        return ids_R1
 
     def _score(
         self, scores_RV: Tensor, specs: Sequence[SampleSpec], columns: Columns, counts: Sequence[CountedRow]
@@ -197,16 +219,7 @@ def keep_top_p(scores_RV: Tensor, p_R1: Tensor) -> Tensor:
 
     Of equally probable tokens at the border, those with the smaller ids stay (Holtzman et al. 2019, arXiv:1904.09751).
     """
-    probabilities_RV = scores_RV.softmax(dim=-1)
-    if scores_RV.device.type == "cpu":
-        kept_RV = torch.zeros_like(probabilities_RV, dtype=torch.bool)
-        for row, p in enumerate(p_R1.flatten().tolist()):
-            if p < 1:
-                candidates_C = nucleus_candidates(probabilities_RV[row], p)
-                kept_1C = nucleus(probabilities_RV[row, candidates_C].unsqueeze(0), p_R1[row : row + 1])
-                kept_RV[row, candidates_C] = kept_1C[0]
-    else:  # the host would have to wait for the number of candidates
-        kept_RV = nucleus(probabilities_RV, p_R1)
+    kept_RV = nucleus(scores_RV.softmax(dim=-1), p_R1)
     return scores_RV.masked_fill(~kept_RV & (p_R1 < 1), DROPPED)
 
 
@@ -216,17 +229,6 @@ def nucleus(probabilities_RC: Tensor, p_R1: Tensor) -> Tensor:
     kept_RC = torch.ones_like(sorted_RC, dtype=torch.bool)
     kept_RC[:, 1:] = sorted_RC.cumsum(dim=-1)[:, :-1] < p_R1  # the tokens before it do not suffice
     return kept_RC.scatter(1, order_RC, kept_RC)
-
-
-def nucleus_candidates(probabilities_V: Tensor, p: float) -> Tensor:
-    """Returns ids, in order, among which the nucleus is; the fewer, the less there is to sort."""
-    # All tokens rarer than (1 - p) / 2V together weigh less than 1 - p.
-    candidates_C = (probabilities_V >= (1 - p) / (2 * len(probabilities_V))).nonzero().squeeze(1)
-    if len(candidates_C) > 4 * LIKELIEST:
-        likely_V = probabilities_V >= probabilities_V.topk(LIKELIEST).values[-1]
-        if probabilities_V[likely_V].sum() > p + 1e-9:
-            candidates_C = likely_V.nonzero().squeeze(1)
-    return candidates_C
 
 
 def drop_below_min_p(scores_RV: Tensor, min_p_R1: Tensor) -> Tensor:

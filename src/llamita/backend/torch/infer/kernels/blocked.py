@@ -158,7 +158,7 @@ def blocked_floats(weight_OI: Tensor, instructions: Instructions, rounded: bool 
     form = Form(name, rounded=rounded)
     together = form.together
     assert n_in % together == 0, f"{n_in} inputs are not in pairs"
-    weight_JLI = _padded(weight_OI).view(-1, LANES, n_in // together, together)
+    weight_JLI = _padded(weight_OI).reshape(-1, LANES, n_in // together, together)
     blocks = laid_out(weight_JLI.transpose(1, 2))
     numbers = blocks.view(torch.float32 if name == "float32" else torch.uint16).numpy().reshape(-1)
     return BlockedWeight(form, instructions, n_out, n_in, numbers)
@@ -184,7 +184,7 @@ def blocked_bytes(
         kind, by_row = str(scales.dtype).removeprefix("torch."), scales.ndim == 1
     form = Form(f"int{bits}", kind, by_row, minimum=minimums is not None, group=group)  # type: ignore[arg-type]
     if bits == 6:
-        chunks_JCL4 = _padded(values).view(-1, LANES, n_in // 4, 4).transpose(1, 2)
+        chunks_JCL4 = _padded(values).reshape(-1, LANES, n_in // 4, 4).transpose(1, 2)
         lower = (chunks_JCL4[:, 0::2] & 15 | chunks_JCL4[:, 1::2] << 4).unflatten(1, (-1, 2))
         four = [chunks_JCL4[:, which::4] >> 4 << 2 * which for which in range(4)]
         upper = four[0] | four[1] | four[2] | four[3]
@@ -195,7 +195,8 @@ def blocked_bytes(
     if bits == 8:
         numbers ^= np.uint8(bias(form, instructions))
     if isinstance(scales, Tensor) and by_row:
-        return BlockedWeight(form, instructions, n_out, n_in, numbers, _padded(scales).view(torch.uint16).numpy())
+        of_rows = _padded(scales).contiguous().view(torch.uint16).numpy()
+        return BlockedWeight(form, instructions, n_out, n_in, numbers, of_rows)
     of_groups = [_blocked_groups(each) for each in (scales, minimums) if each is not None]
     return BlockedWeight(form, instructions, n_out, n_in, numbers, *of_groups)
 
@@ -223,10 +224,10 @@ def _blocked_groups(numbers: Tensor | SharedScales) -> np.ndarray:
 
 def _lanes(numbers_OG: Tensor) -> Tensor:
     """Returns numbers of each output (O, G) as (J, G, 16)."""
-    return _padded(numbers_OG).view(-1, LANES, numbers_OG.shape[1]).transpose(1, 2)
+    return _padded(numbers_OG).unflatten(0, (-1, LANES)).transpose(1, 2)
 
 
 def _padded(x_O: Tensor) -> Tensor:
     """Returns the numbers with zeros for outputs up to a whole block."""
     missing = -len(x_O) % LANES
-    return torch.cat([x_O, x_O.new_zeros(missing, *x_O.shape[1:])]) if missing else x_O.contiguous()
+    return torch.cat([x_O, x_O.new_zeros(missing, *x_O.shape[1:])]) if missing else x_O

@@ -123,3 +123,12 @@ def greedy_head_of(model: "Llama") -> "Callable[[Tensor], tuple[list[int], list[
     if held is None:
         return None
     return functools.partial(likeliest_tokens, weight=held)
+
+
+def drawer_for(instructions: Instructions | None) -> "Callable[[Tensor, Tensor, Tensor], Tensor] | None":
+    """Returns `draw.drawn_tokens`; None without kernels."""
+    if instructions is None:
+        return None
+    from llamita.backend.torch.infer.kernels.draw import drawn_tokens
+
+    return functools.partial(drawn_tokens, instructions=instructions)

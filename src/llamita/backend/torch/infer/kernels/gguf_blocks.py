@@ -44,7 +44,8 @@ def unpacked(parts: Sequence[tuple[str, np.ndarray]]) -> Unpacked:
     kinds = {kind for kind, _ in parts}
     assert can_hold(kinds), f"{kinds} are in no form together"
     if len(kinds) == 1:
-        return PACKED[kinds.pop()](np.concatenate([rows for _, rows in parts]))
+        (_, first), *others = parts
+        return PACKED[kinds.pop()](np.concatenate([first, *(rows for _, rows in others)]) if others else first)
     return _joined([_of_six_bits(PACKED[kind](rows)) for kind, rows in parts])
 
 
@@ -59,11 +60,10 @@ def _unpack_32(kind: str, rows: np.ndarray) -> Unpacked:
     half bytes, of which the lower halves hold the first sixteen."""
     ahead = 4 if kind == "Q4_1" else 2
     blocks_OGB = torch.from_numpy(rows).view(len(rows), -1, ahead + (32 if kind == "Q8_0" else 16))
-    ahead_OG = blocks_OGB[..., :ahead].contiguous().view(torch.float16)
-    values_OGX = blocks_OGB[..., ahead:]
+    floats_OGH, values_OGX = blocks_OGB.view(torch.float16), blocks_OGB[..., ahead:]
     if kind == "Q8_0":
-        return Unpacked(values_OGX.flatten(1), 8, ahead_OG[..., 0])
-    return Unpacked(values_OGX, 4, ahead_OG[..., 0], ahead_OG[..., 1] if ahead == 4 else None)
+        return Unpacked(values_OGX.flatten(1), 8, floats_OGH[..., 0])
+    return Unpacked(values_OGX, 4, floats_OGH[..., 0], floats_OGH[..., 1] if ahead == 4 else None)
 
 
 def _unpack_q4_k(rows: np.ndarray) -> Unpacked:
