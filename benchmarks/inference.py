@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ from llamita.storage import files, model_directory
 POSITIONS = 8192
 READ_BYTES = 512 * 2**20  # far beyond a CPU's caches
 LONG_PROMPT = 4000
+GREEDY = SamplingParams(temperature=0)
 
 
 @dataclass
@@ -137,10 +138,10 @@ def measure(name: str, directory: Path, shape: Shape, arguments: argparse.Namesp
 
 
 class Ours:
-    """The engine over one runner."""
+    """The engine over one runner; `sampling` are the options of each token of `decode`."""
 
-    def __init__(self, runner: TorchRunner) -> None:
-        self.runner = runner
+    def __init__(self, runner: TorchRunner, sampling: SamplingParams = GREEDY) -> None:
+        self.runner, self.sampling = runner, sampling
         self.bytes_per_token = runner.weight_bytes
         self.engine = Engine(runner, config=EngineConfig(prefix_caching=False))
 
@@ -149,7 +150,7 @@ class Ours:
         engine = Engine(self.runner, config=EngineConfig(max_sequences=batch))
         for number in range(batch):
             prompt = tuple(np.random.default_rng(number).integers(1000, size=32).tolist())
-            engine.add(request(number, prompt, tokens + 1))
+            engine.add(request(number, prompt, tokens + 1, self.sampling))
         while engine.scheduler.waiting or not all(one.is_decoding for one in engine.scheduler.running):
             engine.step()
         started, count = time.perf_counter(), 0
@@ -271,8 +272,8 @@ class PeakMemory:
             self._peak = max(self._peak, self._process.memory_info().rss)
 
 
-def request(number: int, prompt: tuple[int, ...], tokens: int) -> Request:
-    return Request(number, prompt, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
+def request(number: int, prompt: tuple[int, ...], tokens: int, sampling: SamplingParams = GREEDY) -> Request:
+    return Request(number, prompt, replace(sampling, max_tokens=tokens, ignore_eos=True, seed=number))
 
 
 def crowd(shape: Shape, vocabulary: int) -> tuple[list[tuple[int, ...]], list[int], list[float]]:

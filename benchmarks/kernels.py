@@ -1,11 +1,13 @@
 """Decoding, prefill and batches beside llama.cpp in one run, over the same weights in 16, 8 and 4 bits.
 
-    python benchmarks/kernels.py [--presets stories-15m stories-110m qwen2-0.5b] [--files MODEL.gguf] [--passes 5]
+    python benchmarks/kernels.py [--presets stories-15m stories-110m qwen2-0.5b] [--files MODEL.gguf] [--sampled]
 
 A preset has random weights; llama.cpp quantises its float32 file to q8_0 and q4_0, which both programs then open, and
 has it as f16 and bf16 too, of which the faster counts. Passes alternate between the programs, so that a change in the
-machine's speed meets both; ratios are taken pass by pass. Both take as many threads as PyTorch does. The share of
-memory read is that of the weights' bytes, by the reading speed measured in the same pass.
+machine's speed meets both; ratios are taken pass by pass. Tokens are the likeliest, or with `--sampled` drawn at a
+temperature of 0.8 from the 40 likeliest and of these from 95% of the mass, by each program's own sampler. Both take as
+many threads as PyTorch does. The share of memory read is that of the weights' bytes, by the reading speed measured in
+the same pass.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +29,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import llama_cpp  # noqa: E402
 from benchmarks.exports import quantized_by_llama_cpp  # noqa: E402
-from benchmarks.inference import READ_BYTES, Ours, read_bandwidth  # noqa: E402
+from benchmarks.inference import GREEDY, READ_BYTES, Ours, read_bandwidth  # noqa: E402
 
+from llamita.backend.sampling_params import SamplingParams  # noqa: E402
 from llamita.backend.torch.infer.kernels.choice import choose_kernels  # noqa: E402
 from llamita.backend.torch.infer.runner import load_runner  # noqa: E402
 from llamita.backend.torch.model.weights import build_model, to_host_arrays  # noqa: E402
@@ -38,13 +42,14 @@ from llamita.storage.formats.gguf import write_model  # noqa: E402
 from llamita.text.bpe import train_bpe_from_iterator  # noqa: E402
 
 PROMPT, LONG_PROMPT, TOKENS, BATCH, POSITIONS = 32, 512, 48, 16, 1024
+SAMPLED = SamplingParams(temperature=0.8, top_k=40, top_p=0.95)
 MEASUREMENTS = ("decode alone", f"a batch of {BATCH}", f"prefill of {LONG_PROMPT}")
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp, greedy."""
+    """A GGUF file in llama.cpp, greedy or sampled."""
 
-    def __init__(self, file: Path, threads: int) -> None:
+    def __init__(self, file: Path, threads: int, sampled: bool) -> None:
         self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
         assert self.model, f"llama.cpp cannot open {file}"
         options = llama_cpp.llama_context_default_params()
@@ -55,8 +60,11 @@ class LlamaCpp:
         self.context = llama_cpp.llama_init_from_model(self.model, options)
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.batch = llama_cpp.llama_batch_init(LONG_PROMPT, 0, 1)
+        self.samplers = [sampler(number) for number in range(BATCH)] if sampled else []
 
     def close(self) -> None:
+        for each in self.samplers:
+            llama_cpp.llama_sampler_free(each)
         llama_cpp.llama_batch_free(self.batch)
         llama_cpp.llama_free(self.context)
         llama_cpp.llama_model_free(self.model)
@@ -70,18 +78,18 @@ class LlamaCpp:
         last = []
         for number, prompt in enumerate(prompts):
             self._run([(token, place, number) for place, token in enumerate(prompt)], [PROMPT - 1])
-            last.append(self._greedy(PROMPT - 1))
+            last.append(self._next(PROMPT - 1, number))
         started = time.perf_counter()
         for step in range(TOKENS):
             self._run([(token, PROMPT + step, number) for number, token in enumerate(last)], range(count))
-            last = [self._greedy(number) for number in range(count)]
+            last = [self._next(number, number) for number in range(count)]
         return count * TOKENS / (time.perf_counter() - started)
 
     def prefill(self) -> float:
         self._forget()
         started = time.perf_counter()
         self._run([(place % 1000, place, 0) for place in range(LONG_PROMPT)], [LONG_PROMPT - 1])
-        self._greedy(LONG_PROMPT - 1)
+        self._next(LONG_PROMPT - 1, 0)
         return LONG_PROMPT / (time.perf_counter() - started)
 
     def _forget(self) -> None:
@@ -96,9 +104,24 @@ class LlamaCpp:
             self.batch.logits[place] = place in wanted
         assert llama_cpp.llama_decode(self.context, self.batch) == 0
 
-    def _greedy(self, place: int) -> int:
+    def _next(self, place: int, number: int) -> int:
+        if self.samplers:
+            return int(llama_cpp.llama_sampler_sample(self.samplers[number], self.context, place))
         logits = llama_cpp.llama_get_logits_ith(self.context, place)
         return int(np.ctypeslib.as_array(logits, shape=(self.vocabulary,)).argmax())
+
+
+def sampler(seed: int) -> Any:
+    """llama.cpp's sampler of `SAMPLED`."""
+    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+    for step in (
+        llama_cpp.llama_sampler_init_top_k(SAMPLED.top_k),
+        llama_cpp.llama_sampler_init_top_p(SAMPLED.top_p, 1),
+        llama_cpp.llama_sampler_init_temp(SAMPLED.temperature),
+        llama_cpp.llama_sampler_init_dist(seed),
+    ):
+        llama_cpp.llama_sampler_chain_add(chain, step)
+    return chain
 
 
 def main() -> None:
@@ -106,6 +129,7 @@ def main() -> None:
     parser.add_argument("--presets", nargs="*", default=["stories-15m", "stories-110m", "qwen2-0.5b"])
     parser.add_argument("--files", nargs="*", type=Path, default=[], help="GGUF files, opened by both as they are")
     parser.add_argument("--passes", type=int, default=5)
+    parser.add_argument("--sampled", action="store_true", help="draw each token, rather than take the likeliest")
     arguments = parser.parse_args()
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
     print(
@@ -113,13 +137,13 @@ def main() -> None:
         f"torch {torch.__version__}, llama-cpp-python {llama_cpp.__version__}"
     )
     for file in arguments.files:
-        compare(file.name, {"as it is": [file]}, {"as it is": file}, arguments.passes)
+        compare(file.name, {"as it is": [file]}, {"as it is": file}, arguments)
     for name in arguments.presets:
         with tempfile.TemporaryDirectory() as directory:
             files = written(name, Path(directory))
             theirs = {"16 bits": [files["f16"], files["bf16"]], "8 bits": [files["q8_0"]], "4 bits": [files["q4_0"]]}
             ours = {"16 bits": files["bf16"], "8 bits": files["q8_0"], "4 bits": files["q4_0"]}
-            compare(name, theirs, ours, arguments.passes)
+            compare(name, theirs, ours, arguments)
 
 
 def processor_name() -> str:
@@ -141,16 +165,17 @@ def written(name: str, directory: Path) -> dict[str, Path]:
     return files
 
 
-def compare(name: str, theirs: dict[str, list[Path]], ours: dict[str, Path], passes: int) -> None:
+def compare(name: str, theirs: dict[str, list[Path]], ours: dict[str, Path], arguments: argparse.Namespace) -> None:
+    sampling = SAMPLED if arguments.sampled else GREEDY
     data, threads = torch.ones(READ_BYTES // 4), torch.get_num_threads()
     table = Table(box=None, title=f"{name}: tokens/s, medians (lowest - highest)", title_justify="left")
     for column in ("", "measured", "here", "in llama.cpp", "here / there", "of memory read"):
         table.add_column(column, justify="left" if column in ("", "measured") else "right")
     for form, file in ours.items():
-        mine = Ours(load_runner(file))
-        others = [LlamaCpp(other, threads) for other in theirs[form]]
+        mine = Ours(load_runner(file), sampling)
+        others = [LlamaCpp(other, threads, arguments.sampled) for other in theirs[form]]
         found, rivals, shares = [], [], []
-        for number in range(passes + 1):  # the first warms up
+        for number in range(arguments.passes + 1):  # the first warms up
             bandwidth = max(read_bandwidth(data) for _ in range(3))
             each = (mine.decode(1, TOKENS), mine.decode(BATCH, TOKENS), mine.prefill(LONG_PROMPT))
             other = [rival.measure() for rival in others]

@@ -89,10 +89,10 @@ def multiply_row(first, last, code, form, y, width, w, s, m, x, xs, sums, n_in):
     blocks, step = tile_alone(form)
     block = first
     while block + step <= last:
-        multiply_tile(code, form, ONE, blocks, y, width, w, s, m, block, x, xs, sums, 0, n_in)
+        multiply_tile(code, form, ONE, blocks, y, width, w, s, m, block, x, xs, sums, 0, n_in, 1)
         block += step
     while block < last:
-        multiply_tile(code, form, ONE, ONE, y, width, w, s, m, block, x, xs, sums, 0, n_in)
+        multiply_tile(code, form, ONE, ONE, y, width, w, s, m, block, x, xs, sums, 0, n_in, 1)
         block += 1
 
 
@@ -114,16 +114,16 @@ def move_past(code, form, blocks, most, at_once, y, width, w, s, m, block, x, xs
     """Multiplies all rows by the blocks of one tile."""
     row = 0
     while row + at_once <= rows:
-        multiply_tile(code, form, most, blocks, y, width, w, s, m, block, x, xs, sums, row, n_in)
+        multiply_tile(code, form, most, blocks, y, width, w, s, m, block, x, xs, sums, row, n_in, rows)
         row += at_once
     if row + 4 <= rows:
-        multiply_tile(code, form, FOUR, blocks, y, width, w, s, m, block, x, xs, sums, row, n_in)
+        multiply_tile(code, form, FOUR, blocks, y, width, w, s, m, block, x, xs, sums, row, n_in, rows)
         row += 4
     if row + 2 <= rows:
-        multiply_tile(code, form, TWO, blocks, y, width, w, s, m, block, x, xs, sums, row, n_in)
+        multiply_tile(code, form, TWO, blocks, y, width, w, s, m, block, x, xs, sums, row, n_in, rows)
         row += 2
     if row < rows:
-        multiply_tile(code, form, ONE, blocks, y, width, w, s, m, block, x, xs, sums, row, n_in)
+        multiply_tile(code, form, ONE, blocks, y, width, w, s, m, block, x, xs, sums, row, n_in, rows)
 
 
 def prepared(threads: int, code: Static, form: Static, x: np.ndarray) -> Any:

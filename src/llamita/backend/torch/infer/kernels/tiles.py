@@ -128,8 +128,10 @@ def multiply_tile(
     x_sums: Any,
     row: Any,
     n_in: Any,
+    of_rows: Any,
 ) -> Any:
-    """Multiplies rows `row`, `row` + 1, ... of x by blocks `block`, `block` + 1, ... and stores the sums in y.
+    """Multiplies rows `row`, `row` + 1, ... of x, of `of_rows` that go past these blocks, by blocks `block`, `block` +
+    1, ... and stores the sums in y.
 
     y is float32 (R, width), width being 16 times the number of blocks. x is float32 or bfloat16 (R, I); or int8 with
     `x_scales` float32 (R, G) and `x_sums` int32 (R, 2 G), of 16 numbers each. All arrays are flat.
@@ -142,6 +144,7 @@ def multiply_tile(
         )
         width_value, first_block, first_row, inputs = (values[place] for place in (5, 9, 13, 14))
         tile = Tile(code, form.value, rows.value, blocks.value, inputs)
+        tile.done = first_row, values[15]
         tile.begin(weights_at, scales_at, minimums_at, first_block)
         tile.take(x_at, x_scales_at, x_sums_at, first_row)
         sums = tile.sums_of_bytes() if form.value.in_bytes else tile.sums_of_floats()
@@ -153,7 +156,7 @@ def multiply_tile(
         return context.get_dummy_value()
 
     arguments = (target, form, rows, blocks, y, types.intp, weights, scales, minimums, types.intp)
-    return types.void(*arguments, x, x_scales, x_sums, types.intp, types.intp), generate
+    return types.void(*arguments, x, x_scales, x_sums, types.intp, types.intp, types.intp), generate
 
 
 @intrinsic
@@ -190,6 +193,8 @@ class Tile:
     def __init__(self, code: Code, form: Form, rows: int, blocks: int, inputs: ir.Value) -> None:
         self.code, self.form, self.rows, self.blocks, self.inputs = code, form, rows, blocks, inputs
         self.builder = code.builder
+        self.done = LONG(0), LONG(1)
+        """The rows that have gone past these blocks, and the rows that will have in the end."""
         self.groups = self.builder.lshr(inputs, LONG(5))
 
     def begin(self, weights: ir.Value, scales: ir.Value, minimums: ir.Value, first_block: ir.Value) -> None:
@@ -225,10 +230,16 @@ class Tile:
                 total.set(code.multiply_add(weight, x, total.get()))
 
         if self.form.numbers == "bfloat16":
+            reads_ahead = self.rows > 1 and self.blocks > 1
+            share = self._share_of_next() if reads_ahead else None
             with code.loop(self.builder.lshr(self.inputs, LONG(1))) as pair:
                 two = self.builder.mul(pair.index, LONG(2))
                 at = self.builder.mul(pair.index, LONG(2 * LANES))
                 words = [code.load(code.after(start, at), WORDS) for start in self.weights]
+                if reads_ahead:  # half as much as is read
+                    line = code.after(share, self.builder.mul(pair.index, LONG(LANES * self.blocks)))
+                    for number in range(self.blocks // 2):
+                        code.fetch(code.after(line, 2 * LANES * number))
                 if rounds_activations(self.form, code.instructions):
                     for row, start in enumerate(self.x):
                         x = code.splat(code.load(code.after(start, two), WORD))
@@ -247,6 +258,14 @@ class Tile:
                 for row, start in enumerate(self.x):
                     add(row, code.splat(code.load(code.after(start, turn.index), FLOAT)), weights)
         return [[total.get() for total in of_row] for of_row in totals]
+
+    def _share_of_next(self) -> ir.Value:
+        """Returns where the share of the next blocks begins that is fetched while these rows go past these blocks:
+        memory would rest while all rows but the first few do."""
+        first, rows = self.done
+        size = self.builder.mul(self.inputs, LONG(self.blocks * LANES))
+        place = self.builder.add(size, self.builder.udiv(self.builder.mul(size, first), rows))
+        return self.code.after(self.weights[0], place)
 
     def sums_of_bytes(self) -> list[list[ir.Value]]:
         """Returns the sums of each row and block, over weights and activations in bytes."""
