@@ -66,12 +66,12 @@ def small(**changes) -> ModelConfig:
 
 
 def shrunk(name: str, full: bool = False) -> ModelConfig:
-    """A preset with its head counts and ratios, two layers, width at most 512, vocabulary at most 1024."""
+    """A preset with its head counts and ratios, two layers, width at most 256, vocabulary at most 512."""
     config = preset(name)
     width, heads = config.hidden_size, config.num_attention_heads
     head_dim = config.head_dim
-    if width > 512 and not full:
-        head_dim = max(2, 512 // heads // 2 * 2)
+    if width > 256 and not full:
+        head_dim = max(2, 256 // heads // 2 * 2)
         width = heads * head_dim
     return dataclasses.replace(
         config,
@@ -79,7 +79,7 @@ def shrunk(name: str, full: bool = False) -> ModelConfig:
         head_dim=head_dim,
         intermediate_size=config.intermediate_size * width // config.hidden_size,
         num_hidden_layers=2,
-        vocab_size=config.vocab_size if full else min(1024, config.vocab_size),
+        vocab_size=config.vocab_size if full else min(512, config.vocab_size),
         bos_token_id=None,
         eos_token_id=None,
     )

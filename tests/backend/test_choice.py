@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import io
+import json
 import re
 import subprocess
 import sys
@@ -35,14 +36,29 @@ class Hidden:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Hidden())
 """
-MAIN = "from llamita.cli.main import main; sys.exit(main(%r))"
+CALLS = """
+import contextlib, io, json
+from llamita.cli.main import main
+found = []
+for arguments in json.load(sys.stdin):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
+        try:
+            status = main(arguments)
+        except SystemExit as end:
+            status = end.code or 0
+    found.append([status, out.getvalue(), errors.getvalue()])
+print(json.dumps(found))
+"""
 
 
-def run_without(hidden, *arguments):
-    """`llamita ARGUMENTS` in a process that cannot import the hidden modules."""
-    code = HIDDEN % (list(hidden),) + MAIN % ([str(argument) for argument in arguments],)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
+def run_without(hidden, calls):
+    """Status, stdout and stderr of each `llamita ARGUMENTS`, one after the other in a process that cannot import the
+    hidden modules."""
+    given = json.dumps([[str(argument) for argument in arguments] for arguments in calls])
+    command = [sys.executable, "-c", HIDDEN % (list(hidden),) + CALLS]
+    done = subprocess.run(command, input=given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 SMALL = ("hidden_size=16", "num_hidden_layers=1", "num_attention_heads=2", "num_key_value_heads=1")
@@ -164,11 +180,11 @@ def test_the_garbage_collector_rests_while_a_framework_is_imported_and_no_longer
 
 
 def test_what_needs_no_framework_works_with_neither(tmp_path):
-    """Tokenizer, data, counting: each in a process in which torch and mlx cannot be imported."""
+    """Tokenizer, data, counting: in a process in which torch and mlx cannot be imported."""
     (tmp_path / "stories.txt").write_text("\n\n".join(meadow.corpus(0, 200, "train")))
     tokenizer, data = tmp_path / "tokenizer", tmp_path / "data"
     text = tmp_path / "stories.txt"
-    for arguments in (
+    calls = (
         ("--help",),
         ("tokenizer", "train", text, "--vocab-size", "300", "--output", tokenizer),
         ("prepare", "--files", text, "--tokenizer", tokenizer, "--output", data),
@@ -176,8 +192,9 @@ def test_what_needs_no_framework_works_with_neither(tmp_path):
         ("info",),
         ("info", "tiny"),
         *[(verb, "--help") for verb in ("train", "generate", "chat", "evaluate", "verify", "quickstart", "quantize")],
-    ):
-        status, _, errors = run_without(("torch", "mlx", "mlx_lm"), *arguments)
+    )
+    found = run_without(("torch", "mlx", "mlx_lm"), calls)
+    for arguments, (status, _, errors) in zip(calls, found, strict=True):
         assert (status, errors if "error" in errors else "") == (0, ""), arguments
 
 
@@ -195,8 +212,8 @@ def test_a_verb_that_lacks_its_framework_says_in_one_line_what_to_install(hidden
         ("quickstart", "--output", tmp_path / "quick"),
         ("quantize", run, tmp_path / "int8", "--to", "int8"),
     ]
-    for verb in verbs:
-        status, out, errors = run_without((hidden,), *verb, "--backend", hidden)
+    found = run_without((hidden,), [(*verb, "--backend", hidden) for verb in verbs])
+    for verb, (status, out, errors) in zip(verbs, found, strict=True):
         assert status == 2, (verb, out, errors)
         assert errors == (
             f"error: the package {package.strip(chr(39))!r} is not installed; install it with: pip install {package}\n"

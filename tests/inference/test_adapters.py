@@ -164,10 +164,10 @@ def test_two_threads_keep_their_adapters_apart(exact, monkeypatch):
 @pytest.mark.parametrize("changes", [{}, {"hidden_size": 37, "intermediate_size": 53, "head_dim": 10}], ids=str)
 def test_the_exact_mode_gives_the_same_bits_alone_and_batched(changes):
     runner, _ = three(exact=True, **changes)
-    asked = mixed(97, count=12)
+    asked = mixed(97, count=8)
     reference = alone(runner, asked)
     for served in (
-        Served(runner, [asked[:7], asked[7:]], blocks=60),
+        Served(runner, [asked[:5], asked[5:]], blocks=60),
         Served(runner, [asked], blocks=24, max_sequences=4, prefill_tokens=50, drafter=PromptLookup()),
     ):
         for key, (text, logits) in reference.items():

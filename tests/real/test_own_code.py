@@ -46,7 +46,7 @@ def assert_the_librarys(track: str, model: Path, prompts: list[str], tokens: int
 @pytest.mark.medium
 def test_smollm2_writes_the_same_by_the_readers_model() -> None:
     beginning = "You answer in one short sentence, and in English.\n"
-    assert_the_librarys("serving", smollm2.needed(), smollm2.PROMPTS, 48, beginning)
+    assert_the_librarys("serving", smollm2.needed(), smollm2.PROMPTS, 32, beginning)
 
 
 @pytest.mark.medium
@@ -56,4 +56,4 @@ def test_a_model_of_meadow_writes_the_same_by_the_readers_model(tmp_path: Path) 
     prompts = ["One day", "Once upon a time", "In the garden", "The fox"]
     for name in ("serving", "numpy"):
         beginning = "It was spring. The sun shone on the meadow. "
-        assert_the_librarys(name, tmp_path / "course" / "model", prompts, 60, beginning)
+        assert_the_librarys(name, tmp_path / "course" / "model", prompts, 30, beginning)

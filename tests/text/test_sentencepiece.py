@@ -124,8 +124,8 @@ def test_llama2(shared_data: Path, tmp_path: Path) -> None:
     assert (llama.vocab_size, llama.unk_id, llama.bos_id, llama.eos_id, llama.pad_id) == (32000, 0, 1, 2, None)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(file))
     as_json = converted(llama)
-    shakespeare = (shared_data / "tinyshakespeare" / "input.txt").read_text("utf-8")[:150_000]
-    wikitext = (shared_data / "wikitext-2" / "valid.txt").read_text("utf-8")[:150_000]
+    shakespeare = (shared_data / "tinyshakespeare" / "input.txt").read_text("utf-8")[:50_000]
+    wikitext = (shared_data / "wikitext-2" / "valid.txt").read_text("utf-8")[:50_000]
     choose = random.Random(0)
     every = [*range(0xD800), *range(0xE000, sys.maxunicode)]
     noise = "".join(map(chr, choose.choices(every, k=20_000)))

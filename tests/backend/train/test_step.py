@@ -127,14 +127,14 @@ def test_the_same_run_twice_and_resumed_gives_the_same_bytes(framework, config, 
     torch.set_num_threads(2)
     try:
         first, second = (step_of(framework, config, precision=precision) for _ in range(2))
-        for i in range(6):
+        for i in range(4):
             a = first.step(split(batch(seed=i), 3), 1e-2)
             framework.draw()
             assert second.step(split(batch(seed=i), 3), 1e-2) == a
-            if i == 2:
+            if i == 1:
                 resumed = step_of(framework, config, precision=precision, initialization="gpt-2")
                 resumed.load_state(first.weights(), first.state())
-            if i > 2:
+            if i > 1:
                 assert resumed.step(split(batch(seed=i), 3), 1e-2) == a
         for other in (second, resumed):
             assert same(first.weights(), other.weights())

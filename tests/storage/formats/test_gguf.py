@@ -368,10 +368,17 @@ def split_like(name: str) -> Tokenizer:
     return Tokenizer.from_codec(HuggingFaceCodec(made))
 
 
+MAKERS = [byte_level, sentencepiece, *(functools.partial(split_like, name) for name in SPLITTERS)]
+
+
 @pytest.mark.parametrize(
-    "make", [byte_level, sentencepiece, *(functools.partial(split_like, name) for name in SPLITTERS)]
+    ("make", "padding"),
+    [
+        pytest.param(make, padding, marks=[] if number < 2 or number % 2 == (padding > 0) else pytest.mark.slow)
+        for number, make in enumerate(MAKERS)
+        for padding in (0, 5)
+    ],
 )
-@pytest.mark.parametrize("padding", [0, 5])
 def test_a_tokenizer_goes_along(tmp_path, make, padding):
     tokenizer = make()
     gguf.write_model(tmp_path / "m.gguf", with_tokenizer(tokenizer, tokenizer.vocab_size + padding))

@@ -4,9 +4,10 @@ A request's logits are held to those of an engine that serves it alone, in one p
 """
 
 import dataclasses
+import functools
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 import pytest
@@ -34,42 +35,58 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 operation of three layers."""
 
 
-def scenarios(runner: TorchRunner) -> Iterator[tuple[str, Served, Alone]]:
+WAYS = (
+    *("together", "at random times", "chunks of 1", "chunks of 2", "chunks of 7", "chunks of 16", "chunks of 65"),
+    *("little memory", "beside others", "cached", "n-grams", "n-grams, little memory"),
+    *("a draft model", "a draft model, little memory", "forked", "forked, little memory", "forked and guessed"),
+)
+
+
+def scenarios(runner: TorchRunner, ways: Collection[str] = WAYS) -> Iterator[tuple[str, Served, Callable[[], Alone]]]:
+    """Ways in which requests are served, what came of each, and what comes of its requests alone."""
     vocabulary = runner.config.vocab_size
     each, forked = requests(vocabulary), requests(vocabulary, count=4, n=3)
+    short_and_long = each[3:6]
     others = requests(vocabulary, 4, seed=9000, temperature=0.7, top_p=0.8, repetition_penalty=1.3, top_logprobs=3)
     others = [dataclasses.replace(request, id=100 + request.id) for request in others]
     once_more = [dataclasses.replace(request, id=1000 + request.id) for request in each]
     draft = TorchRunner(
         build_model(dataclasses.replace(runner.config, hidden_size=16, intermediate_size=20, head_dim=4), seed=4)
     )
-    expected, expected_forks = alone(runner, each), alone(runner, forked)
+    expected, expected_forks = (functools.cache(lambda of=of: alone(runner, of)) for of in (each, forked))
     small = {"blocks": 70, "block_size": 3 if 0 in runner.config.attention_windows else 1}
 
-    yield "together", Served(runner, [each]), expected
-    yield "at random times", Served(runner, [each[5:], each[2:5], each[:2]]), expected
-    for chunk in (1, 2, 7, 16, 65):
-        limits = {"prefill_tokens": chunk, "mixed_prefill_tokens": max(1, chunk // 2), "block_size": chunk % 11 + 1}
-        yield f"chunks of {chunk}", Served(runner, [each], **limits), expected
-    yield "little memory", Served(runner, [each], **small), expected
-    yield "beside others", Served(runner, [others, each]), expected
-    cached = Served(runner, [[request] for request in (*each, *once_more)], blocks=300)
-    assert sum(cached.statistics[request.id, 0].cached_tokens for request in once_more) > 100
-    yield "cached", cached, expected | {(1000 + id, i): alone for (id, i), alone in expected.items()}
-    for name, drafter in (("n-grams", PromptLookup), ("a draft model", lambda: DraftModel(draft))):
-        for more, limits in (("", {}), (", little memory", small)):
-            served = Served(runner, [each], drafter(), **limits)
+    for way in ways:
+        limits = small if "little memory" in way else {}
+        if way.startswith("chunks of "):
+            chunk = int(way.split()[-1])
+            limits = {"prefill_tokens": chunk, "mixed_prefill_tokens": max(1, chunk // 2), "block_size": chunk % 11 + 1}
+        if way == "at random times":
+            yield way, Served(runner, [each[5:], each[2:5], each[:2]]), expected
+        elif way == "beside others":
+            yield way, Served(runner, [others, each]), expected
+        elif way in ("chunks of 1", "chunks of 2"):  # a step for each chunk
+            numbers = [request.id for request in short_and_long]
+            of_few = {key: one for key, one in expected().items() if key[0] in numbers}
+            yield way, Served(runner, [short_and_long], **limits), lambda of_few=of_few: of_few
+        elif way == "cached":
+            served = Served(runner, [[request] for request in (*each, *once_more)], blocks=300)
+            assert sum(served.statistics[request.id, 0].cached_tokens for request in once_more) > 100
+            yield way, served, lambda: expected() | {(1000 + id, i): one for (id, i), one in expected().items()}
+        elif way.startswith("forked"):
+            yield way, Served(runner, [forked], PromptLookup() if "guessed" in way else None, **limits), expected_forks
+        elif way.startswith(("n-grams", "a draft model")):
+            served = Served(runner, [each], DraftModel(draft) if "draft" in way else PromptLookup(), **limits)
             assert sum(one.drafted_tokens for one in served.statistics.values()) > 20
-            yield name + more, served, expected
-    yield "forked", Served(runner, [forked]), expected_forks
-    yield "forked, little memory", Served(runner, [forked], **small), expected_forks
-    yield "forked and guessed", Served(runner, [forked], PromptLookup()), expected_forks
+            yield way, served, expected
+        else:
+            yield way, Served(runner, [each], **limits), expected
 
 
-def check_all(runner: TorchRunner) -> None:
+def check_all(runner: TorchRunner, ways: Collection[str] = WAYS) -> None:
     """The same texts, and at each position the same bits as often as they were computed."""
-    for way, served, expected in scenarios(runner):
-        for key, (text, logits) in expected.items():
+    for way, served, expected in scenarios(runner, ways):
+        for key, (text, logits) in expected().items():
             assert served.texts[key] == text, (way, key)
             found = served.logits_of(key)
             assert found.keys() == logits.keys()
@@ -79,13 +96,20 @@ def check_all(runner: TorchRunner) -> None:
             assert ("memory" in way) == (served.engine.scheduler.preemptions > 0), way
 
 
-OFTEN = ("multi-query", "odd numbers", "window in later layers", "qwen3")
-ALL = [pytest.param(name, marks=pytest.mark.medium if name in OFTEN else pytest.mark.slow) for name in MODELS]
+OFTEN = ("odd numbers", "window in later layers")
+CASES = [
+    *(
+        pytest.param(name, WAYS, id=name, marks=pytest.mark.medium if name in OFTEN else pytest.mark.slow)
+        for name in MODELS
+    ),
+    pytest.param("multi-query", WAYS[::2], id="multi-query, some ways", marks=pytest.mark.medium),
+    pytest.param("qwen3", WAYS[1::2], id="qwen3, the other ways", marks=pytest.mark.medium),
+]
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_logits_are_the_same_bits_however_a_text_came_there(name):
-    check_all(TorchRunner(model_of(**MODELS[name]), exact=True))
+@pytest.mark.parametrize(("name", "ways"), CASES)
+def test_logits_are_the_same_bits_however_a_text_came_there(name, ways):
+    check_all(TorchRunner(model_of(**MODELS[name]), exact=True), ways)
 
 
 @pytest.mark.slow
@@ -101,19 +125,23 @@ def test_logits_are_the_same_bits_with_several_threads(threads):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
-    "name",
+    ("dtype", "name", "ways"),
     [
-        pytest.param("grouped heads", marks=pytest.mark.medium),
-        pytest.param("qwen3", marks=pytest.mark.slow),
-        pytest.param("window in later layers", marks=pytest.mark.slow),
+        pytest.param(torch.float32, "grouped heads", WAYS, id="float32", marks=pytest.mark.medium),
+        pytest.param(torch.bfloat16, "grouped heads", WAYS[::3], id="bfloat16, some ways", marks=pytest.mark.medium),
+        pytest.param(torch.bfloat16, "grouped heads", WAYS, id="bfloat16", marks=pytest.mark.slow),
+        *(
+            pytest.param(dtype, name, WAYS, id=f"{name}, {dtype}", marks=pytest.mark.slow)
+            for name in ("qwen3", "window in later layers")
+            for dtype in TOLERANCE
+        ),
     ],
 )
-def test_fast_logits_are_those_of_the_whole_text(name, dtype):
+def test_fast_logits_are_those_of_the_whole_text(dtype, name, ways):
     """Under teacher forcing: the text an engine wrote, run once more as a whole."""
     runner = TorchRunner(model_of(dtype, **MODELS[name]))
-    for _, served, _ in scenarios(runner):
+    for _, served, _ in scenarios(runner, ways):
         for key, text in served.texts.items():
             whole_TV = runner.forward([text])["logits"][0]
             for position, rows in served.logits_of(key).items():
@@ -129,7 +157,7 @@ FORWARD = ("multi-query", "odd numbers", "window in later layers", "sliding wind
 def test_a_whole_forward_gives_the_bits_of_the_engine(name, monkeypatch):
     """Alone, in a batch with whatever padding follows, and read in pieces of any length."""
     runner = TorchRunner(model_of(**MODELS[name]), exact=True)
-    served = alone(runner, requests(runner.config.vocab_size))
+    served = alone(runner, requests(runner.config.vocab_size)[1::2])
     texts = [text for text, _ in served.values()]
     longest = max(map(len, texts))
     padded = [[*text, *[1] * (longest - len(text))] for text in texts]

@@ -57,13 +57,13 @@ class RecordingRunner(TorchRunner):
         return TorchMemory(cache, Sampler(self.config.vocab_size, self.device), graphs)
 
 
-def texts(engine: Engine) -> dict[tuple[int, int], list[int | None]]:
-    """What requests of several lengths and kinds get, by request and continuation."""
+def texts(engine: Engine, tokens: int = 10) -> dict[tuple[int, int], list[int | None]]:
+    """What requests of several lengths and kinds get, by request and continuation: so many tokens, or two more."""
     random = np.random.default_rng(2)
     for number, length in enumerate((1, 30, 17, 9)):
-        params = GREEDY
+        params = SamplingParams(temperature=0, max_tokens=tokens)
         if number == 2:
-            params = SamplingParams(temperature=0.8, seed=5, n=2, max_tokens=12)
+            params = SamplingParams(temperature=0.8, seed=5, n=2, max_tokens=tokens + 2)
         engine.add(Request(number, tuple(random.integers(60, size=length).tolist()), params))
     found: dict[tuple[int, int], list[int | None]] = {}
     while engine.has_work:
@@ -74,17 +74,19 @@ def texts(engine: Engine) -> dict[tuple[int, int], list[int | None]]:
 
 @pytest.mark.medium
 @pytest.mark.parametrize(
-    ("config", "blocks"),
-    [(PLAIN, 60), (WINDOWED, 14), (NARROW, 9)],
+    ("config", "blocks", "tokens"),
+    [(PLAIN, 60, 6), (WINDOWED, 14, 10), (NARROW, 9, 6)],
     ids=["plain", "windowed, preempting", "less memory than positions"],
 )
-def test_an_engine_over_recorded_steps_says_the_same(config: ModelConfig, blocks: int) -> None:
+def test_an_engine_over_recorded_steps_says_the_same(config: ModelConfig, blocks: int, tokens: int) -> None:
     limits = EngineConfig(max_sequences=4, block_size=4, blocks=blocks, prefill_tokens=16)
     model = build_model(config, seed=1)
     recording = RecordingRunner(model)
-    found = texts(Engine(recording, config=limits))
-    assert found == texts(Engine(TorchRunner(model), config=limits))
-    assert sum(map(len, found.values())) == 3 * 10 + 2 * 12
+    engine = Engine(recording, config=limits)
+    found = texts(engine, tokens)
+    assert found == texts(Engine(TorchRunner(model), config=limits), tokens)
+    assert sum(map(len, found.values())) == 3 * tokens + 2 * (tokens + 2)
+    assert (engine.scheduler.preemptions > 0) == (config is WINDOWED)
     assert len(set(recording.used)) > 2
 
 

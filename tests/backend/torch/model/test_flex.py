@@ -116,7 +116,7 @@ MODELS = {
 
 def trained(config, attention_name, segments=True, **options):
     step = TorchTrainStep(build_model(config, None, seed=0), attention=attention_name, max_grad_norm=1.0, **options)
-    losses = [step.step([batch(seed=t, segments=segments)], 1e-2).loss for t in range(3)]
+    losses = [step.step([batch(seed=t, segments=segments)], 1e-2).loss for t in range(2)]
     return [*losses, step.evaluate(batch(seed=9, segments=segments)).nats], step
 
 
@@ -146,8 +146,8 @@ def test_the_whole_model_is_traced_for_a_compiler_with_its_masks_in_it():
     theirs, _ = trained(MODELS["gemma 2"], "masked")
     step = TorchTrainStep(build_model(MODELS["gemma 2"], None, seed=0), attention="flex", max_grad_norm=1.0)
     step._hidden = torch.compile(step.model.hidden, backend="aot_eager", dynamic=False, fullgraph=True)
-    ours = [step.step([batch(seed=t, segments=True)], 1e-2).loss for t in range(3)]
-    assert ours == pytest.approx(theirs[:3], rel=1e-5)
+    ours = [step.step([batch(seed=t, segments=True)], 1e-2).loss for t in range(2)]
+    assert ours == pytest.approx(theirs[:2], rel=1e-5)
 
 
 def test_rows_without_documents_are_computed_as_ever(monkeypatch):

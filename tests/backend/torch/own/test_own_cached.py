@@ -1,6 +1,7 @@
 """Models of the course with a cache as runners: their logits, their caches in an engine, what they refuse."""
 
 import dataclasses
+import functools
 import gc
 import re
 from collections.abc import Sequence
@@ -100,6 +101,13 @@ PARAMS = [
 ]
 
 
+@functools.cache
+def of_the_library() -> list[Any]:
+    """What the library gives to the requests."""
+    usual = LLM(runner_over(CONFIG, models.perturbed(CONFIG)), engine=EngineConfig(warm_up=False), eos_token_ids=())
+    return list(usual.generate(PROMPTS, PARAMS))
+
+
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES.keys())
 @pytest.mark.parametrize("draft", ["", "lookup", "another model"])
 @every_backend
@@ -107,8 +115,7 @@ def test_requests_get_what_the_library_gives_them_however_they_are_served(
     backend: OwnBackend, draft: str, engine: EngineConfig
 ) -> None:
     arrays = models.perturbed(CONFIG)
-    usual = LLM(runner_over(CONFIG, arrays), engine=EngineConfig(warm_up=False), eos_token_ids=())
-    expected = usual.generate(PROMPTS, PARAMS)
+    expected = of_the_library()
     drafters = {"lookup": PromptLookup(), "another model": DraftModel(runner_over(CONFIG, models.perturbed(CONFIG, 2)))}
     llm = LLM(backend.runner_over(CONFIG, arrays), engine=engine, drafter=drafters.get(draft), eos_token_ids=())
     for array in llm.engine._memory.kept.arrays:

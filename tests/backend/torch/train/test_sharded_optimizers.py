@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -16,6 +15,7 @@ from llamita.backend.torch.train.optimizer import make_optimizer
 from tests.backend.frameworks import host
 from tests.backend.optimizers import rates
 from tests.backend.steps import largest_difference, same
+from tests.together import run_together
 
 LAYER = "model.layers.0"
 SHAPES = {
@@ -79,11 +79,11 @@ def counted(counts):
     return orthogonalized
 
 
-def compare(rank, folder):
+def compare():
     """In each of two processes: every mesh beside the plain parameters, and gone on from the state of one step."""
     counts = []
     muon.orthogonalized = counted(counts)  # this process ends with the test
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     for label, (shape, placements) in MESHES.items():
         mesh = init_device_mesh("cpu", shape)
 
@@ -111,9 +111,8 @@ def compare(rank, folder):
             resumed, resumed_state, _ = train(again, with_muon, distribute, 2, early_state)
             assert all(torch.equal(resumed[name], found[name]) for name in found), (label, with_muon)
             assert same(resumed_state, found_state), (label, with_muon)
-    dist.destroy_process_group()
 
 
 @pytest.mark.medium
-def test_two_processes_make_the_updates_of_one(tmp_path):
-    mp.spawn(compare, (str(tmp_path),), nprocs=2)
+def test_two_processes_make_the_updates_of_one():
+    run_together(2, compare)
