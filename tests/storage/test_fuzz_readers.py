@@ -119,6 +119,20 @@ def test_a_few_hundred_changed_files(name, tmp_path):
     fuzz(name, tmp_path, examples=200, seconds=20)
 
 
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("kind", ["replace", "insert"])
+def test_a_line_end_in_a_name_stays_out_of_messages(name, kind, tmp_path):
+    path = tmp_path / "file"
+    content, messages = valid(name, path), []
+    for place in range(400):
+        path.write_bytes(changed(content, ([(place, b"\n", kind)], None)))
+        try:
+            READERS[name](path)
+        except (ValueError, OSError) as error:
+            messages.append(str(error).strip())
+    assert [message for message in messages if "\n" in message] == []
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to limit the address space")
 @pytest.mark.parametrize("name", READERS)

@@ -86,7 +86,7 @@ class _Reader:
             raise ValueError(f"it is damaged: {tensors} tensors and {pairs} settings (version {version})")
         metadata: dict[str, Any] = {}
         for _ in range(pairs):
-            key = self.string()
+            key = self.name()
             if key in metadata:
                 raise ValueError(f"it is damaged: {key} is there twice")
             metadata[key] = self.value(self.take(COUNT), key)
@@ -118,6 +118,13 @@ class _Reader:
 
     def string(self) -> str:
         return self.pass_over(self.take(LENGTH)).decode()
+
+    def name(self) -> str:
+        """Returns the name of a setting or a tensor, which messages can show as it is."""
+        text = self.string()
+        if not text.isprintable():
+            raise ValueError(f"it is damaged: {text[:80]!r} is no name of a setting or a tensor")
+        return text
 
     def pass_over(self, count: int) -> bytes:
         """Returns the next bytes."""
@@ -154,7 +161,7 @@ class _Reader:
         return texts
 
     def tensor(self) -> tuple[str, tuple[int, ...], Kind, int]:
-        name, dimensions = self.string(), self.take(COUNT)
+        name, dimensions = self.name(), self.take(COUNT)
         if dimensions > 4:
             raise ValueError(f"it is damaged: {name} is a tensor of {dimensions} dimensions")
         shape = tuple(self.take(LENGTH) for _ in range(dimensions))[::-1]
