@@ -3,13 +3,14 @@
 import gc
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
-from tests import shortcuts
+from tests import forked, shortcuts
 from tests.backend import frameworks
 from tests.ordering import long_first
 
@@ -48,6 +49,15 @@ def framework(request: pytest.FixtureRequest) -> frameworks.Framework:
 
 
 @pytest.hookimpl(trylast=True)  # when those that are not run are already left out
+@pytest.fixture(scope="session")
+def forked_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[forked.Programs]:
+    """Programs that need not import, see forked.py, and compute on one thread."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = inherited | {"OMP_NUM_THREADS": "1"}
+    with forked.programs(tmp_path_factory.mktemp("forked"), environment) as directory:
+        yield forked.Programs(directory, environment)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where several processes share the tests, files with long ones come first; else the order stays."""
     processes = getattr(config, "workerinput", {}).get("workercount", 0)

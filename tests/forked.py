@@ -23,6 +23,7 @@ import re
 import runpy
 import select
 import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -31,6 +32,7 @@ import sys
 import threading
 import types
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 LEFT_OUT = ("lm_eval_adapter", "peers")
@@ -97,6 +99,19 @@ def programs(directory: Path, environment: Mapping[str, str]) -> Iterator[Path]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
         server.communicate()
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The directory of such programs, and the environment that they are for."""
+
+    directory: Path
+    environment: dict[str, str]
+
+    def find(self, name: str) -> str:
+        """Returns the path of a program; that of the real one where none is forked."""
+        path = os.pathsep.join(map(str, (self.directory, Path(sys.executable).parent)))
+        return shutil.which(name, path=path) or name
 
 
 class Call:

@@ -5,7 +5,6 @@ import gc
 import json
 import logging
 import os
-import shutil
 import signal
 import socket
 import struct
@@ -13,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -521,19 +520,6 @@ sys.exit(run.serve(app, run.bind("127.0.0.1", 0), lambda address: print(os.getpi
 """
 
 
-@pytest.fixture(scope="module")
-def environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-
-
-@pytest.fixture(scope="module")
-def program(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
-    """Finds `python` and `llamita` as programs that need not import (see forked.py), where there are such."""
-    with forked.programs(tmp_path_factory.mktemp("forked"), environment) as directory:
-        path = os.pathsep.join(map(str, (directory, Path(sys.executable).parent)))
-        yield lambda name: shutil.which(name, path=path) or name
-
-
 class Started:
     """A server in a process of its own, with its address, once it answers."""
 
@@ -566,11 +552,9 @@ class Started:
 
 @pytest.mark.medium
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_requests_end_and_takes_no_more(
-    number: signal.Signals, environment: dict[str, str], request: pytest.FixtureRequest
-) -> None:
-    python = sys.executable if number is signal.SIGTERM else request.getfixturevalue("program")("python")
-    server = Started(python, environment, delay=0.02)
+def test_a_signal_lets_requests_end_and_takes_no_more(number: signal.Signals, forked_programs: forked.Programs) -> None:
+    python = sys.executable if number is signal.SIGTERM else forked_programs.find("python")
+    server = Started(python, forked_programs.environment, delay=0.02)
     body = {**GOOD, "max_tokens": 40, "stream": True}
     with httpx.stream("POST", f"{server.address}/v1/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
@@ -588,10 +572,8 @@ def test_a_signal_lets_requests_end_and_takes_no_more(
 
 
 @pytest.mark.medium
-def test_a_request_that_outlasts_the_deadline_ends_with_an_error(
-    program: Callable[[str], str], environment: dict[str, str]
-) -> None:
-    server = Started(program("python"), environment, delay=0.05, drain=0.5)
+def test_a_request_that_outlasts_the_deadline_ends_with_an_error(forked_programs: forked.Programs) -> None:
+    server = Started(forked_programs.find("python"), forked_programs.environment, delay=0.05, drain=0.5)
     body = {**GOOD, "max_tokens": LONG, "stream": True}
     with httpx.stream("POST", f"{server.address}/v1/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
@@ -606,10 +588,8 @@ def test_a_request_that_outlasts_the_deadline_ends_with_an_error(
 
 
 @pytest.mark.medium
-def test_a_hung_engine_does_not_keep_the_server_from_ending(
-    program: Callable[[str], str], environment: dict[str, str]
-) -> None:
-    server = Started(program("python"), environment, drain=0.3, hangs=True)
+def test_a_hung_engine_does_not_keep_the_server_from_ending(forked_programs: forked.Programs) -> None:
+    server = Started(forked_programs.find("python"), forked_programs.environment, drain=0.3, hangs=True)
     with (
         httpx.Client(base_url=server.address, timeout=60) as client,
         client.stream("POST", "/v1/completions", json={**GOOD, "stream": True}) as answer,
@@ -622,9 +602,7 @@ def test_a_hung_engine_does_not_keep_the_server_from_ending(
 
 
 @pytest.mark.medium
-def test_a_port_in_use_and_a_missing_model_are_said_in_a_line(
-    tmp_path: Path, program: Callable[[str], str], environment: dict[str, str]
-) -> None:
+def test_a_port_in_use_and_a_missing_model_are_said_in_a_line(tmp_path: Path, forked_programs: forked.Programs) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -633,8 +611,10 @@ def test_a_port_in_use_and_a_missing_model_are_said_in_a_line(
             ([str(tmp_path / "nothing"), "--port", "0"], "nothing"),
             ([str(tmp_path), "--port", str(port)], f"127.0.0.1:{port} cannot be bound"),
         ):
-            command = [program("llamita"), "serve", *arguments]
-            found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+            command = [forked_programs.find("llamita"), "serve", *arguments]
+            found = subprocess.run(
+                command, capture_output=True, text=True, timeout=60, check=False, env=forked_programs.environment
+            )
             assert found.returncode == 2, found.stderr
             assert part in found.stderr
             assert len(found.stderr.strip().splitlines()) == 1, found.stderr
