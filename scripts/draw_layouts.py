@@ -51,22 +51,21 @@ FORMS: dict[str, tuple[Blocked, int]] = {
 """By title: the form, and the bits of a number."""
 
 
-def place(form: Blocked, output: int, number: int) -> tuple[int, bool]:
-    """Returns the first byte that one weight changes, and whether it is only the upper half of that byte."""
+def place(form: Blocked, zeros: np.ndarray, output: int, number: int) -> tuple[int, bool]:
+    """Returns the first byte of a block of zeros that one weight changes, and whether it is only its upper half."""
     weight_OI = torch.zeros(OUTPUTS, INPUTS)
-    before = form(weight_OI).numbers.view(np.uint8)
     weight_OI[output, number] = 1
-    changed = before ^ form(weight_OI).numbers.view(np.uint8)
+    changed = zeros ^ form(weight_OI).numbers.view(np.uint8)
     first = int(np.flatnonzero(changed)[0])
     return first, changed[first] & 15 == 0
 
 
 def draw(axes: Axes, title: str, form: Blocked, bits: int) -> None:
     """Draws the first lines of 64 bytes; a cell is a weight, its number that of its input."""
-    size = max(bits // 8, 1)
+    size, zeros = max(bits // 8, 1), form(torch.zeros(OUTPUTS, INPUTS)).numbers.view(np.uint8)
     for output in range(OUTPUTS):
         for number in range(INPUTS):
-            first, upper = place(form, output, number)
+            first, upper = place(form, zeros, output, number)
             line, byte = divmod(first // size * size, LINE)
             if line >= LINES:
                 continue

@@ -28,8 +28,8 @@ from llamita.training import exit_status
 
 PACKAGE = Path(__file__).parents[1]
 COLLECTED = 50_000
-"""New objects between two searches for garbage. Python's 700 cost a start a fifth of its time: nearly all that it makes
-stays. A step of training or decoding leaves next to nothing that only a search finds."""
+"""New objects between two searches for garbage. Python's 700 cost a start a seventh of its time: nearly all that it
+makes stays. A step of training leaves some sixty objects that only a search finds."""
 TRACEBACK_VARIABLE = "LLAMITA_TRACEBACK"
 PACKAGES = {
     "llama_cpp": "llama-cpp-python",

@@ -3,7 +3,7 @@
 What is kept is what `sampling.truncate` keeps, decided in float64 too; a bound that so many scores reach is found from
 the largest of a few numbers each, and only what reaches it is looked at closely. Knows no parameters but these three.
 
-Letters beyond the usual: C some ids, in order.
+Letters beyond the usual: C some ids, in order, or columns; T scores of a column.
 """
 
 import math
@@ -47,8 +47,8 @@ def largest(scores_V: np.ndarray, count: int) -> np.ndarray:
 def reaching(values_V: np.ndarray, count: int) -> np.ndarray:
     """Returns the ids of all values that reach a bound which at least `count` values do, and not many more."""
     together = max(1, min(TOGETHER, len(values_V) // (2 * count)))
-    largest = values_V[: len(values_V) // together * together].reshape(together, -1).max(axis=0)
-    return np.flatnonzero(values_V >= np.partition(largest, -count)[-count])
+    columns_TC = values_V[: len(values_V) // together * together].reshape(together, -1)
+    return np.flatnonzero(values_V >= np.partition(columns_TC.max(axis=0), -count)[-count])
 
 
 def nucleus(scores_V: np.ndarray, p: float) -> np.ndarray:

@@ -4,7 +4,7 @@ The winner is the id of the largest score + noise, where noise = -ln(-ln(u)) wit
 most score - ln(1 - u), since -ln(u) >= 1 - u. So one whose 1 - u is above e^(score - reached) stays below what another
 has reached, and needs no logarithms. They are looked for in float32, with a margin that its rounding stays within.
 
-Letters beyond the usual: R rows, P parts of a row, C ids that are looked at together.
+Letters beyond the usual: R rows.
 """
 
 import math

@@ -144,10 +144,9 @@ def multiply_tile(
         )
         width_value, first_block, first_row, inputs = (values[place] for place in (5, 9, 13, 14))
         tile = Tile(code, form.value, rows.value, blocks.value, inputs)
-        tile.done = first_row, values[15]
         tile.begin(weights_at, scales_at, minimums_at, first_block)
         tile.take(x_at, x_scales_at, x_sums_at, first_row)
-        sums = tile.sums_of_bytes() if form.value.in_bytes else tile.sums_of_floats()
+        sums = tile.sums_of_bytes() if form.value.in_bytes else tile.sums_of_floats(first_row, values[15])
         for number, of_row in enumerate(sums):
             before = builder.mul(builder.add(first_row, LONG(number)), width_value)
             place = builder.add(before, builder.mul(first_block, LONG(LANES)))
@@ -193,8 +192,6 @@ class Tile:
     def __init__(self, code: Code, form: Form, rows: int, blocks: int, inputs: ir.Value) -> None:
         self.code, self.form, self.rows, self.blocks, self.inputs = code, form, rows, blocks, inputs
         self.builder = code.builder
-        self.done = LONG(0), LONG(1)
-        """The rows that have gone past these blocks, and the rows that will have in the end."""
         self.groups = self.builder.lshr(inputs, LONG(5))
 
     def begin(self, weights: ir.Value, scales: ir.Value, minimums: ir.Value, first_block: ir.Value) -> None:
@@ -220,8 +217,9 @@ class Tile:
         numbers = [self.builder.add(first, LONG(which)) for which in range(count)]
         return [self.code.after(pointer, self.builder.mul(number, size)) for number in numbers]
 
-    def sums_of_floats(self) -> list[list[ir.Value]]:
-        """Returns the sums of each row and block, over weights that are floating-point numbers."""
+    def sums_of_floats(self, first_row: ir.Value, of_rows: ir.Value) -> list[list[ir.Value]]:
+        """Returns the sums of each row and block, over weights that are floating-point numbers. Meanwhile several rows
+        fetch their share of the next blocks: memory would rest while all rows but the first few go past these."""
         code, zero = self.code, self.code.filled(FLOATS, 0.0)
         totals = [[code.variable(zero) for _ in range(self.blocks)] for _ in range(self.rows)]
 
@@ -231,7 +229,7 @@ class Tile:
 
         if self.form.numbers == "bfloat16":
             reads_ahead = self.rows > 1 and self.blocks > 1
-            share = self._share_of_next() if reads_ahead else None
+            share = self._share_of_next(first_row, of_rows) if reads_ahead else None
             with code.loop(self.builder.lshr(self.inputs, LONG(1))) as pair:
                 two = self.builder.mul(pair.index, LONG(2))
                 at = self.builder.mul(pair.index, LONG(2 * LANES))
@@ -259,12 +257,10 @@ class Tile:
                     add(row, code.splat(code.load(code.after(start, turn.index), FLOAT)), weights)
         return [[total.get() for total in of_row] for of_row in totals]
 
-    def _share_of_next(self) -> ir.Value:
-        """Returns where the share of the next blocks begins that is fetched while these rows go past these blocks:
-        memory would rest while all rows but the first few do."""
-        first, rows = self.done
+    def _share_of_next(self, first_row: ir.Value, of_rows: ir.Value) -> ir.Value:
+        """Returns where the share of the next blocks begins for the rows from one on, of so many."""
         size = self.builder.mul(self.inputs, LONG(self.blocks * LANES))
-        place = self.builder.add(size, self.builder.udiv(self.builder.mul(size, first), rows))
+        place = self.builder.add(size, self.builder.udiv(self.builder.mul(size, first_row), of_rows))
         return self.code.after(self.weights[0], place)
 
     def sums_of_bytes(self) -> list[list[ir.Value]]:
