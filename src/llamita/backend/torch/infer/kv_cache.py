@@ -159,8 +159,8 @@ class PagedStep:
         group = self._cache.group_of_layer[layer]
         keys, values, slots_T = self._cache.keys[layer], self._cache.values[layer], self._slots[group]
         self._cache.empty(layer, self._begun[group])
-        keys.index_copy_(0, slots_T, k_TKH[: self.tokens])
-        values.index_copy_(0, slots_T, v_TKH[: self.tokens])
+        keys.index_copy_(0, slots_T, k_TKH[: self.tokens].to(keys.dtype))
+        values.index_copy_(0, slots_T, v_TKH[: self.tokens].to(values.dtype))
         parts = self._parts[group]
         if len(parts) == 1 and self.padded == self.tokens:
             return parts[0][1].attend(q_TNH, keys, values)

@@ -2,7 +2,7 @@
 
 Four ways: a batch of single queries, the same by kernels that follow the tables of blocks, a chunk of one sequence,
 and the exact one, whose result for a query does not depend on what else is computed with it. Each takes the queries
-(T, N, H) and a layer's whole memory (slots, K, H).
+(T, N, H) and a layer's whole memory (slots, K, H), whose numbers are converted to their type.
 
 Letters beyond the usual: M blocks of a table, G query heads of a key head, R all queries of a key head, U keys of a
 tile.
@@ -78,12 +78,11 @@ class DecodeAttention:
         B, N, H = q_TNH.shape
         K = keys.shape[1]
         if B == 1:
-            k_BSKH, v_BSKH = self.spans[0].gather(keys)[None], self.spans[0].gather(values)[None]
+            found = [self.spans[0].gather(memory)[None] for memory in (keys, values)]
         else:
-            k_BSKH, v_BSKH = (
-                memory.unflatten(0, (-1, self.size)).index_select(0, self.blocks).view(B, -1, K, H)
-                for memory in (keys, values)
-            )
+            blocks = [memory.unflatten(0, (-1, self.size)).index_select(0, self.blocks) for memory in (keys, values)]
+            found = [each.view(B, -1, K, H) for each in blocks]
+        k_BSKH, v_BSKH = (each.to(q_TNH.dtype) for each in found)
         q_BKGH = q_TNH.view(B, K, N // K, H)
         if N == K and q_TNH.device.type == "cpu" and q_TNH.dtype != torch.float32:
             q_BKGH = q_BKGH.expand(-1, -1, 2, -1)  # a CPU's kernel takes twice as long for a single row as for two
@@ -134,7 +133,8 @@ class ChunkAttention:
             self.mask = torch.from_numpy(seen).to(device)
 
     def attend(self, q_TNH: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        q, k, v = (x.transpose(0, 1)[None] for x in (q_TNH, self.span.gather(keys), self.span.gather(values)))
+        k_SKH, v_SKH = (self.span.gather(memory).to(q_TNH.dtype) for memory in (keys, values))
+        q, k, v = (x.transpose(0, 1)[None] for x in (q_TNH, k_SKH, v_SKH))
         mixed_1NTH = attention_fused(q, k, v, self.mask, causal=self.mask is None, spec=self.spec)
         return mixed_1NTH[0].transpose(0, 1)
 

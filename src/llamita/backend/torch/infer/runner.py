@@ -105,7 +105,7 @@ class TorchRunner:
     ) -> None:
         self.model = model
         self.config: ModelConfig = model.config
-        weight = model.model.norm.weight  # never quantised: its type is that of the activations and of the cache
+        weight = model.model.norm.weight  # never quantised: its type is that of the activations
         self.dtype, self.device = weight.dtype, weight.device
         if exact and (self.device.type != "cpu" or self.dtype != torch.float32 or self.config.quantization):
             form = self.config.quantization or str(self.dtype)
@@ -127,8 +127,16 @@ class TorchRunner:
         read += [(name, kernel.nbytes) for name, kernel in kernels if kernel]
         self.weight_bytes = bytes_read_per_token(self.config, read)
         """Bytes of weights that decoding one token reads."""
-        self.kv_bytes_per_token = kv_bytes_per_token(self.config, weight.element_size())
+        self.cache_dtype = self._type_of_cache()
+        self.kv_bytes_per_token = kv_bytes_per_token(self.config, self.cache_dtype.itemsize)
         """Bytes of keys and values that one earlier position adds to what decoding a token reads."""
+
+    def _type_of_cache(self) -> torch.dtype:
+        """Returns the type of keys and values: that of the activations; float16 instead of float32 where products round
+        activations to bytes, which costs more than that."""
+        rounds = any(weight.form.in_bytes for weight in weights_held_in_blocks(self.model))
+        halves = self._decoder is not None and self._decoder.reads_float16 and rounds
+        return torch.float16 if halves and self.dtype == torch.float32 else self.dtype
 
     @property
     def dtype_name(self) -> str:
@@ -157,7 +165,7 @@ class TorchRunner:
         """
         sampler = Sampler(self.config.vocab_size, self.device, drawer_for(self.model.instructions))
         cache = PagedKVCache(
-            self.config, layout, self.dtype, self.device, table_kernel(self.device) if sequences else None
+            self.config, layout, self.cache_dtype, self.device, table_kernel(self.device) if sequences else None
         )
         if cache.kernel is not None:
             try:
@@ -409,6 +417,8 @@ def load_runner(
     runner.dtype_reason, runner.kernels = opened.dtype_reason, kernels.shown
     if numbers := {weight.form.numbers for weight in weights_held_in_blocks(built)}:
         runner.kernels += f" over weights in {' and '.join(sorted(numbers))}"
+    if runner.cache_dtype != runner.dtype:
+        runner.kernels += f", keys and values in {str(runner.cache_dtype).removeprefix('torch.')}"
     return runner
 
 

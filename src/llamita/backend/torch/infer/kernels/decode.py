@@ -182,19 +182,22 @@ def attend_row(row, first, last, code, kind, heads, sizes, scale, keys, values, 
     begin, start, stop = begins[row], seen[row], stops[row]
     width = (stop - start + LANES - 1) // LANES * LANES
     scores, largest = np.empty((last - first) * width, np.float32), np.full(last - first, -np.inf, np.float32)
+    own = np.empty(last - first, np.int64)  # where the key head of a query head begins among the numbers of a slot
+    for head in range(last - first):
+        own[head] = (first + head) // (N // K) * H
     query, out = (row * (N + 2 * K) + first) * H, (row * N + first) * H
     position = start
     while position < stop:
         end, slot = run(blocks, begin, position, stop, size)
         while position + 4 <= end:
             for head in range(last - first):
-                at, place = (slot * K + (first + head) // (N // K)) * H, head * width + position - start
+                at, place = slot * K * H + own[head], head * width + position - start
                 found = score(code, kind, FOUR, heads, query + head * H, keys, at, K * H, H, scale, scores, place)
                 largest[head] = max(largest[head], found)
             position, slot = position + 4, slot + 4
         while position < end:
             for head in range(last - first):
-                at, place = (slot * K + (first + head) // (N // K)) * H, head * width + position - start
+                at, place = slot * K * H + own[head], head * width + position - start
                 found = score(code, kind, ONE, heads, query + head * H, keys, at, K * H, H, scale, scores, place)
                 largest[head] = max(largest[head], found)
             position, slot = position + 1, slot + 1
@@ -209,12 +212,12 @@ def attend_row(row, first, last, code, kind, heads, sizes, scale, keys, values, 
         end, slot = run(blocks, begin, position, stop, size)
         while position + 4 <= end:
             for head in range(last - first):
-                at, place = (slot * K + (first + head) // (N // K)) * H, head * width + position - start
+                at, place = slot * K * H + own[head], head * width + position - start
                 mix(code, kind, FOUR, mixed, out + head * H, values, at, K * H, H, shares[head], scores, place)
             position, slot = position + 4, slot + 4
         while position < end:
             for head in range(last - first):
-                at, place = (slot * K + (first + head) // (N // K)) * H, head * width + position - start
+                at, place = slot * K * H + own[head], head * width + position - start
                 mix(code, kind, ONE, mixed, out + head * H, values, at, K * H, H, shares[head], scores, place)
             position, slot = position + 1, slot + 1
 
@@ -269,24 +272,25 @@ def gate_rows(first, last, code, gate_up, C, gated):
 
 @njit(**COMPILED)
 def decode_layers(
-    threads, code, kind, forms, x, rows, layers, caches, first, last, last_norm, sizes, eps, scale, step, rotations
+    threads, code, dtypes, forms, x, rows, layers, caches, first, last, last_norm, sizes, eps, scale, step, rotations
 ):
     """Runs layers `first` to `last` - 1 over rows (R, D) of the residual stream, flat, and returns it; after the last
     layer, which `last_norm` follows, the normed rows. What enters the first layer and what leaves the last norm is
-    rounded to the type of the cache.
+    rounded to the type of the model.
 
-    `forms` are those of the four weights of each of these layers, `kind` is the type of the cache. `step` has of each
-    chunk its first position, its end, and where the blocks of its sequence begin in each group of layers (2 + G, X);
-    those blocks; the window of each group, 0 for none; and the size of a block.
+    `forms` are those of the four weights of each of these layers, `dtypes` the types of the model and of the cache.
+    `step` has of each chunk its first position, its end, and where the blocks of its sequence begin in each group of
+    layers (2 + G, X); those blocks; the window of each group, 0 for none; and the size of a block.
     """
     chunks, blocks, windows, size = step
+    dtype, kind = dtypes
     N, K, H = sizes
     D = x.size // rows
     few = 1 if rows <= ROWS_ALONE else threads
     places, of_groups = row_places(chunks, blocks, windows, size, rows)
     stops = places + 1
     if first == 0:
-        round_numbers(code, kind, x, x.size)
+        round_numbers(code, dtype, x, x.size)
     for number in range(first, last):
         layer = layers[number]
         keys, values = memory_at(kind, caches[number, 0]), memory_at(kind, caches[number, 1])
@@ -314,7 +318,7 @@ def decode_layers(
     if last < layers.size:
         return x
     y = normed(few, code, x, last_norm, eps, rows)
-    round_numbers(code, kind, y, y.size)
+    round_numbers(code, dtype, y, y.size)
     return y
 
 
@@ -326,7 +330,7 @@ class Decoder:
         blocks = _blocks_of(model)
         instructions = _held(blocks[0].self_attn.qkv_proj).instructions
         self.code = target(instructions)
-        self.kind = Static(str(model.model.norm.weight.dtype).removeprefix("torch."))
+        self.dtype = _static(model.model.norm.weight.dtype)
         self.sizes = (self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim)
         self.eps = np.float32(self.config.rms_norm_eps)
         self.scale = np.float32(factor(self.config.head_dim, blocks[0].self_attn.spec))
@@ -341,6 +345,11 @@ class Decoder:
         begins = [0, *ends]
         self.runs = list(zip([forms[begin] for begin in begins], begins, [*ends, len(blocks)], strict=True))
         """Layers that follow one another and have weights of the same forms: the forms, the first, the end."""
+
+    @property
+    def reads_float16(self) -> bool:
+        """Returns whether every processor with these instructions converts float16 by itself."""
+        return self.code.value.instructions != "portable"
 
     @staticmethod
     def fits(model: Llama) -> bool:
@@ -399,7 +408,7 @@ class Decoder:
         step = (np.array(of_chunks, np.int64), blocks, self.windows, cache.layout.block_size)
         turns, rotations = self._rotations(max(of_chunks[1]))
         for forms, first, last in self.runs:
-            statics = (self.code, self.kind, forms)
+            statics = (self.code, (self.dtype, _static(cache.keys[0].dtype)), forms)
             of_model = (self.layers, cache.addresses, first, last, self.norm, self.sizes, self.eps, self.scale)
             x = call(decode_layers, statics, threads, *statics, x, rows, *of_model, step, rotations)
         del turns  # of which the kernels had the addresses
@@ -421,6 +430,10 @@ class Decoder:
             records = np.array([*rows, (0, 0, 0)], ROTATION)
             self._turns = (min((len(cos_SE) for cos_SE, _ in turns), default=sys.maxsize), turns, records)
         return turns, records
+
+
+def _static(dtype: torch.dtype) -> Static:
+    return Static(str(dtype).removeprefix("torch."))
 
 
 def _blocks_of(model: Llama) -> list[Block]:

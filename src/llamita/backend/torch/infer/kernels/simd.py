@@ -10,6 +10,7 @@ each, and keeps them apart on disk.
 
 import functools
 import hashlib
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,11 +152,15 @@ class Code:
 
     # --- vectors ---
 
-    def splat(self, value: ir.Value) -> ir.Value:
+    def splat(self, value: ir.Value, lanes: int = LANES) -> ir.Value:
         """Returns a vector with the value in each of its lanes."""
-        nothing = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
-        first = self.builder.insert_element(nothing, value, WORD(0))
-        return self.builder.shuffle_vector(first, nothing, ir.Constant(WORDS, [0] * LANES))
+        nothing = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+        return self.picked(self.builder.insert_element(nothing, value, WORD(0)), nothing, [0] * lanes)
+
+    def picked(self, x: ir.Value, y: ir.Value, places: Iterable[int]) -> ir.Value:
+        """Returns a vector of the numbers at some places of two vectors laid end to end."""
+        numbers = list(places)
+        return self.builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(WORD, len(numbers)), numbers))
 
     def filled(self, kind: ir.VectorType, value: float) -> ir.Value:
         """Returns a vector with a number in all its places that is known already."""
@@ -174,13 +179,11 @@ class Code:
         """Calls an instruction of 256 bits on both halves of vectors of 512."""
         half = ir.VectorType(kind.element, kind.count // 2)
         first, second = (self.call(name, half, *(self._half(value, which) for value in values)) for which in (0, 1))
-        both = ir.Constant(ir.VectorType(WORD, kind.count), list(range(kind.count)))
-        return self.builder.shuffle_vector(first, second, both)
+        return self.picked(first, second, range(kind.count))
 
     def _half(self, vector: ir.Value, which: int) -> ir.Value:
         size = vector.type.count // 2
-        places = ir.Constant(ir.VectorType(WORD, size), list(range(which * size, (which + 1) * size)))
-        return self.builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), places)
+        return self.picked(vector, ir.Constant(vector.type, ir.Undefined), range(which * size, (which + 1) * size))
 
     # --- numbers of two bytes ---
 

@@ -426,23 +426,24 @@ def round_group(typing_context: Any, target: Any, x: Any, rounded: Any, scales: 
         x_at, rounded_at, scales_at, sums_at = pointers(context, builder, signature, values, 1, 2, 3, 4)
         first = builder.mul(values[5], LONG(GROUP))
         halves = [code.load(code.after(x_at, builder.add(first, LONG(which))), FLOATS) for which in (0, LANES)]
-        sizes = [code.call("llvm.fabs.v16f32", FLOATS, half) for half in halves]
-        both = code.call("llvm.maximum.v16f32", FLOATS, *sizes)  # NaN where one of them is
-        largest = code.call("llvm.vector.reduce.fmaximum.v16f32", FLOAT, both)
+        # Without their signs, floats are in the order of their bits, beyond infinity NaN: the largest is one there is.
+        sizes = [builder.and_(builder.bitcast(half, WORDS), code.filled(WORDS, 0x7FFFFFFF)) for half in halves]
+        both = code.call("llvm.umax.v16i32", WORDS, *sizes)
+        largest = builder.bitcast(code.call("llvm.vector.reduce.umax.v16i32", WORD, both), FLOAT)
         finite = builder.fcmp_ordered("<", largest, FLOAT(float("inf")))
         usable = builder.and_(finite, builder.fcmp_ordered(">", largest, FLOAT(SMALLEST)))
         factor = builder.select(usable, builder.fdiv(FLOAT(127.0), largest), FLOAT(0.0))
-        words = []
         for which, half in enumerate(halves):
             nearest = code.call("llvm.rint.v16f32", FLOATS, builder.fmul(half, code.splat(factor)))
-            words.append(builder.select(finite, builder.fptosi(nearest, WORDS), code.filled(WORDS, 0)))
-            narrow = builder.trunc(words[-1], ir.VectorType(BYTE, LANES))
+            word = builder.select(finite, builder.fptosi(nearest, WORDS), code.filled(WORDS, 0))
+            narrow = builder.trunc(word, ir.VectorType(BYTE, LANES))
             code.store(narrow, code.after(rounded_at, builder.add(first, LONG(which * LANES))))
-        code.store(builder.fdiv(largest, FLOAT(127.0)), code.after(scales_at, values[5]))
-        for which, word in enumerate(words):
-            total = code.call("llvm.vector.reduce.add.v16i32", WORD, word)
+            # Bytes without a sign are summed in one instruction.
+            raised = builder.zext(builder.xor(narrow, code.filled(narrow.type, 0x80)), WORDS)
+            total = builder.sub(code.call("llvm.vector.reduce.add.v16i32", WORD, raised), WORD(0x80 * LANES))
             place = builder.add(builder.mul(values[5], LONG(GROUP // SUMMED)), LONG(which))
             code.store(total, code.after(sums_at, place))
+        code.store(builder.fdiv(largest, FLOAT(127.0)), code.after(scales_at, values[5]))
         return context.get_dummy_value()
 
     return types.void(target, x, rounded, scales, sums, types.intp), generate

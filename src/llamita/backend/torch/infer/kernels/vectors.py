@@ -67,16 +67,31 @@ def score(
                 writer.fetch(writer.after(row, builder.add(first, ahead)))
                 key = writer.load_floats(writer.after(row, first), kind.value)
                 total.set(writer.multiply_add(part, key, total.get()))
-        largest = None
-        for number, total in enumerate(totals):
-            value = builder.fmul(sum_of_lanes(writer, total.get()), values[9])
-            writer.store(value, writer.after(scores_p, builder.add(values[11], LONG(number))))
-            largest = value if largest is None else writer.call("llvm.maxnum.f32", FLOAT, largest, value)
-        return largest
+        sums = sums_of_lanes(writer, [total.get() for total in totals])
+        scaled = builder.fmul(sums, writer.splat(values[9], count.value))
+        writer.store(scaled, writer.after(scores_p, values[11]))
+        return writer.call(f"llvm.vector.reduce.fmax.v{count.value}f32", FLOAT, scaled)
 
     whole = (types.intp, types.intp, types.intp)
     arguments = (code, kind, count, query, types.intp, keys, *whole, types.float32, scores, types.intp)
     return types.float32(*arguments), generate
+
+
+def sums_of_lanes(code: Code, vectors: list[ir.Value]) -> ir.Value:
+    """Returns the sum over the lanes of each of a power of two of vectors, side by side in one."""
+    for width in (8, 4, 2, 1):  # what is left of a vector in two parts of so many lanes is added to one
+        if len(vectors) > 1:
+            pairs = zip(vectors[::2], vectors[1::2], strict=True)
+            vectors = [_halved(code, x, y, 2 * LANES, width) for x, y in pairs]
+        else:
+            vectors = [_halved(code, vectors[0], vectors[0], vectors[0].type.count, width)]
+    return vectors[0]
+
+
+def _halved(code: Code, x: ir.Value, y: ir.Value, lanes: int, width: int) -> ir.Value:
+    """Adds every second `width` of the first `lanes` lanes of two vectors, laid end to end, to those before them."""
+    earlier = [lane for lane in range(lanes) if lane % (2 * width) < width]
+    return code.builder.fadd(code.picked(x, y, earlier), code.picked(x, y, [lane + width for lane in earlier]))
 
 
 def sum_of_lanes(code: Code, vector: ir.Value) -> ir.Value:
