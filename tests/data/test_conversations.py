@@ -59,6 +59,15 @@ def test_a_dataset(tmp_path, monkeypatch):
         ({"messages": [TURNS[0], "Hello"]}, "line 2: message 1 must be an object with a role and a content"),
         ({"messages": [{"content": "Hi"}]}, "line 2: message 0 must be an object with a role"),
         ({"messages": [{"role": "user", "content": 5}]}, "line 2: message 0 has a content that is int"),
+        ({"prompt": TURNS[:1], "completion": [{"role": "user"}, 5]}, "line 2: completion: message 1 must be an object"),
+        (
+            {"conversations": [{"from": "alice", "value": "Hi"}]},
+            "line 2: message 0 is from 'alice'; expected one of human",
+        ),
+        ({"messages": TURNS, "system": ["s"]}, "line 2: system is list, not text"),
+        ({"messages": TURNS, "functions": [{"name": "look"}]}, "line 2: functions is the older form of tools"),
+        ({"messages": TURNS, "chat_template_kwargs": {"tools": []}}, "line 2: chat_template_kwargs must .*'tools'"),
+        ({"messages": TURNS, "chat_template_kwargs": "x"}, "line 2: chat_template_kwargs must be an object .*'x'"),
     ],
 )
 def test_a_mistake_is_told_with_file_and_line(tmp_path, record, message):
@@ -78,6 +87,34 @@ def test_records_that_cannot_be_read_are_skipped_where_that_is_asked(tmp_path):
     assert bad.count == 4
     assert [line.partition(", ")[2][:6] for line in bad.lines()] == ["line 2", "line 3", "line 4", ""]
     assert bad.lines()[-1] == "skipped: 1 more"
+
+
+@pytest.mark.parametrize("key", ["prompt", "completion", "messages", "conversations"])
+def test_messages_in_sharegpts_form_are_those_that_trl_makes_of_them(key):
+    """`human` and `gpt` trl leaves to the template; here they are the roles that are meant."""
+    trl_data = pytest.importorskip("trl.data_utils")
+    said = [{"from": "system", "value": "s"}, {"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]
+    rest = {"prompt": {"completion": "c"}, "completion": {"prompt": "c"}}.get(key, {})
+    found = conversation({key: said, **rest}, "here").messages
+    renamed = [{**message, "from": name} for message, name in zip(said, ("system", "human", "gpt"), strict=True)]
+    assert conversation({key: renamed, **rest}, "here").messages == found
+    theirs = trl_data.maybe_convert_to_chatml({key: [dict(message) for message in said]})
+    wanted = theirs["messages" if key == "conversations" else key]
+    assert [{name: m[name] for name in ("role", "content")} for m in found if m["content"] != "c"] == wanted
+
+
+def test_of_a_prompt_that_is_a_conversation_the_completion_alone_is_learned():
+    before = [TURNS[0], {"role": "assistant", "content": "Hm?"}, TURNS[0]]
+    found = conversation({"prompt": before, "completion": [TURNS[1]]}, "here")
+    assert found.messages == (TURNS[0], {**before[1], "weight": 0}, TURNS[0], TURNS[1])
+
+
+def test_a_system_message_in_a_field_of_its_own_comes_first():
+    system = {"role": "system", "content": "Be brief."}
+    for form in ({"messages": TURNS}, {"prompt": "Hi", "response": "Hello"}):
+        assert conversation({**form, "system": "Be brief."}, "here").messages == (system, *TURNS)
+    for other in ("Be long.", "", None):
+        assert conversation({"messages": [system, *TURNS], "system": other}, "here").messages == (system, *TURNS)
 
 
 def test_tools_count_in_every_form():

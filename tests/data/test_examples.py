@@ -127,6 +127,14 @@ def test_a_message_of_weight_0_is_read_and_not_learned():
     assert encode(R0, [conversation({"messages": messages}, "here")], 100).counts.nothing_to_learn == 1
 
 
+def test_variables_of_a_record_reach_the_template():
+    chat = Chat(TOKENIZER, "{{ mood | default('calm') }}{% for m in messages %}<r0>{{ m.content }}<r2>{% endfor %}")
+    for variables, mood in (({"mood": "glad", "other": None}, "glad"), (None, "calm")):
+        record = {"prompt": "a", "response": "b", "chat_template_kwargs": variables}
+        found = encode(chat, [conversation(record, "here")], 100)
+        assert TOKENIZER.decode(found.tokens, skip_special=False) == f"{mood}<r0>a<r2><r0>b<r2>"
+
+
 @given(st.lists(st.integers(1, 30), max_size=60))
 def test_groups_hold_every_item_once_and_fit(lengths):
     groups = best_fit(lengths, 30)

@@ -1,13 +1,16 @@
 """Files as they come: compressed, as arrays of JSON, and as tables; held to Python's own readers."""
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import os
 import re
 import sys
 import threading
+import zipfile
 
 import pytest
 from hypothesis import example, given, settings
@@ -54,6 +57,59 @@ def test_a_compressed_file_is_read_as_what_it_is(tmp_path, form, name):
     assert next(documents(Source("text", files=(path,)))) == "Où est l'élève?"
     assert compressed.read(path) == TEXT.encode()
     assert (Source("text", files=(path,)).total_bytes is None) == (form != "plain")
+
+
+def test_zstandard_that_refers_far_back_is_read(tmp_path):
+    """As `zstd --long=31` writes it, which the library refuses unless it is told the size of the window."""
+    zstandard = pytest.importorskip("zstandard")
+    settings = zstandard.ZstdCompressionParameters.from_level(1, window_log=31, hash_log=6, chain_log=6)
+    stream = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    path = tmp_path / "a.zst"
+    path.write_bytes(stream.compress(TEXT.encode()) + stream.flush())
+    with pytest.raises(zstandard.ZstdError, match="too much memory"):
+        zstandard.ZstdDecompressor().decompressobj().decompress(path.read_bytes())
+    assert compressed.read(path) == TEXT.encode()
+
+
+def _parquet():
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pa.table({"text": ["a"], "label": ["b"]}), file := io.BytesIO())
+    return file.getvalue()
+
+
+def _arrow():
+    pa = pytest.importorskip("pyarrow")
+    table = pa.table({"text": ["a"]})
+    with pa.ipc.new_file(file := io.BytesIO(), table.schema) as writer:
+        writer.write_table(table)
+    return file.getvalue()
+
+
+def _zip():
+    with zipfile.ZipFile(file := io.BytesIO(), "w") as archive:
+        archive.writestr("a.txt", "text")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("content", "kind"), [
+    (_parquet, "a Parquet file, not text; give the directory it is in as a dataset"),
+    (_arrow, "an Arrow file, not text; give the directory it is in as a dataset"),
+    (lambda: bz2.compress(b"text"), "compressed with bzip2, .*bunzip2"),
+    (lambda: lzma.compress(b"text"), "compressed with xz, .*xz -d"),
+    (_zip, "a ZIP file"),
+], ids=["parquet", "arrow", "bzip2", "xz", "zip"])  # fmt: skip
+def test_a_file_of_another_kind_is_named(tmp_path, content, kind):
+    path = tmp_path / "a.csv"
+    path.write_bytes(content())
+    for read in (lambda: read_labelled([str(path)], "train"), lambda: list(corpus.read_chunks([path]))):
+        with pytest.raises(ValueError, match=rf"a\.csv is {kind}"):
+            read()
+
+
+@pytest.mark.parametrize("text", ["PAR1 is a word", "BZh9 too", "ARROW1", "PK"])
+def test_text_that_begins_like_another_file_is_text(tmp_path, text):
+    (tmp_path / "a").write_text(text)
+    assert list(textfiles.lines(tmp_path / "a")) == [text]
 
 
 @pytest.mark.parametrize("form", ["gzip", "zstd"])

@@ -1,5 +1,6 @@
 """Labelled texts: every form they come in, their labels' numbers, faults by file and line, tokens and batches."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -112,6 +113,17 @@ def test_a_dataset_with_named_labels(tmp_path, monkeypatch):
         read_labelled(["hub:x"], "train")
 
 
+@pytest.mark.parametrize("name", ["a.CSV", "a.Tsv.GZ", "a.JSONL", "a.ndjson", "a.Json"])
+def test_the_end_of_a_name_tells_the_form_in_letters_of_any_size(tmp_path, name):
+    lines = [json.dumps({"text": text, "label": label}) for text, label in (("a", "x"), ("b", "y"))]
+    if name[2].lower() in "ct":
+        lines = [line.replace(",", "\t" if "T" in name else ",") for line in ("text,label", "a,x", "   ", "b,y")]
+    content = "\n".join(lines).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("GZ") else content)
+    found = [(record.text, record.label) for record in read_records(str(tmp_path / name), "train", labelled=False)]
+    assert found == [("a", "x"), ("b", "y")]
+
+
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("a.txt", "1 ||| fine\nno\n", r"a\.txt, line 2 is not of the form 'label \|\|\| sentence': 'no'"),
     ("a.txt", "1 ||| fine\n ||| none\n", r"a\.txt, line 2 has no label"),
@@ -122,6 +134,10 @@ def test_a_dataset_with_named_labels(tmp_path, monkeypatch):
     ("a.csv", "text,label\none,1\ntwo\n", r"a\.csv, line 3 has not the 2 columns"),
     ("a.csv", 'text,label\n"one"x,1\n', r"a\.csv, line 2 is not CSV"),
     ("a.csv", "body,label\none,1\n", r"a\.csv, line 2 has no field 'text', only \['body', 'label'\]; pass"),
+    ("a.csv", "text,label,label\none,1,2\n", r"a\.csv, line 1 names the column 'label' 2 times"),
+    ("a.csv", "text;label\none;1\n", r"a\.csv, line 1 is one column, 'text;label'; columns seem to be parted by ';'"),
+    ("a.CSV", "text\tlabel\none\t1\n", r"a\.CSV, line 1 is one column, .*seem to be parted by '\\t'"),
+    ("a.jsonl", '{"text": "x", "label": "\\ud800"}\n', r"line 1: character 0 is half of a surrogate"),
     ("a.jsonl", '{"text": "x", "label": 1}\n{"text"\n', r"a\.jsonl, line 2 is not JSON"),
     ("a.jsonl", '{"text": "x"}\n', r"a\.jsonl, line 1 has no field 'label', .*--label-field"),
     ("a.jsonl", '{"text": "x", "label": 0.5}\n', r"line 1: field 'label' is float"),

@@ -15,8 +15,8 @@ from llamita.text.chat import Chat
 from llamita.text.chat_templates import BUILT_IN
 
 
-def user(text):
-    return {"role": "user", "content": text}
+def user(text, **more):
+    return {"role": "user", "content": text, **more}
 
 
 def assistant(text, **more):
@@ -35,11 +35,30 @@ def tokenizer():
         {"prompt": [user("Hi")], "chosen": [assistant("Hello")], "rejected": [assistant("Go")]},
         {"prompt": "Hi", "chosen": [user("Hi"), assistant("Hello")], "rejected": [user("Hi"), assistant("Go")]},
         {"chosen": [user("Hi"), assistant("Hello")], "rejected": [user("Hi"), assistant("Go")], "score": 3},
+        {"prompt": "Q: Hi", "chosen": [user("Hi"), assistant("Hello")], "rejected": [user("Hi"), assistant("Go")]},
+        {"prompt": [user("Hi", name=None)], "chosen": [user("Hi"), assistant("Hello")], "rejected": "Go"},
+        {"prompt": "Hi", "chosen": assistant("Hello"), "rejected": assistant("Go", tool_calls=None)},
+        {
+            "conversations": [{"from": "human", "value": "Hi"}],
+            "chosen": {"from": "gpt", "value": "Hello"},
+            "rejected": {"from": "gpt", "value": "Go"},
+        },
     ],
 )
 def test_every_form_is_the_same_pair(record):
     found = preferences.preference(record, "x")
     assert found == preferences.Preference((user("Hi"),), (assistant("Hello"),), (assistant("Go"),), "x")
+
+
+def test_a_question_beside_whole_conversations_is_not_read_as_in_trl():
+    trl_data = pytest.importorskip("trl.data_utils")
+    before = [{"role": "system", "content": "s"}, user("Hi")]
+    record = {"prompt": "Hi", "chosen": [*before, assistant("Hello")], "rejected": [*before, assistant("Go")]}
+    found = preferences.preference(record, "x")
+    theirs = trl_data.maybe_extract_prompt(record)
+    assert {name: list(getattr(found, name)) for name in theirs} == theirs
+    beside = preferences.preference({"system": "s", "prompt": "Hi", "chosen": "Hello", "rejected": "Go"}, "x")
+    assert beside == found
 
 
 def test_conversations_that_part_late_share_what_came_before():

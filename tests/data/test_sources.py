@@ -78,7 +78,7 @@ def test_utf8_cut_at_the_end_and_after_a_mark(tmp_path):
         text(write(tmp_path / "cut.txt", b"abc\xc3"), "file")
     with pytest.raises(ValueError, match="byte 0xff at offset 4"):
         text(write(tmp_path / "mark.txt", b"\xef\xbb\xbfa\xff"), "file")
-    with pytest.raises(ValueError, match="byte 0xff at offset 0"):
+    with pytest.raises(ValueError, match=r"byte 0xff at offset 0 .*; convert the file, .* it begins as UTF-16 does"):
         text(write(tmp_path / "utf16.txt", "text".encode("utf-16")), "file")
 
 
@@ -96,6 +96,7 @@ def test_json_lines(tmp_path):
 
 @pytest.mark.parametrize(("line", "message"), [
     ("{", "line 2 is not JSON"),
+    ('{\n  "text": "a"\n}', "line 2 is not JSON: .*; a value stands in one line, as jq -c . writes it"),
     ("[1]", "line 2 is list, not an object"),
     ('{"body": "x", "id": 1}', r"line 2 has no field 'text', only \['body', 'id'\]; pass --text-field"),
     ('{"text": null}', "line 2: field 'text' is NoneType, not text"),

@@ -173,12 +173,61 @@ def test_text_is_what_its_grammar_allows(grammar: str, regex: str, grammars: Gra
 @pytest.mark.parametrize(
     "grammar",
     ["root ::= (", 'root ::= "a', 'other ::= "a"', 'root ::= absent "a"', "root ::= " + "(" * 30_000, "root ::= [z-a]",
-     'root ::= "a"{3,1}', 'root ::= start "a"\nstart ::= "b"'],
+     'root ::= "a"{3,1}', 'root ::= "a"{}', 'root ::= * "a"', 'root ::= "\\q"', 'root ::= "\\ud83d"', 'root ::= <s>'],
     ids=lambda grammar: grammar[:20],
 )  # fmt: skip
 def test_a_broken_grammar_of_llama_cpps_is_refused_in_a_line(grammar: str, grammars: Grammars) -> None:
     with pytest.raises(ValueError, match=r"^grammar .*[^\n]{5}$"):
         grammars.matcher(SamplingParams(grammar=grammar))
+
+
+ARITHMETIC = r"""# as llama.cpp has it among its examples
+root  ::= (expr "=" ws term "\n")+
+expr  ::= term ([-+*/] term)*
+term  ::= ident | num | "(" ws expr ")" ws
+ident ::= [a-z] [a-z0-9_]* ws
+num   ::= [0-9]+ ws
+ws    ::= [ \t\n]*
+"""
+GBNF: list[tuple[str, list[str], list[str]]] = [  # a grammar of llama.cpp's, texts that it takes, and others
+    (ARITHMETIC, ["a+1=2\n", "(a*b) -c =\n\n7\n1=2\n"], ["a=\n", "a+1=2"]),
+    ('root ::= a b\na ::= "x"*\nb ::= "x" "y"', ["xy", "xxxy"], ["y", "xx"]),
+    ('root ::= (a | b)+ c\na ::= "ab"\nb ::= "a"\nc ::= "bc"', ["abc", "ababc", "aabc"], ["ab", "bc"]),
+    ('root ::= ([a-z] | "if!")+', ["ifx", "if!if"], ["!"]),
+    ("root ::= . [^x]", ["\n\n", "éa"], ["ax", "a"]),
+    (r'root ::= "\u00e9" [\U0001F600-\U0001F64F\x41] "\[\"\\"', ['é😀["\\', 'éA["\\'], ['ea["\\']),
+    (r"root ::= [a\-z] [-+] [a-c-]", ["-+-", "a-b"], ["b+a", "a,a"]),
+    ("root ::= [a&&b] [a~~b] [!--] [[.]", ["&~#[", "ab-."], ["aa.."]),
+    ('root ::= FOO foo fooBar foo-bar foo_bar start 1st\nFOO ::= "a"\nfoo ::= "b"\nfooBar ::= "c"\nfoo-bar ::= "d"\n'
+     'foo_bar ::= "e"\nstart ::= "f"\n1st ::= "g"', ["abcdefg"], ["aacdefg"]),
+    ('root ::=\r\n  "a" # don\'t "quote\r\n  | "b" [#]\r\n', ["a", "b#"], ["b"]),
+    ('root ::= "ab"{2} ("c" "d"){0} "e"?+ [0-9]{1,65536} |', ["abab1", "ababee23", ""], ["ab1", "ababcd1", "abab"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("grammar", "right", "wrong"), GBNF)
+def test_a_grammar_of_llama_cpps_takes_what_it_takes_there(grammar: str, right: list[str], wrong: list[str]) -> None:
+    tok = train_bpe_from_iterator(["a"], 259)  # bytes, so that no token jumps over an end
+    grammars = Grammars(tok, tok.vocab_size, [tok.eos_id])
+
+    def takes(text: str) -> bool:
+        matcher = grammars.matcher(SamplingParams(grammar=grammar))
+        for token_id in tok.encode(text):
+            if token_id not in ids_in(matcher.allowed()):
+                return False
+            matcher.accept(token_id)
+        return matcher.is_complete or tok.eos_id in ids_in(matcher.allowed())
+
+    assert [text for text in right if not takes(text)] == []
+    assert [text for text in wrong if takes(text)] == []
+
+
+@pytest.mark.parametrize("options", ["", "%llguidance {}\n", '\n%llguidance {"allow_invalid_utf8": true}\n'])
+def test_a_terminal_that_swallows_what_must_follow_does_not_hang(options: str, grammars: Grammars) -> None:
+    """llguidance would look for the end of the x's for ever: the text goes on, as long as it may be."""
+    matcher = grammars.matcher(SamplingParams(grammar=options + 'start: /x+/ "xy"'))
+    for _ in range(3):
+        matcher.accept(ids_in(matcher.allowed())[0])
 
 
 def test_a_grammar_names_control_tokens_and_gets_no_others(grammars: Grammars, tok: Tokenizer) -> None:

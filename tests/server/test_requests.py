@@ -208,6 +208,10 @@ FAULTS: dict[str, tuple[str, Any, str | None, str, str]] = {
     "an unknown format": (CHAT, {"response_format": {"type": "xml"}}, "response_format", "invalid_value", ""),
     "two grammars": (COMPLETIONS, {"regex": "a", "choices": ["b"]}, None, "invalid_value", "choices"),
     "an empty choice": (COMPLETIONS, {"choices": [""]}, "choices", "invalid_value", ""),
+    "an option of grammars that is the server's": (
+        COMPLETIONS, {"grammar": '%llguidance {"no_forcing": false}\nstart: /x+/ "xy"'}, "grammar", "invalid_value",
+        "no_forcing",
+    ),
 }  # fmt: skip
 
 
@@ -280,6 +284,7 @@ HOSTILE = {
     "nested counts": {"regex": "((a{0,99}){0,99}){0,99}"},
     "many alternatives": {"regex": "(" + "|".join(f"x{i}.*y" for i in range(400)) + ")*z"},
     "a long look": {"regex": ".*a.{400}b"},
+    "what leaves nothing for the rest": {"grammar": 'start: /x+/ "xy"'},
     "a schema of itself": {"schema": {"$ref": "#"}},
     "a schema elsewhere": {"schema": {"$ref": "https://localhost:1/x.json"}},
     "a file": {"schema": {"$ref": "file:///etc/passwd"}},

@@ -126,6 +126,17 @@ def chat(tokenizer: Tokenizer, name: str) -> Chat:
     return Chat(tokenizer, TEMPLATES[name])
 
 
+def test_helpers_of_jinja_are_there(tokenizer: Tokenizer, theirs: PreTrainedTokenizerFast) -> None:
+    source = (
+        "{% set comma, side = joiner(', '), cycler('left', 'right') %}{% set ns = namespace(n=0) %}"
+        "{% for m in messages %}{{ comma() }}{{ side.next() }}:{{ m.content }}{% set ns.n = ns.n + 1 %}{% endfor %}"
+        "{{ ns.n }}{{ dict(a=1) | tojson }}{% for i in range(2) %}{{ i }}{% endfor %}"
+    )
+    text = theirs.apply_chat_template(TURNS, chat_template=source, tokenize=False)
+    assert text.startswith("left:Where is the fox?, right:")
+    assert Chat(tokenizer, source).render(TURNS, add_generation_prompt=False) == text
+
+
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_texts_and_tokens_are_those_of_transformers(

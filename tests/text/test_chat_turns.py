@@ -287,6 +287,79 @@ def test_a_message_of_weight_0_is_not_learned(name: str) -> None:
         ours(template(name), [user("a"), assistant("b", weight=0.5)])
 
 
+@pytest.mark.parametrize("mark", ["weight", "train", "training", "train_on_turn", "loss", "masked"])
+def test_each_way_to_say_that_a_message_is_not_learned(mark: str) -> None:
+    no = mark == "masked"
+    messages = [user("a"), assistant("bad", **{mark: no}), user("c"), assistant("good", **{mark: not no}), user("d")]
+    messages += [assistant("too", **{mark: None})]
+    found = ours(template("qwen2_5"), messages)
+    assert turns(TOKENIZER, found.tokens, found.assistant_mask) == ["good<|im_end|>", "too<|im_end|>"]
+    with pytest.raises(ValueError, match=f"message 1 has the {mark} 'no'; expected [01], not learned, or [01]"):
+        ours(template("qwen2_5"), [user("a"), assistant("b", **{mark: "no"})])
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2_5", "qwen3", "qwen3_5_think", "glm4moe", "gptoss", "llama3_1", "lfm2_v2", "qwen3_training"]
+)
+def test_arguments_as_text_are_laid_out_as_the_object(name: str) -> None:
+    """OpenAI's data has the text, of which templates would write the text of a text, or fail."""
+    said = [user("a"), assistant("", tool_calls=[call("weather", name="é", days=[1, None])])]
+    said += [{"role": "tool", "name": "weather", "content": "sunny"}, assistant("It is sunny.")]
+    function = said[1]["tool_calls"][0]["function"]
+    text = json.dumps(function["arguments"], ensure_ascii=False)
+    as_text = [said[0], {**said[1], "tool_calls": [{"function": {**function, "arguments": text}}]}, *said[2:]]
+    expected, found = (ours(template(name), messages, tools=TOOLS) for messages in (said, as_text))
+    assert (found.text, found.tokens, found.assistant_mask) == (
+        expected.text,
+        expected.tokens,
+        expected.assistant_mask,
+    )
+    ids, _ = theirs(TOKENIZER, template(name), said, TOOLS)  # transformers, given the object
+    assert found.tokens == tuple(ids)
+
+
+def test_arguments_that_a_template_adds_to_a_text_are_text() -> None:
+    source = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c['function']['arguments'] + ';' }}{% endfor %}"
+    )
+    source += "{{ m.content }}<|end|>{% endfor %}"
+    expected = '{"name": "é"}; ok<|end|>'
+    for arguments in ({"name": "é"}, '{"name": "é"}'):
+        calls = [{"function": {"name": "weather", "arguments": arguments}}]
+        assert Chat(TOKENIZER, source).render([assistant(" ok", tool_calls=calls)]) == expected
+
+
+@pytest.mark.parametrize(
+    ("message", "fault"),
+    [
+        (
+            {"tool_calls": [{"function": {"name": "f", "arguments": "{bad"}}]},
+            "message 1 calls 'f' with '{bad', which is",
+        ),
+        (
+            {"tool_calls": [{"name": "f", "arguments": "[1]"}]},
+            r"message 1 calls 'f' with '\[1\]', which is no JSON object",
+        ),
+        ({"tool_calls": '[{"name": "f"}]'}, "message 1 has the tool_calls .*; expected a list of objects"),
+        ({"function_call": {"name": "f", "arguments": "{}"}}, "message 1 has a function_call, the older form"),
+    ],
+)
+def test_calls_that_cannot_be_laid_out_are_refused(message: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ValueError, match=fault):
+        ours(template("qwen2_5"), [user("a"), assistant(None, **message)])
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen2_5_training", "qwen3"])
+@pytest.mark.parametrize("role", ["human", "User", "developer"])
+def test_an_answer_is_not_learned_without_its_question(name: str, role: str) -> None:
+    """transformers gives the answer alone: the template has no branch for such a role."""
+    messages = [user("x"), {"role": role, "content": "why?"}, assistant("b")]
+    assert "why?" not in TOKENIZER.decode(theirs(TOKENIZER, template(name), messages)[0])
+    found = ours(template(name), messages)
+    assert found.assistant_mask is None
+    assert found.fault.startswith(f"the chat template leaves out message 1, which has the role {role!r}")
+
+
 @pytest.mark.parametrize(
     "normalizer", [normalizers.NFC(), normalizers.NFKC(), normalizers.Lowercase(), normalizers.StripAccents()]
 )

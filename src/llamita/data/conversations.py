@@ -1,14 +1,14 @@
 """Conversations to learn from, and where they come from: JSON lines, a Hugging Face dataset, or Meadow.
 
-A record has `messages`, or a `prompt` with a `response`; its place in its file goes along, so that whatever is wrong
-with it can be told. Knows nothing of tokens or templates.
+A record has `messages`, `conversations` in ShareGPT's form, or a `prompt` with a `response`; its place in its file goes
+along, so that whatever is wrong with it can be told. Knows nothing of tokens or templates.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
@@ -22,6 +22,12 @@ Item = TypeVar("Item")
 MakeRecords = Callable[[int, int, meadow_tasks.Split], Iterable[Any]]
 MOST_SHOWN = 3
 FORMS = '{"messages": [...]} or {"prompt": ..., "response": ...}'
+SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool"} | {
+    role: role for role in ("user", "assistant", "system", "tool")
+}
+"""Whom a message in ShareGPT's form is `from`, and the role that is meant."""
+SETTINGS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "learned_from", "self")
+"""What no record may set as a variable of the template."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,8 @@ class Conversation:
     messages: tuple[Mapping[str, Any], ...]
     tools: Any
     where: str
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Of the template, as `enable_thinking`."""
 
 
 @dataclass
@@ -126,28 +134,75 @@ def conversation(record: Any, where: str) -> Conversation:
     """The conversation that a record holds; ValueError that says what was expected there."""
     if not isinstance(record, dict):
         raise ValueError(f"{where} is {type(record).__name__}, not an object; expected {FORMS}")
-    if "messages" in record:
-        messages = record["messages"]
-        if not isinstance(messages, list) or not messages:
-            raise ValueError(f"{where}: messages must be a list of at least one message")
-        for number, message in enumerate(messages):
+    name = "messages" if "messages" in record or "conversations" not in record else "conversations"
+    if name in record:
+        said = record[name]
+        if not isinstance(said, list) or not said:
+            raise ValueError(f"{where}: {name} must be a list of at least one message")
+        said = [read_message(message, f"{where}: message {number}") for number, message in enumerate(said)]
+        for number, message in enumerate(said):
             _check_message(message, f"{where}: message {number}")
-        return Conversation(tuple(messages), tools_of(record, where), where)
-    answer = "response" if "response" in record else "completion"
-    if "prompt" not in record or answer not in record:
-        raise ValueError(f"{where} has the fields {sorted(record)}; expected {FORMS}")
-    said = [("user", record["prompt"]), ("assistant", record[answer])]
-    for name in ("prompt", answer):
-        if not isinstance(record[name], str):
-            raise ValueError(f"{where}: {name} is {type(record[name]).__name__}, not text")
-    messages = [{"role": role, "content": content} for role, content in said]
-    return Conversation(tuple(messages), tools_of(record, where), where)
+    else:
+        answer = "response" if "response" in record else "completion"
+        if "prompt" not in record or answer not in record:
+            raise ValueError(f"{where} has the fields {sorted(record)}; expected {FORMS}")
+        before = _said(record["prompt"], "user", f"{where}: prompt")
+        before = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in before]
+        said = [*before, *_said(record[answer], "assistant", f"{where}: {answer}")]
+    messages = tuple(with_system(said, record, where))
+    return Conversation(messages, tools_of(record, where), where, variables_of(record, where))
+
+
+def _said(value: Any, role: str, where: str) -> list[Mapping[str, Any]]:
+    """A text as a message of `role`, or messages; ValueError for anything else."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{where} is {type(value).__name__}, not text or messages")
+    found = [read_message(message, f"{where}: message {number}") for number, message in enumerate(value)]
+    for number, message in enumerate(found):
+        _check_message(message, f"{where}: message {number}")
+    return found
+
+
+def read_message(message: Any, where: str) -> Any:
+    """A message as it is, or what one in ShareGPT's form, with `from` and `value`, says; ValueError for others."""
+    if not isinstance(message, dict) or "role" in message or not {"from", "value"} <= message.keys():
+        return message
+    if message["from"] not in SHAREGPT:
+        known = ", ".join(SHAREGPT)
+        raise ValueError(f"{where} is from {message['from']!r:.60}; expected one of {known}, or messages with roles")
+    rest = {key: value for key, value in message.items() if key not in ("from", "value")}
+    return {"role": SHAREGPT[message["from"]], "content": message["value"], **rest}
+
+
+def with_system(
+    messages: Sequence[Mapping[str, Any]], record: Mapping[str, Any], where: str
+) -> Sequence[Mapping[str, Any]]:
+    """The messages behind the system message that a record has in a field of its own, unless they begin with one."""
+    system = record.get("system")
+    if not system or messages[0]["role"] == "system":
+        return messages
+    if not isinstance(system, str):
+        raise ValueError(f"{where}: system is {type(system).__name__}, not text")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def variables_of(record: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The variables of the template that a record sets in `chat_template_kwargs`; those that are null are not set."""
+    variables = record.get("chat_template_kwargs") or {}
+    if not isinstance(variables, dict) or (wrong := [name for name in variables if name in SETTINGS]):
+        what = repr(variables)[:60] if not isinstance(variables, dict) else f"{wrong[0]!r}, which is no variable"
+        raise ValueError(f"{where}: chat_template_kwargs must be an object of the template's variables, got {what}")
+    return {name: value for name, value in variables.items() if value is not None}
 
 
 def tools_of(record: Mapping[str, Any], where: str = "") -> list[Any] | None:
     """The tools of a record, a list or the JSON of one, as datasets keep it; None where there are none."""
     tools = record.get("tools")
     place = f"{where}: " if where else ""
+    if not tools and record.get("functions"):
+        raise ValueError(f"{place}functions is the older form of tools; give a list of tools")
     if isinstance(tools, str) and tools:
         try:
             tools = json.loads(tools)

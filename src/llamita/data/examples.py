@@ -114,7 +114,9 @@ def encode(
 
 def _encode(chat: Chat, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]:
     try:
-        found = chat.encode(conversation.messages, add_generation_prompt=False, tools=conversation.tools)
+        found = chat.encode(
+            conversation.messages, add_generation_prompt=False, tools=conversation.tools, **conversation.variables
+        )
     except ValueError as error:
         raise ValueError(f"{conversation.where}: {error}") from None
     if found.assistant_mask is None:

@@ -179,11 +179,11 @@ def read_records(source: str, split: Split, fields: Fields | None = None, labell
         raise IsADirectoryError(f"{path} is a directory; give a file in it, or hub:{path} for a dataset")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; give a file, meadow, or hub:NAME for a dataset of the hub")
-    suffix = compressed.plain_name(path).suffix
+    suffix = compressed.plain_name(path).suffix.lower()
     if suffix in (".csv", ".tsv"):
         separator, quoted = ("\t", fields.tsv_quotes) if suffix == ".tsv" else (",", True)
         yield from _table(path, tables.rows(path, separator, quoted), fields, labelled)
-    elif suffix in (".jsonl", ".json"):
+    elif suffix in (".jsonl", ".json", ".ndjson"):
         for value, where in json_records(path):
             yield _record(value, fields, where, labelled)
     else:
@@ -207,9 +207,23 @@ def _separated(path: Path, labelled: bool) -> Iterator[Record]:
 
 def _table(path: Path, rows: Iterator[tuple[list[str], int]], fields: Fields, labelled: bool) -> Iterator[Record]:
     """The records of rows, the first of which names the columns."""
-    header, _ = next(rows, ([], 0))
+    header, first = next(rows, ([], 0))
+    for name in (fields.text, fields.label):
+        if header.count(name) > 1:
+            raise ValueError(f"{path}, line {first} names the column {name!r} {header.count(name)} times")
+    if (
+        len(header) == 1
+        and header[0] != fields.text
+        and (other := next((sign for sign in ";\t|" if sign in header[0]), None))
+    ):
+        raise ValueError(
+            f"{path}, line {first} is one column, {header[0]!r:.{SHOWN}}; columns seem to be parted by {other!r}: part "
+            "them by commas in a .csv file, by tabs in a .tsv file"
+        )
     for row, number in rows:
         where = f"{path}, line {number}"
+        if len(row) == 1 < len(header) and not row[0].strip():
+            continue  # a line of spaces is an empty one
         if len(row) != len(header):
             raise ValueError(f"{where} has not the {len(header)} columns of the header, but {len(row)}")
         yield _record(dict(zip(header, row, strict=True)), fields, where, labelled)
@@ -251,7 +265,7 @@ def _record(value: Any, fields: Fields, where: str, labelled: bool) -> Record:
         raise ValueError(f"{where}: field {fields.text!r} is {type(text).__name__}, not text")
     if label is not None and type(label) not in (str, int):
         raise ValueError(f"{where}: field {fields.label!r} is {type(label).__name__}, not a name or a whole number")
-    return Record(_text(text, where), None if label is None else str(label).strip() or None, where)
+    return Record(_text(text, where), None if label is None else _text(str(label).strip(), where) or None, where)
 
 
 def _text(text: str, where: str) -> str:

@@ -1,8 +1,9 @@
 """Pairs of answers, one preferred to the other: where they come from, and how they become rows of one length.
 
 A record has `prompt`, `chosen` and `rejected`, each a text or messages, or `chosen` and `rejected` as two conversations
-that begin alike. Laid out by a chat template or as plain text, the two answers of a pair are rows of their own, in
-which the answer alone is scored. Knows nothing of models, and of what the reference thinks of an answer only the name.
+that begin alike; a text beside such conversations is their question once more. Laid out by a chat template or as plain
+text, the two answers of a pair are rows of their own, in which the answer alone is scored. Knows nothing of models, and
+of what the reference thinks of an answer only the name.
 """
 
 from __future__ import annotations
@@ -17,7 +18,17 @@ import numpy as np
 
 from llamita.data import meadow_tasks
 from llamita.data.batches import Batch, collate
-from llamita.data.conversations import BadRecords, ConversationSource, parsed, records, split_by, tools_of
+from llamita.data.conversations import (
+    BadRecords,
+    ConversationSource,
+    parsed,
+    read_message,
+    records,
+    split_by,
+    tools_of,
+    variables_of,
+    with_system,
+)
 from llamita.data.packing import Row, RowsConfig
 from llamita.text.chat import Chat
 from llamita.text.chat_turns import REASONING
@@ -38,6 +49,8 @@ class Preference:
     where: str
     tools: Any = None
     """What the template may be told of, as a conversation's."""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Of the template, likewise."""
 
 
 def preferences(source: ConversationSource, bad: BadRecords | None = None) -> Iterator[Preference]:
@@ -53,8 +66,10 @@ def preference(record: Any, where: str) -> Preference:
     if "chosen" not in record or "rejected" not in record:
         raise ValueError(f"{where} has the fields {sorted(record)}; expected {FORMS}")
     chosen, rejected = (messages(record[name], "assistant", f"{where}: {name}") for name in ("chosen", "rejected"))
-    if "prompt" in record:
-        prompt = messages(record["prompt"], "user", f"{where}: prompt")
+    are_whole = all(answer[0]["role"] != "assistant" for answer in (chosen, rejected))
+    name = "prompt" if "prompt" in record or "conversations" not in record else "conversations"
+    if name in record and not (are_whole and isinstance(record[name], str)):
+        prompt = messages(record[name], "user", f"{where}: {name}")
         chosen, rejected = (
             answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer for answer in (chosen, rejected)
         )
@@ -69,15 +84,19 @@ def preference(record: Any, where: str) -> Preference:
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer or answer[0]["role"] != "assistant":
             raise ValueError(f"{where}: {name} must go on from the prompt with a message of the assistant")
-    return Preference(prompt, chosen, rejected, where, tools_of(record, where))
+    prompt = tuple(with_system(prompt, record, where))
+    return Preference(prompt, chosen, rejected, where, tools_of(record, where), variables_of(record, where))
 
 
 def messages(value: Any, role: str, where: str) -> Messages:
     """A text as a message of `role`, or messages as they are; ValueError for anything else."""
     if isinstance(value, str):
         return ({"role": role, "content": value},)
+    if isinstance(value, dict):
+        value = [value]
     if not isinstance(value, list) or not value:
         raise ValueError(f"{where} is {type(value).__name__}; expected a text or a list of messages")
+    value = [read_message(message, f"{where}: message {number}") for number, message in enumerate(value)]
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"{where} holds {message!r:.100}; a message is an object with a role and a content")
@@ -86,7 +105,7 @@ def messages(value: Any, role: str, where: str) -> Messages:
             raise ValueError(
                 f"{where} has a message whose content is {type(message.get('content')).__name__}, not text"
             )
-    return tuple(value)
+    return tuple({name: entry for name, entry in message.items() if entry is not None} for message in value)
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
@@ -99,19 +118,27 @@ class Layout:
     tokenizer: Tokenizer
     chat: Chat | None
 
-    def prompt(self, said: Messages, tools: Any = None) -> tuple[int, ...]:
+    def prompt(self, said: Messages, tools: Any = None, variables: Mapping[str, Any] | None = None) -> tuple[int, ...]:
         """The tokens that an answer goes on from."""
         if self.chat is not None:
-            return self.chat.encode(said, tools=tools).tokens
+            return self.chat.encode(said, tools=tools, **(variables or {})).tokens
         return tuple(self.tokenizer.encode(plain(said), bos=self.tokenizer.begins_texts))
 
-    def answered(self, said: Messages, answer: Messages, tools: Any = None) -> tuple[np.ndarray, np.ndarray]:
+    def answered(
+        self, said: Messages, answer: Messages, tools: Any = None, variables: Mapping[str, Any] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of a prompt and its answer, int32, and which of them the assistant wrote in the answer: bool."""
         if self.chat is None:
             before = self.prompt(said)
             ids = [*before, *self.tokenizer.encode(plain(answer), eos=self.tokenizer.eos_id is not None)]
             return np.array(ids, dtype=np.int32), np.arange(len(ids)) >= len(before)
-        whole = self.chat.encode([*said, *answer], add_generation_prompt=False, tools=tools, learned_from=len(said))
+        whole = self.chat.encode(
+            [*said, *answer],
+            add_generation_prompt=False,
+            tools=tools,
+            learned_from=len(said),
+            **(variables or {}),
+        )
         if whole.assistant_mask is None:
             raise ValueError(whole.fault)
         return np.array(whole.tokens, dtype=np.int32), np.array(whole.assistant_mask, dtype=bool)
@@ -216,7 +243,7 @@ def encode(layout: Layout, pairs: Iterable[Preference], longest: int, bad: BadRe
 def answered(layout: Layout, pair: Preference, name: str) -> Side:
     """One of a pair's answers laid out; ValueError names the place."""
     try:
-        return layout.answered(pair.prompt, getattr(pair, name), pair.tools)
+        return layout.answered(pair.prompt, getattr(pair, name), pair.tools, pair.variables)
     except ValueError as error:
         raise ValueError(f"{pair.where}, {name}: {error}") from None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from llamita.data.conversations import (
@@ -20,6 +20,8 @@ from llamita.data.conversations import (
     said_in,
     split_by,
     tools_of,
+    variables_of,
+    with_system,
 )
 from llamita.data.preferences import Messages, messages
 
@@ -35,6 +37,8 @@ class Prompt:
     where: str
     tools: Any = None
     """What the template may be told of, as a conversation's."""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Of the template, likewise."""
 
 
 def prompts(source: ConversationSource, bad: BadRecords | None = None) -> Iterator[Prompt]:
@@ -48,7 +52,7 @@ def prompt(record: Any, where: str) -> Prompt:
     if not isinstance(record, dict):
         raise ValueError(f"{where} is {type(record).__name__}, not an object; expected {FORMS}")
     if "prompt" in record:
-        return Prompt(messages(record["prompt"], "user", f"{where}: prompt"), record, where, tools_of(record, where))
+        return _prompt(messages(record["prompt"], "user", f"{where}: prompt"), record, where)
     if "messages" not in record:
         raise ValueError(f"{where} has the fields {sorted(record)}; expected {FORMS}")
     said = messages(record["messages"], "user", f"{where}: messages")
@@ -56,7 +60,12 @@ def prompt(record: Any, where: str) -> Prompt:
         said, record = said[:-1], {"answer": said[-1].get("content"), **record}
     if not said:
         raise ValueError(f"{where} has an answer alone and nothing that it answers")
-    return Prompt(said, record, where, tools_of(record, where))
+    return _prompt(said, record, where)
+
+
+def _prompt(said: Messages, record: Mapping[str, Any], where: str) -> Prompt:
+    said = tuple(with_system(said, record, where))
+    return Prompt(said, record, where, tools_of(record, where), variables_of(record, where))
 
 
 def split(all_of: Iterator[Prompt], share: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:

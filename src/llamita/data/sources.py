@@ -136,7 +136,8 @@ def json_records(path: Path, on_fault: OnFault | None = None) -> Iterator[tuple[
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            fault = ValueError(f"{where} is not JSON: {error}")
+            hint = "; a value stands in one line, as jq -c . writes it" if line.strip() in ("{", "[") else ""
+            fault = ValueError(f"{where} is not JSON: {error}{hint}")
             if on_fault is None:
                 raise fault from None
             on_fault(fault)

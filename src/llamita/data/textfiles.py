@@ -45,6 +45,8 @@ def chunks(path: Path) -> Iterator[str]:
         while not at_end:
             piece = file.read(CHUNK_BYTES)
             at_end = not piece
+            if not read and (other := compressed.other_kind(piece)):
+                raise ValueError(f"{path} is {other}")
             read += len(piece)
             if read == len(piece) and piece.startswith(codecs.BOM_UTF8):
                 piece = piece[len(codecs.BOM_UTF8) :]
@@ -54,9 +56,11 @@ def chunks(path: Path) -> Iterator[str]:
                 # error.object is what the decoder held back before, and this piece.
                 offset = read - len(error.object) + error.start
                 value = error.object[error.start]
+                is_utf16 = not offset and error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+                how = "iconv -f UTF-16 -t UTF-8, since it begins as UTF-16 does" if is_utf16 else "iconv"
                 raise ValueError(
                     f"{path} is not UTF-8: byte {value:#04x} at offset {offset} ({error.reason}); "
-                    "convert the file, for example with iconv"
+                    f"convert the file, for example with {how}"
                 ) from None
             if text:
                 yield text

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
-from llguidance.gbnf_to_lark import gbnf_to_lark
 from llguidance.numpy import fill_next_token_bitmask_par
 
 from llamita.backend.sampling_params import SamplingParams
+from llamita.inference.gbnf import to_lark
 from llamita.text.tokenizer import Tokenizer
 
 LONGEST_SCHEMA = 1 << 16  # characters
@@ -42,6 +42,11 @@ WHITESPACE = r"[ \n]?[ ]{0,16}"
 """White space allowed between the parts of a JSON text; without a limit, some models write blanks without end."""
 LARK = re.compile(r"\s*(%llguidance\b|start\s*:(?!:=))")
 """A line by which a grammar in Lark's notation is known."""
+LARK_TEXT = re.compile(r'"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])*/')
+LARK_TIMES = re.compile(r"\{\s*(\d+)?\s*,?\s*(\d+)?\s*\}")
+MOST_TIMES = 1_000_000
+"""How often a grammar may have a part repeated at most."""
+LARK_OPTIONS = re.compile(r"\s*%llguidance\s*(?=\{)")
 LIMITS = LLParserLimits(
     initial_lexer_fuel=200_000,  # building, and the first mask of, the worst expression takes some 0.2 s
     step_lexer_fuel=100_000,  # a step 10 to 30 ms
@@ -252,15 +257,29 @@ def _grammar(kind: str, asked: str | tuple[str, ...]) -> str:
 
 
 def _lark(grammar: str) -> str:
-    """Returns a grammar in Lark's notation, which one in llama.cpp's (GBNF) is turned into."""
-    if "::=" not in grammar or any(LARK.match(line) for line in grammar.splitlines()):
-        return grammar
-    try:
-        return gbnf_to_lark(grammar)
-    except RecursionError:
-        raise ValueError("grammar is nested too deeply") from None
-    except Exception as fault:  # some of the library's are no more than that
-        raise ValueError(f"grammar is not supported: {_line(str(fault))}") from None
+    """Returns a grammar in Lark's notation, which one in llama.cpp's (GBNF) is turned into.
+
+    Without `no_forcing` llguidance looks for all that must come next, and does so without end where one terminal
+    swallows what has to follow it, as in `start: /x+/ "xy"`. A grammar of which that is known not to be so may say it.
+    """
+    options: dict[str, Any] = {}
+    if "::=" in grammar and not any(LARK.match(line) for line in grammar.splitlines()):
+        try:
+            grammar = to_lark(grammar)
+        except RecursionError:
+            raise ValueError("grammar is nested too deeply") from None
+        except ValueError as fault:
+            raise ValueError(f"grammar is not supported: {_line(str(fault))}") from None
+    elif (given := LARK_OPTIONS.match(grammar)) is not None:
+        try:
+            options, end = json.JSONDecoder().raw_decode(grammar, given.end())
+        except (ValueError, RecursionError):
+            return grammar  # llguidance says what is wrong with them
+        grammar = grammar[end:]
+    times = [int(number) for found in LARK_TIMES.findall(LARK_TEXT.sub("", grammar)) for number in found if number]
+    if (most := max(times, default=0)) > MOST_TIMES:
+        raise ValueError(f"grammar is not supported: Too many items, a part {most} times; at most {MOST_TIMES} times")
+    return f"%llguidance {json.dumps({'no_forcing': True, **options})}\n{grammar}"
 
 
 def _literal(text: str) -> str:

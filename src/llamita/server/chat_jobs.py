@@ -100,27 +100,13 @@ def encode_messages(model: ServedModel, task: ChatTask) -> ChatTokens:
         raise ApiError(400, "this model has no tokenizer, so it reads no messages", param=task.named("messages"))
     if reserved := next((name for name in task.variables if name in RESERVED or name.startswith("_")), None):
         raise bad_value("chat_template_kwargs", f"chat_template_kwargs sets {reserved!r}, which has its own field")
-    messages = task.messages
-    if model.answer_format.takes_argument_text:
-        messages = [_with_argument_text(message) for message in messages]
     return model.chat.encode(
-        messages,
+        task.messages,
         add_generation_prompt=task.add_generation_prompt and not task.continue_final,
         continue_final_message=task.continue_final,
         tools=task.offered or None,
         **task.variables,
     )
-
-
-def _with_argument_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a message with the arguments of its calls as JSON text."""
-    if not message.get("tool_calls"):
-        return message
-    calls = []
-    for call in message["tool_calls"]:
-        text = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-        calls.append({**call, "function": {**call["function"], "arguments": text}})
-    return {**message, "tool_calls": calls}
 
 
 def room_for(model: ServedModel, tokens: int, param: str = "messages") -> int:

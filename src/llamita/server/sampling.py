@@ -43,6 +43,8 @@ def sampling_params(
         if more.get("json_schema"):
             raise bad_value("json_schema", "both json_schema and response_format hold the answer to a form; give one")
         more["json_schema"] = json.dumps(body.json_schema)
+    if "no_forcing" in (body.grammar or ""):
+        raise bad_value("grammar", "grammar sets no_forcing, an option that the server keeps to itself; leave it out")
     check_streaming(body)
     given |= more
     own = {name: getattr(defaults, name) for name in DEFAULTS}

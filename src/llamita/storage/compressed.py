@@ -5,6 +5,7 @@ Knows nothing of what files hold.
 
 import contextlib
 import gzip
+import re
 import zlib
 from collections.abc import Iterator
 from io import BufferedReader
@@ -19,6 +20,19 @@ ZSTD = (
     b"\x28\xb5\x2f\xfd",
     *(bytes([0x50 + low]) + b"\x2a\x4d\x18" for low in range(16)),
 )  # frames, and skippable ones
+
+LARGEST_WINDOW = 1 << 31
+"""How far back Zstandard may refer: dumps of the web are made with `--long=31`, which the library refuses by itself."""
+OTHERS = (
+    (rb"PAR1\x15", "a Parquet file, not text; give the directory it is in as a dataset"),
+    (rb"ARROW1\0", "an Arrow file, not text; give the directory it is in as a dataset"),
+    (rb"BZh[1-9]1AY&SY", "compressed with bzip2, which is not read here; unpack it: bunzip2"),
+    (rb"\xfd7zXZ\0", "compressed with xz, which is not read here; unpack it: xz -d"),
+    (rb"\x04\x22\x4d\x18", "compressed with LZ4, which is not read here; unpack it: lz4 -d"),
+    (rb"PK\x03\x04", "a ZIP file, as those of Excel and Word are too; unpack it, or save it as text"),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it"),
+)
+"""What other files begin with that are given where text is expected, and what to do with them."""
 
 
 class Reader:
@@ -70,6 +84,11 @@ def opened(path: Path) -> Iterator[Reader]:
                 yield Reader(path, file, content, faults)
         else:
             yield Reader(path, file, file, ())
+
+
+def other_kind(begin: bytes) -> str:
+    """What a file is that begins so, and what to do with it; empty where it may be text."""
+    return next((about for pattern, about in OTHERS if re.match(pattern, begin)), "")
 
 
 def plain_name(path: Path) -> Path:
@@ -126,4 +145,4 @@ def _zstd(path: Path, file: BinaryIO) -> tuple[Any, tuple[type[Exception], ...]]
         raise ValueError(
             f"{path} is compressed with Zstandard, which needs a package: pip install zstandard; or unpack it: zstd -d"
         ) from None
-    return Frames(file, zstandard.ZstdDecompressor()), (zstandard.ZstdError, EOFError)
+    return Frames(file, zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW)), (zstandard.ZstdError, EOFError)

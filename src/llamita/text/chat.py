@@ -7,6 +7,7 @@ in a message stays text, and training can tell what the assistant wrote. Knows n
 
 import functools
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +20,15 @@ from llamita.text.chat_turns import REASONING, THINK_TAG, Found, Level, Marks, S
 from llamita.text.tokenizer import ROLES, Tokenizer
 
 Message = Mapping[str, Any]
-WEIGHT = "weight"
-"""A key of a message that is for training, not for the template: 0 where it is not learned."""
+LEARNED = ("weight", "train", "training", "train_on_turn", "loss")
+"""Keys of a message that are for training, not for the template: 0 or false where it is not learned. The first is that
+of OpenAI and Mistral; data for axolotl and ms-swift have the others."""
+MASKED = "masked"
+"""The same the other way round, as torchtune has it."""
+TELLS_ARGUMENTS = re.compile(r"arguments\s+is\s+string\s*-?%\}(?!\s*\{\{-?\s*raise_exception)")
+"""A template that takes the arguments of calls as an object and as its JSON text."""
+ARGUMENTS_ADDED = re.compile(r"\[.arguments.\]\s*\+|\.arguments\s*\+")
+"""A template that adds arguments to a text as they are: it takes the JSON text and no object."""
 LOOP_OVER_CONTENT = re.compile(r"\{%-?\s*for\s+\w+\s+in\s+[^%]*\bcontent\b")
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 MARKS_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -126,13 +134,13 @@ class Chat:
         BOS is there if the template writes it, and once. Control tokens come from the template alone: one that is
         spelled in a message is encoded as the characters it is, and refused with ValueError where the template changes
         the message or it stands in a role or another field. The tags of reasoning in the assistant's content are the
-        format's own. The mask leaves out the messages before number `learned_from`, and those whose `weight` is 0.
+        format's own. The mask leaves out the messages before number `learned_from`, and those that say so.
         """
         layout = self._layout(messages, add_generation_prompt, continue_final_message, tools, variables, find=True)
         self._refuse_control_tokens(layout, tools, variables)
         tokens, offsets = self._tokens(layout)
         learned = [
-            message["role"] == "assistant" and number >= learned_from and message.get(WEIGHT) != 0
+            message["role"] == "assistant" and number >= learned_from and is_learned(message)
             for number, message in enumerate(messages)
         ]
         arguments = (continue_final_message, tools, variables)
@@ -200,6 +208,7 @@ class Chat:
     ) -> Layout:
         source = self.source(bool(tools))
         plain = with_reasoning(normalised(messages, flat=LOOP_OVER_CONTENT.search(source) is None), source)
+        plain = with_arguments(plain, COMMENT.sub("", source))
         if add_generation_prompt and continue_final_message:
             raise ValueError(
                 "add_generation_prompt begins a new message and continue_final_message goes on in the last"
@@ -336,6 +345,7 @@ class Chat:
 
         pattern, ends = self._control_pattern, self._closing
         turns = Turns(layout.text, layout.messages, render, layout.marks, layout.found, pattern, ends, is_open)
+        turns.check_others()
         if (spans := self._generated(layout, source, render)) is not None:
             ours = [number for number, message in enumerate(layout.messages) if message["role"] == "assistant"]
             left_out = [turns.span(number) for number in ours if not learned[number]]
@@ -425,16 +435,32 @@ def normalised(messages: Sequence[Message], flat: bool) -> list[dict[str, Any]]:
                 content = "\n".join(part["text"] for part in content)
         elif content is not None and not isinstance(content, str):
             raise ValueError(f"message {index} has the content {content!r:.100}; expected a text, text parts or null")
-        if message.get(WEIGHT) not in (0, 1, None):
-            raise ValueError(f"message {index} has the weight {message[WEIGHT]!r:.40}; expected 0, not learned, or 1")
+        for name in (*LEARNED, MASKED):
+            if message.get(name) not in (0, 1, None):
+                meant = "1, not learned, or 0" if name == MASKED else "0, not learned, or 1"
+                raise ValueError(f"message {index} has the {name} {message[name]!r:.40}; expected {meant}")
+        if message.get("function_call"):
+            raise ValueError(
+                f"message {index} has a function_call, the older form of a call; give a list of tool_calls"
+            )
+        calls = message.get("tool_calls")
+        if calls and not (isinstance(calls, list | tuple) and all(isinstance(call, Mapping) for call in calls)):
+            raise ValueError(f"message {index} has the tool_calls {calls!r:.60}; expected a list of objects")
         length += sum(map(len, strings(content)))
         if content is None and not message.get("tool_calls"):
             content = ""  # what is not there would end many templates
         kept = {**message, "content": content}
-        result.append({key: value for key, value in kept.items() if value is not None and key != WEIGHT})
+        result.append(
+            {key: value for key, value in kept.items() if value is not None and key not in (*LEARNED, MASKED)}
+        )
     if length > MAX_TEXT:
         raise ValueError(f"the messages have {length} characters; at most {MAX_TEXT} are allowed")
     return result
+
+
+def is_learned(message: Message) -> bool:
+    """Whether training is to learn a message, so far as the message itself says."""
+    return not message.get(MASKED) and all(message.get(name) in (None, 1) for name in LEARNED)
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -473,3 +499,37 @@ def with_reasoning(messages: list[dict[str, Any]], source: str) -> list[dict[str
             message = {**message, **dict.fromkeys(read, given[0])}
         result.append(message)
     return result
+
+
+def with_arguments(messages: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
+    """The messages with the arguments of calls as the template takes them: objects, or their JSON text.
+
+    OpenAI's data has the text, of which most templates would write the text of a text. ValueError for a text that holds
+    no object."""
+    if TELLS_ARGUMENTS.search(source) or not any(message.get("tool_calls") for message in messages):
+        return messages
+    as_text = ARGUMENTS_ADDED.search(source) is not None
+
+    def changed(call: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+        if isinstance(call.get("function"), Mapping):
+            return {**call, "function": changed(call["function"], number)}
+        arguments = call.get("arguments")
+        if as_text and isinstance(arguments, Mapping):
+            return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+        if as_text or not isinstance(arguments, str):
+            return call
+        try:
+            value = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            name = call.get("name")
+            raise ValueError(f"message {number} calls {name!r:.60} with {arguments!r:.60}, which is no JSON object")
+        return {**call, "arguments": value}
+
+    return [
+        {**message, "tool_calls": [changed(call, number) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for number, message in enumerate(messages)
+    ]

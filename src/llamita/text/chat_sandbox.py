@@ -106,7 +106,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.globals = {
             "range": _range,
             "dict": dict,
-            "namespace": self.globals["namespace"],
+            **{name: self.globals[name] for name in ("namespace", "joiner", "cycler")},
             "raise_exception": _raise,
             "strftime_now": _strftime_now,
         }

@@ -228,6 +228,20 @@ class Turns:
                 "use another template"
             )
 
+    def check_others(self) -> None:
+        """Raises TurnError where the text lacks a message that answers would be learned without."""
+        if self._found is None or self._level is None or not self._level.everyone:
+            return
+        there = {place.message for place in self._found.places}
+        for number, message in enumerate(self.messages):
+            content = message.get("content")
+            parts = [part["text"] for part in content] if isinstance(content, list | tuple) else [content or ""]
+            if message["role"] != "assistant" and number not in there and any(map(str.strip, parts)):
+                raise TurnError(
+                    f"the chat template leaves out message {number}, which has the role {message['role']!r}; give "
+                    "another role, or use another template"
+                )
+
     def _marked_span(self, number: int) -> Span:
         assert self._found is not None
         own = self._own(number, [place for place in self._found.places if place.message == number])

@@ -46,6 +46,8 @@ def read_chunks(files: Sequence[Path], on_bytes: Callable[[int], None] | None = 
         with compressed.opened(file) as stream:
             while True:
                 data = stream.read(CHUNK_BYTES)
+                if not position and (other := compressed.other_kind(data)):
+                    raise ValueError(f"{file} is {other}")
                 pending = len(decoder.getstate()[0])  # bytes of a character that the last chunk cut
                 try:
                     held += decoder.decode(data, final=not data)

@@ -47,12 +47,13 @@ def questions(chat: Chat, conversations: Sequence[Conversation], count: int, pos
         if not before or last["role"] != "assistant":
             continue
         try:
-            tokens = chat.encode(before, tools=conversation.tools).tokens
+            tokens = chat.encode(before, tools=conversation.tools, **conversation.variables).tokens
             whole = chat.encode(
                 conversation.messages,
                 add_generation_prompt=False,
                 tools=conversation.tools,
                 learned_from=len(before),
+                **conversation.variables,
             )
         except ValueError:  # one that was skipped, or is named elsewhere
             continue

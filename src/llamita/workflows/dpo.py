@@ -170,5 +170,7 @@ def questions(config: DpoConfig, layout: Layout, held_out: list[Pair], positions
         if config.answers:
             raise ValueError("--answers needs a chat template, and this model has none; name one with --template")
         return []
-    conversations = [Conversation((*pair.prompt, *pair.chosen), pair.tools, pair.where) for pair in held_out]
+    conversations = [
+        Conversation((*pair.prompt, *pair.chosen), pair.tools, pair.where, pair.variables) for pair in held_out
+    ]
     return answers.questions(layout.chat, conversations, count, positions)

@@ -221,7 +221,7 @@ def check_answer(prompt: Prompt) -> None:
 def check_length(layout: Layout, prompt: Prompt, max_tokens: int, positions: int) -> None:
     """Refuse, naming it, a prompt that leaves no room for an answer."""
     try:
-        length = len(layout.prompt(prompt.said, prompt.tools))
+        length = len(layout.prompt(prompt.said, prompt.tools, prompt.variables))
     except ValueError as error:
         raise ValueError(f"{prompt.where}: {error}") from None
     if length == 0:

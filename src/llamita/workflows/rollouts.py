@@ -98,7 +98,7 @@ class Answerer:
         return found
 
     def _asked(self, prompt: Prompt) -> tuple[int, ...]:
-        return self.layout.prompt(prompt.said, prompt.tools)
+        return self.layout.prompt(prompt.said, prompt.tools, prompt.variables)
 
     def batch(self, prompts: Sequence[Prompt], answers: Sequence[Answer], advantages: Sequence[float]) -> Batch:
         """Answers as rows after their prompts, padding behind; `extras` hold the advantages."""

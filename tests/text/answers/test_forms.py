@@ -111,10 +111,10 @@ def test_calls_that_a_template_writes_are_read_back(name: str) -> None:
         # Generation prompts with reasoning in them are not what templates write before answers of the past.
         options: dict[str, Any] = {"tools": TOOLS, "enable_thinking": False}
         said = {"role": "assistant", "content": "", "tool_calls": calls}
-        if form.takes_argument_text:
-            texts = [{**call, "arguments": json.dumps(call["arguments"])} for call in chosen]
-            said["tool_calls"] = [{**call, "function": text} for call, text in zip(calls, texts, strict=True)]
         written = chat.render([*asked, said], add_generation_prompt=False, **options)
+        texts = [{**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)} for call in chosen]
+        said["tool_calls"] = [{**call, "function": text} for call, text in zip(calls, texts, strict=True)]
+        assert chat.render([*asked, said], add_generation_prompt=False, **options) == written
         prompt = chat.render(asked, **options)
         answer = written.removeprefix(prompt)
         for end in ("<|im_end|>\n", "<|eot_id|>", "</s>", "<|tool_response>"):

@@ -26,10 +26,6 @@ REASONING_MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel
 READS_TOOLS = re.compile(r"\b(?:xml_|custom_)?tools\b")
 
 
-ARGUMENTS_ADDED = re.compile(r"\[.arguments.\]\s*\+|\.arguments\s*\+")
-"""A template that adds arguments to a text as they are: it takes the JSON text and no object."""
-
-
 @dataclass(frozen=True)
 class Section:
     """The marks of each call in a form whose calls stand together between marks of their own."""
@@ -174,8 +170,6 @@ class AnswerFormat:
     among `SamplingParams.visible_token_ids`, and a grammar names them by id."""
     stop_token_ids: tuple[int, ...] = ()
     """Control tokens that end an answer, besides those of `Chat.end_of_turn`."""
-    takes_argument_text: bool = False
-    """Whether the template wants the arguments of earlier calls as JSON text rather than as objects."""
 
     @property
     def visible_token_ids(self) -> tuple[int, ...]:
@@ -204,7 +198,7 @@ def answer_format(chat: Chat) -> AnswerFormat:
         if any(name in mark for mark in marks) and not tokenizer.token_bytes(token_id)
     }
     ends = tuple(special[name] for name in (calls.ends if calls else ()) if name in special)
-    return AnswerFormat(calls, reasoning, hidden, ends, bool(calls and ARGUMENTS_ADDED.search(source)))
+    return AnswerFormat(calls, reasoning, hidden, ends)
 
 
 def _fits(form: CallForm, source: str) -> bool:

@@ -18,6 +18,9 @@ from llamita.text.answers.functions import Function, functions, is_string
 
 Choice = Literal["none", "auto", "required"]
 ANYTHING = r"/(?s:.*)/"
+FORCING = '%llguidance {"no_forcing": false}'
+"""Where one text alone can come, the mask allows only the tokens that a tokenizer makes of it, which models know best.
+No expression here swallows what must follow it, with which that would not end."""
 JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n]?[ ]{0,16}", "lenient": False}
 """White space within arguments is bounded, since some models write blanks without end; a keyword that cannot be
 enforced is refused."""
@@ -96,7 +99,7 @@ class _Writer:
         self._rules.append(f"one: {calls}")
         body = self._free_body() if self._is_free else self._held_body()
         start = f"{self._reasoning(prompt)} ({body})"
-        return "\n".join([f"start: {start.strip()}", f"TEXT: {ANYTHING}", *self._rules]) + "\n"
+        return "\n".join([FORCING, f"start: {start.strip()}", f"TEXT: {ANYTHING}", *self._rules]) + "\n"
 
     # --- the whole answer --------------------------------------------------------------------------------------------
 
