@@ -112,7 +112,7 @@ class LLM:
                 f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens and the model embeddings for "
                 f"{runner.config.vocab_size}; one of them is another model's"
             )
-        ends = _end_tokens(directory, runner.config)
+        ends = model_directory.end_tokens(directory, runner.config)
         return cls(runner, tokenizer, ends, engine, drafter, tuple(places), calibration.load(directory))
 
     @property
@@ -321,19 +321,6 @@ class LLM:
 def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
     """Returns whether this is one prompt (a text, or token ids) rather than a sequence of prompts, maybe empty."""
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
-
-
-def _end_tokens(directory: Path, config: ModelConfig) -> tuple[int, ...]:
-    """Returns the ids that end a text: those of `config.json`, and any that `generation_config.json` adds."""
-    ends = dict.fromkeys(config.eos_token_ids)
-    file = directory / "generation_config.json"
-    if file.is_file():
-        value = files.read_json(file).get("eos_token_id")
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token_id) is int for token_id in ids):
-            raise ValueError(f"{file}: eos_token_id={value!r} must be a token id, or several")
-        ends |= dict.fromkeys(ids)
-    return tuple(ends)
 
 
 def _texts(events: Iterator[TokenEvent]) -> Iterator[str]:

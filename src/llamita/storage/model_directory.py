@@ -7,6 +7,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -137,7 +138,8 @@ def save_config(directory: Path | str, config: ModelConfig, dtype: str = "F32") 
 
 
 def load_config(directory: Path | str) -> ModelConfig:
-    """Read `config.json`; keys that Llamita does not know are named in a warning.
+    """Read `config.json`; keys that Llamita does not know are named in a warning. `generation_config.json` may name
+    more tokens that end a text.
 
     Where the weights beside it contradict it, it is settled as transformers does, with a warning.
     """
@@ -149,6 +151,9 @@ def load_config(directory: Path | str) -> ModelConfig:
         config = ModelConfig.from_dict(values)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    ends = end_tokens(file.parent, config)
+    if ends != config.eos_token_ids:
+        config = replace(config, eos_token_id=ends)
     unknown = unknown_keys(values)
     if unknown:
         warnings.warn(f"{file} has keys that Llamita does not know, and ignores: {', '.join(unknown)}", stacklevel=1)
@@ -157,6 +162,19 @@ def load_config(directory: Path | str) -> ModelConfig:
     except (OSError, ValueError):
         return config  # no weights, or broken ones: whoever needs them says so
     return settled(config, arrays, file.parent)
+
+
+def end_tokens(directory: Path, config: ModelConfig) -> tuple[int, ...]:
+    """Returns the ids that end a text: those of the config, and any that `generation_config.json` adds."""
+    ends = dict.fromkeys(config.eos_token_ids)
+    file = directory / "generation_config.json"
+    if file.is_file():
+        value = read_json(file).get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token_id) is int for token_id in ids):
+            raise ValueError(f"{file}: eos_token_id={value!r} must be a token id, or several")
+        ends |= dict.fromkeys(ids)
+    return tuple(ends)
 
 
 def stored_dtype(directory: Path | str) -> str | None:
