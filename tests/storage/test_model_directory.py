@@ -134,14 +134,3 @@ def test_a_user_s_path_finds_its_model(tmp_path):
         assert model_directory.resolve_model_directory(tmp_path) == tmp_path / name
     assert model_directory.resolve_model_directory(tmp_path / "last") == tmp_path / "last"
     assert model_directory.load_config(tmp_path / "best") == preset("tiny")
-
-
-def test_the_ends_of_generation_config_belong_to_the_model(tmp_path):
-    """Where config.json has one end and generation_config.json two, a copy has both."""
-    model_directory.save_config(tmp_path, preset("tiny"))
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
-    config = model_directory.load_config(tmp_path)
-    assert config.eos_token_ids == (2, 7)
-    (tmp_path / "copy").mkdir()
-    model_directory.save_config(tmp_path / "copy", config)
-    assert json.loads((tmp_path / "copy" / "generation_config.json").read_text())["eos_token_id"] == [2, 7]

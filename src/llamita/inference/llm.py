@@ -60,6 +60,7 @@ class LLM:
         self.tokenizer = tokenizer
         self.calibration = calibration
         """The temperatures that were fitted to this model's label likelihoods; decisions follow them."""
+        self._ends = runner.config.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
         self.engine = Engine(runner, tokenizer, eos_token_ids, engine, drafter, adapters)
         self.service = Service(self.engine)
         self._ids = itertools.count()
@@ -127,7 +128,8 @@ class LLM:
         """
         arrays = self.runner.weights()
         with files.atomic_directory(path, overwrite) as directory:
-            model_directory.save_config(directory, self.config, next(iter(arrays.values())).dtype)
+            config = model_directory.with_end_tokens(self.config, self._ends)
+            model_directory.save_config(directory, config, next(iter(arrays.values())).dtype)
             model_directory.save_tensors(directory, arrays)
             if self.tokenizer is not None:
                 self.tokenizer.save(directory)

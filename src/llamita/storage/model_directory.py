@@ -138,8 +138,7 @@ def save_config(directory: Path | str, config: ModelConfig, dtype: str = "F32") 
 
 
 def load_config(directory: Path | str) -> ModelConfig:
-    """Read `config.json`; keys that Llamita does not know are named in a warning. `generation_config.json` may name
-    more tokens that end a text.
+    """Read `config.json`; keys that Llamita does not know are named in a warning.
 
     Where the weights beside it contradict it, it is settled as transformers does, with a warning.
     """
@@ -151,9 +150,6 @@ def load_config(directory: Path | str) -> ModelConfig:
         config = ModelConfig.from_dict(values)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    ends = end_tokens(file.parent, config)
-    if ends != config.eos_token_ids:
-        config = replace(config, eos_token_id=ends)
     unknown = unknown_keys(values)
     if unknown:
         warnings.warn(f"{file} has keys that Llamita does not know, and ignores: {', '.join(unknown)}", stacklevel=1)
@@ -175,6 +171,12 @@ def end_tokens(directory: Path, config: ModelConfig) -> tuple[int, ...]:
             raise ValueError(f"{file}: eos_token_id={value!r} must be a token id, or several")
         ends |= dict.fromkeys(ids)
     return tuple(ends)
+
+
+def with_end_tokens(config: ModelConfig, ends: Iterable[int]) -> ModelConfig:
+    """Returns the config of a model whose texts end with these ids."""
+    found = tuple(ends)
+    return config if found == config.eos_token_ids else replace(config, eos_token_id=found or None)
 
 
 def stored_dtype(directory: Path | str) -> str | None:
