@@ -4,6 +4,7 @@ What is right is llama.cpp's, asked in the test, and the `gguf` library's, which
 """
 
 import dataclasses
+import json
 import re
 
 import gguf as library
@@ -233,6 +234,41 @@ def test_symbols_of_spaces_in_older_files_are_those_of_the_model(tmp_path):
     for text in TEXTS:
         assert ours.encode(text) == theirs.encode(text), text
         assert ours.decode(ours.encode(text)) == text
+
+
+def like_gemmas(spec):
+    """The tokenizer.json of a SentencePiece model with runs of spaces and of lines that are listed as tokens."""
+    spec = json.loads(json.dumps(spec))
+    vocab, runs = spec["model"]["vocab"], ["▁▁", "▁▁▁", "▁▁▁▁", "\n", "\n\n", "\n\n\n"]
+    more = [*runs, "<h1>", "<start_of_turn>"]
+    vocab |= {name: len(vocab) + number for number, name in enumerate(more)}
+    cuts = [(name[:cut], name[cut:]) for name in runs for cut in range(1, len(name))]
+    spec["model"]["merges"] = [list(pair) for pair in cuts] + spec["model"]["merges"]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    listed = [{"id": vocab[name], "content": name, **flags, "special": name == more[-1]} for name in more]
+    marks = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    shown = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    splits = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    return spec | {
+        "added_tokens": [*spec["added_tokens"], *listed],
+        "normalizer": marks,
+        "pre_tokenizer": splits,
+        "decoder": {"type": "Sequence", "decoders": [shown, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+    }
+
+
+def test_a_tokenizer_json_like_gemmas_goes_along(tmp_path):
+    """As transformers saves it: without a tokenizer.model."""
+    spec = like_gemmas(json.loads(sentencepiece().codec.converted().to_str()))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = Tokenizer.load(tmp_path)
+    gguf.write_model(tmp_path / "m.gguf", with_tokenizer(tokenizer, tokenizer.vocab_size))
+    again = Tokenizer.load(tmp_path / "m.gguf")
+    _, theirs = llama_cpp_over(tmp_path / "m.gguf")
+    for text in [*TEXTS, "a  b", "a     b\n\n\n\n\nc", "<start_of_turn>user\n  hi"]:
+        ids = tokenizer.encode(text)
+        assert theirs.tokenize(text.encode(), add_bos=False, special=False) == again.encode(text) == ids, text
+        assert again.decode(ids) == text
 
 
 # --- what ends a text ---
