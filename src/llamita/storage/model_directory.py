@@ -206,9 +206,9 @@ def resolve_model_directory(path: Path | str) -> Path:
         if any((candidate / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
             return candidate
     if path.exists():
-        raise FileNotFoundError(
-            f"{path} holds no config.json and no best or last checkpoint; expected a model or a run"
-        )
+        files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+        instead = f"give the GGUF file in it, {files[0]}" if files else "expected a model or a run"
+        raise FileNotFoundError(f"{path} holds no config.json and no best or last checkpoint; {instead}")
     if on_hub is None or path.parent.exists():
         raise FileNotFoundError(f"{path} does not exist; expected a model directory or a training run")
     try:

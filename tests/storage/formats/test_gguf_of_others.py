@@ -14,6 +14,7 @@ import pytest
 from llamita.model.config import ModelConfig
 from llamita.model.parameters import initialize_parameters
 from llamita.storage import gguf as gguf_file
+from llamita.storage import model_directory
 from llamita.storage.formats import gguf
 from llamita.storage.gguf_header import read_header
 from llamita.text import sentencepiece_json
@@ -92,6 +93,12 @@ def test_files_that_hold_no_model_are_told_by_what_they_are(tmp_path):
         with pytest.raises(ValueError, match=re.escape(f"{path}: {fault}")):
             gguf.read_model(path)
     assert Tokenizer.load(words).encode("Once upon") == byte_level().encode("Once upon")
+
+
+def test_a_directory_with_a_file_alone_says_which(tmp_path):
+    gguf.write_model(tmp_path / "m.gguf", model(**PLAIN))
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json .*; give the GGUF file in it, .*m\.gguf"):
+        model_directory.resolve_model_directory(tmp_path)
 
 
 def test_a_file_for_embeddings_is_the_model_that_it_was_made_of(tmp_path):
