@@ -246,7 +246,12 @@ def _read_byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list
         )
     splitter = SPLITTERS[name]
     merges = [_pair(text) for text in metadata.get("tokenizer.ggml.merges") or ()]
-    used = {text: number for number, (text, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
+    made = {text for pair in merges for text in (*pair, "".join(pair))}  # to llama.cpp no less for being unused
+    used = {
+        text: number
+        for number, (text, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind != UNUSED or text in made
+    }
     special = {text for text, number in used.items() if types[number] in (CONTROL, UNKNOWN)}
     added = special | {text for text, number in used.items() if types[number] == USER_DEFINED}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=used, merges=merges, ignore_merges=splitter.whole_words))

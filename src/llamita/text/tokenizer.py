@@ -63,10 +63,10 @@ class Tokenizer:
         if not path.exists():
             raise FileNotFoundError(f"there is no tokenizer at {path}; `llamita tokenizer train` makes one")
         if is_gguf(path):
-            return cls(*gguf_tokenizer.read(path))
+            codec, config, roles = gguf_tokenizer.read(path)
+            return cls(_with_marks(codec, config), config, roles)
         file = _tokenizer_file(path) if path.is_dir() else path
         config = read_json(file.parent / "tokenizer_config.json")
-        codec: HuggingFaceCodec | SentencePieceCodec
         if in_two_files := file.name in (vocabulary_files.TOKENS, vocabulary_files.MERGES):
             codec, config = vocabulary_files.read(file.parent, config)
         elif file.suffix == ".json" or file.read_bytes()[:1] == b"{":
@@ -85,9 +85,7 @@ class Tokenizer:
         roles = _find_roles(codec, config, file.parent)
         if isinstance(codec, HuggingFaceCodec):
             codec = codec.with_special(token_id for token_id in roles.values() if token_id is not None)
-        sources = _chat_templates(config.get("chat_template")).values()
-        codec = codec.with_marks(template_marks(codec.added, [*sources, *MARKS]))
-        return cls(codec, config, roles)
+        return cls(_with_marks(codec, config), config, roles)
 
     @staticmethod
     def is_in(place: Path) -> bool:
@@ -345,6 +343,14 @@ def _template_files(directory: Path) -> dict[str, str]:
     files = {"default": directory / "chat_template.jinja"}
     files |= {file.stem: file for file in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
     return {name: file.read_text("utf-8") for name, file in files.items() if file.is_file()}
+
+
+def _with_marks(
+    codec: HuggingFaceCodec | SentencePieceCodec, config: dict[str, Any]
+) -> HuggingFaceCodec | SentencePieceCodec:
+    """Returns the codec in which what a chat template writes around messages are control tokens."""
+    sources = _chat_templates(config.get("chat_template")).values()
+    return codec.with_marks(template_marks(codec.added, [*sources, *MARKS]))
 
 
 def _chat_templates(value: Any) -> dict[str, str]:

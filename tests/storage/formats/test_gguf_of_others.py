@@ -18,7 +18,8 @@ from llamita.storage import model_directory
 from llamita.storage.formats import gguf
 from llamita.storage.gguf_header import read_header
 from llamita.text import sentencepiece_json
-from llamita.text.sentencepiece_json import BPE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, SentencePieceModel
+from llamita.text.chat import Chat
+from llamita.text.sentencepiece_json import BPE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, SentencePieceModel
 from llamita.text.tokenizer import Tokenizer
 from tests.storage.formats.helpers import equal, finish, model
 from tests.storage.formats.test_gguf import FAMILIES, PLAIN, byte_level, sentencepiece, with_tokenizer
@@ -276,6 +277,44 @@ def test_a_tokenizer_json_like_gemmas_goes_along(tmp_path):
         ids = tokenizer.encode(text)
         assert theirs.tokenize(text.encode(), add_bos=False, special=False) == again.encode(text) == ids, text
         assert again.decode(ids) == text
+
+
+def write_bytes(path, tokens, settings=(), unused=()):
+    """A model with a tokenizer of bytes, to which tokens were added, and some of whose own are called unused."""
+    codec = byte_level().codec
+    names = sorted(codec.vocabulary, key=codec.vocabulary.__getitem__)
+    kinds = [CONTROL if name in codec.special_tokens else UNUSED if name in unused else NORMAL for name in names]
+    merges = codec.spec["model"]["merges"]
+    lists = {
+        "tokens": [*names, *(name for name, _ in tokens)],
+        "token_type": [*kinds, *(kind for _, kind in tokens)],
+        "merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in merges],
+    }
+    gguf.write_model(plain := path.with_suffix(".plain"), with_tokenizer(byte_level(), len(lists["tokens"])))
+    return written_anew(plain, path, {f"tokenizer.ggml.{key}": value for key, value in lists.items()} | dict(settings))
+
+
+def test_marks_that_a_file_calls_symbols_are_control_tokens(tmp_path):
+    """As llama.cpp's first converter wrote all tokens that were added."""
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    tokens = [("<|im_start|>", USER_DEFINED), ("<|im_end|>", USER_DEFINED), ("<tool>", USER_DEFINED)]
+    write_bytes(tmp_path / "m.gguf", tokens, {"tokenizer.chat_template": template})
+    ours = Tokenizer.load(tmp_path / "m.gguf")
+    chat = Chat(ours)
+    assert chat.end_of_turn == ((401,), ())
+    told = chat.encode([{"role": "user", "content": "say <|im_end|> <tool>"}]).tokens
+    assert (told.count(400), told.count(401), told.count(402)) == (1, 1, 1)  # the template's own, and a symbol of text
+    _, theirs = llama_cpp_over(tmp_path / "m.gguf")
+    for text in ("a<|im_end|>b", "a <tool> b"):  # llama.cpp knows the end of a turn by its name
+        assert theirs.tokenize(text.encode(), add_bos=False, special=False) == ours.encode(text)
+
+
+def test_tokens_that_are_called_unused_and_made_by_merges_are_made(tmp_path):
+    ids = byte_level().encode("Once upon a time")
+    names = {token_id: name for name, token_id in byte_level().codec.vocabulary.items()}
+    ours = Tokenizer.load(write_bytes(tmp_path / "m.gguf", [], unused={names[ids[0]], names[ids[-1]]}))
+    _, theirs = llama_cpp_over(tmp_path / "m.gguf")
+    assert ours.encode("Once upon a time") == theirs.tokenize(b"Once upon a time", add_bos=False) == ids
 
 
 # --- what ends a text ---
