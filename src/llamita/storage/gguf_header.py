@@ -64,6 +64,14 @@ def read_header(path: Path) -> Header:
     return _read(path, about.st_mtime_ns, about.st_size)
 
 
+def part_files(path: Path) -> list[Path]:
+    """Returns the files that a model lies in: the one, or all parts where it was split."""
+    parts, name = read_header(path).metadata.get("split.count", 1), PART.fullmatch(path.name)
+    if parts in (0, 1) or name is None:
+        return [path]
+    return [path.with_name(f"{name[1]}{place:05}{name[3]}") for place in range(1, parts + 1)]
+
+
 @functools.lru_cache(maxsize=1)  # whoever opens a model asks for its shape, its weights and its tokenizer in turn
 def _read(path: Path, modified: int, size: int) -> Header:
     first = _read_part(path)

@@ -18,7 +18,7 @@ from llamita.model.parameters import EMBEDDING, OUTPUT_HEAD, shortened
 from llamita.storage import gguf
 from llamita.storage.contradictions import settled
 from llamita.storage.files import read_json
-from llamita.storage.gguf_header import is_gguf
+from llamita.storage.gguf_header import is_gguf, part_files
 from llamita.storage.safetensors import Layout, layout_of, read_safetensors, size_of, write_file
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -186,8 +186,10 @@ def stored_dtype(directory: Path | str) -> str | None:
 
 
 def weight_files(directory: Path | str) -> list[Path]:
-    """The files of a model's weights, in their order; a GGUF file holds its own."""
+    """The files of a model's weights, in their order; a GGUF file holds its own, or has them in its parts."""
     directory = Path(directory)
+    if is_gguf(directory):
+        return part_files(directory)
     return [directory] if directory.is_file() else sorted(directory.glob("model*.safetensors"))
 
 

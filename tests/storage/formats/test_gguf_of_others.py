@@ -62,6 +62,7 @@ def test_a_file_in_parts_is_read_by_its_first(tmp_path):
         np.testing.assert_array_equal(
             found.arrays[name].rows(slice(1, 3)).to_numpy(), expected.arrays[name].rows(slice(1, 3)).to_numpy()
         )
+    assert model_directory.weight_files(first) == [first, second, third]
     with pytest.raises(ValueError, match=r"m-00002-of-00003\.gguf: .* give the first part, m-00001-of-00003\.gguf"):
         gguf.read_model(second)
     renamed = tmp_path / "renamed.gguf"
