@@ -229,3 +229,11 @@ def test_a_part_of_tomorrow_is_named(part: str, tmp_path: Path) -> None:
     write(tmp_path, FAST, {"tokenizer": changed(**{part: {**kind, "type": "OfTomorrow"}})})
     with pytest.raises(ValueError, match=rf"tokenizers [0-9.]+ knows no {part} of this form; a newer version may"):
         Tokenizer.load(tmp_path)
+
+
+def test_a_form_that_is_not_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tekken.json").write_text("{}")
+    with pytest.raises(
+        FileNotFoundError, match=r"holds neither a tokenizer\.json .*; Mistral's tekken\.json is not read"
+    ):
+        Tokenizer.load(tmp_path)

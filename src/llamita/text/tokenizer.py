@@ -289,8 +289,9 @@ def _tokenizer_file(directory: Path) -> Path:
     if not model.exists() and not whole.exists():
         if any(file.is_file() for file in in_two_files):
             return in_two_files[0]
+        other = "; Mistral's tekken.json is not read" if (directory / "tekken.json").is_file() else ""
         raise FileNotFoundError(
-            f"{directory} holds neither a tokenizer.json nor a tokenizer.model, nor vocab.json with merges.txt"
+            f"{directory} holds neither a tokenizer.json nor a tokenizer.model, nor vocab.json with merges.txt{other}"
         )
     if not model.exists():
         return whole
