@@ -1,6 +1,7 @@
 """Conversions end to end: every route there and back, the gate that refuses a wrong copy, and the library's face."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from llamita.text.bpe import train_bpe_from_iterator
 from llamita.text.tokenizer import Tokenizer
 from llamita.workflows import convert as workflow
 from llamita.workflows.convert import ConvertConfig, Tools, convert
+from llamita.workflows.finetune import FinetuneConfig, load_base
 from tests.text.test_tiktoken_ranks import RANKS
 from tests.text.test_tiktoken_ranks import write as write_ranks
 
@@ -206,3 +208,17 @@ def test_load_and_save(source, tmp_path, dtype):
 def test_the_package_has_no_other_attributes():
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         llamita.lode  # noqa: B018
+
+
+def test_a_copy_keeps_the_ends_that_generation_config_adds(source, tmp_path):
+    """Llama 3's instruction models name what ends a turn there alone."""
+    directory = tmp_path / "model"
+    shutil.copytree(source, directory)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    convert(directory, tmp_path / "copy", ConvertConfig(), TOOLS)
+    convert(directory, tmp_path / "m.gguf", ConvertConfig(to="gguf-f32"), TOOLS)
+    llamita.save(llamita.load(directory, device="cpu"), tmp_path / "saved")
+    for place in ("copy", "m.gguf", "saved"):
+        assert set(model_directory.load_config(tmp_path / place).eos_token_ids) == {2, 7}
+    assert json.loads((tmp_path / "copy" / "generation_config.json").read_text())["eos_token_id"] == [2, 7]
+    assert load_base(FinetuneConfig(model=directory)).config.eos_token_ids == (2, 7)

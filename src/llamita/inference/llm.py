@@ -60,6 +60,7 @@ class LLM:
         self.tokenizer = tokenizer
         self.calibration = calibration
         """The temperatures that were fitted to this model's label likelihoods; decisions follow them."""
+        self._ends = runner.config.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
         self.engine = Engine(runner, tokenizer, eos_token_ids, engine, drafter, adapters)
         self.service = Service(self.engine)
         self._ids = itertools.count()
@@ -112,7 +113,7 @@ class LLM:
                 f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens and the model embeddings for "
                 f"{runner.config.vocab_size}; one of them is another model's"
             )
-        ends = _end_tokens(directory, runner.config)
+        ends = model_directory.end_tokens(directory, runner.config)
         return cls(runner, tokenizer, ends, engine, drafter, tuple(places), calibration.load(directory))
 
     @property
@@ -127,7 +128,8 @@ class LLM:
         """
         arrays = self.runner.weights()
         with files.atomic_directory(path, overwrite) as directory:
-            model_directory.save_config(directory, self.config, next(iter(arrays.values())).dtype)
+            config = model_directory.with_end_tokens(self.config, self._ends)
+            model_directory.save_config(directory, config, next(iter(arrays.values())).dtype)
             model_directory.save_tensors(directory, arrays)
             if self.tokenizer is not None:
                 self.tokenizer.save(directory)
@@ -321,19 +323,6 @@ class LLM:
 def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
     """Returns whether this is one prompt (a text, or token ids) rather than a sequence of prompts, maybe empty."""
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
-
-
-def _end_tokens(directory: Path, config: ModelConfig) -> tuple[int, ...]:
-    """Returns the ids that end a text: those of `config.json`, and any that `generation_config.json` adds."""
-    ends = dict.fromkeys(config.eos_token_ids)
-    file = directory / "generation_config.json"
-    if file.is_file():
-        value = files.read_json(file).get("eos_token_id")
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token_id) is int for token_id in ids):
-            raise ValueError(f"{file}: eos_token_id={value!r} must be a token id, or several")
-        ends |= dict.fromkeys(ids)
-    return tuple(ends)
 
 
 def _texts(events: Iterator[TokenEvent]) -> Iterator[str]:

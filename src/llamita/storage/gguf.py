@@ -29,6 +29,13 @@ ROPE_FACTORS = "rope_freqs.weight"
 FLOATS = {Kind.F32: "F32", Kind.F16: "F16", Kind.BF16: "BF16"}
 DEQUANTIZED_AT_ONCE = 1 << 16
 """Numbers, so that what is computed on the way stays in a processor's cache and in memory that was had before."""
+END_TOKENS = frozenset(
+    {
+        *("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>"),
+        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<EOT>", "_<EOT>", "[EOT]", "<|eom_id|>"),
+    }
+)
+"""Tokens that end a text to llama.cpp whatever a file says: many files name one alone, and not what ends a turn."""
 HARMLESS = frozenset(
     {
         *("vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length"),
@@ -37,7 +44,7 @@ HARMLESS = frozenset(
         *("rope.freq_base", "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor"),
         *("rope.scaling.attn_factor", "rope.scaling.original_context_length", "rope.scaling.finetuned"),
         *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_ext_factor"),
-        *("rope.scaling.yarn_attn_factor", "tensor_data_layout", "use_parallel_residual"),
+        *("rope.scaling.yarn_attn_factor", "tensor_data_layout", "use_parallel_residual", "pooling_type"),
     }
 )
 """Settings of an architecture that are read here, or change nothing."""
@@ -71,6 +78,8 @@ def load_tensors(path: Path) -> dict[str, HostArray]:
 
 def _config_of(path: Path, header: Header) -> ModelConfig:
     try:
+        if (kind := header.metadata.get("general.type", "model")) != "model":
+            raise ValueError(f"its general.type is {kind!r}, and it is no model")
         family = families.family_in_gguf(header.metadata.get("general.architecture"))
         assert family.gguf is not None
         return _config(header, family, family.gguf)
@@ -96,8 +105,8 @@ def _array(header: Header, name: str, head_dim: int = 0, one_less: bool = False)
     """Returns a tensor of the file; with `head_dim` its rows are brought from pairs to halves."""
     info = header.tensors[name]
     dtype = FLOATS.get(info.kind)
-    data = memoryview(header.mapping)[info.start : info.stop]
-    plain = HostArray(dtype, info.shape, data, header.mapping, info.start) if dtype else None
+    data = memoryview(info.mapping)[info.start : info.stop]
+    plain = HostArray(dtype, info.shape, data, info.mapping, info.start) if dtype else None
     if plain is not None and not head_dim and not one_less:
         return plain
     if plain is None and not _dequantises(info.kind):
@@ -109,12 +118,12 @@ def _array(header: Header, name: str, head_dim: int = 0, one_less: bool = False)
     def compute(wanted: slice | np.ndarray) -> np.ndarray:
         stored = in_file(wanted)
         rows = plain.rows(stored) if plain is not None else _dequantized_rows(data, info, stored)
-        forget_mapped(header.mapping, info.start, info.stop)
+        forget_mapped(info.mapping, info.start, info.stop)
         return rows.to_numpy().astype(np.float32) - np.float32(1) if one_less else rows.raw()
 
     def read_blocks() -> np.ndarray:
         rows = _rows(data, info)[in_file(slice(None))].copy()
-        forget_mapped(header.mapping, info.start, info.stop)
+        forget_mapped(info.mapping, info.start, info.stop)
         return rows
 
     packed = PackedRows(info.kind.name, read_blocks) if dtype is None and len(info.shape) == 2 else None
@@ -160,6 +169,8 @@ def _dequantises(kind: Kind) -> bool:
 
 def _config(header: Header, family: Family, layout: Gguf) -> ModelConfig:
     prefix, tensors = f"{layout.architecture}.", header.tensors
+    if not tensors:
+        raise ValueError("it has no weights, a tokenizer at most")
     if "token_embd.weight" not in tensors:
         raise ValueError("token_embd.weight is missing")
     settings = {
@@ -235,9 +246,12 @@ def _refuse_unread(settings: Mapping[str, Any], layout: Gguf) -> None:
 
 
 def _end_tokens(metadata: Mapping[str, Any]) -> int | tuple[int, ...] | None:
-    """Returns the tokens that end a text: the EOS token, and what ends a turn or a message where those are named."""
+    """Returns the tokens that end a text: the EOS token, what ends a turn or a message where those are named, and
+    those that llama.cpp knows by their names."""
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
-    ids = tuple(dict.fromkeys(metadata[key] for key in keys if metadata.get(key) is not None))
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    known = [token_id for token_id, text in enumerate(tokens) if text in END_TOKENS]
+    ids = tuple(dict.fromkeys([*(metadata[key] for key in keys if metadata.get(key) is not None), *known]))
     return ids if len(ids) > 1 else ids[0] if ids else None
 
 

@@ -8,6 +8,7 @@ library's reader would loop or allocate without end, and take seconds over a lar
 import functools
 import math
 import mmap
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,25 +23,27 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 COUNT, LENGTH = struct.Struct("<I"), struct.Struct("<Q")
 ALIGNMENT = 32
+PART = re.compile(r"(.*-)(\d{5})(-of-\d{5}\.gguf)")
+"""How the parts of a file are named that was split."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor: its shape as in numpy, the last dimension fastest, its number type, and its bytes in the file."""
+    """A tensor: its shape as in numpy, the last dimension fastest, its number type, and its bytes in a mapped file."""
 
     shape: tuple[int, ...]
     kind: Kind
     start: int
     stop: int
+    mapping: mmap.mmap
 
 
 @dataclass(frozen=True)
 class Header:
-    """The settings of a file by their keys, its tensors by their names, and the mapped file."""
+    """The settings of a file by their keys, and its tensors by their names; those of all parts where it is in parts."""
 
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
-    mapping: mmap.mmap
 
 
 def is_gguf(path: Path) -> bool:
@@ -52,13 +55,48 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_header(path: Path) -> Header:
-    """Reads a file's header; ValueError, naming the file, where it is broken, truncated or of another version."""
+    """Reads a file's header, that of the first part with the tensors of all where a file was split.
+
+    ValueError, naming the file, where it is broken, truncated or of another version; FileNotFoundError for a part that
+    is missing.
+    """
     about = path.stat()
     return _read(path, about.st_mtime_ns, about.st_size)
 
 
+def part_files(path: Path) -> list[Path]:
+    """Returns the files that a model lies in: the one, or all parts where it was split."""
+    parts, name = read_header(path).metadata.get("split.count", 1), PART.fullmatch(path.name)
+    if parts in (0, 1) or name is None:
+        return [path]
+    return [path.with_name(f"{name[1]}{place:05}{name[3]}") for place in range(1, parts + 1)]
+
+
 @functools.lru_cache(maxsize=1)  # whoever opens a model asks for its shape, its weights and its tokenizer in turn
 def _read(path: Path, modified: int, size: int) -> Header:
+    first = _read_part(path)
+    parts = first.metadata.get("split.count", 1)
+    if parts in (0, 1):
+        return first
+    name, number = PART.fullmatch(path.name), first.metadata.get("split.no")
+    if type(parts) is not int or name is None or int(name[3][4:9]) != parts:
+        raise ValueError(f"{path}: it is one of {parts} parts, and is not named as such: NAME-00001-of-{parts:05}.gguf")
+    names = [f"{name[1]}{place:05}{name[3]}" for place in range(1, parts + 1)]
+    if number != 0:
+        raise ValueError(f"{path}: it is a part of a model; give the first part, {names[0]}")
+    tensors = dict(first.tensors)
+    for place, other in enumerate(names[1:], 1):
+        part = path.with_name(other)
+        if not part.is_file():
+            raise FileNotFoundError(f"{part} does not exist, and {path.name} is one of {parts} parts")
+        found = _read_part(part)
+        if found.metadata.get("split.no") != place or not tensors.keys().isdisjoint(found.tensors):
+            raise ValueError(f"{part}: it is no part {place + 1} of {path.name}")
+        tensors |= found.tensors
+    return Header(first.metadata, tensors)
+
+
+def _read_part(path: Path) -> Header:
     with open(path, "rb") as file:
         if len(head := file.read(24)) < 24 or head[:4] != b"GGUF":
             raise ValueError(f"{path} is no GGUF file of version 2 or 3")
@@ -79,6 +117,10 @@ class _Reader:
 
     def header(self) -> Header:
         version = self.take(COUNT)
+        if version in (2 << 24, 3 << 24):
+            raise ValueError(
+                "its numbers are those of a big-endian machine; llama.cpp's gguf_convert_endian.py turns them"
+            )
         if version not in (2, 3):
             raise ValueError("it is no GGUF file of version 2 or 3")
         tensors, pairs = self.take(LENGTH), self.take(LENGTH)
@@ -108,8 +150,8 @@ class _Reader:
                 )
             if math.prod(shape) and shape[-1] % block:
                 raise ValueError(f"it is damaged: {name} has rows of {shape[-1]} numbers in blocks of {block}")
-            found[name] = TensorInfo(shape, kind, start, stop)
-        return Header(metadata, found, self.mapping)
+            found[name] = TensorInfo(shape, kind, start, stop, self.mapping)
+        return Header(metadata, found)
 
     def take(self, form: struct.Struct) -> Any:
         (value,) = form.unpack_from(self.mapping, self.at)

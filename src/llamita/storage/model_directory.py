@@ -7,6 +7,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -17,7 +18,7 @@ from llamita.model.parameters import EMBEDDING, OUTPUT_HEAD, shortened
 from llamita.storage import gguf
 from llamita.storage.contradictions import settled
 from llamita.storage.files import read_json
-from llamita.storage.gguf_header import is_gguf
+from llamita.storage.gguf_header import is_gguf, part_files
 from llamita.storage.safetensors import Layout, layout_of, read_safetensors, size_of, write_file
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -159,6 +160,25 @@ def load_config(directory: Path | str) -> ModelConfig:
     return settled(config, arrays, file.parent)
 
 
+def end_tokens(directory: Path, config: ModelConfig) -> tuple[int, ...]:
+    """Returns the ids that end a text: those of the config, and any that `generation_config.json` adds."""
+    ends = dict.fromkeys(config.eos_token_ids)
+    file = directory / "generation_config.json"
+    if file.is_file():
+        value = read_json(file).get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token_id) is int for token_id in ids):
+            raise ValueError(f"{file}: eos_token_id={value!r} must be a token id, or several")
+        ends |= dict.fromkeys(ids)
+    return tuple(ends)
+
+
+def with_end_tokens(config: ModelConfig, ends: Iterable[int]) -> ModelConfig:
+    """Returns the config of a model whose texts end with these ids."""
+    found = tuple(ends)
+    return config if found == config.eos_token_ids else replace(config, eos_token_id=found or None)
+
+
 def stored_dtype(directory: Path | str) -> str | None:
     """Returns the type that `config.json` gives for the weights, float32 or the like; None where it gives none."""
     file = Path(directory) / "config.json"
@@ -166,8 +186,10 @@ def stored_dtype(directory: Path | str) -> str | None:
 
 
 def weight_files(directory: Path | str) -> list[Path]:
-    """The files of a model's weights, in their order; a GGUF file holds its own."""
+    """The files of a model's weights, in their order; a GGUF file holds its own, or has them in its parts."""
     directory = Path(directory)
+    if is_gguf(directory):
+        return part_files(directory)
     return [directory] if directory.is_file() else sorted(directory.glob("model*.safetensors"))
 
 
@@ -186,9 +208,9 @@ def resolve_model_directory(path: Path | str) -> Path:
         if any((candidate / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
             return candidate
     if path.exists():
-        raise FileNotFoundError(
-            f"{path} holds no config.json and no best or last checkpoint; expected a model or a run"
-        )
+        files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+        instead = f"give the GGUF file in it, {files[0]}" if files else "expected a model or a run"
+        raise FileNotFoundError(f"{path} holds no config.json and no best or last checkpoint; {instead}")
     if on_hub is None or path.parent.exists():
         raise FileNotFoundError(f"{path} does not exist; expected a model directory or a training run")
     try:

@@ -78,6 +78,21 @@ def read(directory: Path, config: Mapping[str, Any], codec: HuggingFaceCodec | S
     return AddedTokens(settings, tokens, tuple(named.values()), frozenset(control))
 
 
+def is_of_model(spec: Mapping[str, Any], proto: bytes, directory: Path) -> bool:
+    """Whether a directory's tokenizer.json gives the ids of its SentencePiece model, with the files beside the two."""
+    model = sentencepiece_json.parse(proto)
+    config = read_json(directory / "tokenizer_config.json")
+    prefix: str | None = "always" if config.get("legacy", True) else "first"
+    if _is_llama_tokenizer(config, read_json(directory / "config.json").get("model_type")):
+        prefix = None  # its settings say so for both
+    elif not model.adds_dummy_prefix:
+        prefix = "never"
+    try:
+        return sentencepiece_json.agrees(spec, model, prefix)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False  # it is not of the form, which is said where it is read
+
+
 def complete(
     codec: HuggingFaceCodec | SentencePieceCodec, found: AddedTokens, directory: Path, adds_ends: bool = False
 ) -> HuggingFaceCodec | SentencePieceCodec:
@@ -97,7 +112,7 @@ def complete(
         room = _room(model, codec.vocab_size + len({token.content for token in more if not codec.knows(token)}))
         named = [token for token in found.named if not codec.has(token)]
         if not more and not named[:room]:
-            return codec.with_prefix(scheme) if scheme == "first" else codec
+            return codec.with_prefix(scheme) if scheme in ("first", "never") else codec
         converted = sentencepiece_json.convert(sentencepiece_json.parse(codec.proto))
         if converted is None:
             converted = sentencepiece_json.convert_loosely(codec.proto, is_llama, scheme or "always")
@@ -117,6 +132,8 @@ def complete(
         changed = codec.copy()
         sentencepiece_json.prefix_texts(changed, scheme)
         codec = HuggingFaceCodec(changed)
+    if _class_name(found.config) == "GPT2Tokenizer":
+        codec = codec.with_space_before(bool(found.config.get("add_prefix_space")))
     codec = codec.with_added(tokens)
     missing = [token for token in found.named if token.content not in codec.added]
     room = _room(model, codec.vocab_size)
@@ -197,6 +214,12 @@ def read_json(path: Path) -> dict[str, Any]:
 def _named(config: Mapping[str, Any]) -> list[Any]:
     """The tokens that a config names by a role, its own roles too."""
     own = [v for key, v in config.items() if key.endswith("_token") and key not in NAMED and isinstance(v, str)]
+    for name in NAMED:
+        if not isinstance(_content(config.get(name) or ""), str):
+            raise ValueError(
+                f"{name} in tokenizer_config.json must be a text, or an object with its content; got "
+                f"{config[name]!r:.80}"
+            )
     return [token for token in [*(config.get(name) for name in NAMED), *own] if token]
 
 

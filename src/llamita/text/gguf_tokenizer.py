@@ -6,6 +6,7 @@ Knows the keys of the file and nothing of tensors.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +16,29 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, processors
 
 from llamita.model.config import ModelConfig
+from llamita.storage.gguf import END_TOKENS
 from llamita.storage.gguf_header import read_header
 from llamita.text import sentencepiece_json, word_splitters
 from llamita.text.huggingface_codec import HuggingFaceCodec
 from llamita.text.sentencepiece_codec import SentencePieceCodec
-from llamita.text.sentencepiece_json import BPE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, SentencePieceModel
+from llamita.text.sentencepiece_json import (
+    BPE,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPACE_MARK,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    SentencePieceModel,
+)
 from llamita.text.word_splitters import SPLITTERS
 
 if TYPE_CHECKING:
     from llamita.text.tokenizer import Tokenizer
 
 KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # our roles, and their names in a file
+BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 DEFAULTS = {"llama": {"bos": 1, "eos": 2, "unk": 0}}
 """The tokens of the roles where the settings of a kind of tokenizer do not say."""
 
@@ -51,8 +64,13 @@ def write(writer: gguf.GGUFWriter, tokenizer: Tokenizer, config: ModelConfig) ->
             add(token_id)
     writer.add_add_bos_token(tokenizer.begins_texts)
     writer.add_add_eos_token(False)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    known = {tokenizer.eos_id, *(codec.special_tokens.get(name) for name in END_TOKENS)}
+    further = [token_id for token_id in config.eos_token_ids if token_id not in known]
+    for token_id, add in zip(further, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
+        add(token_id)  # there is room for two
+    templates = [{"name": name, "template": source} for name, source in tokenizer.chat_templates.items()]
+    if templates:
+        writer.add_chat_template(templates)
 
 
 def has_tokenizer(path: Path) -> bool:
@@ -88,6 +106,7 @@ def _codec(metadata: Mapping[str, Any], kind: str) -> HuggingFaceCodec | Sentenc
     types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens or ())
     if not isinstance(tokens, list) or not isinstance(types, list) or len(types) != len(tokens):
         raise ValueError("tokenizer.ggml.tokens and tokenizer.ggml.token_type do not fit together")
+    tokens = [text or f"[EMPTY_{number}]" for number, text in enumerate(tokens)]  # as llama.cpp names them
     try:
         if kind == "llama":
             return _read_sentencepiece(metadata, tokens, types)
@@ -133,7 +152,7 @@ def _write_sentencepiece(writer: gguf.GGUFWriter, model: SentencePieceModel, siz
     padding = [(f"[PAD{token_id}]", 0.0, UNUSED) for token_id in range(len(model.pieces), size)]
     pieces = [*model.pieces, *padding]
     writer.add_tokenizer_model("llama")
-    writer.add_token_list([text for text, _, _ in pieces])
+    writer.add_token_list([_as_in_texts(text, kind) for text, _, kind in pieces])
     writer.add_token_scores([score for _, score, _ in pieces])
     writer.add_token_types([kind for _, _, kind in pieces])
     writer.add_add_space_prefix(model.adds_dummy_prefix)
@@ -165,10 +184,12 @@ def _read_sentencepiece(
     scores = metadata.get("tokenizer.ggml.scores") or [0.0] * len(tokens)
     if len(scores) != len(tokens):
         raise ValueError("tokenizer.ggml.scores and tokenizer.ggml.tokens do not fit together")
-    if types.count(UNKNOWN) != 1:
-        raise ValueError("a SentencePiece tokenizer has one unknown token, and this one has another number of them")
+    if "tokenizer.ggml.token_type" not in metadata:
+        types = [BYTE if BYTE_PIECE.fullmatch(text) else NORMAL for text in tokens]
+    kinds = _with_one_unknown(types, metadata)
+    texts = [_as_in_texts(text, kind) for text, kind in zip(tokens, kinds, strict=True)]
     model = SentencePieceModel(
-        pieces=tuple(zip(tokens, scores, types, strict=True)),
+        pieces=tuple(zip(texts, scores, kinds, strict=True)),
         model_type=BPE,
         byte_fallback=True,
         adds_dummy_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
@@ -176,10 +197,31 @@ def _read_sentencepiece(
     )
     ids = {role: metadata.get(f"tokenizer.ggml.{key}_token_id", -1) for role, key in KEYS.items()}
     converted = _with_symbols_as_control_tokens(model) if USER_DEFINED in types else None
-    if converted is None:
-        return SentencePieceCodec(sentencepiece_json.serialize(model, ids))
+    if converted is None:  # SentencePiece finds a symbol with spaces by its marks
+        pieces = tuple((text.replace(" ", SPACE_MARK), score, kind) for text, score, kind in model.pieces)
+        return SentencePieceCodec(sentencepiece_json.serialize(dataclasses.replace(model, pieces=pieces), ids))
     symbols = [AddedToken(text, normalized=False) for text, _, kind in model.pieces if kind == USER_DEFINED]
     return HuggingFaceCodec(_beginning(converted, metadata, "llama", tokens)).with_added(symbols)
+
+
+def _as_in_texts(piece: str, kind: int) -> str:
+    """Returns a piece as a file has it: a symbol of the user's is looked for in texts before their spaces are marked.
+
+    Files of before July 2024 have the marks in symbols too, and llama.cpp finds no such symbol in any text.
+    """
+    return piece.replace(SPACE_MARK, " ") if kind == USER_DEFINED else piece
+
+
+def _with_one_unknown(types: list[int], metadata: Mapping[str, Any]) -> list[int]:
+    """Returns the types with one unknown token, the first that a file has, else the one that it names by its role.
+
+    Some files have that as a control token, or as an ordinary one.
+    """
+    known = types.index(UNKNOWN) if UNKNOWN in types else metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    if not isinstance(known, int) or not 0 <= known < len(types):
+        raise ValueError("the file names no unknown token, which a SentencePiece tokenizer has")
+    others = [CONTROL if kind == UNKNOWN else kind for kind in types]
+    return [*others[:known], UNKNOWN, *others[known + 1 :]]
 
 
 def _with_symbols_as_control_tokens(model: SentencePieceModel) -> tokenizers.Tokenizer | None:
@@ -204,7 +246,12 @@ def _read_byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list
         )
     splitter = SPLITTERS[name]
     merges = [_pair(text) for text in metadata.get("tokenizer.ggml.merges") or ()]
-    used = {text: number for number, (text, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
+    made = {text for pair in merges for text in (*pair, "".join(pair))}  # to llama.cpp no less for being unused
+    used = {
+        text: number
+        for number, (text, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind != UNUSED or text in made
+    }
     special = {text for text, number in used.items() if types[number] in (CONTROL, UNKNOWN)}
     added = special | {text for text, number in used.items() if types[number] == USER_DEFINED}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=used, merges=merges, ignore_merges=splitter.whole_words))

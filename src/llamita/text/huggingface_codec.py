@@ -6,6 +6,7 @@ Knows the vocabulary and the added tokens; knows nothing of which of them begin 
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import tokenizers
 from llamita.text import fast_bpe
 
 SPACE_MARK = "▁"
+UNKNOWN_PART = re.compile("untagged enum (?:Py)?(Model|Merge|Normalizer|PreTokenizer|PostProcessor|Decoder)")
+"""How the library says that it does not know a part of a file."""
 
 
 class HuggingFaceCodec:
@@ -68,6 +71,10 @@ class HuggingFaceCodec:
             raise
         except Exception as fault:  # the library raises bare Exceptions
             reason = " ".join(str(fault).split())
+            if part := UNKNOWN_PART.search(reason):
+                named = re.sub("(?<=[a-z])(?=[A-Z])", "_", part[1]).lower()
+                reason = f"tokenizers {tokenizers.__version__} knows no {named} of this form; a newer version may, "
+                reason += "unless the file is damaged"
             raise ValueError(f"{path} is not a tokenizer.json that can be used: {reason}") from None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -114,6 +121,13 @@ class HuggingFaceCodec:
         if any(token.content in self.special_tokens and not token.special for token in tokens):
             changed = tokenizers.Tokenizer.from_str(after)  # the library itself still takes them for special ones
         return HuggingFaceCodec(changed).with_marks(self.marks)
+
+    def with_space_before(self, wanted: bool) -> "HuggingFaceCodec":
+        """This codec, or one that puts a space before a text that has none, or puts none there."""
+        splits = _with_space_before(self.spec.get("pre_tokenizer"), wanted)
+        if splits == self.spec.get("pre_tokenizer"):
+            return self
+        return _from_string(json.dumps({**self.spec, "pre_tokenizer": splits}), self.marks)
 
     def copy(self) -> tokenizers.Tokenizer:
         """The library's tokenizer, as the file has it."""
@@ -175,25 +189,66 @@ class HuggingFaceCodec:
     def _bytes_of_token(self) -> Any:
         """The function from a token's name to its bytes, by the kind of decoder; says what that does with spaces."""
         decoder = _settings(self._tokenizer.decoder)
-        steps = decoder.get("decoders", [decoder])
-        kinds = {step.get("type") for step in steps}
-        if "ByteLevel" in kinds:
+        steps = _flat(decoder) if decoder else []
+        kinds = {step["type"] for step in steps}
+        others = [step for step in steps if step["type"] not in ("ByteLevel", "ByteFallback", "Fuse")]
+        if "ByteLevel" in kinds and not others:
             return fast_bpe.bytes_of_name
-        if "Metaspace" in kinds or any(
-            step.get("type") == "Replace" and step["pattern"].get("String") == SPACE_MARK for step in steps
-        ):
+        marks = [step for step in others if step["type"] == "Metaspace" or _replaces(step) == (SPACE_MARK, " ")]
+        fused = [step["type"] for step in steps].index("Fuse") if "Fuse" in kinds else len(steps)
+        by_token = [step for step in steps[:fused] if step not in marks and step["type"] == "Replace"]
+        replaced = [_replaces(step) for step in by_token]
+        ends = [step for step in others if step["type"] == "Strip"]
+        understood = len(marks) + len(replaced) + len(ends) == len(others) and None not in replaced
+        if marks and "ByteLevel" not in kinds and understood and all(map(_strips_one_space, ends)):
             self.marks_spaces = True
-            self.strips_leading_space = any(
-                (step["type"] == "Strip" and step["content"] == " " and step["start"] > 0)
-                or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
-                for step in steps
+            self.strips_leading_space = any(step["start"] > 0 for step in ends) or any(
+                step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never" for step in marks
             )
             byte_pieces = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)} if "ByteFallback" in kinds else {}
-            return lambda name: byte_pieces.get(name) or name.replace(SPACE_MARK, " ").encode()
+
+            def to_bytes(name: str) -> bytes:
+                for old, new in filter(None, replaced):
+                    name = name.replace(old, new)
+                return byte_pieces.get(name) or name.replace(SPACE_MARK, " ").encode()
+
+            return to_bytes
+        named = ", ".join(step["type"] for step in steps) or None
         raise ValueError(
-            f"its decoder is {decoder.get('type')}; only byte-level tokens (ByteLevel) and SentencePiece tokens "
+            f"its decoder is {named}; only byte-level tokens (ByteLevel) and SentencePiece tokens "
             "(Metaspace, or Replace and ByteFallback) stand for bytes"
         )
+
+
+def _with_space_before(splits: Any, wanted: bool) -> Any:
+    """The settings of a pre-tokenizer of bytes, with or without a space before a text that has none."""
+    if isinstance(splits, list):
+        return [_with_space_before(step, wanted) for step in splits]
+    if not isinstance(splits, dict):
+        return splits
+    if splits.get("type") == "ByteLevel":
+        return {**splits, "add_prefix_space": wanted}
+    return {key: _with_space_before(value, wanted) for key, value in splits.items()}
+
+
+def _flat(decoder: dict[str, Any]) -> list[dict[str, Any]]:
+    """The steps of a decoder, in their order."""
+    inner = decoder.get("decoders")
+    return [decoder] if inner is None else [step for part in inner for step in _flat(part)]
+
+
+def _replaces(step: dict[str, Any]) -> tuple[str, str] | None:
+    """What a step of a decoder writes for what, token by token; None where that is no plain text."""
+    if step["type"] != "Replace":
+        return None
+    pattern = step["pattern"].get("String", step["pattern"].get("Regex", ""))
+    is_plain = "String" in step["pattern"] or pattern == SPACE_MARK
+    return (pattern, step["content"]) if is_plain else None
+
+
+def _strips_one_space(step: dict[str, Any]) -> bool:
+    """Whether a step takes one space from the start of a text, or nothing."""
+    return step["content"] == " " and step["start"] in (0, 1) and step["stop"] == 0
 
 
 def _from_string(text: str, marks: frozenset[str] = frozenset()) -> HuggingFaceCodec:

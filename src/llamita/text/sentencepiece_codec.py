@@ -15,6 +15,7 @@ from typing import Any
 
 import sentencepiece
 import tokenizers
+from tokenizers import processors
 
 from llamita.text import sentencepiece_json
 
@@ -70,7 +71,11 @@ class SentencePieceCodec:
         return SentencePieceCodec, (self.proto, self.prefix, self.marks)
 
     def with_prefix(self, prefix: str) -> "SentencePieceCodec":
-        """This codec with another `prefix`."""
+        """This codec with another `prefix`, or never one."""
+        if prefix == "never":
+            if not self.strips_leading_space:
+                return self
+            return SentencePieceCodec(sentencepiece_json.without_dummy_prefix(self.proto), "always", self.marks)
         return SentencePieceCodec(self.proto, prefix, self.marks)
 
     def with_marks(self, names: Iterable[str]) -> "SentencePieceCodec":
@@ -151,13 +156,21 @@ class SentencePieceCodec:
         found = sentencepiece_json.convert(sentencepiece_json.parse(self.proto))
         return found if found is not None and sentencepiece_json.agree_on_spaces(found, self._processor) else None
 
-    def write(self, directory: Path) -> None:
-        """Write tokenizer.model, and the same tokenizer as tokenizer.json where that form can hold it."""
+    def write(self, directory: Path, begin: int | None = None) -> None:
+        """Write tokenizer.model, and the same tokenizer as tokenizer.json where that form can hold it.
+
+        `begin` is the token that other programs are to put before a text.
+        """
         (directory / "tokenizer.model").write_bytes(self.proto)
         converted = self.converted()
         if converted is not None:
             if self.prefix == "first":
                 sentencepiece_json.prefix_texts(converted, self.prefix)
+            if begin is not None:
+                name = self._processor.id_to_piece(begin)
+                converted.post_processor = processors.TemplateProcessing(
+                    f"{name}:0 $A:0", special_tokens=[(name, begin)]
+                )
             converted.save(str(directory / "tokenizer.json"), pretty=True)
 
 

@@ -36,6 +36,12 @@ DOUBLE_MARK = normalizers.Replace(tokenizers.Regex(rf"\A{SPACE_MARK}"), SPACE_MA
 """Keeps the first space of a text apart from the one that `Metaspace` puts before texts that have none."""
 
 
+SPLIT_AT_SPACES = {
+    "type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False,
+}  # fmt: skip
+"""Gemma's: where a text's spaces have become marks, it splits nothing."""
+
+
 @dataclass(frozen=True)
 class SentencePieceModel:
     """A SentencePiece model as far as it decides ids: pieces as (text, score, type) in the order of their ids."""
@@ -197,6 +203,53 @@ def convert_loosely(proto: bytes, for_llama: bool, prefix: str) -> tokenizers.To
     return tokenizer
 
 
+def agrees(spec: Mapping[str, Any], model: SentencePieceModel, prefix: str | None) -> bool:
+    """Whether a tokenizer.json gives the ids of a SentencePiece model, as far as its settings tell.
+
+    It does where it has the same pieces under the same ids, finds no other tokens in texts than the model does, and
+    changes or splits no text that the model leaves as it is. `prefix` says which texts get the dummy prefix by the
+    model (that of `prefix_texts`); None where other files say so for both.
+    """
+    listed = (spec.get("model") or {}).get("vocab") or {}
+    vocabulary = listed if isinstance(listed, dict) else {piece: number for number, (piece, _) in enumerate(listed)}
+    added = {token["content"]: token for token in spec.get("added_tokens") or []}
+    ids = {text: number for number, (text, _, _) in enumerate(model.pieces)}
+    if {**vocabulary, **{name: token["id"] for name, token in added.items()}} != ids:
+        return False
+    ordinary = {text for text, _, kind in model.pieces if kind not in (UNKNOWN, CONTROL, USER_DEFINED)}
+    if ordinary & added.keys() or any(token.get("lstrip") or token.get("rstrip") for token in added.values()):
+        return False
+    scheme = _scheme(spec, changes_text=model.normalizes or model.removes_extra_spaces)
+    return scheme is not None and prefix in (None, scheme)
+
+
+def begins_texts(spec: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json puts a special token before a text."""
+    for step in _steps(spec.get("post_processor"), "processors"):
+        if step.get("type") == "TemplateProcessing":
+            return "SpecialToken" in next(iter(step.get("single") or []), {})
+    return False
+
+
+def _scheme(spec: Mapping[str, Any], changes_text: bool) -> str | None:
+    """Which texts get a space before them, by the settings of a tokenizer.json; None where it does more with a text.
+
+    `changes_text`: a normalisation is no more.
+    """
+    scheme = "never"
+    for step in _steps(spec.get("normalizer"), "normalizers"):
+        if step["type"] == "Prepend":
+            scheme = "always"
+        elif not changes_text and step not in _marks_of_spaces():
+            return None
+    for step in _steps(spec.get("pre_tokenizer"), "pretokenizers"):
+        if step["type"] == "Metaspace":
+            scheme = step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never")
+        elif step != SPLIT_AT_SPACES:
+            return None
+    return scheme
+
+
 def revert(spec: Mapping[str, Any]) -> SentencePieceModel:
     """The inverse of both, from a tokenizer's JSON: added tokens are control tokens, or symbols of the user's.
 
@@ -209,9 +262,15 @@ def revert(spec: Mapping[str, Any]) -> SentencePieceModel:
     bytes_ = {f"<0x{byte:02X}>" for byte in range(256)}
     if not model.get("byte_fallback") or model.get("ignore_merges") or not bytes_ <= model["vocab"].keys():
         raise ValueError("its characters outside the vocabulary are not spelled by pieces of one byte")
-    _check_added(listed, is_normalized=bool(spec["normalizer"]))
     made = {"".join(pair) for pair in merges}
-    if both := next((name for name in listed if name in made or (len(name) == 1 and name in model["vocab"])), None):
+    # Marks of spaces, as Gemma lists them, are in no text as it is given: they are pieces like others.
+    listed = {name: token for name, token in listed.items() if name.strip(SPACE_MARK) or name not in made}
+    _check_added(listed, is_normalized=bool(spec["normalizer"]))
+    others = {name for name, token in listed.items() if token["special"] or SPACE_MARK in name}
+    symbols = listed.keys() - others  # found before any piece is
+    merges = [pair for pair in merges if symbols.isdisjoint((*pair, "".join(pair)))]
+    made -= symbols
+    if both := next((name for name in others if name in made or (len(name) == 1 and name in model["vocab"])), None):
         raise ValueError(f"its token {both!r} is a piece of ordinary text as well")
     names = model["vocab"].keys() - bytes_ - listed.keys()
     ranks: dict[str, int] = {}
@@ -250,7 +309,10 @@ def _check_added(tokens: Mapping[str, Mapping[str, Any]], is_normalized: bool) -
             starts[name[:cut]].add(name)
     for name in tokens:
         for cut in range(1, len(name)):
-            if other := next(iter(starts[name[cut:]] - {name}), None):
+            within = starts[name[cut:]] - {name}
+            if len(set(name)) == 1:  # runs of a character fall into the same parts either way
+                within = {other for other in within if set(other) != set(name)}
+            if other := next(iter(within), None):
                 raise ValueError(f"of its tokens {name!r} and {other!r}, one may begin within the other")
     late = {name for name, token in tokens.items() if token["normalized"]}  # looked for where no other was found
     for name in tokens.keys() - late:
@@ -264,8 +326,10 @@ def _prefixes_texts(spec: Mapping[str, Any]) -> bool:
     def form(steps: list[normalizers.Normalizer], *schemes: str) -> list[list[Any]]:
         return [[json.loads(step.__getstate__()) for step in part] for part in (steps, map(_metaspace, schemes))]
 
-    given = [_steps(spec["normalizer"], "normalizers"), _steps(spec["pre_tokenizer"], "pretokenizers")]
     first, marks = normalizers.Prepend(SPACE_MARK), normalizers.Replace(" ", SPACE_MARK)
+    given = [_steps(spec["normalizer"], "normalizers"), _steps(spec["pre_tokenizer"], "pretokenizers")]
+    if given[0] and given[1] == [SPLIT_AT_SPACES]:
+        given[1] = []
     if given in (form([first, marks]), form([], "always"), form([marks, DOUBLE_MARK], "always")):
         return True
     if given in (form([marks]), form([], "never")):
@@ -283,6 +347,11 @@ def _steps(part: Mapping[str, Any] | None, key: str) -> list[Any]:
     if part is None:
         return []
     return [step for inner in part[key] for step in _steps(inner, key)] if key in part else [part]
+
+
+def _marks_of_spaces() -> list[dict[str, Any]]:
+    """The steps of a normalisation that write a text's spaces as marks."""
+    return [json.loads(step.__getstate__()) for step in (normalizers.Replace(" ", SPACE_MARK), DOUBLE_MARK)]
 
 
 def _metaspace(scheme: str) -> pre_tokenizers.Metaspace:
@@ -310,7 +379,10 @@ def prefix_texts(tokenizer: tokenizers.Tokenizer, scheme: str) -> None:
 def agree_on_spaces(converted: tokenizers.Tokenizer, processor: sentencepiece.SentencePieceProcessor) -> bool:
     """Whether both give the same ids for runs of 1 to 200 spaces between words and around them."""
     texts = [text for length in range(200) for text in ("a" + " " * length + "a", " " * length)]
+    finds = converted.encode_special_tokens
+    converted.encode_special_tokens = True  # as text: some may be spaces themselves
     found = converted.encode_batch(texts, add_special_tokens=False)
+    converted.encode_special_tokens = finds
     return all(encoding.ids == ids for encoding, ids in zip(found, processor.encode(texts), strict=True))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from llamita.storage.gguf_header import is_gguf
 from llamita.storage.peft_directory import VOCABULARY
-from llamita.text import added_tokens, gguf_tokenizer, tiktoken_ranks, vocabulary_files
+from llamita.text import added_tokens, gguf_tokenizer, sentencepiece_json, tiktoken_ranks, vocabulary_files
 from llamita.text.added_tokens import read_json, template_marks
 from llamita.text.huggingface_codec import HuggingFaceCodec
 from llamita.text.sentencepiece_codec import SentencePieceCodec
@@ -54,7 +54,7 @@ class Tokenizer:
         """Open a directory, a tokenizer.json, a GGUF file with a tokenizer in it, or a tokenizer.model, which is
         SentencePiece's or, of Llama 3, tiktoken's.
 
-        A directory's tokenizer.model is read by `sentencepiece`, unless the tokenizer.json beside it has more tokens.
+        A directory's tokenizer.model is read by `sentencepiece`, unless the tokenizer.json beside it says otherwise.
         One of tiktoken's is read only where there is no tokenizer.json; vocab.json and merges.txt, where there is
         neither file.
         Raises FileNotFoundError or ValueError with one line that names the file and the fault.
@@ -63,10 +63,10 @@ class Tokenizer:
         if not path.exists():
             raise FileNotFoundError(f"there is no tokenizer at {path}; `llamita tokenizer train` makes one")
         if is_gguf(path):
-            return cls(*gguf_tokenizer.read(path))
+            codec, config, roles = gguf_tokenizer.read(path)
+            return cls(_with_marks(codec, config), config, roles)
         file = _tokenizer_file(path) if path.is_dir() else path
         config = read_json(file.parent / "tokenizer_config.json")
-        codec: HuggingFaceCodec | SentencePieceCodec
         if in_two_files := file.name in (vocabulary_files.TOKENS, vocabulary_files.MERGES):
             codec, config = vocabulary_files.read(file.parent, config)
         elif file.suffix == ".json" or file.read_bytes()[:1] == b"{":
@@ -75,6 +75,9 @@ class Tokenizer:
             codec = tiktoken_ranks.codec_from_file(file, functools.partial(added_tokens.names_by_id, config))
         else:
             codec = SentencePieceCodec.from_file(file)
+            if path.is_dir() and (beside := read_json(path / "tokenizer.json")):  # decides it for transformers
+                begins = bool(config.get("add_bos_token")) or sentencepiece_json.begins_texts(beside)
+                config = {**config, "add_bos_token": begins}
         found = added_tokens.read(file.parent, config, codec)
         codec, config = added_tokens.complete(codec, found, file.parent, adds_ends=in_two_files), found.config
         if templates := _template_files(file.parent):  # where there are any, transformers reads these alone
@@ -82,9 +85,7 @@ class Tokenizer:
         roles = _find_roles(codec, config, file.parent)
         if isinstance(codec, HuggingFaceCodec):
             codec = codec.with_special(token_id for token_id in roles.values() if token_id is not None)
-        sources = _chat_templates(config.get("chat_template")).values()
-        codec = codec.with_marks(template_marks(codec.added, [*sources, *MARKS]))
-        return cls(codec, config, roles)
+        return cls(_with_marks(codec, config), config, roles)
 
     @staticmethod
     def is_in(place: Path) -> bool:
@@ -234,8 +235,11 @@ class Tokenizer:
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self.codec.write(directory)
         config = dict(self._config or OWN_SETTINGS)
+        if isinstance(self.codec, SentencePieceCodec):
+            self.codec.write(directory, self.bos_id if config.get("add_bos_token", True) else None)
+        else:
+            self.codec.write(directory)
         if self.chat_templates.keys() == {"default"}:
             config["chat_template"] = self.chat_template
         elif self.chat_templates:
@@ -285,18 +289,18 @@ def _tokenizer_file(directory: Path) -> Path:
     if not model.exists() and not whole.exists():
         if any(file.is_file() for file in in_two_files):
             return in_two_files[0]
+        other = "; Mistral's tekken.json is not read" if (directory / "tekken.json").is_file() else ""
         raise FileNotFoundError(
-            f"{directory} holds neither a tokenizer.json nor a tokenizer.model, nor vocab.json with merges.txt"
+            f"{directory} holds neither a tokenizer.json nor a tokenizer.model, nor vocab.json with merges.txt{other}"
         )
     if not model.exists():
         return whole
     if whole.exists() and tiktoken_ranks.is_rank_file(model):
         return whole
-    if whole.exists():
-        size = SentencePieceCodec.from_file(model).vocab_size
-        added = read_json(whole).get("added_tokens") or []
-        if any(token["id"] >= size or token.get("lstrip") or token.get("rstrip") for token in added):
-            return whole
+    if whole.exists() and not added_tokens.is_of_model(
+        read_json(whole), SentencePieceCodec.from_file(model).proto, directory
+    ):
+        return whole
     return model
 
 
@@ -342,12 +346,22 @@ def _template_files(directory: Path) -> dict[str, str]:
     return {name: file.read_text("utf-8") for name, file in files.items() if file.is_file()}
 
 
+def _with_marks(
+    codec: HuggingFaceCodec | SentencePieceCodec, config: dict[str, Any]
+) -> HuggingFaceCodec | SentencePieceCodec:
+    """Returns the codec in which what a chat template writes around messages are control tokens."""
+    sources = _chat_templates(config.get("chat_template")).values()
+    return codec.with_marks(template_marks(codec.added, [*sources, *MARKS]))
+
+
 def _chat_templates(value: Any) -> dict[str, str]:
-    """The templates of a tokenizer_config.json by name: it has one, or a list of named ones, or none."""
+    """The templates of a tokenizer_config.json by name: it has one, or several with their names, or none."""
     if value is None:
         return {}
     if isinstance(value, str):
         return {"default": value}
+    if isinstance(value, dict):
+        value = [{"name": name, "template": source} for name, source in value.items()]
     if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
         found = {entry.get("name"): entry.get("template") for entry in value}
         if all(isinstance(name, str) and isinstance(source, str) for name, source in found.items()):

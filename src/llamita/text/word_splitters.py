@@ -36,6 +36,11 @@ DEEPSEEK_V3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
+SEED_CODER = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+VIKING = (r" ?[^(\s|.,!?…。，、।۔،)]+", r"\p{N}")
+MINICPM5 = (r"\p{N}{1,3}", WORDS.replace(r"\p{N}{1,3}", r"\p{N}+"))
 DEEPSEEK_CODER = ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CHINESE, r"\p{N}")
 _CASED = (
     "41-5A 61-7A B5 C0-D6 D8-F6 F8-1BA 1BC-1BF 1C4-293 295-2AF 370-373 376 377 37B-37D 37F 386 388-38A 38C 38E-3A1 "
@@ -101,12 +106,16 @@ SPLITTERS: Mapping[str, Splitter] = {
     "default": Splitter((PUNCTUATION.replace("`", ""), GPT2, r"\p{N}+", THREE_DIGITS)),
     "falcon": Splitter((PUNCTUATION, GPT2, THREE_DIGITS)),
     **dict.fromkeys(("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), _LLAMA3),
+    "viking": Splitter(VIKING),
+    "seed-coder": Splitter((SEED_CODER,)),
+    "minicpm5": Splitter(MINICPM5, whole_words=True),
     **dict.fromkeys(("phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "granite-docling", "gigachat"), _GPT2),
+    **dict.fromkeys(("mellum", "a.x-4.0"), _GPT2),
     **dict.fromkeys(("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"), _DIGITS),
-    **dict.fromkeys(("deepseek-r1-qwen", "megrez"), _QWEN2),
+    **dict.fromkeys(("deepseek-r1-qwen", "megrez", "kormo", "f2llmv2"), _QWEN2),
     **dict.fromkeys(("stablelm2", "hunyuan", "solar-open"), Splitter((QWEN2,))),
     **dict.fromkeys(("smaug-bpe", "glm4", "chatglm-bpe"), Splitter((WORDS,))),
-    "llama4": Splitter((GPT4O,)),
+    **dict.fromkeys(("llama4", "kanana2", "talkie"), Splitter((GPT4O,))),
 }
 """The names that are written come first; others mean the same as one of them."""
 

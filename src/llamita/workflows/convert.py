@@ -127,6 +127,7 @@ def read_model(source: Path, config: ConvertConfig, tools: Tools) -> tuple[str, 
     if source.is_dir() or not source.exists():
         directory = model_directory.resolve_model_directory(source)
         shape, shards = model_directory.load_config(directory), directory / model_directory.SHARDS
+        shape = model_directory.with_end_tokens(shape, model_directory.end_tokens(directory, shape))
         in_parts = shards.is_dir()
         arrays = tools.backend.read_shards(shards)[0] if in_parts else model_directory.load_tensors(directory)
         if shape.quantization:

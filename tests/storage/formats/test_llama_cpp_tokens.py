@@ -28,7 +28,7 @@ TEXTS = [
 ]
 NORMALIZED = ["cafe\u0301", "e\u0301 A\u030a"]  # Qwen's files bring these to NFC, llama.cpp does not
 MARKS = ["हिन्दी"]  # the models' own pattern keeps marks with their letters, llama.cpp's spelling of it does not
-EXCEPTIONS = {"tekken": MARKS, "gpt-4o": MARKS, "llama4": MARKS}
+EXCEPTIONS = dict.fromkeys(("tekken", "gpt-4o", "llama4", "kanana2", "talkie"), MARKS)
 
 
 def made(name, path):

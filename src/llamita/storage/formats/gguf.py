@@ -39,11 +39,11 @@ def write_model(path: Path, model: ForeignModel, numbers: NumberType = "f32", na
     if config.num_labels or layout is None or (config.sliding_window and not layout.numbers):
         key = "num_labels" if config.num_labels else "sliding_window"
         raise ValueError(f"llama.cpp runs no model of this architecture with {key}={getattr(config, key)}")
-    for name, implied in layout.read(dataclasses.asdict(config)).items():
-        if name not in layout.numbers.values() and getattr(config, name) != implied:
+    for switch, implied in layout.read(dataclasses.asdict(config)).items():
+        if switch not in layout.numbers.values() and getattr(config, switch) != implied:
             raise ValueError(
                 f"a GGUF file of the architecture {layout.architecture} cannot hold a model with "
-                f"{name}={getattr(config, name)!r}; llama.cpp's code has {implied!r} there"
+                f"{switch}={getattr(config, switch)!r}; llama.cpp's code has {implied!r} there"
             )
     scaling = config.rope_scaling
     if scaling is not None and (scaling.attention_factor, scaling.mscale, scaling.truncate) != (None, None, True):
@@ -63,8 +63,8 @@ def write_model(path: Path, model: ForeignModel, numbers: NumberType = "f32", na
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_rope_dimension_count(config.head_dim)
-    for key, name in layout.numbers.items():
-        number = getattr(config, name)
+    for key, switch in layout.numbers.items():
+        number = getattr(config, switch)
         add = writer.add_uint32 if isinstance(number, int) else writer.add_float32
         add(f"{layout.architecture}.{key}", number)
     if scaling is not None and scaling.rope_type != "llama3":
