@@ -25,6 +25,10 @@ HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<rev
 SHARDS = "shards"  # where a checkpoint of several processes has its arrays in parts
 ADAPTER_CONFIG = "adapter_config.json"  # a directory that has it holds an adapter over another model
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What torch.compile, FSDP and recomputation put into names, wherever the part that they wrap begins."""
+OUTER = ("module.", "base_model.")
+"""What data parallelism, and PEFT, put before all names."""
 
 
 def save_tensors(directory: Path | str, tensors: Mapping[str, HostArray], name: str = "model") -> None:
@@ -60,15 +64,17 @@ def stream_tensors(
 def load_tensors(directory: Path | str, name: str = "model") -> dict[str, HostArray]:
     """Map `<name>.safetensors`, or the shards that its index lists; nothing is copied.
 
-    A GGUF file's are read too. Raises FileNotFoundError where neither exists, ValueError (naming the file) for a
-    broken one.
+    A model's have canonical names: what wrapped it when it was saved, a missing `model.` or a second one are settled
+    (`canonical_name`). A GGUF file's are read too. Raises FileNotFoundError where neither exists, ValueError (naming
+    the file) for a broken one.
     """
     directory = Path(directory)
     if is_gguf(directory):
         return gguf.load_tensors(directory)
     single, index_file = directory / f"{name}.safetensors", directory / f"{name}.safetensors.index.json"
     if single.is_file():
-        return _with_embedding(directory, read_safetensors(single))
+        found = read_safetensors(single)
+        return _as_model(directory, found) if name == "model" else found
     if not index_file.is_file():
         if name == "model" and (directory / ADAPTER_CONFIG).is_file():
             raise ValueError(
@@ -97,11 +103,28 @@ def load_tensors(directory: Path | str, name: str = "model") -> dict[str, HostAr
     faults += [f"no shard holds {key}" for key in sorted(weight_map.keys() - result.keys())]
     if faults:
         raise ValueError(f"{index_file} and its shards disagree: {shortened(faults)}")
-    return _with_embedding(directory, result)
+    return _as_model(directory, result) if name == "model" else result
 
 
-def _with_embedding(directory: Path, arrays: dict[str, HostArray]) -> dict[str, HostArray]:
-    """The arrays, with the embedding of a tied model whose file has it under the head's name alone."""
+def canonical_name(name: str) -> str:
+    """Returns the name that transformers gives a parameter which was saved with what wrapped its model, from the model
+    without its head (no `model.` before it), or with that twice."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    while outer := next((outer for outer in OUTER if name.startswith(outer)), ""):
+        name = name.removeprefix(outer)
+    if name.startswith(("embed_tokens.", "layers.", "norm.")):
+        return f"model.{name}"
+    return name.removeprefix("model.") if name.startswith(("model.model.", "model.lm_head.", "model.score.")) else name
+
+
+def _as_model(directory: Path, found: dict[str, HostArray]) -> dict[str, HostArray]:
+    """The arrays of a model under canonical names, with the embedding of a tied model whose file has it under the
+    head's name alone. One whose canonical name another has already keeps its own, and is refused by it."""
+    arrays: dict[str, HostArray] = {}
+    for name in sorted(found, key=lambda name: canonical_name(name) != name):
+        canonical = canonical_name(name)
+        arrays[name if canonical in arrays else canonical] = found[name]
     file = directory / "config.json"
     if OUTPUT_HEAD not in arrays or EMBEDDING in arrays or not file.is_file():
         return arrays
