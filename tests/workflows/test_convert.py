@@ -1,6 +1,7 @@
 """Conversions end to end: every route there and back, the gate that refuses a wrong copy, and the library's face."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,25 @@ def test_metas_directory(source, tmp_path):
     (meta / "consolidated.00.pth").unlink()
     with pytest.raises(FileNotFoundError, match=r"no consolidated"):
         convert(meta, tmp_path / "again", ConvertConfig(), TOOLS)
+
+
+def test_how_to_generate_goes_along(source, tmp_path):
+    """An end that generation_config.json alone names, and the defaults of sampling."""
+    shutil.copytree(source, tmp_path / "model")
+    given = {"eos_token_id": [2, 7], "do_sample": True, "temperature": 0.6, "pad_token_id": None}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(given))
+    convert(tmp_path / "model", tmp_path / "copy", ConvertConfig(), TOOLS)
+    found = json.loads((tmp_path / "copy" / "generation_config.json").read_text())
+    assert found == {"bos_token_id": 1, "eos_token_id": [2, 7], "do_sample": True, "temperature": 0.6}
+
+
+def test_mistrals_directory_is_hugging_faces_beside_its_own_form(source, tmp_path):
+    shutil.copytree(source, tmp_path / "model")
+    (tmp_path / "model" / "params.json").write_text('{"dim": 32, "n_layers": 2}')
+    (tmp_path / "model" / "consolidated.safetensors").write_bytes(b"not read")
+    done = convert(tmp_path / "model", tmp_path / "copy", ConvertConfig(), TOOLS)
+    assert (done.kind, done.has_tokenizer) == ("Hugging Face directory", True)
+    assert arrays(tmp_path / "copy") == arrays(source)
 
 
 def test_metas_llama_3_has_a_rank_file_for_a_tokenizer(tmp_path):

@@ -15,7 +15,7 @@ import itertools
 from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Literal, cast, overload
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 
@@ -55,11 +55,14 @@ class LLM:
         drafter: Drafter | None = None,
         adapters: Collection[str] = (),
         calibration: Calibration = Calibration(),  # noqa: B008 - it is frozen
+        generation: Mapping[str, Any] | None = None,
     ) -> None:
         self.runner = runner
         self.tokenizer = tokenizer
         self.calibration = calibration
         """The temperatures that were fitted to this model's label likelihoods; decisions follow them."""
+        self.generation = generation or {}
+        """What the model's generation_config.json says."""
         self.engine = Engine(runner, tokenizer, eos_token_ids, engine, drafter, adapters)
         self.service = Service(self.engine)
         self._ids = itertools.count()
@@ -112,8 +115,9 @@ class LLM:
                 f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens and the model embeddings for "
                 f"{runner.config.vocab_size}; one of them is another model's"
             )
-        ends = _end_tokens(directory, runner.config)
-        return cls(runner, tokenizer, ends, engine, drafter, tuple(places), calibration.load(directory))
+        generation = peft_directory.generation_config(directory)
+        ends = model_directory.end_tokens(runner.config, generation)
+        return cls(runner, tokenizer, ends, engine, drafter, tuple(places), calibration.load(directory), generation)
 
     @property
     def config(self) -> ModelConfig:
@@ -127,7 +131,8 @@ class LLM:
         """
         arrays = self.runner.weights()
         with files.atomic_directory(path, overwrite) as directory:
-            model_directory.save_config(directory, self.config, next(iter(arrays.values())).dtype)
+            dtype = next(iter(arrays.values())).dtype
+            model_directory.save_config(directory, self.config, dtype, self.generation)
             model_directory.save_tensors(directory, arrays)
             if self.tokenizer is not None:
                 self.tokenizer.save(directory)
@@ -321,19 +326,6 @@ class LLM:
 def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
     """Returns whether this is one prompt (a text, or token ids) rather than a sequence of prompts, maybe empty."""
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
-
-
-def _end_tokens(directory: Path, config: ModelConfig) -> tuple[int, ...]:
-    """Returns the ids that end a text: those of `config.json`, and any that `generation_config.json` adds."""
-    ends = dict.fromkeys(config.eos_token_ids)
-    file = directory / "generation_config.json"
-    if file.is_file():
-        value = files.read_json(file).get("eos_token_id")
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token_id) is int for token_id in ids):
-            raise ValueError(f"{file}: eos_token_id={value!r} must be a token id, or several")
-        ends |= dict.fromkeys(ids)
-    return tuple(ends)
 
 
 def _texts(events: Iterator[TokenEvent]) -> Iterator[str]:

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 
@@ -23,6 +24,7 @@ from llamita.storage.safetensors import Layout, layout_of, read_safetensors, siz
 MAX_SHARD_BYTES = 5_000_000_000
 HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 SHARDS = "shards"  # where a checkpoint of several processes has its arrays in parts
+GENERATION = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"  # a directory that has it holds an adapter over another model
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -147,16 +149,38 @@ def _shard(directory: Path, name: str, index_file: Path) -> Path:
 # --- model directories -----------------------------------------------------------------------------------------------
 
 
-def save_config(directory: Path | str, config: ModelConfig, dtype: str = "F32") -> None:
+def save_config(
+    directory: Path | str, config: ModelConfig, dtype: str = "F32", generation: Mapping[str, Any] | None = None
+) -> None:
     """Write `config.json` and `generation_config.json`; `dtype` is the safetensors name of the weights' type.
 
-    What is not quantised in a quantised model is bfloat16, whatever the type of its first array.
+    `generation` is what the model's `generation_config.json` said before, which goes along; where it names no special
+    tokens, they are the config's. What is not quantised in a quantised model is bfloat16, whatever the type of its
+    first array.
     """
     directory = Path(directory)
     values = config.to_dict("bfloat16" if config.quantization else DTYPE_NAMES[dtype])
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     tokens = {k: values[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if values[k] is not None}
-    (directory / "generation_config.json").write_text(json.dumps(tokens, indent=2) + "\n")
+    given = {key: value for key, value in (generation or {}).items() if value is not None}
+    (directory / GENERATION).write_text(json.dumps({**tokens, **given}, indent=2) + "\n")
+
+
+def load_generation_config(directory: Path | str) -> dict[str, Any]:
+    """Returns what a model's `generation_config.json` says; empty where there is none."""
+    file = Path(directory) / GENERATION
+    values = read_json(file) if file.is_file() else {}
+    ends = values.get("eos_token_id")
+    if not all(type(token_id) is int for token_id in (ends if isinstance(ends, list) else [ends or 0])):
+        raise ValueError(f"{file}: eos_token_id={ends!r} must be a token id, or several")
+    return values
+
+
+def end_tokens(config: ModelConfig, generation: Mapping[str, Any]) -> tuple[int, ...]:
+    """Returns the ids that end a text: those of `config.json`, and any that `generation_config.json` adds."""
+    ends = generation.get("eos_token_id")
+    added = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return tuple(dict.fromkeys((*config.eos_token_ids, *added)))
 
 
 def load_config(directory: Path | str) -> ModelConfig:

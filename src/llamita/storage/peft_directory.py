@@ -176,6 +176,12 @@ def place_of(directory: Path, *names: str) -> Path:
     return directory
 
 
+def generation_config(directory: Path) -> dict[str, Any]:
+    """Returns what a model's `generation_config.json` says; an adapter's own goes over that of its base."""
+    base = generation_config(base_directory(directory)) if is_adapter(directory) else {}
+    return base | model_directory.load_generation_config(directory)
+
+
 def _arrays(directory: Path) -> dict[str, HostArray]:
     """The values under canonical names."""
     if not (directory / f"{VALUES}.safetensors").is_file():

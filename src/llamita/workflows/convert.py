@@ -96,7 +96,7 @@ def convert(source: Path, destination: Path, config: ConvertConfig, tools: Tools
         raise ValueError(f"{source} has no tokenizer to write to {config.tokenizer_output}; --tokenizer adds one")
     keep = files.atomic_directory if config.to == "huggingface" else files.atomic_file
     with keep(destination, config.overwrite) as temporary:
-        _write(temporary, model, config.to, tools, destination.stem)
+        _write(temporary, model, config.to, tools, destination.stem, _generation(source))
         if config.to == "huggingface":
             calibration.save(temporary, _calibration(source))
         again = read_model(temporary, config, tools)[1]
@@ -116,13 +116,25 @@ def convert(source: Path, destination: Path, config: ConvertConfig, tools: Tools
 
 def _calibration(source: Path) -> Calibration:
     """Returns the temperatures stored with a source that Llamita runs, none of any other."""
-    runs = is_gguf(source) or (not source.is_file() and not (source / "params.json").is_file())
+    runs = is_gguf(source) or not (source.is_file() or _is_metas(source))
     return calibration.load(model_directory.resolve_model_directory(source)) if runs else Calibration()
+
+
+def _generation(source: Path) -> dict[str, Any]:
+    """Returns what a model directory says of how to generate; nothing of a source of another kind."""
+    if source.is_file() or _is_metas(source):
+        return {}
+    return model_directory.load_generation_config(model_directory.resolve_model_directory(source))
+
+
+def _is_metas(source: Path) -> bool:
+    """Whether a directory is one of Meta's; one that has a config.json too is Hugging Face's (Mistral publishes so)."""
+    return (source / "params.json").is_file() and not (source / "config.json").is_file()
 
 
 def read_model(source: Path, config: ConvertConfig, tools: Tools) -> tuple[str, ForeignModel]:
     """The model of a source and its kind, told by what is in it."""
-    if source.is_dir() and (source / "params.json").is_file():
+    if _is_metas(source):
         return "Meta's checkpoint", _read_meta(source, tools)
     if source.is_dir() or not source.exists():
         directory = model_directory.resolve_model_directory(source)
@@ -169,9 +181,11 @@ def compare(model: ForeignModel, other: ForeignModel, tools: Tools) -> float:
     return float(np.sqrt(((logits - others) ** 2).mean() / (logits**2).mean()))
 
 
-def _write(path: Path, model: ForeignModel, target: Target, tools: Tools, name: str) -> None:
+def _write(
+    path: Path, model: ForeignModel, target: Target, tools: Tools, name: str, generation: Mapping[str, Any]
+) -> None:
     if target == "huggingface":
-        model_directory.save_config(path, model.config, next(iter(model.arrays.values())).dtype)
+        model_directory.save_config(path, model.config, next(iter(model.arrays.values())).dtype, generation)
         model_directory.save_tensors(path, model.arrays)
         if model.tokenizer is not None:
             model.tokenizer.save(path)
