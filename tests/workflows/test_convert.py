@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import llamita
 from llamita.backend.torch.backend import BACKEND
@@ -87,6 +88,24 @@ def test_metas_directory(source, tmp_path):
         convert(meta, tmp_path / "again", ConvertConfig(), TOOLS)
 
 
+def test_metas_files_in_other_forms(source, tmp_path):
+    """Tables of complex numbers, a name without a number, Mistral's safetensors."""
+    convert(source, tmp_path / "m.pt", ConvertConfig(to="llama2c-pt"), TOOLS)
+    content = torch.load(tmp_path / "m.pt", weights_only=True)
+    parameters = json.dumps({**content["model_args"], "norm_eps": 1e-5})
+    table = {"freqs_cis": torch.ones(4, 4, dtype=torch.complex64)}
+    for name in ("consolidated.00.pth", "consolidated.pth", "consolidated.safetensors"):
+        meta = tmp_path / name.replace(".", " ")
+        meta.mkdir()
+        (meta / "params.json").write_text(parameters)
+        if name.endswith(".pth"):
+            torch.save(content["model"] | table, meta / name)
+        else:
+            save_file({key: value.clone() for key, value in content["model"].items()}, meta / name)
+        assert not convert(meta, tmp_path / "out", ConvertConfig(overwrite=True), TOOLS).has_tokenizer
+        assert arrays(tmp_path / "out") == arrays(source)
+
+
 def test_how_to_generate_goes_along(source, tmp_path):
     """An end that generation_config.json alone names, and the defaults of sampling."""
     shutil.copytree(source, tmp_path / "model")
@@ -133,6 +152,13 @@ def test_metas_llama_3_has_a_rank_file_for_a_tokenizer(tmp_path):
     write_ranks(meta / "tokenizer.model", RANKS | {b"one more": ranks})
     with pytest.raises(ValueError, match=f"the tokenizer has {size + 1} tokens and the model {size} embeddings"):
         convert(meta, tmp_path / "too large", ConvertConfig(), TOOLS)
+    # Llama 1 and 2 came with one tokenizer for all sizes, a directory above; another model's is left there.
+    (meta / "tokenizer.model").rename(tmp_path / "tokenizer.model")
+    assert not convert(meta, tmp_path / "without", ConvertConfig(), TOOLS).has_tokenizer
+    (tmp_path / "tokenizer.model").write_bytes(b"broken")
+    assert not convert(meta, tmp_path / "without", ConvertConfig(overwrite=True), TOOLS).has_tokenizer
+    write_ranks(tmp_path / "tokenizer.model")
+    assert convert(meta, tmp_path / "with", ConvertConfig(), TOOLS).has_tokenizer
 
 
 @pytest.mark.parametrize("width", [128, 640])

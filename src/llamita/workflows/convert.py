@@ -199,16 +199,21 @@ def _write(
 
 
 def _read_meta(source: Path, tools: Tools) -> ForeignModel:
-    shards = sorted(source.glob("consolidated.*.pth"))
+    shards = sorted(source.glob("consolidated*.pth")) or sorted(source.glob("consolidated*.safetensors"))
     if not shards:
-        raise FileNotFoundError(f"{source} has params.json and no consolidated.*.pth beside it")
-    contents = [tools.read_pickle(shard) for shard in shards]
+        raise FileNotFoundError(
+            f"{source} has params.json and no consolidated.*.pth beside it, nor Mistral's consolidated.safetensors"
+        )
+    contents = [
+        safetensors.read_safetensors(shard) if shard.suffix == ".safetensors" else tools.read_pickle(shard)
+        for shard in shards
+    ]
     if not all(isinstance(content, Mapping) for content in contents):
         raise ValueError(f"{source}: consolidated.*.pth must hold a dictionary of arrays each")
     model = checkpoints.from_meta_shards(source, files.read_json(source / "params.json"), contents)
-    if not (source / "tokenizer.model").is_file():
+    tokenizer = _meta_tokenizer(source, model.config.vocab_size)
+    if tokenizer is None:
         return model
-    tokenizer = Tokenizer.load(source / "tokenizer.model")
     # Llama 3's code ends a text at the end of a turn too.
     ends = (tokenizer.eos_id, tokenizer.codec.special_tokens.get(tiktoken_ranks.END_OF_TURN))
     ids = tuple(token_id for token_id in ends if token_id is not None)
@@ -216,3 +221,15 @@ def _read_meta(source: Path, tools: Tools) -> ForeignModel:
     return replace(
         model, tokenizer=tokenizer, config=replace(model.config, bos_token_id=tokenizer.bos_id, eos_token_id=eos)
     )
+
+
+def _meta_tokenizer(source: Path, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of Meta's model; Llama 1 and 2 came with one file for all sizes, a directory above."""
+    if (source / "tokenizer.model").is_file():
+        return Tokenizer.load(source / "tokenizer.model")
+    above = source.resolve().parent / "tokenizer.model"
+    try:
+        tokenizer = Tokenizer.load(above) if above.is_file() else None
+    except ValueError:
+        return None  # whatever it is, it is not this model's
+    return tokenizer if tokenizer is not None and tokenizer.vocab_size == vocab_size else None
