@@ -75,6 +75,8 @@ class RopeScaling:
         for name in ("beta_fast", "beta_slow"):
             if not known.get(name):
                 known.pop(name, None)  # 0 stands for the usual value
+        if "truncate" in values:
+            known["truncate"] = bool(values["truncate"])  # null is false
         if kind == "linear":
             known.pop("original_max_position_embeddings", None)
         else:

@@ -71,6 +71,8 @@ EDITS: dict[str, tuple[str, dict[str, Any]]] = {
     "yarn, betas of nought": (
         "llama", {"rope_parameters": {**YARN, "beta_fast": 0, "beta_slow": None, "rope_theta": 10000.0}},
     ),
+    "yarn, truncate null is false": ("llama", {"rope_parameters": {**YARN, "truncate": None, "rope_theta": 10000.0}}),
+    "yarn, truncate false": ("qwen3", {"rope_parameters": ABSENT, "rope_scaling": {**YARN, "truncate": False}}),
     "no rms_norm_eps": ("llama", {"rms_norm_eps": ABSENT}),
     "no head_dim": ("llama", {"head_dim": ABSENT}),
     "no key/value heads": ("llama", {"num_key_value_heads": ABSENT}),
