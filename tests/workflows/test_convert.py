@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import llamita
 from llamita.backend.torch.backend import BACKEND
@@ -104,6 +104,26 @@ def test_metas_files_in_other_forms(source, tmp_path):
             save_file({key: value.clone() for key, value in content["model"].items()}, meta / name)
         assert not convert(meta, tmp_path / "out", ConvertConfig(overwrite=True), TOOLS).has_tokenizer
         assert arrays(tmp_path / "out") == arrays(source)
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_a_directory_of_pickled_weights(source, tmp_path, files):
+    """As transformers wrote them before safetensors, rotary tables among them; the hint where it is opened is true."""
+    shutil.copytree(source, tmp_path / "model")
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    for i in range(files):
+        part = {name: state[name] for name in list(state)[i::files]}
+        torch.save(part, tmp_path / "model" / f"pytorch_model{f'-{i + 1:05d}-of-00002' if files > 1 else ''}.bin")
+    with pytest.raises(FileNotFoundError, match=r"only `llamita convert` reads: llamita convert \S+model DIR$"):
+        llamita.load(tmp_path / "model")
+    done = convert(tmp_path / "model", tmp_path / "out", ConvertConfig(), TOOLS)
+    assert (done.kind, done.has_tokenizer) == ("Hugging Face directory", True)
+    assert arrays(tmp_path / "out") == arrays(source)
+    torch.save([1, 2], tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin must hold a dictionary of arrays"):
+        convert(tmp_path / "model", tmp_path / "other", ConvertConfig(), TOOLS)
 
 
 def test_how_to_generate_goes_along(source, tmp_path):

@@ -26,6 +26,7 @@ HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<rev
 SHARDS = "shards"  # where a checkpoint of several processes has its arrays in parts
 GENERATION = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"  # a directory that has it holds an adapter over another model
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """What torch.compile, FSDP and recomputation put into names, wherever the part that they wrap begins."""
@@ -76,7 +77,7 @@ def load_tensors(directory: Path | str, name: str = "model") -> dict[str, HostAr
     single, index_file = directory / f"{name}.safetensors", directory / f"{name}.safetensors.index.json"
     if single.is_file():
         found = read_safetensors(single)
-        return _as_model(directory, found) if name == "model" else found
+        return as_model(directory, found) if name == "model" else found
     if not index_file.is_file():
         if name == "model" and (directory / ADAPTER_CONFIG).is_file():
             raise ValueError(
@@ -88,11 +89,9 @@ def load_tensors(directory: Path | str, name: str = "model") -> dict[str, HostAr
                 f"{directory} is a checkpoint in parts, as several processes wrote it; put it together with: "
                 f"llamita convert {directory} DIR"
             )
-        pickled = sorted(file.name for file in directory.glob("*.bin")) or sorted(
-            file.name for file in directory.glob("*.pt*")
+        raise FileNotFoundError(
+            f"no {single.name} in {directory}; expected a Hugging Face model directory{_other_weights(directory)}"
         )
-        hint = f"; {pickled[0]} may be a pickled file, which only `llamita convert` reads" if pickled else ""
-        raise FileNotFoundError(f"no {single.name} in {directory}; expected a Hugging Face model directory{hint}")
     weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{index_file} has no weight_map; the download is incomplete or the file is broken")
@@ -102,10 +101,38 @@ def load_tensors(directory: Path | str, name: str = "model") -> dict[str, HostAr
         shard = read_safetensors(_shard(directory, file_name, index_file))
         faults += [f"{file_name} repeats {key} of another shard" for key in sorted(result.keys() & shard.keys())]
         result |= shard
-    faults += [f"no shard holds {key}" for key in sorted(weight_map.keys() - result.keys())]
+    # Some indexes list rotary tables, or a tied head, that were left out of the files.
+    listed = {key for key in weight_map if ".rotary_emb." not in key and key != OUTPUT_HEAD}
+    faults += [f"no shard holds {key}" for key in sorted(listed - result.keys())]
     if faults:
         raise ValueError(f"{index_file} and its shards disagree: {shortened(faults)}")
-    return _as_model(directory, result) if name == "model" else result
+    return as_model(directory, result) if name == "model" else result
+
+
+def _other_weights(directory: Path) -> str:
+    """What to do with the files of weights in a directory that has none under the usual names."""
+    if pickled := pickled_weights(directory):
+        return (
+            f"; {pickled[0].name} may be a pickled file, which only `llamita convert` reads: "
+            f"llamita convert {directory} DIR"
+        )
+    if found := sorted(file.name for file in directory.glob("*.bin")) or sorted(
+        file.name for file in directory.glob("*.pt*")
+    ):
+        return f"; {found[0]} may be a pickled file, which only `llamita convert` reads"
+    if found := sorted(file.name for file in directory.glob("*.safetensors") if file.name != ADAPTER_WEIGHTS):
+        if "-of-" in found[0]:
+            return f"; {found[0]} is one of several, and model.safetensors.index.json, which lists them, is missing"
+        return f"; if its weights are those in {found[0]}, rename that"
+    return ""
+
+
+def pickled_weights(directory: Path) -> list[Path]:
+    """The pickled files of a Hugging Face directory's weights, as transformers wrote them before safetensors; none
+    where it has safetensors."""
+    if any((directory / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
+        return []
+    return sorted(directory.glob("pytorch_model*.bin"))
 
 
 def canonical_name(name: str) -> str:
@@ -120,7 +147,7 @@ def canonical_name(name: str) -> str:
     return name.removeprefix("model.") if name.startswith(("model.model.", "model.lm_head.", "model.score.")) else name
 
 
-def _as_model(directory: Path, found: dict[str, HostArray]) -> dict[str, HostArray]:
+def as_model(directory: Path, found: Mapping[str, HostArray]) -> dict[str, HostArray]:
     """The arrays of a model under canonical names, with the embedding of a tied model whose file has it under the
     head's name alone. One whose canonical name another has already keeps its own, and is refused by it."""
     arrays: dict[str, HostArray] = {}

@@ -14,8 +14,10 @@ import numpy as np
 
 from llamita.backend.interface import Backend
 from llamita.model.config import ModelConfig
+from llamita.model.host_array import HostArray
 from llamita.storage import calibration, files, model_directory, safetensors
 from llamita.storage.calibration import Calibration
+from llamita.storage.contradictions import settled
 from llamita.storage.formats import checkpoints, gguf, llama2c, llama2c_tokenizer
 from llamita.storage.formats.foreign import ForeignModel
 from llamita.storage.gguf_header import is_gguf
@@ -140,7 +142,13 @@ def read_model(source: Path, config: ConvertConfig, tools: Tools) -> tuple[str, 
         directory = model_directory.resolve_model_directory(source)
         shape, shards = model_directory.load_config(directory), directory / model_directory.SHARDS
         in_parts = shards.is_dir()
-        arrays = tools.backend.read_shards(shards)[0] if in_parts else model_directory.load_tensors(directory)
+        if in_parts:
+            arrays = tools.backend.read_shards(shards)[0]
+        elif pickled := model_directory.pickled_weights(directory):
+            arrays = model_directory.as_model(directory, _unpickled(pickled, tools))
+            shape = settled(shape, arrays, directory)
+        else:
+            arrays = model_directory.load_tensors(directory)
         if shape.quantization:
             raise ValueError(
                 f"{directory} is quantised ({shape.quantization}); convert the model that it was made from"
@@ -166,6 +174,17 @@ def read_model(source: Path, config: ConvertConfig, tools: Tools) -> tuple[str, 
         f"{source} is no model that Llamita knows: a Hugging Face directory, a GGUF file, llama2.c's .bin or .pt, the "
         "guided course's .pt, Meta's directory of consolidated.*.pth, or mini-llama's .safetensors"
     )
+
+
+def _unpickled(files: list[Path], tools: Tools) -> dict[str, HostArray]:
+    """The arrays in all pickled files of a model's weights."""
+    arrays: dict[str, HostArray] = {}
+    for file in files:
+        content = tools.read_pickle(file)
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{file} must hold a dictionary of arrays")
+        arrays |= {str(name): array for name, array in content.items() if isinstance(array, HostArray)}
+    return arrays
 
 
 def compare(model: ForeignModel, other: ForeignModel, tools: Tools) -> float:
