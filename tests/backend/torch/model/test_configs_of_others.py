@@ -64,6 +64,9 @@ EDITS: dict[str, tuple[str, dict[str, Any]]] = {
     "the first length beside": (
         "llama", {"rope_parameters": ABSENT, "rope_scaling": LLAMA3, "original_max_position_embeddings": 128},
     ),
+    "a first length that is written as 32.0": (
+        "llama", {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 32.0, "rope_theta": 10000.0}},
+    ),
     "no first length": (
         "llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}},
     ),
