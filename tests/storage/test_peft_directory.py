@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from llamita.backend.torch.infer.runner import load_runner
 from llamita.cli.main import main
@@ -83,6 +84,15 @@ def test_logits_are_pefts_and_those_of_the_merged_model_too(name, tmp_path, caps
     np.testing.assert_allclose(theirs, expected, atol=1e-4 * np.abs(expected).max())
     tied = model_directory.load_config(tmp_path / "merged").tie_word_embeddings
     assert tied == (name in ("both of a tied model, tied", "more tokens of a tied model"))
+
+
+@pytest.mark.parametrize("place", ["", "base_model.model."])
+def test_names_of_a_compiled_model(place, tmp_path):
+    expected = made(tmp_path, modules_to_save=["norm"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name.replace(place, f"{place}_orig_mod.", 1): array for name, array in load_file(file).items()}, file)
+    ours = load_runner(tmp_path / "adapter").forward(TOKENS)["logits"]
+    np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_a_head_of_its_own_is_not_served_beside_others(tmp_path):

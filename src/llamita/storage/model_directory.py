@@ -138,13 +138,19 @@ def pickled_weights(directory: Path) -> list[Path]:
 def canonical_name(name: str) -> str:
     """Returns the name that transformers gives a parameter which was saved with what wrapped its model, from the model
     without its head (no `model.` before it), or with that twice."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
+    name = unwrapped(name)
     while outer := next((outer for outer in OUTER if name.startswith(outer)), ""):
         name = name.removeprefix(outer)
     if name.startswith(("embed_tokens.", "layers.", "norm.")):
         return f"model.{name}"
     return name.removeprefix("model.") if name.startswith(("model.model.", "model.lm_head.", "model.score.")) else name
+
+
+def unwrapped(name: str) -> str:
+    """Returns a name without what wrapped the model, or parts of it."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def as_model(directory: Path, found: Mapping[str, HostArray]) -> dict[str, HostArray]:

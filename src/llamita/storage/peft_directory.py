@@ -199,7 +199,8 @@ def _arrays(directory: Path) -> dict[str, HostArray]:
         hint = "; adapter_model.bin is a pickled file, which is not read: save it as safetensors"
         raise FileNotFoundError(f"no {VALUES}.safetensors in {directory}{hint if pickled.is_file() else ''}")
     result = {}
-    for name, array in safetensors.read_safetensors(directory / f"{VALUES}.safetensors").items():
+    for saved, array in safetensors.read_safetensors(directory / f"{VALUES}.safetensors").items():
+        name = model_directory.unwrapped(saved)
         if not name.startswith(PREFIX):
             raise ValueError(f"{directory} holds {name}; the names of an adapter begin with {PREFIX}")
         if ".original_module." in name:

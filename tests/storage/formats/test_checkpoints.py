@@ -52,7 +52,7 @@ def meta_state(ours: ForeignModel, course: bool = False) -> dict[str, HostArray]
     return {name: HostArray.from_numpy(np.ascontiguousarray(array)) for name, array in state.items()}
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module."])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
 @pytest.mark.parametrize("course", [False, True])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_training_checkpoint_is_read(prefix, course, tied):
@@ -60,6 +60,8 @@ def test_a_training_checkpoint_is_read(prefix, course, tied):
     state = {prefix + name: array for name, array in meta_state(ours, course).items()}
     content = {"model_args": ARGUMENTS | {"dropout": 0.0}, "model": state, "iter_num": 5}
     assert equal(checkpoints.from_training_checkpoint(SOURCE, content), ours)
+    blocks = {name.replace("layers.0.", "layers.0._orig_mod."): array for name, array in state.items()}
+    assert equal(checkpoints.from_training_checkpoint(SOURCE, content | {"model": blocks}), ours)
     content["model_args"] = ARGUMENTS | {"rope_theta": 500.0}
     assert checkpoints.from_training_checkpoint(SOURCE, content).config.rope_theta == 500.0
 

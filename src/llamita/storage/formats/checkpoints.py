@@ -26,6 +26,7 @@ from llamita.storage.formats.foreign import (
     to_meta_names,
     untied_where_different,
 )
+from llamita.storage.model_directory import unwrapped
 
 MINI_LLAMA_LAYER = {
     "pre_norm": "input_layernorm",
@@ -58,7 +59,7 @@ META_KEYS = frozenset(
 """Keys of a `params.json` that are read or change nothing."""
 META_OTHER = re.compile(r"vision|moe|expert|quant|lora|yarn|rope|qk_norm|nope|chunk|bias", re.IGNORECASE)
 """Finds, in the names of other keys, mathematics beyond this architecture."""
-PREFIXES = ("_orig_mod.", "module.", "llama.")  # of torch.compile, of data parallelism, of the course's classifier
+PREFIXES = ("module.", "llama.")  # of data parallelism, of the course's classifier
 
 
 def from_training_checkpoint(source: Path, content: Any) -> ForeignModel:
@@ -259,6 +260,7 @@ def _fitted(config: ModelConfig, arrays: Mapping[str, HostArray], source: Path) 
 
 
 def _bare(name: str) -> str:
+    name = unwrapped(name)
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return name
