@@ -116,7 +116,7 @@ class LLM:
                 f"{runner.config.vocab_size}; one of them is another model's"
             )
         generation = peft_directory.generation_config(directory)
-        ends = model_directory.end_tokens(runner.config, generation)
+        ends = _end_tokens(runner.config, generation)
         return cls(runner, tokenizer, ends, engine, drafter, tuple(places), calibration.load(directory), generation)
 
     @property
@@ -326,6 +326,13 @@ class LLM:
 def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
     """Returns whether this is one prompt (a text, or token ids) rather than a sequence of prompts, maybe empty."""
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
+
+
+def _end_tokens(config: ModelConfig, generation: Mapping[str, Any]) -> tuple[int, ...]:
+    """Returns the ids that end a text: those of `config.json`, and any that `generation_config.json` adds."""
+    ends = generation.get("eos_token_id")
+    added = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return tuple(dict.fromkeys((*config.eos_token_ids, *added)))
 
 
 def _texts(events: Iterator[TokenEvent]) -> Iterator[str]:

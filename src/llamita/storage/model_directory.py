@@ -209,13 +209,6 @@ def load_generation_config(directory: Path | str) -> dict[str, Any]:
     return values
 
 
-def end_tokens(config: ModelConfig, generation: Mapping[str, Any]) -> tuple[int, ...]:
-    """Returns the ids that end a text: those of `config.json`, and any that `generation_config.json` adds."""
-    ends = generation.get("eos_token_id")
-    added = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    return tuple(dict.fromkeys((*config.eos_token_ids, *added)))
-
-
 def load_config(directory: Path | str) -> ModelConfig:
     """Read `config.json`; keys that Llamita does not know are named in a warning.
 
