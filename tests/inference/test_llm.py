@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,20 @@ def test_generation_config_may_name_more_end_tokens(
     ended = other.generate([1, 40, 41], SamplingParams(seed=4, max_tokens=40))
     assert ended.finish_reason == "stop"
     assert ended.token_ids == tokens[: first + 1]
+
+
+def test_a_saved_model_generates_as_before(tiny_model: Path, runner: TorchRunner, llm: LLM, tmp_path: Path) -> None:
+    """Its ends and its defaults of sampling are in generation_config.json alone, as transformers reads it too."""
+    tokens = llm.generate([1, 40, 41], FREE).token_ids
+    first = next(i for i, token in enumerate(tokens) if i > 3 and token not in tokens[:i])
+    shutil.copytree(tiny_model, tmp_path / "model")
+    given = {"eos_token_id": [2, tokens[first]], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(given))
+    LLM.load(tmp_path / "model", backend="torch", device="cpu").save(tmp_path / "copy")
+    again = LLM.load(tmp_path / "copy", backend=Opens(runner)).generate([1, 40, 41], replace(FREE, ignore_eos=False))
+    assert again.token_ids == tokens[: first + 1]
+    theirs = pytest.importorskip("transformers").GenerationConfig.from_pretrained(tmp_path / "copy")
+    assert (theirs.eos_token_id, theirs.temperature, theirs.top_p) == ([2, tokens[first]], 0.6, 0.9)
 
 
 def test_what_cannot_be_served_is_refused_before_the_first_token(llm: LLM) -> None:

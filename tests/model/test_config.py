@@ -105,6 +105,22 @@ def test_shapes_that_cannot_be_built_are_refused(changes, words):
         ({"rope_parameters": {"rope_type": "linear", "factor": math.inf}}, "factor=inf must be a finite number"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "quantization={'group_size': 64, 'bits': 4} in config.json"),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"bits": 8}}}},
+            "quantization_config={'quant_method': 'compressed-tensors'} in config.json is not supported",
+        ),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": None}, "query_pre_attn_scalar=None must be a finite number"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": -4}, "query_pre_attn_scalar=-4 must be a finite number"),
+        ({"model_type": "granite", "attention_multiplier": 0}, "attention_multiplier=0 must be a finite number above"),
+        (
+            {
+                "model_type": "mistral",
+                "sliding_window": 8,
+                "layer_types": ["full_attention", "sliding_attention"],
+            },
+            "layer_types in config.json mixes kinds of attention",
+        ),
         ({"sliding_window": 32}, "sliding_window=32"),
         (
             {

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from llamita.model.host_array import HostArray
 from llamita.model.presets import preset
-from llamita.storage import files, model_directory
+from llamita.storage import files, model_directory, safetensors
 
 
 def arrays():
@@ -121,6 +121,33 @@ def test_a_file_is_replaced_in_one_step(tmp_path):
         files.atomic_write(path, 3)
     assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
     assert path.read_bytes() == b"new"
+
+
+def test_an_index_may_list_what_a_model_does_not_need(tmp_path):
+    """Rotary tables and a tied head, which transformers leaves out of the files; anything else is missing."""
+    arrays = {"model.norm.weight": HostArray.from_numpy(np.ones(4, dtype=np.float32))}
+    safetensors.write_safetensors(tmp_path / "model-00001-of-00001.safetensors", arrays)
+    for more, words in ((("model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.weight"), ""), (("x",), "holds x")):
+        listed = dict.fromkeys((*arrays, *more), "model-00001-of-00001.safetensors")
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+        if words:
+            with pytest.raises(ValueError, match=words):
+                model_directory.load_tensors(tmp_path)
+        else:
+            assert list(model_directory.load_tensors(tmp_path)) == ["model.norm.weight"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model.fp16.safetensors", "if its weights are those in model.fp16.safetensors, rename that"),
+        ("model-00001-of-00002.safetensors", "model.safetensors.index.json, which lists them, is missing"),
+    ],
+)
+def test_weights_under_another_name_are_named(tmp_path, name, words):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=words):
+        model_directory.load_tensors(tmp_path)
 
 
 def test_a_user_s_path_finds_its_model(tmp_path):

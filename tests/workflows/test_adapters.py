@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 
+import llamita
 from llamita.backend.objectives import NextToken
 from llamita.backend.torch.infer.runner import load_runner
 from llamita.backend.torch.model.weights import build_model, to_host_arrays
@@ -128,6 +129,27 @@ def test_an_adapter_without_config_and_tokenizer_is_measured_with_its_bases(tmp_
         assert main(["classify", "zero-shot", str(model), *words]) == 0
         found.append([line for line in capsys.readouterr().out.splitlines() if not line.startswith("recorded in")])
     assert found[0] == found[1]
+
+
+def test_an_adapter_generates_and_merges_with_the_settings_of_its_base(tmp_path, base):
+    """An end and a temperature that the base's generation_config.json alone names; the adapter as peft leaves it."""
+    shutil.copytree(base, tmp_path / "base")
+    given = {"eos_token_id": [2, 7], "do_sample": True, "temperature": 0.6}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(given))
+    tune(tmp_path / "run", tmp_path / "base", steps=2)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "run" / "last" / name, bare)
+    model = llamita.load(bare, device="cpu", backend="torch")
+    assert model.generation == given
+    assert model.engine._eos == {2, 7}
+    assert main(["merge", str(bare), "--output", str(tmp_path / "merged")]) == 0
+    theirs = pytest.importorskip("transformers").GenerationConfig.from_pretrained(tmp_path / "merged")
+    assert (theirs.eos_token_id, theirs.temperature) == ([2, 7], 0.6)
+    assert main(["merge", str(tmp_path / "run"), "--output", str(tmp_path / "of the run")]) == 0
+    own = json.loads((tmp_path / "run" / "last" / "generation_config.json").read_text())
+    assert json.loads((tmp_path / "of the run" / "generation_config.json").read_text()) == given | own
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])

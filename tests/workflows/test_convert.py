@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import llamita
 from llamita.backend.torch.backend import BACKEND
@@ -88,6 +89,63 @@ def test_metas_directory(source, tmp_path):
         convert(meta, tmp_path / "again", ConvertConfig(), TOOLS)
 
 
+def test_metas_files_in_other_forms(source, tmp_path):
+    """Tables of complex numbers, a name without a number, Mistral's safetensors."""
+    convert(source, tmp_path / "m.pt", ConvertConfig(to="llama2c-pt"), TOOLS)
+    content = torch.load(tmp_path / "m.pt", weights_only=True)
+    parameters = json.dumps({**content["model_args"], "norm_eps": 1e-5})
+    table = {"freqs_cis": torch.ones(4, 4, dtype=torch.complex64)}
+    for name in ("consolidated.00.pth", "consolidated.pth", "consolidated.safetensors"):
+        meta = tmp_path / name.replace(".", " ")
+        meta.mkdir()
+        (meta / "params.json").write_text(parameters)
+        if name.endswith(".pth"):
+            torch.save(content["model"] | table, meta / name)
+        else:
+            save_file({key: value.clone() for key, value in content["model"].items()}, meta / name)
+        assert not convert(meta, tmp_path / "out", ConvertConfig(overwrite=True), TOOLS).has_tokenizer
+        assert arrays(tmp_path / "out") == arrays(source)
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_a_directory_of_pickled_weights(source, tmp_path, files):
+    """As transformers wrote them before safetensors, rotary tables among them; the hint where it is opened is true."""
+    shutil.copytree(source, tmp_path / "model")
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    for i in range(files):
+        part = {name: state[name] for name in list(state)[i::files]}
+        torch.save(part, tmp_path / "model" / f"pytorch_model{f'-{i + 1:05d}-of-00002' if files > 1 else ''}.bin")
+    with pytest.raises(FileNotFoundError, match=r"only `llamita convert` reads: llamita convert \S+model DIR$"):
+        llamita.load(tmp_path / "model")
+    done = convert(tmp_path / "model", tmp_path / "out", ConvertConfig(), TOOLS)
+    assert (done.kind, done.has_tokenizer) == ("Hugging Face directory", True)
+    assert arrays(tmp_path / "out") == arrays(source)
+    torch.save([1, 2], tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin must hold a dictionary of arrays"):
+        convert(tmp_path / "model", tmp_path / "other", ConvertConfig(), TOOLS)
+
+
+def test_how_to_generate_goes_along(source, tmp_path):
+    """An end that generation_config.json alone names, and the defaults of sampling."""
+    shutil.copytree(source, tmp_path / "model")
+    given = {"eos_token_id": [2, 7], "do_sample": True, "temperature": 0.6, "pad_token_id": None}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(given))
+    convert(tmp_path / "model", tmp_path / "copy", ConvertConfig(), TOOLS)
+    found = json.loads((tmp_path / "copy" / "generation_config.json").read_text())
+    assert found == {"bos_token_id": 1, "eos_token_id": [2, 7], "do_sample": True, "temperature": 0.6}
+
+
+def test_mistrals_directory_is_hugging_faces_beside_its_own_form(source, tmp_path):
+    shutil.copytree(source, tmp_path / "model")
+    (tmp_path / "model" / "params.json").write_text('{"dim": 32, "n_layers": 2}')
+    (tmp_path / "model" / "consolidated.safetensors").write_bytes(b"not read")
+    done = convert(tmp_path / "model", tmp_path / "copy", ConvertConfig(), TOOLS)
+    assert (done.kind, done.has_tokenizer) == ("Hugging Face directory", True)
+    assert arrays(tmp_path / "copy") == arrays(source)
+
+
 def test_metas_llama_3_has_a_rank_file_for_a_tokenizer(tmp_path):
     """Its tokens, the special ones among them, go along to a Hugging Face directory, a GGUF file and back."""
     size, ranks = len(RANKS) + 256, len(RANKS)
@@ -115,6 +173,13 @@ def test_metas_llama_3_has_a_rank_file_for_a_tokenizer(tmp_path):
     write_ranks(meta / "tokenizer.model", RANKS | {b"one more": ranks})
     with pytest.raises(ValueError, match=f"the tokenizer has {size + 1} tokens and the model {size} embeddings"):
         convert(meta, tmp_path / "too large", ConvertConfig(), TOOLS)
+    # Llama 1 and 2 came with one tokenizer for all sizes, a directory above; another model's is left there.
+    (meta / "tokenizer.model").rename(tmp_path / "tokenizer.model")
+    assert not convert(meta, tmp_path / "without", ConvertConfig(), TOOLS).has_tokenizer
+    (tmp_path / "tokenizer.model").write_bytes(b"broken")
+    assert not convert(meta, tmp_path / "without", ConvertConfig(overwrite=True), TOOLS).has_tokenizer
+    write_ranks(tmp_path / "tokenizer.model")
+    assert convert(meta, tmp_path / "with", ConvertConfig(), TOOLS).has_tokenizer
 
 
 @pytest.mark.parametrize("width", [128, 640])

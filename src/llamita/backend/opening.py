@@ -53,12 +53,12 @@ def open_model(
     directory = model_directory.resolve_model_directory(model)
     own = peft_directory.open_adapter(directory) if peft_directory.is_adapter(directory) else None
     base = own.base if own else directory
+    config = own.adapter.config if own else model_directory.load_config(directory)
     arrays = model_directory.load_tensors(base)
     named = peft_directory.open_beside(adapters or {}, base, arrays)
     if own is not None:
         arrays = own.adapter.over(arrays)
         named[OWN] = own.adapter
-    config = own.adapter.config if own else model_directory.load_config(directory)
     reason = "asked for"
     if dtype == "auto":
         asked = model_directory.stored_dtype(base)

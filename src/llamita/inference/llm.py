@@ -15,7 +15,7 @@ import itertools
 from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Literal, cast, overload
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 
@@ -55,12 +55,15 @@ class LLM:
         drafter: Drafter | None = None,
         adapters: Collection[str] = (),
         calibration: Calibration = Calibration(),  # noqa: B008 - it is frozen
+        generation: Mapping[str, Any] | None = None,
     ) -> None:
         self.runner = runner
         self.tokenizer = tokenizer
         self.calibration = calibration
         """The temperatures that were fitted to this model's label likelihoods; decisions follow them."""
         self._ends = runner.config.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
+        self.generation = generation or {}
+        """What the model's generation_config.json says."""
         self.engine = Engine(runner, tokenizer, eos_token_ids, engine, drafter, adapters)
         self.service = Service(self.engine)
         self._ids = itertools.count()
@@ -113,8 +116,9 @@ class LLM:
                 f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens and the model embeddings for "
                 f"{runner.config.vocab_size}; one of them is another model's"
             )
-        ends = model_directory.end_tokens(directory, runner.config)
-        return cls(runner, tokenizer, ends, engine, drafter, tuple(places), calibration.load(directory))
+        generation = peft_directory.generation_config(directory)
+        ends = model_directory.end_tokens(runner.config, generation)
+        return cls(runner, tokenizer, ends, engine, drafter, tuple(places), calibration.load(directory), generation)
 
     @property
     def config(self) -> ModelConfig:
@@ -128,8 +132,8 @@ class LLM:
         """
         arrays = self.runner.weights()
         with files.atomic_directory(path, overwrite) as directory:
-            config = model_directory.with_end_tokens(self.config, self._ends)
-            model_directory.save_config(directory, config, next(iter(arrays.values())).dtype)
+            config, dtype = model_directory.with_end_tokens(self.config, self._ends), next(iter(arrays.values())).dtype
+            model_directory.save_config(directory, config, dtype, self.generation)
             model_directory.save_tensors(directory, arrays)
             if self.tokenizer is not None:
                 self.tokenizer.save(directory)

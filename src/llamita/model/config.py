@@ -391,12 +391,15 @@ def _refuse_foreign(values: Mapping[str, Any], rope: Mapping[str, Any], switches
         "use_mrope": (False,),
         "pruned_heads": ({},),
         "per_layer_config": ({},),
+        "quantization": ({},),  # mlx-lm's
     }
     if "hidden_act" not in switches:
         expected["hidden_act"] = ("silu", "swish")
     for key, allowed in expected.items():
         value = rope.get(key, values.get(key)) if key == "partial_rotary_factor" else values.get(key)
         if value is not None and value not in allowed:
+            if isinstance(value, Mapping):  # its method and the like: the rest can be long
+                value = {name: item for name, item in value.items() if isinstance(item, str | int | float)}
             has = f"; Llamita has {', '.join(map(str, allowed))}" if allowed else ""
             raise ValueError(f"{key}={value!r} in config.json is not supported{has}")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from llamita.model.rope import read_rope, rope_object
+from llamita.model.rope import check_number, read_rope, rope_object
 
 if TYPE_CHECKING:
     from llamita.model.config import ModelConfig
@@ -167,7 +167,7 @@ def _window_of_later_layers(values: Values) -> dict[str, Any]:
     if (types := _layer_types(values)) is not None:
         slides = [kind == "sliding_attention" for kind in types]
         full = len(slides) - sum(slides)
-        if slides != sorted(slides):
+        if slides != sorted(slides) or (values["model_type"] == "mistral" and 0 < full < len(slides)):
             raise ValueError("layer_types in config.json mixes kinds of attention in an order that is not supported")
     if not window or full >= values["num_hidden_layers"]:
         return {}
@@ -200,6 +200,7 @@ def _read_gemma(values: Values) -> dict[str, Any]:
         raise ValueError(f"hidden_activation={act!r} in config.json is not supported; Llamita has gelu_pytorch_tanh")
     if values.get("use_bidirectional_attention"):
         raise ValueError("use_bidirectional_attention in config.json is not supported: attention is causal here")
+    check_number("query_pre_attn_scalar", values["query_pre_attn_scalar"], 0.0)
     layers, every = values["num_hidden_layers"], 2
     if values["model_type"] != "gemma2":
         every = values.get("sliding_window_pattern") or 6
@@ -295,6 +296,15 @@ GEMMA_TENSORS = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+
+
+# --- Granite ---------------------------------------------------------------------------------------------------------
+
+
+def _read_granite(values: Values) -> dict[str, Any]:
+    if values.get("attention_multiplier") is not None:
+        check_number("attention_multiplier", values["attention_multiplier"], 0.0)
+    return _no_window(values)
 
 
 # --- SmolLM 3 --------------------------------------------------------------------------------------------------------
@@ -433,7 +443,7 @@ FAMILIES: tuple[Family, ...] = (
         ),
         switches=(*MULTIPLIERS, "attention_bias", "mlp_bias"),
         defaults=LLAMA_DEFAULTS | dict.fromkeys(MULTIPLIERS, 1.0),
-        read=_no_window,
+        read=_read_granite,
         keys=(*MULTIPLIERS, "attention_bias", "mlp_bias"),
         gguf=Gguf(
             "granite",

@@ -75,10 +75,15 @@ class RopeScaling:
         for name in ("beta_fast", "beta_slow"):
             if not known.get(name):
                 known.pop(name, None)  # 0 stands for the usual value
+        if "truncate" in values:
+            known["truncate"] = bool(values["truncate"])  # null is false
         if kind == "linear":
             known.pop("original_max_position_embeddings", None)
         else:
             known.setdefault("original_max_position_embeddings", max_position_embeddings)
+        length = known.get("original_max_position_embeddings")
+        if isinstance(length, float) and length.is_integer():
+            known["original_max_position_embeddings"] = int(length)
         if kind == "yarn" and "factor" not in known:  # null: what the two lengths say
             check_count("original_max_position_embeddings", known["original_max_position_embeddings"])
             known["factor"] = max_position_embeddings / known["original_max_position_embeddings"]

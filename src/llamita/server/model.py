@@ -16,7 +16,7 @@ from llamita.inference.engine import Engine
 from llamita.inference.llm import LLM
 from llamita.model.config import ModelConfig
 from llamita.server.errors import ApiError
-from llamita.storage import files, model_directory, peft_directory
+from llamita.storage import model_directory, peft_directory
 from llamita.text.answers import AnswerFormat, answer_format
 from llamita.text.chat import Chat
 from llamita.text.tokenizer import Tokenizer
@@ -180,8 +180,7 @@ def open_model(
         classifier = Classifier.load(directory, backend, options["dtype"], options["device"], exact=options["exact"])
         return ServedModel(name, classifier=classifier, aliases=tuple(aliases))
     llm = LLM.load(directory, adapters=adapters, **options)
-    generation = read_generation_config(directory)
-    return serve_model(llm, name, template, generation, aliases=aliases, pooling=pooling)
+    return serve_model(llm, name, template, llm.generation, aliases=aliases, pooling=pooling)
 
 
 def labels_texts(path: Path | str) -> bool:
@@ -199,18 +198,18 @@ def shown_name(path: Path | str) -> str:
     return str(path)
 
 
-def read_generation_config(directory: Path) -> dict[str, Any]:
-    """Returns the contents of a model's generation_config.json; empty where there is none."""
-    file = directory / "generation_config.json"
-    return files.read_json(file) if file.is_file() else {}
-
-
 def sampling_defaults(generation: Mapping[str, Any]) -> SamplingParams:
-    """Returns the sampling parameters that a generation_config.json names; `do_sample: false` is greedy.
+    """Returns the sampling parameters that a generation_config.json names; `do_sample: false` is greedy, and a top_k of
+    -1 keeps every token, as with vLLM.
 
     ValueError for a value that is not allowed.
     """
     given = {name: generation[name] for name in DEFAULTS if generation.get(name) is not None}
     if generation.get("do_sample") is False:
         given["temperature"] = 0.0
-    return SamplingParams(**given)
+    if given.get("top_k") == -1:
+        given["top_k"] = 0
+    try:
+        return SamplingParams(**given)
+    except ValueError as error:
+        raise ValueError(f"{model_directory.GENERATION} of the model: {error}") from None

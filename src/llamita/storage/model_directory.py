@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 
@@ -24,8 +25,14 @@ from llamita.storage.safetensors import Layout, layout_of, read_safetensors, siz
 MAX_SHARD_BYTES = 5_000_000_000
 HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 SHARDS = "shards"  # where a checkpoint of several processes has its arrays in parts
+GENERATION = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"  # a directory that has it holds an adapter over another model
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja")
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What torch.compile, FSDP and recomputation put into names, wherever the part that they wrap begins."""
+OUTER = ("module.", "base_model.")
+"""What data parallelism, and PEFT, put before all names."""
 
 
 def save_tensors(directory: Path | str, tensors: Mapping[str, HostArray], name: str = "model") -> None:
@@ -61,15 +68,17 @@ def stream_tensors(
 def load_tensors(directory: Path | str, name: str = "model") -> dict[str, HostArray]:
     """Map `<name>.safetensors`, or the shards that its index lists; nothing is copied.
 
-    A GGUF file's are read too. Raises FileNotFoundError where neither exists, ValueError (naming the file) for a
-    broken one.
+    A model's have canonical names: what wrapped it when it was saved, a missing `model.` or a second one are settled
+    (`canonical_name`). A GGUF file's are read too. Raises FileNotFoundError where neither exists, ValueError (naming
+    the file) for a broken one.
     """
     directory = Path(directory)
     if is_gguf(directory):
         return gguf.load_tensors(directory)
     single, index_file = directory / f"{name}.safetensors", directory / f"{name}.safetensors.index.json"
     if single.is_file():
-        return _with_embedding(directory, read_safetensors(single))
+        found = read_safetensors(single)
+        return as_model(directory, found) if name == "model" else found
     if not index_file.is_file():
         if name == "model" and (directory / ADAPTER_CONFIG).is_file():
             raise ValueError(
@@ -81,11 +90,9 @@ def load_tensors(directory: Path | str, name: str = "model") -> dict[str, HostAr
                 f"{directory} is a checkpoint in parts, as several processes wrote it; put it together with: "
                 f"llamita convert {directory} DIR"
             )
-        pickled = sorted(file.name for file in directory.glob("*.bin")) or sorted(
-            file.name for file in directory.glob("*.pt*")
+        raise FileNotFoundError(
+            f"no {single.name} in {directory}; expected a Hugging Face model directory{_other_weights(directory)}"
         )
-        hint = f"; {pickled[0]} may be a pickled file, which only `llamita convert` reads" if pickled else ""
-        raise FileNotFoundError(f"no {single.name} in {directory}; expected a Hugging Face model directory{hint}")
     weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{index_file} has no weight_map; the download is incomplete or the file is broken")
@@ -95,14 +102,65 @@ def load_tensors(directory: Path | str, name: str = "model") -> dict[str, HostAr
         shard = read_safetensors(_shard(directory, file_name, index_file))
         faults += [f"{file_name} repeats {key} of another shard" for key in sorted(result.keys() & shard.keys())]
         result |= shard
-    faults += [f"no shard holds {key}" for key in sorted(weight_map.keys() - result.keys())]
+    # Some indexes list rotary tables, or a tied head, that were left out of the files.
+    listed = {key for key in weight_map if ".rotary_emb." not in key and key != OUTPUT_HEAD}
+    faults += [f"no shard holds {key}" for key in sorted(listed - result.keys())]
     if faults:
         raise ValueError(f"{index_file} and its shards disagree: {shortened(faults)}")
-    return _with_embedding(directory, result)
+    return as_model(directory, result) if name == "model" else result
 
 
-def _with_embedding(directory: Path, arrays: dict[str, HostArray]) -> dict[str, HostArray]:
-    """The arrays, with the embedding of a tied model whose file has it under the head's name alone."""
+def _other_weights(directory: Path) -> str:
+    """What to do with the files of weights in a directory that has none under the usual names."""
+    if pickled := pickled_weights(directory):
+        return (
+            f"; {pickled[0].name} may be a pickled file, which only `llamita convert` reads: "
+            f"llamita convert {directory} DIR"
+        )
+    if found := sorted(file.name for file in directory.glob("*.bin")) or sorted(
+        file.name for file in directory.glob("*.pt*")
+    ):
+        return f"; {found[0]} may be a pickled file, which only `llamita convert` reads"
+    if found := sorted(file.name for file in directory.glob("*.safetensors") if file.name != ADAPTER_WEIGHTS):
+        if "-of-" in found[0]:
+            return f"; {found[0]} is one of several, and model.safetensors.index.json, which lists them, is missing"
+        return f"; if its weights are those in {found[0]}, rename that"
+    return ""
+
+
+def pickled_weights(directory: Path) -> list[Path]:
+    """The pickled files of a Hugging Face directory's weights, as transformers wrote them before safetensors; none
+    where it has safetensors."""
+    if any((directory / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
+        return []
+    return sorted(directory.glob("pytorch_model*.bin"))
+
+
+def canonical_name(name: str) -> str:
+    """Returns the name that transformers gives a parameter which was saved with what wrapped its model, from the model
+    without its head (no `model.` before it), or with that twice."""
+    name = unwrapped(name)
+    while outer := next((outer for outer in OUTER if name.startswith(outer)), ""):
+        name = name.removeprefix(outer)
+    if name.startswith(("embed_tokens.", "layers.", "norm.")):
+        return f"model.{name}"
+    return name.removeprefix("model.") if name.startswith(("model.model.", "model.lm_head.", "model.score.")) else name
+
+
+def unwrapped(name: str) -> str:
+    """Returns a name without what wrapped the model, or parts of it."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def as_model(directory: Path, found: Mapping[str, HostArray]) -> dict[str, HostArray]:
+    """The arrays of a model under canonical names, with the embedding of a tied model whose file has it under the
+    head's name alone. One whose canonical name another has already keeps its own, and is refused by it."""
+    arrays: dict[str, HostArray] = {}
+    for name in sorted(found, key=lambda name: canonical_name(name) != name):
+        canonical = canonical_name(name)
+        arrays[name if canonical in arrays else canonical] = found[name]
     file = directory / "config.json"
     if OUTPUT_HEAD not in arrays or EMBEDDING in arrays or not file.is_file():
         return arrays
@@ -125,16 +183,31 @@ def _shard(directory: Path, name: str, index_file: Path) -> Path:
 # --- model directories -----------------------------------------------------------------------------------------------
 
 
-def save_config(directory: Path | str, config: ModelConfig, dtype: str = "F32") -> None:
+def save_config(
+    directory: Path | str, config: ModelConfig, dtype: str = "F32", generation: Mapping[str, Any] | None = None
+) -> None:
     """Write `config.json` and `generation_config.json`; `dtype` is the safetensors name of the weights' type.
 
-    What is not quantised in a quantised model is bfloat16, whatever the type of its first array.
+    `generation` is what the model's `generation_config.json` said before, which goes along; where it names no special
+    tokens, they are the config's. What is not quantised in a quantised model is bfloat16, whatever the type of its
+    first array.
     """
     directory = Path(directory)
     values = config.to_dict("bfloat16" if config.quantization else DTYPE_NAMES[dtype])
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     tokens = {k: values[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if values[k] is not None}
-    (directory / "generation_config.json").write_text(json.dumps(tokens, indent=2) + "\n")
+    given = {key: value for key, value in (generation or {}).items() if value is not None}
+    (directory / GENERATION).write_text(json.dumps({**tokens, **given}, indent=2) + "\n")
+
+
+def load_generation_config(directory: Path | str) -> dict[str, Any]:
+    """Returns what a model's `generation_config.json` says; empty where there is none."""
+    file = Path(directory) / GENERATION
+    values = read_json(file) if file.is_file() else {}
+    ends = values.get("eos_token_id")
+    if not all(type(token_id) is int for token_id in (ends if isinstance(ends, list) else [ends or 0])):
+        raise ValueError(f"{file}: eos_token_id={ends!r} must be a token id, or several")
+    return values
 
 
 def load_config(directory: Path | str) -> ModelConfig:
@@ -160,17 +233,11 @@ def load_config(directory: Path | str) -> ModelConfig:
     return settled(config, arrays, file.parent)
 
 
-def end_tokens(directory: Path, config: ModelConfig) -> tuple[int, ...]:
+def end_tokens(config: ModelConfig, generation: Mapping[str, Any]) -> tuple[int, ...]:
     """Returns the ids that end a text: those of the config, and any that `generation_config.json` adds."""
-    ends = dict.fromkeys(config.eos_token_ids)
-    file = directory / "generation_config.json"
-    if file.is_file():
-        value = read_json(file).get("eos_token_id")
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token_id) is int for token_id in ids):
-            raise ValueError(f"{file}: eos_token_id={value!r} must be a token id, or several")
-        ends |= dict.fromkeys(ids)
-    return tuple(ends)
+    ends = generation.get("eos_token_id")
+    added = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return tuple(dict.fromkeys((*config.eos_token_ids, *added)))
 
 
 def with_end_tokens(config: ModelConfig, ends: Iterable[int]) -> ModelConfig:

@@ -5,7 +5,8 @@
     adapter_base.json           the SHA-256 of the base's weights; only ours have it
     config.json, tokenizer.json, ...    of the adapted model; only ours have them for certain
 
-What PEFT writes is read as far as it is LoRA on linear maps; anything else is refused in one line. Never pickle.
+What PEFT writes is read as far as it is LoRA on linear maps, and whole parameters in the place of the base's
+(modules_to_save); anything else is refused in one line. Never pickle.
 """
 
 import json
@@ -18,7 +19,7 @@ from typing import Any
 from llamita.model.config import ModelConfig
 from llamita.model.host_array import HostArray
 from llamita.model.lora import ALL, HEAD, Adapter, Factors, LoraSettings, is_called, linear_maps
-from llamita.model.parameters import CLASSIFIER
+from llamita.model.parameters import CLASSIFIER, EMBEDDING, OUTPUT_HEAD, parameter_table, shortened
 from llamita.storage import files, model_directory, safetensors
 from llamita.storage.model_directory import ADAPTER_CONFIG, weight_files
 
@@ -113,9 +114,11 @@ def open_adapter(directory: Path, base: Path | None = None) -> Opened:
     arrays = _arrays(directory)
     own = directory / "config.json"
     config = model_directory.load_config(directory if own.is_file() else base)
-    if not own.is_file() and CLASSIFIER in arrays:
+    if CLASSIFIER in arrays and not (own.is_file() and config.num_labels):
         config = replace(config, num_labels=arrays[CLASSIFIER].shape[0])
     try:
+        _check_replaced(settings, config, arrays)
+        config = _with_embeddings(config, arrays, base)
         factors = factors_of(settings, config)
     except ValueError as error:
         raise ValueError(f"{directory / ADAPTER_CONFIG}: {error}") from None
@@ -133,6 +136,7 @@ def open_beside(paths: Mapping[str, Path], base: Path, arrays: Mapping[str, Host
     beside others.
     """
     found = {}
+    tied = OUTPUT_HEAD not in arrays
     for name, path in paths.items():
         if not name or ":" in name:
             raise ValueError(f"an adapter cannot be called {name!r}; give it a name without a colon")
@@ -140,6 +144,8 @@ def open_beside(paths: Mapping[str, Path], base: Path, arrays: Mapping[str, Host
         if not is_adapter(directory):
             raise ValueError(f"{path} holds no adapter ({ADAPTER_CONFIG} is missing), but a whole model")
         adapter = open_adapter(directory, base).adapter
+        if tied and HEAD in adapter.factors:
+            raise ValueError(f"{path} adapts the output head, which is the base's embedding; load it alone")
         for key, array in adapter.replaced.items():
             if key not in arrays or array.dtype != arrays[key].dtype or array.data != arrays[key].data:
                 raise ValueError(f"{path} replaces {key} whole, so it cannot be served beside others; load it alone")
@@ -151,6 +157,10 @@ def base_directory(directory: Path) -> Path:
     """The model that an adapter names as its base: a directory, or a model of the hub's."""
     settings = files.read_json(directory / ADAPTER_CONFIG)
     name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if "fine_tune_type" in settings:
+        raise ValueError(
+            f"{directory} holds an adapter of mlx-lm's, which is not read; mlx_lm.fuse makes a model of it"
+        )
     if not isinstance(name, str) or not name or not isinstance(revision, str | None):
         raise ValueError(f"{directory} does not say which model it adapts; load that model, and this as its adapter")
     for place in (Path(name), directory / name):
@@ -176,6 +186,12 @@ def place_of(directory: Path, *names: str) -> Path:
     return directory
 
 
+def generation_config(directory: Path) -> dict[str, Any]:
+    """Returns what a model's `generation_config.json` says; an adapter's own goes over that of its base."""
+    base = generation_config(base_directory(directory)) if is_adapter(directory) else {}
+    return base | model_directory.load_generation_config(directory)
+
+
 def _arrays(directory: Path) -> dict[str, HostArray]:
     """The values under canonical names."""
     if not (directory / f"{VALUES}.safetensors").is_file():
@@ -183,12 +199,52 @@ def _arrays(directory: Path) -> dict[str, HostArray]:
         hint = "; adapter_model.bin is a pickled file, which is not read: save it as safetensors"
         raise FileNotFoundError(f"no {VALUES}.safetensors in {directory}{hint if pickled.is_file() else ''}")
     result = {}
-    for name, array in safetensors.read_safetensors(directory / f"{VALUES}.safetensors").items():
+    for saved, array in safetensors.read_safetensors(directory / f"{VALUES}.safetensors").items():
+        name = model_directory.unwrapped(saved)
         if not name.startswith(PREFIX):
             raise ValueError(f"{directory} holds {name}; the names of an adapter begin with {PREFIX}")
+        if ".original_module." in name:
+            continue  # the base's, of a parameter that is replaced whole
         # Of a linear map that it changes, PEFT may save the base's weight too, and takes it over when loading.
-        result[name.removeprefix(PREFIX).replace(".base_layer.weight", ".weight")] = array
+        canonical = name.removeprefix(PREFIX).replace(".base_layer.weight", ".weight")
+        result[canonical.replace(".modules_to_save.", ".")] = array
     return result
+
+
+def _check_replaced(settings: Mapping[str, Any], config: ModelConfig, arrays: Mapping[str, HostArray]) -> None:
+    """Raise ValueError where the file lacks a parameter that the settings say is saved whole, or the model has none of
+    the name, and for an adapter of the embedding."""
+    if any(".lora_embedding_" in name for name in arrays):
+        raise ValueError(
+            f"target_modules={settings.get('target_modules')!r} is not supported with {EMBEDDING}: linear maps alone "
+            "are adapted, or an embedding saved whole by modules_to_save"
+        )
+    names = settings.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"modules_to_save={names!r} must be a list of names")
+    rows = [row.name for row in parameter_table(replace(config, tie_word_embeddings=False))]
+    for name in names:
+        whole = [row for row in rows if re.search(rf"{re.escape(name)}(\.|$)", row.rpartition(".")[0])]
+        lacking = [row for row in whole if row not in arrays]
+        if lacking or (not whole and name not in HEADS):
+            what = f"the file lacks {shortened(lacking, 2)}" if whole else f"the model has no {name}"
+            raise ValueError(f"modules_to_save={names!r} is not supported: {what}")
+
+
+def _with_embeddings(config: ModelConfig, arrays: dict[str, HostArray], base: Path) -> ModelConfig:
+    """The config with as many tokens as an embedding saved whole has. A tied model is untied where its embedding or its
+    head alone is changed, as in PEFT: then what is not changed of both is the base's embedding, put into `arrays`."""
+    embedding, head = arrays.get(EMBEDDING), arrays.get(OUTPUT_HEAD)
+    if embedding is not None and len(embedding.shape) == 2:
+        config = replace(config, vocab_size=embedding.shape[0])
+    if not config.tie_word_embeddings or not any(name == EMBEDDING or name.startswith(f"{HEAD}.") for name in arrays):
+        return config
+    if head is not None and embedding is not None and head.dtype == embedding.dtype and head.data == embedding.data:
+        del arrays[OUTPUT_HEAD]
+        return config
+    if head is None:
+        arrays[OUTPUT_HEAD] = model_directory.load_tensors(base)[EMBEDDING]
+    return replace(config, tie_word_embeddings=False)
 
 
 # --- what PEFT's settings mean ---------------------------------------------------------------------------------------
@@ -204,7 +260,8 @@ def factors_of(settings: Mapping[str, Any], config: ModelConfig) -> dict[str, Fa
         more.append("bias")
     if settings.get("init_lora_weights", True) not in ORDINARY_STARTS:
         more.append("init_lora_weights")
-    more += ["modules_to_save" for name in settings.get("modules_to_save") or () if name not in HEADS]
+    if settings.get("layers_pattern") in ("layers", ["layers"]):  # what these models call their layers
+        more.remove("layers_pattern")
     if more:
         raise ValueError(f"{more[0]}={settings[more[0]]!r} is not supported")
     rank, alpha = settings.get("r"), settings.get("lora_alpha")

@@ -32,8 +32,10 @@ def merge(adapter: Path, output: Path, overwrite: bool, backend: Backend, base: 
         for row in parameter_table(config)
     }
     with files.atomic_directory(output, overwrite) as temporary:
-        model_directory.save_config(temporary, config, next(iter(layout.values()))[0])
         carry_over(temporary, opened.directory, opened.base)
+        generation = [model_directory.load_generation_config(place) for place in (opened.base, opened.directory)]
+        dtype = next(iter(layout.values()))[0]
+        model_directory.save_config(temporary, config, dtype, generation[0] | generation[1])
         calibration.save(temporary, calibration.load(opened.directory))  # the base's is for another model
         model_directory.stream_tensors(temporary, layout, backend.merged_arrays(arrays, opened.adapter))
     return opened

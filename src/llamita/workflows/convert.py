@@ -14,8 +14,10 @@ import numpy as np
 
 from llamita.backend.interface import Backend
 from llamita.model.config import ModelConfig
+from llamita.model.host_array import HostArray
 from llamita.storage import calibration, files, model_directory, safetensors
 from llamita.storage.calibration import Calibration
+from llamita.storage.contradictions import settled
 from llamita.storage.formats import checkpoints, gguf, llama2c, llama2c_tokenizer
 from llamita.storage.formats.foreign import ForeignModel
 from llamita.storage.gguf_header import is_gguf
@@ -96,7 +98,7 @@ def convert(source: Path, destination: Path, config: ConvertConfig, tools: Tools
         raise ValueError(f"{source} has no tokenizer to write to {config.tokenizer_output}; --tokenizer adds one")
     keep = files.atomic_directory if config.to == "huggingface" else files.atomic_file
     with keep(destination, config.overwrite) as temporary:
-        _write(temporary, model, config.to, tools, destination.stem)
+        _write(temporary, model, config.to, tools, destination.stem, _generation(source))
         if config.to == "huggingface":
             calibration.save(temporary, _calibration(source))
         again = read_model(temporary, config, tools)[1]
@@ -116,20 +118,39 @@ def convert(source: Path, destination: Path, config: ConvertConfig, tools: Tools
 
 def _calibration(source: Path) -> Calibration:
     """Returns the temperatures stored with a source that Llamita runs, none of any other."""
-    runs = is_gguf(source) or (not source.is_file() and not (source / "params.json").is_file())
+    runs = is_gguf(source) or not (source.is_file() or _is_metas(source))
     return calibration.load(model_directory.resolve_model_directory(source)) if runs else Calibration()
+
+
+def _generation(source: Path) -> dict[str, Any]:
+    """Returns what a model directory says of how to generate; nothing of a source of another kind."""
+    if source.is_file() or _is_metas(source):
+        return {}
+    return model_directory.load_generation_config(model_directory.resolve_model_directory(source))
+
+
+def _is_metas(source: Path) -> bool:
+    """Whether a directory is one of Meta's; one that has a config.json too is Hugging Face's (Mistral publishes so)."""
+    return (source / "params.json").is_file() and not (source / "config.json").is_file()
 
 
 def read_model(source: Path, config: ConvertConfig, tools: Tools) -> tuple[str, ForeignModel]:
     """The model of a source and its kind, told by what is in it."""
-    if source.is_dir() and (source / "params.json").is_file():
+    if _is_metas(source):
         return "Meta's checkpoint", _read_meta(source, tools)
     if source.is_dir() or not source.exists():
         directory = model_directory.resolve_model_directory(source)
         shape, shards = model_directory.load_config(directory), directory / model_directory.SHARDS
-        shape = model_directory.with_end_tokens(shape, model_directory.end_tokens(directory, shape))
+        generation = model_directory.load_generation_config(directory)
+        shape = model_directory.with_end_tokens(shape, model_directory.end_tokens(shape, generation))
         in_parts = shards.is_dir()
-        arrays = tools.backend.read_shards(shards)[0] if in_parts else model_directory.load_tensors(directory)
+        if in_parts:
+            arrays = tools.backend.read_shards(shards)[0]
+        elif pickled := model_directory.pickled_weights(directory):
+            arrays = model_directory.as_model(directory, _unpickled(pickled, tools))
+            shape = settled(shape, arrays, directory)
+        else:
+            arrays = model_directory.load_tensors(directory)
         if shape.quantization:
             raise ValueError(
                 f"{directory} is quantised ({shape.quantization}); convert the model that it was made from"
@@ -157,6 +178,17 @@ def read_model(source: Path, config: ConvertConfig, tools: Tools) -> tuple[str, 
     )
 
 
+def _unpickled(files: list[Path], tools: Tools) -> dict[str, HostArray]:
+    """The arrays in all pickled files of a model's weights."""
+    arrays: dict[str, HostArray] = {}
+    for file in files:
+        content = tools.read_pickle(file)
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{file} must hold a dictionary of arrays")
+        arrays |= {str(name): array for name, array in content.items() if isinstance(array, HostArray)}
+    return arrays
+
+
 def compare(model: ForeignModel, other: ForeignModel, tools: Tools) -> float:
     """The root mean square of the logits' differences on fixed prompts, as a share of that of the logits."""
     tokens = min(PROMPT_TOKENS, model.config.max_position_embeddings)
@@ -170,9 +202,11 @@ def compare(model: ForeignModel, other: ForeignModel, tools: Tools) -> float:
     return float(np.sqrt(((logits - others) ** 2).mean() / (logits**2).mean()))
 
 
-def _write(path: Path, model: ForeignModel, target: Target, tools: Tools, name: str) -> None:
+def _write(
+    path: Path, model: ForeignModel, target: Target, tools: Tools, name: str, generation: Mapping[str, Any]
+) -> None:
     if target == "huggingface":
-        model_directory.save_config(path, model.config, next(iter(model.arrays.values())).dtype)
+        model_directory.save_config(path, model.config, next(iter(model.arrays.values())).dtype, generation)
         model_directory.save_tensors(path, model.arrays)
         if model.tokenizer is not None:
             model.tokenizer.save(path)
@@ -186,16 +220,21 @@ def _write(path: Path, model: ForeignModel, target: Target, tools: Tools, name: 
 
 
 def _read_meta(source: Path, tools: Tools) -> ForeignModel:
-    shards = sorted(source.glob("consolidated.*.pth"))
+    shards = sorted(source.glob("consolidated*.pth")) or sorted(source.glob("consolidated*.safetensors"))
     if not shards:
-        raise FileNotFoundError(f"{source} has params.json and no consolidated.*.pth beside it")
-    contents = [tools.read_pickle(shard) for shard in shards]
+        raise FileNotFoundError(
+            f"{source} has params.json and no consolidated.*.pth beside it, nor Mistral's consolidated.safetensors"
+        )
+    contents = [
+        safetensors.read_safetensors(shard) if shard.suffix == ".safetensors" else tools.read_pickle(shard)
+        for shard in shards
+    ]
     if not all(isinstance(content, Mapping) for content in contents):
         raise ValueError(f"{source}: consolidated.*.pth must hold a dictionary of arrays each")
     model = checkpoints.from_meta_shards(source, files.read_json(source / "params.json"), contents)
-    if not (source / "tokenizer.model").is_file():
+    tokenizer = _meta_tokenizer(source, model.config.vocab_size)
+    if tokenizer is None:
         return model
-    tokenizer = Tokenizer.load(source / "tokenizer.model")
     # Llama 3's code ends a text at the end of a turn too.
     ends = (tokenizer.eos_id, tokenizer.codec.special_tokens.get(tiktoken_ranks.END_OF_TURN))
     ids = tuple(token_id for token_id in ends if token_id is not None)
@@ -203,3 +242,15 @@ def _read_meta(source: Path, tools: Tools) -> ForeignModel:
     return replace(
         model, tokenizer=tokenizer, config=replace(model.config, bos_token_id=tokenizer.bos_id, eos_token_id=eos)
     )
+
+
+def _meta_tokenizer(source: Path, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of Meta's model; Llama 1 and 2 came with one file for all sizes, a directory above."""
+    if (source / "tokenizer.model").is_file():
+        return Tokenizer.load(source / "tokenizer.model")
+    above = source.resolve().parent / "tokenizer.model"
+    try:
+        tokenizer = Tokenizer.load(above) if above.is_file() else None
+    except ValueError:
+        return None  # whatever it is, it is not this model's
+    return tokenizer if tokenizer is not None and tokenizer.vocab_size == vocab_size else None

@@ -94,7 +94,8 @@ def load_base(config: FinetuneConfig, flag: str = "--model") -> Base:
         raise ValueError(f"{flag} is missing: give the model to begin from")
     directory = model_directory.resolve_model_directory(config.model)
     model = replace(model_directory.load_config(directory), dropout=config.dropout)
-    model = model_directory.with_end_tokens(model, model_directory.end_tokens(directory, model))
+    ends = model_directory.end_tokens(model, model_directory.load_generation_config(directory))
+    model = model_directory.with_end_tokens(model, ends)
     tokenizer = Tokenizer.load(directory)
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(

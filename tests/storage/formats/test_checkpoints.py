@@ -23,6 +23,9 @@ ARGUMENTS = {
 }
 
 
+META = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5, "vocab_size": -1}
+
+
 def plain(ours: ForeignModel) -> dict[str, np.ndarray]:
     return {name: array.to_numpy() for name, array in ours.arrays.items()}
 
@@ -49,7 +52,7 @@ def meta_state(ours: ForeignModel, course: bool = False) -> dict[str, HostArray]
     return {name: HostArray.from_numpy(np.ascontiguousarray(array)) for name, array in state.items()}
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module."])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
 @pytest.mark.parametrize("course", [False, True])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_training_checkpoint_is_read(prefix, course, tied):
@@ -57,6 +60,8 @@ def test_a_training_checkpoint_is_read(prefix, course, tied):
     state = {prefix + name: array for name, array in meta_state(ours, course).items()}
     content = {"model_args": ARGUMENTS | {"dropout": 0.0}, "model": state, "iter_num": 5}
     assert equal(checkpoints.from_training_checkpoint(SOURCE, content), ours)
+    blocks = {name.replace("layers.0.", "layers.0._orig_mod."): array for name, array in state.items()}
+    assert equal(checkpoints.from_training_checkpoint(SOURCE, content | {"model": blocks}), ours)
     content["model_args"] = ARGUMENTS | {"rope_theta": 500.0}
     assert checkpoints.from_training_checkpoint(SOURCE, content).config.rope_theta == 500.0
 
@@ -107,6 +112,10 @@ def test_metas_parameters_tell_the_positions():
 
 
 PUBLISHED = {  # model -> Meta's params.json, and the factor and the positions of its published config.json
+    "LLaMA 7B": ({"dim": 4096, "n_layers": 32, "n_heads": 32, "norm_eps": 1e-6}, None, 2048),
+    "LLaMA 30B": ({"dim": 6656, "n_layers": 60, "n_heads": 52}, None, 2048),
+    "LLaMA 65B": ({"dim": 8192, "n_layers": 80, "n_heads": 64}, None, 2048),
+    "Llama 2 70B": ({"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8}, None, 4096),
     "Llama 2 7B": ({"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256}, None, 4096),
     "Llama 3 8B": (
         {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "rope_theta": 500000.0}, None, 8192,
@@ -164,6 +173,56 @@ def test_metas_parameters_may_give_the_scaling(parameters, expected):
     for given in (base | parameters, {"model": base | parameters}):
         found = checkpoints.from_meta_shards(SOURCE, given, [meta_state(model(tie_word_embeddings=False))])
         assert found.config.rope_scaling == expected
+
+
+@pytest.mark.parametrize(
+    "key", [
+        {"moe": {"num_experts": 8}}, {"moe_args": {"num_experts": 16}}, {"quantization_args": {"group_size": 32}},
+        {"lora_args": {"rank": 16}}, {"vision_chunk_size": 448}, {"yarn": {"factor": 16}}, {"use_qk_norm": True},
+        {"nope_layer_interval": 4}, {"attention_chunk_size": 8192}, {"rope_scaling": {"factor": 8}},
+    ],
+)  # fmt: skip
+def test_other_mathematics_is_refused_by_its_key_in_params_json(key):
+    with pytest.raises(ValueError, match=f"{next(iter(key))}=.* in params.json is not supported"):
+        checkpoints.from_meta_shards(SOURCE, META | key, [meta_state(model(tie_word_embeddings=False))])
+
+
+def test_keys_of_params_json_that_nobody_knows_are_named():
+    state = meta_state(model(tie_word_embeddings=False))
+    with pytest.warns(UserWarning, match=r"params\.json has keys that Llamita does not know, and ignores: a_new_one$"):
+        checkpoints.from_meta_shards(SOURCE, META | {"a_new_one": 3, "use_qk_norm": False, "moe": None}, [state])
+
+
+def test_mistrals_parameters_are_read_too():
+    """A window, and heads of a size of their own: names are Meta's."""
+    ours = model(tie_word_embeddings=False, sliding_window=8)
+    found = checkpoints.from_meta_shards(
+        SOURCE, META | {"sliding_window": 8, "head_dim": 8, "hidden_dim": 64, "max_seq_len": 16}, [meta_state(ours)]
+    )
+    assert equal(found, ours)
+    wide = model(tie_word_embeddings=False, head_dim=16)
+    state = meta_state(ours) | {
+        f"layers.{i}.attention.w{letter}.weight": HostArray.from_numpy(
+            as_pairs(weight, 16) if letter in "qk" else weight
+        )
+        for i in range(2)
+        for letter in "qkvo"
+        for weight in [plain(wide)[f"model.layers.{i}.self_attn.{letter}_proj.weight"]]
+    }
+    config = checkpoints.from_meta_shards(SOURCE, META | {"head_dim": 16, "max_seq_len": 16}, [state]).config
+    assert config == wide.config
+
+
+def test_rotary_tables_of_every_layer_and_of_complex_numbers_are_left_out():
+    """Llama 1 has one in each layer; a table of complex numbers comes as a text, of which PyTorch's reader tells."""
+    ours = model(tie_word_embeddings=False)
+    tables = {f"layers.{i}.attention.inner_attention.rope.freqs": meta_state(ours)["norm.weight"] for i in range(2)}
+    found = checkpoints.from_meta_shards(
+        SOURCE, META | {"max_seq_len": 16}, [meta_state(ours) | tables | {"freqs_cis": "complex64"}]
+    )
+    assert equal(found, ours)
+    with pytest.raises(ValueError, match=r"norm\.weight is no array in every shard \(float8_e4m3fn\)"):
+        checkpoints.from_meta_shards(SOURCE, META, [meta_state(ours) | {"norm.weight": "float8_e4m3fn"}])
 
 
 @pytest.mark.parametrize("holds_output", [True, False])

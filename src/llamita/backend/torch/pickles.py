@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 
-from llamita.backend.torch.model.weights import host_from_tensor, tensor_from_host
+from llamita.backend.torch.model.weights import TORCH_DTYPES, host_from_tensor, tensor_from_host
 from llamita.model.host_array import HostArray
 
 
 def read_pickle(path: Path) -> Any:
-    """Reads a `.pt`, `.pth` or `.bin` file, tensors as host arrays; ValueError where it holds more than data."""
+    """Reads a `.pt`, `.pth` or `.bin` file, tensors as host arrays; ValueError where it holds more than data.
+
+    A tensor of a type that no weights have here (complex numbers, 8-bit floats) becomes a text that says so.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -38,7 +41,8 @@ def write_pickle(path: Path, content: Any) -> None:
 
 def _to_host(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return host_from_tensor(value)
+        readable = value.dtype in TORCH_DTYPES.values()
+        return host_from_tensor(value) if readable else str(value.dtype).removeprefix("torch.")
     if isinstance(value, Mapping):
         return {key: _to_host(item) for key, item in value.items()}
     return [_to_host(item) for item in value] if isinstance(value, list | tuple) else value

@@ -5,6 +5,7 @@ Pickled files are opened by whoever calls, with a reader that executes nothing; 
 """
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from llamita.model.rope import RopeScaling, check_count
 from llamita.storage.formats.foreign import (
     COURSE_LAYER,
     META_LAYER,
+    ROTARY_TABLE,
     ForeignModel,
     from_meta_names,
     refuse_switches,
     to_meta_names,
     untied_where_different,
 )
+from llamita.storage.model_directory import unwrapped
 
 MINI_LLAMA_LAYER = {
     "pre_norm": "input_layernorm",
@@ -40,9 +43,23 @@ MINI_LLAMA_OUTSIDE = {
 }
 META_POSITIONS: Mapping[float, int] = {500000.0: 8192, 1000000.0: 16384}
 """By `rope_theta`: Llama 3's and Code Llama's."""
+LLAMA_1_WIDTH = 6656
+"""Of LLaMA 30B, which no later model has."""
 LLAMA_32_WIDTHS = (2048, 3072)
 """Of Llama 3.2's 1B and 3B, narrower than all other models of Meta's with scaled positions."""
-PREFIXES = ("_orig_mod.", "module.", "llama.")  # of torch.compile, of data parallelism, of the course's classifier
+META_KEYS = frozenset(
+    (
+        *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "norm_eps", "max_seq_len", "sliding_window"),
+        *("rope_theta", "use_scaled_rope", "rope_scaling_factor", "rope_scale_factor", "scale_factor"),
+        *("rope_low_freq_factor", "low_freq_factor", "rope_high_freq_factor", "high_freq_factor"),
+        # Said by the weights, or of no consequence for them.
+        *("vocab_size", "hidden_dim", "multiple_of", "ffn_dim_multiplier", "dropout", "max_batch_size"),
+    )
+)
+"""Keys of a `params.json` that are read or change nothing."""
+META_OTHER = re.compile(r"vision|moe|expert|quant|lora|yarn|rope|qk_norm|nope|chunk|bias", re.IGNORECASE)
+"""Finds, in the names of other keys, mathematics beyond this architecture."""
+PREFIXES = ("module.", "llama.")  # of data parallelism, of the course's classifier
 
 
 def from_training_checkpoint(source: Path, content: Any) -> ForeignModel:
@@ -105,12 +122,18 @@ def from_meta_shards(source: Path, parameters: Mapping[str, Any], shards: Sequen
     parameters = parameters.get("model", parameters)
     if not isinstance(parameters, Mapping):
         raise ValueError(f"{source}: params.json must hold an object of the model's sizes, dim, n_layers and n_heads")
+    _check_meta_keys(source, parameters)
     width = _number(source, parameters, "dim")
     joined: dict[str, HostArray] = {}
     for name in shards[0]:
+        if ROTARY_TABLE.search(name):
+            continue
         parts = [shard.get(name) for shard in shards]
         if not all(isinstance(part, HostArray) for part in parts):
-            raise ValueError(f"{source}: {name} is no array in every shard; some are missing or of another model")
+            other = next((f" ({part})" for part in parts if isinstance(part, str)), "")
+            raise ValueError(
+                f"{source}: {name} is no array in every shard{other}; some are missing or of another model"
+            )
         joined[name] = _join(name, parts, width)  # type: ignore[arg-type]
     if "tok_embeddings.weight" not in joined or "layers.0.feed_forward.w1.weight" not in joined:
         raise ValueError(f"{source} lacks tok_embeddings.weight or layers.0.feed_forward.w1.weight; it is no Llama")
@@ -125,7 +148,7 @@ def meta_config(source: Path, parameters: Mapping[str, Any], vocab_size: int, in
     heads = _number(source, parameters, "n_heads")
     theta = parameters.get("rope_theta") or 10000.0
     scaling = _meta_scaling(parameters)
-    positions = 131072 if scaling else META_POSITIONS.get(theta, 4096)
+    positions = 131072 if scaling else META_POSITIONS.get(theta, 2048 if _is_llama_1(parameters) else 4096)
     return ModelConfig(
         vocab_size=vocab_size,
         hidden_size=_number(source, parameters, "dim"),
@@ -134,10 +157,31 @@ def meta_config(source: Path, parameters: Mapping[str, Any], vocab_size: int, in
         num_attention_heads=heads,
         num_key_value_heads=parameters.get("n_kv_heads") or heads,
         max_position_embeddings=parameters.get("max_seq_len") or positions,
+        head_dim=parameters.get("head_dim") or 0,
         rms_norm_eps=parameters.get("norm_eps") or 1e-5,
         rope_theta=theta,
         rope_scaling=scaling,
+        sliding_window=parameters.get("sliding_window") or 0,
     )
+
+
+def _check_meta_keys(source: Path, parameters: Mapping[str, Any]) -> None:
+    """Raises ValueError for a key of `params.json` that asks for other mathematics; warns of those not known."""
+    others = {key: value for key, value in parameters.items() if key not in META_KEYS and value}
+    for key, value in others.items():
+        if META_OTHER.search(key):
+            raise ValueError(f"{source}: {key}={value!r} in params.json is not supported")
+    if others:
+        names = ", ".join(sorted(others))
+        warnings.warn(f"{source}: params.json has keys that Llamita does not know, and ignores: {names}", stacklevel=1)
+
+
+def _is_llama_1(parameters: Mapping[str, Any]) -> bool:
+    """Whether a model is of Llama 1, which had half of Llama 2's positions: by its epsilon, and its two largest by
+    their shape (Llama 2's 70B shares its keys and values)."""
+    width = parameters["dim"]
+    largest = width == LLAMA_1_WIDTH or (width == 8192 and not parameters.get("n_kv_heads"))
+    return not parameters.get("rope_theta") and (parameters.get("norm_eps") == 1e-6 or largest)
 
 
 def _meta_scaling(parameters: Mapping[str, Any]) -> RopeScaling | None:
@@ -216,6 +260,7 @@ def _fitted(config: ModelConfig, arrays: Mapping[str, HostArray], source: Path) 
 
 
 def _bare(name: str) -> str:
+    name = unwrapped(name)
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return name

@@ -36,6 +36,8 @@ COURSE_LAYER = {
     }.get(name, name): canonical
     for name, canonical in META_LAYER.items()
 }
+ROTARY_TABLE = re.compile(r"(^|\.)rope\.freqs$|^freqs_(cos|sin|cis)$")
+"""Finds the rotary tables among the names of a checkpoint: they follow from the config."""
 META_OUTSIDE = {"tok_embeddings.weight": EMBEDDING, "norm.weight": "model.norm.weight", "output.weight": OUTPUT_HEAD}
 
 
@@ -63,7 +65,7 @@ def from_meta_names(state: Mapping[str, HostArray], head_dim: int, source: Any) 
     """
     result, unknown = {}, []
     for name, array in state.items():
-        if name in ("rope.freqs", "freqs_cos", "freqs_sin"):
+        if ROTARY_TABLE.search(name):
             continue
         canonical = canonical_name(name)
         if canonical is None:

@@ -2,6 +2,7 @@
 transformers reads it."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,9 @@ EDITS: dict[str, tuple[str, dict[str, Any]]] = {
     "the first length beside": (
         "llama", {"rope_parameters": ABSENT, "rope_scaling": LLAMA3, "original_max_position_embeddings": 128},
     ),
+    "a first length that is written as 32.0": (
+        "llama", {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 32.0, "rope_theta": 10000.0}},
+    ),
     "no first length": (
         "llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}},
     ),
@@ -70,6 +74,8 @@ EDITS: dict[str, tuple[str, dict[str, Any]]] = {
     "yarn, betas of nought": (
         "llama", {"rope_parameters": {**YARN, "beta_fast": 0, "beta_slow": None, "rope_theta": 10000.0}},
     ),
+    "yarn, truncate null is false": ("llama", {"rope_parameters": {**YARN, "truncate": None, "rope_theta": 10000.0}}),
+    "yarn, truncate false": ("qwen3", {"rope_parameters": ABSENT, "rope_scaling": {**YARN, "truncate": False}}),
     "no rms_norm_eps": ("llama", {"rms_norm_eps": ABSENT}),
     "no head_dim": ("llama", {"head_dim": ABSENT}),
     "no key/value heads": ("llama", {"num_key_value_heads": ABSENT}),
@@ -272,6 +278,70 @@ def test_heads_of_another_kind_are_left_aside(tmp_path):
     edit_weights(directory, lambda arrays: arrays.update({"score.weight": torch.ones(3, 64)}))
     with pytest.warns(UserWarning, match=r"does not use score\.weight"):
         check_logits(directory)
+
+
+# --- names of the weights --------------------------------------------------------------------------------------------
+
+NAMES: dict[str, Any] = {  # of a file's weights, by those that transformers writes
+    "the model without its head": lambda name: name.removeprefix("model."),
+    "a second prefix": lambda name: f"model.{name}",
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "compiled in data parallelism": lambda name: f"module._orig_mod.{name}",
+    "data parallelism, compiled": lambda name: f"_orig_mod.module.{name}",
+    "blocks compiled one by one": lambda name: re.sub(r"(layers\.\d+\.)", r"\1_orig_mod.", name),
+    "blocks wrapped by FSDP": lambda name: re.sub(r"(layers\.\d+\.)", r"\1_fsdp_wrapped_module.", name),
+    "blocks that are recomputed": lambda name: re.sub(r"(layers\.\d+\.)", r"\1_checkpoint_wrapped_module.", name),
+    "inside of PEFT's model": lambda name: f"base_model.model.{name}",
+}
+
+
+def renamed(directory: Path, rename: Any, without: str = "") -> None:
+    arrays = {rename(name): array for name, array in load_file(directory / "model.safetensors").items()}
+    arrays.pop(without, None)
+    save_file(arrays, directory / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        *((name, "CausalLM") for name in NAMES),
+        *((name, "SequenceClassification") for name in ("the model without its head", "compiled")),
+    ],
+)
+def test_names_with_what_wrapped_the_model(name, head, tmp_path):
+    directory = made(tmp_path, "llama", head, num_hidden_layers=2)
+    before, expected = logits(directory, head)
+    renamed(directory, NAMES[name])
+    ours, theirs = logits(directory, head)
+    assert torch.equal(ours, before)
+    assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
+    if name in ("the model without its head", "a second prefix"):  # transformers reads these two, no other
+        assert torch.equal(theirs, expected)
+
+
+def test_a_tied_model_saved_without_its_head_is_whole(tmp_path):
+    """As embedding models are published; untied ones lack their head."""
+    directory = made(tmp_path, "qwen3", tie_word_embeddings=True)
+    edit(directory, architectures=["Qwen3Model"])
+    renamed(directory, NAMES["the model without its head"], "lm_head.weight")
+    check_logits(directory)
+    edit(directory, tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=r"do not fit config.json: lm_head.weight is missing$"):
+        logits(directory)
+
+
+def test_two_names_of_one_parameter_are_refused(tmp_path):
+    directory = made(tmp_path, "llama")
+    edit_weights(directory, lambda arrays: arrays.update({"_orig_mod.model.norm.weight": torch.ones(64)}))
+    with pytest.raises(ValueError, match=r"_orig_mod\.model\.norm\.weight is not part of this model"):
+        logits(directory)
+
+
+def test_rotary_tables_in_the_weights_are_left_out(tmp_path):
+    directory = made(tmp_path, "llama")
+    names = [f"model.layers.{i}.self_attn.rotary_emb.{name}" for i in range(4) for name in ("inv_freq", "cos_cached")]
+    edit_weights(directory, lambda arrays: arrays.update({name: torch.ones(8) for name in names}))
+    check_logits(directory)
 
 
 # --- what a head means -----------------------------------------------------------------------------------------------
