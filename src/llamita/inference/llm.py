@@ -132,8 +132,10 @@ class LLM:
         """
         arrays = self.runner.weights()
         with files.atomic_directory(path, overwrite) as directory:
-            config, dtype = model_directory.with_end_tokens(self.config, self._ends), next(iter(arrays.values())).dtype
-            model_directory.save_config(directory, config, dtype, self.generation)
+            config = self.config
+            if self._ends != model_directory.end_tokens(config, self.generation):  # neither file would name all
+                config = model_directory.with_end_tokens(config, self._ends)
+            model_directory.save_config(directory, config, next(iter(arrays.values())).dtype, self.generation)
             model_directory.save_tensors(directory, arrays)
             if self.tokenizer is not None:
                 self.tokenizer.save(directory)
