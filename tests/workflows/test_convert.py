@@ -284,6 +284,10 @@ def test_a_copy_keeps_the_ends_that_generation_config_adds(source, tmp_path):
     convert(directory, tmp_path / "m.gguf", ConvertConfig(to="gguf-f32"), TOOLS)
     llamita.save(llamita.load(directory, device="cpu"), tmp_path / "saved")
     for place in ("copy", "m.gguf", "saved"):
-        assert set(model_directory.load_config(tmp_path / place).eos_token_ids) == {2, 7}
-    assert json.loads((tmp_path / "copy" / "generation_config.json").read_text())["eos_token_id"] == [2, 7]
+        found, generation = (
+            read(tmp_path / place) for read in (model_directory.load_config, model_directory.load_generation_config)
+        )
+        assert set(model_directory.end_tokens(found, generation)) == {2, 7}
+    for place in ("copy", "saved"):  # where transformers looks
+        assert json.loads((tmp_path / place / "generation_config.json").read_text())["eos_token_id"] == [2, 7]
     assert load_base(FinetuneConfig(model=directory)).config.eos_token_ids == (2, 7)
