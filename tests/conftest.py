@@ -48,7 +48,6 @@ def framework(request: pytest.FixtureRequest) -> frameworks.Framework:
     return frameworks.make(request.param)
 
 
-@pytest.hookimpl(trylast=True)  # when those that are not run are already left out
 @pytest.fixture(scope="session")
 def forked_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[forked.Programs]:
     """Programs that need not import, see forked.py, and compute on one thread."""
@@ -58,6 +57,7 @@ def forked_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[forked
         yield forked.Programs(directory, environment)
 
 
+@pytest.hookimpl(trylast=True)  # when those that are not run are already left out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where several processes share the tests, files with long ones come first; else the order stays."""
     processes = getattr(config, "workerinput", {}).get("workercount", 0)

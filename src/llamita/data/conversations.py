@@ -139,9 +139,7 @@ def conversation(record: Any, where: str) -> Conversation:
         said = record[name]
         if not isinstance(said, list) or not said:
             raise ValueError(f"{where}: {name} must be a list of at least one message")
-        said = [read_message(message, f"{where}: message {number}") for number, message in enumerate(said)]
-        for number, message in enumerate(said):
-            _check_message(message, f"{where}: message {number}")
+        said = _read_messages(said, where)
     else:
         answer = "response" if "response" in record else "completion"
         if "prompt" not in record or answer not in record:
@@ -159,7 +157,12 @@ def _said(value: Any, role: str, where: str) -> list[Mapping[str, Any]]:
         return [{"role": role, "content": value}]
     if not isinstance(value, list) or not value:
         raise ValueError(f"{where} is {type(value).__name__}, not text or messages")
-    found = [read_message(message, f"{where}: message {number}") for number, message in enumerate(value)]
+    return _read_messages(value, where)
+
+
+def _read_messages(said: Sequence[Any], where: str) -> list[Mapping[str, Any]]:
+    """Messages in either form, checked."""
+    found = [read_message(message, f"{where}: message {number}") for number, message in enumerate(said)]
     for number, message in enumerate(found):
         _check_message(message, f"{where}: message {number}")
     return found

@@ -66,10 +66,8 @@ def read_header(path: Path) -> Header:
 
 def part_files(path: Path) -> list[Path]:
     """Returns the files that a model lies in: the one, or all parts where it was split."""
-    parts, name = read_header(path).metadata.get("split.count", 1), PART.fullmatch(path.name)
-    if parts in (0, 1) or name is None:
-        return [path]
-    return [path.with_name(f"{name[1]}{place:05}{name[3]}") for place in range(1, parts + 1)]
+    parts = read_header(path).metadata.get("split.count", 1)
+    return [path] if parts in (0, 1) else _named_parts(path, parts)
 
 
 @functools.lru_cache(maxsize=1)  # whoever opens a model asks for its shape, its weights and its tokenizer in turn
@@ -78,15 +76,11 @@ def _read(path: Path, modified: int, size: int) -> Header:
     parts = first.metadata.get("split.count", 1)
     if parts in (0, 1):
         return first
-    name, number = PART.fullmatch(path.name), first.metadata.get("split.no")
-    if type(parts) is not int or name is None or int(name[3][4:9]) != parts:
-        raise ValueError(f"{path}: it is one of {parts} parts, and is not named as such: NAME-00001-of-{parts:05}.gguf")
-    names = [f"{name[1]}{place:05}{name[3]}" for place in range(1, parts + 1)]
-    if number != 0:
-        raise ValueError(f"{path}: it is a part of a model; give the first part, {names[0]}")
+    files = _named_parts(path, parts)
+    if first.metadata.get("split.no") != 0:
+        raise ValueError(f"{path}: it is a part of a model; give the first part, {files[0].name}")
     tensors = dict(first.tensors)
-    for place, other in enumerate(names[1:], 1):
-        part = path.with_name(other)
+    for place, part in enumerate(files[1:], 1):
         if not part.is_file():
             raise FileNotFoundError(f"{part} does not exist, and {path.name} is one of {parts} parts")
         found = _read_part(part)
@@ -94,6 +88,14 @@ def _read(path: Path, modified: int, size: int) -> Header:
             raise ValueError(f"{part}: it is no part {place + 1} of {path.name}")
         tensors |= found.tensors
     return Header(first.metadata, tensors)
+
+
+def _named_parts(path: Path, parts: Any) -> list[Path]:
+    """Returns all files of a model in so many parts, by the name of one; ValueError where that is no such name."""
+    name = PART.fullmatch(path.name)
+    if type(parts) is not int or name is None or int(name[3][4:9]) != parts:
+        raise ValueError(f"{path}: it is one of {parts} parts, and is not named as such: NAME-00001-of-{parts:05}.gguf")
+    return [path.with_name(f"{name[1]}{place:05}{name[3]}") for place in range(1, parts + 1)]
 
 
 def _read_part(path: Path) -> Header:

@@ -186,10 +186,11 @@ def place_of(directory: Path, *names: str) -> Path:
     return directory
 
 
-def generation_config(directory: Path) -> dict[str, Any]:
-    """Returns what a model's `generation_config.json` says; an adapter's own goes over that of its base."""
-    base = generation_config(base_directory(directory)) if is_adapter(directory) else {}
-    return base | model_directory.load_generation_config(directory)
+def generation_config(directory: Path, base: Path | None = None) -> dict[str, Any]:
+    """Returns what a model's `generation_config.json` says; an adapter's own goes over that of its `base`, which is the
+    one that it names where none is given."""
+    of_base = generation_config(base or base_directory(directory)) if is_adapter(directory) else {}
+    return of_base | model_directory.load_generation_config(directory)
 
 
 def _arrays(directory: Path) -> dict[str, HostArray]:

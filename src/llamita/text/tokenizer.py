@@ -75,9 +75,14 @@ class Tokenizer:
             codec = tiktoken_ranks.codec_from_file(file, functools.partial(added_tokens.names_by_id, config))
         else:
             codec = SentencePieceCodec.from_file(file)
-            if path.is_dir() and (beside := read_json(path / "tokenizer.json")):  # decides it for transformers
-                begins = bool(config.get("add_bos_token")) or sentencepiece_json.begins_texts(beside)
-                config = {**config, "add_bos_token": begins}
+            beside = path / "tokenizer.json"
+            if path.is_dir() and beside.exists():
+                spec = read_json(beside)
+                if not added_tokens.is_of_model(spec, codec.proto, path):
+                    codec = HuggingFaceCodec.from_file(beside)
+                else:  # decides it for transformers
+                    begins = bool(config.get("add_bos_token")) or sentencepiece_json.begins_texts(spec)
+                    config = {**config, "add_bos_token": begins}
         found = added_tokens.read(file.parent, config, codec)
         codec, config = added_tokens.complete(codec, found, file.parent, adds_ends=in_two_files), found.config
         if templates := _template_files(file.parent):  # where there are any, transformers reads these alone
@@ -284,6 +289,7 @@ def _check_text(text: str) -> None:
 
 
 def _tokenizer_file(directory: Path) -> Path:
+    """Returns the file to begin with: what is beside a SentencePiece model may still say otherwise."""
     model, whole = directory / "tokenizer.model", directory / "tokenizer.json"
     in_two_files = (directory / vocabulary_files.TOKENS, directory / vocabulary_files.MERGES)
     if not model.exists() and not whole.exists():
@@ -293,15 +299,7 @@ def _tokenizer_file(directory: Path) -> Path:
         raise FileNotFoundError(
             f"{directory} holds neither a tokenizer.json nor a tokenizer.model, nor vocab.json with merges.txt{other}"
         )
-    if not model.exists():
-        return whole
-    if whole.exists() and tiktoken_ranks.is_rank_file(model):
-        return whole
-    if whole.exists() and not added_tokens.is_of_model(
-        read_json(whole), SentencePieceCodec.from_file(model).proto, directory
-    ):
-        return whole
-    return model
+    return whole if whole.exists() and (not model.exists() or tiktoken_ranks.is_rank_file(model)) else model
 
 
 def _find_roles(

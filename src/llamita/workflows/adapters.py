@@ -33,9 +33,8 @@ def merge(adapter: Path, output: Path, overwrite: bool, backend: Backend, base: 
     }
     with files.atomic_directory(output, overwrite) as temporary:
         carry_over(temporary, opened.directory, opened.base)
-        generation = [model_directory.load_generation_config(place) for place in (opened.base, opened.directory)]
-        dtype = next(iter(layout.values()))[0]
-        model_directory.save_config(temporary, config, dtype, generation[0] | generation[1])
+        generation = peft_directory.generation_config(opened.directory, opened.base)
+        model_directory.save_config(temporary, config, next(iter(layout.values()))[0], generation)
         calibration.save(temporary, calibration.load(opened.directory))  # the base's is for another model
         model_directory.stream_tensors(temporary, layout, backend.merged_arrays(arrays, opened.adapter))
     return opened

@@ -61,12 +61,12 @@ def finish(writer):
         step()
 
 
-def rewritten(source, path, settings, kind=None):
+def rewritten(source, path, settings=None, kind=None, drop=lambda name: False, **options):
     """Writes a GGUF file anew, with other settings beside its own and its matrices in another number type, or in that
-    which a function returns for a tensor's name."""
+    which a function returns for a tensor's name; without those to `drop`, and as the writer's `options` say."""
     header = read_header(source)
-    writer = gguf.GGUFWriter(path, header.metadata["general.architecture"])
-    for key, value in (header.metadata | settings).items():
+    writer = gguf.GGUFWriter(path, header.metadata["general.architecture"], **options)
+    for key, value in (header.metadata | (settings or {})).items():
         if key == "general.architecture":
             continue
         if isinstance(value, bool):
@@ -78,6 +78,8 @@ def rewritten(source, path, settings, kind=None):
         else:
             (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
     for tensor in gguf.GGUFReader(source).tensors:
+        if drop(tensor.name):
+            continue
         if kind is None or len(tensor.shape) == 1:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
         else:

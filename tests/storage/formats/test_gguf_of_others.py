@@ -16,44 +16,21 @@ from llamita.model.parameters import initialize_parameters
 from llamita.storage import gguf as gguf_file
 from llamita.storage import model_directory
 from llamita.storage.formats import gguf
-from llamita.storage.gguf_header import read_header
 from llamita.text import sentencepiece_json
 from llamita.text.chat import Chat
 from llamita.text.sentencepiece_json import BPE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, SentencePieceModel
 from llamita.text.tokenizer import Tokenizer
-from tests.storage.formats.helpers import equal, finish, model
+from tests.storage.formats.helpers import equal, finish, model, rewritten
 from tests.storage.formats.test_gguf import FAMILIES, PLAIN, byte_level, sentencepiece, with_tokenizer
 
 # --- parts, machines and kinds of files ---
-
-
-def written_anew(source, path, settings=(), drop=lambda name: False, **options):
-    """A file written once more by the library, in parts or in another order of bytes, where `options` say so."""
-    header = read_header(source)
-    writer = library.GGUFWriter(path, header.metadata["general.architecture"], **options)
-    for key, value in {**header.metadata, **dict(settings)}.items():
-        if key == "general.architecture":
-            continue
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        else:
-            (writer.add_string if isinstance(value, str) else writer.add_array)(key, value)
-    for tensor in library.GGUFReader(source).tensors:
-        if not drop(tensor.name):
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    finish(writer)
-    return path
 
 
 def test_a_file_in_parts_is_read_by_its_first(tmp_path):
     tokenizer = byte_level()
     whole = tmp_path / "whole.gguf"
     gguf.write_model(whole, with_tokenizer(tokenizer, 400), "q8_0")
-    written_anew(whole, tmp_path / "m.gguf", split_max_tensors=4)
+    rewritten(whole, tmp_path / "m.gguf", split_max_tensors=4)
     first, second, third = (tmp_path / f"m-0000{number}-of-00003.gguf" for number in (1, 2, 3))
     expected, found = gguf.read_model(whole), gguf.read_model(first)
     assert equal(found, expected)
@@ -84,9 +61,9 @@ def test_a_file_in_parts_is_read_by_its_first(tmp_path):
 def test_files_that_hold_no_model_are_told_by_what_they_are(tmp_path):
     plain = tmp_path / "plain.gguf"
     gguf.write_model(plain, with_tokenizer(byte_level(), 400))
-    big = written_anew(plain, tmp_path / "big.gguf", endianess=library.GGUFEndian.BIG)
-    adapter = written_anew(plain, tmp_path / "adapter.gguf", {"general.type": "adapter"}, lambda name: "embd" in name)
-    words = written_anew(plain, tmp_path / "words.gguf", drop=lambda name: True)
+    big = rewritten(plain, tmp_path / "big.gguf", endianess=library.GGUFEndian.BIG)
+    adapter = rewritten(plain, tmp_path / "adapter.gguf", {"general.type": "adapter"}, drop=lambda name: "embd" in name)
+    words = rewritten(plain, tmp_path / "words.gguf", drop=lambda name: True)
     for path, fault in (
         (big, "its numbers are those of a big-endian machine"),
         (adapter, "its general.type is 'adapter', and it is no model"),
@@ -106,7 +83,7 @@ def test_a_directory_with_a_file_alone_says_which(tmp_path):
 def test_a_file_for_embeddings_is_the_model_that_it_was_made_of(tmp_path):
     plain = tmp_path / "plain.gguf"
     gguf.write_model(plain, model(**PLAIN, query_key_norm=True))
-    pooled = written_anew(plain, tmp_path / "m.gguf", {"qwen3.pooling_type": 3})
+    pooled = rewritten(plain, tmp_path / "m.gguf", {"qwen3.pooling_type": 3})
     assert equal(gguf.read_model(pooled), gguf.read_model(plain))
 
 
@@ -292,7 +269,7 @@ def write_bytes(path, tokens, settings=(), unused=()):
         "merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in merges],
     }
     gguf.write_model(plain := path.with_suffix(".plain"), with_tokenizer(byte_level(), len(lists["tokens"])))
-    return written_anew(plain, path, {f"tokenizer.ggml.{key}": value for key, value in lists.items()} | dict(settings))
+    return rewritten(plain, path, {f"tokenizer.ggml.{key}": value for key, value in lists.items()} | dict(settings))
 
 
 def test_marks_that_a_file_calls_symbols_are_control_tokens(tmp_path):

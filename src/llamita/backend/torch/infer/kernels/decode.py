@@ -407,8 +407,9 @@ class Decoder:
         blocks = np.concatenate(tables, dtype=np.int64)
         step = (np.array(of_chunks, np.int64), blocks, self.windows, cache.layout.block_size)
         turns, rotations = self._rotations(max(of_chunks[1]))
+        dtypes = (self.dtype, _static(cache.keys[0].dtype))
         for forms, first, last in self.runs:
-            statics = (self.code, (self.dtype, _static(cache.keys[0].dtype)), forms)
+            statics = (self.code, dtypes, forms)
             of_model = (self.layers, cache.addresses, first, last, self.norm, self.sizes, self.eps, self.scale)
             x = call(decode_layers, statics, threads, *statics, x, rows, *of_model, step, rotations)
         del turns  # of which the kernels had the addresses

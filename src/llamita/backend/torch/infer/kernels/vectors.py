@@ -10,10 +10,9 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from llamita.backend.torch.infer.kernels.simd import FLOAT, FLOATS, LANES, LONG, WORDS, Code, pointers
+from llamita.backend.torch.infer.kernels.simd import FLOAT, FLOATS, LANES, LONG, WORD, WORDS, Code, pointers
 
 ROWS_AHEAD = 8
 """Rows of keys or values from those that are read to those that are fetched meanwhile."""
@@ -95,10 +94,8 @@ def _halved(code: Code, x: ir.Value, y: ir.Value, lanes: int, width: int) -> ir.
 
 
 def sum_of_lanes(code: Code, vector: ir.Value) -> ir.Value:
-    """Returns the sum over the lanes, in any order."""
-    kind = ir.FunctionType(FLOAT, [FLOAT, FLOATS])
-    function = cgutils.get_or_insert_function(code.builder.module, kind, "llvm.vector.reduce.fadd.v16f32")
-    return code.builder.call(function, [FLOAT(0.0), vector], fastmath=("reassoc",))
+    """Returns the sum over the lanes of one vector."""
+    return code.builder.extract_element(sums_of_lanes(code, [vector]), WORD(0))
 
 
 @intrinsic
