@@ -91,7 +91,7 @@ def test_escape_stops_an_answer_and_what_came_stays(program, slow):
     with opened(program, slow) as page:
         ready(page)
         say(page, "Count.", wait=False)
-        until(page, "document.querySelector('.message.open > .text').textContent.length > 40")
+        until(page, "document.querySelector('.message.open > .text').textContent.length > 60")
         assert page.is_visible("#stop")
         page.keyboard.press("Escape")
         page.wait_for_selector(DONE)
