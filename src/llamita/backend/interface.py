@@ -84,8 +84,9 @@ class ScheduledChunk:
     def __post_init__(self) -> None:
         assert self.tokens, "a chunk holds at least one token"
         assert self.start >= 0
-        assert all(0 <= target.offset < len(self.tokens) for target in self.targets)
-        assert all(one.offset <= other.offset for one, other in pairwise(self.targets))
+        if self.targets:
+            assert all(0 <= target.offset < len(self.tokens) for target in self.targets)
+            assert all(one.offset <= other.offset for one, other in pairwise(self.targets))
         assert all(self.start < sample.position <= self.end for sample in self.samples)
 
     @property

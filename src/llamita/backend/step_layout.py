@@ -6,6 +6,7 @@ Shared by the backends, in plain Python and numpy. Knows no tensor and no model.
 Letters beyond the usual: R rows of a step that logits are made of, M blocks of a table.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,9 +65,12 @@ class StepLayout:
 
     def result(self, sampled: Sequence[tuple[SampledToken, ...]], scores: Sequence["Scores"]) -> StepResult:
         """Returns the results of the chunks in the order of the plan; no scores where no chunk asked for them."""
-        in_order = [scores[place] for place in self.places] if scores else []
+        tokens = tuple([sampled[place] for place in self.places])
+        if not scores:
+            return StepResult(tokens)
+        in_order = [scores[place] for place in self.places]
         return StepResult(
-            tuple(sampled[place] for place in self.places),
+            tokens,
             tuple(found.logprobs for found in in_order),
             tuple(found.tops for found in in_order) if any(found.tops for found in in_order) else (),
         )
@@ -111,7 +115,7 @@ def sample_chunks(chunks: Sequence[ScheduledChunk], draw: Draw) -> list[tuple[Sa
     specs = [spec for chunk in chunks for spec in chunk.samples]
     ids = [chunk.sequence_id for chunk in chunks for _ in chunk.samples]
     tokens = iter(draw(_rows_drawn(chunks), specs, ids) if specs else ())
-    return [tuple(next(tokens) for _ in chunk.samples) for chunk in chunks]
+    return [tuple(itertools.islice(tokens, len(chunk.samples))) for chunk in chunks]
 
 
 def score_chunks(chunks: Sequence[ScheduledChunk], score: Score) -> list[Scores]:

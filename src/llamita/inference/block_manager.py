@@ -215,10 +215,10 @@ class BlockManager:
 
     def blocks_to_grow(self, tables: Tables, computed: int, end: int) -> int:
         """Returns the number of blocks that `grow` would take, in the group that needs most."""
-        return max(
-            max(0, -(-end // self.block_size) - table.length) + self._is_shared(pool, table, computed)
-            for pool, table in zip(self.pools, tables, strict=True)
-        )
+        blocks, most = -(-end // self.block_size), 0
+        for pool, table in zip(self.pools, tables, strict=True):
+            most = max(most, max(0, blocks - table.length) + self._is_shared(pool, table, computed))
+        return most
 
     def blocks_to_read(self, tables: Tables, end: int, chunk: int) -> int:
         """Returns the most blocks that a sequence holds beyond its table while it is read up to `end` in chunks.
@@ -247,7 +247,10 @@ class BlockManager:
 
         A block that is written next and that others hold too is replaced by a copy (copy on write).
         """
-        if self.blocks_to_grow(tables, computed, end) > self.available:
+        needed = self.blocks_to_grow(tables, computed, end)
+        if needed == 0:
+            return True
+        if needed > self.available:
             return False
         for group, (pool, table) in enumerate(zip(self.pools, tables, strict=True)):
             if self._is_shared(pool, table, computed):
@@ -284,9 +287,9 @@ class BlockManager:
                     if len(prefixes) >= table.released:
                         pool.remember(int(table.blocks[len(prefixes)]), prefix)
                 prefixes.append(prefix)
-        for group, (pool, table) in enumerate(zip(self.pools, tables, strict=True)):
+        for group, table in enumerate(tables):
             for number in range(table.released, min(self._first_seen(group, computed), table.length)):
-                pool.give_back(int(table.blocks[number]))
+                self.pools[group].give_back(int(table.blocks[number]))
                 table.blocks[number] = MISSING
                 table.released = number + 1
 

@@ -286,7 +286,9 @@ class Engine:
             statistics.prefill_seconds += seconds
             return
         statistics.decode_seconds += seconds
-        held = sum(share * min(chunk.end, window or chunk.end) for window, share in self._shares)
+        held = 0.0
+        for window, share in self._shares:
+            held += share * (min(chunk.end, window) if window else chunk.end)
         statistics.decode_bytes += self._runner.weight_bytes + round(self._runner.kv_bytes_per_token * held)
 
     def _grammars_of_tokenizer(self) -> Grammars:

@@ -50,7 +50,7 @@ class PagedKVCache:
         kernel: TableKernel | None = None,
     ) -> None:
         assert layout.windows == config.attention_windows
-        self.layout, self.kernel = layout, kernel
+        self.layout, self.dtype, self.kernel = layout, dtype, kernel
         self.positions = config.max_position_embeddings
         self.group_of_layer = [layout.windows.index(config.window(i)) for i in range(config.num_hidden_layers)]
         self.specs = [config.attention(self.group_of_layer.index(group)) for group in range(len(layout.windows))]

@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("numba", reason="the kernels need Numba")
 
 from llamita.backend.torch.infer.kernels.choice import supported
-from llamita.backend.torch.infer.kernels.draw import PART, drawn_tokens
+from llamita.backend.torch.infer.kernels.draw import PART, TokenDrawer
 from llamita.backend.torch.infer.noise import GumbelNoise, stream_keys
 
 
@@ -18,7 +18,7 @@ def both(scores_RV: torch.Tensor, instructions: str, position: int = 0) -> tuple
         GumbelNoise(vocabulary),
         torch.from_numpy(stream_keys([7] * rows, range(position, position + rows))),
     )
-    drawn_R1 = drawn_tokens(scores_RV, noise.codes_V, keys_R2, instructions)
+    drawn_R1 = TokenDrawer(instructions)(scores_RV, noise.codes_V, keys_R2)
     return drawn_R1.flatten().tolist(), (noise.rows(keys_R2) + scores_RV).argmax(-1).tolist()
 
 

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llamita.backend.torch.infer.kernels.compiled import Kernel
 from llamita.backend.torch.infer.kernels.gguf_blocks import SharedScales, unpacked
 from llamita.backend.torch.infer.kernels.instructions import Instructions
-from llamita.backend.torch.infer.kernels.products import call, linear, rows_of
+from llamita.backend.torch.infer.kernels.products import linear, rows_of
 from llamita.backend.torch.infer.kernels.simd import LANES, Static, target
 from llamita.backend.torch.infer.kernels.tiles import GROUP, SHARED, Form, bias
 from llamita.backend.torch.memory import laid_out
@@ -62,6 +63,18 @@ class BlockedWeight:
         """The weight as `products.linear` takes it."""
         return Static(self.form), (self.numbers, self.scales, self.minimums), self.width
 
+    @cached_property
+    def _code(self) -> Static:
+        return target(self.instructions)
+
+    @cached_property
+    def _linear(self) -> Kernel:
+        return Kernel(linear)
+
+    @cached_property
+    def _rows_of(self) -> Kernel:
+        return Kernel(rows_of)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the weight, without what fills its last block up."""
@@ -87,8 +100,7 @@ class BlockedWeight:
     def multiply(self, x_RI: Tensor) -> Tensor:
         """Returns x W^T as float32, (R, n_in) to (R, n_out)."""
         x = x_RI.float().contiguous().numpy().reshape(-1)
-        statics, code = (self.form, self.instructions), target(self.instructions)
-        y = call(linear, statics, torch.get_num_threads(), code, x, len(x_RI), self.of_kernel)
+        y = self._linear(torch.get_num_threads(), self._code, x, len(x_RI), self.of_kernel)
         return torch.from_numpy(y).view(len(x_RI), self.width)[:, : self.n_out]
 
     def plain(self) -> Tensor:
@@ -147,8 +159,7 @@ class BlockedWeight:
 
     def look_up(self, rows_R: np.ndarray) -> np.ndarray:
         """Returns the rows of some int64 numbers, float32 (R, I), flat. Whether a row is there is not looked at."""
-        statics, code = (self.form, self.instructions), target(self.instructions)
-        return call(rows_of, statics, torch.get_num_threads(), code, rows_R, self.n_in, self.of_kernel)
+        return self._rows_of(torch.get_num_threads(), self._code, rows_R, self.n_in, self.of_kernel)
 
 
 def blocked_floats(weight_OI: Tensor, instructions: Instructions, rounded: bool = False) -> BlockedWeight:

@@ -4,20 +4,19 @@ Read before anything is compiled, since an instruction that a processor lacks en
 are imported here alone, and only where they are wanted: they need Numba.
 """
 
-import functools
 import importlib.util
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from llamita.backend.torch.infer.kernels.instructions import Instructions
 
 if TYPE_CHECKING:
     from llamita.backend.torch.infer.kernels.decode import Decoder
+    from llamita.backend.torch.infer.kernels.draw import TokenDrawer
+    from llamita.backend.torch.infer.kernels.head import GreedyHead
     from llamita.backend.torch.model.llama import Llama
 
 VARIABLE = "LLAMITA_KERNELS"
@@ -111,24 +110,22 @@ def decoder_of(model: "Llama") -> "Decoder | None":
     return Decoder(model) if Decoder.fits(model) else None
 
 
-def greedy_head_of(model: "Llama") -> "Callable[[Tensor], tuple[list[int], list[float]]] | None":
-    """Returns `head.likeliest_tokens` over a model's output head; None where that does not lie in blocks, or something
-    is done to its logits."""
+def greedy_head_of(model: "Llama") -> "GreedyHead | None":
+    """Returns what finds the likeliest tokens by a model's output head; None where that does not lie in blocks, or
+    something is done to its logits."""
     if model.instructions is None or model.config.num_labels or not model.transform.changes_nothing:
         return None
-    from llamita.backend.torch.infer.kernels.head import likeliest_tokens
+    from llamita.backend.torch.infer.kernels.head import GreedyHead
     from llamita.backend.torch.model.reordered import held_in_blocks
 
     held = held_in_blocks(model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head)
-    if held is None:
-        return None
-    return functools.partial(likeliest_tokens, weight=held)
+    return None if held is None else GreedyHead(held)
 
 
-def drawer_for(instructions: Instructions | None) -> "Callable[[Tensor, Tensor, Tensor], Tensor] | None":
-    """Returns `draw.drawn_tokens`; None without kernels."""
+def drawer_for(instructions: Instructions | None) -> "TokenDrawer | None":
+    """Returns what draws tokens; None without kernels."""
     if instructions is None:
         return None
-    from llamita.backend.torch.infer.kernels.draw import drawn_tokens
+    from llamita.backend.torch.infer.kernels.draw import TokenDrawer
 
-    return functools.partial(drawn_tokens, instructions=instructions)
+    return TokenDrawer(instructions)

@@ -1,4 +1,4 @@
-"""A decoding step of several sequences, a token or a few of each, in one call over all layers.
+"""A decoding step of several sequences, a token or a few of each, in one call and one parallel region over all layers.
 
 Nothing is left to PyTorch but the embedding, and sampling at a temperature. The residual stream is float32 whatever the
 type of weights and cache. Attention reads keys and values where they lie in the blocks of the cache. Families with
@@ -21,9 +21,18 @@ from torch import Tensor
 
 from llamita.backend.interface import ScheduledChunk
 from llamita.backend.torch.infer.kernels.blocked import BlockedWeight
-from llamita.backend.torch.infer.kernels.products import COMPILED, FOUR, INSIDE, ONE, call, linear
+from llamita.backend.torch.infer.kernels.compiled import COMPILED, INSIDE, Kernel
+from llamita.backend.torch.infer.kernels.products import (
+    FOUR,
+    ONE,
+    multiply,
+    prepare,
+    prepare_together,
+    room_for,
+    share_of_groups,
+)
 from llamita.backend.torch.infer.kernels.simd import LANES, Static, target
-from llamita.backend.torch.infer.kernels.threads import parallel
+from llamita.backend.torch.infer.kernels.threads import meet, parallel, share
 from llamita.backend.torch.infer.kernels.vectors import (
     exponentials,
     gate,
@@ -39,8 +48,7 @@ from llamita.backend.torch.model.llama import Block, Linear, Llama
 from llamita.backend.torch.model.quantized import QuantizedLinear
 from llamita.backend.torch.model.reordered import held_in_blocks
 
-ROWS_ALONE = 2
-"""So few rows the calling thread rotates and gates by itself."""
+TYPES = {torch.float32: Static("float32"), torch.bfloat16: Static("bfloat16"), torch.float16: Static("float16")}
 WEIGHT = [("numbers", "i8"), ("scales", "i8"), ("minimums", "i8"), ("width", "i8")]
 NORMS = [(name, "i8") for name in ("attention_norm", "feed_norm", "q_norm", "k_norm", "bias")]
 LAYER = np.dtype(
@@ -108,18 +116,14 @@ def norm(code, x, at, weight, eps, y):
 
 
 @njit(**INSIDE)
-def norm_rows(first, last, code, x, weight, eps, y):
-    """Puts rows `first` to `last` - 1 through a norm."""
+def norm_rows(team, code, form, x, weight, eps, y, room):
+    """Puts this thread's share of rows (R, D) through a norm, and into the room of the product that follows."""
+    D = weight.size
+    first, last = share(team, x.size // D)
     for row in range(first, last):
-        norm(code, x, row * weight.size, weight, eps, y)
-
-
-@njit(**INSIDE)
-def normed(threads, code, x, weight, eps, rows):
-    """Returns rows (R, D) through a norm; flat."""
-    y = np.empty(x.size, np.float32)
-    parallel(norm_rows, threads, rows, (code, x, weight, eps, y))
-    return y
+        norm(code, x, row * D, weight, eps, y)
+        prepare(code, form, y, room, row * D, (row + 1) * D)
+    meet(team)
 
 
 @njit(**INSIDE)
@@ -133,41 +137,45 @@ def rotate(x, at, cos, sin, turn, E):
 
 
 @njit(**INSIDE)
-def place_heads(first, last, code, kind, heads, bias, turned, sizes, keys, values, slots):
-    """Adds biases to the heads of rows `first` to `last` - 1, norms and rotates queries and keys, and puts keys and
+def place_heads(team, code, kind, heads, bias, turned, sizes, keys, values, slots):
+    """Adds biases to this thread's share of all rows' heads, norms and rotates queries and keys, and puts keys and
     values into the cache."""
     q_norm, k_norm, eps, cos, sin, E, places = turned
     N, K, H = sizes
     G = N + 2 * K
-    for row in range(first, last):
-        begin = row * G * H
+    first, last = share(team, slots.size * G)
+    for number in range(first, last):
+        row, head, at = number // G, number % G, number * H
         if bias.size:
-            for i in range(G * H):
-                heads[begin + i] += bias[i]
-        for head in range(N + K):
-            at = begin + head * H
+            for i in range(H):
+                heads[at + i] += bias[head * H + i]
+        if head < N + K:
             if q_norm.size:
                 norm(code, heads, at, q_norm if head < N else k_norm, eps, heads)
             if E:
                 rotate(heads, at, cos, sin, places[row], E)
-        save(code, kind, keys, slots[row] * K * H, heads, begin + N * H, K * H)
-        save(code, kind, values, slots[row] * K * H, heads, begin + (N + K) * H, K * H)
+            if head >= N:
+                save(code, kind, keys, (slots[row] * K + head - N) * H, heads, at, H)
+        else:
+            save(code, kind, values, (slots[row] * K + head - N - K) * H, heads, at, H)
+    meet(team)
 
 
 @njit(**INSIDE)
-def attend(first, last, code, kind, heads, sizes, scale, keys, values, table, mixed):
-    """Mixes the values that a query sees, for queries `first` to `last` - 1 of all rows' heads.
+def attend(team, code, kind, heads, sizes, scale, keys, values, table, mixed):
+    """Mixes the values that a query sees, for this thread's share of the queries of all rows' heads.
 
     `table` has the blocks of all sequences; for each row where those of its sequence begin among them, the first
     position that it sees, and the end; then the size of a block.
     """
-    N = sizes[0]
-    query = first
+    N, _, H = sizes
+    query, last = share(team, mixed.size // H)
     while query < last:
         row, head = query // N, query % N
         end = min(N, head + last - query)
         attend_row(row, head, end, code, kind, heads, sizes, scale, keys, values, table, mixed)
         query += end - head
+    meet(team)
 
 
 @njit(**INSIDE)
@@ -247,12 +255,14 @@ def row_places(chunks, blocks, windows, size, rows):
 
 
 @njit(**INSIDE)
-def empty_begun(chunks, blocks, group, size, items, keys, values):
-    """Puts zeros into the blocks of a layer that the chunks begin and do not fill; a position has so many numbers.
+def empty_begun(team, chunks, blocks, group, size, items, keys, values):
+    """Puts zeros into the blocks of a layer that this thread's share of the chunks begin and do not fill; a position
+    has so many numbers.
 
     A later step reads the rest of them as well, to no effect unless an earlier sequence left NaN.
     """
-    for chunk in range(chunks.shape[1]):
+    begun, after = share(team, chunks.shape[1])
+    for chunk in range(begun, after):
         start, end = chunks[0, chunk], chunks[1, chunk]
         if end % size and start <= end // size * size:
             first = blocks[chunks[2 + group, chunk] + end // size] * size * items
@@ -262,64 +272,102 @@ def empty_begun(chunks, blocks, group, size, items, keys, values):
 
 
 @njit(**INSIDE)
-def gate_rows(first, last, code, gate_up, C, gated):
-    """Gates vectors `first` to `last` - 1 of all rows."""
-    in_row = C // LANES
-    for vector in range(first, last):
-        row, place = vector // in_row, vector % in_row * LANES
-        gate(code, gate_up, row * 2 * C + place, gate_up, row * 2 * C + C + place, gated, row * C + place)
+def gate_rows(team, code, form, gate_up, rows, gated, room):
+    """Gates this thread's share of all rows, and puts it into the room of the product that follows."""
+    C = gated.size // rows
+    first, last = share_of_groups(team, gated.size)
+    for place in range(first, last, LANES):
+        at = place // C * 2 * C + place % C
+        gate(code, gate_up, at, gate_up, at + C, gated, place)
+    prepare(code, form, gated, room, first, last)
+    meet(team)
+
+
+@njit(**INSIDE)
+def add_product(team, code, weight, x, room, rows, n_in, y, stream):
+    """Adds the product of prepared rows (R, I) with a weight to the residual stream (R, D), flat."""
+    multiply(team, code, weight, x, room, rows, n_in, y)
+    D = y.size // rows
+    first, last = share(team, D // LANES)
+    for row in range(rows):
+        for place in range(row * D + first * LANES, row * D + last * LANES):
+            stream[place] += y[place]
+    meet(team)
+
+
+@njit(**INSIDE)
+def run_layers(
+    team, code, dtypes, forms, x, rows, layers, caches, first, last, last_norm, sizes, eps, scale, step, rotations,
+    places, arrays, rooms
+):  # fmt: skip
+    """Does as `decode_layers`, on each thread of a team."""
+    chunks, blocks, _, size = step
+    rows_of_groups, positions, stops = places
+    y, heads, mixed, both, gated = arrays
+    dtype, kind = dtypes
+    N, K, H = sizes
+    D, C = x.size // rows, gated.size // rows
+    for number in range(first, last):
+        layer = layers[number]
+        keys, values = memory_at(kind, caches[number, 0]), memory_at(kind, caches[number, 1])
+        slots, begins, seen = rows_of_groups[layer.group]
+        turn, bias = rotations[layer.rotation], floats_at(layer.bias, (N + 2 * K) * H)
+        q_norm, k_norm = floats_at(layer.q_norm, H), floats_at(layer.k_norm, H)
+        cos, sin = floats_at(turn.cos, 1), floats_at(turn.sin, 1)
+
+        empty_begun(team, chunks, blocks, layer.group, size, K * H, keys, values)
+        norm_rows(team, code, forms[0], x, floats_at(layer.attention_norm, D), eps, y, rooms[0])
+        multiply(team, code, weight_at(forms[0], layer.qkv), y, rooms[0], rows, D, heads)
+        meet(team)
+        turned = (q_norm, k_norm, eps, cos, sin, turn.size, positions)
+        place_heads(team, code, kind, heads, bias, turned, sizes, keys, values, slots)
+        attend(team, code, kind, heads, sizes, scale, keys, values, (blocks, begins, seen, stops, size), mixed)
+        prepare_together(team, code, forms[1], mixed, rooms[1])
+        add_product(team, code, weight_at(forms[1], layer.output), mixed, rooms[1], rows, N * H, y, x)
+
+        norm_rows(team, code, forms[2], x, floats_at(layer.feed_norm, D), eps, y, rooms[2])
+        multiply(team, code, weight_at(forms[2], layer.gate_up), y, rooms[2], rows, D, both)
+        meet(team)
+        gate_rows(team, code, forms[3], both, rows, gated, rooms[3])
+        add_product(team, code, weight_at(forms[3], layer.down), gated, rooms[3], rows, C, y, x)
+    if last == layers.size:
+        first, last = share(team, rows)
+        for row in range(first, last):
+            norm(code, x, row * D, last_norm, eps, x)
+            round_numbers(code, dtype, x, row * D, D)
 
 
 @njit(**COMPILED)
 def decode_layers(
     threads, code, dtypes, forms, x, rows, layers, caches, first, last, last_norm, sizes, eps, scale, step, rotations
 ):
-    """Runs layers `first` to `last` - 1 over rows (R, D) of the residual stream, flat, and returns it; after the last
-    layer, which `last_norm` follows, the normed rows. What enters the first layer and what leaves the last norm is
-    rounded to the type of the model.
+    """Runs layers `first` to `last` - 1 over rows (R, D) of the residual stream, flat, in place; the last layer is
+    followed by `last_norm`. What enters the first layer and what leaves the last norm is rounded to the type of the
+    model.
 
     `forms` are those of the four weights of each of these layers, `dtypes` the types of the model and of the cache.
     `step` has of each chunk its first position, its end, and where the blocks of its sequence begin in each group of
     layers (2 + G, X); those blocks; the window of each group, 0 for none; and the size of a block.
     """
     chunks, blocks, windows, size = step
-    dtype, kind = dtypes
     N, K, H = sizes
-    D = x.size // rows
-    few = 1 if rows <= ROWS_ALONE else threads
-    places, of_groups = row_places(chunks, blocks, windows, size, rows)
-    stops = places + 1
+    C = layers[first].gate_up.width // 2
+    positions, rows_of_groups = row_places(chunks, blocks, windows, size, rows)
     if first == 0:
-        round_numbers(code, dtype, x, x.size)
-    for number in range(first, last):
-        layer = layers[number]
-        keys, values = memory_at(kind, caches[number, 0]), memory_at(kind, caches[number, 1])
-        empty_begun(chunks, blocks, layer.group, size, K * H, keys, values)
-        slots, begins, seen = of_groups[layer.group]
-        turn, bias = rotations[layer.rotation], floats_at(layer.bias, (N + 2 * K) * H)
-        q_norm, k_norm = floats_at(layer.q_norm, H), floats_at(layer.k_norm, H)
-        cos, sin = floats_at(turn.cos, 1), floats_at(turn.sin, 1)
-
-        y = normed(few, code, x, floats_at(layer.attention_norm, D), eps, rows)
-        heads = linear(threads, code, y, rows, weight_at(forms[0], layer.qkv))
-        turned = (q_norm, k_norm, eps, cos, sin, turn.size, places)
-        parallel(place_heads, few, rows, (code, kind, heads, bias, turned, sizes, keys, values, slots))
-        mixed = np.empty(rows * N * H, np.float32)
-        table = (blocks, begins, seen, stops, size)
-        parallel(attend, threads, rows * N, (code, kind, heads, sizes, scale, keys, values, table, mixed))
-        x += linear(threads, code, mixed, rows, weight_at(forms[1], layer.output))
-
-        y = normed(few, code, x, floats_at(layer.feed_norm, D), eps, rows)
-        both = linear(threads, code, y, rows, weight_at(forms[2], layer.gate_up))
-        C = both.size // rows // 2
-        gated = np.empty(rows * C, np.float32)
-        parallel(gate_rows, few, rows * (C // LANES), (code, both, C, gated))
-        x += linear(threads, code, gated, rows, weight_at(forms[3], layer.down))
-    if last < layers.size:
-        return x
-    y = normed(few, code, x, last_norm, eps, rows)
-    round_numbers(code, dtype, y, y.size)
-    return y
+        round_numbers(code, dtypes[0], x, 0, x.size)
+    y, heads = np.empty_like(x), np.empty(rows * (N + 2 * K) * H, np.float32)
+    mixed, gated = np.empty(rows * N * H, np.float32), np.empty(rows * C, np.float32)
+    both = np.empty(rows * 2 * C, np.float32)
+    arrays = (y, heads, mixed, both, gated)
+    rooms = (
+        room_for(code, forms[0], x.size),
+        room_for(code, forms[1], mixed.size),
+        room_for(code, forms[2], x.size),
+        room_for(code, forms[3], gated.size),
+    )
+    of_model = (layers, caches, first, last, last_norm, sizes, eps, scale)
+    places = (rows_of_groups, positions, positions + 1)
+    parallel(run_layers, threads, (code, dtypes, forms, x, rows, *of_model, step, rotations, places, arrays, rooms))
 
 
 class Decoder:
@@ -330,7 +378,7 @@ class Decoder:
         blocks = _blocks_of(model)
         instructions = _held(blocks[0].self_attn.qkv_proj).instructions
         self.code = target(instructions)
-        self.dtype = _static(model.model.norm.weight.dtype)
+        self.dtype = TYPES[model.model.norm.weight.dtype]
         self.sizes = (self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim)
         self.eps = np.float32(self.config.rms_norm_eps)
         self.scale = np.float32(factor(self.config.head_dim, blocks[0].self_attn.spec))
@@ -343,8 +391,10 @@ class Decoder:
         forms = [tuple(Static(_held(module).form) for module in _maps(block)) for block in blocks]
         ends = [number for number in range(1, len(blocks)) if forms[number] != forms[number - 1]]
         begins = [0, *ends]
-        self.runs = list(zip([forms[begin] for begin in begins], begins, [*ends, len(blocks)], strict=True))
-        """Layers that follow one another and have weights of the same forms: the forms, the first, the end."""
+        kernels = [Kernel(decode_layers) for _ in begins]
+        self.runs = list(zip(kernels, [forms[begin] for begin in begins], begins, [*ends, len(blocks)], strict=True))
+        """Layers that follow one another and have weights of the same forms: what runs them, the forms, the first, the
+        end."""
 
     @property
     def reads_float16(self) -> bool:
@@ -400,18 +450,17 @@ class Decoder:
         """
         rows, threads = len(tokens), torch.get_num_threads()
         x = self._embedded(tokens)
-        tables = [chunk.tables[group] for group in range(len(cache.specs)) for chunk in chunks]
+        tables = [chunk.tables[group] for group in range(len(self.windows)) for chunk in chunks]
         begins = [0, *itertools.accumulate(map(len, tables))]
         of_chunks = [[chunk.start for chunk in chunks], [chunk.end for chunk in chunks]]
         of_chunks += [begins[first : first + len(chunks)] for first in range(0, len(tables), len(chunks))]
         blocks = np.concatenate(tables, dtype=np.int64)
         step = (np.array(of_chunks, np.int64), blocks, self.windows, cache.layout.block_size)
         turns, rotations = self._rotations(max(of_chunks[1]))
-        dtypes = (self.dtype, _static(cache.keys[0].dtype))
-        for forms, first, last in self.runs:
-            statics = (self.code, dtypes, forms)
+        dtypes = (self.dtype, TYPES[cache.dtype])
+        for kernel, forms, first, last in self.runs:
             of_model = (self.layers, cache.addresses, first, last, self.norm, self.sizes, self.eps, self.scale)
-            x = call(decode_layers, statics, threads, *statics, x, rows, *of_model, step, rotations)
+            kernel(threads, self.code, dtypes, forms, x, rows, *of_model, step, rotations)
         del turns  # of which the kernels had the addresses
         return torch.from_numpy(x).view(rows, -1)
 
@@ -431,10 +480,6 @@ class Decoder:
             records = np.array([*rows, (0, 0, 0)], ROTATION)
             self._turns = (min((len(cos_SE) for cos_SE, _ in turns), default=sys.maxsize), turns, records)
         return turns, records
-
-
-def _static(dtype: torch.dtype) -> Static:
-    return Static(str(dtype).removeprefix("torch."))
 
 
 def _blocks_of(model: Llama) -> list[Block]:

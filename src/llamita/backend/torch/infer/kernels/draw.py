@@ -14,10 +14,10 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from llamita.backend.torch.infer.kernels.compiled import COMPILED, INSIDE, Kernel
 from llamita.backend.torch.infer.kernels.instructions import Instructions
-from llamita.backend.torch.infer.kernels.products import COMPILED, INSIDE, call
 from llamita.backend.torch.infer.kernels.simd import LANES, target
-from llamita.backend.torch.infer.kernels.threads import parallel
+from llamita.backend.torch.infer.kernels.threads import parallel, share
 from llamita.backend.torch.infer.kernels.vectors import exponentials
 from llamita.backend.torch.infer.noise import FIRST
 
@@ -51,8 +51,9 @@ def rest(bits):
 
 
 @njit(**INSIDE)
-def draw_parts(first, last, code, scores, width, codes, keys, values, ids):
-    """Finds the largest score + noise, and its id, of each of parts `first` to `last` - 1 of rows of `width` scores."""
+def draw_parts(team, code, scores, width, codes, keys, values, ids):
+    """Finds the largest score + noise, and its id, of this thread's share of the parts of rows of `width` scores."""
+    first, last = share(team, values.size)
     parts = values.size // (scores.size // width)
     weights = np.empty(PART, np.float32)
     for part in range(first, last):
@@ -72,21 +73,21 @@ def draw_parts(first, last, code, scores, width, codes, keys, values, ids):
         weights[stop - begin : padded] = -np.inf
         exponentials(code, weights, 0, np.float32(0.0), padded)
         value = largest + noise(random_bits(codes[best], first_key, second_key))
-        share = np.float32(MARGIN * math.exp(largest - value) * 2.0**31)
+        factor = np.float32(MARGIN * math.exp(largest - value) * 2.0**31)
         for chunk in range(begin, stop, CHUNK):
             end, found = min(chunk + CHUNK, stop), 0
             for place in range(chunk, end):
                 bits = random_bits(codes[place], first_key, second_key)
-                found += rest(bits) <= weights[place - begin] * share
+                found += rest(bits) <= weights[place - begin] * factor
             if found == 0:
                 continue
             for place in range(chunk, end):
                 bits = random_bits(codes[place], first_key, second_key)
-                if rest(bits) <= weights[place - begin] * share:
+                if rest(bits) <= weights[place - begin] * factor:
                     other = scores[at + place] + noise(bits)
                     if other > value or (other == value and place < best):
                         value, best = other, place
-                        share = np.float32(MARGIN * math.exp(largest - value) * 2.0**31)
+                        factor = np.float32(MARGIN * math.exp(largest - value) * 2.0**31)
         values[part], ids[part] = value, best
 
 
@@ -95,18 +96,24 @@ def draw(threads, code, scores, width, codes, keys):
     """Returns an id for each row of scores (R, V), flat."""
     rows, parts = scores.size // width, (width + PART - 1) // PART
     values, ids = np.empty(rows * parts), np.empty(rows * parts, np.int64)
-    parallel(draw_parts, threads, rows * parts, (code, scores, width, codes, keys, values, ids))
+    parallel(draw_parts, threads, (code, scores, width, codes, keys, values, ids))
     drawn = np.empty(rows, np.int64)
     for row in range(rows):
         drawn[row] = ids[row * parts + np.argmax(values[row * parts : (row + 1) * parts])]
     return drawn
 
 
-def drawn_tokens(scores_RV: Tensor, codes_V: Tensor, keys_R2: Tensor, instructions: Instructions) -> Tensor:
-    """Returns ids [R, 1] drawn from softmax(scores), float64; any id where none may come.
+class TokenDrawer:
+    """Draws a token for each row of scores."""
 
-    `codes_V` are those of `GumbelNoise`, `keys_R2` the `stream_keys` of the rows.
-    """
-    scores, codes, keys = (tensor.contiguous().view(-1).numpy() for tensor in (scores_RV, codes_V, keys_R2))
-    arguments = (torch.get_num_threads(), target(instructions), scores, scores_RV.shape[1], codes, keys)
-    return torch.from_numpy(call(draw, instructions, *arguments)).unsqueeze(1)
+    def __init__(self, instructions: Instructions) -> None:
+        self._code, self._draw = target(instructions), Kernel(draw)
+
+    def __call__(self, scores_RV: Tensor, codes_V: Tensor, keys_R2: Tensor) -> Tensor:
+        """Returns ids [R, 1] drawn from softmax(scores), float64; any id where none may come.
+
+        `codes_V` are those of `GumbelNoise`, `keys_R2` the `stream_keys` of the rows.
+        """
+        scores, codes, keys = (tensor.contiguous().view(-1).numpy() for tensor in (scores_RV, codes_V, keys_R2))
+        drawn = self._draw(torch.get_num_threads(), self._code, scores, scores_RV.shape[1], codes, keys)
+        return torch.from_numpy(drawn).unsqueeze(1)

@@ -5,15 +5,15 @@ are near: one row reads each weight once, at the speed of memory; many rows find
 arithmetic.
 """
 
-from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
-from numba import njit, typeof
+from numba import njit
 from numba.extending import overload
 
+from llamita.backend.torch.infer.kernels.compiled import COMPILED, INSIDE
 from llamita.backend.torch.infer.kernels.simd import LANES, Static
-from llamita.backend.torch.infer.kernels.threads import parallel
+from llamita.backend.torch.infer.kernels.threads import meet, parallel, share
 from llamita.backend.torch.infer.kernels.tiles import (
     GROUP,
     SUMMED,
@@ -23,40 +23,7 @@ from llamita.backend.torch.infer.kernels.tiles import (
     unpack_block,
 )
 
-
-def _can_keep() -> bool:
-    """Returns whether Numba has a folder to keep compiled kernels in."""
-    try:
-        njit(cache=True)(_can_keep)
-        return True
-    except RuntimeError:
-        return False
-
-
-COMPILED: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False, "cache": _can_keep()}
-INSIDE: dict[str, Any] = {**COMPILED, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-"""For functions that compiled ones alone call: there is less to compile."""
-
 ONE, TWO, FOUR, SIX, EIGHT = Static(1), Static(2), Static(4), Static(6), Static(8)
-GROUPS_ALONE = 512
-"""Groups that are rounded by the calling thread: for fewer it takes longer to wake the others."""
-
-
-_COMPILED: dict[Hashable, Callable[..., Any]] = {}
-
-
-def call(function: Any, statics: Hashable, *arguments: Any) -> Any:
-    """Calls a compiled function, which is compiled once for what its `Static` arguments hold.
-
-    The types of arguments are not looked at again, since that takes longer than many a product: whoever calls a
-    function gives all others the same ones, arrays being writable and contiguous, or memory is misread.
-    """
-    key = (function.py_func, statics)
-    if key not in _COMPILED:
-        kinds = tuple(typeof(argument) for argument in arguments)
-        function.compile(kinds)
-        _COMPILED[key] = function.overloads[kinds].entry_point
-    return _COMPILED[key](*arguments)
 
 
 def tile_alone(form: Static) -> tuple[Static, int]:
@@ -128,42 +95,80 @@ def move_past(code, form, blocks, most, at_once, y, width, w, s, m, block, x, xs
         multiply_tile(code, form, ONE, blocks, y, width, w, s, m, block, x, xs, sums, row, n_in, rows)
 
 
-def prepared(threads: int, code: Static, form: Static, x: np.ndarray) -> Any:
-    """Returns float32 activations as the product with a form takes them: as they are, as the bits of bfloat16, or as
-    bytes; with their scales and their sums."""
+def room_for(code: Static, form: Static, size: int) -> Any:
+    """Returns room for so many activations as the product with a form takes them: bytes, with their scales and their
+    sums; the bits of bfloat16; or none where it takes them as they are."""
     raise NotImplementedError("for compiled code")
 
 
-@overload(prepared)
-def _prepared(threads, code, form, x):
+@overload(room_for)
+def _room_for(code, form, size):
     if form.value.in_bytes:
-        return lambda threads, code, form, x: in_bytes(threads, code, x)
+        return lambda code, form, size: (
+            np.empty(size, np.int8),
+            np.empty(size // GROUP, np.float32),
+            np.empty(size // SUMMED, np.int32),
+        )
     if rounds_activations(form.value, code.value.instructions):
-        return lambda threads, code, form, x: in_bfloat16(threads, x)
-    return lambda threads, code, form, x: (x, np.empty(0, np.float32), np.empty(0, np.int32))
+        return lambda code, form, size: (np.empty(size, np.uint16), np.empty(0, np.float32), np.empty(0, np.int32))
+    return lambda code, form, size: (np.empty(0, np.float32), np.empty(0, np.float32), np.empty(0, np.int32))
+
+
+def prepare(code: Static, form: Static, x: np.ndarray, room: Any, first: int, last: int) -> None:
+    """Puts activations `first` to `last` - 1, in whole groups, into the room for them."""
+    raise NotImplementedError("for compiled code")
+
+
+@overload(prepare)
+def _prepare(code, form, x, room, first, last):
+    if form.value.in_bytes:
+        return lambda code, form, x, room, first, last: round_groups(code, x, room, first // GROUP, last // GROUP)
+    if rounds_activations(form.value, code.value.instructions):
+        return lambda code, form, x, room, first, last: round_to_bfloat16(x, room[0], first, last)
+    return lambda code, form, x, room, first, last: None
 
 
 @njit(**INSIDE)
-def in_bfloat16(threads, x):
-    """Returns activations as the bits of bfloat16; no scales and no sums."""
-    bits, halves = x.view(np.uint32), np.empty(x.size, np.uint16)
-    parallel(round_to_bfloat16, threads if x.size > GROUPS_ALONE * GROUP else 1, x.size, (bits, halves))
-    return halves, np.empty(0, np.float32), np.empty(0, np.int32)
+def share_of_groups(team, size):
+    """Returns the first of so many activations that a thread has to do, and the one after its last; in whole groups."""
+    first, last = share(team, (size + GROUP - 1) // GROUP)
+    return first * GROUP, min(last * GROUP, size)
+
+
+def prepare_together(team: Any, code: Static, form: Static, x: np.ndarray, room: Any) -> None:
+    """Puts all activations into the room for them, where the product with a form needs one."""
+    raise NotImplementedError("for compiled code")
+
+
+@overload(prepare_together)
+def _prepare_together(team, code, form, x, room):
+    if not form.value.in_bytes and not rounds_activations(form.value, code.value.instructions):
+        return lambda team, code, form, x, room: None
+
+    def together(team, code, form, x, room):
+        first, last = share_of_groups(team, x.size)
+        prepare(code, form, x, room, first, last)
+        meet(team)
+
+    return together
+
+
+def operands(code: Static, form: Static, x: np.ndarray, room: Any) -> Any:
+    """Returns activations as the product takes them, their scales and their sums."""
+    raise NotImplementedError("for compiled code")
+
+
+@overload(operands)
+def _operands(code, form, x, room):
+    if form.value.in_bytes or rounds_activations(form.value, code.value.instructions):
+        return lambda code, form, x, room: room
+    return lambda code, form, x, room: (x, room[1], room[2])
 
 
 @njit(**INSIDE)
-def in_bytes(threads, code, x):
-    """Returns activations as bytes, with their scales and their sums."""
-    groups = x.size // GROUP
-    rounded, scales = np.empty(x.size, np.int8), np.empty(groups, np.float32)
-    sums = np.empty(x.size // SUMMED, np.int32)
-    parallel(round_groups, threads if groups > GROUPS_ALONE else 1, groups, (code, x, rounded, scales, sums))
-    return rounded, scales, sums
-
-
-@njit(**INSIDE)
-def round_to_bfloat16(first, last, bits, halves):
-    """Rounds float32, given as its bits, to the nearest bfloat16, to the even one where two are as near."""
+def round_to_bfloat16(x, halves, first, last):
+    """Rounds float32 `first` to `last` - 1 to the nearest bfloat16, to the even one where two are as near."""
+    bits = x.view(np.uint32)
     for place in range(first, last):
         word = bits[place]
         up = np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))
@@ -171,31 +176,48 @@ def round_to_bfloat16(first, last, bits, halves):
 
 
 @njit(**INSIDE)
-def round_groups(first, last, code, x, rounded, scales, sums):
-    """Rounds groups `first` to `last` - 1 of the activations."""
+def round_groups(code, x, room, first, last):
+    """Rounds groups `first` to `last` - 1 of the activations to bytes, with their scales and their sums."""
+    rounded, scales, sums = room
     for group in range(first, last):
         round_group(code, x, rounded, scales, sums, group)
+
+
+@njit(**INSIDE)
+def multiply(team, code, weight, x, room, rows, n_in, y):
+    """Puts this thread's share of the product of prepared rows (R, I) with a weight into y (R, outputs), flat."""
+    form, (w, s, m), width = weight
+    x, xs, sums = operands(code, form, x, room)
+    first, last = share(team, width // LANES)
+    if rows == 1:
+        multiply_row(first, last, code, form, y, width, w, s, m, x, xs, sums, n_in)
+    else:
+        multiply_rows(first, last, code, form, y, width, w, s, m, x, xs, sums, rows, n_in)
+
+
+@njit(**INSIDE)
+def prepare_and_multiply(team, code, weight, x, room, rows, n_in, y):
+    """Puts rows (R, I) into their room, and this thread's share of their product with a weight into y."""
+    prepare_together(team, code, weight[0], x, room)
+    multiply(team, code, weight, x, room, rows, n_in, y)
 
 
 @njit(**COMPILED)
 def linear(threads, code, x, rows, weight):
     """Returns y (R, outputs) of float32 rows x (R, I), flat, and a weight: its form, its arrays (numbers, scales and
     minimums), and the outputs of all its blocks."""
-    form, (w, s, m), width = weight
-    n_in = x.size // rows
-    x, xs, sums = prepared(threads, code, form, x)
-    y = np.empty(rows * width, np.float32)
-    if rows == 1:
-        parallel(multiply_row, threads, width // 16, (code, form, y, width, w, s, m, x, xs, sums, n_in))
-    else:
-        parallel(multiply_rows, threads, width // 16, (code, form, y, width, w, s, m, x, xs, sums, rows, n_in))
+    form, _, width = weight
+    y, room = np.empty(rows * width, np.float32), room_for(code, form, x.size)
+    parallel(prepare_and_multiply, threads, (code, weight, x, room, rows, x.size // rows, y))
     return y
 
 
 @njit(**INSIDE)
-def look_up(first, last, code, form, w, s, m, rows, n_in, found):
-    """Puts rows `first` to `last` - 1 of those wanted of a weight into `found`, float32 (R, I), flat."""
+def look_up(team, code, weight, rows, n_in, found):
+    """Puts this thread's share of the rows wanted of a weight into `found`, float32 (R, I), flat."""
+    form, (w, s, m), _ = weight
     block = np.empty(n_in * LANES, np.float32)
+    first, last = share(team, rows.size)
     for place in range(first, last):
         unpack_block(code, form, w, s, m, rows[place] // LANES, n_in, block)
         for i in range(n_in):
@@ -205,7 +227,6 @@ def look_up(first, last, code, form, w, s, m, rows, n_in, found):
 @njit(**COMPILED)
 def rows_of(threads, code, rows, n_in, weight):
     """Returns some rows of a weight, float32 (R, I), flat."""
-    form, (w, s, m), _ = weight
     found = np.empty(rows.size * n_in, np.float32)
-    parallel(look_up, threads if rows.size > 1 else 1, rows.size, (code, form, w, s, m, rows, n_in, found))
+    parallel(look_up, threads if rows.size > 1 else 1, (code, weight, rows, n_in, found))
     return found

@@ -165,13 +165,14 @@ def sum_of_squares(typing_context: Any, code: Any, x: Any, at: Any, size: Any) -
 
 
 @intrinsic
-def round_numbers(typing_context: Any, code: Any, kind: Any, x: Any, size: Any) -> Any:
-    """Rounds the first `size` numbers of x, float32, to the nearest of a type, in place."""
+def round_numbers(typing_context: Any, code: Any, kind: Any, x: Any, at: Any, size: Any) -> Any:
+    """Rounds `size` numbers of x from `at` on, float32, to the nearest of a type, in place."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         writer = Code(builder, code.value)
         (x_p,) = pointers(context, builder, signature, values, 2)
-        with writer.loop(builder.lshr(values[3], LONG(4))) as turn:
+        x_p = writer.after(x_p, values[3])
+        with writer.loop(builder.lshr(values[4], LONG(4))) as turn:
             place = writer.after(x_p, builder.mul(turn.index, LONG(LANES)))
             numbers = writer.narrowed(writer.load(place, FLOATS), kind.value)
             if kind.value == "bfloat16":
@@ -181,7 +182,7 @@ def round_numbers(typing_context: Any, code: Any, kind: Any, x: Any, size: Any) 
             writer.store(numbers, place)
         return context.get_dummy_value()
 
-    return types.void(code, kind, x, types.intp), generate
+    return types.void(code, kind, x, types.intp, types.intp), generate
 
 
 @intrinsic
