@@ -66,10 +66,6 @@ from llamita.model.lora import Adapter
 from llamita.model.sizes import kv_bytes_per_token
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-GUESSES, PIECE, NEAR = 8, 32, 1024
-"""Tokens of a sequence that a decoding step takes: guesses, or a piece of a prompt that is read beside sequences that
-decode, as long as it sees so many positions at most. More are attended to by PyTorch's operators, which many queries of
-one sequence repay."""
 CACHE_SHARE = {"cpu": 0.25, "cuda": 0.8}
 """Of the memory that is free once the weights are loaded, what keys and values may take."""
 
@@ -223,8 +219,7 @@ class TorchRunner:
 
     def _computed(self, layout: StepLayout, memory: TorchMemory) -> States[Tensor]:
         names = layout.adapters(self.default)
-        short = all(len(chunk.tokens) <= (PIECE if chunk.end <= NEAR else GUESSES) for chunk in layout.chunks)
-        if self._decoder is not None and short and {*names} == {None}:
+        if self._decoder is not None and {*names} == {None}:
             hidden_RD = self._decoder.hidden(layout.tokens, layout.chunks, memory.cache)
             return States(hidden_RD, {row: row for row in range(len(hidden_RD))}, names)
         step = memory.cache.step(layout.chunks, self.exact)

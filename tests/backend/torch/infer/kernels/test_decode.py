@@ -6,7 +6,10 @@ import torch
 
 pytest.importorskip("numba", reason="the kernels need Numba")
 
+from llamita.backend.interface import CacheLayout, ScheduledChunk
 from llamita.backend.torch.infer.kernels.choice import supported
+from llamita.backend.torch.infer.kernels.decode import Decoder
+from llamita.backend.torch.infer.kv_cache import PagedKVCache
 from llamita.backend.torch.infer.runner import TorchRunner
 from llamita.backend.torch.model.reordered import build_reordered
 from llamita.backend.torch.model.weights import build_model, to_host_arrays
@@ -80,3 +83,26 @@ def test_guesses_are_checked_in_one_step(family, instructions) -> None:
 def test_sizes_that_fill_no_vectors_go_the_way_of_the_modules(changes) -> None:
     config = ModelConfig(**(CONFIG | changes))
     assert largest_difference(config, "float32", supported()[0], decodes=False) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("family", ["Llama", "windows in some layers"])
+@pytest.mark.parametrize("quantization", ["", "int8"])
+def test_teams_of_any_size_give_the_same_bits(family, quantization) -> None:
+    config = ModelConfig(**(CONFIG | FAMILIES[family]), quantization=quantization)
+    arrays = to_host_arrays(build_model(config, seed=1))
+    decoder = Decoder(build_reordered(config, arrays, dtype=torch.float32, instructions=supported()[0]))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            cache = PagedKVCache(config, CacheLayout(16, 8, config.attention_windows))
+            mine, other = (tuple(np.array(blocks, np.int32) for _ in cache.specs) for blocks in ([5, 1, 3], [0, 7]))
+            read = decoder.hidden(list(range(29)), [ScheduledChunk(0, tuple(range(29)), 0, mine)], cache)
+            step = [ScheduledChunk(0, (8,), 29, mine), ScheduledChunk(1, tuple(range(19)), 0, other)]
+            found.append(torch.cat([read, decoder.hidden([8, *range(19)], step, cache)]))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0].isfinite().all()
+    assert found[0].abs().max() > 0.1
+    for each in found[1:]:
+        assert torch.equal(each, found[0])

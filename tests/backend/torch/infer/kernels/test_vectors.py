@@ -26,13 +26,18 @@ def gated(code, gates, ups, out):
 
 
 @numba.njit
-def scored(code, kind, count, query, keys, at, step, scale, scores):
-    return vectors.score(code, kind, count, query, 0, keys, at, step, query.size, scale, scores, 2)
+def scored(code, kind, rows, count, queries, keys, at, step, scale, scores):
+    vectors.score(code, kind, rows, count, queries, 0, 64, keys, at, step, 64, scale, scores, 2, 5)
 
 
 @numba.njit
 def mixed(code, kind, count, out, memory, at, step, factor, weights):
     vectors.mix(code, kind, count, out, 0, memory, at, step, out.size, factor, weights, 1)
+
+
+@numba.njit
+def mixed_rows(code, kind, rows, out, memory, at, step, count, weights):
+    vectors.mix_rows(code, kind, rows, out, 0, 64, memory, at, step, count, 64, weights, 1, count + 1)
 
 
 @numba.njit
@@ -82,18 +87,27 @@ def test_reading_and_writing_a_memory(code, kind) -> None:
     stored = in_memory(memory, kind)
     wide = memory.to(KINDS[kind]).double().numpy()
     at = 37
-    for count in (1, 4):
-        rows = np.stack([wide[at + 33 * row : at + 33 * row + 64] for row in range(count)])
-        scores = np.zeros(8, np.float32)
-        largest = scored(code, Static(kind), Static(count), x.numpy(), stored, at, 33, np.float32(0.5), scores)
-        exact = 0.5 * rows @ x.double().numpy()
-        np.testing.assert_allclose(scores[2 : 2 + count], exact, rtol=1e-5, atol=1e-5)
-        assert largest == scores[2 : 2 + count].max()
-        assert not scores[2 + count :].any()
+    queries = torch.randn(8, 64)
+    for rows, count in ((1, 1), (1, 4), (4, 1), (4, 4)):
+        keys = np.stack([wide[at + 33 * key : at + 33 * key + 64] for key in range(count)])
+        scores = np.zeros(24, np.float32)
+        of_rows, flat = queries[:rows].double().numpy(), queries.numpy().reshape(-1)
+        scored(code, Static(kind), Static(rows), Static(count), flat, stored, at, 33, np.float32(0.5), scores)
+        wanted = np.zeros(24)
+        for row, found in enumerate(0.5 * of_rows @ keys.T):
+            wanted[2 + 5 * row : 2 + 5 * row + count] = found
+        np.testing.assert_allclose(scores, wanted, rtol=1e-5, atol=1e-5)
         out, weights = x.numpy().copy(), np.arange(8, dtype=np.float32)
         mixed(code, Static(kind), Static(count), out, stored, at, 33, np.float32(0.3), weights)
-        wanted = x.double().numpy() + np.float32(0.3) * weights[1 : 1 + count].astype(np.float64) @ rows
+        wanted = x.double().numpy() + np.float32(0.3) * weights[1 : 1 + count].astype(np.float64) @ keys
         np.testing.assert_allclose(out, wanted, rtol=1e-6, atol=2e-6)
+    for count in (1, 7):
+        keys = np.stack([wide[at + 33 * key : at + 33 * key + 64] for key in range(count)])
+        weights = torch.rand(8, count + 1)
+        out, flat = queries.numpy().copy(), np.append(np.float32(0), weights.numpy().reshape(-1))
+        mixed_rows(code, Static(kind), Static(8), out.reshape(-1), stored, at, 33, count, flat)
+        wanted = queries.double().numpy() + weights[:, :count].double().numpy() @ keys
+        np.testing.assert_allclose(out, wanted, rtol=1e-6, atol=4e-6)
     saved(code, Static(kind), stored, at, x.numpy())
     np.testing.assert_array_equal(stored[at : at + 64], in_memory(x, kind))
     np.testing.assert_array_equal(stored[:at], in_memory(memory, kind)[:at])

@@ -23,6 +23,7 @@ from llamita.backend.interface import ScheduledChunk
 from llamita.backend.torch.infer.kernels.blocked import BlockedWeight
 from llamita.backend.torch.infer.kernels.compiled import COMPILED, INSIDE, Kernel
 from llamita.backend.torch.infer.kernels.products import (
+    EIGHT,
     FOUR,
     ONE,
     multiply,
@@ -36,7 +37,9 @@ from llamita.backend.torch.infer.kernels.threads import meet, parallel, share
 from llamita.backend.torch.infer.kernels.vectors import (
     exponentials,
     gate,
+    largest,
     mix,
+    mix_rows,
     round_numbers,
     save,
     score,
@@ -48,6 +51,8 @@ from llamita.backend.torch.model.llama import Block, Linear, Llama
 from llamita.backend.torch.model.quantized import QuantizedLinear
 from llamita.backend.torch.model.reordered import held_in_blocks
 
+TOGETHER = 8
+"""Rows of a sequence that are attended to together."""
 TYPES = {torch.float32: Static("float32"), torch.bfloat16: Static("bfloat16"), torch.float16: Static("float16")}
 WEIGHT = [("numbers", "i8"), ("scales", "i8"), ("minimums", "i8"), ("width", "i8")]
 NORMS = [(name, "i8") for name in ("attention_norm", "feed_norm", "q_norm", "k_norm", "bias")]
@@ -162,19 +167,25 @@ def place_heads(team, code, kind, heads, bias, turned, sizes, keys, values, slot
 
 
 @njit(**INSIDE)
-def attend(team, code, kind, heads, sizes, scale, keys, values, table, mixed):
+def attend(team, code, kind, heads, sizes, scale, keys, values, table, groups, mixed):
     """Mixes the values that a query sees, for this thread's share of the queries of all rows' heads.
+
+    `groups` are the rows that are attended to one by one, and the first of each eight that follow one another.
 
     `table` has the blocks of all sequences; for each row where those of its sequence begin among them, the first
     position that it sees, and the end; then the size of a block.
     """
-    N, _, H = sizes
-    query, last = share(team, mixed.size // H)
+    N = sizes[0]
+    alone, together = groups
+    query, last = share(team, alone.size * N)
     while query < last:
-        row, head = query // N, query % N
+        row, head = alone[query // N], query % N
         end = min(N, head + last - query)
         attend_row(row, head, end, code, kind, heads, sizes, scale, keys, values, table, mixed)
         query += end - head
+    for number in range(team[0], together.size * N, team[1]):  # later rows see more: threads take turns
+        head, row = number // together.size, together[number % together.size]
+        attend_together(row, head, code, kind, heads, sizes, scale, keys, values, table, mixed)
     meet(team)
 
 
@@ -189,35 +200,31 @@ def attend_row(row, first, last, code, kind, heads, sizes, scale, keys, values, 
     blocks, begins, seen, stops, size = table
     begin, start, stop = begins[row], seen[row], stops[row]
     width = (stop - start + LANES - 1) // LANES * LANES
-    scores, largest = np.empty((last - first) * width, np.float32), np.full(last - first, -np.inf, np.float32)
+    scores, shares = np.empty((last - first) * width, np.float32), np.empty(last - first, np.float32)
     own = np.empty(last - first, np.int64)  # where the key head of a query head begins among the numbers of a slot
     for head in range(last - first):
         own[head] = (first + head) // (N // K) * H
     query, out = (row * (N + 2 * K) + first) * H, (row * N + first) * H
-    position = start
-    while position < stop:
-        end, slot = run(blocks, begin, position, stop, size)
+    for number in range(start // size, (stop + size - 1) // size):
+        position, end, slot = within(blocks[begin + number], number, start, stop, size)
         while position + 4 <= end:
             for head in range(last - first):
                 at, place = slot * K * H + own[head], head * width + position - start
-                found = score(code, kind, FOUR, heads, query + head * H, keys, at, K * H, H, scale, scores, place)
-                largest[head] = max(largest[head], found)
+                score(code, kind, ONE, FOUR, heads, query + head * H, 0, keys, at, K * H, H, scale, scores, place, 0)
             position, slot = position + 4, slot + 4
         while position < end:
             for head in range(last - first):
                 at, place = slot * K * H + own[head], head * width + position - start
-                found = score(code, kind, ONE, heads, query + head * H, keys, at, K * H, H, scale, scores, place)
-                largest[head] = max(largest[head], found)
+                score(code, kind, ONE, ONE, heads, query + head * H, 0, keys, at, K * H, H, scale, scores, place, 0)
             position, slot = position + 1, slot + 1
-    shares = largest
     for head in range(last - first):
         for place in range(head * width + stop - start, (head + 1) * width):
             scores[place] = -np.inf
-        shares[head] = np.float32(1.0) / exponentials(code, scores, head * width, largest[head], width)
+        most = largest(code, scores, head * width, width)
+        shares[head] = np.float32(1.0) / exponentials(code, scores, head * width, most, width)
     mixed[out : out + (last - first) * H] = 0.0
-    position = start
-    while position < stop:
-        end, slot = run(blocks, begin, position, stop, size)
+    for number in range(start // size, (stop + size - 1) // size):
+        position, end, slot = within(blocks[begin + number], number, start, stop, size)
         while position + 4 <= end:
             for head in range(last - first):
                 at, place = slot * K * H + own[head], head * width + position - start
@@ -231,19 +238,68 @@ def attend_row(row, first, last, code, kind, heads, sizes, scale, keys, values, 
 
 
 @njit(**INSIDE)
-def run(blocks, begin, position, stop, size):
-    """Returns the end of the positions that lie side by side from one on, and the slot of that one."""
-    return min(stop, position - position % size + size), blocks[begin + position // size] * size + position % size
+def attend_together(row, head, code, kind, heads, sizes, scale, keys, values, table, mixed):
+    """Mixes the values that a query head sees, for eight rows that follow one another in a sequence: each key and each
+    value is brought near once for all."""
+    N, K, H = sizes
+    blocks, begins, seen, stops, size = table
+    begin, start, stop = begins[row], seen[row], stops[row + TOGETHER - 1]
+    width = (stop - start + LANES - 1) // LANES * LANES
+    scores, step = np.empty(TOGETHER * width, np.float32), (N + 2 * K) * H
+    first, own = row * step + head * H, head // (N // K) * H
+    for number in range(start // size, (stop + size - 1) // size):
+        position, end, slot = within(blocks[begin + number], number, start, stop, size)
+        while position < end:
+            at, place = slot * K * H + own, position - start
+            if position + 4 <= end:
+                for query in range(0, TOGETHER, 4):
+                    q, to = first + query * step, query * width + place
+                    score(code, kind, FOUR, FOUR, heads, q, step, keys, at, K * H, H, scale, scores, to, width)
+                position, slot = position + 4, slot + 4
+            else:
+                for query in range(0, TOGETHER, 4):
+                    q, to = first + query * step, query * width + place
+                    score(code, kind, FOUR, ONE, heads, q, step, keys, at, K * H, H, scale, scores, to, width)
+                position, slot = position + 1, slot + 1
+    out = (row * N + head) * H
+    for query in range(TOGETHER):
+        at, later = query * width, row + query
+        scores[at : at + seen[later] - start] = -np.inf
+        scores[at + stops[later] - start : at + width] = -np.inf
+        total = exponentials(code, scores, at, largest(code, scores, at, width), width)
+        scores[at : at + width] *= np.float32(1.0) / total
+        mixed[out + query * N * H : out + query * N * H + H] = 0.0
+    for number in range(start // size, (stop + size - 1) // size):
+        position, end, slot = within(blocks[begin + number], number, start, stop, size)
+        at, place, count = slot * K * H + own, position - start, end - position
+        mix_rows(code, kind, EIGHT, mixed, out, N * H, values, at, K * H, count, H, scores, place, width)
+
+
+@njit(**INSIDE)
+def within(block, number, start, stop, size):
+    """Returns the first of the positions `start` to `stop` - 1 that lie in a sequence's block of some number, the one
+    after their last, and the slot of the first."""
+    first = number * size
+    position = max(start, first)
+    return position, min(stop, first + size), block * size + position - first
 
 
 @njit(**INSIDE)
 def row_places(chunks, blocks, windows, size, rows):
-    """Returns the position of each row; and for each group and row its slot, where the blocks of its sequence begin,
-    and the first position that it sees (G, 3, R)."""
+    """Returns the position of each row; for each group of layers and row its slot, where the blocks of its sequence
+    begin, and the first position that it sees (G, 3, R); and the groups of rows that `attend` takes."""
     places, of_groups = np.empty(rows, np.int64), np.empty((windows.size, 3, rows), np.int64)
-    row = 0
+    alone, together = np.empty(rows, np.int64), np.empty(rows // TOGETHER, np.int64)
+    row, singles, eights = 0, 0, 0
     for chunk in range(chunks.shape[1]):
+        whole = row + (chunks[1, chunk] - chunks[0, chunk]) // TOGETHER * TOGETHER
         for position in range(chunks[0, chunk], chunks[1, chunk]):
+            if row >= whole:
+                alone[singles] = row
+                singles += 1
+            elif (whole - row) % TOGETHER == 0:
+                together[eights] = row
+                eights += 1
             places[row] = position
             for group in range(windows.size):
                 begin = chunks[2 + group, chunk]
@@ -251,7 +307,7 @@ def row_places(chunks, blocks, windows, size, rows):
                 of_groups[group, 1, row] = begin
                 of_groups[group, 2, row] = max(0, position - windows[group] + 1) if windows[group] else 0
             row += 1
-    return places, of_groups
+    return places, of_groups, (alone[:singles], together[:eights])
 
 
 @njit(**INSIDE)
@@ -302,7 +358,7 @@ def run_layers(
 ):  # fmt: skip
     """Does as `decode_layers`, on each thread of a team."""
     chunks, blocks, _, size = step
-    rows_of_groups, positions, stops = places
+    positions, stops, rows_of_groups, groups = places
     y, heads, mixed, both, gated = arrays
     dtype, kind = dtypes
     N, K, H = sizes
@@ -321,7 +377,8 @@ def run_layers(
         meet(team)
         turned = (q_norm, k_norm, eps, cos, sin, turn.size, positions)
         place_heads(team, code, kind, heads, bias, turned, sizes, keys, values, slots)
-        attend(team, code, kind, heads, sizes, scale, keys, values, (blocks, begins, seen, stops, size), mixed)
+        table = (blocks, begins, seen, stops, size)
+        attend(team, code, kind, heads, sizes, scale, keys, values, table, groups, mixed)
         prepare_together(team, code, forms[1], mixed, rooms[1])
         add_product(team, code, weight_at(forms[1], layer.output), mixed, rooms[1], rows, N * H, y, x)
 
@@ -352,7 +409,7 @@ def decode_layers(
     chunks, blocks, windows, size = step
     N, K, H = sizes
     C = layers[first].gate_up.width // 2
-    positions, rows_of_groups = row_places(chunks, blocks, windows, size, rows)
+    positions, rows_of_groups, groups = row_places(chunks, blocks, windows, size, rows)
     if first == 0:
         round_numbers(code, dtypes[0], x, 0, x.size)
     y, heads = np.empty_like(x), np.empty(rows * (N + 2 * K) * H, np.float32)
@@ -366,7 +423,7 @@ def decode_layers(
         room_for(code, forms[3], gated.size),
     )
     of_model = (layers, caches, first, last, last_norm, sizes, eps, scale)
-    places = (rows_of_groups, positions, positions + 1)
+    places = (positions, positions + 1, rows_of_groups, groups)
     parallel(run_layers, threads, (code, dtypes, forms, x, rows, *of_model, step, rotations, places, arrays, rooms))
 
 

@@ -46,34 +46,42 @@ def exponential(code: Code, x: ir.Value) -> ir.Value:
 
 @intrinsic
 def score(
-    typing_context: Any, code: Any, kind: Any, count: Any, query: Any, query_at: Any, keys: Any, at: Any, step: Any,
-    size: Any, scale: Any, scores: Any, place: Any
+    typing_context: Any, code: Any, kind: Any, rows: Any, count: Any, query: Any, query_at: Any, query_step: Any,
+    keys: Any, at: Any, step: Any, size: Any, scale: Any, scores: Any, place: Any, place_step: Any
 ) -> Any:  # fmt: skip
-    """Stores `scale` times the dot product of a query with each of `count` keys, `step` numbers apart, in scores from
-    `place` on; returns the largest."""
+    """Stores `scale` times the dot product of each of `rows` queries with each of `count` keys: those of the first
+    query in scores from `place` on, and those of each further one `place_step` behind. Queries lie `query_step` numbers
+    apart, and keys `step`."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         writer = Code(builder, code.value)
-        query_p, keys_p, scores_p = pointers(context, builder, signature, values, 3, 5, 10)
-        query_p, keys_p = writer.after(query_p, values[4]), writer.after(keys_p, values[6])
-        rows = [writer.after(keys_p, builder.mul(values[7], LONG(row))) for row in range(count.value)]
-        ahead = builder.mul(values[7], LONG(ROWS_AHEAD))
-        totals = [writer.variable(writer.filled(FLOATS, 0.0)) for _ in rows]
-        with writer.loop(builder.lshr(values[8], LONG(4))) as turn:
+        query_p, keys_p, scores_p = pointers(context, builder, signature, values, 4, 7, 12)
+        query_p, keys_p = writer.after(query_p, values[5]), writer.after(keys_p, values[8])
+        queries = [writer.after(query_p, builder.mul(values[6], LONG(row))) for row in range(rows.value)]
+        beside = [writer.after(keys_p, builder.mul(values[9], LONG(number))) for number in range(count.value)]
+        ahead = builder.mul(values[9], LONG(ROWS_AHEAD))
+        totals = [[writer.variable(writer.filled(FLOATS, 0.0)) for _ in beside] for _ in queries]
+        with writer.loop(builder.lshr(values[10], LONG(4))) as turn:
             first = builder.mul(turn.index, LONG(LANES))
-            part = writer.load(writer.after(query_p, first), FLOATS)
-            for row, total in zip(rows, totals, strict=True):
-                writer.fetch(writer.after(row, builder.add(first, ahead)))
-                key = writer.load_floats(writer.after(row, first), kind.value)
-                total.set(writer.multiply_add(part, key, total.get()))
-        sums = sums_of_lanes(writer, [total.get() for total in totals])
-        scaled = builder.fmul(sums, writer.splat(values[9], count.value))
-        writer.store(scaled, writer.after(scores_p, values[11]))
-        return writer.call(f"llvm.vector.reduce.fmax.v{count.value}f32", FLOAT, scaled)
+            if rows.value == 1:  # else arithmetic takes so long that the processor reads ahead by itself
+                for key in beside:
+                    writer.fetch(writer.after(key, builder.add(first, ahead)))
+            numbers = [writer.load_floats(writer.after(key, first), kind.value) for key in beside]
+            for start, of_row in zip(queries, totals, strict=True):
+                part = writer.load(writer.after(start, first), FLOATS)
+                for key, total in zip(numbers, of_row, strict=True):
+                    total.set(writer.multiply_add(part, key, total.get()))
+        sums = sums_of_lanes(writer, [total.get() for of_row in totals for total in of_row])
+        scaled = builder.fmul(sums, writer.splat(values[11], rows.value * count.value))
+        for row in range(rows.value):
+            of_row = writer.picked(scaled, scaled, range(row * count.value, (row + 1) * count.value))
+            at_row = builder.add(values[13], builder.mul(values[14], LONG(row)))
+            writer.store(of_row, writer.after(scores_p, at_row))
+        return context.get_dummy_value()
 
-    whole = (types.intp, types.intp, types.intp)
-    arguments = (code, kind, count, query, types.intp, keys, *whole, types.float32, scores, types.intp)
-    return types.float32(*arguments), generate
+    four = (types.intp,) * 4
+    arguments = (code, kind, rows, count, query, types.intp, types.intp, keys, *four[:3], types.float32, scores)
+    return types.void(*arguments, types.intp, types.intp), generate
 
 
 def sums_of_lanes(code: Code, vectors: list[ir.Value]) -> ir.Value:
@@ -127,6 +135,44 @@ def mix(
 
     whole = (types.intp, types.intp, types.intp)
     arguments = (code, kind, count, out, types.intp, memory, *whole, types.float32, weights, types.intp)
+    return types.void(*arguments), generate
+
+
+@intrinsic
+def mix_rows(
+    typing_context: Any, code: Any, kind: Any, rows: Any, out: Any, out_at: Any, out_step: Any, memory: Any, at: Any,
+    step: Any, count: Any, size: Any, weights: Any, place: Any, place_step: Any
+) -> Any:  # fmt: skip
+    """Adds `count` rows of a memory, `step` numbers apart, each times its weight, to each of `rows` rows of `size`
+    numbers of out, `out_step` apart. The weights of each lie side by side, `place_step` from those of the row
+    before."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        writer = Code(builder, code.value)
+        out_p, memory_p, weights_p = pointers(context, builder, signature, values, 3, 6, 11)
+        out_p, memory_p = writer.after(out_p, values[4]), writer.after(memory_p, values[7])
+        weights_p = writer.after(weights_p, values[12])
+        outs, of_rows = (
+            [writer.after(pointer, builder.mul(values[step], LONG(row))) for row in range(rows.value)]
+            for pointer, step in ((out_p, 5), (weights_p, 13))
+        )
+        with writer.loop(builder.lshr(values[10], LONG(4))) as turn:
+            first = builder.mul(turn.index, LONG(LANES))
+            places = [writer.after(each, first) for each in outs]
+            totals = [writer.variable(writer.load(each, FLOATS)) for each in places]
+            column_p = writer.after(memory_p, first)
+            with writer.loop(values[9]) as inner:
+                number = inner.index
+                numbers = writer.load_floats(writer.after(column_p, builder.mul(values[8], number)), kind.value)
+                for total, each in zip(totals, of_rows, strict=True):
+                    weight = writer.splat(writer.load(writer.after(each, number), FLOAT))
+                    total.set(writer.multiply_add(numbers, weight, total.get()))
+            for total, each in zip(totals, places, strict=True):
+                writer.store(total.get(), each)
+        return context.get_dummy_value()
+
+    whole = (types.intp, types.intp)
+    arguments = (code, kind, rows, out, *whole, memory, *whole, *whole, weights, *whole)
     return types.void(*arguments), generate
 
 
