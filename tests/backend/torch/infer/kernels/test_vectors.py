@@ -31,8 +31,8 @@ def scored(code, kind, rows, count, queries, keys, at, step, scale, scores):
 
 
 @numba.njit
-def mixed(code, kind, count, out, memory, at, step, factor, weights):
-    vectors.mix(code, kind, count, out, 0, memory, at, step, out.size, factor, weights, 1)
+def mixed(code, kind, count, out, memory, at, step, weights):
+    vectors.mix(code, kind, count, out, 0, memory, at, step, out.size, weights, 1)
 
 
 @numba.njit
@@ -98,8 +98,8 @@ def test_reading_and_writing_a_memory(code, kind) -> None:
             wanted[2 + 5 * row : 2 + 5 * row + count] = found
         np.testing.assert_allclose(scores, wanted, rtol=1e-5, atol=1e-5)
         out, weights = x.numpy().copy(), np.arange(8, dtype=np.float32)
-        mixed(code, Static(kind), Static(count), out, stored, at, 33, np.float32(0.3), weights)
-        wanted = x.double().numpy() + np.float32(0.3) * weights[1 : 1 + count].astype(np.float64) @ keys
+        mixed(code, Static(kind), Static(count), out, stored, at, 33, weights)
+        wanted = x.double().numpy() + weights[1 : 1 + count].astype(np.float64) @ keys
         np.testing.assert_allclose(out, wanted, rtol=1e-6, atol=2e-6)
     for count in (1, 7):
         keys = np.stack([wide[at + 33 * key : at + 33 * key + 64] for key in range(count)])

@@ -200,7 +200,7 @@ def attend_row(row, first, last, code, kind, heads, sizes, scale, keys, values, 
     blocks, begins, seen, stops, size = table
     begin, start, stop = begins[row], seen[row], stops[row]
     width = (stop - start + LANES - 1) // LANES * LANES
-    scores, shares = np.empty((last - first) * width, np.float32), np.empty(last - first, np.float32)
+    scores = np.empty((last - first) * width, np.float32)
     own = np.empty(last - first, np.int64)  # where the key head of a query head begins among the numbers of a slot
     for head in range(last - first):
         own[head] = (first + head) // (N // K) * H
@@ -218,23 +218,33 @@ def attend_row(row, first, last, code, kind, heads, sizes, scale, keys, values, 
                 score(code, kind, ONE, ONE, heads, query + head * H, 0, keys, at, K * H, H, scale, scores, place, 0)
             position, slot = position + 1, slot + 1
     for head in range(last - first):
-        for place in range(head * width + stop - start, (head + 1) * width):
-            scores[place] = -np.inf
-        most = largest(code, scores, head * width, width)
-        shares[head] = np.float32(1.0) / exponentials(code, scores, head * width, most, width)
-    mixed[out : out + (last - first) * H] = 0.0
+        soften(code, scores, head * width, 0, stop - start, width)
+    for place in range(out, out + (last - first) * H):
+        mixed[place] = 0.0
     for number in range(start // size, (stop + size - 1) // size):
         position, end, slot = within(blocks[begin + number], number, start, stop, size)
         while position + 4 <= end:
             for head in range(last - first):
-                at, place = slot * K * H + own[head], head * width + position - start
-                mix(code, kind, FOUR, mixed, out + head * H, values, at, K * H, H, shares[head], scores, place)
+                at, place, to = slot * K * H + own[head], head * width + position - start, out + head * H
+                mix(code, kind, FOUR, mixed, to, values, at, K * H, H, scores, place)
             position, slot = position + 4, slot + 4
         while position < end:
             for head in range(last - first):
-                at, place = slot * K * H + own[head], head * width + position - start
-                mix(code, kind, ONE, mixed, out + head * H, values, at, K * H, H, shares[head], scores, place)
+                at, place, to = slot * K * H + own[head], head * width + position - start, out + head * H
+                mix(code, kind, ONE, mixed, to, values, at, K * H, H, scores, place)
             position, slot = position + 1, slot + 1
+
+
+@njit(**INSIDE)
+def soften(code, scores, at, first, last, width):
+    """Puts the softmax of scores `first` to `last` - 1 of a row into their place, and zeros into that of all others."""
+    for place in range(at, at + first):
+        scores[place] = -np.inf
+    for place in range(at + last, at + width):
+        scores[place] = -np.inf
+    share = np.float32(1.0) / exponentials(code, scores, at, largest(code, scores, at, width), width)
+    for place in range(at, at + width):
+        scores[place] *= share
 
 
 @njit(**INSIDE)
@@ -264,11 +274,9 @@ def attend_together(row, head, code, kind, heads, sizes, scale, keys, values, ta
     out = (row * N + head) * H
     for query in range(TOGETHER):
         at, later = query * width, row + query
-        scores[at : at + seen[later] - start] = -np.inf
-        scores[at + stops[later] - start : at + width] = -np.inf
-        total = exponentials(code, scores, at, largest(code, scores, at, width), width)
-        scores[at : at + width] *= np.float32(1.0) / total
-        mixed[out + query * N * H : out + query * N * H + H] = 0.0
+        soften(code, scores, at, seen[later] - start, stops[later] - start, width)
+        for place in range(out + query * N * H, out + query * N * H + H):
+            mixed[place] = 0.0
     for number in range(start // size, (stop + size - 1) // size):
         position, end, slot = within(blocks[begin + number], number, start, stop, size)
         at, place, count = slot * K * H + own, position - start, end - position

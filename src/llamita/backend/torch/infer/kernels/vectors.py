@@ -109,20 +109,20 @@ def sum_of_lanes(code: Code, vector: ir.Value) -> ir.Value:
 @intrinsic
 def mix(
     typing_context: Any, code: Any, kind: Any, count: Any, out: Any, out_at: Any, memory: Any, at: Any, step: Any,
-    size: Any, factor: Any, weights: Any, place: Any
+    size: Any, weights: Any, place: Any
 ) -> Any:  # fmt: skip
-    """Adds `count` rows of a memory, `step` numbers apart, to out[out_at : out_at + size], each times `factor` and its
-    weight, of which the first is weights[place]."""
+    """Adds `count` rows of a memory, `step` numbers apart, to out[out_at : out_at + size], each times its weight, of
+    which the first is weights[place]."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         writer = Code(builder, code.value)
-        out_p, memory_p, weights_p = pointers(context, builder, signature, values, 3, 5, 10)
+        out_p, memory_p, weights_p = pointers(context, builder, signature, values, 3, 5, 9)
         out_p, memory_p = writer.after(out_p, values[4]), writer.after(memory_p, values[6])
         rows = [writer.after(memory_p, builder.mul(values[7], LONG(row))) for row in range(count.value)]
         shares, ahead = [], builder.mul(values[7], LONG(ROWS_AHEAD))
         for number in range(count.value):
-            weight = writer.load(writer.after(weights_p, builder.add(values[11], LONG(number))), FLOAT)
-            shares.append(writer.splat(builder.fmul(weight, values[9])))
+            weight = writer.load(writer.after(weights_p, builder.add(values[10], LONG(number))), FLOAT)
+            shares.append(writer.splat(weight))
         with writer.loop(builder.lshr(values[8], LONG(4))) as turn:
             first = builder.mul(turn.index, LONG(LANES))
             at_place = writer.after(out_p, first)
@@ -134,7 +134,7 @@ def mix(
         return context.get_dummy_value()
 
     whole = (types.intp, types.intp, types.intp)
-    arguments = (code, kind, count, out, types.intp, memory, *whole, types.float32, weights, types.intp)
+    arguments = (code, kind, count, out, types.intp, memory, *whole, weights, types.intp)
     return types.void(*arguments), generate
 
 
