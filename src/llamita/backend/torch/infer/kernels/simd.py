@@ -146,6 +146,10 @@ class Code:
         """Repeats what is written inside for each number below `count`, which is `.index`."""
         return cgutils.for_range(self.builder, count, intp=LONG)
 
+    def end_turn(self) -> None:
+        """Ends a turn of a loop: nothing of the next is loaded before, for which registers may be too few."""
+        self.builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], True)
+
     def variable(self, value: ir.Value) -> "Variable":
         """Returns a value that changes from one turn of a loop to the next."""
         return Variable(self.builder, value)

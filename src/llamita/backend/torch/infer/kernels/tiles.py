@@ -249,12 +249,16 @@ class Tile:
                         for which in (0, 1):
                             x = code.splat(code.load(code.after(start, self.builder.add(two, LONG(which))), FLOAT))
                             add(row, x, [half[which] for half in halves])
+                if self.rows > 1:
+                    code.end_turn()
         else:
             with code.loop(self.inputs) as turn:
                 at = self.builder.mul(turn.index, LONG(LANES))
                 weights = [code.load_floats(code.after(start, at), self.form.numbers) for start in self.weights]
                 for row, start in enumerate(self.x):
                     add(row, code.splat(code.load(code.after(start, turn.index), FLOAT)), weights)
+                if self.rows > 1:
+                    code.end_turn()
         return [[total.get() for total in of_row] for of_row in totals]
 
     def _share_of_next(self, first_row: ir.Value, of_rows: ir.Value) -> ir.Value:
