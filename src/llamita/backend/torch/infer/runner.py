@@ -179,10 +179,12 @@ class TorchRunner:
     @torch.inference_mode()
     def _compile(self, cache: PagedKVCache, sampler: Sampler) -> None:
         """Compiles kernels of our own, or reads them from disk, before the first request waits for them."""
-        one_of_each = {weight.form: weight for weight in weights_held_in_blocks(self.model)}
-        for weight in one_of_each.values():
-            weight.multiply(torch.zeros(1, weight.n_in))
+        if self._decoder is None or self._adapters:
+            one_of_each = {weight.form: weight for weight in weights_held_in_blocks(self.model)}
+            for weight in one_of_each.values():
+                weight.multiply(torch.zeros(1, weight.n_in))
         self.model.embedded(torch.zeros(1, 1, dtype=torch.int64))
+        self.model.logits(torch.zeros(1, self.config.hidden_size, dtype=self.dtype))
         if self._decoder is not None:
             self._decoder.warm_up(cache)
         if self._greedy_head is not None:

@@ -54,10 +54,13 @@ def likeliest(threads, code, x, rows, weight, n_out):
     parallel(look_through, threads, (code, weight, x, room, rows, x.size // rows, n_out, *found))
     ids, logprobs = np.empty(rows, np.int64), np.empty(rows, np.float32)
     for row in range(rows):
-        of_row = slice(row * parts, (row + 1) * parts)
-        winner = row * parts + np.argmax(best[of_row])  # the first of equal ones; NaN before all others
-        ids[row] = places[winner]
-        logprobs[row] = -np.log(np.sum(totals[of_row] * np.exp(best[of_row] - best[winner])))
+        winner, total = row * parts, np.float32(0.0)
+        for part in range(row * parts, (row + 1) * parts):  # the first of equal ones; NaN before all others
+            if best[part] > best[winner] or (np.isnan(best[part]) and not np.isnan(best[winner])):
+                winner = part
+        for part in range(row * parts, (row + 1) * parts):
+            total += totals[part] * np.exp(best[part] - best[winner])
+        ids[row], logprobs[row] = places[winner], -np.log(total)
     return ids, logprobs
 
 
