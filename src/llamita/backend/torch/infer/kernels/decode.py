@@ -1,4 +1,4 @@
-"""A decoding step of several sequences, a token or a few of each, in one call and one parallel region over all layers.
+"""A step of several sequences, a token of each or a piece of a prompt, in one call and one parallel region.
 
 Nothing is left to PyTorch but the embedding, and sampling at a temperature. The residual stream is float32 whatever the
 type of weights and cache. Attention reads keys and values where they lie in the blocks of the cache. Families with
