@@ -1,9 +1,9 @@
 """Runs a compiled function on PyTorch's own threads, so that kernels and operators never wait for each other's pools.
 
 PyTorch keeps its threads with OpenMP on Linux. `parallel` enters the very library that PyTorch has loaded: there is one
-pool in the process, and a region costs about a microsecond and a half while its threads are awake. Inside, the threads
-are a team: they take shares of the work, and meet before what needs all of it, for a fifth of that. Where the library
-is not to be found the calling thread is a team by itself.
+pool in the process, and a region costs about a microsecond while its threads are awake. Inside, the threads are a team:
+they take shares of the work, and meet before what needs all of it, for a tenth of that. Where the library is not to be
+found the calling thread is a team by itself.
 
 Compiled code finds OpenMP's functions by names of ours, so that it can be kept on disk.
 """
@@ -32,7 +32,7 @@ COUNTERS = ir.ArrayType(LONG, 16)
 MEETINGS = 8
 LOOKS = 20_000
 """Looks at the counter before a waiting thread lets others have the processor: some ten microseconds, more than threads
-with equal shares of a decoding step are apart. It does not pause between them, which takes four times as long."""
+with equal shares of a decoding step are apart. It does not pause between them, which takes three times as long."""
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
