@@ -172,7 +172,7 @@ class TorchRunner:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 warnings.warn(f"decoding goes on without CUDA graphs: {reason}", stacklevel=2)
                 cache.kernel = None
-        elif sequences:
+        elif sequences and self.model.instructions is not None:
             self._compile(cache, sampler)
         return TorchMemory(cache, sampler)
 

@@ -74,6 +74,7 @@ _make_known()
 def parallel(typing_context: Any, body: Any, threads: Any, arguments: Any) -> Any:
     """Calls `body(team, *arguments)` on each of so many threads, of which OpenMP may give fewer.
 
+    A body raises nothing: the others would wait for it in vain.
     The calling function holds the arrays among the arguments, and the threads do not count who else does: at each call
     of theirs they would wait for one another's counts.
     """
